@@ -1,0 +1,350 @@
+//! The canonical event: the one schema of what Weir records, versioned and append-only.
+//!
+//! An event is serialised once, as JSON, into the value of a journal frame; exactly those bytes go to Kafka.
+//! Fields may be added (readers ignore what they do not know), never renamed, removed or given another meaning
+//! without a new [`SCHEMA_VERSION`]. No type here can hold an unmasked body: what arrives is masked already, and
+//! no credential has a place in it.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::attributes::Attributes;
+
+/// Version of this schema, in every event.
+pub const SCHEMA_VERSION: u32 = 1;
+
+/// Most bytes of body or stream in one event, before base64; longer content is split over several events.
+pub const CONTENT_BYTES_MAX: usize = 256 * 1024;
+
+/// One event.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Event {
+    /// [`SCHEMA_VERSION`].
+    pub schema: u32,
+    /// Position in the journal of this agent epoch, from 0, without holes.
+    pub sequence: u64,
+    /// When the agent saw it, in microseconds since the Unix epoch.
+    pub time_unix_us: i64,
+    /// Name of the cluster the request is for; empty for events of the agent itself.
+    pub cluster: String,
+    /// Tenant, if the configuration names one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tenant: Option<String>,
+    /// Name of the node (or host) the agent runs on.
+    pub node: String,
+    /// Id of the agent's process epoch: its journal folder bears the same name.
+    pub epoch: String,
+    /// Session (caller × pod × cluster): key in Kafka. Empty for events of the agent itself.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub session: String,
+    /// Invocation (the requests of one process).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub invocation: Option<String>,
+    /// Request; the `Audit-ID` that the API server's own audit log has for it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub request: Option<String>,
+    /// What happened.
+    #[serde(flatten)]
+    pub kind: Kind,
+}
+
+/// What happened; `type` names it in JSON, `data` holds the rest.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "type", content = "data", rename_all = "camelCase", rename_all_fields = "camelCase")]
+pub enum Kind {
+    /// The agent started an epoch.
+    AgentStarted {
+        /// Version of the agent.
+        version: String,
+        /// Epoch this one follows, if one is known, with the root of its last signed checkpoint.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        predecessor: Option<Predecessor>,
+    },
+    /// The agent ends its epoch in an orderly way: nothing follows.
+    AgentStopped {
+        /// Why, for example `SIGTERM`.
+        reason: String,
+    },
+    /// First request of a caller from a pod to a cluster, or the first after the idle timeout.
+    SessionStarted {
+        /// Who.
+        caller: Box<Caller>,
+    },
+    /// First request of a process within a session.
+    InvocationStarted {
+        /// The process.
+        process: Process,
+        /// The container it runs in, if it is in one.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        container: Option<Container>,
+    },
+    /// A request arrived; durable before it is forwarded if it is a mutation or opens a stream.
+    RequestOpened(Box<RequestOpened>),
+    /// A request was refused by Weir, not forwarded.
+    RequestRefused {
+        /// HTTP status that the client got.
+        status: u16,
+        /// Reason, as the client got it.
+        reason: String,
+    },
+    /// A piece of a body or stream.
+    Content(Content),
+    /// The answer's status and headers arrived.
+    ResponseStarted {
+        /// HTTP status.
+        status: u16,
+        /// Headers that are recorded; credentials are masked.
+        headers: Vec<Header>,
+    },
+    /// A request is over; the second half of the pair that [`Kind::RequestOpened`] begins.
+    RequestClosed(Box<RequestClosed>),
+    /// A connection that never became a request: no flow record, plain HTTP, garbage, a failed handshake.
+    ConnectionRefused {
+        /// Why.
+        reason: String,
+        /// Who, as far as known.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        caller: Option<Box<Caller>>,
+    },
+    /// Something is missing from the record, and this is why.
+    Gap {
+        /// Why, in words.
+        reason: String,
+        /// Events that are missing, if the number is known.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        events: Option<u64>,
+        /// Bytes that are missing, if the number is known.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        bytes: Option<u64>,
+    },
+    /// Something an operator should know, for example a pod whose environment sets a proxy.
+    Finding {
+        /// Stable name, for example `proxyEnvironment`.
+        name: String,
+        /// In words, with the mend.
+        message: String,
+        /// Who, as far as known.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        caller: Option<Box<Caller>>,
+    },
+}
+
+/// The epoch before this one.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Predecessor {
+    /// Its id.
+    pub epoch: String,
+    /// Number of leaves its last checkpoint covers.
+    pub size: u64,
+    /// Root of its last checkpoint, hex.
+    pub root: String,
+}
+
+/// Who is behind a connection: what the kernel and the cluster know, apart from what the client claims.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Caller {
+    /// The pod; none for `weir-agent exec`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pod: Option<Pod>,
+    /// The container, by cgroup.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub container: Option<Container>,
+    /// The process that connected.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub process: Option<Process>,
+    /// Cgroup id of the task that connected.
+    pub cgroup: u64,
+    /// Network namespace cookie of its socket.
+    pub netns: u64,
+    /// The address it dialled, `ip:port`.
+    pub dialled: String,
+    /// User name that the presented credential claims, not verified by Weir in pass-through mode: the subject of
+    /// a JWT, the common name of a client certificate.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub claimed_user: Option<String>,
+}
+
+/// A pod.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Pod {
+    /// Namespace.
+    pub namespace: String,
+    /// Name.
+    pub name: String,
+    /// UID: what identity is compared by.
+    pub uid: String,
+    /// Service account.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub service_account: String,
+    /// IP address, for X-Forwarded-For.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ip: Option<String>,
+    /// Session intent: configured annotations of the pod.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub intent: BTreeMap<String, String>,
+}
+
+/// A container.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Container {
+    /// Runtime id, from the cgroup's name.
+    pub id: String,
+    /// Name in the pod, if the pod's status has it already.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub name: String,
+}
+
+/// A process. `pid` and `uid` come from the kernel; `argv` is a claim, since a process can rewrite it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Process {
+    /// Process id in the initial pid namespace.
+    pub pid: u32,
+    /// Start in ns since boot.
+    pub start_boottime_ns: u64,
+    /// User id in the initial user namespace.
+    pub uid: u32,
+    /// Path of the executable as the process sees it; empty if the process had ended before it could be read.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub executable: String,
+    /// Arguments, credentials masked; a claim. Bounded in number and size.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub argv: Vec<String>,
+}
+
+/// A header of a request or response. The value of a credential header is masked.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Header {
+    /// Name, lower case.
+    pub name: String,
+    /// Value, or its mask; bytes that are not UTF-8 are replaced.
+    pub value: String,
+}
+
+/// A request as it arrived.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct RequestOpened {
+    /// HTTP method.
+    pub method: String,
+    /// Path and query as sent.
+    pub uri: String,
+    /// `HTTP/1.1` or `HTTP/2`.
+    pub protocol: String,
+    /// Headers; credentials are masked.
+    pub headers: Vec<Header>,
+    /// What it means.
+    pub attributes: Attributes,
+    /// The protocol it asks to upgrade to, if it does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub upgrade: Option<String>,
+    /// How its body is recorded; none where there is no body.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub body: Option<BodySummary>,
+}
+
+/// How a request ended.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct RequestClosed {
+    /// HTTP status that the client got; none if it got none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub status: Option<u16>,
+    /// How it ended.
+    pub outcome: Outcome,
+    /// Why, where the outcome is not `complete`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+    /// Bytes of the response body (or of the upgraded stream, server to client) that were forwarded.
+    pub response_bytes: u64,
+    /// Bytes of the upgraded stream, client to server, that were forwarded; 0 for others.
+    #[serde(default)]
+    pub client_bytes: u64,
+    /// From arrival to end, in microseconds.
+    pub duration_us: u64,
+    /// How the response body is recorded; none where there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub body: Option<BodySummary>,
+}
+
+/// How a request ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Outcome {
+    /// The whole response was forwarded.
+    Complete,
+    /// The client went away.
+    ClientAborted,
+    /// The API server failed or closed in the middle.
+    UpstreamFailed,
+    /// Weir refused it.
+    Refused,
+    /// The agent had to cut it (drain limit).
+    Drained,
+}
+
+/// How a body is recorded. What a limit or mask left out is said here, never silently.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct BodySummary {
+    /// Length as it went over the wire.
+    pub wire_bytes: u64,
+    /// Length of the content that is recorded (decoded and masked).
+    pub recorded_bytes: u64,
+    /// Content encoding that was removed before masking, for example `gzip`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub decoded: Option<String>,
+    /// Digest of the recorded content: `sha256:…`, or `hmac-sha256:…` (keyed per cluster) of the whole content
+    /// where a mask applied or the content was cut.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub digest: Option<String>,
+    /// Number of values that a mask replaced.
+    #[serde(default)]
+    pub masked: u64,
+    /// Why the recorded content is shorter than the whole; none if it is whole.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub truncated: Option<String>,
+}
+
+/// A piece of a body or stream. JSON holds it as text where it is UTF-8, else as base64.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Content {
+    /// Which.
+    pub channel: Channel,
+    /// Offset of the first byte within the channel's recorded content.
+    pub offset: u64,
+    /// The bytes.
+    #[serde(flatten)]
+    pub bytes: Bytes,
+}
+
+/// What a [`Content`] belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Channel {
+    /// The request's body.
+    RequestBody,
+    /// The response's body.
+    ResponseBody,
+    /// Raw bytes of an upgraded connection, client to server.
+    ClientRaw,
+    /// Raw bytes of an upgraded connection, server to client.
+    ServerRaw,
+}
+
+/// Bytes in JSON: `{"text": …}` where they are UTF-8, else `{"base64": …}`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Bytes {
+    /// UTF-8.
+    Text(String),
+    /// Anything else, standard base64 with padding.
+    Base64(String),
+}
