@@ -1,1 +1,14 @@
-//! The node agent: see ARCHITECTURE.md for the way of one connection.
+//! The node agent as a library; `main.rs` is only the command line, [`app`] the only wiring.
+//!
+//! A connection's way: [`interception`] (kernel hooks, in-pod listeners, flow lookup) hands an accepted
+//! connection to [`proxy`] (TLS with a certificate from [`trust`], HTTP, upstream), which records through
+//! [`recording`] (sessions, masks, journal).
+
+pub mod app;
+pub mod config;
+pub mod doctor;
+pub mod exec;
+pub mod interception;
+pub mod proxy;
+pub mod recording;
+pub mod trust;

@@ -1,0 +1,1 @@
+//! The configuration file: raw (serde, unknown keys refused) → validated, once.

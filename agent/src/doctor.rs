@@ -1,0 +1,1 @@
+//! `weir-agent doctor`: what this node can and cannot do, each with the mend.

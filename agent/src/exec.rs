@@ -1,0 +1,1 @@
+//! `weir-agent exec`: one command under interception, no cluster install.
