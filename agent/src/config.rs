@@ -1,1 +1,317 @@
 //! The configuration file: raw (serde, unknown keys refused) → validated, once.
+//!
+//! [`Config::load`] is the only way in. Errors name the file, the path in it and the mend. Files that the
+//! configuration names are checked to exist here; what they hold is checked by who uses them ([`crate::trust`]).
+
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+pub use selector::LabelSelector;
+
+mod raw;
+mod selector;
+
+/// The `apiVersion` that this agent reads.
+pub const API_VERSION: &str = "weir.dev/v1alpha1";
+/// The `kind` of the agent's configuration.
+pub const KIND: &str = "AgentConfiguration";
+/// Longest configuration file that is read, in bytes.
+pub const CONFIG_BYTES_MAX: u64 = 1024 * 1024;
+/// Most clusters in one configuration.
+pub const CLUSTERS_MAX: usize = 64;
+/// Least size of a journal: below it a few requests would fill it.
+pub const JOURNAL_BYTES_MIN: u64 = 64 * 1024 * 1024;
+
+/// Why a configuration was refused.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("cannot read configuration {}; does it exist, and may the agent read it?", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The file is longer than [`CONFIG_BYTES_MAX`].
+    #[error("configuration {} has {bytes} bytes, more than the {CONFIG_BYTES_MAX} that are read", path.display())]
+    TooLong {
+        /// The file.
+        path: PathBuf,
+        /// Its length.
+        bytes: u64,
+    },
+    /// Not YAML, an unknown key, or a value of the wrong type. The message has the place.
+    #[error("configuration {}: {message}", path.display())]
+    Syntax {
+        /// The file.
+        path: PathBuf,
+        /// What the parser says: key path, line, column, expected keys.
+        message: String,
+    },
+    /// A value that has the right type but makes no sense.
+    #[error("configuration {}: {key}: {problem}", path.display())]
+    Value {
+        /// The file.
+        path: PathBuf,
+        /// Path of the key, for example `clusters[0].trust`.
+        key: String,
+        /// What is wrong and how to mend it.
+        problem: String,
+    },
+}
+
+/// The validated configuration.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Name of the node whose pods are watched.
+    pub node: String,
+    /// Tenant, in every event.
+    pub tenant: Option<String>,
+    /// The journal.
+    pub journal: Journal,
+    /// The clusters, in the order of their indices.
+    pub clusters: Vec<Cluster>,
+    /// Which pods are enrolled; the first entry that selects a pod decides.
+    pub enrolment: Vec<Enrolment>,
+    /// Annotations of pods that are recorded as the session's intent.
+    pub intent_annotations: Vec<String>,
+    /// Mount point of cgroup v2; found in `/proc/self/mountinfo` if absent.
+    pub cgroup_root: Option<PathBuf>,
+    /// Limits.
+    pub limits: Limits,
+}
+
+/// Where the journal is and how large it may be.
+#[derive(Clone, Debug)]
+pub struct Journal {
+    /// Folder; made if absent.
+    pub directory: PathBuf,
+    /// Most bytes of all its segments together.
+    pub bytes_max: u64,
+}
+
+/// A cluster that pods of this node act on.
+#[derive(Clone, Debug)]
+pub struct Cluster {
+    /// Name in records.
+    pub name: String,
+    /// The agent's own access to it.
+    pub access: Access,
+    /// CA file to verify its API server with; absent: the one of `access`.
+    pub certificate_authority: Option<PathBuf>,
+    /// Addresses beside those that the cluster itself publishes (`default/kubernetes`).
+    pub addresses: Vec<SocketAddr>,
+    /// Names under which pods may ask for it, beside `kubernetes.default.svc` and its shorter forms.
+    pub host_names: Vec<String>,
+    /// Where the serving certificate comes from.
+    pub trust: Trust,
+}
+
+/// How the agent itself reaches a cluster.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// The service account of the agent's own pod.
+    InCluster,
+    /// A kubeconfig file.
+    Kubeconfig(PathBuf),
+}
+
+/// Where serving certificates come from that pods trust as they are (tier T0).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Trust {
+    /// The cluster's own `kubernetes.io/kubelet-serving` signer.
+    ClusterSigner,
+    /// A CA (or intermediate) that chains to the pods' CA bundle, mounted as files.
+    MountedCa {
+        /// PEM certificates, the issuing one first.
+        certificate: PathBuf,
+        /// PEM private key.
+        key: PathBuf,
+    },
+}
+
+/// Which pods, and what happens to them.
+#[derive(Clone, Debug)]
+pub struct Enrolment {
+    /// Labels of the pod's namespace.
+    pub namespaces: LabelSelector,
+    /// Labels of the pod.
+    pub pods: LabelSelector,
+    /// Enforce or only observe.
+    pub mode: Mode,
+}
+
+/// What enrolment does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Mode {
+    /// Redirect; no way around.
+    Enforce,
+    /// Count and report what would be redirected.
+    Observe,
+}
+
+/// Limits of the running agent.
+#[derive(Clone, Debug)]
+pub struct Limits {
+    /// How long open requests and streams may go on after SIGTERM.
+    pub drain: Duration,
+    /// Most bytes of a read's response that are recorded, per request; beyond it length and digest.
+    pub response_bytes_max: usize,
+    /// A session ends after this time without a request.
+    pub session_idle_timeout: Duration,
+}
+
+impl Config {
+    /// Reads and validates the file at `path`; `default_node` is used where the file names no node.
+    ///
+    /// # Errors
+    /// [`ConfigError`], with the place in the file and the mend.
+    pub fn load(path: &Path, default_node: &str) -> Result<Self, ConfigError> {
+        let read = |source| ConfigError::Read { path: path.to_owned(), source };
+        let bytes = std::fs::metadata(path).map_err(read)?.len();
+        if bytes > CONFIG_BYTES_MAX {
+            return Err(ConfigError::TooLong { path: path.to_owned(), bytes });
+        }
+        let text = std::fs::read_to_string(path).map_err(read)?;
+        Self::parse(path, &text, default_node)
+    }
+
+    /// Validates `text`, which came from `path`.
+    ///
+    /// # Errors
+    /// See [`Self::load`].
+    pub fn parse(path: &Path, text: &str, default_node: &str) -> Result<Self, ConfigError> {
+        let raw: raw::AgentConfiguration = serde_yaml_ng::from_str(text)
+            .map_err(|error| ConfigError::Syntax { path: path.to_owned(), message: error.to_string() })?;
+        raw.validate(default_node).map_err(|invalid| ConfigError::Value {
+            path: path.to_owned(),
+            key: invalid.key,
+            problem: invalid.problem,
+        })
+    }
+}
+
+/// The name of this node where the configuration has none: `$NODE_NAME` (set by the DaemonSet from
+/// `spec.nodeName`), else the host name.
+pub fn default_node() -> String {
+    std::env::var("NODE_NAME").ok().filter(|name| !name.is_empty()).unwrap_or_else(|| {
+        nix::unistd::gethostname()
+            .map_or_else(|_| "unknown".to_owned(), |name| name.to_string_lossy().into_owned())
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use expect_test::{Expect, expect};
+
+    use super::{Config, Mode};
+
+    const WHOLE: &str = "
+apiVersion: weir.dev/v1alpha1
+kind: AgentConfiguration
+node: node-1
+tenant: acme
+journal: {directory: /var/lib/weir/journal, bytesMax: 1073741824}
+clusters:
+- name: production
+  inCluster: true
+  addresses: ['10.96.0.1:443', '[fd00::1]:443']
+  hostNames: [api.example.test]
+  trust: {clusterSigner: {}}
+enrolment:
+- namespaceSelector: {matchLabels: {weir.dev/enrol: 'true'}}
+  podSelector: {matchExpressions: [{key: role, operator: NotIn, values: [system]}]}
+  mode: observe
+intentAnnotations: [ci.example/job-url]
+limits: {drainSeconds: 10, responseBytesMax: 4096, sessionIdleTimeoutSeconds: 60}
+";
+
+    #[track_caller]
+    fn refused(text: &str, expected: Expect) {
+        let error = Config::parse(Path::new("weir.yaml"), text, "here").expect_err("is refused");
+        expected.assert_eq(&error.to_string());
+    }
+
+    #[test]
+    fn a_whole_configuration_is_read() {
+        let config = Config::parse(Path::new("weir.yaml"), WHOLE, "here").expect("is valid");
+        assert_eq!((config.node.as_str(), config.tenant.as_deref()), ("node-1", Some("acme")));
+        assert_eq!(config.clusters[0].addresses.len(), 2);
+        assert_eq!(config.enrolment[0].mode, Mode::Observe);
+        assert_eq!(config.limits.drain.as_secs(), 10);
+    }
+
+    #[test]
+    fn what_is_left_out_has_the_documented_default() {
+        let text = "apiVersion: weir.dev/v1alpha1\nkind: AgentConfiguration\nclusters: [{name: a, inCluster: true, trust: {clusterSigner: {}}}]\nenrolment: [{podSelector: {}, namespaceSelector: {}}]";
+        let config = Config::parse(Path::new("weir.yaml"), text, "here").expect("is valid");
+        assert_eq!(config.node, "here");
+        assert_eq!(config.journal.directory, Path::new("/var/lib/weir/journal"));
+        assert_eq!(config.enrolment[0].mode, Mode::Enforce);
+    }
+
+    #[test]
+    fn an_unknown_key_is_named() {
+        refused(
+            &WHOLE.replace("tenant", "tenent"),
+            expect!["configuration weir.yaml: unknown field `tenent`, expected one of `apiVersion`, `kind`, `node`, `tenant`, `journal`, `clusters`, `enrolment`, `intentAnnotations`, `cgroupRoot`, `limits` at line 5 column 1"],
+        );
+    }
+
+    #[test]
+    fn a_wrong_type_is_named() {
+        refused(
+            &WHOLE.replace("drainSeconds: 10", "drainSeconds: soon"),
+            expect![[r#"configuration weir.yaml: limits.drainSeconds: invalid type: string "soon", expected u64 at line 17 column 24"#]],
+        );
+    }
+
+    #[test]
+    fn another_version_is_refused() {
+        refused(
+            &WHOLE.replace("v1alpha1", "v9"),
+            expect!["configuration weir.yaml: apiVersion: is \"weir.dev/v9\"; this agent reads \"weir.dev/v1alpha1\""],
+        );
+    }
+
+    #[test]
+    fn a_cluster_needs_exactly_one_kind_of_access() {
+        refused(
+            &WHOLE.replace("  inCluster: true\n", ""),
+            expect!["configuration weir.yaml: clusters[0]: say either `inCluster: true` or `kubeconfig: FILE`"],
+        );
+    }
+
+    #[test]
+    fn a_missing_ca_is_named_with_its_path() {
+        refused(
+            &WHOLE.replace("{clusterSigner: {}}", "{mountedCa: {certificate: /nowhere/ca.crt, key: /nowhere/ca.key}}"),
+            expect!["configuration weir.yaml: clusters[0].trust.mountedCa.certificate: cannot open /nowhere/ca.crt: No such file or directory (os error 2); is it mounted?"],
+        );
+    }
+
+    #[test]
+    fn an_empty_enrolment_is_refused_because_it_would_enrol_nobody() {
+        let cut = WHOLE.find("enrolment:").expect("is there");
+        refused(
+            &WHOLE[..cut],
+            expect!["configuration weir.yaml: enrolment: is empty, so no pod would be enrolled; name at least one selector"],
+        );
+    }
+
+    #[test]
+    fn a_selector_that_kubernetes_would_refuse_is_refused() {
+        refused(
+            &WHOLE.replace("operator: NotIn, values: [system]", "operator: Exists, values: [system]"),
+            expect!["configuration weir.yaml: enrolment[0].podSelector.matchExpressions[0].values: must be empty for Exists and DoesNotExist"],
+        );
+    }
+}
