@@ -1,0 +1,168 @@
+//! `cargo xtask test`: everything a contributor needs before a change may land; `.ci/run` calls it.
+//!
+//! Each suite is a command with a budget in seconds. A budget is a promise about the time of contributors, not
+//! a test: what exceeds it is printed, nothing fails by the clock. The first suite that fails ends the run.
+
+use std::{
+    path::Path,
+    process::{Child, Command},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, bail};
+
+/// The version of cargo-deny that is installed where none is there.
+const CARGO_DENY_VERSION: &str = "0.20.2";
+
+/// A command and what it may cost on a warm machine with two cores.
+struct Suite {
+    name: &'static str,
+    budget: Duration,
+    command: Command,
+}
+
+/// Runs all suites; `long` asks for full counts where a suite has fewer by default.
+///
+/// # Errors
+/// The first suite that fails.
+pub(crate) fn run(root: &Path, long: bool) -> Result<()> {
+    let xtask = std::env::current_exe().context("cannot find this program's own path")?;
+    // The Go builds cost minutes on a fresh machine and share nothing with the Rust ones: side by side.
+    let mut testbed = Background::start(Command::new(&xtask).args(["testbed", "build"]).current_dir(root))?;
+    let mut used = Vec::new();
+    for suite in before_testbed(root, &xtask) {
+        used.push(suite.run(long)?);
+    }
+    let started = Instant::now();
+    testbed.wait("testbed build")?;
+    used.push(("testbed build (rest)", Duration::from_secs(900), started.elapsed()));
+    for suite in on_testbed(root, &xtask) {
+        used.push(suite.run(long)?);
+    }
+    println!("\n{:<24} {:>8} {:>8}", "suite", "used/s", "budget/s");
+    for (name, budget, used) in used {
+        let mark = if used > budget { "  over its budget" } else { "" };
+        println!("{name:<24} {:>8} {:>8}{mark}", used.as_secs(), budget.as_secs());
+    }
+    Ok(())
+}
+
+fn before_testbed(root: &Path, xtask: &Path) -> Vec<Suite> {
+    let suite = |name, seconds, program: &Path, arguments: &[&str]| {
+        let mut command = Command::new(program);
+        command.args(arguments).current_dir(root);
+        Suite { name, budget: Duration::from_secs(seconds), command }
+    };
+    let cargo = Path::new("cargo");
+    let mut format_ebpf = suite("format (kernel)", 10, cargo, &["fmt", "--all", "--check"]);
+    format_ebpf.command.current_dir(root.join("ebpf"));
+    vec![
+        suite("format", 10, cargo, &["fmt", "--all", "--check"]),
+        format_ebpf,
+        suite("tidy", 10, xtask, &["tidy"]),
+        suite("kernel programs", 240, xtask, &["build-ebpf"]),
+        suite(
+            "clippy",
+            600,
+            cargo,
+            &["clippy", "--workspace", "--all-targets", "--locked", "--", "-D", "warnings"],
+        ),
+        suite("deny", 300, xtask, &["deny"]),
+        suite("unit", 900, cargo, &["test", "--workspace", "--exclude", "weir-tests", "--locked"]),
+        // Integration tests and the demo run these as the real binaries.
+        suite("binaries", 300, cargo, &["build", "--locked", "-p", "weir-agent", "-p", "weir"]),
+    ]
+}
+
+fn on_testbed(root: &Path, xtask: &Path) -> Vec<Suite> {
+    let mut integration = Command::new("cargo");
+    integration.args(["test", "--locked", "-p", "weir-tests"]).current_dir(root);
+    let mut demo = Command::new(xtask);
+    demo.args(["demo", "--yes"]).current_dir(root);
+    vec![
+        Suite { name: "integration", budget: Duration::from_secs(900), command: integration },
+        Suite { name: "demo", budget: Duration::from_secs(180), command: demo },
+    ]
+}
+
+impl Suite {
+    fn run(mut self, long: bool) -> Result<(&'static str, Duration, Duration)> {
+        println!("\n== {} ==", self.name);
+        if long {
+            self.command.env("WEIR_TEST_LONG", "1");
+        }
+        let started = Instant::now();
+        let status = self.command.status().with_context(|| format!("{}: cannot start {:?}", self.name, self.command))?;
+        if !status.success() {
+            bail!("{}: {:?} ended with {status}", self.name, self.command);
+        }
+        Ok((self.name, self.budget, started.elapsed()))
+    }
+}
+
+/// A command beside the others, ended with this process's failure.
+struct Background(Child);
+
+impl Background {
+    fn start(command: &mut Command) -> Result<Self> {
+        Ok(Self(command.spawn().with_context(|| format!("cannot start {command:?}"))?))
+    }
+
+    fn wait(&mut self, name: &str) -> Result<()> {
+        let status = self.0.wait()?;
+        if !status.success() {
+            bail!("{name} ended with {status}; its output is above");
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Background {
+    fn drop(&mut self) {
+        // Both fail only where the child has ended already, which is what is wanted.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// `cargo xtask deny`: licences, bans and sources always; advisories where their database can be fetched.
+///
+/// # Errors
+/// cargo-deny cannot be installed, or it refuses something.
+pub(crate) fn deny(root: &Path) -> Result<()> {
+    let tools = tools_folder()?;
+    let program = tools.join("bin/cargo-deny");
+    if !program.is_file() {
+        println!("installing cargo-deny {CARGO_DENY_VERSION} into {} (about 4 minutes)", tools.display());
+        let status = Command::new("cargo")
+            .args(["install", "cargo-deny", "--locked", "--version", CARGO_DENY_VERSION, "--root"])
+            .arg(&tools)
+            .status()?;
+        if !status.success() {
+            bail!("cannot install cargo-deny; try `cargo install cargo-deny --version {CARGO_DENY_VERSION}`");
+        }
+    }
+    let check = |what: &[&str]| -> Result<bool> {
+        let status = Command::new(&program).args(["check", "--hide-inclusion-graph"]).args(what).current_dir(root).status()?;
+        Ok(status.success())
+    };
+    if !check(&["bans", "licenses", "sources"])? {
+        bail!("cargo-deny refuses a dependency; see above and deny.toml");
+    }
+    let fetched = Command::new(&program).args(["fetch", "db"]).current_dir(root).output()?.status.success();
+    if !fetched {
+        println!("deny: ADVISORIES NOT CHECKED: their database cannot be fetched from here");
+    } else if !check(&["advisories"])? {
+        bail!("cargo-deny knows an advisory against a dependency; see above and deny.toml");
+    }
+    Ok(())
+}
+
+/// Where developer tools are installed: outside `target/`, so that `cargo clean` does not cost them.
+fn tools_folder() -> Result<std::path::PathBuf> {
+    let cache = std::env::var_os("XDG_CACHE_HOME")
+        .map(std::path::PathBuf::from)
+        .or_else(|| std::env::var_os("HOME").map(|home| Path::new(&home).join(".cache")))
+        .context("neither XDG_CACHE_HOME nor HOME is set; set one, tools are installed below it")?;
+    Ok(cache.join("weir/tools"))
+}
