@@ -262,7 +262,9 @@ limits: {drainSeconds: 10, responseBytesMax: 4096, sessionIdleTimeoutSeconds: 60
     fn an_unknown_key_is_named() {
         refused(
             &WHOLE.replace("tenant", "tenent"),
-            expect!["configuration weir.yaml: unknown field `tenent`, expected one of `apiVersion`, `kind`, `node`, `tenant`, `journal`, `clusters`, `enrolment`, `intentAnnotations`, `cgroupRoot`, `limits` at line 5 column 1"],
+            expect![
+                "configuration weir.yaml: unknown field `tenent`, expected one of `apiVersion`, `kind`, `node`, `tenant`, `journal`, `clusters`, `enrolment`, `intentAnnotations`, `cgroupRoot`, `limits` at line 5 column 1"
+            ],
         );
     }
 
@@ -270,7 +272,9 @@ limits: {drainSeconds: 10, responseBytesMax: 4096, sessionIdleTimeoutSeconds: 60
     fn a_wrong_type_is_named() {
         refused(
             &WHOLE.replace("drainSeconds: 10", "drainSeconds: soon"),
-            expect![[r#"configuration weir.yaml: limits.drainSeconds: invalid type: string "soon", expected u64 at line 17 column 24"#]],
+            expect![[
+                r#"configuration weir.yaml: limits.drainSeconds: invalid type: string "soon", expected u64 at line 17 column 24"#
+            ]],
         );
     }
 
@@ -278,7 +282,9 @@ limits: {drainSeconds: 10, responseBytesMax: 4096, sessionIdleTimeoutSeconds: 60
     fn another_version_is_refused() {
         refused(
             &WHOLE.replace("v1alpha1", "v9"),
-            expect!["configuration weir.yaml: apiVersion: is \"weir.dev/v9\"; this agent reads \"weir.dev/v1alpha1\""],
+            expect![
+                "configuration weir.yaml: apiVersion: is \"weir.dev/v9\"; this agent reads \"weir.dev/v1alpha1\""
+            ],
         );
     }
 
@@ -286,15 +292,22 @@ limits: {drainSeconds: 10, responseBytesMax: 4096, sessionIdleTimeoutSeconds: 60
     fn a_cluster_needs_exactly_one_kind_of_access() {
         refused(
             &WHOLE.replace("  inCluster: true\n", ""),
-            expect!["configuration weir.yaml: clusters[0]: say either `inCluster: true` or `kubeconfig: FILE`"],
+            expect![
+                "configuration weir.yaml: clusters[0]: say either `inCluster: true` or `kubeconfig: FILE`"
+            ],
         );
     }
 
     #[test]
     fn a_missing_ca_is_named_with_its_path() {
         refused(
-            &WHOLE.replace("{clusterSigner: {}}", "{mountedCa: {certificate: /nowhere/ca.crt, key: /nowhere/ca.key}}"),
-            expect!["configuration weir.yaml: clusters[0].trust.mountedCa.certificate: cannot open /nowhere/ca.crt: No such file or directory (os error 2); is it mounted?"],
+            &WHOLE.replace(
+                "{clusterSigner: {}}",
+                "{mountedCa: {certificate: /nowhere/ca.crt, key: /nowhere/ca.key}}",
+            ),
+            expect![
+                "configuration weir.yaml: clusters[0].trust.mountedCa.certificate: cannot open /nowhere/ca.crt: No such file or directory (os error 2); is it mounted?"
+            ],
         );
     }
 
@@ -303,7 +316,9 @@ limits: {drainSeconds: 10, responseBytesMax: 4096, sessionIdleTimeoutSeconds: 60
         let cut = WHOLE.find("enrolment:").expect("is there");
         refused(
             &WHOLE[..cut],
-            expect!["configuration weir.yaml: enrolment: is empty, so no pod would be enrolled; name at least one selector"],
+            expect![
+                "configuration weir.yaml: enrolment: is empty, so no pod would be enrolled; name at least one selector"
+            ],
         );
     }
 
@@ -311,7 +326,9 @@ limits: {drainSeconds: 10, responseBytesMax: 4096, sessionIdleTimeoutSeconds: 60
     fn a_selector_that_kubernetes_would_refuse_is_refused() {
         refused(
             &WHOLE.replace("operator: NotIn, values: [system]", "operator: Exists, values: [system]"),
-            expect!["configuration weir.yaml: enrolment[0].podSelector.matchExpressions[0].values: must be empty for Exists and DoesNotExist"],
+            expect![
+                "configuration weir.yaml: enrolment[0].podSelector.matchExpressions[0].values: must be empty for Exists and DoesNotExist"
+            ],
         );
     }
 }

@@ -31,6 +31,9 @@ pub struct RecorderOptions {
     pub response_bytes_max: usize,
     /// A session ends after this time without a request.
     pub session_idle_timeout: std::time::Duration,
+    /// Ed25519 key (PKCS#8, PEM) that signs checkpoints; without one each epoch makes its own and publishes only
+    /// its public half.
+    pub signing_key_file: Option<PathBuf>,
 }
 
 /// What went wrong with recording; the proxy answers 503 with it.
@@ -102,7 +105,13 @@ impl Recorder {
     }
 
     /// Records something an operator should know; `name` is stable, `message` says the mend.
-    pub fn finding(&self, _cluster: Option<usize>, _caller: Option<&Arc<Caller>>, _name: &str, _message: &str) {
+    pub fn finding(
+        &self,
+        _cluster: Option<usize>,
+        _caller: Option<&Arc<Caller>>,
+        _name: &str,
+        _message: &str,
+    ) {
         unimplemented!()
     }
 

@@ -7,6 +7,7 @@
 
 use std::collections::BTreeMap;
 
+use base64::Engine as _;
 use serde::{Deserialize, Serialize};
 
 use crate::attributes::Attributes;
@@ -347,4 +348,108 @@ pub enum Bytes {
     Text(String),
     /// Anything else, standard base64 with padding.
     Base64(String),
+}
+
+/// Why the bytes of a [`Content`] cannot be had.
+#[derive(Debug, thiserror::Error)]
+#[error("content is not valid base64")]
+pub struct BytesError(#[from] base64::DecodeError);
+
+impl Bytes {
+    /// Text if the bytes are UTF-8 and do not grow much as JSON, else base64.
+    pub fn from_slice(bytes: &[u8]) -> Self {
+        match std::str::from_utf8(bytes) {
+            Ok(text) if escaped_bytes(bytes) <= bytes.len() + bytes.len() / 3 + 64 => {
+                Self::Text(text.to_owned())
+            }
+            _ => Self::Base64(base64::engine::general_purpose::STANDARD.encode(bytes)),
+        }
+    }
+
+    /// The bytes.
+    ///
+    /// # Errors
+    /// The base64 is not valid.
+    pub fn to_vec(&self) -> Result<Vec<u8>, BytesError> {
+        match self {
+            Self::Text(text) => Ok(text.clone().into_bytes()),
+            Self::Base64(text) => Ok(base64::engine::general_purpose::STANDARD.decode(text)?),
+        }
+    }
+}
+
+/// Length as a JSON string, so that no event outgrows a frame: a control character takes six bytes.
+fn escaped_bytes(bytes: &[u8]) -> usize {
+    let escaped = |byte: &u8| match byte {
+        b'"' | b'\\' | b'\n' | b'\r' | b'\t' => 2,
+        0..0x20 => 6,
+        _ => 1,
+    };
+    bytes.iter().map(escaped).sum()
+}
+
+impl Kind {
+    /// The name that stands in `type`.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::AgentStarted { .. } => "agentStarted",
+            Self::AgentStopped { .. } => "agentStopped",
+            Self::SessionStarted { .. } => "sessionStarted",
+            Self::InvocationStarted { .. } => "invocationStarted",
+            Self::RequestOpened(_) => "requestOpened",
+            Self::RequestRefused { .. } => "requestRefused",
+            Self::Content(_) => "content",
+            Self::ResponseStarted { .. } => "responseStarted",
+            Self::RequestClosed(_) => "requestClosed",
+            Self::ConnectionRefused { .. } => "connectionRefused",
+            Self::Gap { .. } => "gap",
+            Self::Finding { .. } => "finding",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Bytes, CONTENT_BYTES_MAX, Channel, Content, Event, Kind, SCHEMA_VERSION};
+    use crate::frame::VALUE_BYTES_MAX;
+
+    fn event(kind: Kind) -> Event {
+        Event {
+            schema: SCHEMA_VERSION,
+            sequence: 7,
+            time_unix_us: 1,
+            cluster: "c".into(),
+            tenant: None,
+            node: "n".into(),
+            epoch: "e".into(),
+            session: String::new(),
+            invocation: None,
+            request: None,
+            kind,
+        }
+    }
+
+    #[test]
+    fn content_has_its_name_as_type_and_round_trips_whatever_its_bytes_are() {
+        for bytes in [&b"text \"quoted\""[..], b"\xff\x00", b"", b"\x01\x02\x03"] {
+            let content =
+                Content { channel: Channel::ResponseBody, offset: 3, bytes: Bytes::from_slice(bytes) };
+            let event = event(Kind::Content(content));
+            let json = serde_json::to_string(&event).unwrap();
+            assert!(json.contains(&format!("\"type\":\"{}\"", event.kind.name())), "{json}");
+            let back: Event = serde_json::from_str(&json).unwrap();
+            assert_eq!(back, event);
+            let Kind::Content(content) = back.kind else { panic!("{json}") };
+            assert_eq!(content.bytes.to_vec().unwrap(), bytes);
+        }
+    }
+
+    #[test]
+    fn no_content_outgrows_a_frame() {
+        for byte in [b'"', 1, 0xff, b'a'] {
+            let bytes = Bytes::from_slice(&vec![byte; CONTENT_BYTES_MAX]);
+            let event = event(Kind::Content(Content { channel: Channel::ClientRaw, offset: 0, bytes }));
+            assert!(serde_json::to_vec(&event).unwrap().len() < VALUE_BYTES_MAX);
+        }
+    }
 }

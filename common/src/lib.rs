@@ -11,4 +11,14 @@ pub mod verdict;
 #[cfg(feature = "record")]
 pub mod attributes;
 #[cfg(feature = "record")]
+pub mod checkpoint;
+#[cfg(feature = "record")]
+pub mod envelope;
+#[cfg(feature = "record")]
 pub mod event;
+#[cfg(feature = "record")]
+pub mod frame;
+#[cfg(feature = "record")]
+pub mod merkle;
+#[cfg(feature = "record")]
+pub mod segment;

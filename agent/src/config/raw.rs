@@ -197,7 +197,9 @@ impl RawTrust {
                 certificate: readable(format!("{key}.mountedCa.certificate"), files.certificate)?,
                 key: readable(format!("{key}.mountedCa.key"), files.key)?,
             }),
-            _ => invalid(key, "say either `clusterSigner: {}` or `mountedCa: {certificate: FILE, key: FILE}`"),
+            _ => {
+                invalid(key, "say either `clusterSigner: {}` or `mountedCa: {certificate: FILE, key: FILE}`")
+            }
         }
     }
 }
