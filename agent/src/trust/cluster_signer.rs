@@ -1,0 +1,245 @@
+//! Certificates from the cluster's own signer `kubernetes.io/kubelet-serving`, through the Kubernetes API.
+//!
+//! That signer issues for subject `O=system:nodes, CN=system:node:…` with any DNS and IP names, for the usages
+//! digital signature, key encipherment and server auth (k8s.io/kubernetes `pkg/apis/certificates/helpers.go`,
+//! `ValidateKubeletServingCSR`), and by default chains to the CA that every pod trusts. Nobody approves its
+//! requests automatically, so the agent does, if its service account may. The only file of trust that talks to
+//! a cluster; verifying what comes back is the caller's.
+
+use std::{fmt, time::Duration};
+
+use k8s_openapi::{
+    ByteString,
+    api::certificates::v1::{CertificateSigningRequest, CertificateSigningRequestSpec},
+};
+use kube::{
+    Api, Client,
+    api::{DeleteParams, ObjectMeta, Patch, PatchParams, PostParams},
+    runtime::wait::await_condition,
+};
+use rcgen::DnType;
+use rustls::pki_types::{CertificateDer, pem::PemObject};
+use serde_json::json;
+use tracing::warn;
+
+use super::ClusterCa;
+
+/// The signer that is asked.
+pub const SIGNER_NAME: &str = "kubernetes.io/kubelet-serving";
+/// Life that is asked for; the signer may give less.
+const EXPIRATION_SECONDS: i32 = 24 * 60 * 60;
+/// How long the signer may take after approval.
+const ISSUE_DEADLINE: Duration = Duration::from_secs(30);
+/// What the agent's service account must be allowed, for error messages.
+const NEEDED_RIGHTS: &str = "is the agent's service account allowed to create, watch and delete \
+     certificatesigningrequests, to patch certificatesigningrequests/approval and to approve the signer \
+     kubernetes.io/kubelet-serving?";
+
+/// Why the signer gave no certificate.
+#[derive(Debug, thiserror::Error)]
+pub enum ClusterSignerError {
+    /// The API server refused or could not be reached.
+    #[error("cannot {action} the certificate signing request {name}; {NEEDED_RIGHTS}")]
+    Api {
+        /// What was tried.
+        action: &'static str,
+        /// Name of the request.
+        name: String,
+        /// Why.
+        source: Box<kube::Error>,
+    },
+    /// The watch on the request broke.
+    #[error("lost sight of the certificate signing request {name}; {NEEDED_RIGHTS}")]
+    Watch {
+        /// Name of the request.
+        name: String,
+        /// Why.
+        source: Box<kube::runtime::wait::Error>,
+    },
+    /// No certificate in time.
+    #[error(
+        "the signer kubernetes.io/kubelet-serving issued nothing for {name} within {} s; does kube-controller-manager \
+         run with --cluster-signing-cert-file, and does this cluster offer that signer (EKS restricts it)?",
+        ISSUE_DEADLINE.as_secs()
+    )]
+    Timeout {
+        /// Name of the request.
+        name: String,
+    },
+    /// Denied or failed.
+    #[error("the certificate signing request {name} ended as {condition}: {message}")]
+    Refused {
+        /// Name of the request.
+        name: String,
+        /// `Denied` or `Failed`.
+        condition: String,
+        /// The signer's words.
+        message: String,
+    },
+    /// What came back is not PEM.
+    #[error("the certificate for {name} is not valid PEM")]
+    Pem {
+        /// Name of the request.
+        name: String,
+        /// Why.
+        source: rustls::pki_types::pem::Error,
+    },
+    /// Somebody deleted the request before it was answered.
+    #[error("the certificate signing request {name} was deleted before it was answered")]
+    Deleted {
+        /// Name of the request.
+        name: String,
+    },
+}
+
+/// The signer of one cluster.
+#[derive(Clone)]
+pub struct ClusterSigner {
+    client: Client,
+    node: String,
+    cluster_ca: ClusterCa,
+}
+
+impl fmt::Debug for ClusterSigner {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.debug_struct("ClusterSigner").field("node", &self.node).finish_non_exhaustive()
+    }
+}
+
+impl ClusterSigner {
+    /// Asks through `client`, in the name of `node`; `cluster_ca` is what the cluster's pods trust.
+    pub fn new(client: Client, node: impl Into<String>, cluster_ca: ClusterCa) -> Self {
+        Self { client, node: node.into(), cluster_ca }
+    }
+
+    pub(super) fn cluster_ca(&self) -> &ClusterCa {
+        &self.cluster_ca
+    }
+
+    pub(super) fn subject(&self) -> [(DnType, String); 2] {
+        [
+            (DnType::OrganizationName, "system:nodes".to_owned()),
+            (DnType::CommonName, format!("system:node:{}", self.node)),
+        ]
+    }
+
+    /// Has the PEM request signed; leaf first.
+    ///
+    /// # Errors
+    /// Not allowed, refused, or not answered in time.
+    pub(super) async fn sign(
+        &self,
+        request_pem: &str,
+    ) -> Result<Vec<CertificateDer<'static>>, ClusterSignerError> {
+        let requests: Api<CertificateSigningRequest> = Api::all(self.client.clone());
+        let name = format!("weir-serving-{}", uuid::Uuid::now_v7());
+        requests
+            .create(&PostParams::default(), &csr(&name, request_pem))
+            .await
+            .map_err(|source| api_error("create", &name, source))?;
+        let outcome = approve_and_wait(&requests, &name).await;
+        // Answered or not, it has served its purpose; the cluster's own clean-up would take an hour or a day.
+        if let Err(error) = requests.delete(&name, &DeleteParams::default()).await {
+            warn!(
+                error = &error as &dyn std::error::Error,
+                name, "cannot delete a certificate signing request; the cluster will in time"
+            );
+        }
+        let certificate = outcome?;
+        CertificateDer::pem_slice_iter(&certificate)
+            .collect::<Result<Vec<_>, _>>()
+            .map_err(|source| ClusterSignerError::Pem { name, source })
+    }
+}
+
+fn api_error(action: &'static str, name: &str, source: kube::Error) -> ClusterSignerError {
+    ClusterSignerError::Api { action, name: name.to_owned(), source: Box::new(source) }
+}
+
+fn csr(name: &str, request_pem: &str) -> CertificateSigningRequest {
+    CertificateSigningRequest {
+        metadata: ObjectMeta { name: Some(name.to_owned()), ..ObjectMeta::default() },
+        spec: CertificateSigningRequestSpec {
+            request: ByteString(request_pem.as_bytes().to_vec()),
+            signer_name: SIGNER_NAME.to_owned(),
+            usages: Some(
+                ["digital signature", "key encipherment", "server auth"].map(str::to_owned).to_vec(),
+            ),
+            expiration_seconds: Some(EXPIRATION_SECONDS),
+            ..CertificateSigningRequestSpec::default()
+        },
+        status: None,
+    }
+}
+
+async fn approve_and_wait(
+    requests: &Api<CertificateSigningRequest>,
+    name: &str,
+) -> Result<Vec<u8>, ClusterSignerError> {
+    let approval = json!({"status": {"conditions": [{
+        "type": "Approved",
+        "status": "True",
+        "reason": "WeirAgent",
+        "message": "serving certificate of the Weir agent of this node",
+    }]}});
+    requests
+        .patch_approval(name, &PatchParams::default(), &Patch::Merge(&approval))
+        .await
+        .map_err(|source| api_error("approve", name, source))?;
+    let answered = await_condition(requests.clone(), name, |request: Option<&CertificateSigningRequest>| {
+        request.is_none_or(|request| certificate(request).is_some() || refusal(request).is_some())
+    });
+    let request = tokio::time::timeout(ISSUE_DEADLINE, answered)
+        .await
+        .map_err(|_elapsed| ClusterSignerError::Timeout { name: name.to_owned() })?
+        .map_err(|source| ClusterSignerError::Watch { name: name.to_owned(), source: Box::new(source) })?
+        .ok_or_else(|| ClusterSignerError::Deleted { name: name.to_owned() })?;
+    match (refusal(&request), certificate(&request)) {
+        (Some((condition, message)), _) => {
+            Err(ClusterSignerError::Refused { name: name.to_owned(), condition, message })
+        }
+        (None, Some(certificate)) => Ok(certificate.to_vec()),
+        (None, None) => Err(ClusterSignerError::Deleted { name: name.to_owned() }),
+    }
+}
+
+fn certificate(request: &CertificateSigningRequest) -> Option<&[u8]> {
+    let bytes = &request.status.as_ref()?.certificate.as_ref()?.0;
+    (!bytes.is_empty()).then_some(bytes)
+}
+
+fn refusal(request: &CertificateSigningRequest) -> Option<(String, String)> {
+    let conditions = request.status.as_ref()?.conditions.as_ref()?;
+    let ended =
+        conditions.iter().find(|condition| matches!(condition.type_.as_str(), "Denied" | "Failed"))?;
+    Some((ended.type_.clone(), ended.message.clone().unwrap_or_default()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn with_status(status: serde_json::Value) -> CertificateSigningRequest {
+        let mut request = csr("weir-serving-test", "pem");
+        request.status = serde_json::from_value(status).expect("a status");
+        request
+    }
+
+    #[test]
+    fn an_unanswered_request_has_neither_certificate_nor_refusal() {
+        let request = with_status(json!({"conditions": [
+            {"type": "Approved", "status": "True"},
+        ]}));
+        assert_eq!(certificate(&request), None);
+        assert_eq!(refusal(&request), None);
+    }
+
+    #[test]
+    fn a_failed_request_tells_the_signers_words() {
+        let request = with_status(json!({"conditions": [
+            {"type": "Approved", "status": "True"},
+            {"type": "Failed", "status": "True", "message": "subject not allowed"},
+        ]}));
+        assert_eq!(refusal(&request), Some(("Failed".to_owned(), "subject not allowed".to_owned())));
+    }
+}

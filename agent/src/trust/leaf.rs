@@ -1,0 +1,242 @@
+//! The serving certificate: its key, the TLS configuration made of it, and its renewal before it ends.
+//!
+//! Keys are ECDSA P-256, made here for each certificate and dropped with the configuration they serve. A failed
+//! renewal is retried with growing pauses for as long as it takes; the certificate in place keeps serving.
+
+use std::{
+    fmt,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use rand::Rng;
+use rcgen::{
+    CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, KeyPair, KeyUsagePurpose, SanType,
+};
+use rustls::{
+    ServerConfig,
+    crypto::CryptoProvider,
+    pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer},
+};
+use tokio::sync::watch;
+use tracing::{info, warn};
+use x509_parser::parse_x509_certificate;
+
+use super::{Authority, ServingCertificate, ServingNames, TrustError};
+
+/// First pause after a failed renewal.
+const RETRY_FIRST: Duration = Duration::from_secs(5);
+/// Longest pause after a failed renewal.
+const RETRY_LONGEST: Duration = Duration::from_mins(5);
+/// Longest sleep before the clock is read again: a suspended machine must not miss the renewal.
+const CLOCK_CHECK: Duration = Duration::from_mins(10);
+/// A certificate with less time than this left is not worth serving.
+const LIFE_SHORTEST: Duration = Duration::from_secs(30);
+
+/// The one crypto provider of this program.
+pub fn crypto_provider() -> Arc<CryptoProvider> {
+    Arc::new(rustls::crypto::aws_lc_rs::default_provider())
+}
+
+pub(super) fn generate_key() -> Result<KeyPair, TrustError> {
+    KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256)
+        .map_err(|source| TrustError::Generate { what: "a private key", source })
+}
+
+pub(super) fn distinguished_name(entries: &[(DnType, &str)]) -> DistinguishedName {
+    let mut name = DistinguishedName::new();
+    for (kind, value) in entries {
+        name.push(kind.clone(), *value);
+    }
+    name
+}
+
+/// Parameters of a serving certificate for `names`, life not yet set.
+pub(super) fn serving_params(
+    names: &ServingNames,
+    subject: &[(DnType, &str)],
+) -> Result<CertificateParams, TrustError> {
+    let mut params = CertificateParams::default();
+    params.distinguished_name = distinguished_name(subject);
+    for name in &names.dns {
+        let name =
+            name.as_str().try_into().map_err(|_not_ascii| TrustError::InvalidName { name: name.clone() })?;
+        params.subject_alt_names.push(SanType::DnsName(name));
+    }
+    params.subject_alt_names.extend(names.addresses.iter().map(|address| SanType::IpAddress(*address)));
+    params.key_usages = vec![KeyUsagePurpose::DigitalSignature, KeyUsagePurpose::KeyEncipherment];
+    params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
+    Ok(params)
+}
+
+/// A PEM certificate signing request for `key`.
+pub(super) fn signing_request(
+    key: &KeyPair,
+    names: &ServingNames,
+    subject: &[(DnType, String)],
+) -> Result<String, TrustError> {
+    let subject: Vec<_> = subject.iter().map(|(kind, value)| (kind.clone(), value.as_str())).collect();
+    serving_params(names, &subject)?
+        .serialize_request(key)
+        .and_then(|request| request.pem())
+        .map_err(|source| TrustError::Generate { what: "a certificate signing request", source })
+}
+
+pub(super) fn from_unix_seconds(seconds: i64) -> SystemTime {
+    SystemTime::UNIX_EPOCH + Duration::from_secs(u64::try_from(seconds).unwrap_or(0))
+}
+
+/// A verified certificate with its key, ready to serve.
+pub struct Leaf {
+    config: Arc<ServerConfig>,
+    not_after: SystemTime,
+}
+
+impl fmt::Debug for Leaf {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.debug_struct("Leaf").field("not_after", &self.not_after).finish_non_exhaustive()
+    }
+}
+
+impl Leaf {
+    /// Makes the TLS configuration (TLS 1.2 and 1.3, ALPN `h2` and `http/1.1`, session tickets).
+    pub(super) fn new(key: KeyPair, chain: Vec<CertificateDer<'static>>) -> Result<Self, TrustError> {
+        let unparsable = |reason: String| TrustError::Unparsable { reason };
+        let leaf = chain.first().ok_or(TrustError::EmptyChain)?;
+        let (_, parsed) = parse_x509_certificate(leaf).map_err(|error| unparsable(error.to_string()))?;
+        let not_after = from_unix_seconds(parsed.validity().not_after.timestamp());
+        if not_after < SystemTime::now() + LIFE_SHORTEST {
+            return Err(TrustError::Expired { not_after });
+        }
+        let failed = |source| TrustError::ServerConfig { source };
+        let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der()));
+        let mut config = ServerConfig::builder_with_provider(crypto_provider())
+            .with_safe_default_protocol_versions()
+            .map_err(failed)?
+            .with_no_client_auth()
+            .with_single_cert(chain, key)
+            .map_err(failed)?;
+        config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+        // Stateless tickets: resumption without memory per session.
+        config.ticketer = rustls::crypto::aws_lc_rs::Ticketer::new().map_err(failed)?;
+        Ok(Self { config: Arc::new(config), not_after })
+    }
+
+    /// End of the certificate's validity.
+    pub fn not_after(&self) -> SystemTime {
+        self.not_after
+    }
+
+    /// The TLS configuration.
+    pub fn server_config(&self) -> Arc<ServerConfig> {
+        Arc::clone(&self.config)
+    }
+}
+
+/// Gets the first certificate for the current `names` and returns it with the task that keeps it fresh: run
+/// [`Renewal::run`] for as long as the certificate serves.
+///
+/// # Errors
+/// There is no certificate that clients would trust.
+pub async fn serve(
+    authority: Arc<Authority>,
+    mut names: watch::Receiver<ServingNames>,
+) -> Result<(ServingCertificate, Renewal), TrustError> {
+    let wanted = names.borrow_and_update().clone();
+    let leaf = authority.issue(&wanted).await?;
+    let serving = ServingCertificate::new(leaf.server_config());
+    let renewal = Renewal { authority, serving: serving.clone(), names, not_after: leaf.not_after };
+    Ok((serving, renewal))
+}
+
+/// Replaces a certificate before it ends, and when the names that it must cover change.
+#[derive(Debug)]
+pub struct Renewal {
+    authority: Arc<Authority>,
+    serving: ServingCertificate,
+    names: watch::Receiver<ServingNames>,
+    not_after: SystemTime,
+}
+
+impl Renewal {
+    /// Runs until the sender of the names is dropped.
+    pub async fn run(mut self) {
+        let mut renew_at =
+            renewal_time(SystemTime::now(), self.not_after, rand::thread_rng().gen_range(0.0..1.0));
+        let mut pause = RETRY_FIRST;
+        loop {
+            let wait = renew_at.duration_since(SystemTime::now()).unwrap_or_default();
+            if !wait.is_zero() {
+                tokio::select! {
+                    () = tokio::time::sleep(wait.min(CLOCK_CHECK)) => continue,
+                    changed = self.names.changed() => if changed.is_err() { return },
+                }
+            }
+            let names = self.names.borrow_and_update().clone();
+            let jitter = rand::thread_rng().gen_range(0.0..1.0);
+            match self.authority.issue(&names).await {
+                Ok(leaf) => {
+                    self.serving.replace(leaf.server_config());
+                    self.not_after = leaf.not_after;
+                    renew_at = renewal_time(SystemTime::now(), self.not_after, jitter);
+                    pause = RETRY_FIRST;
+                    info!(authority = self.authority.describe(), "serving certificate renewed");
+                }
+                Err(error) => {
+                    let left = self.not_after.duration_since(SystemTime::now()).unwrap_or_default();
+                    warn!(
+                        error = &error as &dyn std::error::Error,
+                        valid_for_s = left.as_secs(),
+                        retry_in_s = pause.as_secs(),
+                        "cannot renew the serving certificate"
+                    );
+                    renew_at = SystemTime::now() + pause.mul_f64(1.0 + 0.2 * jitter);
+                    pause = (pause * 2).min(RETRY_LONGEST);
+                }
+            }
+        }
+    }
+}
+
+/// Between 60 % and 75 % of the time that is left, so that the agents of a cluster do not renew all at once and
+/// a quarter of the life remains for retries.
+fn renewal_time(now: SystemTime, not_after: SystemTime, jitter: f64) -> SystemTime {
+    let left = not_after.duration_since(now).unwrap_or_default();
+    now + left.mul_f64(0.60 + 0.15 * jitter)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::trust::authority::EphemeralCa;
+
+    #[test]
+    fn renewal_leaves_a_quarter_of_the_life_for_retries() {
+        let now = SystemTime::UNIX_EPOCH;
+        let end = now + Duration::from_secs(1000);
+        assert_eq!(renewal_time(now, end, 0.0), now + Duration::from_secs(600));
+        assert_eq!(renewal_time(now, end, 1.0), now + Duration::from_secs(750));
+        assert_eq!(renewal_time(end, now, 0.5), end, "a past end renews at once");
+    }
+
+    #[tokio::test]
+    async fn new_names_replace_the_certificate() {
+        let authority = Arc::new(Authority::Ephemeral(EphemeralCa::generate().expect("generates")));
+        let names = |host: &str| {
+            let mut names = ServingNames::default();
+            names.add_host(host);
+            names
+        };
+        let (sender, receiver) = watch::channel(names("10.0.0.1"));
+        let (serving, renewal) = serve(authority, receiver).await.expect("serves");
+        let first = serving.server_config();
+        assert_eq!(first.alpn_protocols, [b"h2".to_vec(), b"http/1.1".to_vec()]);
+        let task = tokio::spawn(renewal.run());
+        sender.send(names("10.0.0.2")).expect("receiver lives");
+        while Arc::ptr_eq(&first, &serving.server_config()) {
+            tokio::task::yield_now().await;
+        }
+        drop(sender);
+        task.await.expect("ends with its sender");
+    }
+}
