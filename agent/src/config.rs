@@ -273,7 +273,7 @@ limits: {drainSeconds: 10, responseBytesMax: 4096, sessionIdleTimeoutSeconds: 60
         refused(
             &WHOLE.replace("drainSeconds: 10", "drainSeconds: soon"),
             expect![[
-                r#"configuration weir.yaml: limits.drainSeconds: invalid type: string "soon", expected u64 at line 17 column 24"#
+                r#"configuration weir.yaml: limits.drainSeconds: invalid type: string "soon", expected u64 at line 18 column 24"#
             ]],
         );
     }
