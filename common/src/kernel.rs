@@ -101,13 +101,91 @@ pub struct FlowRecord {
     pub pod_cgroup: u64,
     /// Cookie of the network namespace of the socket.
     pub netns: u64,
-    /// Start of the process (its thread group leader), in ns since boot (`start_boottime`), to tell a reused
-    /// pid from the one that connected; 0 where it could not be read.
-    pub start_boottime_ns: u64,
+    /// When it connected, in ns since boot (`CLOCK_BOOTTIME`). A process that bears `tgid` later and started
+    /// before this time is the one that connected: a pid is not given twice at a time. (The start time itself
+    /// would need offsets into `task_struct`, which differ between kernels.)
+    pub connected_boottime_ns: u64,
     /// Thread group id in the initial pid namespace.
     pub tgid: u32,
     /// User id in the initial user namespace.
     pub uid: u32,
+}
+
+/// What is kept with a socket; value of the socket storage.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SocketState {
+    /// The redirect, or (before any) only who made the socket and in which network namespace.
+    pub flow: FlowRecord,
+    /// Port of the listener that the socket was redirected to, host order.
+    pub listener_port: u32,
+    /// A [`Phase`] as number.
+    pub phase: u32,
+}
+
+/// How far a socket is, in [`SocketState`].
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// Made, or connected to something that is no API server.
+    Made = 0,
+    /// Judged with another verdict than redirect: a hook on a cgroup further up must not count it again.
+    Judged = 1,
+    /// Its address is rewritten; the flow is not published yet.
+    Redirected = 2,
+    /// Its flow is published.
+    Published = 3,
+}
+
+/// What the agent tells the programs; the only entry of the settings array.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Settings {
+    /// Cookie of the network namespace of the host; 0: none is known, and nothing passes for being there.
+    pub host_netns: u64,
+    /// On how many levels of the cgroup tree the programs are attached above a pod (1 or 2): with 2, a
+    /// connection meets them twice and must be counted once.
+    pub attach_levels: u32,
+    /// Unused, 0.
+    pub reserved: u32,
+}
+
+/// Names of the maps, as in the object file and in the folder of pins.
+pub mod maps {
+    /// Hash of [`ApiEndpoint`](super::ApiEndpoint) → cluster index (`u32`).
+    pub const API_SET: &str = "API_SET";
+    /// Hash of cgroup id (`u64`) → [`CgroupEntry`](super::CgroupEntry).
+    pub const CGROUPS: &str = "CGROUPS";
+    /// LRU hash of [`FlowKey`](super::FlowKey) → [`FlowRecord`](super::FlowRecord).
+    pub const FLOWS: &str = "FLOWS";
+    /// Per-CPU array of `u64`, indexed by [`Counter`](super::Counter).
+    pub const COUNTERS: &str = "COUNTERS";
+    /// Ring buffer of [`Notice`](super::Notice).
+    pub const NOTICES: &str = "NOTICES";
+    /// Array of one [`Settings`](super::Settings).
+    pub const SETTINGS: &str = "SETTINGS";
+    /// Socket storage of [`SocketState`](super::SocketState).
+    pub const SOCKETS: &str = "SOCKETS";
+    /// All of them.
+    pub const ALL: [&str; 7] = [API_SET, CGROUPS, FLOWS, COUNTERS, NOTICES, SETTINGS, SOCKETS];
+}
+
+/// Names of the programs in the object file; each is one link per cgroup.
+pub mod programs {
+    /// Judges TCP and UDP connects over IPv4.
+    pub const CONNECT4: &str = "weir_connect4";
+    /// Judges them over IPv6, v4-mapped addresses included.
+    pub const CONNECT6: &str = "weir_connect6";
+    /// Answers `getpeername` with the dialled address.
+    pub const GETPEERNAME4: &str = "weir_getpeername4";
+    /// The same for IPv6 sockets.
+    pub const GETPEERNAME6: &str = "weir_getpeername6";
+    /// Refuses protocols that cannot be redirected and marks sockets.
+    pub const SOCK_CREATE: &str = "weir_sock_create";
+    /// Publishes flows before the SYN leaves.
+    pub const SOCK_OPS: &str = "weir_sock_ops";
+    /// All of them, in the order in which they are attached: what publishes flows before what redirects.
+    pub const ALL: [&str; 6] = [SOCK_OPS, SOCK_CREATE, GETPEERNAME4, GETPEERNAME6, CONNECT4, CONNECT6];
 }
 
 /// Why the kernel reports something; in [`Notice`].
@@ -118,7 +196,7 @@ pub enum NoticeKind {
     DeniedUnknown = 1,
     /// A connection was denied: enrolled, but there is no listener in its network namespace.
     DeniedNoListener = 2,
-    /// A socket was refused because of its protocol (MPTCP, SCTP).
+    /// A socket was refused because of its protocol (MPTCP, SCTP), or its connect (UDP).
     ProtocolRefused = 3,
     /// A connection of an observed pod that would have been redirected.
     WouldRedirect = 4,
@@ -163,7 +241,7 @@ pub enum Counter {
     DeniedUnknown = 3,
     /// … denied because the listener is missing.
     DeniedNoListener = 4,
-    /// Sockets refused because of their protocol.
+    /// Sockets refused because of their protocol, and UDP of enrolled pods to the API set.
     ProtocolRefused = 5,
     /// Flows published to the flow map.
     FlowsPublished = 6,
@@ -185,11 +263,13 @@ const _: () = {
     assert!(size_of::<FlowKey>() == 48);
     assert!(size_of::<FlowRecord>() == 64);
     assert!(size_of::<Notice>() == 72);
+    assert!(size_of::<SocketState>() == 72);
+    assert!(size_of::<Settings>() == 16);
 };
 
 #[cfg(feature = "user")]
 mod pod {
-    use super::{ApiEndpoint, CgroupEntry, FlowKey, FlowRecord, Notice};
+    use super::{ApiEndpoint, CgroupEntry, FlowKey, FlowRecord, Notice, Settings};
     // SAFETY: all are repr(C), made of integers only, and without padding (the sizes are asserted above).
     unsafe impl aya::Pod for ApiEndpoint {}
     // SAFETY: as above.
@@ -200,4 +280,6 @@ mod pod {
     unsafe impl aya::Pod for FlowRecord {}
     // SAFETY: as above.
     unsafe impl aya::Pod for Notice {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Settings {}
 }

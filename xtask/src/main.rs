@@ -1,2 +1,48 @@
-//! placeholder
-fn main() {}
+//! Developer commands. Each is a module; this file is only the command line.
+//!
+//! `cargo xtask` needs nothing but the pinned toolchain: what a command needs beyond that it finds, makes or
+//! names with the mend.
+#![expect(clippy::print_stdout, reason = "a command line's results go to standard output")]
+
+mod build_ebpf;
+mod test;
+mod tidy;
+
+use std::path::Path;
+
+use anyhow::{Context as _, Result};
+use clap::{Parser, Subcommand};
+
+/// Developer commands of Weir.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Build the kernel programs, making the toolchain for them if need be.
+    BuildEbpf(build_ebpf::Options),
+    /// Check what keeps the tree in order: layers, file sizes, headers, lints.
+    Tidy,
+    /// Check licences, advisories, duplicate versions and sources of dependencies.
+    Deny,
+    /// Run everything that must pass before a change lands.
+    Test {
+        /// Full counts where a suite has fewer by default.
+        #[arg(long)]
+        long: bool,
+    },
+}
+
+fn main() -> Result<()> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("xtask has no parent folder")?;
+    match Cli::parse().command {
+        Command::BuildEbpf(options) => build_ebpf::run(root, options).map(drop),
+        Command::Tidy => tidy::run(root),
+        Command::Deny => test::deny(root),
+        Command::Test { long } => test::run(root, long),
+    }
+}

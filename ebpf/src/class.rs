@@ -1,0 +1,84 @@
+//! What the calling task is: the nearest classified cgroup at or above its own, its process, and counting and
+//! reporting. No addresses here.
+
+use aya_ebpf::helpers::{
+    bpf_get_current_pid_tgid, bpf_get_current_uid_gid,
+    generated::{bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id, bpf_ktime_get_boot_ns},
+};
+use weir_common::kernel::{ApiEndpoint, CgroupEntry, Counter, FlowRecord, Notice, NoticeKind, Settings};
+
+use crate::{CGROUPS, COUNTERS, NOTICES, SETTINGS};
+
+/// Deepest level of the cgroup tree that is looked at. Pods lie on levels 2 to 5; what a container nests below
+/// its own cgroup is covered by the pod's entry, so a deeper task is still found.
+const LEVELS_MAX: i32 = 16;
+
+/// The nearest classified cgroup of the calling task.
+#[derive(Clone, Copy)]
+pub(crate) struct Classified {
+    pub(crate) id: u64,
+    pub(crate) entry: CgroupEntry,
+}
+
+/// Looks from the root down and keeps the deepest match.
+#[inline(always)]
+pub(crate) fn nearest() -> Option<Classified> {
+    let mut found = None;
+    for level in 0..LEVELS_MAX {
+        // SAFETY: takes a number only; answers 0 below the task's own level.
+        let id = unsafe { bpf_get_current_ancestor_cgroup_id(level) };
+        if id == 0 {
+            break;
+        }
+        // SAFETY: entries are written whole by user space; one that is replaced while it is read belongs to
+        // the same cgroup, whose verdict changes at this moment anyway.
+        if let Some(entry) = unsafe { CGROUPS.get(&id) } {
+            found = Some(Classified { id, entry: *entry });
+        }
+    }
+    found
+}
+
+/// The settings, or none at all if the map cannot be read: then nothing passes for the host.
+#[inline(always)]
+pub(crate) fn settings() -> Settings {
+    match SETTINGS.get(0) {
+        Some(settings) => *settings,
+        None => Settings { host_netns: 0, attach_levels: 1, reserved: 0 },
+    }
+}
+
+/// A flow record of the calling task, with the destination that it dialled.
+#[inline(always)]
+pub(crate) fn record(original: ApiEndpoint, cluster: u32, pod_cgroup: u64, netns: u64) -> FlowRecord {
+    FlowRecord {
+        original,
+        cluster,
+        // SAFETY: no arguments.
+        cgroup: unsafe { bpf_get_current_cgroup_id() },
+        pod_cgroup,
+        netns,
+        // SAFETY: no arguments.
+        connected_boottime_ns: unsafe { bpf_ktime_get_boot_ns() },
+        tgid: (bpf_get_current_pid_tgid() >> 32) as u32,
+        uid: bpf_get_current_uid_gid() as u32,
+    }
+}
+
+/// Adds one to a counter.
+#[inline(always)]
+pub(crate) fn count(counter: Counter) {
+    if let Some(value) = COUNTERS.get_ptr_mut(counter as u32) {
+        // SAFETY: the map has this entry, and this CPU's value is written by this CPU alone.
+        unsafe { *value = (*value).wrapping_add(1) };
+    }
+}
+
+/// Puts a notice into the ring buffer, or counts that it did not fit.
+#[inline(always)]
+pub(crate) fn report(kind: NoticeKind, protocol: u32, flow: &FlowRecord) {
+    let notice = Notice { flow: *flow, kind: kind as u32, protocol };
+    if NOTICES.output::<Notice>(&notice, 0).is_err() {
+        count(Counter::NoticesLost);
+    }
+}

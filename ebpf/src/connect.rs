@@ -1,0 +1,279 @@
+//! `connect` and `getpeername`: where a connection goes, and what the client sees of it.
+//!
+//! IPv4 is handled as v4-mapped IPv6 throughout, so that one key serves both families and a dial to
+//! `::ffff:a.b.c.d` on an IPv6 socket (which runs `connect6`) is the same connection.
+
+use core::{
+    mem::transmute,
+    ptr::{addr_of, addr_of_mut},
+};
+
+use aya_ebpf::{
+    EbpfContext, bindings::bpf_sock_addr, helpers::generated::bpf_get_netns_cookie, programs::SockAddrContext,
+};
+use weir_common::{
+    kernel::{Address, ApiEndpoint, Class, Counter, FlowRecord, NoticeKind, Phase, SocketState},
+    verdict::{Verdict, verdict},
+};
+
+use crate::{API_SET, PROCEED, class, socket};
+
+/// `ECONNREFUSED`: what clients know, and what they get while there is no listener anyway.
+const ECONNREFUSED: i32 = 111;
+/// `SOCK_STREAM`.
+const STREAM: u32 = 1;
+/// The third word of a v4-mapped address, in memory order.
+const MAPPED: u32 = 0xffff_u32.to_be();
+/// 127.0.0.1 in memory order.
+const LOOPBACK4: u32 = 0x7f00_0001_u32.to_be();
+/// The last word of ::1, in memory order.
+const LOOPBACK6: u32 = 1_u32.to_be();
+
+/// Where the programs send a connection.
+enum Answer {
+    Leave,
+    Redirect(u32),
+    Deny,
+}
+
+#[inline(always)]
+pub(crate) fn connect4(ctx: &SockAddrContext) -> i32 {
+    // SAFETY: the context is valid while the program runs; each field is read whole.
+    let address = unsafe { addr_of!((*ctx.sock_addr).user_ip4).read_volatile() };
+    match judge(ctx, words([0, 0, MAPPED, address])) {
+        Answer::Leave => PROCEED,
+        Answer::Redirect(port) => {
+            // SAFETY: as above; the kernel allows this hook to write these fields.
+            unsafe { addr_of_mut!((*ctx.sock_addr).user_ip4).write_volatile(LOOPBACK4) };
+            set_port(ctx.sock_addr, port);
+            PROCEED
+        }
+        Answer::Deny => socket::reject(ECONNREFUSED),
+    }
+}
+
+#[inline(always)]
+pub(crate) fn connect6(ctx: &SockAddrContext) -> i32 {
+    let address = address6(ctx.sock_addr);
+    match judge(ctx, words(address)) {
+        Answer::Leave => PROCEED,
+        Answer::Redirect(port) => {
+            let mapped = address[0] == 0 && address[1] == 0 && address[2] == MAPPED;
+            let target = if mapped { [0, 0, MAPPED, LOOPBACK4] } else { [0, 0, 0, LOOPBACK6] };
+            set_address6(ctx.sock_addr, target);
+            set_port(ctx.sock_addr, port);
+            PROCEED
+        }
+        Answer::Deny => socket::reject(ECONNREFUSED),
+    }
+}
+
+#[inline(always)]
+pub(crate) fn getpeername4(ctx: &SockAddrContext) {
+    if let Some(flow) = redirected(ctx) {
+        let [_, _, _, address] = unwords(flow.original.address);
+        // SAFETY: as in `connect4`.
+        unsafe { addr_of_mut!((*ctx.sock_addr).user_ip4).write_volatile(address) };
+        set_port(ctx.sock_addr, flow.original.port);
+    }
+}
+
+#[inline(always)]
+pub(crate) fn getpeername6(ctx: &SockAddrContext) {
+    if let Some(flow) = redirected(ctx) {
+        set_address6(ctx.sock_addr, unwords(flow.original.address));
+        set_port(ctx.sock_addr, flow.original.port);
+    }
+}
+
+/// The flow of this socket, if the peer it is asked for is the listener it was redirected to.
+#[inline(always)]
+fn redirected(ctx: &SockAddrContext) -> Option<&'static FlowRecord> {
+    // SAFETY: a socket address hook always has its socket.
+    let state = unsafe { socket::storage(sock(ctx), None) }?;
+    let redirected = state.phase == Phase::Redirected as u32 || state.phase == Phase::Published as u32;
+    (redirected && state.listener_port == port(ctx.sock_addr)).then_some(&state.flow)
+}
+
+#[inline(always)]
+fn judge(ctx: &SockAddrContext, address: Address) -> Answer {
+    let original = ApiEndpoint { address, port: port(ctx.sock_addr) };
+    // SAFETY: values are single words.
+    let Some(cluster) = (unsafe { API_SET.get(&original) }).copied() else {
+        forget_unless_redirected_by_child(ctx, &original);
+        return Answer::Leave;
+    };
+    // SAFETY: the context is valid while the program runs.
+    let netns = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
+    let settings = class::settings();
+    let nearest = class::nearest();
+    let (pod_cgroup, number, listener_netns, listener_port) = match nearest {
+        Some(nearest) => {
+            (nearest.id, nearest.entry.class, nearest.entry.listener_netns, nearest.entry.listener_port)
+        }
+        None => (0, 0, 0, 0),
+    };
+    let listener_here = listener_port != 0 && listener_netns == netns;
+    let host_netns = settings.host_netns != 0 && settings.host_netns == netns;
+    let flow = class::record(original, cluster, pod_cgroup, netns);
+    // SAFETY: as above.
+    let (kind, protocol) = unsafe {
+        (
+            addr_of!((*ctx.sock_addr).type_).read_volatile(),
+            addr_of!((*ctx.sock_addr).protocol).read_volatile(),
+        )
+    };
+    // A number that no class has is a class of a newer agent: unknown, and denied.
+    let class = Class::from_number(number);
+    let verdict = match (nearest, class) {
+        (Some(_), None) => Verdict::DenyUnknown,
+        _ => verdict(class, listener_here, host_netns),
+    };
+    let mut initial = SocketState { flow, listener_port, phase: Phase::Made as u32 };
+    // SAFETY: a socket address hook always has its socket.
+    let mut state = unsafe { socket::storage(sock(ctx), Some(&mut initial)) };
+    if let Some(state) = &mut state
+        && settings.attach_levels > 1
+        && state.phase == Phase::Judged as u32
+        && state.flow.original == original
+        && state.flow.tgid == flow.tgid
+    {
+        // The hook of a cgroup further down has counted and reported this very connect.
+        state.phase = Phase::Made as u32;
+        return answer_again(verdict);
+    }
+    class::count(Counter::Seen);
+    decide(verdict, &flow, state, listener_port, (kind, protocol))
+}
+
+/// Counts, reports, and notes the verdict with the socket.
+#[inline(always)]
+fn decide(
+    verdict: Verdict,
+    flow: &FlowRecord,
+    state: Option<&'static mut SocketState>,
+    listener_port: u32,
+    (kind, protocol): (u32, u32),
+) -> Answer {
+    let (answer, counter, notice) = match verdict {
+        Verdict::Pass => (Answer::Leave, Counter::Passed, None),
+        Verdict::PassObserved => (Answer::Leave, Counter::WouldRedirect, Some(NoticeKind::WouldRedirect)),
+        // The listener speaks TCP alone: anything else to an API server's address is no way around it.
+        Verdict::Redirect if kind != STREAM => {
+            (Answer::Deny, Counter::ProtocolRefused, Some(NoticeKind::ProtocolRefused))
+        }
+        // Without storage no flow could be published, and the listener would close the connection.
+        Verdict::Redirect if state.is_none() => (Answer::Deny, Counter::FlowsLost, None),
+        Verdict::Redirect => (Answer::Redirect(listener_port), Counter::Redirected, None),
+        Verdict::DenyNoListener => {
+            (Answer::Deny, Counter::DeniedNoListener, Some(NoticeKind::DeniedNoListener))
+        }
+        Verdict::DenyUnknown => (Answer::Deny, Counter::DeniedUnknown, Some(NoticeKind::DeniedUnknown)),
+    };
+    class::count(counter);
+    if let Some(notice) = notice {
+        class::report(notice, protocol, flow);
+    }
+    if let Some(state) = state {
+        state.flow = *flow;
+        state.listener_port = listener_port;
+        state.phase = match answer {
+            Answer::Redirect(_) => Phase::Redirected as u32,
+            Answer::Leave | Answer::Deny => Phase::Judged as u32,
+        };
+    }
+    answer
+}
+
+/// The answer of a hook further up to a verdict that one further down has given: never a redirect, since a
+/// redirected connection no longer has an address of the API set.
+#[inline(always)]
+fn answer_again(verdict: Verdict) -> Answer {
+    match verdict {
+        Verdict::Pass | Verdict::PassObserved => Answer::Leave,
+        Verdict::Redirect | Verdict::DenyNoListener | Verdict::DenyUnknown => Answer::Deny,
+    }
+}
+
+/// A socket that connects elsewhere is no longer a redirected one. Only the connect that a hook further down has
+/// just rewritten, by the same process and not yet on its way, stays what it is.
+#[inline(always)]
+fn forget_unless_redirected_by_child(ctx: &SockAddrContext, destination: &ApiEndpoint) {
+    // SAFETY: a socket address hook always has its socket.
+    let Some(state) = (unsafe { socket::storage(sock(ctx), None) }) else { return };
+    if state.phase == Phase::Made as u32 {
+        return;
+    }
+    let tgid = (aya_ebpf::helpers::bpf_get_current_pid_tgid() >> 32) as u32;
+    let rewritten = class::settings().attach_levels > 1
+        && state.phase == Phase::Redirected as u32
+        && state.listener_port == destination.port
+        && state.flow.tgid == tgid
+        && is_loopback(&destination.address);
+    if !rewritten {
+        state.phase = Phase::Made as u32;
+    }
+}
+
+#[inline(always)]
+fn is_loopback(address: &Address) -> bool {
+    let [first, second, third, last] = unwords(*address);
+    first == 0 && second == 0 && ((third == MAPPED && last == LOOPBACK4) || (third == 0 && last == LOOPBACK6))
+}
+
+#[inline(always)]
+fn sock(ctx: &SockAddrContext) -> *mut core::ffi::c_void {
+    // SAFETY: the context is valid while the program runs.
+    unsafe { addr_of!((*ctx.sock_addr).__bindgen_anon_1.sk).read_volatile().cast() }
+}
+
+/// The port, host order. The field is 32 bits wide with the 16 bits of the port first in memory.
+#[inline(always)]
+fn port(ctx: *mut bpf_sock_addr) -> u32 {
+    // SAFETY: as in `connect4`.
+    u32::from(u16::from_be(unsafe { addr_of!((*ctx).user_port).read_volatile() } as u16))
+}
+
+#[inline(always)]
+fn set_port(ctx: *mut bpf_sock_addr, port: u32) {
+    // SAFETY: as in `connect4`.
+    unsafe { addr_of_mut!((*ctx).user_port).write_volatile(u32::from((port as u16).to_be())) };
+}
+
+/// Word by word: the verifier knows no other access to this field on older kernels.
+#[inline(always)]
+fn address6(ctx: *mut bpf_sock_addr) -> [u32; 4] {
+    // SAFETY: as in `connect4`.
+    unsafe {
+        [
+            addr_of!((*ctx).user_ip6[0]).read_volatile(),
+            addr_of!((*ctx).user_ip6[1]).read_volatile(),
+            addr_of!((*ctx).user_ip6[2]).read_volatile(),
+            addr_of!((*ctx).user_ip6[3]).read_volatile(),
+        ]
+    }
+}
+
+#[inline(always)]
+fn set_address6(ctx: *mut bpf_sock_addr, words: [u32; 4]) {
+    // SAFETY: as in `connect4`.
+    unsafe {
+        addr_of_mut!((*ctx).user_ip6[0]).write_volatile(words[0]);
+        addr_of_mut!((*ctx).user_ip6[1]).write_volatile(words[1]);
+        addr_of_mut!((*ctx).user_ip6[2]).write_volatile(words[2]);
+        addr_of_mut!((*ctx).user_ip6[3]).write_volatile(words[3]);
+    }
+}
+
+/// Four words in memory order are the sixteen bytes in network order.
+#[inline(always)]
+const fn words(words: [u32; 4]) -> Address {
+    // SAFETY: same size, and every bit pattern is valid.
+    unsafe { transmute(words) }
+}
+
+#[inline(always)]
+const fn unwords(address: Address) -> [u32; 4] {
+    // SAFETY: same size, and every bit pattern is valid.
+    unsafe { transmute(address) }
+}

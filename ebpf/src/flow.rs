@@ -1,0 +1,80 @@
+//! `sock_ops`: publishes the flow of a redirected connection under its 4-tuple. The callback runs after the
+//! kernel has chosen the source port and before the SYN leaves, so the listener always finds the entry.
+
+use core::{mem::transmute, ptr::addr_of};
+
+use aya_ebpf::{bindings::BPF_SOCK_OPS_TCP_CONNECT_CB, programs::SockOpsContext};
+use weir_common::kernel::{Address, Counter, FlowKey, Phase};
+
+use crate::{FLOWS, class, socket};
+
+/// `AF_INET`.
+const INET: u32 = 2;
+/// The third word of a v4-mapped address, in memory order.
+const MAPPED: u32 = 0xffff_u32.to_be();
+
+#[inline(always)]
+pub(crate) fn publish(ctx: &SockOpsContext) {
+    if ctx.op() != BPF_SOCK_OPS_TCP_CONNECT_CB {
+        return;
+    }
+    // SAFETY: the context is valid while the program runs.
+    let sock: *mut core::ffi::c_void = unsafe { (*ctx.ops).__bindgen_anon_2.sk.cast() };
+    if sock.is_null() {
+        return;
+    }
+    // SAFETY: not null, and the verifier knows it for a full socket.
+    let Some(state) = (unsafe { socket::storage(sock, None) }) else { return };
+    if state.phase != Phase::Redirected as u32 {
+        return;
+    }
+    // SAFETY: each field is read whole.
+    let (client, listener) = unsafe {
+        let ops = ctx.ops;
+        if addr_of!((*ops).family).read_volatile() == INET {
+            (
+                [0, 0, MAPPED, addr_of!((*ops).local_ip4).read_volatile()],
+                [0, 0, MAPPED, addr_of!((*ops).remote_ip4).read_volatile()],
+            )
+        } else {
+            (
+                [
+                    addr_of!((*ops).local_ip6[0]).read_volatile(),
+                    addr_of!((*ops).local_ip6[1]).read_volatile(),
+                    addr_of!((*ops).local_ip6[2]).read_volatile(),
+                    addr_of!((*ops).local_ip6[3]).read_volatile(),
+                ],
+                [
+                    addr_of!((*ops).remote_ip6[0]).read_volatile(),
+                    addr_of!((*ops).remote_ip6[1]).read_volatile(),
+                    addr_of!((*ops).remote_ip6[2]).read_volatile(),
+                    addr_of!((*ops).remote_ip6[3]).read_volatile(),
+                ],
+            )
+        }
+    };
+    let key = FlowKey {
+        netns: state.flow.netns,
+        client: words(client),
+        listener: words(listener),
+        client_port: ctx.local_port(),
+        listener_port: u32::from_be(ctx.remote_port()),
+    };
+    if key.listener_port != state.listener_port {
+        return;
+    }
+    match FLOWS.insert(&key, &state.flow, 0) {
+        Ok(()) => {
+            state.phase = Phase::Published as u32;
+            class::count(Counter::FlowsPublished);
+        }
+        Err(_) => class::count(Counter::FlowsLost),
+    }
+}
+
+/// Four words in memory order are the sixteen bytes in network order.
+#[inline(always)]
+const fn words(words: [u32; 4]) -> Address {
+    // SAFETY: same size, and every bit pattern is valid.
+    unsafe { transmute(words) }
+}
