@@ -1,1 +1,16 @@
-//! placeholder
+//! The harness: the real components (etcd, Kubernetes control plane, kubelet, containerd) on this machine, and what
+//! tests and `cargo xtask` need to drive them and to read what they wrote.
+//!
+//! Nothing here is a mock, and nothing here judges Weir: assertions live in the tests and in `xtask demo`. Every
+//! wait is on a condition, with a deadline, through [`wait`].
+
+pub mod certificates;
+pub mod command;
+pub mod components;
+pub mod process;
+pub mod progress;
+pub mod testbed;
+pub mod wait;
+
+pub use testbed::Testbed;
+pub use wait::wait_until;

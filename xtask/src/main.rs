@@ -6,6 +6,7 @@
 
 mod build_ebpf;
 mod test;
+mod testbed;
 mod tidy;
 
 use std::path::Path;
@@ -25,6 +26,8 @@ struct Cli {
 enum Command {
     /// Build the kernel programs, making the toolchain for them if need be.
     BuildEbpf(build_ebpf::Options),
+    /// A one-node Kubernetes cluster of real components on this machine.
+    Testbed(testbed::Arguments),
     /// Check what keeps the tree in order: layers, file sizes, headers, lints.
     Tidy,
     /// Check licences, advisories, duplicate versions and sources of dependencies.
@@ -41,6 +44,7 @@ fn main() -> Result<()> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("xtask has no parent folder")?;
     match Cli::parse().command {
         Command::BuildEbpf(options) => build_ebpf::run(root, options).map(drop),
+        Command::Testbed(arguments) => testbed::run(&arguments),
         Command::Tidy => tidy::run(root),
         Command::Deny => test::deny(root),
         Command::Test { long } => test::run(root, long),

@@ -1,0 +1,291 @@
+//! The binaries the testbed runs: Debian packages, and Go modules built into a cache folder that outlives `target/`.
+//!
+//! A stamp (digest of go.mod, go.sum and the build flags) beside the binaries tells whether they are what this
+//! commit asks for. `WEIR_TESTBED_BIN` names a folder of ready binaries that are used as they are. Starting them is
+//! [`crate::testbed`]'s.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+use sha2::{Digest, Sha256};
+
+use crate::command::{find_in_path, run};
+use crate::progress::Progress;
+
+/// Names a folder of ready binaries to use instead of building.
+pub const BINARIES_VARIABLE: &str = "WEIR_TESTBED_BIN";
+
+/// Version of Kubernetes in `tests/testbed/kubernetes/go.mod`; the binaries report it.
+pub const KUBERNETES_VERSION: &str = "v1.36.3";
+
+/// One Go module under `tests/testbed` and what is built from it.
+#[derive(Debug)]
+pub struct GoModule {
+    /// Folder below `tests/testbed`.
+    pub folder: &'static str,
+    /// Build tags.
+    tags: &'static str,
+    /// Linker flags.
+    linker_flags: &'static str,
+    /// Binary and package.
+    pub binaries: &'static [(&'static str, &'static str)],
+    /// About how long a build takes on two cores, for the plan.
+    pub minutes: f32,
+}
+
+/// Everything that is built from Go modules.
+pub const GO_MODULES: &[GoModule] = &[
+    GoModule {
+        folder: "etcd",
+        tags: "",
+        linker_flags: "-s -w",
+        binaries: &[("etcd", "go.etcd.io/etcd/server/v3")],
+        minutes: 1.5,
+    },
+    GoModule {
+        folder: "containerd",
+        tags: "no_btrfs,no_zfs,no_devmapper",
+        linker_flags: "-s -w",
+        binaries: &[
+            ("containerd", "github.com/containerd/containerd/v2/cmd/containerd"),
+            ("containerd-shim-runc-v2", "github.com/containerd/containerd/v2/cmd/containerd-shim-runc-v2"),
+            ("ctr", "github.com/containerd/containerd/v2/cmd/ctr"),
+        ],
+        minutes: 1.0,
+    },
+    GoModule {
+        folder: "kubernetes",
+        tags: "",
+        linker_flags: "-s -w -X k8s.io/component-base/version.gitVersion=v1.36.3 \
+                       -X k8s.io/component-base/version.gitMajor=1 -X k8s.io/component-base/version.gitMinor=36",
+        binaries: &[
+            ("kube-apiserver", "k8s.io/kubernetes/cmd/kube-apiserver"),
+            ("kube-controller-manager", "k8s.io/kubernetes/cmd/kube-controller-manager"),
+            ("kube-scheduler", "k8s.io/kubernetes/cmd/kube-scheduler"),
+            ("kubelet", "k8s.io/kubernetes/cmd/kubelet"),
+            ("kube-proxy", "k8s.io/kubernetes/cmd/kube-proxy"),
+            ("kubectl", "k8s.io/kubernetes/cmd/kubectl"),
+        ],
+        minutes: 9.0,
+    },
+];
+
+/// A Debian package and the file or command that shows it is there (or an equal of another distribution).
+const PACKAGES: &[(&str, &[&str])] = &[
+    ("runc", &["runc"]),
+    ("containernetworking-plugins", &["/usr/lib/cni/bridge", "/opt/cni/bin/bridge"]),
+    ("conntrack", &["conntrack"]),
+    ("iptables", &["iptables-save"]),
+    ("iproute2", &["ip"]),
+    ("mount", &["mount"]),
+    ("tar", &["tar"]),
+    // Its busybox is the only one of Debian that needs no C library, so that it can be the whole of an image.
+    ("busybox-static", &["/usr/share/doc/busybox-static"]),
+];
+
+/// The binaries, found or built.
+#[derive(Clone, Debug)]
+pub struct Components {
+    folder: PathBuf,
+}
+
+impl Components {
+    /// What is there, without building.
+    ///
+    /// # Errors
+    /// When something is missing; the error names it and the command that mends it.
+    pub fn find() -> Result<Self> {
+        let packages = missing_packages();
+        if !packages.is_empty() {
+            bail!("missing Debian packages: {}; run `cargo xtask testbed build`", packages.join(" "));
+        }
+        let folder = binary_folder()?;
+        for module in GO_MODULES {
+            if !module.is_built(&folder)? {
+                bail!(
+                    "{} is not built in {}; run `cargo xtask testbed build`",
+                    module.folder,
+                    folder.display()
+                );
+            }
+        }
+        Ok(Self { folder })
+    }
+
+    /// Installs and builds what is missing.
+    ///
+    /// # Errors
+    /// When a package cannot be installed or a module not built.
+    pub fn build(progress: Progress) -> Result<Self> {
+        install_packages(progress)?;
+        let folder = binary_folder()?;
+        for module in GO_MODULES {
+            if !module.is_built(&folder)? {
+                module.build(&folder, progress)?;
+            }
+        }
+        Ok(Self { folder })
+    }
+
+    /// Path of the binary `name`.
+    #[must_use]
+    pub fn binary(&self, name: &str) -> PathBuf {
+        self.folder.join(name)
+    }
+
+    /// Folder of the binaries.
+    #[must_use]
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// Folder of CNI plugins.
+    #[must_use]
+    pub fn cni_folder(&self) -> &'static str {
+        if Path::new("/usr/lib/cni/bridge").is_file() { "/usr/lib/cni" } else { "/opt/cni/bin" }
+    }
+}
+
+/// What [`Components::build`] would do, one line each; empty when everything is there.
+///
+/// # Errors
+/// When the state of the cache cannot be read.
+pub fn plan() -> Result<Vec<String>> {
+    let mut lines = Vec::new();
+    let packages = missing_packages();
+    if !packages.is_empty() {
+        lines.push(format!("install Debian packages: {} (about 1 min)", packages.join(" ")));
+    }
+    let folder = binary_folder()?;
+    for module in GO_MODULES {
+        if !module.is_built(&folder)? {
+            let names: Vec<&str> = module.binaries.iter().map(|(name, _)| *name).collect();
+            lines.push(format!("build with Go: {} (about {} min)", names.join(", "), module.minutes));
+        }
+    }
+    Ok(lines)
+}
+
+/// Folder for what is built once and kept: `$XDG_CACHE_HOME/weir`, else `~/.cache/weir`.
+///
+/// # Errors
+/// When neither XDG_CACHE_HOME nor HOME is set.
+pub fn cache_folder() -> Result<PathBuf> {
+    base_folder("XDG_CACHE_HOME", ".cache").map(|folder| folder.join("weir"))
+}
+
+/// `variable`, else `fallback` below HOME.
+pub(crate) fn base_folder(variable: &str, fallback: &str) -> Result<PathBuf> {
+    let named = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    named(variable)
+        .or_else(|| named("HOME").map(|home| home.join(fallback)))
+        .with_context(|| format!("neither {variable} nor HOME is set; set one of them"))
+}
+
+/// Root of the repository.
+#[must_use]
+pub fn repository() -> PathBuf {
+    let tests = Path::new(env!("CARGO_MANIFEST_DIR"));
+    tests.parent().unwrap_or(tests).to_owned()
+}
+
+fn binary_folder() -> Result<PathBuf> {
+    match std::env::var_os(BINARIES_VARIABLE) {
+        Some(folder) => Ok(PathBuf::from(folder)),
+        None => Ok(cache_folder()?.join("testbed/bin")),
+    }
+}
+
+impl GoModule {
+    fn source(&self) -> PathBuf {
+        repository().join("tests/testbed").join(self.folder)
+    }
+
+    /// What the binaries must come from: changes with the modules' versions and with the flags.
+    fn stamp(&self) -> Result<String> {
+        let mut content = format!("{}\n{}\n", self.tags, self.linker_flags).into_bytes();
+        for file in ["go.mod", "go.sum"] {
+            let path = self.source().join(file);
+            content.extend(fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?);
+        }
+        Ok(hex::encode(Sha256::digest(&content)))
+    }
+
+    fn stamp_file(&self, folder: &Path) -> PathBuf {
+        folder.join(format!(".{}.stamp", self.folder))
+    }
+
+    fn is_built(&self, folder: &Path) -> Result<bool> {
+        let present = self.binaries.iter().all(|(name, _)| folder.join(name).is_file());
+        if std::env::var_os(BINARIES_VARIABLE).is_some() {
+            if !present {
+                let names: Vec<&str> = self.binaries.iter().map(|(name, _)| *name).collect();
+                bail!("{BINARIES_VARIABLE} is {}, which lacks one of {}", folder.display(), names.join(", "));
+            }
+            return Ok(true);
+        }
+        let stamp = fs::read_to_string(self.stamp_file(folder)).unwrap_or_default();
+        Ok(present && stamp == self.stamp()?)
+    }
+
+    fn build(&self, folder: &Path, progress: Progress) -> Result<()> {
+        let go = find_in_path("go")
+            .or_else(|| Some(PathBuf::from("/usr/local/go/bin/go")).filter(|go| go.is_file()));
+        let Some(go) = go else {
+            bail!("go is not in PATH; install Go 1.24 or newer (it fetches the version that go.mod names)");
+        };
+        fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
+        for (name, package) in self.binaries {
+            progress.step(&format!("build {name}"), || {
+                // Under another name first: an interrupted build must not leave half a binary to be taken for one.
+                let part = folder.join(format!(".{name}.part"));
+                let mut command = Command::new(&go);
+                command.args(["build", "-mod=readonly", "-trimpath"]).args(["-tags", self.tags]);
+                command.args(["-ldflags", self.linker_flags]).arg("-o").arg(&part).arg(package);
+                run(command.env("CGO_ENABLED", "0").current_dir(self.source()))?;
+                fs::rename(&part, folder.join(name))
+                    .with_context(|| format!("cannot put {name} in its place"))
+            })?;
+        }
+        fs::write(self.stamp_file(folder), self.stamp()?).context("cannot write the stamp of a build")
+    }
+}
+
+fn missing_packages() -> Vec<&'static str> {
+    let is_there = |mark: &&str| {
+        if mark.starts_with('/') { Path::new(mark).exists() } else { find_in_path(mark).is_some() }
+    };
+    PACKAGES.iter().filter(|(_, marks)| !marks.iter().any(is_there)).map(|(package, _)| *package).collect()
+}
+
+fn install_packages(progress: Progress) -> Result<()> {
+    let missing = missing_packages();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let names = missing.join(" ");
+    if find_in_path("apt-get").is_none() {
+        bail!("these Debian packages (or what your system calls them) are missing: {names}; install them");
+    }
+    progress.step(&format!("install {names}"), || {
+        run(Command::new("apt-get").args(["update", "-q"]))?;
+        let mut command = Command::new("apt-get");
+        command.args(["install", "-q", "-y", "--no-install-recommends"]).args(&missing);
+        run(command.env("DEBIAN_FRONTEND", "noninteractive")).map(|_| ())
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_version_that_kubernetes_reports_is_the_version_that_is_built() {
+        let module = GO_MODULES.iter().find(|module| module.folder == "kubernetes").unwrap();
+        let go_mod = fs::read_to_string(module.source().join("go.mod")).unwrap();
+        assert!(go_mod.contains(&format!("k8s.io/kubernetes {KUBERNETES_VERSION}\n")));
+        assert!(module.linker_flags.contains(KUBERNETES_VERSION));
+    }
+}
