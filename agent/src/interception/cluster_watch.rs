@@ -1,0 +1,313 @@
+//! What the API server says: this node's pods, and the addresses that are the API server.
+//!
+//! Two reflectors (pods of this node, namespaces) are joined into one table of [`KnownPod`]s; a third and fourth
+//! (Service and EndpointSlices of `default/kubernetes`) give the API set. Both are published through watch channels.
+//! Losing a watch keeps the last state: nothing that was denied becomes allowed because the API server is away.
+//! This is the only file of the interception that imports kube.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
+
+use futures::{Stream, StreamExt as _, stream};
+use k8s_openapi::api::{
+    core::v1::{Namespace, Pod, Service},
+    discovery::v1::EndpointSlice,
+};
+use kube::{
+    Api, Client, ResourceExt as _,
+    runtime::{WatchStreamExt as _, watcher},
+};
+use tokio::sync::watch;
+
+use super::pod::PodUid;
+use crate::config::{Enrolment, Mode};
+
+/// A pod of this node as the API server describes it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KnownPod {
+    /// UID.
+    pub uid: PodUid,
+    /// For a static pod: the hash by which the kubelet names its cgroup, which is not the mirror pod's UID.
+    pub static_hash: Option<PodUid>,
+    /// Namespace.
+    pub namespace: String,
+    /// Name.
+    pub name: String,
+    /// Service account.
+    pub service_account: String,
+    /// First IP address, once there is one.
+    pub ip: Option<IpAddr>,
+    /// Whether it shares the host's network namespace.
+    pub host_network: bool,
+    /// Container ids (without `containerd://`) and their names, as far as the status has them.
+    pub containers: BTreeMap<String, String>,
+    /// Configured annotations.
+    pub intent: BTreeMap<String, String>,
+    /// What is to be done with it; none: not selected.
+    pub mode: Option<Mode>,
+}
+
+/// All pods of this node, by the UID that their cgroup bears; none until both lists have been read once, so that
+/// "not in the list" can be told from "not known yet".
+pub type KnownPods = Option<Arc<HashMap<PodUid, Arc<KnownPod>>>>;
+
+/// What is watched, and how it is judged.
+#[derive(Clone)]
+pub struct ClusterWatch {
+    /// The agent's own client.
+    pub client: Client,
+    /// This node.
+    pub node: String,
+    /// Who is selected.
+    pub enrolment: Vec<Enrolment>,
+    /// Annotations that are kept as intent.
+    pub intent_annotations: Vec<String>,
+}
+
+/// The label of EndpointSlices that names their Service (discovery.k8s.io/v1 `LabelServiceName`).
+const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
+/// The annotation of a mirror pod that bears the static pod's hash (k8s.io/kubernetes `pkg/kubelet/types`).
+const CONFIG_HASH_ANNOTATION: &str = "kubernetes.io/config.hash";
+/// The annotation by which a pod is known to be a mirror pod.
+const CONFIG_MIRROR_ANNOTATION: &str = "kubernetes.io/config.mirror";
+
+enum Change {
+    Pod(Box<watcher::Event<Pod>>),
+    Namespace(Box<watcher::Event<Namespace>>),
+}
+
+impl ClusterWatch {
+    /// Watches until dropped, publishing each new state. Errors are logged and retried with backoff, for ever.
+    pub async fn watch_pods(self, publish: watch::Sender<KnownPods>) {
+        let own = watcher::Config::default().fields(&format!("spec.nodeName={}", self.node));
+        let pods =
+            events(Api::<Pod>::all(self.client.clone()), own).map(|event| Change::Pod(Box::new(event)));
+        let namespaces = events(Api::<Namespace>::all(self.client.clone()), watcher::Config::default())
+            .map(|event| Change::Namespace(Box::new(event)));
+        let mut changes = stream::select(pods.boxed(), namespaces.boxed());
+        let mut pods = Objects::default();
+        let mut namespaces = Objects::default();
+        while let Some(change) = changes.next().await {
+            match change {
+                Change::Pod(event) => pods.apply(*event),
+                Change::Namespace(event) => namespaces.apply(*event),
+            }
+            if pods.complete && namespaces.complete {
+                let known = Arc::new(self.judge(&pods, &namespaces));
+                publish.send_if_modified(|current| {
+                    let changed = current.as_deref() != Some(&known);
+                    *current = Some(known);
+                    changed
+                });
+            }
+        }
+    }
+
+    fn judge(&self, pods: &Objects<Pod>, namespaces: &Objects<Namespace>) -> HashMap<PodUid, Arc<KnownPod>> {
+        let mut known = HashMap::with_capacity(pods.current.len());
+        for pod in pods.current.values() {
+            // A pod whose namespace is not known yet has no verdict yet: it stays out, which denies it.
+            let namespace = pod.namespace().unwrap_or_default();
+            let Some(namespace_labels) =
+                namespaces.current.get(&namespace).map(|found| found.labels().clone())
+            else {
+                continue;
+            };
+            let Some(found) = self.known_pod(pod, namespace, &namespace_labels) else { continue };
+            let found = Arc::new(found);
+            if let Some(hash) = &found.static_hash {
+                known.insert(hash.clone(), found.clone());
+            }
+            known.insert(found.uid.clone(), found);
+        }
+        known
+    }
+
+    fn known_pod(
+        &self,
+        pod: &Pod,
+        namespace: String,
+        namespace_labels: &BTreeMap<String, String>,
+    ) -> Option<KnownPod> {
+        let uid = PodUid::new(pod.metadata.uid.as_deref()?)?;
+        let spec = pod.spec.as_ref()?;
+        let status = pod.status.as_ref();
+        let annotations = pod.annotations();
+        let static_hash = annotations
+            .contains_key(CONFIG_MIRROR_ANNOTATION)
+            .then(|| annotations.get(CONFIG_HASH_ANNOTATION).and_then(|hash| PodUid::new(hash)))
+            .flatten();
+        let statuses = status.into_iter().flat_map(|status| {
+            [
+                &status.container_statuses,
+                &status.init_container_statuses,
+                &status.ephemeral_container_statuses,
+            ]
+            .into_iter()
+            .flatten()
+            .flatten()
+        });
+        let containers = statuses
+            .filter_map(|status| {
+                let id = status.container_id.as_deref()?;
+                Some((id.rsplit_once("://").map_or(id, |(_, id)| id).to_owned(), status.name.clone()))
+            })
+            .collect();
+        let mode = self
+            .enrolment
+            .iter()
+            .find(|entry| entry.namespaces.matches(namespace_labels) && entry.pods.matches(pod.labels()))
+            .map(|entry| entry.mode);
+        Some(KnownPod {
+            uid,
+            static_hash,
+            name: pod.name_any(),
+            namespace,
+            service_account: spec.service_account_name.clone().unwrap_or_default(),
+            ip: status.and_then(|status| status.pod_ip.as_deref()).and_then(|ip| ip.parse().ok()),
+            host_network: spec.host_network.unwrap_or(false),
+            containers,
+            intent: self
+                .intent_annotations
+                .iter()
+                .filter_map(|name| Some((name.clone(), annotations.get(name)?.clone())))
+                .collect(),
+            mode,
+        })
+    }
+}
+
+/// The addresses that are one cluster's API server.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ApiSet {
+    /// ClusterIPs and ports of the Service `default/kubernetes`: what pods dial.
+    pub service: BTreeSet<SocketAddr>,
+    /// Its endpoints: what the agent dials.
+    pub endpoints: BTreeSet<SocketAddr>,
+}
+
+/// Watches `default/kubernetes` until dropped, publishing each new state; an empty answer never replaces a full one.
+pub async fn watch_api_set(client: Client, publish: watch::Sender<ApiSet>) {
+    enum Change {
+        Service(Box<watcher::Event<Service>>),
+        Slice(Box<watcher::Event<EndpointSlice>>),
+    }
+    let service = events(
+        Api::<Service>::namespaced(client.clone(), "default"),
+        watcher::Config::default().fields("metadata.name=kubernetes"),
+    );
+    let slices = events(
+        Api::<EndpointSlice>::namespaced(client, "default"),
+        watcher::Config::default().labels(&format!("{SERVICE_NAME_LABEL}=kubernetes")),
+    );
+    let mut changes = stream::select(
+        service.map(|event| Change::Service(Box::new(event))).boxed(),
+        slices.map(|event| Change::Slice(Box::new(event))).boxed(),
+    );
+    let mut services = Objects::default();
+    let mut slices = Objects::default();
+    while let Some(change) = changes.next().await {
+        match change {
+            Change::Service(event) => services.apply(*event),
+            Change::Slice(event) => slices.apply(*event),
+        }
+        let new = ApiSet {
+            service: services.current.values().flat_map(service_addresses).collect(),
+            endpoints: slices.current.values().flat_map(slice_addresses).collect(),
+        };
+        publish.send_if_modified(|current| {
+            let mut changed = false;
+            if !new.service.is_empty() && current.service != new.service {
+                current.service = new.service;
+                changed = true;
+            }
+            if !new.endpoints.is_empty() && current.endpoints != new.endpoints {
+                current.endpoints = new.endpoints;
+                changed = true;
+            }
+            changed
+        });
+    }
+}
+
+fn service_addresses(service: &Service) -> Vec<SocketAddr> {
+    let Some(spec) = &service.spec else { return Vec::new() };
+    let ips = spec.cluster_ips.iter().flatten().filter_map(|ip| ip.parse::<IpAddr>().ok());
+    let ports: Vec<u16> =
+        spec.ports.iter().flatten().filter_map(|port| u16::try_from(port.port).ok()).collect();
+    ips.flat_map(|ip| ports.iter().map(move |port| SocketAddr::new(ip, *port))).collect()
+}
+
+fn slice_addresses(slice: &EndpointSlice) -> Vec<SocketAddr> {
+    let ports: Vec<u16> =
+        slice.ports.iter().flatten().filter_map(|port| u16::try_from(port.port?).ok()).collect();
+    slice
+        .endpoints
+        .iter()
+        .flat_map(|endpoint| &endpoint.addresses)
+        .filter_map(|address| address.parse::<IpAddr>().ok())
+        .flat_map(|ip| ports.iter().map(move |port| SocketAddr::new(ip, *port)))
+        .collect()
+}
+
+/// The events of a watch, for ever: errors are logged, the backoff is kube's default (0.8 s to 30 s).
+fn events<K>(api: Api<K>, config: watcher::Config) -> impl Stream<Item = watcher::Event<K>>
+where
+    K: kube::Resource + Clone + serde::de::DeserializeOwned + std::fmt::Debug + Send + 'static,
+    K::DynamicType: Default,
+{
+    watcher(api, config).default_backoff().filter_map(|event| async move {
+        event
+            .inspect_err(|error| {
+                tracing::warn!(
+                    kind = %K::kind(&K::DynamicType::default()),
+                    error = %error,
+                    "watch interrupted; the last known state stays in force"
+                );
+            })
+            .ok()
+    })
+}
+
+/// The objects of one watch by name (namespaced ones are not mixed: pods are keyed by namespace and name).
+struct Objects<K> {
+    current: HashMap<String, K>,
+    /// While a list is being read: what it has so far.
+    listing: Option<HashMap<String, K>>,
+    /// Whether a list has been read whole once.
+    complete: bool,
+}
+
+impl<K> Default for Objects<K> {
+    fn default() -> Self {
+        Self { current: HashMap::new(), listing: None, complete: false }
+    }
+}
+
+impl<K: kube::Resource> Objects<K> {
+    fn apply(&mut self, event: watcher::Event<K>) {
+        let key = |object: &K| match object.namespace() {
+            Some(namespace) => format!("{namespace}/{}", object.name_any()),
+            None => object.name_any(),
+        };
+        match event {
+            watcher::Event::Init => self.listing = Some(HashMap::new()),
+            watcher::Event::InitApply(object) => {
+                self.listing.get_or_insert_default().insert(key(&object), object);
+            }
+            watcher::Event::InitDone => {
+                self.current = self.listing.take().unwrap_or_default();
+                self.complete = true;
+            }
+            watcher::Event::Apply(object) => {
+                self.current.insert(key(&object), object);
+            }
+            watcher::Event::Delete(object) => {
+                self.current.remove(&key(&object));
+            }
+        }
+    }
+}
