@@ -4,13 +4,18 @@
 //! Nothing here is a mock, and nothing here judges Weir: assertions live in the tests and in `xtask demo`. Every
 //! wait is on a condition, with a deadline, through [`wait`].
 
+pub mod agent;
+pub mod audit;
 pub mod certificates;
 pub mod command;
 pub mod components;
+pub mod pods;
 pub mod process;
 pub mod progress;
 pub mod testbed;
 pub mod wait;
 
+pub use agent::AgentProcess;
+pub use pods::{Pod, PodSpec};
 pub use testbed::Testbed;
 pub use wait::wait_until;

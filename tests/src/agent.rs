@@ -1,0 +1,268 @@
+//! The node agent as a real process: the built binary with a configuration file, its readiness, end and journal.
+//!
+//! Tests and the demo never call the agent's code; they see what a node's operator sees.
+
+use std::fs::{self, File};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::{Value, json};
+use weir_common::event::Event;
+
+use crate::command::{output, run, tail};
+use crate::testbed::{NODE_NAME, Testbed};
+use crate::wait::wait_until;
+
+/// Loading kernel programs, a certificate from the cluster, the first list of pods.
+const READY_DEADLINE: Duration = Duration::from_secs(60);
+
+/// The agent's own drain limit is 30 s by default.
+const END_DEADLINE: Duration = Duration::from_secs(40);
+
+/// Lines of its log that an error shows.
+const LOG_LINES: usize = 20;
+
+/// Namespaces with this label are enrolled by [`configuration`].
+pub const ENROL_LABEL: (&str, &str) = ("weir.dev/enrol", "true");
+
+/// A running agent; killed and its pins removed when this value goes.
+#[derive(Debug)]
+pub struct AgentProcess {
+    child: Child,
+    binary: PathBuf,
+    config: PathBuf,
+    log: PathBuf,
+    ended: bool,
+}
+
+/// How the agent gets a serving certificate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TrustSource {
+    /// From the cluster's signer `kubernetes.io/kubelet-serving`.
+    ClusterSigner,
+    /// From the cluster's own CA, mounted.
+    MountedCa,
+}
+
+/// An agent configuration for the testbed: namespaces with [`ENROL_LABEL`] are enrolled and enforced.
+#[must_use]
+pub fn configuration(testbed: &Testbed, journal: &Path, trust: TrustSource) -> Value {
+    let pki = testbed.layout().path("pki");
+    let trust = match trust {
+        TrustSource::ClusterSigner => json!({"clusterSigner": {}}),
+        TrustSource::MountedCa => {
+            json!({"mountedCa": {"certificate": pki.join("ca.crt"), "key": pki.join("ca.key")}})
+        }
+    };
+    json!({
+        "apiVersion": "weir.dev/v1alpha1",
+        "kind": "AgentConfiguration",
+        "node": NODE_NAME,
+        "journal": {"directory": journal},
+        "clusters": [{
+            "name": "testbed",
+            "kubeconfig": testbed.layout().kubeconfig("agent"),
+            "trust": trust,
+        }],
+        "enrolment": [{
+            "namespaceSelector": {"matchLabels": {ENROL_LABEL.0: ENROL_LABEL.1}},
+            "podSelector": {},
+            "mode": "enforce",
+        }],
+    })
+}
+
+/// Writes a configuration as YAML.
+///
+/// # Errors
+/// When the file cannot be written.
+pub fn write_configuration(configuration: &Value, to: &Path) -> Result<()> {
+    let text = serde_yaml_ng::to_string(configuration).context("cannot write a configuration as YAML")?;
+    fs::write(to, text).with_context(|| format!("cannot write {}", to.display()))
+}
+
+/// A binary of this workspace, beside or above the running one.
+///
+/// # Errors
+/// When it is not built; the error has the command that builds it.
+pub fn built_binary(name: &str) -> Result<PathBuf> {
+    let own = std::env::current_exe().context("cannot find the running binary")?;
+    let found = own.ancestors().skip(1).take(2).map(|folder| folder.join(name)).find(|file| file.is_file());
+    found.with_context(|| format!("{name} is not built; run `cargo build -p weir-agent -p weir`"))
+}
+
+impl AgentProcess {
+    /// Starts `weir-agent run --config CONFIG` and waits until it is ready.
+    ///
+    /// # Errors
+    /// When it ends instead or is not ready in time; the error has its last lines.
+    pub fn start(config: &Path, log: &Path) -> Result<Self> {
+        let mut agent = Self::spawn(config, log)?;
+        agent.wait_until_ready()?;
+        Ok(agent)
+    }
+
+    /// Starts it without waiting: for tests of what makes it fail.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn spawn(config: &Path, log: &Path) -> Result<Self> {
+        let binary = built_binary("weir-agent")?;
+        let output = File::create(log).with_context(|| format!("cannot make {}", log.display()))?;
+        let errors = output.try_clone().context("cannot share the log file")?;
+        let child = Command::new(&binary)
+            .args(["run", "--config"])
+            .arg(config)
+            .stdin(Stdio::null())
+            .stdout(output)
+            .stderr(errors)
+            // A Ctrl-C at the terminal is for us: we end the agent in our own order.
+            .process_group(0)
+            .spawn()
+            .with_context(|| format!("cannot start {}", binary.display()))?;
+        Ok(Self { child, binary, config: config.to_owned(), log: log.to_owned(), ended: false })
+    }
+
+    /// Waits for the log line that says so, and for `weir-agent status` to answer.
+    ///
+    /// # Errors
+    /// When the agent ends or the deadline is over; the error has its last lines.
+    pub fn wait_until_ready(&mut self) -> Result<()> {
+        let log = self.log.clone();
+        let ready = wait_until("the agent to be ready", READY_DEADLINE, || {
+            if let Some(status) = self.child.try_wait().context("cannot ask for the agent's state")? {
+                bail!("the agent ended ({status})");
+            }
+            let said = fs::read_to_string(&log).unwrap_or_default().lines().any(says_ready);
+            Ok((said && self.status().is_ok()).then_some(()))
+        });
+        ready.map_err(|error| error.context(format!("last lines of the agent:\n{}", self.last_lines())))
+    }
+
+    /// What `weir-agent status --json` says.
+    ///
+    /// # Errors
+    /// When it fails or writes no JSON.
+    pub fn status(&self) -> Result<Value> {
+        let text = run(Command::new(&self.binary).args(["status", "--json"]))?;
+        serde_json::from_str(&text).context("weir-agent status wrote no JSON")
+    }
+
+    /// Process id.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Its log so far.
+    ///
+    /// # Errors
+    /// When the file cannot be read.
+    pub fn log(&self) -> Result<String> {
+        fs::read_to_string(&self.log).with_context(|| format!("cannot read {}", self.log.display()))
+    }
+
+    /// Its last lines.
+    #[must_use]
+    pub fn last_lines(&self) -> String {
+        tail(&self.log, LOG_LINES)
+    }
+
+    /// Path of its configuration.
+    #[must_use]
+    pub fn config(&self) -> &Path {
+        &self.config
+    }
+
+    /// Sends a signal.
+    ///
+    /// # Errors
+    /// When it has ended.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        let pid = i32::try_from(self.child.id()).context("process id out of range")?;
+        kill(Pid::from_raw(pid), signal).context("cannot signal the agent")
+    }
+
+    /// Waits until it has ended.
+    ///
+    /// # Errors
+    /// When the deadline is over.
+    pub fn wait_for_end(&mut self) -> Result<ExitStatus> {
+        let status = wait_until("the agent to end", END_DEADLINE, || {
+            self.child.try_wait().context("cannot ask for the agent's state")
+        })?;
+        self.ended = true;
+        Ok(status)
+    }
+
+    /// Sends SIGTERM and waits for the end. Pins stay, as on a node.
+    ///
+    /// # Errors
+    /// When it does not end in time; the error has its last lines.
+    pub fn terminate(&mut self) -> Result<ExitStatus> {
+        self.signal(Signal::SIGTERM)?;
+        let ended = self.wait_for_end();
+        ended.map_err(|error| error.context(format!("last lines of the agent:\n{}", self.last_lines())))
+    }
+
+    /// Kills it, as a crash would: pins stay, nothing is written any more.
+    ///
+    /// # Errors
+    /// When the kernel does not let it go.
+    pub fn crash(&mut self) -> Result<()> {
+        self.signal(Signal::SIGKILL)?;
+        self.wait_for_end().map(|_| ())
+    }
+
+    /// Removes every pin: `weir-agent uninstall`.
+    ///
+    /// # Errors
+    /// When the command fails.
+    pub fn uninstall(&self) -> Result<()> {
+        run(Command::new(&self.binary).arg("uninstall")).map(|_| ())
+    }
+}
+
+impl Drop for AgentProcess {
+    fn drop(&mut self) {
+        if !self.ended && self.crash().is_err() {
+            // It has ended by itself; what counts is that its pins go.
+            self.ended = true;
+        }
+        let _ = output(Command::new(&self.binary).arg("uninstall"));
+    }
+}
+
+/// Whether a log line has the message `ready`, as text or as JSON.
+fn says_ready(line: &str) -> bool {
+    line.contains(r#""message":"ready""#) || line.split_whitespace().any(|word| word == "ready")
+}
+
+/// The events of a journal, as `weir events` gives them.
+///
+/// # Errors
+/// When `weir` fails or a line is no event of the schema.
+pub fn read_events(journal: &Path) -> Result<Vec<Event>> {
+    let weir = built_binary("weir")?;
+    let text = run(Command::new(weir).args(["events", "--format", "json", "--from"]).arg(journal))?;
+    let event =
+        |line: &str| serde_json::from_str(line).with_context(|| format!("no event of the schema: {line}"));
+    text.lines().filter(|line| !line.is_empty()).map(event).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_message_ready_counts_as_readiness() {
+        assert!(says_ready("2026-01-01T00:00:00Z  INFO weir_agent::app: ready clusters=1"));
+        assert!(says_ready(r#"{"level":"INFO","fields":{"message":"ready","clusters":1}}"#));
+        assert!(!says_ready("2026-01-01T00:00:00Z  INFO weir_agent::app: the API server is already known"));
+    }
+}

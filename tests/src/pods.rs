@@ -1,0 +1,172 @@
+//! Pods of the testbed: made from the image that holds the real kubectl and a shell, and driven from the host.
+//!
+//! Commands in a pod are started by `kubectl exec` of the host, which goes to the API server directly; what the pod
+//! itself does goes through whatever its connections go through. Nothing here knows Weir.
+
+use std::process::{Command, Output};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use serde_json::{Value, json};
+
+use crate::command::{output, run};
+use crate::testbed::{AGENT_IMAGE, Testbed};
+use crate::wait::wait_until;
+
+/// A pod of a warm testbed runs within 2 s; builds may run beside it.
+const READY_DEADLINE: Duration = Duration::from_secs(60);
+
+/// What a pod is made from.
+#[derive(Clone, Debug)]
+pub struct PodSpec<'a> {
+    /// Namespace; it must exist.
+    pub namespace: &'a str,
+    /// Name.
+    pub name: &'a str,
+    /// Labels of the pod.
+    pub labels: &'a [(&'a str, &'a str)],
+    /// Service account; it must exist.
+    pub service_account: &'a str,
+    /// Whether it shares the host's network.
+    pub host_network: bool,
+    /// What its container runs, in a shell.
+    pub script: &'a str,
+}
+
+impl<'a> PodSpec<'a> {
+    /// A pod that waits to be driven by [`Pod::exec`].
+    #[must_use]
+    pub fn idle(namespace: &'a str, name: &'a str) -> Self {
+        // A shell as process 1 ignores SIGTERM unless told otherwise, and it must reap what is left to it.
+        let script = "trap 'exit 0' TERM; while :; do sleep 1000 & wait $!; done";
+        Self { namespace, name, labels: &[], service_account: "default", host_network: false, script }
+    }
+
+    fn manifest(&self) -> Value {
+        json!({
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": {
+                "namespace": self.namespace,
+                "name": self.name,
+                "labels": self.labels.iter().map(|(key, value)| ((*key).to_owned(), json!(value))).collect::<serde_json::Map<_, _>>(),
+            },
+            "spec": {
+                "serviceAccountName": self.service_account,
+                "hostNetwork": self.host_network,
+                "terminationGracePeriodSeconds": 1,
+                "restartPolicy": "Never",
+                "containers": [{
+                    "name": "main",
+                    "image": AGENT_IMAGE,
+                    "imagePullPolicy": "Never",
+                    "command": ["/bin/sh", "-c", self.script],
+                }],
+            },
+        })
+    }
+}
+
+/// A pod that was seen running.
+#[derive(Debug)]
+pub struct Pod<'a> {
+    testbed: &'a Testbed,
+    /// Namespace.
+    pub namespace: String,
+    /// Name.
+    pub name: String,
+    /// UID.
+    pub uid: String,
+    /// Id of its one container, as the runtime and the cgroup have it.
+    pub container: String,
+}
+
+impl Testbed {
+    /// Makes a namespace and waits for what every pod in it needs.
+    ///
+    /// # Errors
+    /// When kubectl fails or the deadline is over.
+    pub fn create_namespace(&self, name: &str, labels: &[(&str, &str)]) -> Result<()> {
+        let labels: serde_json::Map<_, _> =
+            labels.iter().map(|(key, value)| ((*key).to_owned(), json!(value))).collect();
+        let namespace =
+            json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}});
+        self.apply(&namespace.to_string())?;
+        for object in ["serviceaccount/default", "configmap/kube-root-ca.crt"] {
+            wait_until(&format!("{object} of namespace {name}"), READY_DEADLINE, || {
+                Ok(self.try_kubectl(&["get", object, "-n", name])?.then_some(()))
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Deletes a namespace and waits until it is gone.
+    ///
+    /// # Errors
+    /// When kubectl fails or the deadline is over.
+    pub fn delete_namespace(&self, name: &str) -> Result<()> {
+        let deadline = format!("--timeout={}s", READY_DEADLINE.as_secs());
+        self.kubectl(&["delete", "namespace", name, "--ignore-not-found", "--wait=true", &deadline])
+            .map(|_| ())
+    }
+
+    /// Makes a pod and waits until it is ready.
+    ///
+    /// # Errors
+    /// When kubectl fails, or the pod is not ready in time; then the error has the pod's events.
+    pub fn run_pod(&self, spec: &PodSpec<'_>) -> Result<Pod<'_>> {
+        self.apply(&spec.manifest().to_string())?;
+        let (namespace, name) = (spec.namespace, spec.name);
+        let status = wait_until(&format!("pod {namespace}/{name} to be ready"), READY_DEADLINE, || {
+            let pod = self.kubectl(&["get", "pod", name, "-n", namespace, "-o", "json"])?;
+            let pod: Value = serde_json::from_str(&pod).context("kubectl wrote no JSON")?;
+            Ok((pod["status"]["containerStatuses"][0]["ready"] == true).then_some(pod))
+        })
+        .map_err(|error| match self.kubectl(&["get", "events", "-n", namespace]) {
+            Ok(events) => error.context(format!("events of namespace {namespace}:\n{events}")),
+            Err(_) => error,
+        })?;
+        let uid = status["metadata"]["uid"].as_str().context("the pod has no uid")?.to_owned();
+        let container = status["status"]["containerStatuses"][0]["containerID"].as_str().unwrap_or_default();
+        let container = container.trim_start_matches("containerd://").to_owned();
+        Ok(Pod { testbed: self, namespace: namespace.to_owned(), name: name.to_owned(), uid, container })
+    }
+
+    fn try_kubectl(&self, arguments: &[&str]) -> Result<bool> {
+        Ok(output(self.kubectl_command().args(arguments))?.status.success())
+    }
+}
+
+impl Pod<'_> {
+    /// `kubectl exec` of the host into this pod, to add a command to; its exit code is the command's.
+    #[must_use]
+    pub fn exec_command(&self) -> Command {
+        let mut command = self.testbed.kubectl_command();
+        command.args(["exec", "-n", &self.namespace, &self.name, "--"]);
+        command
+    }
+
+    /// Runs a command in the pod, whatever its exit code.
+    ///
+    /// # Errors
+    /// When the host's kubectl cannot be started.
+    pub fn exec(&self, arguments: &[&str]) -> Result<Output> {
+        output(self.exec_command().args(arguments))
+    }
+
+    /// Runs a shell script in the pod and gives its output.
+    ///
+    /// # Errors
+    /// When its exit code is not 0.
+    pub fn shell(&self, script: &str) -> Result<String> {
+        run(self.exec_command().args(["sh", "-c", script]))
+    }
+
+    /// Deletes the pod and waits until it is gone.
+    ///
+    /// # Errors
+    /// When kubectl fails.
+    pub fn delete(self) -> Result<()> {
+        self.testbed.kubectl(&["delete", "pod", &self.name, "-n", &self.namespace, "--wait=true"]).map(|_| ())
+    }
+}
