@@ -132,6 +132,27 @@ impl ClusterCa {
         Ok(Self { roots: Arc::new(roots), origin })
     }
 
+    /// Takes certificates in DER; `origin` names where they come from in errors.
+    ///
+    /// # Errors
+    /// There is none, or one that is no certificate.
+    pub fn from_der<'a>(
+        certificates: impl IntoIterator<Item = &'a [u8]>,
+        origin: impl Into<String>,
+    ) -> Result<Self, TrustError> {
+        let origin = origin.into();
+        let mut roots = RootCertStore::empty();
+        for certificate in certificates {
+            roots
+                .add(CertificateDer::from(certificate.to_vec()))
+                .map_err(|source| TrustError::CaBundleCertificate { origin: origin.clone(), source })?;
+        }
+        if roots.is_empty() {
+            return Err(TrustError::CaBundleEmpty { origin });
+        }
+        Ok(Self { roots: Arc::new(roots), origin })
+    }
+
     /// The certificates as rustls wants them.
     pub fn roots(&self) -> Arc<RootCertStore> {
         Arc::clone(&self.roots)

@@ -92,7 +92,10 @@ impl Suite {
             self.command.env("WEIR_TEST_LONG", "1");
         }
         let started = Instant::now();
-        let status = self.command.status().with_context(|| format!("{}: cannot start {:?}", self.name, self.command))?;
+        let status = self
+            .command
+            .status()
+            .with_context(|| format!("{}: cannot start {:?}", self.name, self.command))?;
         if !status.success() {
             bail!("{}: {:?} ended with {status}", self.name, self.command);
         }
@@ -143,7 +146,11 @@ pub(crate) fn deny(root: &Path) -> Result<()> {
         }
     }
     let check = |what: &[&str]| -> Result<bool> {
-        let status = Command::new(&program).args(["check", "--hide-inclusion-graph"]).args(what).current_dir(root).status()?;
+        let status = Command::new(&program)
+            .args(["check", "--hide-inclusion-graph"])
+            .args(what)
+            .current_dir(root)
+            .status()?;
         Ok(status.success())
     };
     if !check(&["bans", "licenses", "sources"])? {

@@ -106,7 +106,8 @@ fn rust_file(path: &Path, text: &str, findings: &mut Vec<String>) {
     let production = text.split("\n#[cfg(test)]\nmod ").next().unwrap_or_default();
     let lines = production.lines().count();
     if lines > FILE_LINES_MAX {
-        findings.push(format!("{name}: {lines} production lines, more than {FILE_LINES_MAX}; split it by noun"));
+        findings
+            .push(format!("{name}: {lines} production lines, more than {FILE_LINES_MAX}; split it by noun"));
     }
     for (pattern, why) in forbidden() {
         if text.contains(&pattern) {
@@ -123,9 +124,9 @@ fn edges(name: &str, production: &str, findings: &mut Vec<String>) {
         return;
     }
     let may = |places: &[&str]| {
-        places.iter().any(|place| {
-            name.starts_with(place) || name == format!("{}.rs", place.trim_end_matches('/'))
-        })
+        places
+            .iter()
+            .any(|place| name.starts_with(place) || name == format!("{}.rs", place.trim_end_matches('/')))
     };
     for (library, places) in EDGES {
         let imported = production.lines().map(str::trim_start).any(|line| {
@@ -171,7 +172,8 @@ fn manifests(root: &Path, files: &[PathBuf], findings: &mut Vec<String>) -> Resu
 }
 
 fn documents(root: &Path, files: &[PathBuf], findings: &mut Vec<String>) -> Result<()> {
-    for name in ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "LICENSE"] {
+    for name in ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "LICENSE"]
+    {
         if !files.iter().any(|path| path == Path::new(name)) {
             findings.push(format!("{name} is missing"));
         }
@@ -197,7 +199,9 @@ fn documents(root: &Path, files: &[PathBuf], findings: &mut Vec<String>) -> Resu
 fn links(text: &str) -> Vec<String> {
     text.match_indices("](")
         .filter_map(|(at, _)| text[at + 2..].split_once(')').map(|(target, _)| target))
-        .filter(|target| !target.contains("://") && !target.starts_with('#') && !target.contains(char::is_whitespace))
+        .filter(|target| {
+            !target.contains("://") && !target.starts_with('#') && !target.contains(char::is_whitespace)
+        })
         .map(|target| target.split('#').next().unwrap_or_default().to_owned())
         .collect()
 }
