@@ -9,6 +9,7 @@ pub mod audit;
 pub mod certificates;
 pub mod command;
 pub mod components;
+pub mod coverage;
 pub mod pods;
 pub mod process;
 pub mod progress;
@@ -16,6 +17,7 @@ pub mod testbed;
 pub mod wait;
 
 pub use agent::AgentProcess;
+pub use coverage::Coverage;
 pub use pods::{Pod, PodSpec};
 pub use testbed::Testbed;
 pub use wait::wait_until;

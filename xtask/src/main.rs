@@ -5,11 +5,12 @@
 #![expect(clippy::print_stdout, reason = "a command line's results go to standard output")]
 
 mod build_ebpf;
+mod demo;
 mod test;
 mod testbed;
 mod tidy;
 
-use std::path::Path;
+use std::{path::Path, process::ExitCode};
 
 use anyhow::{Context as _, Result};
 use clap::{Parser, Subcommand};
@@ -26,6 +27,8 @@ struct Cli {
 enum Command {
     /// Build the kernel programs, making the toolchain for them if need be.
     BuildEbpf(build_ebpf::Options),
+    /// The whole story on this machine: set-up, a pod at work, its record replayed, verified and compared.
+    Demo(demo::Arguments),
     /// A one-node Kubernetes cluster of real components on this machine.
     Testbed(testbed::Arguments),
     /// Check what keeps the tree in order: layers, file sizes, headers, lints.
@@ -40,10 +43,22 @@ enum Command {
     },
 }
 
-fn main() -> Result<()> {
+fn main() -> ExitCode {
+    match run(Cli::parse().command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // Not the Debug form of anyhow, which adds a backtrace that says nothing to who runs a command.
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Command) -> Result<()> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("xtask has no parent folder")?;
-    match Cli::parse().command {
+    match command {
         Command::BuildEbpf(options) => build_ebpf::run(root, options).map(drop),
+        Command::Demo(arguments) => demo::run(root, &arguments),
         Command::Testbed(arguments) => testbed::run(&arguments),
         Command::Tidy => tidy::run(root),
         Command::Deny => test::deny(root),
