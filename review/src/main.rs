@@ -1,2 +1,296 @@
-//! placeholder
-fn main() {}
+//! `weir`: the reader's side. Lists sessions, prints events, replays a session, verifies a journal.
+//!
+//! Reads journals and never writes one. This file is the command line and the only place that picks exit codes:
+//! 0, 1 for failure (and for damage that `verify` found), 2 for usage. A reader that closes the pipe is no failure.
+
+mod events;
+#[cfg(test)]
+mod fixture;
+mod moment;
+mod replay;
+mod sessions;
+mod source;
+mod terminal;
+mod verify;
+
+use std::{
+    io::{self, BufWriter, IsTerminal, Write},
+    path::PathBuf,
+    process::ExitCode,
+    time::Duration,
+};
+
+use anyhow::Context as _;
+use clap::{Args, Parser, Subcommand};
+
+use moment::Moment;
+use replay::Subject;
+use source::Journal;
+use terminal::Style;
+
+/// How often a followed journal is looked at.
+const FOLLOW_INTERVAL: Duration = Duration::from_millis(200);
+
+/// Review what went through Weir to a Kubernetes API: sessions, events, replay, verification.
+#[derive(Debug, Parser)]
+#[command(version, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Args)]
+struct From {
+    /// Journal directory of an agent (kafka://HOST:PORT/TOPIC is not read yet).
+    #[arg(long = "from", value_name = "SOURCE", value_parser = source_path)]
+    path: PathBuf,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// List sessions: who (caller × pod × cluster), when, how much.
+    Sessions(SessionsArgs),
+    /// Print events as recorded, one JSON object a line, epoch by epoch.
+    Events(EventsArgs),
+    /// Print a session as it happened, or one request in full.
+    ///
+    /// Each line has the time since the session's start and [process.request]. Without --speed requests stand
+    /// together, process by process; with it everything comes in the order it happened. What processes wrote is
+    /// escaped (\x1b, \u{202e}), so it cannot act on your terminal. Exec, attach and port-forward streams are
+    /// raw upgrade bytes, not decoded yet: a replay shows the text found in them, --request every byte.
+    Replay(ReplayArgs),
+    /// Verify a journal: frames, sequence, Merkle log, checkpoints; exit 1 on damage, naming the place.
+    Verify(VerifyArgs),
+}
+
+#[derive(Debug, Args)]
+struct SessionsArgs {
+    #[command(flatten)]
+    from: From,
+    /// Only of this claimed user, for example system:serviceaccount:ci:agent.
+    #[arg(long, value_name = "U")]
+    user: Option<String>,
+    /// Only to this cluster.
+    #[arg(long, value_name = "C")]
+    cluster: Option<String>,
+    /// Only from a pod of this namespace, or with a request for it.
+    #[arg(long, value_name = "N")]
+    namespace: Option<String>,
+    /// Only with an event at or after this: RFC 3339, or a length of time before now (30m, 2h, 1d12h).
+    #[arg(long, value_name = "T", value_parser = moment)]
+    since: Option<Moment>,
+    /// Only with an event at or before this.
+    #[arg(long, value_name = "T", value_parser = moment)]
+    until: Option<Moment>,
+    /// One JSON object a line.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Args)]
+struct EventsArgs {
+    #[command(flatten)]
+    from: From,
+    /// Only of this session (its whole id).
+    #[arg(long, value_name = "ID")]
+    session: Option<String>,
+    /// json: the recorded bytes. audit, ocsf and ecs are planned.
+    #[arg(long, default_value = "json", value_parser = format)]
+    format: String,
+    /// Go on with what the agent records from now on, until interrupted.
+    #[arg(long)]
+    follow: bool,
+}
+
+#[derive(Debug, Args)]
+struct ReplayArgs {
+    #[command(flatten)]
+    from: From,
+    /// Session to replay: its id or a unique beginning of it.
+    #[arg(value_name = "ID", required_unless_present = "request")]
+    session: Option<String>,
+    /// Print this one request in full instead: its id (the Audit-ID) or a unique beginning of it.
+    #[arg(long, value_name = "ID", conflicts_with = "session")]
+    request: Option<String>,
+    /// Wait as it happened, X times faster (1: real time). Without it nothing is waited for.
+    #[arg(long, value_name = "X", value_parser = speed)]
+    speed: Option<f64>,
+    /// Write what servers sent over upgraded connections as asciicast v2 instead: raw bytes, not decoded.
+    /// They are not escaped: playing the file lets them act on your terminal.
+    #[arg(long, value_name = "FILE", conflicts_with = "speed")]
+    cast: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+struct VerifyArgs {
+    #[command(flatten)]
+    from: From,
+    /// Verifier key (C2SP note format: NAME+HASH+KEY, one a line) that checkpoints must be signed with. Without it keys
+    /// are taken from the journal itself: that proves consistency, not authorship.
+    #[arg(long, value_name = "FILE")]
+    key: Option<PathBuf>,
+    /// A checkpoint that you kept from earlier: the journal must still contain all that it covers.
+    #[arg(long, value_name = "FILE")]
+    checkpoint: Option<PathBuf>,
+    /// The report as one JSON object.
+    #[arg(long)]
+    json: bool,
+}
+
+fn source_path(text: &str) -> Result<PathBuf, String> {
+    if text.starts_with("kafka://") {
+        return Err("kafka sources are not read yet; give a journal directory".into());
+    }
+    if text.is_empty() {
+        return Err("give a journal directory".into());
+    }
+    Ok(PathBuf::from(text))
+}
+
+fn moment(text: &str) -> Result<Moment, String> {
+    Moment::parse(text, Moment::now())
+}
+
+fn format(text: &str) -> Result<String, String> {
+    match text {
+        "json" => Ok(text.into()),
+        "audit" | "ocsf" | "ecs" => {
+            Err(format!("the projection {text} is not available yet; available: json"))
+        }
+        _ => Err("available: json".into()),
+    }
+}
+
+fn speed(text: &str) -> Result<f64, String> {
+    text.parse::<f64>()
+        .ok()
+        .filter(|speed| speed.is_finite() && *speed > 0.0)
+        .ok_or_else(|| "give a number above 0, for example 1 or 2.5".into())
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match run(cli.command) {
+        Ok(code) => code,
+        Err(error) if is_closed_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            // Nobody is left to be told if this fails.
+            let _ = writeln!(io::stderr(), "weir: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn is_closed_pipe(error: &anyhow::Error) -> bool {
+    let closed = |error: &io::Error| error.kind() == io::ErrorKind::BrokenPipe;
+    error.chain().any(|cause| cause.downcast_ref::<io::Error>().is_some_and(closed))
+}
+
+fn run(command: Command) -> anyhow::Result<ExitCode> {
+    let style = Style::for_stdout();
+    let mut out = BufWriter::new(io::stdout().lock());
+    let mut code = ExitCode::SUCCESS;
+    match command {
+        Command::Sessions(args) => list_sessions(&args, &mut out, style)?,
+        Command::Events(args) => print_events(&args, &mut out)?,
+        Command::Replay(args) => replay(args, &mut out, style)?,
+        Command::Verify(args) => code = verify(&args, &mut out, style)?,
+    }
+    out.flush().context("cannot write the output")?;
+    Ok(code)
+}
+
+fn list_sessions(args: &SessionsArgs, out: &mut dyn Write, style: Style) -> anyhow::Result<()> {
+    let journal = Journal::open(&args.from.path)?;
+    let mut sessions = sessions::Sessions::default();
+    let mut progress = terminal::Progress::new("reading", journal.bytes());
+    for record in journal.records() {
+        let record = record?;
+        progress.advance(record.frame_bytes);
+        if let Some(event) = journal.event(&record) {
+            sessions.add(&event);
+        }
+    }
+    drop(progress);
+    let filter = sessions::Filter {
+        user: args.user.clone(),
+        cluster: args.cluster.clone(),
+        namespace: args.namespace.clone(),
+        since: args.since,
+        until: args.until,
+    };
+    let (list, outside) = sessions.finish(&filter);
+    warn(&journal);
+    let written = if args.json {
+        sessions::print_json(out, &list)
+    } else {
+        sessions::print(out, style, &list, outside)
+    };
+    written.context("cannot write the output")
+}
+
+/// Tells what could not be read; nobody is left to be told if that fails.
+fn warn(journal: &Journal) {
+    let (warnings, more) = journal.warnings();
+    for warning in &warnings {
+        let _ = writeln!(io::stderr(), "weir: warning: {}", terminal::escaped(warning));
+    }
+    if !warnings.is_empty() {
+        let more = if more > 0 { format!("{more} more; ") } else { String::new() };
+        let _ =
+            writeln!(io::stderr(), "weir: warning: {more}`weir verify --from {}` tells all", journal.name());
+    }
+}
+
+fn print_events(args: &EventsArgs, out: &mut dyn Write) -> anyhow::Result<()> {
+    let journal = Journal::open(&args.from.path)?;
+    let lines = events::Lines::new(out, io::stdout().is_terminal(), args.session.as_deref());
+    if args.follow {
+        let mut wait = || {
+            std::thread::park_timeout(FOLLOW_INTERVAL);
+            true
+        };
+        return Ok(events::follow(&journal, lines, &mut wait)?);
+    }
+    let listed = events::list(&journal, lines);
+    warn(&journal);
+    Ok(listed?)
+}
+
+fn replay(args: ReplayArgs, out: &mut dyn Write, style: Style) -> anyhow::Result<()> {
+    let journal = Journal::open(&args.from.path)?;
+    let subject = match (args.request, args.session) {
+        (Some(request), _) => Subject::Request(request),
+        (None, session) => Subject::Session(session.unwrap_or_default()),
+    };
+    let played = match args.cast {
+        None => replay::play(&journal, &subject, args.speed, out, style),
+        Some(path) => {
+            replay::write_cast(&journal, &subject, &path).and_then(|text| Ok(writeln!(out, "{text}")?))
+        }
+    };
+    warn(&journal);
+    Ok(played?)
+}
+
+fn verify(args: &VerifyArgs, out: &mut dyn Write, style: Style) -> anyhow::Result<ExitCode> {
+    let journal = Journal::open(&args.from.path)?;
+    let options = verify::Options { key: args.key.as_deref(), checkpoint: args.checkpoint.as_deref() };
+    let report = verify::verify(&journal, &options)?;
+    let written =
+        if args.json { verify::print_json(out, &report) } else { verify::print(out, style, &report) };
+    written.context("cannot write the output")?;
+    Ok(if report.is_sound() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::Cli;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+}

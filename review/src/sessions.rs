@@ -1,0 +1,286 @@
+//! `weir sessions`: one line for each session, with who was behind it and how much it did.
+//!
+//! One pass over the journal; memory grows with the number of sessions, not of events. Nothing here prints
+//! recorded text unescaped.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashSet},
+    io::{self, Write},
+};
+
+use serde::Serialize;
+use weir_common::event::{Caller, Event, Kind, Outcome};
+
+use crate::{
+    moment::{Moment, counted, length},
+    terminal::{Style, escaped},
+};
+
+/// Which sessions to list; all that is given must hold.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Filter {
+    /// The claimed user.
+    pub(crate) user: Option<String>,
+    /// The cluster.
+    pub(crate) cluster: Option<String>,
+    /// The caller's pod is in this namespace, or a request was for it.
+    pub(crate) namespace: Option<String>,
+    /// Something happened at or after this.
+    pub(crate) since: Option<Moment>,
+    /// Something happened at or before this.
+    pub(crate) until: Option<Moment>,
+}
+
+/// One session.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct Summary {
+    /// Its id.
+    pub(crate) session: String,
+    cluster: String,
+    node: String,
+    started: String,
+    last: String,
+    duration_us: u64,
+    caller: Option<Box<Caller>>,
+    invocations: u64,
+    requests: u64,
+    mutations: u64,
+    streams: u64,
+    refused: u64,
+    failed: u64,
+    gaps: u64,
+    /// Requests with no end on record: still running, or the agent ended without a word.
+    unfinished: u64,
+    namespaces: BTreeSet<String>,
+    #[serde(skip)]
+    first_us: i64,
+    #[serde(skip)]
+    last_us: i64,
+    #[serde(skip)]
+    open: HashSet<String>,
+}
+
+/// Events that belong to no session, and that a reviewer should know of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Outside {
+    connections_refused: u64,
+    gaps: u64,
+    findings: u64,
+}
+
+/// All sessions seen so far.
+#[derive(Debug, Default)]
+pub(crate) struct Sessions {
+    by_id: BTreeMap<String, Summary>,
+    outside: Outside,
+}
+
+impl Sessions {
+    /// Takes one event into account.
+    pub(crate) fn add(&mut self, event: &Event) {
+        if event.session.is_empty() {
+            match event.kind {
+                Kind::ConnectionRefused { .. } => self.outside.connections_refused += 1,
+                Kind::Gap { .. } => self.outside.gaps += 1,
+                Kind::Finding { .. } => self.outside.findings += 1,
+                _ => {}
+            }
+            return;
+        }
+        if !self.by_id.contains_key(&event.session) {
+            self.by_id.insert(event.session.clone(), Summary::new(event));
+        }
+        if let Some(summary) = self.by_id.get_mut(&event.session) {
+            summary.add(event);
+        }
+    }
+
+    /// The sessions that the filter admits, oldest first, and what belongs to none.
+    pub(crate) fn finish(self, filter: &Filter) -> (Vec<Summary>, Outside) {
+        let mut list: Vec<Summary> = self.by_id.into_values().filter(|s| s.admitted(filter)).collect();
+        for summary in &mut list {
+            summary.started = Moment(summary.first_us).text();
+            summary.last = Moment(summary.last_us).text();
+            summary.duration_us = summary.last_us.abs_diff(summary.first_us);
+            summary.unfinished = summary.open.len() as u64;
+        }
+        list.sort_by(|a, b| (a.first_us, &a.session).cmp(&(b.first_us, &b.session)));
+        (list, self.outside)
+    }
+}
+
+impl Summary {
+    fn new(event: &Event) -> Self {
+        Self {
+            session: event.session.clone(),
+            cluster: event.cluster.clone(),
+            node: event.node.clone(),
+            started: String::new(),
+            last: String::new(),
+            duration_us: 0,
+            caller: None,
+            invocations: 0,
+            requests: 0,
+            mutations: 0,
+            streams: 0,
+            refused: 0,
+            failed: 0,
+            gaps: 0,
+            unfinished: 0,
+            namespaces: BTreeSet::new(),
+            first_us: event.time_unix_us,
+            last_us: event.time_unix_us,
+            open: HashSet::new(),
+        }
+    }
+
+    fn add(&mut self, event: &Event) {
+        self.first_us = self.first_us.min(event.time_unix_us);
+        self.last_us = self.last_us.max(event.time_unix_us);
+        match &event.kind {
+            Kind::SessionStarted { caller } => self.caller = Some(caller.clone()),
+            Kind::InvocationStarted { .. } => self.invocations += 1,
+            Kind::RequestOpened(opened) => {
+                self.requests += 1;
+                let mutating = matches!(opened.method.as_str(), "POST" | "PUT" | "PATCH" | "DELETE");
+                self.mutations += u64::from(mutating && opened.upgrade.is_none());
+                self.streams += u64::from(opened.upgrade.is_some());
+                if !opened.attributes.namespace.is_empty() {
+                    self.namespaces.insert(opened.attributes.namespace.clone());
+                }
+                self.open.extend(event.request.clone());
+            }
+            Kind::RequestRefused { .. } => self.refused += 1,
+            Kind::RequestClosed(closed) => {
+                self.failed += u64::from(matches!(closed.outcome, Outcome::UpstreamFailed));
+                if let Some(request) = &event.request {
+                    self.open.remove(request);
+                }
+            }
+            Kind::Gap { .. } => self.gaps += 1,
+            _ => {}
+        }
+    }
+
+    fn admitted(&self, filter: &Filter) -> bool {
+        let caller = self.caller.as_deref();
+        let user = caller.and_then(|caller| caller.claimed_user.as_ref());
+        let pod_namespace = caller.and_then(|caller| caller.pod.as_ref()).map(|pod| &pod.namespace);
+        filter.user.as_ref().is_none_or(|wanted| user == Some(wanted))
+            && filter.cluster.as_ref().is_none_or(|wanted| self.cluster == *wanted)
+            && filter
+                .namespace
+                .as_ref()
+                .is_none_or(|wanted| pod_namespace == Some(wanted) || self.namespaces.contains(wanted))
+            && filter.since.is_none_or(|since| self.last_us >= since.0)
+            && filter.until.is_none_or(|until| self.first_us <= until.0)
+    }
+
+    fn who(&self) -> String {
+        let Some(caller) = &self.caller else { return "unknown".into() };
+        match (&caller.pod, &caller.process) {
+            (Some(pod), _) => format!("pod {}/{}", pod.namespace, pod.name),
+            (None, Some(process)) => {
+                let name = process.executable.rsplit('/').next().unwrap_or_default();
+                format!("{name} (pid {}, uid {})", process.pid, process.uid)
+            }
+            (None, None) => "unknown".into(),
+        }
+    }
+
+    fn remarks(&self) -> Vec<String> {
+        let remark = |number: u64, word: &str| (number > 0).then(|| format!("{number} {word}"));
+        [
+            remark(self.refused, "refused"),
+            remark(self.failed, "failed"),
+            remark(self.unfinished, "unfinished"),
+            (self.gaps > 0).then(|| counted(self.gaps, "gap")),
+        ]
+        .into_iter()
+        .flatten()
+        .collect()
+    }
+}
+
+/// Prints one JSON object a line.
+///
+/// # Errors
+/// The output cannot be written.
+pub(crate) fn print_json(out: &mut dyn Write, list: &[Summary]) -> io::Result<()> {
+    for summary in list {
+        serde_json::to_writer(&mut *out, summary)?;
+        writeln!(out)?;
+    }
+    Ok(())
+}
+
+/// Prints a table, and a line on what belongs to no session.
+///
+/// # Errors
+/// The output cannot be written.
+pub(crate) fn print(out: &mut dyn Write, style: Style, list: &[Summary], outside: Outside) -> io::Result<()> {
+    let head = [
+        "SESSION",
+        "STARTED",
+        "LASTED",
+        "CLUSTER",
+        "CALLER",
+        "CLAIMED USER",
+        "PROC",
+        "REQ",
+        "WRITE",
+        "STREAM",
+    ];
+    let rows: Vec<[String; 10]> = list.iter().map(row).collect();
+    let width = |column: usize| {
+        rows.iter()
+            .map(|row| row[column].chars().count())
+            .chain([head[column].len()])
+            .max()
+            .unwrap_or_default()
+    };
+    let widths: [usize; 10] = std::array::from_fn(width);
+    let line = |cells: &[String; 10]| {
+        let padded: Vec<String> =
+            cells.iter().zip(widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
+        padded.join("  ").trim_end().to_owned()
+    };
+    if list.is_empty() {
+        writeln!(out, "no session matches")?;
+    } else {
+        writeln!(out, "{}", style.strong(&line(&head.map(str::to_owned))))?;
+    }
+    for (summary, row) in list.iter().zip(&rows) {
+        let remarks = summary.remarks();
+        let remarks = if remarks.is_empty() { String::new() } else { format!("  ({})", remarks.join(", ")) };
+        writeln!(out, "{}{}", line(row), style.warning(&remarks))?;
+    }
+    let Outside { connections_refused, gaps, findings } = outside;
+    if outside != Outside::default() {
+        let text = format!(
+            "outside of sessions: {}, {}, {} (`weir events` shows them)",
+            counted(connections_refused, "connection refused").replace("refuseds", "refused"),
+            counted(gaps, "gap"),
+            counted(findings, "finding")
+        );
+        writeln!(out, "{}", style.warning(&text))?;
+    }
+    Ok(())
+}
+
+fn row(summary: &Summary) -> [String; 10] {
+    let user = summary.caller.as_ref().and_then(|caller| caller.claimed_user.as_deref()).unwrap_or("-");
+    [
+        escaped(&summary.session).into_owned(),
+        summary.started.clone(),
+        length(summary.duration_us),
+        escaped(&summary.cluster).into_owned(),
+        escaped(&summary.who()).into_owned(),
+        escaped(user).into_owned(),
+        summary.invocations.to_string(),
+        summary.requests.to_string(),
+        summary.mutations.to_string(),
+        summary.streams.to_string(),
+    ]
+}

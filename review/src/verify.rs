@@ -1,0 +1,254 @@
+//! `weir verify`: is this journal whole and unchanged?
+//!
+//! Every frame, the sequence, the Merkle root at every checkpoint and its signature, gaps that the agent itself
+//! recorded, and a checkpoint that the verifier kept. Works offline, one segment in memory at a time. What it finds
+//! is a [`Report`]; [`epoch`] checks one epoch, [`report`] prints.
+
+mod epoch;
+mod keys;
+mod report;
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use serde::Serialize;
+use weir_common::checkpoint::{Checkpoint, CheckpointError, NOTE_BYTES_MAX};
+
+use crate::{
+    source::{Journal, SourceError},
+    terminal::Progress,
+};
+use keys::Keys;
+pub(crate) use report::{print, print_json};
+
+/// Most findings of one kind that are listed; more are counted.
+const FINDINGS_MAX: usize = 200;
+
+/// What went wrong with the verification itself; damage is no error but part of the [`Report`].
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum VerifyError {
+    /// The journal cannot be read.
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    /// A file that the user named cannot be read.
+    #[error("cannot read {path}")]
+    File { path: PathBuf, source: io::Error },
+    /// A file that the user named is far too long.
+    #[error("{path} is longer than the {NOTE_BYTES_MAX} bytes that a key file or checkpoint may have")]
+    TooLong { path: PathBuf },
+    /// `--key` holds no key.
+    #[error("{path} holds no verifier key (name+hash+key)")]
+    NoKey { path: PathBuf },
+    /// The journal holds no key and none was given.
+    #[error("no verifier key (*.pub) lies in {journal}; give one with --key FILE")]
+    NoKeyInJournal { journal: String },
+    /// `--key` holds something else.
+    #[error("{path} holds something that is no verifier key")]
+    Key { path: PathBuf, source: CheckpointError },
+    /// `--checkpoint` holds something else.
+    #[error("{path} holds no signed checkpoint")]
+    Checkpoint { path: PathBuf, source: CheckpointError },
+    /// `--checkpoint` is signed by nobody who is known.
+    #[error("the checkpoint in {path} is not signed by a known key; give its verifier key with --key")]
+    Unsigned { path: PathBuf, source: CheckpointError },
+}
+
+/// What to verify against.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Options<'a> {
+    /// Verifier keys from elsewhere.
+    pub(crate) key: Option<&'a Path>,
+    /// A checkpoint kept from earlier.
+    pub(crate) checkpoint: Option<&'a Path>,
+}
+
+/// Where something was found.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct Finding {
+    /// File or folder.
+    pub(crate) file: String,
+    /// Offset in it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) offset: Option<u64>,
+    /// Sequence of the event.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) sequence: Option<u64>,
+    /// What.
+    pub(crate) what: String,
+}
+
+/// Findings of one kind, bounded.
+#[derive(Debug, Default, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct Findings {
+    pub(crate) listed: Vec<Finding>,
+    /// Number of those that are not listed.
+    pub(crate) more: u64,
+}
+
+impl Findings {
+    pub(crate) fn push(&mut self, finding: Finding) {
+        if self.listed.len() < FINDINGS_MAX {
+            self.listed.push(finding);
+        } else {
+            self.more += 1;
+        }
+    }
+
+    pub(crate) fn number(&self) -> u64 {
+        self.listed.len() as u64 + self.more
+    }
+}
+
+/// Where the keys came from that signatures were verified with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) enum KeySource {
+    /// `--key`: signatures prove authorship.
+    Given,
+    /// The journal itself: signatures prove consistency only.
+    Journal,
+}
+
+/// Totals of one epoch.
+#[derive(Clone, Debug, Default, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct EpochReport {
+    pub(crate) epoch: String,
+    pub(crate) node: String,
+    pub(crate) segments: u64,
+    pub(crate) events: u64,
+    pub(crate) checkpoints: u64,
+    /// Events that the last valid checkpoint covers.
+    pub(crate) covered: u64,
+    /// Root over all events, hex; none if damage stands in the way.
+    pub(crate) root: Option<String>,
+    /// Whether the agent ended the epoch in an orderly way.
+    pub(crate) stopped: bool,
+    /// Requests without an end.
+    pub(crate) open_requests: u64,
+}
+
+/// What a verification found.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct Report {
+    pub(crate) journal: String,
+    pub(crate) sound: bool,
+    pub(crate) key_source: KeySource,
+    pub(crate) epochs: Vec<EpochReport>,
+    /// What must not be.
+    pub(crate) damage: Findings,
+    /// What the agent itself recorded as missing.
+    pub(crate) gaps: Findings,
+    /// What a reader should know, and is no damage.
+    pub(crate) notes: Findings,
+    /// Whether the journal holds all that the kept checkpoint covers; none if none was given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) checkpoint: Option<String>,
+}
+
+impl Report {
+    /// No damage.
+    pub(crate) fn is_sound(&self) -> bool {
+        self.sound
+    }
+}
+
+/// A checkpoint that the verifier kept, until its log has been met.
+#[derive(Debug)]
+pub(crate) struct Kept {
+    pub(crate) checkpoint: Checkpoint,
+    pub(crate) path: PathBuf,
+    /// Set when the log has reached its size.
+    pub(crate) matches: Option<bool>,
+    /// How many events its log has, once it has been read.
+    pub(crate) log_size: Option<u64>,
+}
+
+/// Verifies a journal.
+///
+/// # Errors
+/// Files cannot be read, or `--key` and `--checkpoint` hold something else.
+pub(crate) fn verify(journal: &Journal, options: &Options<'_>) -> Result<Report, VerifyError> {
+    let keys = Keys::load(journal, options.key)?;
+    let mut kept = options.checkpoint.map(|path| load_checkpoint(path, &keys)).transpose()?;
+    let mut report = Report {
+        journal: journal.name(),
+        sound: true,
+        key_source: keys.source(),
+        epochs: Vec::new(),
+        damage: Findings::default(),
+        gaps: Findings::default(),
+        notes: Findings::default(),
+        checkpoint: None,
+    };
+    let mut progress = Progress::new("verifying", journal.bytes());
+    let mut known = epoch::Known::new(journal);
+    for epoch in &journal.epochs {
+        epoch::check(journal, epoch, &keys, kept.as_mut(), &mut known, &mut report, &mut progress)?;
+    }
+    drop(progress);
+    known.finish(&mut report);
+    if let Some(kept) = kept {
+        judge_kept(&kept, &mut report);
+    }
+    report.sound = report.damage.number() == 0;
+    Ok(report)
+}
+
+fn judge_kept(kept: &Kept, report: &mut Report) {
+    let Checkpoint { origin, size, .. } = &kept.checkpoint;
+    let mut damage = |what| {
+        report.damage.push(Finding {
+            file: kept.path.display().to_string(),
+            offset: None,
+            sequence: None,
+            what,
+        });
+    };
+    report.checkpoint = Some(match (kept.matches, kept.log_size) {
+        (Some(true), _) => format!("the first {size} events of {origin} are as they were"),
+        (Some(false), _) => {
+            damage(format!(
+                "the first {size} events of {origin} are not those that the kept checkpoint covers"
+            ));
+            "does not match".into()
+        }
+        (None, Some(events)) => {
+            damage(format!(
+                "{origin} was cut: the kept checkpoint covers {size} events, the journal holds {events} of them"
+            ));
+            "journal was cut".into()
+        }
+        (None, None) => {
+            damage(format!("the log {origin} of the kept checkpoint is not in this journal"));
+            "log is missing".into()
+        }
+    });
+}
+
+/// Reads a small text file that the user named, or that lies beside the journal.
+fn read_text(path: &Path) -> Result<String, VerifyError> {
+    let error = |source| VerifyError::File { path: path.to_owned(), source };
+    let length = fs::metadata(path).map_err(error)?.len();
+    if length > NOTE_BYTES_MAX as u64 {
+        return Err(VerifyError::TooLong { path: path.to_owned() });
+    }
+    fs::read_to_string(path).map_err(error)
+}
+
+fn load_checkpoint(path: &Path, keys: &Keys) -> Result<Kept, VerifyError> {
+    let note = read_text(path)?;
+    Checkpoint::parse_unverified(&note)
+        .map_err(|source| VerifyError::Checkpoint { path: path.to_owned(), source })?;
+    let checkpoint =
+        keys.verify(&note).map_err(|source| VerifyError::Unsigned { path: path.to_owned(), source })?;
+    Ok(Kept { checkpoint, path: path.to_owned(), matches: None, log_size: None })
+}
+
+#[cfg(test)]
+mod tests;

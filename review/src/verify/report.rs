@@ -1,0 +1,83 @@
+//! Prints a verification's report: totals first, then what was found, then the verdict.
+//!
+//! Everything that came from the journal is escaped.
+
+use std::io::{self, Write};
+
+use super::{Findings, KeySource, Report};
+use crate::{
+    moment::{counted, grouped},
+    terminal::{Style, escaped},
+};
+
+/// Prints the report as one JSON object.
+///
+/// # Errors
+/// The output cannot be written.
+pub(crate) fn print_json(out: &mut dyn Write, report: &Report) -> io::Result<()> {
+    serde_json::to_writer(&mut *out, report)?;
+    writeln!(out)
+}
+
+/// Prints the report for reading.
+///
+/// # Errors
+/// The output cannot be written.
+pub(crate) fn print(out: &mut dyn Write, style: Style, report: &Report) -> io::Result<()> {
+    for epoch in &report.epochs {
+        let state = if epoch.stopped { "ended in order" } else { "not ended: running, or crashed" };
+        let text = format!(
+            "{} on {}: {}, {}, {} ({} of {} events covered), {}, {state}",
+            epoch.epoch,
+            epoch.node,
+            counted(epoch.segments, "segment"),
+            counted(epoch.events, "event"),
+            counted(epoch.checkpoints, "checkpoint"),
+            grouped(epoch.covered),
+            grouped(epoch.events),
+            counted(epoch.open_requests, "open request"),
+        );
+        writeln!(out, "{} {}", style.strong("epoch"), escaped(&text))?;
+        let root = epoch.root.as_deref().unwrap_or("not computable: damage stands in the way");
+        writeln!(out, "      root {root}")?;
+    }
+    findings(out, &style.bad("damage"), &report.damage)?;
+    findings(out, &style.warning("gap"), &report.gaps)?;
+    findings(out, "note", &report.notes)?;
+    if let Some(text) = &report.checkpoint {
+        writeln!(out, "kept checkpoint: {}", escaped(text))?;
+    }
+    match report.key_source {
+        KeySource::Given => writeln!(out, "signatures were verified with the given key")?,
+        KeySource::Journal => writeln!(
+            out,
+            "keys were taken from the journal itself: this proves consistency, not authorship; give --key FILE with \
+             a verifier key that you have from elsewhere"
+        )?,
+    }
+    let name = escaped(&report.journal).into_owned();
+    let gaps = counted(report.gaps.number(), "recorded gap");
+    if report.sound {
+        writeln!(out, "{} {name} is whole and unchanged ({gaps})", style.good("ok"))
+    } else {
+        let number = counted(report.damage.number(), "place");
+        writeln!(out, "{} {name} is damaged in {number} ({gaps})", style.bad("damaged"))
+    }
+}
+
+fn findings(out: &mut dyn Write, word: &str, findings: &Findings) -> io::Result<()> {
+    for finding in &findings.listed {
+        let mut place = finding.file.clone();
+        if let Some(offset) = finding.offset {
+            place.push_str(&format!(" offset {offset}"));
+        }
+        if let Some(sequence) = finding.sequence {
+            place.push_str(&format!(" sequence {sequence}"));
+        }
+        writeln!(out, "{word} {}: {}", escaped(&place), escaped(&finding.what))?;
+    }
+    match findings.more {
+        0 => Ok(()),
+        more => writeln!(out, "{word} … and {} more", grouped(more)),
+    }
+}

@@ -1,0 +1,231 @@
+//! Verification against every kind of damage that a file can take, and against a log that was cut.
+
+use std::{fs, path::Path};
+
+use tempfile::TempDir;
+use weir_common::{
+    event::{Kind, Predecessor},
+    frame::FrameHeader,
+    segment::SEGMENT_HEADER_BYTES,
+};
+
+use super::{KeySource, Options, Report, VerifyError, verify};
+use crate::{
+    fixture::{SESSION, Writer, one_session, request, signer},
+    source::Journal,
+};
+
+fn verified(directory: &Path) -> Report {
+    verify(&Journal::open(directory).unwrap(), &Options::default()).unwrap()
+}
+
+fn damage(report: &Report) -> String {
+    report.damage.listed.iter().map(|finding| format!("{finding:?}")).collect::<Vec<_>>().join("\n")
+}
+
+/// A small epoch that ended in order: `(directory, path of its only segment, its length without unused space)`.
+fn small() -> (TempDir, std::path::PathBuf, usize) {
+    let directory = tempfile::tempdir().unwrap();
+    let mut writer = Writer::new(1, 7);
+    let ids = [SESSION, "i1", "r1"];
+    writer.started().commit().session(SESSION, "u").commit();
+    writer.open(ids, request("GET", "list", "/api/v1/pods", "")).commit().close(ids, 200, 5).commit();
+    writer.checkpoint().commit().stopped().checkpoint().save(directory.path(), 256);
+    let path = directory.path().join(writer.epoch.to_string()).join("00000000000000000000.seg");
+    (directory, path, writer.length())
+}
+
+#[test]
+fn a_whole_journal_is_sound() {
+    let (directory, path, _) = small();
+    let report = verified(directory.path());
+    assert!(report.is_sound(), "{report:#?}");
+    assert_eq!(report.key_source, KeySource::Journal);
+    let epoch = &report.epochs[0];
+    assert_eq!((epoch.events, epoch.covered, epoch.checkpoints, epoch.stopped), (5, 5, 2, true));
+    assert_eq!((report.notes.number(), report.gaps.number()), (0, 0));
+    assert!(verified(path.parent().unwrap()).is_sound());
+}
+
+#[test]
+fn a_journal_that_is_being_written_is_sound_and_says_what_is_open() {
+    let (directory, _) = one_session();
+    let report = verified(directory.path());
+    assert!(report.is_sound(), "{report:#?}");
+    assert_eq!((report.epochs[0].open_requests, report.epochs[0].segments), (1, 2));
+    assert!(report.notes.listed.iter().any(|note| note.what == "request req-create has no end on record"));
+}
+
+#[test]
+fn every_flipped_byte_is_found() {
+    let (directory, path, length) = small();
+    let good = fs::read(&path).unwrap();
+    let last_commit = frames(&good)[5].start;
+    for offset in 0..good.len() {
+        let mut bad = good.clone();
+        bad[offset] ^= 0x41;
+        fs::write(&path, &bad).unwrap();
+        let report = verified(directory.path());
+        // A flip in the last group commit could also be what a crash left: it is named, not judged.
+        let named =
+            report.notes.listed.iter().any(|note| note.what.contains("torn tail") && note.offset.is_some());
+        assert!(!report.is_sound() || named, "offset {offset} of {length}: {report:#?}");
+        let commits = SEGMENT_HEADER_BYTES..length - 900;
+        assert!(
+            !report.is_sound() || !commits.contains(&offset),
+            "offset {offset} is in an acknowledged commit"
+        );
+        assert!(!report.is_sound() || offset < length, "garbage behind the end of the epoch at {offset}");
+    }
+}
+
+fn frames(bytes: &[u8]) -> Vec<std::ops::Range<usize>> {
+    let (mut list, mut offset) = (Vec::new(), SEGMENT_HEADER_BYTES);
+    while let Ok(header) = FrameHeader::decode(&bytes[offset..]) {
+        list.push(offset..offset + header.frame_bytes());
+        offset += header.frame_bytes();
+    }
+    list
+}
+
+#[test]
+fn a_missing_frame_and_swapped_frames_are_found() {
+    let (directory, path, _) = small();
+    let good = fs::read(&path).unwrap();
+    let frames = frames(&good);
+    assert_eq!(frames.len(), 7);
+    // The last is a checkpoint: to lose it cuts the tail, which only a kept checkpoint shows.
+    for (number, frame) in frames[..6].iter().enumerate() {
+        let bad = [&good[..frame.start], &good[frame.end..]].concat();
+        fs::write(&path, &bad).unwrap();
+        let report = verified(directory.path());
+        // Frame 4 is a checkpoint that a later one covers, too: nothing of the log is lost.
+        assert_eq!(report.is_sound(), number == 4, "frame {number}: {report:#?}");
+    }
+    for pair in frames.windows(2).take(5) {
+        let (a, b) = (&good[pair[0].clone()], &good[pair[1].clone()]);
+        let bad = [&good[..pair[0].start], b, a, &good[pair[1].end..]].concat();
+        fs::write(&path, &bad).unwrap();
+        let report = verified(directory.path());
+        assert!(!report.is_sound(), "{pair:?} {report:#?}");
+        assert!(report.damage.listed[0].offset.is_some(), "{}", damage(&report));
+    }
+}
+
+#[test]
+fn a_cut_tail_is_found_by_a_kept_checkpoint_only() {
+    let (directory, writer) = one_session();
+    let kept = directory.path().join("kept.txt");
+    fs::write(&kept, writer.note()).unwrap();
+    let options = Options { checkpoint: Some(&kept), ..Options::default() };
+    let journal = Journal::open(directory.path()).unwrap();
+    let report = verify(&journal, &options).unwrap();
+    assert!(report.is_sound(), "{report:#?}");
+    assert!(report.checkpoint.unwrap().contains("are as they were"));
+
+    let segment = journal.segments.last().unwrap();
+    let bytes = fs::read(segment).unwrap();
+    let frames = frames(&bytes);
+    fs::write(segment, &bytes[..frames[frames.len() - 3].start]).unwrap();
+    assert!(verified(directory.path()).is_sound());
+    let report = verify(&journal, &options).unwrap();
+    assert!(
+        damage(&report).contains("was cut: the kept checkpoint covers 21 events, the journal holds 19"),
+        "{}",
+        damage(&report)
+    );
+
+    fs::remove_dir_all(&journal.epochs[0].directory).unwrap();
+    Writer::new(2, 7).started().save(directory.path(), 0);
+    let report = verify(&Journal::open(directory.path()).unwrap(), &options).unwrap();
+    assert!(damage(&report).contains("is not in this journal"), "{}", damage(&report));
+}
+
+#[test]
+fn a_rewritten_log_is_found_by_key_or_kept_checkpoint() {
+    let (original, writer) = one_session();
+    let (kept, key) = (original.path().join("kept.txt"), original.path().join("key.txt"));
+    fs::write(&kept, writer.note()).unwrap();
+    fs::write(&key, format!("# node-1\n{}\n", signer(7).verifier())).unwrap();
+    // Someone rewrites the epoch from its start, with a key of their own beside it.
+    let forged = tempfile::tempdir().unwrap();
+    let mut forger = Writer::new(1, 8);
+    forger.started();
+    (0..30).for_each(|_| {
+        forger.session(SESSION, "someone else");
+    });
+    forger.checkpoint().save(forged.path(), 0);
+    let journal = Journal::open(forged.path()).unwrap();
+    assert!(verify(&journal, &Options::default()).unwrap().is_sound());
+    let report = verify(&journal, &Options { key: Some(&key), checkpoint: None }).unwrap();
+    assert_eq!(report.key_source, KeySource::Given);
+    assert!(damage(&report).contains("no signature by key"), "{}", damage(&report));
+    let report = verify(&journal, &Options { key: Some(&key), checkpoint: Some(&kept) }).unwrap();
+    assert!(damage(&report).contains("are not those that the kept checkpoint covers"), "{}", damage(&report));
+    let unknown = verify(&journal, &Options { key: None, checkpoint: Some(&kept) });
+    assert!(matches!(unknown, Err(VerifyError::Unsigned { .. })));
+}
+
+#[test]
+fn missing_segments_and_epochs_are_found() {
+    let (directory, _) = one_session();
+    let journal = Journal::open(directory.path()).unwrap();
+    fs::remove_file(&journal.segments[0]).unwrap();
+    let report = verified(directory.path());
+    assert!(damage(&report).contains("segment 0 is missing"), "{}", damage(&report));
+
+    let (directory, first) = one_session();
+    let predecessor =
+        Predecessor { epoch: first.epoch.to_string(), size: 21, root: hex::encode(first.tree.root()) };
+    let started =
+        |predecessor| Kind::AgentStarted { version: "0.1.0".into(), predecessor: Some(predecessor) };
+    Writer::new(2, 7).event("", "", "", started(predecessor.clone())).save(directory.path(), 0);
+    assert!(verified(directory.path()).is_sound());
+    let wrong = Predecessor { root: "00".repeat(32), ..predecessor.clone() };
+    Writer::new(2, 7).event("", "", "", started(wrong)).save(directory.path(), 0);
+    assert!(damage(&verified(directory.path())).contains("is not the one that epoch"));
+    let longer = Predecessor { size: 22, ..predecessor };
+    Writer::new(2, 7).event("", "", "", started(longer)).save(directory.path(), 0);
+    assert!(damage(&verified(directory.path())).contains("was cut"));
+    fs::remove_dir_all(directory.path().join(first.epoch.to_string())).unwrap();
+    assert!(damage(&verified(directory.path())).contains("is missing"));
+}
+
+#[test]
+fn a_torn_tail_is_named_and_no_damage_while_the_epoch_goes_on() {
+    let (directory, _) = one_session();
+    let journal = Journal::open(directory.path()).unwrap();
+    let segment = journal.segments.last().unwrap();
+    let bytes = fs::read(segment).unwrap();
+    let end = frames(&bytes).last().unwrap().end;
+    for garbage in [&b"WFr1 half a header"[..], b"\x01"] {
+        fs::write(segment, [&bytes[..end], garbage].concat()).unwrap();
+        let report = verified(directory.path());
+        assert!(report.is_sound(), "{report:#?}");
+        let torn = |note: &super::Finding| note.what.contains("torn tail") && note.offset == Some(end as u64);
+        assert!(report.notes.listed.iter().any(torn), "{report:#?}");
+    }
+}
+
+#[test]
+fn an_envelope_that_says_other_than_its_event_is_found() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut writer = Writer::new(1, 7);
+    writer.started();
+    let value = serde_json::json!({
+        "schema": 1, "sequence": 1, "timeUnixUs": 1, "node": "node-1", "epoch": writer.epoch, "session": "s", "type": "news",
+    });
+    let envelope = weir_common::envelope::Envelope {
+        key: "another".into(),
+        id: format!("{}/1", writer.epoch),
+        event_type: "weir.v1.news".into(),
+        source: format!("/weir/node-1/{}", writer.epoch),
+        time_unix_us: 1,
+        ..Default::default()
+    };
+    writer.frame(weir_common::frame::FrameType::Event, &envelope, value.to_string().as_bytes());
+    writer.checkpoint().save(directory.path(), 0);
+    let report = verified(directory.path());
+    assert_eq!(report.damage.number(), 1, "{report:#?}");
+    assert!(damage(&report).contains("key of the envelope is not the event's session"));
+}
