@@ -242,6 +242,14 @@ impl NoteSigner {
         Ok(Self { key, verifier })
     }
 
+    /// Gives the key that grows from these 32 secret bytes its name.
+    ///
+    /// # Errors
+    /// As for [`Self::new`].
+    pub fn from_seed(name: &str, seed: &[u8; 32]) -> Result<Self, CheckpointError> {
+        Self::new(name, SigningKey::from_bytes(seed))
+    }
+
     /// The public half.
     pub fn verifier(&self) -> &NoteVerifier {
         &self.verifier

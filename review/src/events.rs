@@ -89,3 +89,99 @@ pub(crate) fn follow(
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::{EventsError, Lines, follow, list};
+    use crate::{
+        fixture::{SESSION, Writer, one_session},
+        source::Journal,
+    };
+
+    fn listed(journal: &Journal, terminal: bool, session: Option<&str>) -> Result<Vec<u8>, EventsError> {
+        let mut out = Vec::new();
+        list(journal, Lines::new(&mut out, terminal, session)).map(|()| out)
+    }
+
+    #[test]
+    fn events_are_the_recorded_bytes_in_their_order() {
+        let (directory, writer) = one_session();
+        let journal = Journal::open(directory.path()).unwrap();
+        let out = listed(&journal, false, None).unwrap();
+        let mut tree = weir_common::merkle::Tree::new();
+        out.strip_suffix(b"\n").unwrap().split(|byte| *byte == b'\n').for_each(|line| {
+            tree.push(weir_common::merkle::leaf_hash(line));
+        });
+        assert_eq!(tree.root(), writer.tree.root());
+        let session = listed(&journal, false, Some(SESSION)).unwrap();
+        assert_eq!(session.split(|byte| *byte == b'\n').count(), writer.sequence as usize);
+        assert!(matches!(listed(&journal, false, Some("0198")), Err(EventsError::Unknown { .. })));
+    }
+
+    #[test]
+    fn on_a_terminal_nothing_recorded_can_steer_it() {
+        let directory = tempfile::tempdir().unwrap();
+        Writer::new(1, 7).session(SESSION, "a\u{9b}2J\u{202e}b").save(directory.path(), 0);
+        let journal = Journal::open(directory.path()).unwrap();
+        let text = String::from_utf8(listed(&journal, true, None).unwrap()).unwrap();
+        assert!(text.contains(r#""claimedUser":"a\u009b2J\u202eb""#), "{text}");
+    }
+
+    #[test]
+    fn damage_does_not_hide_what_can_be_read_and_is_told() {
+        let (directory, writer) = one_session();
+        let journal = Journal::open(directory.path()).unwrap();
+        let mut bytes = fs::read(&journal.segments[0]).unwrap();
+        let whole = listed(&journal, false, None).unwrap();
+        let lines = |out: &[u8]| out.iter().filter(|byte| **byte == b'\n').count();
+        assert_eq!((lines(&whole) as u64, journal.warnings().0.len()), (writer.sequence, 0));
+        bytes[600] ^= 1;
+        fs::write(&journal.segments[0], bytes).unwrap();
+        assert_eq!(lines(&listed(&journal, false, None).unwrap()) as u64, writer.sequence - 1);
+        let (warnings, more) = journal.warnings();
+        assert_eq!((warnings.len(), more), (1, 0));
+        assert!(
+            warnings[0].contains("00000000000000000000.seg: segment is damaged at offset 512"),
+            "{warnings:?}"
+        );
+    }
+
+    #[test]
+    fn a_followed_journal_gives_each_event_once_over_torn_tails_segments_and_epochs() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut writer = Writer::new(1, 7);
+        writer.started().save(directory.path(), 4096);
+        let journal = Journal::open(directory.path()).unwrap();
+        let (mut out, mut looks) = (Vec::new(), 0);
+        let mut wait = || {
+            looks += 1;
+            match looks {
+                1 => writer.session("s1", "u").session("s2", "u").save(directory.path(), 4096),
+                2 => {
+                    // Half a frame, as a look in the middle of a write finds it.
+                    let before = writer.length();
+                    writer.session("s3", "u").save(directory.path(), 0);
+                    let path =
+                        directory.path().join(writer.epoch.to_string()).join("00000000000000000000.seg");
+                    let half = fs::read(&path).unwrap();
+                    fs::write(path, &half[..before + 100]).unwrap();
+                }
+                3 => {
+                    writer.commit().rotate(directory.path()).session("s4", "u").save(directory.path(), 0);
+                }
+                4 => Writer::new(2, 7).started().session("s5", "u").save(directory.path(), 64),
+                5 => {}
+                _ => return false,
+            }
+            true
+        };
+        follow(&journal, Lines::new(&mut out, false, None), &mut wait).unwrap();
+        let text = String::from_utf8(out).unwrap();
+        let seen: Vec<&str> = text.lines().filter_map(|line| line.split(r#""session":""#).nth(1)).collect();
+        let seen: Vec<&str> = seen.iter().filter_map(|rest| rest.get(..2)).collect();
+        assert_eq!(seen, ["s1", "s2", "s3", "s4", "s5"]);
+        assert_eq!(text.lines().count(), 7);
+    }
+}

@@ -4,7 +4,6 @@
 
 use std::{fs, path::Path};
 
-use ed25519_dalek::SigningKey;
 use tempfile::TempDir;
 use uuid::Uuid;
 use weir_common::{
@@ -39,7 +38,7 @@ pub(crate) struct Writer {
 
 /// A signer whose key is made of one byte.
 pub(crate) fn signer(seed: u8) -> NoteSigner {
-    NoteSigner::new("weir/node-1", SigningKey::from_bytes(&[seed; 32])).unwrap()
+    NoteSigner::from_seed("weir/node-1", &[seed; 32]).unwrap()
 }
 
 impl Writer {
@@ -141,6 +140,7 @@ impl Writer {
         let mut bytes = self.segment.clone();
         bytes.resize(bytes.len() + unused, 0);
         fs::write(folder.join(SegmentHeader::file_name(self.index)), bytes).unwrap();
+        fs::write(folder.join("checkpoint"), self.note()).unwrap();
         fs::write(folder.join("node.pub"), format!("{}\n", self.signer.verifier())).unwrap();
     }
 

@@ -13,7 +13,7 @@ use weir_common::event::{Caller, Event, Kind, Outcome};
 
 use crate::{
     moment::{Moment, counted, length},
-    terminal::{Style, escaped},
+    terminal::{Style, escaped, escaped_json},
 };
 
 /// Which sessions to list; all that is given must hold.
@@ -209,8 +209,7 @@ impl Summary {
 /// The output cannot be written.
 pub(crate) fn print_json(out: &mut dyn Write, list: &[Summary]) -> io::Result<()> {
     for summary in list {
-        serde_json::to_writer(&mut *out, summary)?;
-        writeln!(out)?;
+        writeln!(out, "{}", escaped_json(&serde_json::to_vec(summary)?))?;
     }
     Ok(())
 }
@@ -260,7 +259,7 @@ pub(crate) fn print(out: &mut dyn Write, style: Style, list: &[Summary], outside
     if outside != Outside::default() {
         let text = format!(
             "outside of sessions: {}, {}, {} (`weir events` shows them)",
-            counted(connections_refused, "connection refused").replace("refuseds", "refused"),
+            counted(connections_refused, "refused connection"),
             counted(gaps, "gap"),
             counted(findings, "finding")
         );
@@ -283,4 +282,99 @@ fn row(summary: &Summary) -> [String; 10] {
         summary.mutations.to_string(),
         summary.streams.to_string(),
     ]
+}
+
+#[cfg(test)]
+mod tests {
+    use expect_test::{Expect, expect};
+    use weir_common::event::Kind;
+
+    use super::{Filter, Sessions, print, print_json};
+    use crate::{
+        fixture::{START_US, Writer, one_session},
+        moment::Moment,
+        source::Journal,
+        terminal::Style,
+    };
+
+    fn read(directory: &std::path::Path) -> Sessions {
+        let journal = Journal::open(directory).unwrap();
+        let mut sessions = Sessions::default();
+        journal
+            .records()
+            .filter_map(|record| journal.event(&record.unwrap()))
+            .for_each(|event| sessions.add(&event));
+        sessions
+    }
+
+    fn journal() -> tempfile::TempDir {
+        let (directory, _) = one_session();
+        let mut second = Writer::new(2, 7);
+        second.started().after_ms(3_600_000).session("s2", "root\u{1b}[2J");
+        second.event("", "", "", Kind::Gap { reason: "disk full".into(), events: Some(3), bytes: None });
+        second.event("", "", "", Kind::ConnectionRefused { reason: "plain HTTP".into(), caller: None });
+        second.save(directory.path(), 0);
+        directory
+    }
+
+    #[track_caller]
+    fn check(filter: &Filter, expected: Expect) {
+        let directory = journal();
+        let (list, outside) = read(directory.path()).finish(filter);
+        let mut out = Vec::new();
+        print(&mut out, Style::PLAIN, &list, outside).unwrap();
+        expected.assert_eq(&String::from_utf8(out).unwrap());
+    }
+
+    #[test]
+    fn sessions_are_listed_oldest_first_with_what_they_did() {
+        check(
+            &Filter::default(),
+            expect![[r#"
+            SESSION                               STARTED                   LASTED  CLUSTER  CALLER          CLAIMED USER                    PROC  REQ  WRITE  STREAM
+            0198aaaa-0000-7000-8000-000000000001  2026-01-31T12:00:00.000Z  1.14 s  prod     pod ci/agent-1  system:serviceaccount:ci:agent  2     4    1      1  (1 unfinished)
+            s2                                    2026-01-31T13:00:00.000Z  0 µs    prod     pod ci/agent-1  root\x1b[2J                     0     0    0      0
+            outside of sessions: 1 refused connection, 1 gap, 0 findings (`weir events` shows them)
+        "#]],
+        );
+    }
+
+    #[test]
+    fn nothing_that_matches_is_said() {
+        check(
+            &Filter { cluster: Some("other".into()), ..Filter::default() },
+            expect![[r#"
+            no session matches
+            outside of sessions: 1 refused connection, 1 gap, 0 findings (`weir events` shows them)
+        "#]],
+        );
+    }
+
+    #[test]
+    fn every_filter_must_hold() {
+        let directory = journal();
+        let ids = |filter: Filter| {
+            let (list, _) = read(directory.path()).finish(&filter);
+            list.into_iter().map(|summary| summary.session.chars().take(4).collect()).collect::<Vec<String>>()
+        };
+        let text = |text: &str| Some(text.to_owned());
+        assert_eq!(ids(Filter { namespace: text("web"), ..Filter::default() }), ["0198"]);
+        assert_eq!(ids(Filter { namespace: text("ci"), ..Filter::default() }), ["0198", "s2"]);
+        assert_eq!(ids(Filter { user: text("root\u{1b}[2J"), ..Filter::default() }), ["s2"]);
+        let later = Some(Moment(START_US + 2_000_000));
+        assert_eq!(ids(Filter { since: later, ..Filter::default() }), ["s2"]);
+        assert_eq!(ids(Filter { until: later, ..Filter::default() }), ["0198"]);
+        assert!(ids(Filter { since: later, until: later, ..Filter::default() }).is_empty());
+    }
+
+    #[test]
+    fn json_has_one_object_a_line() {
+        let directory = journal();
+        let (list, _) = read(directory.path()).finish(&Filter::default());
+        let mut out = Vec::new();
+        print_json(&mut out, &list).unwrap();
+        let text = String::from_utf8(out).unwrap();
+        expect![[r#"{"session":"0198aaaa-0000-7000-8000-000000000001","cluster":"prod","node":"node-1","started":"2026-01-31T12:00:00.000Z","last":"2026-01-31T12:00:01.138Z","durationUs":1138000,"caller":{"pod":{"namespace":"ci","name":"agent-1","uid":"uid-1","serviceAccount":"agent"},"cgroup":0,"netns":0,"dialled":"10.96.0.1:443","claimedUser":"system:serviceaccount:ci:agent"},"invocations":2,"requests":4,"mutations":1,"streams":1,"refused":0,"failed":0,"gaps":0,"unfinished":1,"namespaces":["web"]}"#]].assert_eq(text.lines().next().unwrap());
+        assert_eq!(text.lines().count(), 2);
+    }
 }

@@ -8,17 +8,21 @@ use std::collections::{BTreeMap, HashMap};
 
 use serde::Deserialize;
 use weir_common::{
+    checkpoint::{Checkpoint, valid_name},
     event::{Event, Kind, SCHEMA_VERSION},
     frame::{self, FRAME_BYTES_MAX, Frame, FrameType},
     merkle::{Hash, Tree},
     segment::{Located, SEGMENT_HEADER_BYTES, SegmentError, SegmentHeader, SegmentReader, Tail},
 };
 
-use super::{EpochReport, Finding, Findings, Kept, Report, VerifyError, keys::Keys};
+use super::{EpochReport, Finding, Findings, Kept, Report, VerifyError, keys::Keys, read_text};
 use crate::{
     source::{Epoch, Journal, read_segment, with_sources},
     terminal::Progress,
 };
+
+/// File in an epoch's folder with the last checkpoint that the agent signed.
+const CHECKPOINT_FILE: &str = "checkpoint";
 
 /// What an epoch says of the one before it.
 #[derive(Clone, Debug)]
@@ -33,14 +37,19 @@ struct Claim {
 #[derive(Debug)]
 pub(crate) struct Known {
     claims: BTreeMap<String, Vec<Claim>>,
+    /// What [`CHECKPOINT_FILE`] says, by epoch.
+    own: BTreeMap<String, Checkpoint>,
     /// Only one epoch's folder was opened: its predecessor is elsewhere.
     single: bool,
     path: String,
 }
 
 impl Known {
-    /// Reads the first event of each epoch.
-    pub(crate) fn new(journal: &Journal) -> Self {
+    /// Reads the first event and the checkpoint file of each epoch.
+    ///
+    /// # Errors
+    /// A checkpoint file cannot be read.
+    pub(crate) fn new(journal: &Journal, keys: &Keys, report: &mut Report) -> Result<Self, VerifyError> {
         let mut claims: BTreeMap<String, Vec<Claim>> = BTreeMap::new();
         for epoch in &journal.epochs {
             let first = journal.segments.get(epoch.segments.start).and_then(|path| read_segment(path).ok());
@@ -54,7 +63,24 @@ impl Known {
             claims.entry(named.epoch).or_default().push(claim);
         }
         let single = journal.epochs.iter().any(|epoch| epoch.directory == journal.path());
-        Self { claims, single, path: journal.name() }
+        let mut own = BTreeMap::new();
+        for epoch in &journal.epochs {
+            let path = epoch.directory.join(CHECKPOINT_FILE);
+            if !path.is_file() {
+                continue;
+            }
+            let wrong = match keys.verify(&read_text(&path)?) {
+                Ok(checkpoint) if checkpoint.origin.rsplit('/').next() == Some(&epoch.name) => {
+                    own.insert(epoch.name.clone(), checkpoint);
+                    continue;
+                }
+                Ok(checkpoint) => format!("is for another log: {}", checkpoint.origin),
+                Err(error) => with_sources(&error),
+            };
+            let file = path.display().to_string();
+            report.damage.push(Finding { file, offset: None, sequence: None, what: wrong });
+        }
+        Ok(Self { claims, own, single, path: journal.name() })
     }
 
     /// Reports claims about logs that were cut or are missing.
@@ -129,6 +155,7 @@ pub(crate) fn check(
         intact: true,
         totals: EpochReport { epoch: epoch.name.clone(), ..EpochReport::default() },
         open: HashMap::new(),
+        own: known.own.remove(&epoch.name),
         newer_schema: None,
     };
     checked.compare_root(0, None);
@@ -142,6 +169,13 @@ pub(crate) fn check(
     }
     checked.finish(&epoch.directory.display().to_string());
     Ok(())
+}
+
+/// Name of an epoch's log: a node's name stands in it as far as a key's name may hold it.
+fn origin(node: &str, epoch: &str) -> String {
+    let node: String =
+        node.chars().map(|c| if valid_name(c.encode_utf8(&mut [0; 4])) { c } else { '-' }).collect();
+    format!("weir/{}/{epoch}", if node.is_empty() { "node" } else { &node })
 }
 
 struct Check<'a> {
@@ -158,6 +192,8 @@ struct Check<'a> {
     /// Requests without an end, with the sequence of their beginning.
     open: HashMap<String, u64>,
     newer_schema: Option<u32>,
+    /// What [`CHECKPOINT_FILE`] says, until the log has reached its size.
+    own: Option<Checkpoint>,
 }
 
 impl Check<'_> {
@@ -288,7 +324,7 @@ impl Check<'_> {
             Ok(checkpoint) => checkpoint,
             Err(error) => return self.damage(Some(offset), sequence, with_sources(&error)),
         };
-        let origin = format!("weir/{}/{}", self.totals.node, self.totals.epoch);
+        let origin = origin(&self.totals.node, &self.totals.epoch);
         if checkpoint.origin != origin {
             let what = format!("checkpoint is for the log {}, not for {origin}", checkpoint.origin);
             return self.damage(Some(offset), sequence, what);
@@ -379,10 +415,16 @@ impl Check<'_> {
     /// Compares the log's root with what others say it was at this size.
     fn compare_root(&mut self, size: u64, offset: Option<usize>) {
         let kept_here = self.kept.as_ref().is_some_and(|kept| kept.checkpoint.size == size);
-        if !kept_here && !self.claims.iter().any(|claim| claim.size == size) {
+        let own = self.own.take_if(|own| own.size == size);
+        if !kept_here && own.is_none() && !self.claims.iter().any(|claim| claim.size == size) {
             return;
         }
         let root: Hash = self.tree.root();
+        if self.intact && own.is_some_and(|own| own.root != root) {
+            let what =
+                format!("root at {size} events is not the one in the epoch's file `{CHECKPOINT_FILE}`");
+            self.damage(offset, Some(size), what);
+        }
         if let Some(kept) = self.kept.as_mut().filter(|_| kept_here) {
             kept.matches = Some(self.intact && kept.checkpoint.root == root);
         }
@@ -404,6 +446,13 @@ impl Check<'_> {
 
     fn finish(mut self, directory: &str) {
         self.file = directory.to_owned();
+        if let Some(own) = self.own.take() {
+            let what = format!(
+                "epoch was cut: its file `{CHECKPOINT_FILE}` covers {} events, the segments hold {} of them",
+                own.size, self.totals.events
+            );
+            self.damage(None, Some(self.totals.events), what);
+        }
         if let Some(kept) = &mut self.kept {
             kept.log_size = Some(self.totals.events);
         }

@@ -7,7 +7,7 @@ use std::io::{self, Write};
 use super::{Findings, KeySource, Report};
 use crate::{
     moment::{counted, grouped},
-    terminal::{Style, escaped},
+    terminal::{Style, escaped, escaped_json},
 };
 
 /// Prints the report as one JSON object.
@@ -15,8 +15,7 @@ use crate::{
 /// # Errors
 /// The output cannot be written.
 pub(crate) fn print_json(out: &mut dyn Write, report: &Report) -> io::Result<()> {
-    serde_json::to_writer(&mut *out, report)?;
-    writeln!(out)
+    writeln!(out, "{}", escaped_json(&serde_json::to_vec(report)?))
 }
 
 /// Prints the report for reading.
