@@ -1,0 +1,148 @@
+//! Whether each cluster's API server can be reached, and under which trust tier its clients would be served.
+
+use std::{path::Path, sync::Arc, time::Duration};
+
+use rustls::pki_types::ServerName;
+use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
+
+use super::{Check, Need, chain};
+use crate::{
+    config::{Cluster, Config, Trust},
+    exec::{
+        api_set::{self, Target},
+        invoker::Invoker,
+        kubeconfig::{self, Kubeconfig, Verification},
+        upstream,
+    },
+    interception::cluster_access::ClusterAccess,
+    trust::{
+        Authority, ServingNames,
+        authority::{EphemeralCa, MountedCa},
+        cluster_signer::ClusterSigner,
+    },
+};
+
+/// How long an API server may take to accept a connection.
+const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
+
+/// The clusters of `run`.
+pub async fn configured(config: &Config) -> Vec<Check> {
+    let mut checks = Vec::new();
+    for cluster in &config.clusters {
+        let name = format!("cluster {}", cluster.name);
+        let loaded =
+            ClusterAccess::load(&cluster.name, &cluster.access, cluster.certificate_authority.as_deref())
+                .await;
+        let access = match loaded {
+            Ok(access) => access,
+            Err(error) => {
+                checks.push(Check::failed(name, Need::Must, &error));
+                continue;
+            }
+        };
+        match access.probe().await {
+            Ok(version) => checks.push(Check::good(name, Need::Must, format!("{}, {version}", access.host))),
+            Err(problem) => {
+                let mend = "is the API server up, and may the agent's service account log in?";
+                checks.push(Check::bad(name, Need::Must, format!("{}: {problem}", access.host), mend));
+            }
+        }
+        checks.push(trust_of(cluster, access, &config.node).await);
+    }
+    checks
+}
+
+/// Asks the authority for a certificate, as the agent would.
+async fn trust_of(cluster: &Cluster, access: ClusterAccess, node: &str) -> Check {
+    let name = format!("trust {}", cluster.name);
+    let authority = match &cluster.trust {
+        Trust::MountedCa { certificate, key } => {
+            MountedCa::load(certificate, key, access.ca).map(Authority::Mounted)
+        }
+        Trust::ClusterSigner => {
+            Ok(Authority::ClusterSigner(ClusterSigner::new(access.client, node, access.ca)))
+        }
+    };
+    let issued = match authority {
+        Ok(authority) => authority.issue(&ServingNames::of_own_cluster([])).await.map(|_leaf| authority),
+        Err(error) => Err(error),
+    };
+    match issued {
+        Ok(authority) => {
+            let found = format!("tier {}: {}", authority.tier().name(), authority.describe());
+            Check::good(name, Need::Must, found)
+        }
+        Err(error) => Check::failed(name, Need::Must, &error),
+    }
+}
+
+/// The clusters of a kubeconfig, for `exec`.
+pub async fn of_kubeconfig(
+    flag: Option<&Path>,
+    invoker: &Invoker,
+    environment: impl Fn(&str) -> Option<String>,
+) -> Vec<Check> {
+    let paths = kubeconfig::paths(flag, environment("KUBECONFIG").as_deref(), &invoker.home);
+    let kubeconfig = match invoker.with_rights(|| Kubeconfig::load(&paths)) {
+        Ok(Ok(kubeconfig)) => kubeconfig,
+        Ok(Err(error)) => return vec![Check::failed("kubeconfig", Need::Must, &error)],
+        Err(error) => return vec![Check::failed("kubeconfig", Need::Must, &error)],
+    };
+    let mut checks = Vec::new();
+    let targets = match api_set::targets(&kubeconfig, environment) {
+        Ok(targets) => targets,
+        Err(error) => return vec![Check::failed("kubeconfig", Need::Must, &error)],
+    };
+    checks.push(match kubeconfig.current() {
+        Some(context) => Check::good("kubeconfig", Need::Must, format!("context {}", context.name)),
+        None => Check::bad(
+            "kubeconfig",
+            Need::Should,
+            "no current context",
+            "kubectl config use-context NAME, or the command names one itself",
+        ),
+    });
+    for target in &targets {
+        checks.push(reach(target).await);
+    }
+    checks.push(match EphemeralCa::generate() {
+        Ok(_) => Check::good("trust", Need::Must, "tier ephemeral: a CA that lives as long as the command"),
+        Err(error) => Check::failed("trust", Need::Must, &error),
+    });
+    checks
+}
+
+async fn reach(target: &Target) -> Check {
+    let need = if target.current { Need::Must } else { Need::Should };
+    let name = format!("cluster {}", target.name());
+    let server = format!("{}:{}", target.server.host, target.server.port);
+    if !target.server.tls {
+        return Check::bad(name, need, format!("{server} speaks plain HTTP"), "use its https:// address");
+    }
+    match handshake(target).await {
+        Ok(()) if target.verification == Verification::Nothing => {
+            let mend = "replace insecure-skip-tls-verify by the cluster's certificate-authority-data";
+            Check::bad(name, Need::Should, format!("{server} answers, unverified"), mend)
+        }
+        Ok(()) => Check::good(name, need, format!("{server} answers, verified")),
+        Err(problem) => {
+            let mend = "is the API server up and reachable, and is certificate-authority-data its CA?";
+            Check::bad(name, need, format!("{server}: {problem}"), mend)
+        }
+    }
+}
+
+async fn handshake(target: &Target) -> Result<(), String> {
+    let connector = TlsConnector::from(Arc::clone(&upstream::tls(target).map_err(|error| chain(&error))?));
+    let name = ServerName::try_from(target.server_name.clone()).map_err(|error| error.to_string())?;
+    let connected = async {
+        let stream = TcpStream::connect((target.server.host.as_str(), target.server.port)).await?;
+        connector.connect(name, stream).await
+    };
+    match tokio::time::timeout(CONNECT_DEADLINE, connected).await {
+        Ok(Ok(_stream)) => Ok(()),
+        Ok(Err(error)) => Err(error.to_string()),
+        Err(_elapsed) => Err(format!("no answer within {} s", CONNECT_DEADLINE.as_secs())),
+    }
+}

@@ -1,0 +1,168 @@
+//! What the kernel and this process's rights allow: version, type information, cgroup v2, capabilities, bpffs.
+//!
+//! Parsing is apart from reading, so that other machines' `/proc` can be tested.
+
+use std::{fs, path::Path};
+
+use super::{Check, Need};
+use crate::exec::cgroup::find_mount;
+
+/// Oldest kernel on which the kernel programs are tested.
+const KERNEL_OLDEST: (u32, u32) = (6, 1);
+/// Type information of the running kernel.
+const BTF: &str = "/sys/kernel/btf/vmlinux";
+/// Capabilities (capability.h), what each is for, and what lacks it.
+const CAPABILITIES: [(&str, u32, &str); 5] = [
+    ("CAP_NET_ADMIN", 12, "attach programs to cgroups"),
+    ("CAP_SYS_PTRACE", 19, "read which process connected"),
+    ("CAP_SYS_ADMIN", 21, "enter network and mount namespaces"),
+    ("CAP_PERFMON", 38, "load programs that read kernel memory"),
+    ("CAP_BPF", 39, "load programs"),
+];
+
+/// All of them; `pinned` tells whether programs must outlive the process (`run`).
+pub fn checks(pinned: bool) -> Vec<Check> {
+    let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
+    let mountinfo = read("/proc/self/mountinfo");
+    vec![
+        version(&read("/proc/sys/kernel/osrelease")),
+        type_information(Path::new(BTF)),
+        cgroup(&mountinfo),
+        capabilities(&read("/proc/self/status")),
+        bpffs(&mountinfo, if pinned { Need::Must } else { Need::Should }),
+        lsm(&read("/sys/kernel/security/lsm"), &read("/sys/kernel/security/lockdown")),
+    ]
+}
+
+fn version(release: &str) -> Check {
+    let release = release.trim();
+    let mut numbers = release.split(['.', '-', '+']).map(str::parse::<u32>);
+    let version = match (numbers.next(), numbers.next()) {
+        (Some(Ok(major)), Some(Ok(minor))) => (major, minor),
+        _ => (0, 0),
+    };
+    let (name, (major, minor)) = ("kernel version", KERNEL_OLDEST);
+    if version >= KERNEL_OLDEST {
+        return Check::good(name, Need::Must, release);
+    }
+    let mend = format!(
+        "boot Linux {major}.{minor} or later: older ones lack what the programs need of refusals (5.18), network \
+         namespace cookies and socket storage in every hook"
+    );
+    Check::bad(name, Need::Must, format!("{release} is older than {major}.{minor}"), mend)
+}
+
+fn type_information(path: &Path) -> Check {
+    let name = "kernel type information";
+    if path.is_file() {
+        return Check::good(name, Need::Must, path.display().to_string());
+    }
+    let mend = "boot a kernel built with CONFIG_DEBUG_INFO_BTF=y (all current distributions' are)";
+    Check::bad(name, Need::Must, format!("no {}", path.display()), mend)
+}
+
+fn cgroup(mountinfo: &str) -> Check {
+    let name = "cgroup v2";
+    match find_mount(mountinfo) {
+        Some(mount) => {
+            let mode = if mount.hybrid { "hybrid: v1 controllers beside it" } else { "unified" };
+            Check::good(name, Need::Must, format!("{} ({mode})", mount.path.display()))
+        }
+        None => {
+            let mend = "boot with systemd.unified_cgroup_hierarchy=1, or mount -t cgroup2 none /sys/fs/cgroup/unified";
+            Check::bad(name, Need::Must, "not mounted", mend)
+        }
+    }
+}
+
+fn capabilities(status: &str) -> Check {
+    let effective = status
+        .lines()
+        .find_map(|line| line.strip_prefix("CapEff:"))
+        .and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
+        .unwrap_or(0);
+    let missing: Vec<_> = CAPABILITIES.iter().filter(|(_, bit, _)| effective >> bit & 1 == 0).collect();
+    let name = "capabilities";
+    if missing.is_empty() {
+        let all: Vec<_> = CAPABILITIES.iter().map(|(name, _, _)| *name).collect();
+        return Check::good(name, Need::Must, all.join(", "));
+    }
+    let lacking: Vec<_> = missing.iter().map(|(name, _, purpose)| format!("{name} ({purpose})")).collect();
+    let mend =
+        "run as root (sudo), in Kubernetes with securityContext.privileged or these capabilities added";
+    Check::bad(name, Need::Must, format!("lacks {}", lacking.join(", ")), mend)
+}
+
+fn bpffs(mountinfo: &str, need: Need) -> Check {
+    let mounted = mountinfo.lines().filter_map(|line| line.split_once(" - ")).find_map(|(before, after)| {
+        let point = before.split(' ').nth(4)?;
+        after.starts_with("bpf ").then_some(point)
+    });
+    let name = "bpf file system";
+    match mounted {
+        Some(point) => Check::good(name, need, point),
+        None => {
+            let mend = "mount -t bpf bpf /sys/fs/bpf (weir-agent run keeps its programs there; exec does not need it)";
+            Check::bad(name, need, "not mounted", mend)
+        }
+    }
+}
+
+fn lsm(modules: &str, lockdown: &str) -> Check {
+    let name = "bpf security module";
+    let modules = modules.trim();
+    let locked = lockdown.contains("[integrity]") || lockdown.contains("[confidentiality]");
+    if modules.split(',').any(|module| module == "bpf") && !locked {
+        return Check::good(name, Need::Should, modules);
+    }
+    let found = match (modules.is_empty(), locked) {
+        (true, _) => "unknown (securityfs is not mounted)".to_owned(),
+        (false, true) => format!("{modules}, with lockdown"),
+        (false, false) => format!("not among {modules}"),
+    };
+    let mend = "boot with bpf in lsm=… and without lockdown, if privileged pods are to be kept from detaching programs";
+    Check::bad(name, Need::Should, found, mend)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kernels_older_than_the_oldest_tested_are_refused() {
+        for (release, ok) in [
+            ("6.18.44-fc-v782\n", true),
+            ("6.1.0-41-cloud-amd64", true),
+            ("10.0", true),
+            ("5.15.0-1044-aws", false),
+            ("6.0.9", false),
+            ("", false),
+            ("garbage", false),
+        ] {
+            assert_eq!(version(release).ok, ok, "{release}");
+        }
+    }
+
+    #[test]
+    fn missing_capabilities_are_named_with_their_purpose() {
+        assert!(capabilities("CapEff:\t000001ffffffffff\n").ok);
+        let check = capabilities("CapEff:\t000001ffffdfffff\n");
+        assert_eq!(check.found, "lacks CAP_SYS_ADMIN (enter network and mount namespaces)");
+        assert!(!capabilities("").ok);
+    }
+
+    #[test]
+    fn a_bpf_file_system_is_found_among_mounts() {
+        let mountinfo = "30 24 0:26 / /sys/fs/bpf rw shared:10 - bpf bpf rw,mode=700\n";
+        assert_eq!(bpffs(mountinfo, Need::Must).found, "/sys/fs/bpf");
+        assert!(!bpffs("24 1 8:1 / / rw - ext4 /dev/sda1 rw\n", Need::Must).ok);
+    }
+
+    #[test]
+    fn lockdown_counts_against_the_security_module() {
+        assert!(lsm("lockdown,capability,bpf\n", "[none] integrity confidentiality\n").ok);
+        assert!(!lsm("lockdown,capability,bpf\n", "none [integrity] confidentiality\n").ok);
+        assert!(!lsm("capability,landlock\n", "").ok);
+        assert!(!lsm("", "").ok);
+    }
+}
