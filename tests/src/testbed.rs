@@ -34,7 +34,11 @@ pub use state::{Layout, State, boot_id, cgroup_mounts};
 const FOLDER_BYTES_MAX: usize = 60;
 
 /// Lines of each log that the error of a failed `up` shows.
-const FAILURE_LINES: usize = 5;
+const FAILURE_LINES: usize = 10;
+
+/// In the environment of every process of a testbed, with its folder as value: finds what was started just before
+/// a crash and not yet recorded, and containerd's shims, which inherit it.
+const MARK: &str = "WEIR_TESTBED_FOLDER";
 
 /// Another `up` or `down` is over by then.
 const LOCK_DEADLINE: Duration = Duration::from_secs(300);
@@ -247,6 +251,7 @@ impl Start<'_> {
     }
 
     fn spawn(&mut self, name: &str, command: &mut Command) -> Result<()> {
+        command.env(MARK, &self.layout.root);
         let process = RecordedProcess::spawn(name, command, &self.layout.log(name))?;
         self.state.processes.push(process);
         self.layout.write_state(&self.state)
@@ -325,10 +330,11 @@ fn require_root() -> Result<()> {
     Ok(())
 }
 
+/// Logs of what has ended; of everything where nothing has.
 fn last_lines_of_logs(state: &State) -> String {
-    let part = |process: &RecordedProcess| {
-        let mark = if process.is_running() { "" } else { " (ended)" };
-        format!("--- {}{mark}\n{}\n", process.name, tail(&process.log, FAILURE_LINES))
-    };
-    state.processes.iter().map(part).collect()
+    let ended: Vec<_> = state.processes.iter().filter(|process| !process.is_running()).collect();
+    let shown = if ended.is_empty() { state.processes.iter().collect() } else { ended };
+    let part =
+        |process: &&RecordedProcess| format!("--- {}\n{}\n", process.name, tail(&process.log, FAILURE_LINES));
+    shown.iter().map(part).collect()
 }

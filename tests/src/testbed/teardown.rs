@@ -43,7 +43,7 @@ pub(super) fn remove(layout: &Layout, state: &State) -> Result<()> {
         // Only a wish: what ctr does not end is killed below, whether or not containerd still answers.
         let _ = end_containers(layout);
         attempt("processes", stop(state, |_| true));
-        attempt("containers", kill_containers(layout));
+        attempt("containers", kill_rest(&layout.root));
         attempt("mounts", unmount(&layout.root));
         attempt("cgroups", remove_cgroups());
         attempt("bridge", remove_bridge());
@@ -80,11 +80,10 @@ fn end_containers(layout: &Layout) -> Result<()> {
     Ok(())
 }
 
-/// Kills what is left of the containers: their processes by cgroup, their shims by the socket in their arguments.
-fn kill_containers(layout: &Layout) -> Result<()> {
-    let socket = layout.containerd_socket();
+/// Kills what is left: containers by cgroup; shims, and what a crash kept from being recorded, by our mark.
+fn kill_rest(root: &Path) -> Result<()> {
     wait_until("containers to end", CGROUP_DEADLINE, || {
-        let mut processes = shims(&socket)?;
+        let mut processes = marked(root)?;
         for mount in cgroup_mounts()? {
             collect_processes(&mount.join("kubepods"), &mut processes);
         }
@@ -96,17 +95,17 @@ fn kill_containers(layout: &Layout) -> Result<()> {
     })
 }
 
-fn shims(socket: &Path) -> Result<BTreeSet<i32>> {
+/// Processes that have [`super::MARK`] with this folder in their environment.
+fn marked(root: &Path) -> Result<BTreeSet<i32>> {
+    let mark = [super::MARK.as_bytes(), b"=", root.as_os_str().as_bytes()].concat();
     let mut found = BTreeSet::new();
     for entry in fs::read_dir("/proc").context("cannot list /proc")?.flatten() {
         let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok()) else {
             continue;
         };
-        let arguments = fs::read(entry.path().join("cmdline")).unwrap_or_default();
-        let mut arguments = arguments.split(|byte| *byte == 0);
-        let is_shim = arguments.next().is_some_and(|program| program.ends_with(b"containerd-shim-runc-v2"));
-        let is_ours = arguments.any(|argument| argument == socket.as_os_str().as_bytes());
-        if is_shim && is_ours && !matches!(crate::process::stat(pid), None | Some(('Z', _))) {
+        let environment = fs::read(entry.path().join("environ")).unwrap_or_default();
+        let is_ours = environment.split(|byte| *byte == 0).any(|variable| variable == mark);
+        if is_ours && !matches!(crate::process::stat(pid), None | Some(('Z', _))) {
             found.insert(pid);
         }
     }
