@@ -49,6 +49,8 @@ pub struct Testbed {
     layout: Layout,
     components: Components,
     state: State,
+    /// Whether this value started it; else it was up before.
+    is_started_here: bool,
     down_on_drop: bool,
 }
 
@@ -84,7 +86,7 @@ impl Testbed {
                 && state.processes.iter().all(RecordedProcess::is_running)
             {
                 progress.say(&format!("the testbed in {} is up already", layout.root.display()));
-                return Ok(Self { layout, components, state, down_on_drop: false });
+                return Ok(Self { layout, components, state, is_started_here: false, down_on_drop: false });
             }
             progress.step("remove what an earlier testbed left", || teardown::remove(&layout, &state))?;
         }
@@ -93,7 +95,7 @@ impl Testbed {
         match start.run(progress) {
             Ok(()) => {
                 let state = start.state;
-                Ok(Self { layout, components, state, down_on_drop: false })
+                Ok(Self { layout, components, state, is_started_here: true, down_on_drop: false })
             }
             Err(error) => {
                 let state = start.state;
@@ -123,7 +125,8 @@ impl Testbed {
                 tail(&ended.log, FAILURE_LINES)
             );
         }
-        Ok(Self { components: Components::find()?, layout, state, down_on_drop: false })
+        let components = Components::find()?;
+        Ok(Self { layout, components, state, is_started_here: false, down_on_drop: false })
     }
 
     /// Stops and removes the testbed of `folder`, however much of it is there.
@@ -149,11 +152,17 @@ impl Testbed {
         layout(folder)?.read_state()
     }
 
-    /// Takes the testbed down when this value goes.
+    /// Takes the testbed down when this value goes, if this value started it; one that was up before stays up.
     #[must_use]
     pub fn down_on_drop(mut self) -> Self {
-        self.down_on_drop = true;
+        self.down_on_drop = self.is_started_here;
         self
+    }
+
+    /// Whether this value started the testbed.
+    #[must_use]
+    pub fn is_started_here(&self) -> bool {
+        self.is_started_here
     }
 
     /// Runs the real kubectl as the cluster's administrator and gives its output.

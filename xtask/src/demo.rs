@@ -126,10 +126,10 @@ fn journal_folder() -> Result<PathBuf> {
 
 /// Everything between the builds and the end. Guards take down what is up, whatever fails.
 fn story(folder: &Path, progress: Progress) -> Result<()> {
-    let (testbed, is_ours) = start_testbed(progress)?;
+    let testbed = Testbed::up(&Testbed::default_folder()?, progress)?.down_on_drop();
     let outcome = scenes(&testbed, folder, progress);
-    // Our own testbed goes as a whole; the agent is gone by now, so no pod of the demo is cut off.
-    if !is_ours {
+    // Our own testbed goes as a whole; one that was up before is left as it was.
+    if !testbed.is_started_here() {
         progress.step("remove the demo's namespaces", || remove_namespaces(&testbed))?;
     }
     outcome
@@ -167,18 +167,6 @@ fn scenes(testbed: &Testbed, folder: &Path, progress: Progress) -> Result<()> {
     let covered = check_coverage(testbed, &journal, &pod.uid);
     progress.step("remove weir-agent's pins", || agent.uninstall())?;
     covered
-}
-
-/// One that is up already is used and left as it was; else one of our own, which goes at the end.
-fn start_testbed(progress: Progress) -> Result<(Testbed, bool)> {
-    let folder = Testbed::default_folder()?;
-    match Testbed::attach(&folder) {
-        Ok(testbed) => {
-            progress.say(&format!("  using the testbed that is up in {}", folder.display()));
-            Ok((testbed, false))
-        }
-        Err(_) => Ok((Testbed::up(&folder, progress)?.down_on_drop(), true)),
-    }
 }
 
 fn remove_namespaces(testbed: &Testbed) -> Result<()> {

@@ -10,6 +10,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
+use weir_tests::{Testbed, progress::Progress, wait::interrupt_on_signals};
 
 /// The version of cargo-deny that is installed where none is there.
 const CARGO_DENY_VERSION: &str = "0.20.2";
@@ -26,6 +27,8 @@ struct Suite {
 /// # Errors
 /// The first suite that fails.
 pub(crate) fn run(root: &Path, long: bool) -> Result<()> {
+    // Ctrl-C ends the suite that runs, and with it the run: what is up goes down first.
+    interrupt_on_signals()?;
     let xtask = std::env::current_exe().context("cannot find this program's own path")?;
     // The Go builds cost minutes on a fresh machine and share nothing with the Rust ones: side by side.
     let mut testbed = Background::start(Command::new(&xtask).args(["testbed", "build"]).current_dir(root))?;
@@ -36,9 +39,14 @@ pub(crate) fn run(root: &Path, long: bool) -> Result<()> {
     let started = Instant::now();
     testbed.wait("testbed build")?;
     used.push(("testbed build (rest)", Duration::from_secs(900), started.elapsed()));
+    let started = Instant::now();
+    // Integration tests and the demo attach to it; it goes down whatever becomes of them.
+    let up = Testbed::up(&Testbed::default_folder()?, Progress::Shown)?.down_on_drop();
+    used.push(("testbed up", Duration::from_secs(60), started.elapsed()));
     for suite in on_testbed(root, &xtask) {
         used.push(suite.run(long)?);
     }
+    drop(up);
     println!("\n{:<24} {:>8} {:>8}", "suite", "used/s", "budget/s");
     for (name, budget, used) in used {
         let mark = if used > budget { "  over its budget" } else { "" };
