@@ -28,31 +28,31 @@ pub(crate) fn publish(ctx: &SockOpsContext) {
     if state.phase != Phase::Redirected as u32 {
         return;
     }
-    // SAFETY: each field is read whole.
-    let (client, listener) = unsafe {
+    // Everything is read before anything is decided: the compiler would else join the reads of both families
+    // into one at a computed offset, which the verifier refuses.
+    // SAFETY: the context is valid while the program runs; each field is read whole, word by word.
+    let (family, local4, remote4, local6, remote6) = unsafe {
         let ops = ctx.ops;
-        if addr_of!((*ops).family).read_volatile() == INET {
-            (
-                [0, 0, MAPPED, addr_of!((*ops).local_ip4).read_volatile()],
-                [0, 0, MAPPED, addr_of!((*ops).remote_ip4).read_volatile()],
-            )
-        } else {
-            (
-                [
-                    addr_of!((*ops).local_ip6[0]).read_volatile(),
-                    addr_of!((*ops).local_ip6[1]).read_volatile(),
-                    addr_of!((*ops).local_ip6[2]).read_volatile(),
-                    addr_of!((*ops).local_ip6[3]).read_volatile(),
-                ],
-                [
-                    addr_of!((*ops).remote_ip6[0]).read_volatile(),
-                    addr_of!((*ops).remote_ip6[1]).read_volatile(),
-                    addr_of!((*ops).remote_ip6[2]).read_volatile(),
-                    addr_of!((*ops).remote_ip6[3]).read_volatile(),
-                ],
-            )
-        }
+        (
+            addr_of!((*ops).family).read_volatile(),
+            addr_of!((*ops).local_ip4).read_volatile(),
+            addr_of!((*ops).remote_ip4).read_volatile(),
+            [
+                addr_of!((*ops).local_ip6[0]).read_volatile(),
+                addr_of!((*ops).local_ip6[1]).read_volatile(),
+                addr_of!((*ops).local_ip6[2]).read_volatile(),
+                addr_of!((*ops).local_ip6[3]).read_volatile(),
+            ],
+            [
+                addr_of!((*ops).remote_ip6[0]).read_volatile(),
+                addr_of!((*ops).remote_ip6[1]).read_volatile(),
+                addr_of!((*ops).remote_ip6[2]).read_volatile(),
+                addr_of!((*ops).remote_ip6[3]).read_volatile(),
+            ],
+        )
     };
+    let (client, listener) =
+        if family == INET { ([0, 0, MAPPED, local4], [0, 0, MAPPED, remote4]) } else { (local6, remote6) };
     let key = FlowKey {
         netns: state.flow.netns,
         client: words(client),

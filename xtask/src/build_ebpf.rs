@@ -66,7 +66,7 @@ pub(crate) fn run(root: &Path, options: Options) -> Result<PathBuf> {
     }
     let toolchain = toolchain()?;
     let linker = linker(&toolchain)?;
-    let build = target.join("bpf/build");
+    let build = target.join("bpf-build");
     eprintln!("kernel programs: building with {} and {}", toolchain.name(), linker.display());
     let status = cargo(&toolchain, root, &linker, options)
         .env("CARGO_TARGET_DIR", &build)

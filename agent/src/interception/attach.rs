@@ -1,0 +1,295 @@
+//! Attaching the programs to cgroups, and keeping them attached: pins, replacement in place, removal.
+//!
+//! aya 0.14 cannot replace the program of a cgroup link; the one bpf(2) call for that is here.
+
+use std::{
+    ffi::CString,
+    fs::{self, File},
+    io,
+    os::{
+        fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+        unix::{ffi::OsStrExt, fs::MetadataExt},
+    },
+    path::{Path, PathBuf},
+    sync::{Mutex, MutexGuard, PoisonError},
+};
+
+use aya::{
+    Ebpf,
+    pin::PinError,
+    programs::{
+        CgroupAttachMode, Program, ProgramError,
+        links::{FdLink, LinkError},
+    },
+};
+use weir_common::kernel::programs;
+
+/// `BPF_OBJ_GET` of `enum bpf_cmd`, linux/bpf.h.
+const BPF_OBJ_GET: libc::c_long = 7;
+/// `BPF_LINK_UPDATE` of `enum bpf_cmd`, linux/bpf.h.
+const BPF_LINK_UPDATE: libc::c_long = 29;
+
+/// Why programs cannot be attached, kept or removed.
+#[derive(Debug, thiserror::Error)]
+pub enum AttachError {
+    /// The cgroup's folder cannot be opened.
+    #[error("cannot open the cgroup {}; is it a cgroup v2 folder?", path.display())]
+    Cgroup {
+        /// The folder.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The kernel refuses to attach.
+    #[error("cannot attach {program} to {}; is it a cgroup v2 folder, and this root?", cgroup.display())]
+    Program {
+        /// The program.
+        program: &'static str,
+        /// The cgroup.
+        cgroup: PathBuf,
+        /// Why.
+        #[source]
+        source: ProgramError,
+    },
+    /// The link cannot be taken or opened.
+    #[error("link of {program}")]
+    Link {
+        /// The program.
+        program: &'static str,
+        /// Why.
+        #[source]
+        source: LinkError,
+    },
+    /// The program of a pinned link cannot be replaced.
+    #[error("cannot replace the program of the pinned link {}", path.display())]
+    Update {
+        /// The pin.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The link cannot be pinned.
+    #[error("cannot pin {}; is a bpf file system mounted there?", path.display())]
+    Pin {
+        /// The pin.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: PinError,
+    },
+    /// A pin cannot be read or removed.
+    #[error("cannot read or remove the pin {}", path.display())]
+    Remove {
+        /// The pin or folder.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// The loaded programs and where they are attached.
+#[derive(Debug)]
+pub(super) struct Attached {
+    ebpf: Ebpf,
+    /// Folder of pins; none: links go with the process.
+    pins: Option<PathBuf>,
+    /// Links that are not pinned; dropped, they detach.
+    links: Vec<FdLink>,
+    /// Ids of the cgroups that this process has attached to.
+    cgroups: Vec<u64>,
+}
+
+/// A panic while attaching leaves links that are whole each.
+pub(super) fn lock(attached: &Mutex<Attached>) -> MutexGuard<'_, Attached> {
+    attached.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Attached {
+    pub(super) fn new(ebpf: Ebpf, pins: Option<PathBuf>) -> Self {
+        Self { ebpf, pins, links: Vec::new(), cgroups: Vec::new() }
+    }
+
+    /// Attaches every program to the cgroup, or replaces the pinned ones.
+    pub(super) fn attach(&mut self, cgroup: &Path) -> Result<(), AttachError> {
+        let at = |source| AttachError::Cgroup { path: cgroup.to_owned(), source };
+        let folder = File::open(cgroup).map_err(at)?;
+        let id = folder.metadata().map_err(at)?.ino();
+        for program in programs::ALL {
+            let pin = match &self.pins {
+                None => None,
+                Some(pins) => {
+                    let links = pins.join("links");
+                    let failed = |source| AttachError::Remove { path: links.clone(), source };
+                    fs::create_dir_all(&links).map_err(failed)?;
+                    Some(links.join(format!("{id}-{program}")))
+                }
+            };
+            if let Some(pin) = &pin
+                && self.replaced(pin, program)?
+            {
+                continue;
+            }
+            let link = self.link(program, &folder, cgroup)?;
+            match pin {
+                None => self.links.push(link),
+                Some(path) => {
+                    // The pin keeps it from here on.
+                    link.pin(&path).map_err(|source| AttachError::Pin { path, source })?;
+                }
+            }
+        }
+        self.cgroups.push(id);
+        Ok(())
+    }
+
+    /// Puts this process's program into a link that is pinned already. A pin whose cgroup is gone is removed.
+    fn replaced(&self, pin: &Path, program: &'static str) -> Result<bool, AttachError> {
+        if !pin.exists() {
+            return Ok(false);
+        }
+        let update = |source| AttachError::Update { path: pin.to_owned(), source };
+        let fd = self
+            .ebpf
+            .program(program)
+            .and_then(|program| program.fd().ok())
+            .ok_or_else(|| update(io::Error::other("the program is not loaded")))?;
+        let link = open_pin(pin).map_err(update)?;
+        match link_update(&link, fd.as_fd()) {
+            Ok(()) => Ok(true),
+            Err(error) if error.raw_os_error() == Some(libc::ENOLINK) => {
+                fs::remove_file(pin)
+                    .map_err(|source| AttachError::Remove { path: pin.to_owned(), source })?;
+                Ok(false)
+            }
+            Err(error) => Err(update(error)),
+        }
+    }
+
+    fn link(&mut self, program: &'static str, folder: &File, cgroup: &Path) -> Result<FdLink, AttachError> {
+        let failed = |source| AttachError::Program { program, cgroup: cgroup.to_owned(), source };
+        let link_failed = |source| AttachError::Link { program, source };
+        // On bpf links any other mode is EINVAL; links are always of the multi kind.
+        let mode = CgroupAttachMode::Single;
+        match self.ebpf.program_mut(program) {
+            Some(Program::CgroupSockAddr(program)) => {
+                let id = program.attach(folder, mode).map_err(failed)?;
+                program.take_link(id).map_err(failed)?.try_into().map_err(link_failed)
+            }
+            Some(Program::CgroupSock(program)) => {
+                let id = program.attach(folder, mode).map_err(failed)?;
+                program.take_link(id).map_err(failed)?.try_into().map_err(link_failed)
+            }
+            Some(Program::SockOps(program)) => {
+                let id = program.attach(folder, mode).map_err(failed)?;
+                program.take_link(id).map_err(failed)?.try_into().map_err(link_failed)
+            }
+            _ => Err(link_failed(LinkError::InvalidLink)),
+        }
+    }
+
+    /// Removes pinned links of cgroups that this process has not attached to.
+    pub(super) fn prune(&self) -> Result<(), AttachError> {
+        let Some(pins) = &self.pins else { return Ok(()) };
+        for name in pinned_links(pins)? {
+            let id = name.split('-').next().and_then(|id| id.parse::<u64>().ok());
+            if id.is_none_or(|id| !self.cgroups.contains(&id)) {
+                let path = pins.join("links").join(&name);
+                fs::remove_file(&path).map_err(|source| AttachError::Remove { path, source })?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The names of the pinned links in a folder of pins.
+pub(super) fn pinned_links(pins: &Path) -> Result<Vec<String>, AttachError> {
+    let path = pins.join("links");
+    let failed = |source| AttachError::Remove { path: path.clone(), source };
+    let entries = match fs::read_dir(&path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries.map_err(failed)?,
+    };
+    let mut names = Vec::new();
+    for entry in entries {
+        names.push(entry.map_err(failed)?.file_name().to_string_lossy().into_owned());
+    }
+    names.sort();
+    Ok(names)
+}
+
+/// Removes every pin in a folder of pins: the programs detach, the maps go. Returns how many there were.
+///
+/// # Errors
+/// A pin cannot be removed.
+pub fn uninstall(pins: &Path) -> Result<usize, AttachError> {
+    let failed = |path: &Path| {
+        let path = path.to_owned();
+        move |source| AttachError::Remove { path, source }
+    };
+    let mut removed = 0;
+    // Links first, so that no program runs on maps that are half gone.
+    for folder in [pins.join("links"), pins.join("maps")] {
+        let entries = match fs::read_dir(&folder) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            entries => entries.map_err(failed(&folder))?,
+        };
+        for entry in entries {
+            let path = entry.map_err(failed(&folder))?.path();
+            fs::remove_file(&path).map_err(failed(&path))?;
+            removed += 1;
+        }
+        fs::remove_dir(&folder).map_err(failed(&folder))?;
+    }
+    for folder in [Some(pins), pins.parent()].into_iter().flatten() {
+        match fs::remove_dir(folder) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            // Another version's pins are beside ours.
+            Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => {}
+            result => result.map_err(failed(folder))?,
+        }
+    }
+    Ok(removed)
+}
+
+/// Opens a pinned link. aya's own type hides the descriptor that the update needs.
+fn open_pin(path: &Path) -> io::Result<OwnedFd> {
+    /// `struct { pathname, bpf_fd, file_flags }` of `union bpf_attr`.
+    #[repr(C)]
+    struct ObjectGet {
+        path: u64,
+        fd: u32,
+        flags: u32,
+    }
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let attributes = ObjectGet { path: path.as_ptr() as u64, fd: 0, flags: 0 };
+    // SAFETY: the attributes are valid for this command, their size is given, and the path outlives the call.
+    let fd =
+        unsafe { libc::syscall(libc::SYS_bpf, BPF_OBJ_GET, &raw const attributes, size_of::<ObjectGet>()) };
+    match RawFd::try_from(fd) {
+        // SAFETY: the kernel has just opened this descriptor for us, and nobody else knows it.
+        Ok(fd) if fd >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Replaces the program of a link; connections meet the old one or the new one, never none.
+fn link_update(link: &OwnedFd, program: BorrowedFd<'_>) -> io::Result<()> {
+    /// `struct { link_fd, new_prog_fd, flags, old_prog_fd }` of `union bpf_attr`.
+    #[repr(C)]
+    struct LinkUpdate {
+        link: RawFd,
+        program: RawFd,
+        flags: u32,
+        old_program: u32,
+    }
+    let attributes =
+        LinkUpdate { link: link.as_raw_fd(), program: program.as_raw_fd(), flags: 0, old_program: 0 };
+    // SAFETY: the attributes are valid for this command and their size is given; the call keeps no pointer.
+    let result = unsafe {
+        libc::syscall(libc::SYS_bpf, BPF_LINK_UPDATE, &raw const attributes, size_of::<LinkUpdate>())
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}

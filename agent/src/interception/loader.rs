@@ -1,0 +1,474 @@
+//! The kernel programs and maps: loading them, checking their layouts, writing and reading the maps.
+//!
+//! What is attached where is in `attach`, flows are in `flow`. Which pods and addresses there are is not known
+//! here.
+
+use std::{
+    collections::HashMap as StdHashMap,
+    fmt, fs, io,
+    net::{IpAddr, SocketAddr},
+    path::{Path, PathBuf},
+    sync::{Mutex, PoisonError},
+};
+
+use aya::{
+    Ebpf, EbpfError, EbpfLoader,
+    maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, RingBuf},
+    programs::{Program, ProgramError},
+};
+use weir_common::kernel::{
+    Address, ApiEndpoint, CgroupEntry, Class, Counter, FlowKey, FlowRecord, LAYOUT_VERSION, Notice, Settings,
+    maps, programs,
+};
+
+use super::{attach, attach::AttachError};
+
+/// The mount point of the BPF file system.
+pub const BPFFS: &str = "/sys/fs/bpf";
+
+#[cfg(weir_ebpf_object)]
+static OBJECT: Option<&[u8]> = Some(aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/weir-ebpf.o")));
+#[cfg(not(weir_ebpf_object))]
+static OBJECT: Option<&[u8]> = None;
+
+/// Why the kernel part does not work.
+#[derive(Debug, thiserror::Error)]
+pub enum KernelError {
+    /// The agent was built before the kernel programs were.
+    #[error(
+        "this binary was built without the kernel programs; run cargo xtask build-ebpf first, then build it again"
+    )]
+    NotBuilt,
+    /// The object cannot be loaded.
+    #[error(
+        "cannot load the kernel programs; is this root (CAP_BPF, CAP_NET_ADMIN, CAP_PERFMON), and the kernel 5.18 or later?"
+    )]
+    Load(#[source] EbpfError),
+    /// A program is not accepted. The source has the verifier's log.
+    #[error("the kernel refuses the program {program}")]
+    Program {
+        /// Its name.
+        program: &'static str,
+        /// What the verifier says.
+        #[source]
+        source: ProgramError,
+    },
+    /// A map cannot be used.
+    #[error("kernel map {map}")]
+    Map {
+        /// Its name.
+        map: &'static str,
+        /// Why.
+        #[source]
+        source: MapError,
+    },
+    /// The object lacks a map or program, or its layout differs.
+    #[error(
+        "{name} is not what this agent expects ({problem}); pins of another version are removed by weir-agent uninstall"
+    )]
+    Layout {
+        /// The map or program.
+        name: &'static str,
+        /// What differs.
+        problem: String,
+    },
+    /// The folder of pins cannot be used.
+    #[error("pins in {}; is a bpf file system mounted there (mount -t bpf bpf {BPFFS})?", path.display())]
+    Pins {
+        /// The folder or file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// Attaching failed.
+    #[error(transparent)]
+    Attach(#[from] AttachError),
+}
+
+/// Whether programs and maps outlive the process.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Pinning {
+    /// They go with the process: `exec`.
+    Unpinned,
+    /// They stay, and the next process takes them over: `run`. The folder lies on a bpf file system.
+    Pinned(PathBuf),
+}
+
+impl Pinning {
+    /// The folder that `run` uses; its name bears the layout version, so that an agent with other layouts does
+    /// not take over maps it would misread.
+    pub fn standard() -> Self {
+        Self::Pinned(pin_folder())
+    }
+}
+
+/// The folder of pins that `run` uses.
+pub fn pin_folder() -> PathBuf {
+    Path::new(BPFFS).join("weir").join(format!("v{LAYOUT_VERSION}"))
+}
+
+/// The programs and maps in the kernel. Dropped, it detaches what is not pinned.
+pub struct Kernel {
+    api_set: Mutex<HashMap<MapData, ApiEndpoint, u32>>,
+    cgroups: Mutex<HashMap<MapData, u64, CgroupEntry>>,
+    pub(super) flows: Mutex<HashMap<MapData, FlowKey, FlowRecord>>,
+    counters: PerCpuArray<MapData, u64>,
+    settings: Mutex<Array<MapData, Settings>>,
+    notices: Mutex<Option<RingBuf<MapData>>>,
+    pub(super) attached: Mutex<attach::Attached>,
+}
+
+impl fmt::Debug for Kernel {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.debug_struct("Kernel").finish_non_exhaustive()
+    }
+}
+
+/// Sums of the kernel's counters over all CPUs.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Counters {
+    /// Connects to the API set that the hooks saw.
+    pub seen: u64,
+    /// … redirected.
+    pub redirected: u64,
+    /// … passed.
+    pub passed: u64,
+    /// … denied, cgroup unknown.
+    pub denied_unknown: u64,
+    /// … denied, no listener.
+    pub denied_no_listener: u64,
+    /// Refused because of their protocol.
+    pub protocol_refused: u64,
+    /// Flows published.
+    pub flows_published: u64,
+    /// Flows that could not be published.
+    pub flows_lost: u64,
+    /// Notices that did not fit.
+    pub notices_lost: u64,
+    /// Connects of observed pods that would have been redirected.
+    pub would_redirect: u64,
+}
+
+impl Kernel {
+    /// Loads programs and maps; maps that are pinned already are taken over, with what they hold. Nothing is
+    /// attached yet.
+    ///
+    /// # Errors
+    /// Not built, not privileged, refused by the verifier (with its log), or pins with another layout.
+    pub fn load(pinning: Pinning) -> Result<Self, KernelError> {
+        let object = OBJECT.ok_or(KernelError::NotBuilt)?;
+        let mut loader = EbpfLoader::new();
+        let pins = match &pinning {
+            Pinning::Unpinned => None,
+            Pinning::Pinned(folder) => {
+                let maps = prepare_pins(folder)?;
+                for name in maps::ALL {
+                    loader.map_pin_path(name, maps.join(name));
+                }
+                Some(folder.clone())
+            }
+        };
+        let mut ebpf = loader.load(object).map_err(KernelError::Load)?;
+        for program in programs::ALL {
+            load_program(&mut ebpf, program)?;
+        }
+        let kernel = Self {
+            api_set: Mutex::new(map(&mut ebpf, maps::API_SET)?),
+            cgroups: Mutex::new(map(&mut ebpf, maps::CGROUPS)?),
+            flows: Mutex::new(map(&mut ebpf, maps::FLOWS)?),
+            counters: map(&mut ebpf, maps::COUNTERS)?,
+            settings: Mutex::new(map(&mut ebpf, maps::SETTINGS)?),
+            notices: Mutex::new(Some(map(&mut ebpf, maps::NOTICES)?)),
+            attached: Mutex::new(attach::Attached::new(ebpf, pins)),
+        };
+        // Connections of a former process's listeners are dead; what they left must not vouch for a new one.
+        kernel.forget_flows()?;
+        Ok(kernel)
+    }
+
+    /// Attaches the programs to a cgroup v2 folder. Where they are pinned and attached already, the running
+    /// programs are replaced in place: at no moment there are none.
+    ///
+    /// # Errors
+    /// The folder is no cgroup v2, or the kernel refuses.
+    pub fn attach(&self, cgroup: &Path) -> Result<(), KernelError> {
+        Ok(attach::lock(&self.attached).attach(cgroup)?)
+    }
+
+    /// Removes pinned links of cgroups that this process has not attached to: cgroups that are gone.
+    ///
+    /// # Errors
+    /// The folder of pins cannot be read or changed.
+    pub fn prune_links(&self) -> Result<(), KernelError> {
+        Ok(attach::lock(&self.attached).prune()?)
+    }
+
+    /// Tells the programs in which network namespace the host is (0: no connection passes for being there), and
+    /// on how many levels of the cgroup tree they meet a pod's connection.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn set_settings(&self, host_netns: u64, attach_levels: u32) -> Result<(), KernelError> {
+        let settings = Settings { host_netns, attach_levels, reserved: 0 };
+        lock(&self.settings)
+            .set(0, settings, 0)
+            .map_err(|source| KernelError::Map { map: maps::SETTINGS, source })
+    }
+
+    /// Adds an API server's address to the API set, as one of the cluster with this index.
+    ///
+    /// # Errors
+    /// The map is full, or the kernel refuses.
+    pub fn set_api_endpoint(&self, address: SocketAddr, cluster: u32) -> Result<(), KernelError> {
+        lock(&self.api_set)
+            .insert(endpoint(address), cluster, 0)
+            .map_err(|source| KernelError::Map { map: maps::API_SET, source })
+    }
+
+    /// Takes an address out of the API set.
+    ///
+    /// # Errors
+    /// The kernel refuses. That it was not there is no error.
+    pub fn remove_api_endpoint(&self, address: SocketAddr) -> Result<(), KernelError> {
+        absent_is_fine(lock(&self.api_set).remove(&endpoint(address)), maps::API_SET)
+    }
+
+    /// The API set: addresses and cluster indices.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn api_endpoints(&self) -> Result<StdHashMap<SocketAddr, u32>, KernelError> {
+        lock(&self.api_set)
+            .iter()
+            .map(|entry| entry.map(|(endpoint, cluster)| (socket_address(&endpoint), cluster)))
+            .collect::<Result<_, _>>()
+            .map_err(|source| KernelError::Map { map: maps::API_SET, source })
+    }
+
+    /// Says what a cgroup is. For [`Class::Enrolled`] the listener must be listening before this is called.
+    ///
+    /// # Errors
+    /// The map is full, or the kernel refuses.
+    pub fn classify(&self, cgroup: u64, entry: CgroupEntry) -> Result<(), KernelError> {
+        lock(&self.cgroups)
+            .insert(cgroup, entry, 0)
+            .map_err(|source| KernelError::Map { map: maps::CGROUPS, source })
+    }
+
+    /// Forgets a cgroup.
+    ///
+    /// # Errors
+    /// The kernel refuses. That it was not there is no error.
+    pub fn forget_cgroup(&self, cgroup: u64) -> Result<(), KernelError> {
+        absent_is_fine(lock(&self.cgroups).remove(&cgroup), maps::CGROUPS)
+    }
+
+    /// All classified cgroups.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn cgroups(&self) -> Result<StdHashMap<u64, CgroupEntry>, KernelError> {
+        lock(&self.cgroups)
+            .iter()
+            .collect::<Result<_, _>>()
+            .map_err(|source| KernelError::Map { map: maps::CGROUPS, source })
+    }
+
+    /// The counters, summed over all CPUs.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn counters(&self) -> Result<Counters, KernelError> {
+        read_counters(&self.counters)
+    }
+
+    /// Takes the ring buffer of notices; once.
+    pub(super) fn take_notices(&self) -> Option<RingBuf<MapData>> {
+        lock(&self.notices).take()
+    }
+
+    fn forget_flows(&self) -> Result<(), KernelError> {
+        let mut flows = lock(&self.flows);
+        let stale = flows.keys().collect::<Result<Vec<_>, _>>();
+        let stale = stale.map_err(|source| KernelError::Map { map: maps::FLOWS, source })?;
+        stale.iter().try_for_each(|key| absent_is_fine(flows.remove(key), maps::FLOWS))
+    }
+}
+
+/// The state of the pins, for `weir-agent status`; none if nothing is pinned.
+#[derive(Clone, Debug, serde::Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PinnedState {
+    /// The folder of pins.
+    pub folder: PathBuf,
+    /// Pinned links, `<cgroup id>-<program>`.
+    pub links: Vec<String>,
+    /// The counters.
+    pub counters: Counters,
+    /// The API set.
+    pub api_endpoints: Vec<SocketAddr>,
+    /// Cgroups per class.
+    pub cgroups: std::collections::BTreeMap<String, usize>,
+}
+
+/// Reads what is pinned, without a process of the agent.
+///
+/// # Errors
+/// Pins are there but cannot be read.
+pub fn pinned_state(folder: &Path) -> Result<Option<PinnedState>, KernelError> {
+    let pinned = folder.join("maps");
+    if !pinned.join(maps::COUNTERS).exists() {
+        return Ok(None);
+    }
+    let counters: PerCpuArray<MapData, u64> = pinned_map(&pinned, maps::COUNTERS)?;
+    let api_set: HashMap<MapData, ApiEndpoint, u32> = pinned_map(&pinned, maps::API_SET)?;
+    let classified: HashMap<MapData, u64, CgroupEntry> = pinned_map(&pinned, maps::CGROUPS)?;
+    let mut api_endpoints = api_set
+        .keys()
+        .map(|key| key.map(|key| socket_address(&key)))
+        .collect::<Result<Vec<_>, _>>()
+        .map_err(|source| KernelError::Map { map: maps::API_SET, source })?;
+    api_endpoints.sort();
+    let mut cgroups = std::collections::BTreeMap::new();
+    for entry in classified.iter() {
+        let (_, entry) = entry.map_err(|source| KernelError::Map { map: maps::CGROUPS, source })?;
+        let class = Class::from_number(entry.class);
+        *cgroups
+            .entry(class.map_or_else(|| entry.class.to_string(), |class| format!("{class:?}")))
+            .or_default() += 1;
+    }
+    Ok(Some(PinnedState {
+        folder: folder.to_owned(),
+        links: attach::pinned_links(folder)?,
+        counters: read_counters(&counters)?,
+        api_endpoints,
+        cgroups,
+    }))
+}
+
+fn read_counters(map: &PerCpuArray<MapData, u64>) -> Result<Counters, KernelError> {
+    let read = |counter: Counter| {
+        map.get(&(counter as u32), 0)
+            .map(|values| values.iter().sum())
+            .map_err(|source| KernelError::Map { map: maps::COUNTERS, source })
+    };
+    Ok(Counters {
+        seen: read(Counter::Seen)?,
+        redirected: read(Counter::Redirected)?,
+        passed: read(Counter::Passed)?,
+        denied_unknown: read(Counter::DeniedUnknown)?,
+        denied_no_listener: read(Counter::DeniedNoListener)?,
+        protocol_refused: read(Counter::ProtocolRefused)?,
+        flows_published: read(Counter::FlowsPublished)?,
+        flows_lost: read(Counter::FlowsLost)?,
+        notices_lost: read(Counter::NoticesLost)?,
+        would_redirect: read(Counter::WouldRedirect)?,
+    })
+}
+
+/// Makes the folders of pins and refuses maps of another layout: taken over, they would be misread.
+fn prepare_pins(folder: &Path) -> Result<PathBuf, KernelError> {
+    let at = |path: &Path| {
+        let path = path.to_owned();
+        move |source| KernelError::Pins { path, source }
+    };
+    let maps = folder.join("maps");
+    fs::create_dir_all(&maps).map_err(at(&maps))?;
+    let system = nix::sys::statfs::statfs(&maps).map_err(|errno| at(&maps)(errno.into()))?;
+    if system.filesystem_type() != nix::sys::statfs::BPF_FS_MAGIC {
+        return Err(at(&maps)(io::Error::other("this is no bpf file system")));
+    }
+    for (name, key, value) in [
+        (maps::API_SET, size_of::<ApiEndpoint>(), size_of::<u32>()),
+        (maps::CGROUPS, size_of::<u64>(), size_of::<CgroupEntry>()),
+        (maps::FLOWS, size_of::<FlowKey>(), size_of::<FlowRecord>()),
+        (maps::COUNTERS, size_of::<u32>(), size_of::<u64>()),
+        (maps::SETTINGS, size_of::<u32>(), size_of::<Settings>()),
+    ] {
+        let path = maps.join(name);
+        if !path.exists() {
+            continue;
+        }
+        let info = MapData::from_pin(&path)
+            .and_then(|map| map.info())
+            .map_err(|source| KernelError::Map { map: name, source })?;
+        if (info.key_size() as usize, info.value_size() as usize) != (key, value) {
+            let problem = format!(
+                "key and value have {} and {} bytes, not {key} and {value}",
+                info.key_size(),
+                info.value_size()
+            );
+            return Err(KernelError::Layout { name, problem });
+        }
+    }
+    Ok(maps)
+}
+
+fn load_program(ebpf: &mut Ebpf, name: &'static str) -> Result<(), KernelError> {
+    let failed = |source| KernelError::Program { program: name, source };
+    match ebpf.program_mut(name) {
+        Some(Program::CgroupSockAddr(program)) => program.load().map_err(failed),
+        Some(Program::CgroupSock(program)) => program.load().map_err(failed),
+        Some(Program::SockOps(program)) => program.load().map_err(failed),
+        _ => Err(KernelError::Layout { name, problem: "the object has no such program".to_owned() }),
+    }
+}
+
+fn map<M: TryFrom<Map, Error = MapError>>(ebpf: &mut Ebpf, name: &'static str) -> Result<M, KernelError> {
+    let map = ebpf
+        .take_map(name)
+        .ok_or_else(|| KernelError::Layout { name, problem: "the object has no such map".to_owned() })?;
+    M::try_from(map).map_err(|source| KernelError::Map { map: name, source })
+}
+
+fn pinned_map<M: TryFrom<Map, Error = MapError>>(
+    folder: &Path,
+    name: &'static str,
+) -> Result<M, KernelError> {
+    MapData::from_pin(folder.join(name))
+        .and_then(Map::from_map_data)
+        .and_then(M::try_from)
+        .map_err(|source| KernelError::Map { map: name, source })
+}
+
+fn absent_is_fine(result: Result<(), MapError>, map: &'static str) -> Result<(), KernelError> {
+    match result {
+        Err(MapError::KeyNotFound) => Ok(()),
+        Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
+        result => result.map_err(|source| KernelError::Map { map, source }),
+    }
+}
+
+/// A map is never left half-changed by a panic: each change is one system call.
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// An address as the maps have it.
+pub(super) fn address(ip: IpAddr) -> Address {
+    match ip {
+        IpAddr::V4(ip) => ip.to_ipv6_mapped().octets(),
+        IpAddr::V6(ip) => ip.octets(),
+    }
+}
+
+fn endpoint(address_and_port: SocketAddr) -> ApiEndpoint {
+    ApiEndpoint { address: address(address_and_port.ip()), port: u32::from(address_and_port.port()) }
+}
+
+/// An address of the maps; v4-mapped ones as IPv4.
+pub(super) fn socket_address(endpoint: &ApiEndpoint) -> SocketAddr {
+    let ip = std::net::Ipv6Addr::from(endpoint.address).to_canonical();
+    SocketAddr::new(ip, u16::try_from(endpoint.port).unwrap_or_default())
+}
+
+/// A notice from the ring buffer, if it has the size of one.
+pub(super) fn notice(bytes: &[u8]) -> Option<Notice> {
+    if bytes.len() != size_of::<Notice>() {
+        return None;
+    }
+    // SAFETY: the length is that of a notice, whose fields are integers: every bit pattern is valid.
+    Some(unsafe { bytes.as_ptr().cast::<Notice>().read_unaligned() })
+}
