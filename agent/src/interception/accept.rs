@@ -1,0 +1,196 @@
+//! Accepting: a connection gets through only if the kernel vouches for it, and for the pod that the listener
+//! serves. What does not is closed and recorded. What the connection says is the proxy's matter.
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use tokio::{
+    net::TcpStream,
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch},
+    task::JoinSet,
+    time::Instant,
+};
+use tokio_util::sync::CancellationToken;
+
+use super::{caller::Tenant, flow::Flow, listener::Listener, loader::Kernel};
+use crate::{proxy::Accepted, recording::Recorder};
+
+/// Most connections of one listener that are between `accept` and the proxy; more wait in the kernel.
+const PENDING_MAX: usize = 128;
+/// Pause after an error of `accept` that will not pass at once (no descriptors left).
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+/// Most refusals of one kind of source that are recorded each, per [`REFUSAL_WINDOW`]; the rest is counted.
+const REFUSALS_MAX: u32 = 20;
+/// See [`REFUSALS_MAX`].
+const REFUSAL_WINDOW: Duration = Duration::from_secs(60);
+
+/// What accepted connections go to.
+#[derive(Clone, Debug)]
+pub struct Sink {
+    /// The kernel's maps, for the flow records.
+    pub kernel: Arc<Kernel>,
+    /// Where refusals are recorded.
+    pub recorder: Recorder,
+    /// The proxy; bounded, so that a slow proxy slows down accepting.
+    pub accepted: mpsc::Sender<Accepted>,
+}
+
+/// Accepts connections of one tenant until cancelled; then the sockets are closed, which refuses new ones.
+pub async fn serve(
+    listener: Listener,
+    tenant: watch::Receiver<Arc<Tenant>>,
+    sink: Sink,
+    cancellation: CancellationToken,
+) {
+    let pending = Arc::new(Semaphore::new(PENDING_MAX));
+    let mut refusals = Refusals::new(Instant::now());
+    let (refused, mut refusals_made) = mpsc::channel::<Refusal>(PENDING_MAX);
+    let mut handling = JoinSet::new();
+    loop {
+        while handling.try_join_next().is_some() {}
+        let accept = async {
+            // The semaphore is never closed.
+            let permit = pending.clone().acquire_owned().await.ok();
+            (permit, listener.accept().await)
+        };
+        let (permit, result) = tokio::select! {
+            () = cancellation.cancelled() => break,
+            Some(refusal) = refusals_made.recv() => {
+                refusals.record(refusal, &sink.recorder, Instant::now());
+                continue;
+            }
+            accepted = accept => accepted,
+        };
+        match result {
+            Ok((stream, client)) => {
+                let tenant = tenant.borrow().clone();
+                let arrived = Arrived { stream, client, netns: listener.netns(), permit };
+                handling.spawn(handle(arrived, tenant, sink.clone(), refused.clone()));
+            }
+            // The client gave up before it was accepted.
+            Err(error) if error.kind() == std::io::ErrorKind::ConnectionAborted => {}
+            Err(error) => {
+                tracing::warn!(%error, "cannot accept; are there too many open files?");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+    // What was accepted before the end still reaches the proxy, which drains by its own deadline.
+    drop(listener);
+    drop(refused);
+    while let Some(refusal) = refusals_made.recv().await {
+        refusals.record(refusal, &sink.recorder, Instant::now());
+    }
+    while handling.join_next().await.is_some() {}
+    refusals.end(&sink.recorder);
+}
+
+struct Arrived {
+    stream: TcpStream,
+    client: SocketAddr,
+    netns: u64,
+    permit: Option<OwnedSemaphorePermit>,
+}
+
+struct Refusal {
+    tenant: Arc<Tenant>,
+    flow: Option<Flow>,
+    reason: &'static str,
+}
+
+async fn handle(arrived: Arrived, tenant: Arc<Tenant>, sink: Sink, refused: mpsc::Sender<Refusal>) {
+    let Arrived { stream, client, netns, permit } = arrived;
+    let flow = match stream.local_addr() {
+        Ok(local) => sink.kernel.take_flow(netns, client, local),
+        Err(_) => None,
+    };
+    let reason = match &flow {
+        None => Some("no flow record: dialled past the kernel's redirect"),
+        Some(flow) if flow.record.pod_cgroup != tenant.cgroup => {
+            Some("the connection's cgroup is not of the pod that the listener serves")
+        }
+        Some(_) => None,
+    };
+    if let Some(reason) = reason {
+        drop(stream);
+        // The accept loop takes these; at its end it takes all that are left.
+        let _ = refused.send(Refusal { tenant, flow, reason }).await;
+        return;
+    }
+    let Some(flow) = flow else { return };
+    let caller = tenant.caller(&flow).await;
+    let cluster = usize::try_from(flow.record.cluster).unwrap_or(usize::MAX);
+    let accepted = Accepted { stream, original_destination: flow.original, cluster, caller };
+    // Fails only if the proxy has ended: then the connection ends, too.
+    let _ = sink.accepted.send(accepted).await;
+    drop(permit);
+}
+
+/// Bounds what refusals write to the journal: a pod must not fill it by dialling the listener in a loop.
+struct Refusals {
+    since: Instant,
+    recorded: u32,
+    suppressed: u64,
+}
+
+impl Refusals {
+    fn new(now: Instant) -> Self {
+        Self { since: now, recorded: 0, suppressed: 0 }
+    }
+
+    /// Whether one more may be recorded; and how many a window that has ended had left out.
+    fn admit(&mut self, now: Instant) -> (bool, Option<u64>) {
+        let mut left_out = None;
+        if now.saturating_duration_since(self.since) >= REFUSAL_WINDOW {
+            left_out = (self.suppressed > 0).then_some(self.suppressed);
+            *self = Self::new(now);
+        }
+        let admitted = self.recorded < REFUSALS_MAX;
+        if admitted {
+            self.recorded += 1;
+        } else {
+            self.suppressed += 1;
+        }
+        (admitted, left_out)
+    }
+
+    fn record(&mut self, refusal: Refusal, recorder: &Recorder, now: Instant) {
+        let (admitted, left_out) = self.admit(now);
+        if let Some(left_out) = left_out {
+            Self::left_out(left_out, recorder);
+        }
+        if admitted {
+            let Refusal { tenant, flow, reason } = refusal;
+            let cluster = flow.and_then(|flow| usize::try_from(flow.record.cluster).ok());
+            recorder.connection_refused(cluster, Some(&tenant.unproven(flow.as_ref())), reason);
+        }
+    }
+
+    fn end(&self, recorder: &Recorder) {
+        if self.suppressed > 0 {
+            Self::left_out(self.suppressed, recorder);
+        }
+    }
+
+    fn left_out(count: u64, recorder: &Recorder) {
+        recorder.connection_refused(None, None, &format!("{count} more refusals like the ones before"));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::time::Instant;
+
+    use super::{REFUSAL_WINDOW, REFUSALS_MAX, Refusals};
+
+    #[test]
+    fn refusals_are_recorded_up_to_the_bound_and_then_counted() {
+        let start = Instant::now();
+        let mut refusals = Refusals::new(start);
+        for _ in 0..REFUSALS_MAX {
+            assert_eq!(refusals.admit(start), (true, None));
+        }
+        assert_eq!(refusals.admit(start), (false, None));
+        assert_eq!(refusals.admit(start), (false, None));
+        assert_eq!(refusals.admit(start + REFUSAL_WINDOW), (true, Some(2)));
+    }
+}

@@ -1,0 +1,139 @@
+//! Who is behind a flow: the pod that a listener serves, the container by its cgroup, the process by `/proc`.
+//!
+//! The kernel's record decides the pod; what `/proc` says is evidence read afterwards and may be missing. What a
+//! client says over the connection plays no part here.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use weir_common::event::{Caller, Container, Pod};
+
+use super::{
+    cgroup,
+    flow::Flow,
+    pod,
+    process::{Connector, Proc},
+};
+
+/// Longest time that reading `/proc` may take: a process can make its own entries slow to read, by mapping its
+/// arguments from a file system that it serves itself.
+const EVIDENCE_TIMEOUT: Duration = Duration::from_secs(1);
+/// Deepest level below a pod's cgroup on which a task's cgroup is looked for.
+const DEPTH_MAX: usize = 8;
+/// Most cgroups below a pod's that are looked at for one connection.
+const FOLDERS_MAX: usize = 1024;
+
+/// Whom a listener serves: a pod, or the command of `weir-agent exec`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Tenant {
+    /// Id of its cgroup: the one that is classified as enrolled with this listener.
+    pub cgroup: u64,
+    /// Folder of that cgroup.
+    pub folder: PathBuf,
+    /// The pod; none for `exec`.
+    pub pod: Option<Pod>,
+    /// Names of the pod's containers by runtime id, as far as they are known.
+    pub containers: BTreeMap<String, String>,
+}
+
+impl Tenant {
+    /// The caller of a flow of this tenant, with what `/proc` and the cgroup tree say.
+    pub async fn caller(&self, flow: &Flow) -> Arc<Caller> {
+        let record = flow.record;
+        let connector = Connector {
+            tgid: record.tgid,
+            uid: record.uid,
+            connected_boottime_ns: record.connected_boottime_ns,
+        };
+        let folder = self.folder.clone();
+        let in_pod = self.pod.is_some() && record.cgroup != self.cgroup;
+        let read = tokio::task::spawn_blocking(move || {
+            let container = in_pod.then(|| container_of(&folder, record.cgroup)).flatten();
+            (Proc::default().evidence(connector), container)
+        });
+        let (process, container) = match tokio::time::timeout(EVIDENCE_TIMEOUT, read).await {
+            Ok(Ok((process, container))) => (process, container),
+            Ok(Err(_)) | Err(_) => (
+                weir_common::event::Process { pid: record.tgid, uid: record.uid, ..Default::default() },
+                None,
+            ),
+        };
+        let container = container.map(|id| {
+            let name = self.containers.get(&id).cloned().unwrap_or_default();
+            Container { id, name }
+        });
+        Arc::new(Caller {
+            pod: self.pod.clone(),
+            container,
+            process: Some(process),
+            cgroup: record.cgroup,
+            netns: record.netns,
+            dialled: flow.original.to_string(),
+            claimed_user: None,
+        })
+    }
+
+    /// What is known of a refused connection: the pod that the listener serves, and the kernel's record if there is
+    /// one. Neither proves that the pod's own process connected.
+    pub fn unproven(&self, flow: Option<&Flow>) -> Arc<Caller> {
+        let record = flow.map(|flow| flow.record);
+        Arc::new(Caller {
+            pod: self.pod.clone(),
+            process: record.map(|record| weir_common::event::Process {
+                pid: record.tgid,
+                uid: record.uid,
+                ..Default::default()
+            }),
+            cgroup: record.map_or(self.cgroup, |record| record.cgroup),
+            netns: record.map_or(0, |record| record.netns),
+            dialled: flow.map(|flow| flow.original.to_string()).unwrap_or_default(),
+            ..Caller::default()
+        })
+    }
+}
+
+/// The container in a pod's folder whose cgroup has this id, or has a cgroup with this id below it.
+fn container_of(pod: &Path, id: u64) -> Option<String> {
+    let mut left = FOLDERS_MAX;
+    let mut pending = vec![(pod.to_owned(), 0)];
+    while let Some((folder, depth)) = pending.pop() {
+        left = left.checked_sub(1)?;
+        if cgroup::id(&folder).is_ok_and(|found| found == id) {
+            return pod::parse(&folder)?.container;
+        }
+        if depth < DEPTH_MAX {
+            let entries = fs::read_dir(&folder).into_iter().flatten().flatten();
+            let folders = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+            pending.extend(folders.map(|entry| (entry.path(), depth + 1)));
+        }
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{cgroup, container_of};
+
+    #[test]
+    fn a_cgroup_below_a_container_belongs_to_it() {
+        let root = tempfile::tempdir().expect("a folder");
+        let id = "4f1c0c9a7f0e4d7b8a6f5e4d3c2b1a09f8e7d6c5b4a392817060504030201000";
+        let pod = root.path().join("kubepods/burstable/pod0b5e2f6a-3c1d-4e5f-8a9b-0c1d2e3f4a5b");
+        let below = pod.join(id).join("nested/deeper");
+        std::fs::create_dir_all(&below).expect("folders");
+        for folder in [pod.join(id), below] {
+            assert_eq!(container_of(&pod, cgroup::id(&folder).expect("an id")).as_deref(), Some(id));
+        }
+        assert_eq!(
+            container_of(&pod, cgroup::id(&pod).expect("an id")),
+            None,
+            "the pod itself is no container"
+        );
+        assert_eq!(container_of(&pod, 1), None);
+    }
+}
