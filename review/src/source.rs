@@ -268,7 +268,7 @@ pub(crate) fn read_segment(path: &Path) -> Result<Vec<u8>, SourceError> {
     if bytes > SEGMENT_BYTES_MAX {
         return Err(SourceError::TooLong { path: path.to_owned(), bytes });
     }
-    let mut content = Vec::new();
+    let mut content = Vec::with_capacity(usize::try_from(bytes).unwrap_or_default());
     file.take(SEGMENT_BYTES_MAX).read_to_end(&mut content).map_err(error)?;
     Ok(content)
 }
@@ -326,6 +326,8 @@ impl Iterator for Records<'_> {
             }
             let path = self.journal.segments.get(self.segment)?;
             self.segment += 1;
+            // Never two segments in memory.
+            self.bytes = Vec::new();
             match read_segment(path) {
                 Ok(bytes) => self.bytes = bytes,
                 Err(error) => return Some(Err(error)),

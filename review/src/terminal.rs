@@ -16,7 +16,7 @@ const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Tells whether a character could steer a terminal or hide or reorder what stands beside it: controls (C0, DEL,
 /// C1), bidirectional overrides, invisible format characters, line separators, tags.
-fn is_unsafe(character: char) -> bool {
+pub(crate) fn is_unsafe(character: char) -> bool {
     character.is_control()
         || matches!(character,
             '\u{ad}' | '\u{61c}' | '\u{180e}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}'

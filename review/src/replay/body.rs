@@ -7,7 +7,7 @@
 use serde::{Deserialize, de::IgnoredAny};
 use serde_json::Value;
 
-use crate::terminal::{escaped, escaped_exactly};
+use crate::terminal::{escaped, escaped_exactly, is_unsafe};
 
 /// Shortest printable run that is picked out of raw bytes, its line end included.
 const RUN_CHARS_MIN: usize = 3;
@@ -39,10 +39,13 @@ pub(crate) fn show(bytes: &[u8], detail: Detail) -> Shown {
     let Ok(text) = std::str::from_utf8(bytes) else { return show_raw(bytes, detail) };
     if is_json(text) {
         if let (Detail::Readable, Some(lines)) = (detail, table(text)) {
-            return Shown { label: Some("a Table, as rows"), lines: cut(lines) };
+            return Shown {
+                label: Some("a Table, as rows"),
+                lines: lines.iter().map(|line| line_text(line, detail)).collect(),
+            };
         }
-        let lines = indented(text).lines().map(|line| escaped(line).into_owned()).collect();
-        return Shown { label: None, lines: if detail == Detail::Full { lines } else { cut(lines) } };
+        let text = indented(text);
+        return Shown { label: None, lines: text.lines().map(|line| line_text(line, detail)).collect() };
     }
     if text.contains('\0') {
         return show_raw(bytes, detail);
@@ -51,36 +54,39 @@ pub(crate) fn show(bytes: &[u8], detail: Detail) -> Shown {
 }
 
 /// Brings text into escaped lines.
-pub(crate) fn text_lines(text: &str, detail: Detail) -> Vec<String> {
-    let lines = text.split_terminator('\n').map(|line| line.strip_suffix('\r').unwrap_or(line));
+fn text_lines(text: &str, detail: Detail) -> Vec<String> {
     match detail {
-        Detail::Readable => cut(lines.map(|line| escaped(line).into_owned()).collect()),
+        Detail::Readable => {
+            let lines = text.split_terminator('\n').map(|line| line.strip_suffix('\r').unwrap_or(line));
+            lines.map(|line| line_text(line, detail)).collect()
+        }
         Detail::Full => text.split_inclusive('\n').map(|line| escaped_exactly(line.as_bytes())).collect(),
+    }
+}
+
+/// One line, escaped; cut (before escaping: a body may be one line of megabytes) unless all is wanted.
+fn line_text(line: &str, detail: Detail) -> String {
+    match line.char_indices().nth(LINE_CHARS_MAX) {
+        Some((end, _)) if detail == Detail::Readable => {
+            let more = line[end..].chars().count();
+            format!("{}… ({more} more characters)", escaped(&line[..end]))
+        }
+        _ => escaped(line).into_owned(),
     }
 }
 
 /// Shows bytes that are not decoded.
 pub(crate) fn show_raw(bytes: &[u8], detail: Detail) -> Shown {
     match detail {
-        Detail::Readable => {
-            Shown { label: Some("raw, not decoded: the text found in it"), lines: cut(printable_runs(bytes)) }
-        }
+        Detail::Readable => Shown {
+            label: Some("raw, not decoded: the text found in it"),
+            lines: printable_runs(bytes).iter().map(|run| line_text(run, detail)).collect(),
+        },
         Detail::Full => Shown {
             label: Some("raw, not decoded"),
             lines: bytes.split_inclusive(|byte| *byte == b'\n').map(escaped_exactly).collect(),
         },
     }
-}
-
-fn cut(mut lines: Vec<String>) -> Vec<String> {
-    for line in &mut lines {
-        if let Some((end, _)) = line.char_indices().nth(LINE_CHARS_MAX) {
-            let more = line[end..].chars().count();
-            line.truncate(end);
-            line.push_str(&format!("… ({more} more characters)"));
-        }
-    }
-    lines
 }
 
 fn is_json(text: &str) -> bool {
@@ -153,7 +159,7 @@ fn printable_runs(bytes: &[u8]) -> Vec<String> {
                 '\n' => flush(&mut run, true),
                 '\r' => {}
                 '\t' => run.push(' '),
-                c if escaped(c.encode_utf8(&mut [0; 4])).starts_with(c) => run.push(c),
+                c if !is_unsafe(c) => run.push(c),
                 _ => flush(&mut run, false),
             }
         }

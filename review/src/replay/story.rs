@@ -164,14 +164,18 @@ impl Request {
         }
     }
 
-    /// Whether its answer is a stream that is shown piece by piece: a watch, a followed log, an upgrade.
+    /// Whether its answer is a stream that is shown piece by piece: a watch, a followed log, an upgrade. An error
+    /// (or a refusal) in their place is an answer like any other.
     pub(crate) fn is_stream(&self) -> bool {
-        let Some((_, opened)) = &self.opened else {
-            return self
-                .pieces
-                .iter()
-                .any(|piece| matches!(piece.channel, Channel::ClientRaw | Channel::ServerRaw));
-        };
+        let raw = |piece: &Piece| matches!(piece.channel, Channel::ClientRaw | Channel::ServerRaw);
+        if self.pieces.iter().any(raw) {
+            return true;
+        }
+        let Some((_, opened)) = &self.opened else { return false };
+        let status = self.response.as_ref().map(|(_, status, _)| *status);
+        if self.refused.is_some() || status.is_some_and(|status| status >= 300) {
+            return false;
+        }
         let query = opened.uri.split_once('?').map_or("", |(_, query)| query);
         let follows = || query.split('&').any(|pair| matches!(pair, "follow=true" | "follow=1" | "follow"));
         opened.upgrade.is_some()
@@ -285,7 +289,7 @@ impl Request {
         let notes = self.notes.iter().enumerate();
         steps.extend(notes.map(|(number, note)| (note.time_us, Step::RequestNote(index, number))));
         let end = match (&self.closed, &self.refused) {
-            (Some((time, _)), _) if stream && self.refused.is_none() => (*time, Step::StreamEnded(index)),
+            (Some((time, _)), _) if stream => (*time, Step::StreamEnded(index)),
             (Some((time, _)), _) | (None, Some((time, ..))) => (*time, Step::Answered(index)),
             (None, None) => (last_us, Step::Unfinished(index)),
         };

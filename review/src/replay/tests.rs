@@ -1,20 +1,25 @@
 //! A replay of a whole journal, as printed, and the way to find what to replay.
 
-use std::time::Duration;
+use std::{path::Path, time::Duration};
 
 use expect_test::{Expect, expect};
+use weir_common::event::{BodySummary, Channel, Kind, Outcome, RequestClosed};
 
 use super::{Detail, Order, Printer, ReplayError, Subject, find, perform, play, tell, write_cast};
 use crate::{
-    fixture::{SESSION, one_session},
+    fixture::{SESSION, Writer, one_session, request},
     source::Journal,
     terminal::Style,
 };
 
 #[track_caller]
 fn check(subject: Subject, expected: Expect) {
-    let (directory, _) = one_session();
-    let journal = Journal::open(directory.path()).unwrap();
+    check_journal(one_session().0.path(), subject, expected);
+}
+
+#[track_caller]
+fn check_journal(directory: &Path, subject: Subject, expected: Expect) {
+    let journal = Journal::open(directory).unwrap();
     let mut out = Vec::new();
     play(&journal, &subject, None, &mut out, Style::PLAIN).unwrap();
     let text = String::from_utf8(out).unwrap().replace(&journal.name(), "DIR");
@@ -162,4 +167,105 @@ fn a_cast_holds_what_servers_sent_over_upgraded_connections() {
     let none = write_cast(&journal, &Subject::Request("req-list".into()), &directory.path().join("none"));
     assert!(matches!(none, Err(ReplayError::NothingToCast)));
     assert!(!directory.path().join("none").exists());
+}
+
+fn closed(status: Option<u16>, outcome: Outcome, reason: &str, body: Option<BodySummary>) -> Kind {
+    Kind::RequestClosed(Box::new(RequestClosed {
+        status,
+        outcome,
+        reason: (!reason.is_empty()).then(|| reason.to_owned()),
+        response_bytes: 7,
+        client_bytes: 0,
+        duration_us: 1500,
+        body,
+    }))
+}
+
+/// A body with a hole, a mask and a cut.
+fn write_cut_body(writer: &mut Writer, ids: [&str; 3]) {
+    writer.open(ids, request("GET", "get", "/api/v1/secrets/s", "web")).respond(ids, 200);
+    writer.content(ids, Channel::ResponseBody, 0, b"one\ntwo");
+    writer.content(ids, Channel::ResponseBody, 17, b"\nthree");
+    let gap = Kind::Gap { reason: "disk".into(), events: Some(1), bytes: None };
+    writer.event(ids[0], ids[1], ids[2], gap);
+    let body = BodySummary {
+        wire_bytes: 5000,
+        recorded_bytes: 23,
+        decoded: Some("gzip".into()),
+        masked: 2,
+        truncated: Some("longer than 23 bytes".into()),
+        ..BodySummary::default()
+    };
+    writer.event(ids[0], ids[1], ids[2], closed(Some(200), Outcome::ClientAborted, "reset", Some(body)));
+}
+
+#[test]
+fn what_went_wrong_or_is_missing_is_said() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut writer = Writer::new(1, 7);
+    let ids = |request| [SESSION, "i1", request];
+    writer.started().invocation(SESSION, "i1", &[]);
+
+    writer.open(ids("r1"), request("DELETE", "delete", "/api/v1/namespaces/web/pods/a", "web"));
+    let refused = Kind::RequestRefused { status: 503, reason: "the journal is full\u{1b}".into() };
+    writer.event(SESSION, "i1", "r1", refused);
+    writer.event(SESSION, "i1", "r1", closed(Some(503), Outcome::Refused, "", None));
+
+    writer.open(ids("r2"), request("GET", "watch", "/api/v1/pods?watch=true", "")).respond(ids("r2"), 403);
+    writer.content(ids("r2"), Channel::ResponseBody, 0, b"{\"kind\":\"Status\"}");
+    writer.event(SESSION, "i1", "r2", closed(Some(403), Outcome::Complete, "", None));
+
+    write_cut_body(&mut writer, ids("r3"));
+    writer.event(SESSION, "i1", "r4", closed(None, Outcome::UpstreamFailed, "connection refused", None));
+
+    let mut log = request("GET", "get", "/api/v1/namespaces/web/pods/a/log?follow=true", "web");
+    log.attributes.subresource = "log".into();
+    writer.open(ids("r5"), log).respond(ids("r5"), 200);
+    writer.content(ids("r5"), Channel::ResponseBody, 0, b"line 1\n\x1b[2Jline").after_ms(1000);
+    writer.content(ids("r5"), Channel::ResponseBody, 15, b" 2\n");
+    let finding = Kind::Finding { name: "proxy".into(), message: "unset it".into(), caller: None };
+    writer.event(SESSION, "", "", finding).save(directory.path(), 0);
+    check_journal(
+        directory.path(),
+        Subject::Session(SESSION.into()),
+        expect![[r#"
+        session   0198aaaa-0000-7000-8000-000000000001
+        cluster   prod
+        node      node-1
+        caller    not on record: this journal does not hold the session's start
+        started   2026-01-31T12:00:00.000Z, on record for 1.00 s
+        holds     1 process, 5 requests
+
+        process 1 (arguments not on record)
+            +0.000s pid 4242, uid 1000, /usr/bin/kubectl, container runner (0123456789ab)
+                    the arguments are a claim: a process can rewrite them
+            +0.000s [1.1] delete pods in web  DELETE /api/v1/namespaces/web/pods/a (HTTP/2)
+            +0.000s [1.1] 503 refused by weir: the journal is full\x1b
+            +0.000s [1.2] watch pods  GET /api/v1/pods?watch=true (HTTP/2)
+            +0.000s [1.2] 403 in 1.5 ms, 7 bytes
+                     │ {
+                     │   "kind": "Status"
+                     │ }
+            +0.000s [1.3] get pods in web  GET /api/v1/secrets/s (HTTP/2)
+            +0.000s [1.3] gap in the record: 1 event missing: disk
+            +0.000s [1.3] 200 in 1.5 ms, 7 bytes — the client went away: reset
+                     │ one
+                     │ two
+                     │ three
+                     │ 10 bytes are missing from the record
+                     │ 2 values masked, gzip removed (5,000 bytes on the wire)
+                     │ cut: 23 of 5,000 bytes on record: longer than 23 bytes
+            +0.000s [1.4] request r4: its beginning is not on record
+            +0.000s [1.4] no status in 1.5 ms, 7 bytes — the API server failed or closed in the middle: connection refused
+            +0.000s [1.5] get pods/log in web  GET /api/v1/namespaces/web/pods/a/log?follow=true (HTTP/2)
+            +0.000s [1.5] 200 stream begins
+            +0.000s [1.5] output, 15 bytes
+                     │ line 1
+                     │ \x1b[2Jline
+            +1.000s [1.5] output, 3 bytes
+                     │  2
+            +1.000s [1.5] no end on record: still running, or the agent ended without a word
+            +1.000s finding proxy: unset it
+    "#]],
+    );
 }
