@@ -1,10 +1,35 @@
 //! The gateway itself: TLS, HTTP, upstream; one accepted connection in, recorded requests out.
 //!
-//! Knows nothing of the kernel: the caller of a connection arrives with it.
+//! Knows nothing of the kernel: the caller of a connection arrives with it. Knows nothing of files either: what
+//! it sees goes to the recorder, and what the recorder refuses is not forwarded.
+//!
+//! `server` (the client's side) → `pipeline` (one request: `headers`, `body`, recording) → `pool` and `upstream`
+//! (the API server's side); `upgrade` joins both sides of exec and port-forward; `status` is what Weir says itself.
 
-use std::{net::SocketAddr, sync::Arc};
+mod body;
+mod headers;
+mod pipeline;
+mod pool;
+mod quota;
+mod server;
+mod status;
+mod upgrade;
+mod upstream;
 
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use rustls::pki_types::ServerName;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use weir_common::event::Caller;
+
+pub use self::upstream::{Endpoints, upstream_tls};
+use self::{
+    headers::HostNames,
+    pool::Pool,
+    quota::{Bound, Quotas},
+    upstream::Dialler,
+};
+use crate::{recording::Recorder, trust::ServingCertificate};
 
 /// A connection whose caller is known. Made by the interception, consumed by the proxy.
 #[derive(Debug)]
@@ -17,4 +42,193 @@ pub struct Accepted {
     pub cluster: usize,
     /// Who connected.
     pub caller: Arc<Caller>,
+}
+
+/// What the proxy can fail at before it serves.
+#[derive(Debug, thiserror::Error)]
+pub enum ProxyError {
+    /// The TLS configuration towards an API server.
+    #[error(
+        "cannot use TLS towards the API server: {source}; do the client certificate and its key belong together?"
+    )]
+    UpstreamTls {
+        /// What rustls says.
+        source: rustls::Error,
+    },
+}
+
+/// One cluster that clients may dial.
+#[derive(Clone, Debug)]
+pub struct ClusterUpstream {
+    /// Its name in the configuration.
+    pub name: String,
+    /// Host names and addresses that clients may use in SNI and `Host`; the dialled address always may.
+    pub names: Vec<String>,
+    /// Where its API server is dialled.
+    pub endpoints: Endpoints,
+    /// The name (or address) that its certificate is verified for.
+    pub server_name: ServerName<'static>,
+    /// How it is verified, and Weir's client certificate if there is one; from [`upstream_tls`]. ALPN is set here.
+    pub tls: Arc<rustls::ClientConfig>,
+    /// What clients are served with.
+    pub serving: ServingCertificate,
+}
+
+/// Bounds of the proxy; the defaults are meant to be kept.
+#[derive(Clone, Debug)]
+pub struct Limits {
+    /// Most bytes of a request body; the API server's own limit is 3 MiB.
+    pub body_bytes_max: usize,
+    /// Most bytes of held bodies, for one pod.
+    pub held_bytes_per_pod_max: usize,
+    /// Most bytes of held bodies in all.
+    pub held_bytes_max: usize,
+    /// Most connections of one pod.
+    pub connections_per_pod_max: usize,
+    /// Most connections in all.
+    pub connections_max: usize,
+    /// How long a TLS handshake may take.
+    pub handshake_timeout: Duration,
+    /// How long a request's body may take to arrive.
+    pub body_timeout: Duration,
+    /// How long TCP, and then TLS, to one endpoint of the API server may take.
+    pub dial_timeout: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        const MIB: usize = 1024 * 1024;
+        Self {
+            body_bytes_max: 3 * MIB,
+            held_bytes_per_pod_max: 24 * MIB,
+            held_bytes_max: 192 * MIB,
+            connections_per_pod_max: 1024,
+            connections_max: 16 * 1024,
+            handshake_timeout: Duration::from_secs(10),
+            body_timeout: Duration::from_secs(60),
+            dial_timeout: Duration::from_secs(5),
+        }
+    }
+}
+
+/// What a proxy is made of.
+#[derive(Debug)]
+pub struct ProxyOptions {
+    /// The clusters, by index.
+    pub clusters: Vec<ClusterUpstream>,
+    /// Where everything is recorded.
+    pub recorder: Recorder,
+    /// Bounds.
+    pub limits: Limits,
+}
+
+/// How a drain ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Drained {
+    /// Everything ended by itself.
+    Finished,
+    /// The deadline came first; this many tasks (connections, upgraded streams) were cut, their records say so.
+    Cut(usize),
+}
+
+#[derive(Debug)]
+struct Cluster {
+    name: String,
+    names: HostNames,
+    serving: ServingCertificate,
+    pool: Pool,
+}
+
+/// What all connections have in common.
+#[derive(Debug)]
+struct Shared {
+    clusters: Vec<Cluster>,
+    recorder: Recorder,
+    limits: Limits,
+    quotas: Arc<Quotas>,
+    /// Client connections and upgraded streams.
+    tasks: TaskTracker,
+    /// Connections to API servers.
+    upstream_tasks: TaskTracker,
+    /// No new requests.
+    draining: CancellationToken,
+    /// No more bytes.
+    cut: CancellationToken,
+}
+
+/// The proxy. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Proxy {
+    shared: Arc<Shared>,
+}
+
+impl Proxy {
+    /// Makes a proxy; it opens no connection before a client asks.
+    pub fn new(options: ProxyOptions) -> Self {
+        let ProxyOptions { clusters, recorder, limits } = options;
+        let (upstream_tasks, cut) = (TaskTracker::new(), CancellationToken::new());
+        let clusters = clusters
+            .into_iter()
+            .map(|cluster| Cluster {
+                names: HostNames::new(&cluster.names),
+                serving: cluster.serving,
+                pool: Pool::new(Dialler::new(
+                    cluster.endpoints,
+                    cluster.server_name,
+                    &cluster.tls,
+                    limits.dial_timeout,
+                    upstream_tasks.clone(),
+                    cut.clone(),
+                )),
+                name: cluster.name,
+            })
+            .collect();
+        let quotas = Quotas::new(
+            Bound { per_pod: limits.connections_per_pod_max, in_all: limits.connections_max },
+            Bound { per_pod: limits.held_bytes_per_pod_max, in_all: limits.held_bytes_max },
+        );
+        let (tasks, draining) = (TaskTracker::new(), CancellationToken::new());
+        Self {
+            shared: Arc::new(Shared {
+                clusters,
+                recorder,
+                limits,
+                quotas,
+                tasks,
+                upstream_tasks,
+                draining,
+                cut,
+            }),
+        }
+    }
+
+    /// Serves a connection on a task of its own. While the proxy drains, the connection is closed.
+    pub fn serve(&self, accepted: Accepted) {
+        if !self.shared.draining.is_cancelled() {
+            self.shared.tasks.spawn(server::serve(Arc::clone(&self.shared), accepted));
+        }
+    }
+
+    /// Number of connections and upgraded streams that are being served.
+    pub fn active(&self) -> usize {
+        self.shared.tasks.len()
+    }
+
+    /// Takes no new requests, lets running ones end until `deadline` has passed, then cuts what is left. Stop the
+    /// recorder after this, so that the last records are in it.
+    pub async fn drain(&self, deadline: Duration) -> Drained {
+        let shared = &self.shared;
+        shared.draining.cancel();
+        shared.tasks.close();
+        let finished = tokio::time::timeout(deadline, shared.tasks.wait()).await.is_ok();
+        let drained = if finished { Drained::Finished } else { Drained::Cut(shared.tasks.len()) };
+        shared.cut.cancel();
+        shared.tasks.wait().await;
+        for cluster in &shared.clusters {
+            cluster.pool.clear();
+        }
+        shared.upstream_tasks.close();
+        shared.upstream_tasks.wait().await;
+        drained
+    }
 }

@@ -1,0 +1,207 @@
+//! Bodies: requests are held whole within a limit, answers stream through a tap.
+//!
+//! The tap shows each piece to the record and passes it on at once; nothing here may collect an answer.
+
+use std::{
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use bytes::{Bytes, BytesMut};
+use http_body::{Body, Frame, SizeHint};
+use http_body_util::BodyExt as _;
+use hyper::body::Incoming;
+use tokio_util::sync::CancellationToken;
+use weir_common::event::Outcome;
+
+use super::{
+    pool::Lease,
+    quota::{HeldBytes, Quota},
+    status::Refusal,
+};
+use crate::recording::RequestRecord;
+
+/// How much room a body of unknown length gets before the next piece asks for more.
+const HOLD_STEP_BYTES: usize = 64 * 1024;
+
+/// A request's body, whole, with the room it takes in the quotas.
+#[derive(Debug, Default)]
+pub(super) struct Held {
+    /// The body; empty if there is none.
+    pub(super) bytes: Bytes,
+    room: Option<HeldBytes>,
+}
+
+impl Held {
+    /// Gives the room back: the body has been forwarded.
+    pub(super) fn release(&mut self) {
+        self.bytes = Bytes::new();
+        self.room = None;
+    }
+}
+
+/// Reads a request's body up to `bytes_max` within `timeout`.
+pub(super) async fn hold(
+    body: Incoming,
+    quota: &Arc<Quota>,
+    bytes_max: usize,
+    timeout: Duration,
+) -> Result<Held, Refusal> {
+    if body.is_end_stream() {
+        return Ok(Held::default());
+    }
+    let announced = body.size_hint().exact();
+    if announced.is_some_and(|length| length > bytes_max as u64) {
+        return Err(Refusal::BodyTooLarge { bytes_max });
+    }
+    match tokio::time::timeout(timeout, collect(body, quota, bytes_max, announced)).await {
+        Ok(held) => held,
+        Err(_) => Err(Refusal::BodyTimeout { seconds: timeout.as_secs() }),
+    }
+}
+
+async fn collect(
+    mut body: Incoming,
+    quota: &Arc<Quota>,
+    bytes_max: usize,
+    announced: Option<u64>,
+) -> Result<Held, Refusal> {
+    let expected = announced.and_then(|length| usize::try_from(length).ok()).unwrap_or(HOLD_STEP_BYTES);
+    let mut room = quota.hold(expected).ok_or(Refusal::TooManyBodies)?;
+    let mut first = Bytes::new();
+    let mut whole = BytesMut::new();
+    while let Some(frame) = body.frame().await {
+        let Ok(data) = frame.map_err(|_| Refusal::BodyAborted)?.into_data() else { continue };
+        let length = first.len() + whole.len() + data.len();
+        if length > bytes_max {
+            return Err(Refusal::BodyTooLarge { bytes_max });
+        }
+        if length > room.bytes() && !room.grow(length.max(HOLD_STEP_BYTES)) {
+            return Err(Refusal::TooManyBodies);
+        }
+        // Most bodies come in one piece, which then needs no copy.
+        if first.is_empty() && whole.is_empty() {
+            first = data;
+            continue;
+        }
+        if whole.is_empty() {
+            whole.reserve(expected.max(length));
+            whole.extend_from_slice(&std::mem::take(&mut first));
+        }
+        whole.extend_from_slice(&data);
+    }
+    let bytes = if whole.is_empty() { first } else { whole.freeze() };
+    Ok(Held { bytes, room: Some(room) })
+}
+
+/// Body of what the client gets.
+#[derive(Debug)]
+pub(super) enum ResponseBody {
+    /// Made by Weir, or empty.
+    Whole(Option<Bytes>),
+    /// The API server's, passed through.
+    Tapped(Tapped),
+}
+
+impl ResponseBody {
+    /// A body that is there already.
+    pub(super) fn whole(bytes: Bytes) -> Self {
+        Self::Whole((!bytes.is_empty()).then_some(bytes))
+    }
+}
+
+/// The API server's body on its way to the client.
+#[derive(Debug)]
+pub(super) struct Tapped {
+    inner: Incoming,
+    record: Arc<RequestRecord>,
+    lease: Option<Lease>,
+    cut: CancellationToken,
+    closed: bool,
+}
+
+impl Tapped {
+    /// Taps `inner`; `lease` goes back to its pool when the body has ended.
+    pub(super) fn new(
+        inner: Incoming,
+        record: Arc<RequestRecord>,
+        lease: Lease,
+        cut: CancellationToken,
+    ) -> Self {
+        Self { inner, record, lease: Some(lease), cut, closed: false }
+    }
+
+    fn close(&mut self, outcome: Outcome, reason: Option<&str>) {
+        if !std::mem::replace(&mut self.closed, true) {
+            self.record.close(outcome, reason);
+        }
+    }
+
+    fn finish(&mut self) {
+        self.close(Outcome::Complete, None);
+        if let Some(lease) = self.lease.take() {
+            lease.finish();
+        }
+    }
+}
+
+impl Drop for Tapped {
+    fn drop(&mut self) {
+        if self.closed {
+            return;
+        }
+        // hyper does not ask for the end of a body whose length it knows.
+        if self.inner.is_end_stream() {
+            self.finish();
+        } else if self.cut.is_cancelled() {
+            self.close(Outcome::Drained, Some("the agent reached its drain limit"));
+        } else {
+            self.close(Outcome::ClientAborted, Some("the client went away before the answer ended"));
+        }
+    }
+}
+
+impl Body for ResponseBody {
+    type Data = Bytes;
+    type Error = hyper::Error;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        let tapped = match self.get_mut() {
+            Self::Whole(bytes) => return Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
+            Self::Tapped(tapped) => tapped,
+        };
+        let next = ready!(Pin::new(&mut tapped.inner).poll_frame(context));
+        match &next {
+            Some(Ok(frame)) => {
+                if let Some(data) = frame.data_ref() {
+                    tapped.record.response_data(data);
+                }
+            }
+            Some(Err(error)) => {
+                let reason = super::upstream::explain(error);
+                tapped.close(Outcome::UpstreamFailed, Some(&reason));
+            }
+            None => tapped.finish(),
+        }
+        Poll::Ready(next)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match self {
+            Self::Whole(bytes) => bytes.is_none(),
+            Self::Tapped(tapped) => tapped.inner.is_end_stream(),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match self {
+            Self::Whole(bytes) => SizeHint::with_exact(bytes.as_ref().map_or(0, |bytes| bytes.len() as u64)),
+            Self::Tapped(tapped) => tapped.inner.size_hint(),
+        }
+    }
+}

@@ -1,0 +1,365 @@
+//! Rules on request and response heads: what is refused, what is removed, what Weir sets. Sans-IO.
+//!
+//! The cluster is decided by the address that the client dialled; names that the client sends are only checked
+//! against it.
+
+use std::net::{IpAddr, SocketAddr};
+
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Version, header, request::Parts, uri::Authority};
+
+use super::status::Refusal;
+
+/// Joins a request with the API server's audit log: the server takes its audit id from this header.
+pub(super) const AUDIT_ID: HeaderName = HeaderName::from_static("audit-id");
+const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
+/// With which the API server would believe a front proxy; a client must not be able to speak as one.
+const REMOTE_PREFIX: &str = "x-remote-";
+const IMPERSONATE_PREFIX: &str = "impersonate-";
+
+/// Headers about one connection, not about the message (RFC 9110 §7.6.1), and `Expect`, which Weir answers itself.
+const HOP_BY_HOP: [HeaderName; 8] = [
+    header::CONNECTION,
+    HeaderName::from_static("keep-alive"),
+    HeaderName::from_static("proxy-connection"),
+    header::PROXY_AUTHORIZATION,
+    header::TE,
+    header::TRANSFER_ENCODING,
+    header::UPGRADE,
+    header::EXPECT,
+];
+
+/// The names that a cluster's API server may be called by, in SNI and `Host`.
+#[derive(Debug)]
+pub(super) struct HostNames {
+    names: Vec<String>,
+    addresses: Vec<IpAddr>,
+}
+
+impl HostNames {
+    /// Takes DNS names and IP addresses, in any case, IPv6 with or without brackets.
+    pub(super) fn new(names: &[String]) -> Self {
+        let (mut hosts, mut addresses) = (Vec::new(), Vec::new());
+        for name in names {
+            match parse_ip(name) {
+                Some(address) => addresses.push(address),
+                None => hosts.push(name.trim_end_matches('.').to_ascii_lowercase()),
+            }
+        }
+        Self { names: hosts, addresses }
+    }
+
+    /// Whether `host` names the cluster to a client that dialled `dialled`.
+    pub(super) fn agrees(&self, host: &str, dialled: SocketAddr) -> bool {
+        match parse_ip(host) {
+            Some(address) => dialled.ip().to_canonical() == address || self.addresses.contains(&address),
+            None => {
+                let host = host.strip_suffix('.').unwrap_or(host);
+                self.names.iter().any(|name| name.eq_ignore_ascii_case(host))
+            }
+        }
+    }
+}
+
+fn parse_ip(host: &str) -> Option<IpAddr> {
+    let bare = host.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')).unwrap_or(host);
+    bare.parse().ok().map(|address: IpAddr| address.to_canonical())
+}
+
+/// Checks what a request says about its target and connection; returns the authority to forward.
+pub(super) fn check_target(
+    head: &Parts,
+    names: &HostNames,
+    dialled: SocketAddr,
+) -> Result<Authority, Refusal> {
+    if head.method == Method::CONNECT {
+        return Err(Refusal::Unsupported { what: "CONNECT" });
+    }
+    if head.headers.contains_key("http2-settings")
+        || upgrade_protocol(head).is_some_and(|protocol| protocol.eq_ignore_ascii_case("h2c"))
+    {
+        return Err(Refusal::Unsupported { what: "an upgrade to h2c" });
+    }
+    let authority = authority(head)?;
+    if authority.as_str().contains('@') {
+        return Err(Refusal::MalformedHost { problem: "given with user information" });
+    }
+    let port_agrees = authority.port_u16().is_none_or(|port| port == dialled.port());
+    if !port_agrees || !names.agrees(authority.host(), dialled) {
+        return Err(Refusal::Misdirected { host: authority.to_string() });
+    }
+    Ok(authority)
+}
+
+/// The one authority of a request: `Host` and the request line's (absolute form, `:authority`) must not disagree.
+fn authority(head: &Parts) -> Result<Authority, Refusal> {
+    let mut hosts = head.headers.get_all(header::HOST).iter();
+    let host = hosts.next();
+    if hosts.next().is_some() {
+        return Err(Refusal::MalformedHost { problem: "given twice" });
+    }
+    let host = host
+        .map(|host| Authority::try_from(host.as_bytes()))
+        .transpose()
+        .map_err(|_| Refusal::MalformedHost { problem: "malformed" })?;
+    match (head.uri.authority(), host) {
+        (Some(line), Some(host)) if *line != host => {
+            Err(Refusal::MalformedHost { problem: "given twice, differently" })
+        }
+        (Some(line), _) => Ok(line.clone()),
+        (None, Some(host)) => Ok(host),
+        (None, None) => Err(Refusal::MalformedHost { problem: "missing" }),
+    }
+}
+
+/// Checks what a request says about its caller.
+pub(super) fn check_identity(headers: &HeaderMap) -> Result<(), Refusal> {
+    if headers.keys().any(|name| name.as_str().starts_with(IMPERSONATE_PREFIX)) {
+        return Err(Refusal::Impersonation);
+    }
+    Ok(())
+}
+
+/// The protocol a request asks to upgrade to. HTTP/1.1 only: HTTP/2 has no `Upgrade`, and extended CONNECT
+/// (RFC 8441) is not offered.
+pub(super) fn upgrade_protocol(head: &Parts) -> Option<&str> {
+    let asks = head.version == Version::HTTP_11
+        && connection_tokens(&head.headers).any(|token| token.eq_ignore_ascii_case("upgrade"));
+    if !asks {
+        return None;
+    }
+    head.headers.get(header::UPGRADE)?.to_str().ok()
+}
+
+fn connection_tokens(headers: &HeaderMap) -> impl Iterator<Item = &str> {
+    headers
+        .get_all(header::CONNECTION)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','))
+        .map(str::trim)
+}
+
+/// Removes what belongs to the client's connection; with `upgraded`, all but what negotiates the upgrade.
+fn remove_hop_by_hop(headers: &mut HeaderMap, upgraded: bool) {
+    let named: Vec<HeaderName> = connection_tokens(headers)
+        .filter_map(|token| HeaderName::from_bytes(token.as_bytes()).ok())
+        .filter(|name| !HOP_BY_HOP.contains(name))
+        .collect();
+    for name in named {
+        headers.remove(name);
+    }
+    for name in &HOP_BY_HOP {
+        let negotiates = upgraded && (name == header::CONNECTION || name == header::UPGRADE);
+        if !negotiates {
+            headers.remove(name);
+        }
+    }
+}
+
+/// What Weir puts into a forwarded request.
+pub(super) struct Forwarded<'a> {
+    /// The record's id.
+    pub(super) audit_id: HeaderValue,
+    /// The pod's address, if the caller is a pod.
+    pub(super) pod_ip: Option<&'a HeaderValue>,
+    /// Length of the held body.
+    pub(super) body_bytes: usize,
+    /// Whether the request goes on as an upgrade.
+    pub(super) upgrade: bool,
+}
+
+/// Turns a client's headers into those of the forwarded request. `Host` is left to the upstream's version of HTTP.
+pub(super) fn prepare_request(headers: &mut HeaderMap, forwarded: Forwarded<'_>) {
+    let had_length =
+        headers.remove(header::CONTENT_LENGTH).is_some() || headers.contains_key(header::TRANSFER_ENCODING);
+    remove_hop_by_hop(headers, forwarded.upgrade);
+    let untrusted: Vec<HeaderName> =
+        headers.keys().filter(|name| name.as_str().starts_with(REMOTE_PREFIX)).cloned().collect();
+    for name in untrusted {
+        headers.remove(name);
+    }
+    headers.remove(header::HOST);
+    headers.remove(header::FORWARDED);
+    // Trailers of a request are not forwarded: the body is held whole, and the API server reads none.
+    headers.remove(header::TRAILER);
+    match forwarded.pod_ip {
+        Some(address) => drop(headers.insert(X_FORWARDED_FOR, address.clone())),
+        None => drop(headers.remove(X_FORWARDED_FOR)),
+    }
+    headers.insert(AUDIT_ID, forwarded.audit_id);
+    if had_length || forwarded.body_bytes > 0 {
+        headers.insert(header::CONTENT_LENGTH, HeaderValue::from(forwarded.body_bytes));
+    }
+}
+
+/// Turns the API server's headers into those that the client gets: all of them but the connection's own.
+pub(super) fn prepare_response(headers: &mut HeaderMap, upgraded: bool) {
+    remove_hop_by_hop(headers, upgraded);
+}
+
+#[cfg(test)]
+mod tests {
+    use expect_test::{Expect, expect};
+    use http::Request;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn head(request: http::request::Builder) -> Parts {
+        request.body(()).expect("a valid request").into_parts().0
+    }
+
+    #[track_caller]
+    fn check(request: http::request::Builder, expected: Expect) {
+        let names =
+            HostNames::new(&["kubernetes.default.svc".into(), "API.example".into(), "10.96.0.1".into()]);
+        let dialled = "[::ffff:10.0.0.5]:6443".parse().expect("an address");
+        let got = match check_target(&head(request), &names, dialled) {
+            Ok(authority) => format!("forward to {authority}"),
+            Err(refusal) => format!("{} {refusal}", refusal.status().as_u16()),
+        };
+        expected.assert_eq(&got);
+    }
+
+    #[test]
+    fn a_host_must_be_the_clusters_own() {
+        let host = |host: &str| Request::get("/api").header("host", host);
+        check(host("kubernetes.default.svc"), expect!["forward to kubernetes.default.svc"]);
+        check(host("Kubernetes.default.svc.:6443"), expect!["forward to Kubernetes.default.svc.:6443"]);
+        check(host("api.example"), expect!["forward to api.example"]);
+        check(host("10.96.0.1"), expect!["forward to 10.96.0.1"]);
+        check(host("10.0.0.5:6443"), expect!["forward to 10.0.0.5:6443"]);
+        check(host("[::ffff:10.0.0.5]:6443"), expect!["forward to [::ffff:10.0.0.5]:6443"]);
+        check(
+            host("10.0.0.5:443"),
+            expect![[
+                r#"421 "10.0.0.5:443" is not a name of the cluster that this connection was made to; use the name or address in the kubeconfig, or add it to the cluster's names in weir's configuration"#
+            ]],
+        );
+        check(
+            host("evil.example"),
+            expect![[
+                r#"421 "evil.example" is not a name of the cluster that this connection was made to; use the name or address in the kubeconfig, or add it to the cluster's names in weir's configuration"#
+            ]],
+        );
+        check(host("u@api.example"), expect!["400 the request's host is given with user information"]);
+        check(host(""), expect!["400 the request's host is malformed"]);
+    }
+
+    #[test]
+    fn the_request_line_and_host_must_not_disagree() {
+        check(
+            Request::get("https://evil.example/api"),
+            expect![[
+                r#"421 "evil.example" is not a name of the cluster that this connection was made to; use the name or address in the kubeconfig, or add it to the cluster's names in weir's configuration"#
+            ]],
+        );
+        check(
+            Request::get("https://api.example/api").header("host", "evil.example"),
+            expect!["400 the request's host is given twice, differently"],
+        );
+        check(
+            Request::get("/api").header("host", "api.example").header("host", "api.example"),
+            expect!["400 the request's host is given twice"],
+        );
+        check(Request::get("/api"), expect!["400 the request's host is missing"]);
+    }
+
+    #[test]
+    fn tunnels_and_cleartext_upgrades_are_refused() {
+        check(
+            Request::connect("api.example:443"),
+            expect!["400 CONNECT is not supported by the recording gateway weir; use an ordinary request"],
+        );
+        let h2c = Request::get("/").header("host", "api.example").header("connection", "Upgrade");
+        check(
+            h2c.header("upgrade", "h2c"),
+            expect![
+                "400 an upgrade to h2c is not supported by the recording gateway weir; use an ordinary request"
+            ],
+        );
+    }
+
+    #[track_caller]
+    fn check_prepared(request: http::request::Builder, upgrade: bool, body_bytes: usize, expected: Expect) {
+        let mut headers = head(request).headers;
+        let pod_ip = HeaderValue::from_static("10.244.0.7");
+        let audit_id = HeaderValue::from_static("our-id");
+        prepare_request(&mut headers, Forwarded { audit_id, pod_ip: Some(&pod_ip), body_bytes, upgrade });
+        let mut lines: Vec<String> = headers
+            .iter()
+            .map(|(name, value)| format!("{name}: {}\n", value.to_str().unwrap_or("?")))
+            .collect();
+        lines.sort();
+        expected.assert_eq(&lines.concat());
+    }
+
+    #[test]
+    fn forwarded_requests_carry_only_what_the_client_may_say() {
+        check_prepared(
+            Request::post("/")
+                .header("host", "api.example")
+                .header("authorization", "Bearer t")
+                .header("audit-id", "forged")
+                .header("x-forwarded-for", "1.2.3.4")
+                .header("X-Remote-User", "admin")
+                .header("x-remote-extra-scopes", "all")
+                .header("connection", "keep-alive, x-hop, audit-id")
+                .header("x-hop", "1")
+                .header("te", "trailers")
+                .header("expect", "100-continue")
+                .header("transfer-encoding", "chunked"),
+            false,
+            7,
+            expect![[r#"
+                audit-id: our-id
+                authorization: Bearer t
+                content-length: 7
+                x-forwarded-for: 10.244.0.7
+            "#]],
+        );
+        check_prepared(
+            Request::get("/")
+                .header("host", "api.example")
+                .header("connection", "Upgrade")
+                .header("upgrade", "SPDY/3.1")
+                .header("x-stream-protocol-version", "v4.channel.k8s.io"),
+            true,
+            0,
+            expect![[r#"
+                audit-id: our-id
+                connection: Upgrade
+                upgrade: SPDY/3.1
+                x-forwarded-for: 10.244.0.7
+                x-stream-protocol-version: v4.channel.k8s.io
+            "#]],
+        );
+    }
+
+    #[test]
+    fn impersonation_is_refused_in_any_form() {
+        for name in ["Impersonate-User", "impersonate-group", "Impersonate-Uid", "Impersonate-Extra-Scopes"] {
+            let headers = head(Request::get("/").header(name, "x")).headers;
+            assert!(matches!(check_identity(&headers), Err(Refusal::Impersonation)), "{name}");
+        }
+        assert!(check_identity(&HeaderMap::new()).is_ok());
+    }
+
+    proptest! {
+        #[test]
+        fn any_host_gets_an_answer(host in "\\PC{0,40}", connection in "\\PC{0,20}") {
+            let mut request = Request::get("/");
+            for (name, value) in [("host", &host), ("connection", &connection)] {
+                if let Ok(value) = HeaderValue::from_str(value) {
+                    request = request.header(name, value);
+                }
+            }
+            let head = head(request);
+            let dialled = SocketAddr::from(([127, 0, 0, 1], 443));
+            let _ = check_target(&head, &HostNames::new(&[]), dialled);
+            let mut headers = head.headers;
+            prepare_response(&mut headers, false);
+            prop_assert!(!headers.contains_key(header::CONNECTION));
+        }
+    }
+}

@@ -1,0 +1,190 @@
+//! The way of one request: parse, check, hold, record, forward, stream the answer back.
+//!
+//! The order is the promise: a mutation or stream is durable before a byte of it goes up, and what cannot be
+//! recorded is not forwarded. Refused requests are recorded like the others.
+
+use std::{convert::Infallible, sync::Arc};
+
+use http::{
+    HeaderValue, Request, Response, StatusCode,
+    request::Parts,
+    uri::{Authority, PathAndQuery},
+};
+use hyper::{body::Incoming, upgrade::OnUpgrade};
+use weir_common::{attributes::Attributes, event::Outcome};
+
+use super::{
+    body::{self, Held, ResponseBody, Tapped},
+    headers::{self, Forwarded},
+    pool::Lease,
+    server::Connection,
+    status::Refusal,
+    upgrade,
+    upstream::{Outgoing, UpstreamError},
+};
+use crate::recording::{Durability, RequestHead, RequestRecord, Unmasked};
+
+/// Answers one request, whatever happens with it.
+pub(super) async fn answer(
+    connection: Arc<Connection>,
+    mut request: Request<Incoming>,
+) -> Result<Response<ResponseBody>, Infallible> {
+    let client_upgrade = hyper::upgrade::on(&mut request);
+    let (head, body) = request.into_parts();
+    let attributes = Attributes::parse(head.method.as_str(), head.uri.path(), head.uri.query());
+
+    let (held, checked) = check(&connection, &head, body).await;
+    let recorded = record(&connection, &head, &attributes, &held).await;
+    let record = match recorded {
+        Ok(record) => Arc::new(record),
+        Err(refusal) => return Ok(refusal.response(None)),
+    };
+    let forwarded = match checked {
+        Ok(authority) => {
+            forward(&connection, head, &attributes, held, authority, &record, client_upgrade).await
+        }
+        Err(refusal) => Err(refusal),
+    };
+    Ok(forwarded.unwrap_or_else(|refusal| refuse(&refusal, &record)))
+}
+
+/// Holds the body and checks the head. A refused request keeps its body for the record, unless its target is in
+/// doubt already: then nobody should send it.
+async fn check(connection: &Connection, head: &Parts, body: Incoming) -> (Held, Result<Authority, Refusal>) {
+    let authority =
+        match headers::check_target(head, &connection.cluster().names, connection.original_destination) {
+            Ok(authority) => authority,
+            Err(refusal) => return (Held::default(), Err(refusal)),
+        };
+    let limits = &connection.shared.limits;
+    match body::hold(body, &connection.quota, limits.body_bytes_max, limits.body_timeout).await {
+        Ok(held) => (held, headers::check_identity(&head.headers).map(|()| authority)),
+        Err(refusal) => (Held::default(), Err(refusal)),
+    }
+}
+
+async fn record(
+    connection: &Connection,
+    head: &Parts,
+    attributes: &Attributes,
+    held: &Held,
+) -> Result<RequestRecord, Refusal> {
+    let upgrade = headers::upgrade_protocol(head);
+    let durability = if upgrade.is_some() || attributes.is_mutating(head.method.as_str()) {
+        Durability::BeforeForward
+    } else {
+        Durability::Behind
+    };
+    let request_head = RequestHead {
+        method: &head.method,
+        uri: &head.uri,
+        version: head.version,
+        headers: &head.headers,
+        attributes,
+        upgrade,
+    };
+    let body = (!held.bytes.is_empty()).then(|| Unmasked(held.bytes.clone()));
+    connection
+        .shared
+        .recorder
+        .open(&connection.caller, connection.cluster_index, request_head, body, durability)
+        .await
+        .map_err(|error| Refusal::NotRecorded { cause: error.to_string() })
+}
+
+async fn forward(
+    connection: &Connection,
+    head: Parts,
+    attributes: &Attributes,
+    mut held: Held,
+    authority: Authority,
+    record: &Arc<RequestRecord>,
+    client_upgrade: OnUpgrade,
+) -> Result<Response<ResponseBody>, Refusal> {
+    let asks_upgrade = headers::upgrade_protocol(&head).is_some();
+    let streaming = attributes.is_long_running(head.uri.query());
+    let outgoing = outgoing(connection, head, &mut held, authority, record.id(), asks_upgrade);
+    let pool = &connection.cluster().pool;
+    let sent = if asks_upgrade {
+        pool.send_upgrade(connection.original_destination, &outgoing).await
+    } else {
+        pool.send(connection.original_destination, &connection.private, &outgoing).await
+    };
+    drop(outgoing);
+    held.release();
+    let (response, lease) = sent.map_err(|error| upstream_refusal(connection, error))?;
+    Ok(respond(connection, response, lease, streaming, record, client_upgrade))
+}
+
+fn outgoing(
+    connection: &Connection,
+    head: Parts,
+    held: &mut Held,
+    authority: Authority,
+    id: &str,
+    upgrade: bool,
+) -> Outgoing {
+    let body = std::mem::take(&mut held.bytes);
+    let mut headers = head.headers;
+    // The id is hex digits and dashes.
+    let audit_id = HeaderValue::from_str(id).unwrap_or_else(|_| HeaderValue::from_static("invalid"));
+    let pod_ip = connection.pod_ip.as_ref();
+    headers::prepare_request(&mut headers, Forwarded { audit_id, pod_ip, body_bytes: body.len(), upgrade });
+    let target = head.uri.into_parts().path_and_query.unwrap_or_else(|| PathAndQuery::from_static("/"));
+    Outgoing { method: head.method, target, authority, headers, body }
+}
+
+/// Turns the API server's answer into the client's.
+fn respond(
+    connection: &Connection,
+    mut response: Response<Incoming>,
+    lease: Lease,
+    streaming: bool,
+    record: &Arc<RequestRecord>,
+    client_upgrade: OnUpgrade,
+) -> Response<ResponseBody> {
+    let upgraded = response.status() == StatusCode::SWITCHING_PROTOCOLS;
+    headers::prepare_response(response.headers_mut(), upgraded);
+    // The version is the connection's own, on each side.
+    *response.version_mut() = http::Version::default();
+    record.response_started(response.status(), response.headers(), streaming || upgraded);
+    if !upgraded {
+        let cut = connection.shared.cut.clone();
+        return response
+            .map(|inner| ResponseBody::Tapped(Tapped::new(inner, Arc::clone(record), lease, cut)));
+    }
+    let server_upgrade = hyper::upgrade::on(&mut response);
+    let (shared, record) = (&connection.shared, Arc::clone(record));
+    let cut = shared.cut.clone();
+    shared.tasks.spawn(async move {
+        upgrade::run(client_upgrade, server_upgrade, record, cut).await;
+        drop(lease);
+    });
+    response.map(|_| ResponseBody::Whole(None))
+}
+
+fn upstream_refusal(connection: &Connection, error: UpstreamError) -> Refusal {
+    let cluster = connection.cluster().name.clone();
+    let cause = error.to_string();
+    match error {
+        UpstreamError::Http(_) => Refusal::UpstreamFailed { cluster, cause },
+        _ => Refusal::Unreachable { cluster, cause },
+    }
+}
+
+/// Answers with a refusal and records it.
+fn refuse(refusal: &Refusal, record: &RequestRecord) -> Response<ResponseBody> {
+    let message = refusal.to_string();
+    match refusal {
+        Refusal::BodyAborted => record.close(Outcome::ClientAborted, Some(&message)),
+        Refusal::UpstreamFailed { .. } | Refusal::Unreachable { .. } => {
+            record.refused(refusal.status(), &message);
+            record.close(Outcome::UpstreamFailed, Some(&message));
+        }
+        _ => {
+            record.refused(refusal.status(), &message);
+            record.close(Outcome::Refused, Some(&message));
+        }
+    }
+    refusal.response(Some(record.id()))
+}

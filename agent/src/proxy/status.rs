@@ -1,0 +1,156 @@
+//! What a client gets when Weir itself answers: Kubernetes `Status` objects, so that kubectl prints them as it
+//! prints the API server's own refusals.
+//!
+//! The message says why and how to mend it; nothing internal (addresses of the agent, file paths, credentials)
+//! may stand in it.
+
+use bytes::Bytes;
+use http::{HeaderValue, Response, StatusCode, header};
+use serde_json::json;
+
+use super::body::ResponseBody;
+
+/// Seconds after which a client should try again, where trying again can help.
+const RETRY_AFTER_S: u32 = 1;
+
+/// Why a request is answered by Weir and not forwarded (or why its answer could not be fetched).
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Refusal {
+    /// CONNECT, or an upgrade to HTTP/2 without TLS.
+    #[error("{what} is not supported by the recording gateway weir; use an ordinary request")]
+    Unsupported {
+        /// What was asked for.
+        what: &'static str,
+    },
+    /// No `Host`, two of them, or one that disagrees with the request line.
+    #[error("the request's host is {problem}")]
+    MalformedHost {
+        /// What is wrong with it.
+        problem: &'static str,
+    },
+    /// A host that is not the cluster's.
+    #[error(
+        "{host:?} is not a name of the cluster that this connection was made to; use the name or address \
+             in the kubeconfig, or add it to the cluster's names in weir's configuration"
+    )]
+    Misdirected {
+        /// The host as the client sent it.
+        host: String,
+    },
+    /// An `Impersonate-*` header.
+    #[error(
+        "impersonation is refused by the recording gateway weir: no rule allows it for this caller; remove \
+             --as, --as-group and --as-uid"
+    )]
+    Impersonation,
+    /// A body over the limit of the API server itself.
+    #[error("the request's body is larger than {bytes_max} bytes")]
+    BodyTooLarge {
+        /// The limit.
+        bytes_max: usize,
+    },
+    /// The pod or the agent holds too many bodies already.
+    #[error("too many request bodies are in flight; try again")]
+    TooManyBodies,
+    /// The body did not arrive in time.
+    #[error("the request's body did not arrive within {seconds} seconds")]
+    BodyTimeout {
+        /// The limit.
+        seconds: u64,
+    },
+    /// The client went away, or its framing broke, in the middle of its body. Nobody reads the answer.
+    #[error("the request's body ended early")]
+    BodyAborted,
+    /// The journal does not accept.
+    #[error("the request cannot be recorded, so it is not forwarded: {cause}")]
+    NotRecorded {
+        /// Why, in recording's words.
+        cause: String,
+    },
+    /// The API server cannot be reached.
+    #[error("the API server of cluster {cluster:?} cannot be reached: {cause}")]
+    Unreachable {
+        /// Name of the cluster.
+        cluster: String,
+        /// Why.
+        cause: String,
+    },
+    /// The API server broke off before its answer began.
+    #[error(
+        "the API server of cluster {cluster:?} failed before it answered: {cause}; whether it acted on the \
+             request is not known"
+    )]
+    UpstreamFailed {
+        /// Name of the cluster.
+        cluster: String,
+        /// Why.
+        cause: String,
+    },
+}
+
+impl Refusal {
+    /// HTTP status.
+    pub(super) fn status(&self) -> StatusCode {
+        match self {
+            Self::Unsupported { .. } | Self::MalformedHost { .. } | Self::BodyAborted => {
+                StatusCode::BAD_REQUEST
+            }
+            Self::Misdirected { .. } => StatusCode::MISDIRECTED_REQUEST,
+            Self::Impersonation => StatusCode::FORBIDDEN,
+            Self::BodyTooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
+            Self::TooManyBodies => StatusCode::TOO_MANY_REQUESTS,
+            Self::BodyTimeout { .. } => StatusCode::REQUEST_TIMEOUT,
+            Self::NotRecorded { .. } | Self::Unreachable { .. } => StatusCode::SERVICE_UNAVAILABLE,
+            Self::UpstreamFailed { .. } => StatusCode::BAD_GATEWAY,
+        }
+    }
+
+    /// Kubernetes' machine-readable reason (apimachinery `StatusReason`, as far as it has one for the status).
+    fn reason(&self) -> &'static str {
+        match self {
+            Self::Unsupported { .. } | Self::MalformedHost { .. } | Self::BodyAborted => "BadRequest",
+            Self::Misdirected { .. } => "MisdirectedRequest",
+            Self::Impersonation => "Forbidden",
+            Self::BodyTooLarge { .. } => "RequestEntityTooLarge",
+            Self::TooManyBodies => "TooManyRequests",
+            Self::BodyTimeout { .. } => "Timeout",
+            Self::NotRecorded { .. } | Self::Unreachable { .. } => "ServiceUnavailable",
+            Self::UpstreamFailed { .. } => "BadGateway",
+        }
+    }
+
+    /// Whether the client should try again by itself. Not for an API server that is down: kubectl would then wait
+    /// through ten attempts where without Weir it says so at once.
+    fn retry_after_s(&self) -> Option<u32> {
+        matches!(self, Self::NotRecorded { .. } | Self::TooManyBodies).then_some(RETRY_AFTER_S)
+    }
+
+    /// The answer. `request` is the record's id, if there is a record.
+    pub(super) fn response(&self, request: Option<&str>) -> Response<ResponseBody> {
+        let status = self.status();
+        let mut object = json!({
+            "kind": "Status",
+            "apiVersion": "v1",
+            "metadata": {},
+            "status": "Failure",
+            "message": self.to_string(),
+            "reason": self.reason(),
+            "code": status.as_u16(),
+        });
+        if let Some(seconds) = self.retry_after_s() {
+            object["details"] = json!({ "retryAfterSeconds": seconds });
+        }
+        let mut response = Response::new(ResponseBody::whole(Bytes::from(object.to_string())));
+        *response.status_mut() = status;
+        let headers = response.headers_mut();
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache, private"));
+        if let Some(seconds) = self.retry_after_s() {
+            headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+        }
+        if let Some(id) = request.and_then(|id| HeaderValue::from_str(id).ok()) {
+            headers.insert(super::headers::AUDIT_ID, id);
+        }
+        response
+    }
+}

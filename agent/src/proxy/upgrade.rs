@@ -1,0 +1,149 @@
+//! Upgraded connections (exec, attach, port-forward): bytes pass unchanged both ways, each half closed by itself.
+//!
+//! Client to server, a piece is durable before it is forwarded; server to client, it is queued for recording. No
+//! idle limit here: a port-forward may be silent for hours.
+
+use std::{
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use bytes::{BufMut as _, BytesMut};
+use hyper::upgrade::{OnUpgrade, Upgraded};
+use hyper_util::rt::TokioIo;
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
+use tokio_util::sync::CancellationToken;
+use weir_common::event::{CONTENT_BYTES_MAX, Outcome};
+
+use crate::recording::{RecordingError, RequestRecord};
+
+/// Most bytes that are read, recorded and forwarded at once, in each direction.
+const PIECE_BYTES_MAX: usize = 32 * 1024;
+const _: () = assert!(PIECE_BYTES_MAX <= CONTENT_BYTES_MAX);
+
+/// Which way bytes go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Direction {
+    ClientToServer,
+    ServerToClient,
+}
+
+impl Direction {
+    fn read_error(self, error: io::Error) -> StreamError {
+        match self {
+            Self::ClientToServer => StreamError::Client(error),
+            Self::ServerToClient => StreamError::Server(error),
+        }
+    }
+
+    fn write_error(self, error: io::Error) -> StreamError {
+        match self {
+            Self::ClientToServer => StreamError::Server(error),
+            Self::ServerToClient => StreamError::Client(error),
+        }
+    }
+}
+
+/// Why a stream ended early.
+#[derive(Debug, thiserror::Error)]
+enum StreamError {
+    #[error("the client's side failed: {0}")]
+    Client(io::Error),
+    #[error("the API server's side failed: {0}")]
+    Server(io::Error),
+    #[error("the stream cannot be recorded, so it is cut: {0}")]
+    Recording(RecordingError),
+}
+
+impl StreamError {
+    fn outcome(&self) -> Outcome {
+        match self {
+            Self::Client(_) => Outcome::ClientAborted,
+            Self::Server(_) => Outcome::UpstreamFailed,
+            Self::Recording(_) => Outcome::Refused,
+        }
+    }
+}
+
+/// Joins both sides once their `101` has been exchanged; returns when both halves are closed.
+pub(super) async fn run(
+    client: OnUpgrade,
+    server: OnUpgrade,
+    record: Arc<RequestRecord>,
+    cut: CancellationToken,
+) {
+    let joined = async {
+        let server = server.await.map_err(|error| StreamError::Server(io::Error::other(error)))?;
+        let client = client.await.map_err(|error| StreamError::Client(io::Error::other(error)))?;
+        join(client, server, &record).await
+    };
+    let ended = tokio::select! {
+        ended = joined => ended,
+        () = cut.cancelled() => {
+            record.close(Outcome::Drained, Some("the agent reached its drain limit"));
+            return;
+        }
+    };
+    match ended {
+        Ok(()) => record.close(Outcome::Complete, None),
+        Err(error) => record.close(error.outcome(), Some(&error.to_string())),
+    }
+}
+
+async fn join(client: Upgraded, server: Upgraded, record: &RequestRecord) -> Result<(), StreamError> {
+    let (client_reader, client_writer) = tokio::io::split(TokioIo::new(client));
+    let (server_reader, server_writer) = tokio::io::split(TokioIo::new(server));
+    let one_ended = AtomicBool::new(false);
+    tokio::try_join!(
+        pump(client_reader, server_writer, Direction::ClientToServer, record, &one_ended),
+        pump(server_reader, client_writer, Direction::ServerToClient, record, &one_ended),
+    )?;
+    Ok(())
+}
+
+/// Passes bytes one way until their end, then closes that half.
+async fn pump(
+    mut reader: impl AsyncRead + Unpin,
+    mut writer: impl AsyncWrite + Unpin,
+    direction: Direction,
+    record: &RequestRecord,
+    one_ended: &AtomicBool,
+) -> Result<(), StreamError> {
+    // A side that has sent its end may close altogether: what the other still sends is then lost to nobody.
+    let settle = |error: StreamError| if one_ended.load(Ordering::Relaxed) { Ok(()) } else { Err(error) };
+    let mut buffer = BytesMut::new();
+    loop {
+        buffer.reserve(PIECE_BYTES_MAX);
+        let read = match reader.read_buf(&mut (&mut buffer).limit(PIECE_BYTES_MAX)).await {
+            Ok(read) => read,
+            // An end without TLS's close_notify, as when the peer's process dies.
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => 0,
+            Err(error) => return settle(direction.read_error(error)),
+        };
+        if read == 0 {
+            let first = !one_ended.swap(true, Ordering::Relaxed);
+            return match writer.shutdown().await {
+                Err(error) if first && error.kind() != io::ErrorKind::NotConnected => {
+                    Err(direction.write_error(error))
+                }
+                _ => Ok(()),
+            };
+        }
+        let piece = buffer.split().freeze();
+        match direction {
+            Direction::ClientToServer => record.client_stream_data(piece.clone()).await,
+            Direction::ServerToClient => record.server_stream_data(piece.clone()).await,
+        }
+        .map_err(StreamError::Recording)?;
+        let written = async {
+            writer.write_all(&piece).await?;
+            writer.flush().await
+        };
+        if let Err(error) = written.await {
+            return settle(direction.write_error(error));
+        }
+    }
+}
