@@ -1,0 +1,143 @@
+//! The contract of the command line: exit codes, error texts, what goes to which stream.
+//!
+//! Runs the real binary. What the commands print is tested beside their code.
+#![expect(clippy::unwrap_used, reason = "a test that cannot write its journal has failed")]
+
+use std::{
+    path::Path,
+    process::{Command, Output, Stdio},
+};
+
+use weir_common::{
+    checkpoint::{Checkpoint, NoteSigner},
+    envelope::Envelope,
+    frame::{self, FrameType},
+    merkle::Tree,
+    segment::{SEGMENT_HEADER_BYTES, SegmentHeader},
+};
+
+/// Writes a journal of this many events of one session, and a checkpoint; returns the path of its segment.
+fn write_journal(directory: &Path, events: u64) -> std::path::PathBuf {
+    let (epoch, node) = (uuid::Uuid::from_u128(1), "node-1".to_owned());
+    let header = SegmentHeader {
+        index: 0,
+        first_sequence: 0,
+        first_commit: 0,
+        created_unix_us: 0,
+        epoch,
+        node: node.clone(),
+    };
+    let (mut bytes, mut tree) = (header.encode().unwrap().to_vec(), Tree::new());
+    for sequence in 0..events {
+        let value = serde_json::json!({
+            "schema": 1, "sequence": sequence, "timeUnixUs": 5, "cluster": "c", "node": node, "epoch": epoch,
+            "session": "s1", "type": "sessionStarted",
+            "data": {"caller": {"cgroup": 1, "netns": 1, "dialled": "10.0.0.1:443", "claimedUser": "u"}},
+        });
+        let envelope = Envelope {
+            key: "s1".into(),
+            id: format!("{epoch}/{sequence}"),
+            event_type: "weir.v1.sessionStarted".into(),
+            source: format!("/weir/{node}/{epoch}"),
+            time_unix_us: 5,
+            ..Envelope::default()
+        };
+        let value = value.to_string();
+        let (event, value) = (FrameType::Event, value.as_bytes());
+        tree.push(frame::encode(&mut bytes, event, sequence, sequence, &envelope, value).unwrap());
+    }
+    let signer = NoteSigner::from_seed("weir/node-1", &[7; 32]).unwrap();
+    let origin = format!("weir/{node}/{epoch}");
+    let note = Checkpoint { origin, size: events, root: tree.root() }.sign(&signer);
+    let checkpoint = FrameType::Checkpoint;
+    frame::encode(&mut bytes, checkpoint, events, events, &Envelope::default(), note.as_bytes()).unwrap();
+    let folder = directory.join(epoch.to_string());
+    std::fs::create_dir_all(&folder).unwrap();
+    std::fs::write(folder.join("node.pub"), signer.verifier().to_string()).unwrap();
+    let path = folder.join(SegmentHeader::file_name(0));
+    std::fs::write(&path, bytes).unwrap();
+    path
+}
+
+fn weir(journal: &Path, arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_weir"));
+    command.args(arguments).arg("--from").arg(journal).stdin(Stdio::null());
+    command
+}
+
+fn text(output: &Output) -> (Option<i32>, String, String) {
+    let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();
+    (output.status.code(), text(&output.stdout), text(&output.stderr))
+}
+
+#[test]
+fn what_was_asked_wrongly_exits_with_2_and_says_what_is_possible() {
+    let cases: [(&[&str], &str); 6] = [
+        (
+            &["sessions", "--from", "kafka://broker:9092/weir"],
+            "kafka sources are not read yet; give a journal directory",
+        ),
+        (
+            &["events", "--from", "x", "--format", "ecs"],
+            "the projection ecs is not available yet; available: json",
+        ),
+        (&["sessions", "--from", "x", "--since", "yesterday"], "give a time as RFC 3339"),
+        (&["replay", "--from", "x"], "required arguments were not provided"),
+        (&["replay", "--from", "x", "s1", "--speed", "0"], "give a number above 0"),
+        (&["verify"], "--from <SOURCE>"),
+    ];
+    for (arguments, expected) in cases {
+        let output = Command::new(env!("CARGO_BIN_EXE_weir")).args(arguments).output().unwrap();
+        let (code, out, error) = text(&output);
+        assert_eq!((code, out.as_str()), (Some(2), ""), "{arguments:?}");
+        assert!(error.contains(expected), "{arguments:?}: {error}");
+    }
+}
+
+#[test]
+fn what_cannot_be_done_exits_with_1_and_names_the_thing() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path();
+    let (code, out, error) = text(&weir(path, &["verify"]).output().unwrap());
+    assert_eq!((code, out.as_str()), (Some(1), ""));
+    assert!(error.starts_with(&format!("weir: no journal in {}", path.display())), "{error}");
+    write_journal(path, 1);
+    for arguments in [&["replay", "zz"][..], &["replay", "--request", "zz"], &["events", "--session", "zz"]] {
+        let (code, out, error) = text(&weir(path, arguments).output().unwrap());
+        assert_eq!((code, out.as_str()), (Some(1), ""), "{arguments:?}");
+        assert!(error.contains("has the id zz"), "{error}");
+    }
+}
+
+#[test]
+fn verify_exits_with_0_for_a_whole_journal_and_with_1_for_damage() {
+    let directory = tempfile::tempdir().unwrap();
+    let segment = write_journal(directory.path(), 3);
+    let (code, out, error) = text(&weir(directory.path(), &["verify"]).output().unwrap());
+    assert_eq!((code, error.as_str()), (Some(0), ""), "{out}");
+    assert!(out.contains("this proves consistency, not authorship") && !out.contains('\x1b'), "{out}");
+    let mut bytes = std::fs::read(&segment).unwrap();
+    bytes[SEGMENT_HEADER_BYTES + 100] ^= 1;
+    std::fs::write(&segment, bytes).unwrap();
+    let (code, out, _) = text(&weir(directory.path(), &["verify"]).output().unwrap());
+    assert_eq!(code, Some(1));
+    let place = format!("damage {} offset {SEGMENT_HEADER_BYTES} sequence 0", segment.display());
+    assert!(out.contains(&place), "{out}");
+    let (code, out, _) = text(&weir(directory.path(), &["verify", "--json"]).output().unwrap());
+    let report: serde_json::Value = serde_json::from_str(&out).unwrap();
+    assert_eq!((code, &report["sound"]), (Some(1), &serde_json::Value::Bool(false)));
+    let (code, out, error) = text(&weir(directory.path(), &["sessions"]).output().unwrap());
+    assert!(code == Some(0) && out.contains("s1"), "{out}");
+    assert!(error.contains("segment is damaged at offset") && error.contains("weir verify"), "{error}");
+}
+
+#[test]
+fn a_reader_that_goes_away_is_no_failure() {
+    let directory = tempfile::tempdir().unwrap();
+    write_journal(directory.path(), 2000);
+    let mut child =
+        weir(directory.path(), &["events"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    drop(child.stdout.take());
+    let (code, _, error) = text(&child.wait_with_output().unwrap());
+    assert_eq!((code, error.as_str()), (Some(0), ""));
+}
