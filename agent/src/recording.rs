@@ -1,18 +1,84 @@
 //! Recording: sessions and invocations, masks, the journal.
 //!
-//! The proxy opens a [`RequestRecord`] for each request and feeds it; it never sees frames or files.
+//! The proxy opens a [`RequestRecord`] for each request and feeds it; it never sees frames or files. Three kinds of
+//! threads share the work: the proxy's tasks make events, the workers decode and mask what was tapped, one writer
+//! numbers, frames and commits. Nothing unmasked reaches the writer.
 
-use std::{path::PathBuf, sync::Arc};
+mod body;
+mod content;
+mod disk;
+#[cfg(test)]
+mod durability_tests;
+mod entry;
+mod epoch;
+mod error;
+#[cfg(test)]
+mod fixture;
+mod gzip;
+mod journal;
+mod mask;
+mod queue;
+mod request;
+mod segment;
+mod session;
+#[cfg(test)]
+mod tests;
+mod worker;
+mod writer;
+
+use std::{
+    path::PathBuf,
+    sync::{Arc, Mutex, PoisonError},
+    thread::JoinHandle,
+    time::{Duration, Instant},
+};
 
 use bytes::Bytes;
-use http::{HeaderMap, StatusCode};
+use http::{
+    HeaderMap, Method,
+    header::{CONTENT_ENCODING, CONTENT_TYPE},
+};
 use weir_common::{
     attributes::Attributes,
-    event::{Caller, Outcome},
+    event::{BodySummary, Caller, Channel, Kind, RequestOpened},
 };
+
+use self::{
+    body::Sensitivity,
+    content::Held,
+    disk::{Disk, FileSystem},
+    entry::{Append, Ids, Origin},
+    epoch::Epoch,
+    journal::Journal,
+    mask::Masker,
+    queue::Queue,
+    request::Level,
+    session::{Belonging, Sessions},
+    worker::{Context, Workers},
+    writer::Status,
+};
+pub use self::{error::RecordingError, queue::COMMIT_BEHIND_MS, request::RequestRecord};
+
+/// Most bytes of a mutating request's body that are recorded: above the API server's own limit of 3 MiB.
+const REQUEST_BYTES_MAX: usize = 4 * 1024 * 1024;
+
+/// Most bytes of the response to a mutation that are recorded.
+const MUTATION_RESPONSE_BYTES_MAX: usize = 4 * 1024 * 1024;
+
+/// Most bytes of an error's body that are recorded where a success would be recorded otherwise.
+const ERROR_BYTES_MAX: usize = 64 * 1024;
+
+/// A request body up to this length is masked in the request's own task; a longer one on a blocking thread.
+const INLINE_BYTES_MAX: usize = 64 * 1024;
 
 /// A body that no mask has seen. It cannot be serialised, and its `Debug` shows only its length.
 pub struct Unmasked(pub Bytes);
+
+impl std::fmt::Debug for Unmasked {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Unmasked({} bytes)", self.0.len())
+    }
+}
 
 /// Where and how to record.
 #[derive(Debug, Clone)]
@@ -30,29 +96,17 @@ pub struct RecorderOptions {
     /// Most bytes of a read's response that are recorded, per request.
     pub response_bytes_max: usize,
     /// A session ends after this time without a request.
-    pub session_idle_timeout: std::time::Duration,
+    pub session_idle_timeout: Duration,
     /// Ed25519 key (PKCS#8, PEM) that signs checkpoints; without one each epoch makes its own and publishes only
     /// its public half.
     pub signing_key_file: Option<PathBuf>,
 }
 
-/// What went wrong with recording; the proxy answers 503 with it.
-#[derive(Debug, thiserror::Error)]
-pub enum RecordingError {
-    /// Placeholder until the journal lands.
-    #[error("recording is not available")]
-    Unavailable,
-}
-
-/// Records what one agent process sees. Cheap to clone.
-#[derive(Clone, Debug)]
-pub struct Recorder {}
-
 /// A request as the proxy knows it when it arrives.
 #[derive(Debug)]
 pub struct RequestHead<'a> {
     /// HTTP method.
-    pub method: &'a http::Method,
+    pub method: &'a Method,
     /// Path and query.
     pub uri: &'a http::Uri,
     /// HTTP version.
@@ -74,14 +128,106 @@ pub enum Durability {
     Behind,
 }
 
-#[expect(clippy::unimplemented, reason = "signatures only, until the journal lands")]
+/// Records what one agent process sees. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Recorder {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    origin: Arc<Origin>,
+    queue: Arc<Queue>,
+    status: Arc<Status>,
+    workers: Arc<Workers>,
+    /// By cluster; the last one is for events of the agent itself.
+    maskers: Vec<Arc<Masker>>,
+    sessions: Mutex<SessionTable>,
+    response_bytes_max: usize,
+    folder: PathBuf,
+    writer: Mutex<Option<JoinHandle<Result<(), RecordingError>>>>,
+}
+
+#[derive(Debug)]
+struct SessionTable {
+    sessions: Sessions,
+    /// [`Status::losses`] when the table was valid: later losses may have taken the beginnings of sessions.
+    losses: u64,
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.queue.close("the recorder was dropped");
+    }
+}
+
 impl Recorder {
     /// Opens a new epoch in `options.directory` and starts the writer.
     ///
     /// # Errors
     /// The folder cannot be made, locked or written.
-    pub fn start(_options: RecorderOptions) -> Result<Self, RecordingError> {
-        unimplemented!()
+    pub fn start(options: RecorderOptions) -> Result<Self, RecordingError> {
+        Self::start_on(Arc::new(FileSystem), options, journal::RETRY_INTERVAL)
+    }
+
+    fn start_on(
+        disk: Arc<dyn Disk>,
+        options: RecorderOptions,
+        retry_interval: Duration,
+    ) -> Result<Self, RecordingError> {
+        let key_file = options.signing_key_file.as_deref();
+        let epoch = Epoch::create(disk.as_ref(), &options.directory, &options.node, key_file)?;
+        let mask_key = epoch::mask_key(&options.directory)?;
+        let names = options.clusters.iter().map(String::as_str).chain([""]);
+        let maskers = names.map(|name| Arc::new(Masker::for_cluster(&mask_key, name))).collect();
+        let started = Kind::AgentStarted {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            predecessor: epoch.predecessor.clone(),
+        };
+        let origin = Arc::new(Origin {
+            node: options.node,
+            epoch: epoch.id.to_string(),
+            tenant: options.tenant,
+            clusters: options.clusters,
+        });
+        let folder = epoch.folder.clone();
+        let mut journal = Journal::create(
+            disk,
+            options.directory,
+            options.journal_bytes_max,
+            retry_interval,
+            epoch,
+            Arc::clone(&origin),
+        )?;
+        // In the caller's thread, so that a journal that cannot be written is known at the start.
+        journal.commit(&[Append::behind(vec![origin.entry(None, Ids::default(), started)?])])?;
+        let (queue, status) = (Arc::new(Queue::default()), Arc::new(Status::default()));
+        let thread = |error| RecordingError::Thread(Arc::new(error));
+        let workers = Arc::new(Workers::start().map_err(thread)?);
+        let writer = writer::start(journal, Arc::clone(&queue), Arc::clone(&status)).map_err(thread)?;
+        let sessions = Sessions::new(options.session_idle_timeout);
+        let inner = Inner {
+            origin,
+            queue,
+            status,
+            workers,
+            maskers,
+            sessions: Mutex::new(SessionTable { sessions, losses: 0 }),
+            response_bytes_max: options.response_bytes_max,
+            folder,
+            writer: Mutex::new(Some(writer)),
+        };
+        Ok(Self { inner: Arc::new(inner) })
+    }
+
+    /// The folder of this epoch's journal.
+    pub fn folder(&self) -> &std::path::Path {
+        &self.inner.folder
+    }
+
+    /// Why recording is not possible just now; none while all is well.
+    pub fn failure(&self) -> Option<RecordingError> {
+        self.inner.status.failure()
     }
 
     /// Records that a request arrived (with its session and invocation, if they are new) and returns its record.
@@ -90,85 +236,195 @@ impl Recorder {
     /// The journal cannot accept: the request must be refused.
     pub async fn open(
         &self,
-        _caller: &Arc<Caller>,
-        _cluster: usize,
-        _head: RequestHead<'_>,
-        _body: Option<Unmasked>,
-        _durability: Durability,
+        caller: &Arc<Caller>,
+        cluster: usize,
+        head: RequestHead<'_>,
+        body: Option<Unmasked>,
+        durability: Durability,
     ) -> Result<RequestRecord, RecordingError> {
-        unimplemented!()
+        let belonging = self.belonging(caller, cluster, head.headers)?;
+        let context = self.context(cluster, &belonging, head.attributes);
+        let (content, summary) = match body {
+            Some(body) if !body.0.is_empty() => {
+                let (content, summary) = mask_request(&context, head.headers, body.0).await?;
+                (content, Some(summary))
+            }
+            _ => (Vec::new(), None),
+        };
+        let opened = RequestOpened {
+            method: head.method.as_str().to_owned(),
+            uri: context.masker.request_uri(head.uri),
+            protocol: protocol(head.version),
+            headers: context.masker.headers(head.headers),
+            attributes: head.attributes.clone(),
+            upgrade: head.upgrade.map(str::to_owned),
+            body: summary,
+        };
+        let mut kinds = vec![Kind::RequestOpened(Box::new(opened))];
+        kinds.append(&mut content::split(Channel::RequestBody, 0, &content));
+        let ids = Ids {
+            session: &context.session,
+            invocation: context.invocation.as_deref(),
+            request: Some(&context.request),
+        };
+        // Not `Context::entry`: a request whose record does not fit is refused, not recorded as a gap.
+        let entries: Result<Vec<_>, _> =
+            kinds.into_iter().map(|kind| self.inner.origin.entry(Some(cluster), ids, kind)).collect();
+        let entries = entries?;
+        let durable = durability == Durability::BeforeForward;
+        let level = self.level(head.attributes, durable);
+        let watch = head.attributes.verb == "watch";
+        let record = RequestRecord::new(context, Arc::clone(&self.inner.status), level, watch);
+        // The record exists before the wait: should the client go away meanwhile, it closes itself.
+        let appended = record.append(entries, durable).await;
+        if appended.is_err() {
+            record.disarm();
+        }
+        appended.map(|()| record)
+    }
+
+    fn masker(&self, cluster: Option<usize>) -> &Arc<Masker> {
+        let maskers = &self.inner.maskers;
+        let last = maskers.len() - 1;
+        &maskers[cluster.unwrap_or(last).min(last)]
+    }
+
+    /// Finds the request's session and invocation; queues their beginnings, if they are new, under the table's lock, so
+    /// that no other request of theirs can come before.
+    fn belonging(
+        &self,
+        caller: &Arc<Caller>,
+        cluster: usize,
+        headers: &HeaderMap,
+    ) -> Result<Belonging, RecordingError> {
+        let inner = &self.inner;
+        let claimed_user = caller.claimed_user.clone().or_else(|| session::claimed_user(headers));
+        let caller = Caller { claimed_user, ..Caller::clone(caller) };
+        let mut table = inner.sessions.lock().unwrap_or_else(PoisonError::into_inner);
+        let losses = inner.status.losses();
+        if table.losses != losses {
+            table.losses = losses;
+            table.sessions.forget();
+        }
+        let belonging = table.sessions.belonging(&caller, cluster, Instant::now());
+        let masker = self.masker(Some(cluster));
+        let mut entries = Vec::new();
+        if belonging.session_is_new {
+            let ids = Ids { session: &belonging.session, ..Ids::default() };
+            let kind = Kind::SessionStarted { caller: Box::new(masker.caller(&caller)) };
+            entries.push(inner.origin.entry(Some(cluster), ids, kind)?);
+        }
+        if let (true, Some(process)) = (belonging.invocation_is_new, &caller.process) {
+            let ids = Ids {
+                session: &belonging.session,
+                invocation: belonging.invocation.as_deref(),
+                request: None,
+            };
+            let process = masker.process(process);
+            let kind = Kind::InvocationStarted { process, container: caller.container.clone() };
+            entries.push(inner.origin.entry(Some(cluster), ids, kind)?);
+        }
+        if !entries.is_empty() {
+            inner.queue.push_small(Append::behind(entries));
+        }
+        Ok(belonging)
+    }
+
+    fn context(&self, cluster: usize, belonging: &Belonging, attributes: &Attributes) -> Context {
+        let inner = &self.inner;
+        Context {
+            origin: Arc::clone(&inner.origin),
+            queue: Arc::clone(&inner.queue),
+            workers: Arc::clone(&inner.workers),
+            worker: inner.workers.assign(),
+            masker: Arc::clone(self.masker(Some(cluster))),
+            sensitivity: Sensitivity::of(attributes),
+            cluster,
+            session: Arc::clone(&belonging.session),
+            invocation: belonging.invocation.clone(),
+            request: session::new_id(),
+            streamed: Mutex::new(None),
+            waiting: worker::Budget::default(),
+        }
+    }
+
+    fn level(&self, attributes: &Attributes, durable: bool) -> Level {
+        if durable {
+            return Level::Bounded(self.inner.response_bytes_max.max(MUTATION_RESPONSE_BYTES_MAX));
+        }
+        match (attributes.resource.as_str(), attributes.subresource.as_str()) {
+            ("", _) => Level::Metadata,
+            ("pods", "log") => Level::Streamed,
+            _ => Level::Bounded(self.inner.response_bytes_max),
+        }
     }
 
     /// Records a connection that never became a request.
-    pub fn connection_refused(&self, _cluster: Option<usize>, _caller: Option<&Arc<Caller>>, _reason: &str) {
-        unimplemented!()
+    pub fn connection_refused(&self, cluster: Option<usize>, caller: Option<&Arc<Caller>>, reason: &str) {
+        let caller = caller.map(|caller| Box::new(self.masker(cluster).caller(caller)));
+        self.agent_event(cluster, Kind::ConnectionRefused { reason: reason.to_owned(), caller });
     }
 
     /// Records something an operator should know; `name` is stable, `message` says the mend.
-    pub fn finding(
-        &self,
-        _cluster: Option<usize>,
-        _caller: Option<&Arc<Caller>>,
-        _name: &str,
-        _message: &str,
-    ) {
-        unimplemented!()
+    pub fn finding(&self, cluster: Option<usize>, caller: Option<&Arc<Caller>>, name: &str, message: &str) {
+        let caller = caller.map(|caller| Box::new(self.masker(cluster).caller(caller)));
+        let (name, message) = (name.to_owned(), message.to_owned());
+        self.agent_event(cluster, Kind::Finding { name, message, caller });
+    }
+
+    fn agent_event(&self, cluster: Option<usize>, kind: Kind) {
+        if let Ok(entry) = self.inner.origin.entry(cluster, Ids::default(), kind) {
+            self.inner.queue.push_or_drop(Append::behind(vec![entry]));
+        }
     }
 
     /// Writes what is queued, a last checkpoint and `AgentStopped`, and waits for the writer.
     ///
     /// # Errors
     /// The last writes failed.
-    pub async fn stop(&self, _reason: &str) -> Result<(), RecordingError> {
-        unimplemented!()
+    pub async fn stop(&self, reason: &str) -> Result<(), RecordingError> {
+        let (inner, reason) = (Arc::clone(&self.inner), reason.to_owned());
+        let stopped = tokio::task::spawn_blocking(move || {
+            // First the workers: what they still hold goes into the queue.
+            inner.workers.stop();
+            inner.queue.close(&reason);
+            let writer = inner.writer.lock().unwrap_or_else(PoisonError::into_inner).take();
+            match writer.map(JoinHandle::join) {
+                Some(Ok(result)) => result,
+                Some(Err(_)) | None => Err(RecordingError::Closed),
+            }
+        });
+        stopped.await.unwrap_or(Err(RecordingError::Closed))
     }
 }
 
-/// The record of one request, from arrival to end. Dropped without [`RequestRecord::close`] it closes itself as
-/// `ClientAborted`. Shared by both directions of an upgraded stream through an `Arc`.
-#[derive(Debug)]
-pub struct RequestRecord {}
-
-#[expect(clippy::unimplemented, reason = "signatures only, until the journal lands")]
-impl RequestRecord {
-    /// The request's id, sent upstream as `Audit-ID`.
-    pub fn id(&self) -> &str {
-        unimplemented!()
+/// Decodes and masks the body of a mutating request.
+async fn mask_request(
+    context: &Context,
+    headers: &HeaderMap,
+    body: Bytes,
+) -> Result<(Vec<u8>, BodySummary), RecordingError> {
+    let text = |name| headers.get(name).and_then(|value| value.to_str().ok()).map(str::to_owned);
+    let held = Held {
+        wire_bytes: body.len() as u64,
+        cut: None,
+        content_type: text(CONTENT_TYPE),
+        content_encoding: text(CONTENT_ENCODING),
+        bytes_max: REQUEST_BYTES_MAX,
+        chunks: vec![body],
+    };
+    if held.wire_bytes <= INLINE_BYTES_MAX as u64 {
+        return Ok(content::reduce(&context.masker, context.sensitivity, &held));
     }
+    let (masker, sensitivity) = (Arc::clone(&context.masker), context.sensitivity);
+    let reduced = tokio::task::spawn_blocking(move || content::reduce(&masker, sensitivity, &held));
+    reduced.await.map_err(|_| RecordingError::Closed)
+}
 
-    /// The answer's head arrived. `streaming` (watch, `logs -f`) records each piece as it comes.
-    pub fn response_started(&self, _status: StatusCode, _headers: &HeaderMap, _streaming: bool) {
-        unimplemented!()
-    }
-
-    /// A piece of the answer's body is being forwarded. Cheap: keeps a reference, never waits, bounded.
-    pub fn response_data(&self, _data: &Bytes) {
-        unimplemented!()
-    }
-
-    /// Bytes of an upgraded connection, client to server: durable when this returns; forward them then.
-    ///
-    /// # Errors
-    /// The journal cannot accept: the stream must be cut.
-    pub async fn client_stream_data(&self, _data: Bytes) -> Result<(), RecordingError> {
-        unimplemented!()
-    }
-
-    /// Bytes of an upgraded connection, server to client: queued (waits only while the queue is full).
-    ///
-    /// # Errors
-    /// The journal cannot accept: the stream must be cut.
-    pub async fn server_stream_data(&self, _data: Bytes) -> Result<(), RecordingError> {
-        unimplemented!()
-    }
-
-    /// Weir itself refused the request (status and reason as the client gets them).
-    pub fn refused(&self, _status: StatusCode, _reason: &str) {
-        unimplemented!()
-    }
-
-    /// The request is over.
-    pub fn close(&self, _outcome: Outcome, _reason: Option<&str>) {
-        unimplemented!()
+fn protocol(version: http::Version) -> String {
+    match version {
+        http::Version::HTTP_2 => "HTTP/2".to_owned(),
+        http::Version::HTTP_10 => "HTTP/1.0".to_owned(),
+        _ => "HTTP/1.1".to_owned(),
     }
 }

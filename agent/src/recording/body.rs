@@ -1,0 +1,508 @@
+//! Masks of whole bodies: which are sensitive, and what is recorded of them.
+//!
+//! A body of a sensitive resource is recorded only if it could be parsed and masked; else nothing but its length and
+//! keyed digest. Any other body is recorded as it is, unless a `Secret` is mentioned in it: then it is treated like a
+//! sensitive one as far as its secrets go. Masked bodies are serialised anew (keys sorted), since what a parser
+//! drops (comments, a key given twice) must not survive in clear. Sans-IO.
+
+use std::borrow::Cow;
+
+use base64::{Engine as _, engine::general_purpose::STANDARD};
+use serde_json::{Map, Value};
+use weir_common::attributes::Attributes;
+
+use super::mask::Masker;
+
+/// The annotation in which `kubectl apply` keeps a copy of the object.
+const LAST_APPLIED: &str = "kubectl.kubernetes.io/last-applied-configuration";
+
+/// [`LAST_APPLIED`] as it stands in a JSON Patch path.
+const LAST_APPLIED_ESCAPED: &str = "last-applied-configuration";
+
+/// Bytes before the name of a kind in which `kind` must stand for it to be a mention.
+const MENTION_WINDOW: usize = 24;
+
+/// What a body may hold because of where it goes to or comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Sensitivity {
+    /// Nothing known.
+    None,
+    /// `Secret` objects in some form.
+    Secrets,
+    /// TokenRequest or TokenReview.
+    Tokens,
+}
+
+impl Sensitivity {
+    /// Of a request's and response's bodies.
+    pub(super) fn of(attributes: &Attributes) -> Self {
+        let resource = (attributes.api_group.as_str(), attributes.resource.as_str());
+        match (resource, attributes.subresource.as_str()) {
+            (("", "secrets"), _) => Self::Secrets,
+            (("", "serviceaccounts"), "token") | (("authentication.k8s.io", "tokenreviews"), _) => {
+                Self::Tokens
+            }
+            _ => Self::None,
+        }
+    }
+
+    /// Of an object of this kind; that of its surroundings if the kind says nothing.
+    fn of_kind(self, kind: Option<&str>) -> Self {
+        match kind {
+            Some("Secret" | "SecretList") => Self::Secrets,
+            Some("TokenRequest" | "TokenReview") => Self::Tokens,
+            _ => self,
+        }
+    }
+}
+
+/// What is recorded of a body.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Recorded<'a> {
+    /// All of it, as it is.
+    Clear(&'a [u8]),
+    /// All of it, with masks.
+    Masked {
+        /// The new content.
+        content: Vec<u8>,
+        /// Number of masks in it.
+        masks: u64,
+    },
+    /// Nothing: it may hold secrets, and they cannot be told from the rest.
+    Withheld {
+        /// Why.
+        reason: &'static str,
+    },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Format {
+    Json,
+    Yaml,
+    /// Protobuf, CBOR: no parser here.
+    Binary,
+    Text,
+    Unknown,
+}
+
+impl Format {
+    fn of(content_type: Option<&str>) -> Self {
+        let Some(content_type) = content_type else { return Self::Unknown };
+        let essence = content_type.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
+        match essence.as_str() {
+            "application/json" => Self::Json,
+            essence if essence.ends_with("+json") => Self::Json,
+            essence if essence.ends_with("yaml") => Self::Yaml,
+            essence if essence.contains("protobuf") || essence.ends_with("cbor") => Self::Binary,
+            essence if essence.starts_with("text/") => Self::Text,
+            _ => Self::Unknown,
+        }
+    }
+}
+
+/// Decides what is recorded of a body that is all there (`whole`) or cut.
+pub(super) fn record<'a>(
+    masker: &Masker,
+    sensitivity: Sensitivity,
+    content_type: Option<&str>,
+    body: &'a [u8],
+    whole: bool,
+) -> Recorded<'a> {
+    if body.is_empty() {
+        return Recorded::Clear(body);
+    }
+    let format = Format::of(content_type);
+    let sensitive = sensitivity != Sensitivity::None;
+    match format {
+        Format::Binary if sensitive => {
+            return Recorded::Withheld { reason: "may hold secrets in a binary encoding that is not parsed" };
+        }
+        Format::Binary => return Recorded::Clear(body),
+        Format::Text if !sensitive => return Recorded::Clear(body),
+        _ if !sensitive && !mentions_secret(body) => return Recorded::Clear(body),
+        _ if !whole => {
+            return Recorded::Withheld { reason: "may hold secrets and is cut, so it cannot be parsed" };
+        }
+        _ => {}
+    }
+    // JSON first: `apply` sends either under the YAML type, and JSON is the stricter of the two.
+    if let Ok(value) = serde_json::from_slice::<Value>(body) {
+        return masked(masker, sensitivity, value, |value| serde_json::to_vec(value).ok());
+    }
+    if matches!(format, Format::Yaml | Format::Unknown)
+        && let Ok(value) = serde_yaml_ng::from_slice::<Value>(body)
+        && matches!(value, Value::Object(_) | Value::Array(_))
+    {
+        return masked(masker, sensitivity, value, |value| {
+            serde_yaml_ng::to_string(value).ok().map(String::into_bytes)
+        });
+    }
+    if !sensitive && format == Format::Unknown {
+        return Recorded::Clear(body);
+    }
+    Recorded::Withheld { reason: "may hold secrets and cannot be parsed" }
+}
+
+fn masked<'a>(
+    masker: &Masker,
+    sensitivity: Sensitivity,
+    mut value: Value,
+    serialise: impl Fn(&Value) -> Option<Vec<u8>>,
+) -> Recorded<'a> {
+    let mut walk = Walk { masker, masks: 0 };
+    walk.root(&mut value, sensitivity);
+    match serialise(&value) {
+        Some(content) => Recorded::Masked { content, masks: walk.masks },
+        None => Recorded::Withheld { reason: "may hold secrets and cannot be serialised after masking" },
+    }
+}
+
+/// Whether a kind that holds secrets is named anywhere, in JSON, YAML, or JSON within a JSON string; or whether
+/// letters are escaped, so that it could be.
+pub(super) fn mentions_secret(body: &[u8]) -> bool {
+    let kinds: [&[u8]; 3] = [b"Secret", b"TokenRe", b"\\u00"];
+    (0..body.len()).any(|at| {
+        let rest = &body[at..];
+        match rest[0] {
+            b'S' | b'T' if kinds[..2].iter().any(|kind| rest.starts_with(kind)) => {
+                let window = &body[at.saturating_sub(MENTION_WINDOW)..at];
+                window.windows(4).any(|bytes| bytes == b"kind")
+            }
+            b'\\' if rest.starts_with(kinds[2]) => matches!(rest.get(4), Some(b'4'..=b'7')),
+            _ => false,
+        }
+    })
+}
+
+/// The walk through one body.
+struct Walk<'a> {
+    masker: &'a Masker,
+    masks: u64,
+}
+
+impl Walk<'_> {
+    fn root(&mut self, value: &mut Value, sensitivity: Sensitivity) {
+        match value {
+            Value::Array(operations) if sensitivity != Sensitivity::None => {
+                operations.iter_mut().for_each(|operation| self.patch(operation, sensitivity));
+            }
+            _ => self.value(value, sensitivity),
+        }
+    }
+
+    /// One operation of a JSON Patch (RFC 6902) to a sensitive object.
+    fn patch(&mut self, operation: &mut Value, sensitivity: Sensitivity) {
+        let Value::Object(operation) = operation else { return self.leaves(operation) };
+        let path = operation.get("path").and_then(Value::as_str).unwrap_or_default();
+        let metadata = path.starts_with("/metadata") && !path.contains(LAST_APPLIED_ESCAPED);
+        match operation.get_mut("value") {
+            Some(value) if metadata => self.value(value, sensitivity),
+            Some(value) => self.leaves(value),
+            None => {}
+        }
+    }
+
+    fn value(&mut self, value: &mut Value, sensitivity: Sensitivity) {
+        match value {
+            Value::Array(items) => items.iter_mut().for_each(|item| self.value(item, sensitivity)),
+            Value::Object(object) => self.object(object, sensitivity),
+            _ => {}
+        }
+    }
+
+    /// Lists, watch events and tables need no case of their own: within what is sensitive, the names decide at any depth.
+    fn object(&mut self, object: &mut Map<String, Value>, surroundings: Sensitivity) {
+        let sensitivity = surroundings.of_kind(object.get("kind").and_then(Value::as_str));
+        for (name, value) in object.iter_mut() {
+            match (name.as_str(), sensitivity) {
+                ("data", Sensitivity::Secrets) => self.data(value),
+                ("stringData", Sensitivity::Secrets) | ("token", Sensitivity::Tokens) => self.leaves(value),
+                (LAST_APPLIED, _) => self.last_applied(value, sensitivity),
+                _ => self.value(value, sensitivity),
+            }
+        }
+    }
+
+    /// `data` holds base64; the mask is of what it encodes, so that it equals that of `stringData`.
+    fn data(&mut self, value: &mut Value) {
+        match value {
+            Value::Object(entries) => entries.values_mut().for_each(|value| match value {
+                Value::String(text) => {
+                    let decoded = STANDARD.decode(&*text).map_or(Cow::Borrowed(text.as_bytes()), Cow::Owned);
+                    *text = self.mask(&decoded);
+                }
+                other => self.leaves(other),
+            }),
+            other => self.leaves(other),
+        }
+    }
+
+    /// Masks every scalar; names stay.
+    fn leaves(&mut self, value: &mut Value) {
+        match value {
+            Value::Null => {}
+            Value::Array(items) => items.iter_mut().for_each(|item| self.leaves(item)),
+            Value::Object(entries) => entries.values_mut().for_each(|value| self.leaves(value)),
+            Value::String(text) => *text = self.mask(text.as_bytes()),
+            Value::Bool(_) | Value::Number(_) => {
+                *value = Value::String(self.mask(value.to_string().as_bytes()))
+            }
+        }
+    }
+
+    fn last_applied(&mut self, value: &mut Value, sensitivity: Sensitivity) {
+        let Value::String(text) = value else { return self.leaves(value) };
+        if sensitivity == Sensitivity::None && !mentions_secret(text.as_bytes()) {
+            return;
+        }
+        match serde_json::from_str::<Value>(text) {
+            Ok(mut copy @ Value::Object(_)) => {
+                self.value(&mut copy, sensitivity);
+                *text = copy.to_string();
+            }
+            _ => *text = self.mask(text.as_bytes()),
+        }
+    }
+
+    fn mask(&mut self, secret: &[u8]) -> String {
+        self.masks += 1;
+        self.masker.mask(secret)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use base64::{Engine as _, engine::general_purpose::STANDARD};
+    use expect_test::{Expect, expect};
+    use proptest::prelude::*;
+    use weir_common::attributes::Attributes;
+
+    use super::{Recorded, Sensitivity, mentions_secret, record};
+    use crate::recording::mask::Masker;
+
+    const CANARY: &str = "canary-hunter2";
+
+    fn masker() -> Masker {
+        Masker::for_cluster(&[1; 32], "c")
+    }
+
+    /// `CANARY` and `BASE64` in `body` stand for the secret in clear and as base64.
+    fn filled(body: &str) -> String {
+        body.replace("BASE64", &STANDARD.encode(CANARY)).replace("CANARY", CANARY)
+    }
+
+    #[track_caller]
+    fn check(sensitivity: Sensitivity, content_type: &str, body: &str, expected: Expect) {
+        let body = filled(body);
+        let recorded = record(&masker(), sensitivity, Some(content_type), body.as_bytes(), true);
+        let shown = match recorded {
+            Recorded::Clear(bytes) => format!("clear {}", String::from_utf8_lossy(bytes)),
+            Recorded::Masked { content, masks } => {
+                format!("{masks} masked {}", String::from_utf8_lossy(&content))
+            }
+            Recorded::Withheld { reason } => format!("withheld: {reason}"),
+        };
+        assert!(!shown.contains(CANARY) && !shown.contains(&STANDARD.encode(CANARY)), "{shown}");
+        expected.assert_eq(&shown);
+    }
+
+    const JSON: &str = "application/json";
+
+    #[test]
+    fn data_and_string_data_have_the_same_mask_and_names_stay() {
+        check(
+            Sensitivity::Secrets,
+            JSON,
+            r#"{"kind":"Secret","data":{"a":"BASE64","n":null},"stringData":{"b":"CANARY"},"type":"Opaque"}"#,
+            expect![[
+                r#"2 masked {"data":{"a":"weir:masked:le16:903554d12c313c30","n":null},"kind":"Secret","stringData":{"b":"weir:masked:le16:903554d12c313c30"},"type":"Opaque"}"#
+            ]],
+        );
+    }
+
+    #[test]
+    fn lists_watch_events_and_tables_are_masked() {
+        for body in [
+            r#"{"kind":"SecretList","items":[{"data":{"a":"BASE64"}}]}"#,
+            r#"{"type":"ADDED","object":{"kind":"Secret","data":{"a":"BASE64"}}}"#,
+            r#"{"kind":"Table","rows":[{"cells":["s"],"object":{"kind":"PartialObjectMetadata","metadata":{"annotations":{"kubectl.kubernetes.io/last-applied-configuration":"{\"kind\":\"Secret\",\"stringData\":{\"a\":\"CANARY\"}}"}}}}]}"#,
+            r#"{"kind":"List","items":[{"kind":"Secret","data":{"a":"BASE64"}}]}"#,
+        ] {
+            for sensitivity in [Sensitivity::Secrets, Sensitivity::None] {
+                let body = filled(body);
+                let Recorded::Masked { content, masks: 1 } =
+                    record(&masker(), sensitivity, Some(JSON), body.as_bytes(), true)
+                else {
+                    panic!("{body}")
+                };
+                let content = String::from_utf8(content).unwrap();
+                assert!(
+                    !content.contains(CANARY) && !content.contains(&STANDARD.encode(CANARY)),
+                    "{content}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn a_list_of_a_secret_and_a_configmap_loses_only_the_secret() {
+        check(
+            Sensitivity::None,
+            JSON,
+            r#"{"kind":"List","items":[{"kind":"ConfigMap","data":{"a":"shown"}},{"kind":"Secret","data":{"a":"BASE64"}}]}"#,
+            expect![[
+                r#"1 masked {"items":[{"data":{"a":"shown"},"kind":"ConfigMap"},{"data":{"a":"weir:masked:le16:903554d12c313c30"},"kind":"Secret"}],"kind":"List"}"#
+            ]],
+        );
+    }
+
+    #[test]
+    fn patches_are_masked_whatever_their_form() {
+        check(
+            Sensitivity::Secrets,
+            "application/json-patch+json",
+            r#"[{"op":"replace","path":"/data/a","value":"BASE64"},{"op":"add","path":"/metadata/labels/x","value":"shown"},{"op":"add","path":"","value":{"data":{"a":"CANARY"}}}]"#,
+            expect![[
+                r#"2 masked [{"op":"replace","path":"/data/a","value":"weir:masked:le32:67039313f6484eca"},{"op":"add","path":"/metadata/labels/x","value":"shown"},{"op":"add","path":"","value":{"data":{"a":"weir:masked:le16:903554d12c313c30"}}}]"#
+            ]],
+        );
+        check(
+            Sensitivity::Secrets,
+            "application/merge-patch+json",
+            r#"{"stringData":{"a":"CANARY"}}"#,
+            expect![[r#"1 masked {"stringData":{"a":"weir:masked:le16:903554d12c313c30"}}"#]],
+        );
+    }
+
+    #[test]
+    fn yaml_is_masked_and_comments_do_not_survive() {
+        check(
+            Sensitivity::Secrets,
+            "application/apply-patch+yaml",
+            "# CANARY\nkind: Secret\nstringData:\n  a: CANARY\n  b: |\n    CANARY\n",
+            expect![[r#"
+                2 masked kind: Secret
+                stringData:
+                  a: weir:masked:le16:903554d12c313c30
+                  b: weir:masked:le16:30196faa29208409
+            "#]],
+        );
+        check(
+            Sensitivity::Secrets,
+            "application/yaml",
+            "kind: Secret\n---\nkind: Secret\nstringData: {a: CANARY}\n",
+            expect!["withheld: may hold secrets and cannot be parsed"],
+        );
+    }
+
+    #[test]
+    fn a_key_given_twice_does_not_hide_a_secret() {
+        check(
+            Sensitivity::Secrets,
+            JSON,
+            r#"{"data":{"a":"BASE64"},"data":null}"#,
+            expect![[r#"0 masked {"data":null}"#]],
+        );
+    }
+
+    #[test]
+    fn tokens_are_masked() {
+        check(
+            Sensitivity::Tokens,
+            JSON,
+            r#"{"kind":"TokenRequest","status":{"token":"CANARY","expirationTimestamp":"t"}}"#,
+            expect![[
+                r#"1 masked {"kind":"TokenRequest","status":{"expirationTimestamp":"t","token":"weir:masked:le16:903554d12c313c30"}}"#
+            ]],
+        );
+    }
+
+    #[test]
+    fn what_is_sensitive_and_cannot_be_parsed_is_withheld() {
+        check(
+            Sensitivity::Secrets,
+            "application/vnd.kubernetes.protobuf",
+            "k8s\0 CANARY",
+            expect!["withheld: may hold secrets in a binary encoding that is not parsed"],
+        );
+        check(
+            Sensitivity::Secrets,
+            JSON,
+            r#"{"data":{"a":"BASE64"}"#,
+            expect!["withheld: may hold secrets and cannot be parsed"],
+        );
+        check(
+            Sensitivity::None,
+            JSON,
+            r#"{"kind": "Secret", "data":{"a":"BASE64"}"#,
+            expect!["withheld: may hold secrets and cannot be parsed"],
+        );
+        let body = br#"{"kind":"Pod"}"#;
+        let cut = record(&masker(), Sensitivity::Secrets, Some(JSON), body, false);
+        assert!(matches!(cut, Recorded::Withheld { .. }));
+    }
+
+    #[test]
+    fn everything_else_is_recorded_as_it_is() {
+        for (content_type, body) in [
+            (JSON, r#"{"kind":"ConfigMap", "data":{"a":"b"}}"#),
+            (JSON, "not json"),
+            ("application/vnd.kubernetes.protobuf", "k8s\0 kind Secret"),
+            ("text/plain", "a log line: kind: Secret"),
+            (JSON, r#"{"kind":"Pod","spec":{"imagePullSecrets":[{"name":"x"}],"volumes":[{"secret":{}}]}}"#),
+        ] {
+            let recorded = record(&masker(), Sensitivity::None, Some(content_type), body.as_bytes(), true);
+            assert_eq!(recorded, Recorded::Clear(body.as_bytes()), "{body}");
+        }
+    }
+
+    #[test]
+    fn escaped_letters_count_as_a_mention_and_escaped_brackets_do_not() {
+        assert!(mentions_secret(br#"{"kind":"\u0053ecret"}"#));
+        assert!(!mentions_secret(br#"{"a":"\u003cb\u003e"}"#));
+    }
+
+    #[test]
+    fn sensitive_resources_are_told_by_group_resource_and_subresource() {
+        let of = |group: &str, resource: &str, subresource: &str| {
+            Sensitivity::of(&Attributes {
+                api_group: group.into(),
+                resource: resource.into(),
+                subresource: subresource.into(),
+                ..Attributes::default()
+            })
+        };
+        assert_eq!(of("", "secrets", ""), Sensitivity::Secrets);
+        assert_eq!(of("", "serviceaccounts", "token"), Sensitivity::Tokens);
+        assert_eq!(of("authentication.k8s.io", "tokenreviews", ""), Sensitivity::Tokens);
+        assert_eq!(of("example.com", "secrets", ""), Sensitivity::None);
+        assert_eq!(of("", "configmaps", ""), Sensitivity::None);
+    }
+
+    proptest! {
+        #[test]
+        fn no_body_panics_and_no_sensitive_body_is_recorded_as_it_is(
+            body in ".{1,200}", content_type in prop_oneof![Just(JSON), Just("application/yaml"), Just("x")], whole: bool,
+        ) {
+            let recorded = record(&masker(), Sensitivity::Secrets, Some(content_type), body.as_bytes(), whole);
+            prop_assert!(!matches!(recorded, Recorded::Clear(_)), "{:?}", recorded);
+        }
+
+        #[test]
+        fn a_secret_never_survives_whatever_stands_around_it(
+            key in "[a-z\\.]{1,9}", other in "[ -~]{0,40}", order: bool, yaml: bool,
+        ) {
+            let data = serde_json::json!({ key: STANDARD.encode(CANARY) });
+            let body = serde_json::json!({ "kind": "Secret", "metadata": { "annotations": { "o": other } },
+                "data": data, "stringData": { "x": CANARY } });
+            let text = if yaml { serde_yaml_ng::to_string(&body).unwrap() } else { body.to_string() };
+            let sensitivity = if order { Sensitivity::Secrets } else { Sensitivity::None };
+            let content_type = if yaml { "application/yaml" } else { JSON };
+            let shown = format!("{:?}", match record(&masker(), sensitivity, Some(content_type), text.as_bytes(), true) {
+                Recorded::Masked { content, .. } => String::from_utf8(content).unwrap(),
+                other => format!("{other:?}"),
+            });
+            prop_assert!(!shown.contains(CANARY) && !shown.contains(&STANDARD.encode(CANARY)), "{}", shown);
+        }
+    }
+}

@@ -1,0 +1,364 @@
+//! From the bytes of a body to what is recorded of it: decoded, masked, cut, digested, split. Sans-IO.
+//!
+//! [`reduce`] takes a body that was held; [`Streamed`] takes one piece by piece as it comes (watch, logs). Whatever is
+//! left out is said in the summary or in a gap.
+
+use std::borrow::Cow;
+
+use bytes::Bytes;
+use sha2::{Digest as _, Sha256};
+use weir_common::event::{self, BodySummary, CONTENT_BYTES_MAX, Channel, Content, Kind};
+
+use super::{
+    body::{self, Recorded, Sensitivity},
+    gzip::{self, Gunzip},
+    mask::{KeyedDigest, Masker},
+};
+
+/// A compressed body may become this many times its limit before it counts as cut.
+const DECODED_FACTOR: usize = 4;
+
+/// Most bytes of one line (one event) of a watch.
+const LINE_BYTES_MAX: usize = 4 * 1024 * 1024;
+
+/// A body that was held while it passed.
+#[derive(Debug, Default)]
+pub(super) struct Held {
+    /// Its first bytes.
+    pub(super) chunks: Vec<Bytes>,
+    /// Length of the whole.
+    pub(super) wire_bytes: u64,
+    /// Why `chunks` is not the whole, if it is not, and the keyed digest of the whole if it was taken.
+    pub(super) cut: Option<(String, Option<String>)>,
+    pub(super) content_type: Option<String>,
+    pub(super) content_encoding: Option<String>,
+    /// Most bytes that are recorded.
+    pub(super) bytes_max: usize,
+}
+
+impl Held {
+    fn bytes(&self) -> Cow<'_, [u8]> {
+        match &self.chunks[..] {
+            [one] => Cow::Borrowed(one),
+            many => Cow::Owned(many.concat()),
+        }
+    }
+}
+
+/// What a body is encoded with.
+enum Encoding {
+    Identity,
+    Gzip,
+    Unknown,
+}
+
+impl Encoding {
+    fn of(name: Option<&str>) -> Self {
+        match name.map(str::trim) {
+            None | Some("") => Self::Identity,
+            Some(name) if name.eq_ignore_ascii_case("identity") => Self::Identity,
+            Some(name) if name.eq_ignore_ascii_case("gzip") || name.eq_ignore_ascii_case("x-gzip") => {
+                Self::Gzip
+            }
+            Some(_) => Self::Unknown,
+        }
+    }
+}
+
+fn sha256(content: &[u8]) -> String {
+    format!("sha256:{}", hex::encode(Sha256::digest(content)))
+}
+
+fn keyed(masker: &Masker, content: &[u8]) -> String {
+    let mut digest = masker.digest();
+    digest.update(content);
+    digest.finish()
+}
+
+/// What is recorded of a body that was held.
+pub(super) fn reduce(masker: &Masker, sensitivity: Sensitivity, held: &Held) -> (Vec<u8>, BodySummary) {
+    let wire = held.bytes();
+    let mut summary = BodySummary { wire_bytes: held.wire_bytes, ..BodySummary::default() };
+    let mut truncated = held.cut.as_ref().map(|(reason, _)| reason.clone());
+    let decoded_max = held.bytes_max.saturating_mul(DECODED_FACTOR);
+    let mut withheld = None;
+    let content = match Encoding::of(held.content_encoding.as_deref()) {
+        Encoding::Identity => Cow::Borrowed(&wire[..]),
+        Encoding::Gzip => match gzip::decode(&wire, decoded_max) {
+            Ok((content, whole)) => {
+                summary.decoded = Some("gzip".to_owned());
+                if !whole && truncated.is_none() {
+                    truncated = Some("decoded content is cut".to_owned());
+                }
+                Cow::Owned(content)
+            }
+            Err(_) => {
+                withheld = Some("is not the gzip it claims to be");
+                Cow::Borrowed(&wire[..])
+            }
+        },
+        Encoding::Unknown => {
+            withheld = Some("has a content encoding that is not decoded");
+            Cow::Borrowed(&wire[..])
+        }
+    };
+    let whole = truncated.is_none();
+    let recorded = match withheld {
+        Some(reason) if sensitivity != Sensitivity::None => Recorded::Withheld { reason },
+        Some(_) => Recorded::Clear(&content),
+        None => body::record(masker, sensitivity, held.content_type.as_deref(), &content, whole),
+    };
+    let (mut kept, unmasked) = match recorded {
+        Recorded::Clear(bytes) => (bytes.to_vec(), true),
+        Recorded::Masked { content, masks } => {
+            summary.masked = masks;
+            (content, masks == 0)
+        }
+        Recorded::Withheld { reason } => {
+            summary.masked = 1;
+            truncated = Some(match truncated {
+                Some(cut) => format!("withheld: {reason} ({cut})"),
+                None => format!("withheld: {reason}"),
+            });
+            (Vec::new(), false)
+        }
+    };
+    if kept.len() > held.bytes_max {
+        truncated.get_or_insert_with(|| format!("recorded content is longer than {} bytes", held.bytes_max));
+        kept.truncate(held.bytes_max);
+    }
+    summary.digest = match (&held.cut, &truncated, unmasked) {
+        (Some((_, digest)), _, _) => digest.clone(),
+        (None, None, true) => Some(sha256(&kept)),
+        (None, _, _) => Some(keyed(masker, if whole { &content } else { &wire })),
+    };
+    summary.recorded_bytes = kept.len() as u64;
+    summary.truncated = truncated;
+    (kept, summary)
+}
+
+/// Splits content into events, at the boundaries of characters where it is text.
+pub(super) fn split(channel: Channel, offset: u64, mut content: &[u8]) -> Vec<Kind> {
+    let (mut kinds, mut offset) = (Vec::new(), offset);
+    while !content.is_empty() {
+        let mut end = content.len().min(CONTENT_BYTES_MAX);
+        // A continuation byte there: the character began at most three bytes before.
+        let boundary =
+            (end.saturating_sub(3)..=end).rev().find(|at| content.get(*at).is_none_or(|b| b & 0xc0 != 0x80));
+        if let Some(boundary) = boundary.filter(|boundary| *boundary > 0) {
+            end = boundary;
+        }
+        let (piece, rest) = content.split_at(end);
+        kinds.push(Kind::Content(Content { channel, offset, bytes: event::Bytes::from_slice(piece) }));
+        offset += end as u64;
+        content = rest;
+    }
+    kinds
+}
+
+/// A response body that is recorded while it comes.
+#[derive(Debug)]
+pub(super) struct Streamed {
+    sensitivity: Sensitivity,
+    content_type: Option<String>,
+    gunzip: Option<Gunzip>,
+    /// JSON objects by lines, as a watch has them.
+    lines: bool,
+    line: Vec<u8>,
+    /// Bytes of a line that is skipped; it ends with the next newline.
+    skipping: Option<u64>,
+    /// Nothing more can be made of this stream.
+    broken: Option<&'static str>,
+    left_out: u64,
+    masks: u64,
+    recorded: u64,
+    digest: Sha256,
+    whole: KeyedDigest,
+}
+
+impl Streamed {
+    pub(super) fn new(
+        masker: &Masker,
+        sensitivity: Sensitivity,
+        content_type: Option<String>,
+        content_encoding: Option<&str>,
+        watch: bool,
+    ) -> Self {
+        let essence = content_type.as_deref().unwrap_or_default();
+        let lines = watch && essence.contains("json");
+        let encoding = Encoding::of(content_encoding);
+        let sensitive = sensitivity != Sensitivity::None;
+        let broken = match encoding {
+            _ if sensitive && !lines => Some("may hold secrets in a form that is not parsed"),
+            Encoding::Unknown if sensitive => Some("has a content encoding that is not decoded"),
+            _ => None,
+        };
+        let gunzip = matches!(encoding, Encoding::Gzip).then(Gunzip::new);
+        Self {
+            sensitivity,
+            content_type,
+            gunzip,
+            lines: lines && !matches!(encoding, Encoding::Unknown),
+            line: Vec::new(),
+            skipping: None,
+            broken,
+            left_out: 0,
+            masks: 0,
+            recorded: 0,
+            digest: Sha256::new(),
+            whole: masker.digest(),
+        }
+    }
+
+    /// Takes the next bytes and returns the events that they make.
+    pub(super) fn push(&mut self, masker: &Masker, bytes: &[u8]) -> Vec<Kind> {
+        self.whole.update(bytes);
+        let mut out = Out::default();
+        if self.broken.is_some() {
+            self.left_out += bytes.len() as u64;
+            return Vec::new();
+        }
+        match self.gunzip.take() {
+            None => self.decoded(masker, bytes, &mut out),
+            Some(mut gunzip) => {
+                let decoded = gunzip.push(bytes, |piece| {
+                    self.decoded(masker, piece, &mut out);
+                    std::ops::ControlFlow::Continue(())
+                });
+                self.gunzip = Some(gunzip);
+                if decoded.is_err() {
+                    self.broken = Some("is not the gzip it claims to be");
+                    self.left_out += bytes.len() as u64;
+                }
+            }
+        }
+        self.events(out)
+    }
+
+    /// Bytes passed that could not be kept.
+    pub(super) fn lost(&mut self, bytes: u64) -> Vec<Kind> {
+        self.left_out += bytes;
+        if self.gunzip.is_some() {
+            self.broken = Some("is compressed and a part of it was lost");
+        }
+        let partial = std::mem::take(&mut self.line).len() as u64;
+        self.left_out += partial;
+        self.skipping = self.lines.then_some(0);
+        let reason = "response came faster than it could be recorded".to_owned();
+        vec![Kind::Gap { reason, events: None, bytes: Some(bytes + partial) }]
+    }
+
+    /// The stream is over.
+    pub(super) fn finish(mut self, masker: &Masker, wire_bytes: u64) -> (Vec<Kind>, BodySummary) {
+        let mut out = Out::default();
+        if !self.line.is_empty() {
+            let line = std::mem::take(&mut self.line);
+            self.line(masker, &line, &mut out);
+        }
+        if let Some(skipped) = self.skipping.take().filter(|skipped| *skipped > 0) {
+            self.gap(&mut out, "rest of a watch event that is left out", skipped);
+        }
+        let decoded = self.gunzip.is_some().then(|| "gzip".to_owned());
+        let (broken, left_out, masks) = (self.broken, self.left_out, self.masks);
+        let kinds = self.events(out);
+        let changed = masks > 0 || left_out > 0;
+        let truncated = match broken {
+            Some(reason) => Some(format!("withheld: {left_out} bytes: {reason}")),
+            None if left_out > 0 => Some(format!("{left_out} bytes are left out; see the gaps")),
+            None => None,
+        };
+        let summary = BodySummary {
+            wire_bytes,
+            recorded_bytes: self.recorded,
+            decoded,
+            digest: Some(if changed {
+                self.whole.finish()
+            } else {
+                format!("sha256:{}", hex::encode(self.digest.finalize()))
+            }),
+            masked: masks,
+            truncated,
+        };
+        (kinds, summary)
+    }
+
+    fn decoded(&mut self, masker: &Masker, mut bytes: &[u8], out: &mut Out) {
+        if !self.lines {
+            out.content.extend_from_slice(bytes);
+            return;
+        }
+        while let Some(end) = bytes.iter().position(|byte| *byte == b'\n') {
+            let (line, rest) = bytes.split_at(end + 1);
+            bytes = rest;
+            if let Some(skipped) = self.skipping.take() {
+                self.gap(out, "rest of a watch event that is left out", skipped + line.len() as u64);
+            } else if self.line.is_empty() {
+                self.line(masker, line, out);
+            } else {
+                let mut begun = std::mem::take(&mut self.line);
+                begun.extend_from_slice(line);
+                self.line(masker, &begun, out);
+                begun.clear();
+                self.line = begun;
+            }
+        }
+        match &mut self.skipping {
+            Some(skipped) => *skipped += bytes.len() as u64,
+            None => self.line.extend_from_slice(bytes),
+        }
+        if self.line.len() > LINE_BYTES_MAX {
+            let begun = std::mem::take(&mut self.line).len() as u64;
+            self.gap(out, "watch event is longer than can be recorded", begun);
+            self.skipping = Some(0);
+        }
+    }
+
+    fn line(&mut self, masker: &Masker, line: &[u8], out: &mut Out) {
+        match body::record(masker, self.sensitivity, self.content_type.as_deref(), line, true) {
+            Recorded::Clear(line) => out.content.extend_from_slice(line),
+            Recorded::Masked { content, masks } => {
+                self.masks += masks;
+                out.content.extend_from_slice(&content);
+                out.content.push(b'\n');
+            }
+            Recorded::Withheld { reason } => {
+                self.masks += 1;
+                let reason = format!("watch event withheld: {reason}; {}", keyed(masker, line));
+                self.gap(out, &reason, line.len() as u64);
+            }
+        }
+    }
+
+    fn gap(&mut self, out: &mut Out, reason: &str, bytes: u64) {
+        if bytes == 0 {
+            return;
+        }
+        self.left_out += bytes;
+        let content = std::mem::take(&mut out.content);
+        out.before.push((content, Kind::Gap { reason: reason.to_owned(), events: None, bytes: Some(bytes) }));
+    }
+
+    fn events(&mut self, out: Out) -> Vec<Kind> {
+        let mut kinds = Vec::new();
+        for (content, gap) in out.before {
+            kinds.append(&mut self.content(&content));
+            kinds.push(gap);
+        }
+        kinds.append(&mut self.content(&out.content));
+        kinds
+    }
+
+    fn content(&mut self, content: &[u8]) -> Vec<Kind> {
+        let kinds = split(Channel::ResponseBody, self.recorded, content);
+        self.digest.update(content);
+        self.recorded += content.len() as u64;
+        kinds
+    }
+}
+
+/// Content and gaps in their order.
+#[derive(Debug, Default)]
+struct Out {
+    before: Vec<(Vec<u8>, Kind)>,
+    content: Vec<u8>,
+}

@@ -1,0 +1,178 @@
+//! Tests of the journal as a whole: group commit, limits, faults, epochs, on real files.
+
+use std::{
+    io,
+    sync::{Arc, atomic::Ordering},
+};
+
+use http::{HeaderMap, Method};
+use tempfile::TempDir;
+use weir_common::event::{Event, Kind, Outcome};
+
+use super::{
+    Recorder, RecorderOptions, RecordingError,
+    disk::{Disk as _, FileSystem},
+    fixture::*,
+};
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn concurrent_durable_appends_share_their_syncs() {
+    const REQUESTS: usize = 40;
+    /// Requests that may have queued before the writer took its first group.
+    const FIRST_GROUP_MAX: usize = 4;
+    let directory = TempDir::new().unwrap();
+    let disk = Arc::new(TestDisk::default());
+    let recorder = on(&disk, options(directory.path())).unwrap();
+    drop(post(&recorder, "{}").await.unwrap());
+    let before = disk.syncs.load(Ordering::SeqCst);
+    disk.hold(true);
+    let tasks: Vec<_> = (0..REQUESTS)
+        .map(|_| {
+            let recorder = recorder.clone();
+            tokio::spawn(async move { post(&recorder, "{}").await.map(drop) })
+        })
+        .collect();
+    // The writer waits with the first group; the rest has gathered when the queue holds it.
+    while recorder.inner.queue.waiting() + FIRST_GROUP_MAX < REQUESTS {
+        tokio::task::yield_now().await;
+    }
+    disk.hold(false);
+    for task in tasks {
+        task.await.unwrap().unwrap();
+    }
+    let syncs = disk.syncs.load(Ordering::SeqCst) - before;
+    assert!(syncs <= REQUESTS as u64 / 2, "{syncs} syncs for {REQUESTS} appends");
+    recorder.stop("test").await.unwrap();
+    read(recorder.folder());
+}
+
+#[tokio::test]
+async fn a_full_journal_refuses_says_so_and_goes_on_when_there_is_room() {
+    let directory = TempDir::new().unwrap();
+    let old = directory.path().join("old");
+    std::fs::create_dir(&old).unwrap();
+    std::fs::write(old.join("0.seg"), vec![0; 3 << 20]).unwrap();
+    let disk = Arc::new(TestDisk::default());
+    let options = RecorderOptions { journal_bytes_max: 4 << 20, ..options(directory.path()) };
+    let recorder = on(&disk, options).unwrap();
+    let large = format!("{{\"a\":\"{}\"}}", "x".repeat(200_000));
+    let mut accepted = 0;
+    let error = loop {
+        match post(&recorder, &large).await {
+            Ok(record) => record.close(Outcome::Complete, None),
+            Err(error) => break error,
+        }
+        accepted += 1;
+        assert!(accepted < 100, "1 MiB of journal takes no 100 × 200 kB");
+    };
+    assert!(accepted > 0);
+    let text = error.to_string();
+    assert!(matches!(error, RecordingError::Full { .. }), "{text}");
+    assert!(text.contains(&*directory.path().to_string_lossy()) && text.contains("raise"), "{text}");
+    // Reads are refused too, not silently lost.
+    let read_attributes = attributes("get", "pods", "");
+    let refused = open(&recorder, Method::GET, &read_attributes, &HeaderMap::new(), None).await;
+    assert!(matches!(refused, Err(RecordingError::Full { .. })));
+    assert!(recorder.failure().is_some());
+    let (events, covered) = read_some(recorder.folder());
+    assert_eq!(covered, events.len() as u64);
+    assert!(matches!(&events.last().unwrap().kind, Kind::Gap { reason, .. } if reason.contains("is full")));
+
+    std::fs::remove_file(old.join("0.seg")).unwrap();
+    post(&recorder, "{}").await.unwrap().close(Outcome::Complete, None);
+    assert!(recorder.failure().is_none());
+    recorder.stop("test").await.unwrap();
+    let events = read(recorder.folder());
+    let lost: u64 = events
+        .iter()
+        .filter_map(|event| match event.kind {
+            Kind::Gap { events, .. } => events,
+            _ => None,
+        })
+        .sum();
+    assert!(lost > 0);
+    let starts = names(&events).iter().filter(|name| **name == "sessionStarted").count();
+    assert_eq!(starts, 2, "after a loss sessions begin anew");
+}
+
+#[tokio::test]
+async fn a_failed_write_poisons_the_segment_and_the_next_one_goes_on_without_a_hole() {
+    for (kind, wanted) in [
+        (io::ErrorKind::ReadOnlyFilesystem, "read-only"),
+        (io::ErrorKind::StorageFull, "no space left"),
+        (io::ErrorKind::Other, "cannot be written"),
+    ] {
+        let directory = TempDir::new().unwrap();
+        let disk = Arc::new(TestDisk::default());
+        let recorder = on(&disk, options(directory.path())).unwrap();
+        post(&recorder, "{}").await.unwrap().close(Outcome::Complete, None);
+        disk.fail(Some(kind));
+        let error = post(&recorder, "{}").await.unwrap_err();
+        assert!(error.to_string().contains(wanted), "{error}");
+        let read_attributes = attributes("get", "pods", "");
+        assert!(open(&recorder, Method::GET, &read_attributes, &HeaderMap::new(), None).await.is_err());
+        disk.fail(None);
+        post(&recorder, "{}").await.unwrap().close(Outcome::Complete, None);
+        recorder.stop("test").await.unwrap();
+        let events = read(recorder.folder());
+        assert!(names(&events).contains(&"gap"), "{:?}", names(&events));
+        assert!(events.iter().zip(0..).all(|(event, sequence)| event.sequence == sequence));
+        assert_eq!(segments(recorder.folder()).len(), 2);
+    }
+}
+
+#[tokio::test]
+async fn a_journal_that_cannot_be_made_is_an_error_that_names_it() {
+    let directory = TempDir::new().unwrap();
+    let disk = Arc::new(TestDisk::default());
+    disk.fail(Some(io::ErrorKind::ReadOnlyFilesystem));
+    let error = on(&disk, options(directory.path())).unwrap_err();
+    assert!(matches!(error, RecordingError::ReadOnly { .. }), "{error}");
+    let file = directory.path().join("file");
+    std::fs::write(&file, "").unwrap();
+    let error = Recorder::start(options(&file.join("journal"))).unwrap_err();
+    assert!(error.to_string().contains(&*file.to_string_lossy()), "{error}");
+    let tiny = RecorderOptions { journal_bytes_max: 100, ..options(directory.path()) };
+    assert!(matches!(Recorder::start(tiny), Err(RecordingError::Full { .. })));
+    let key = RecorderOptions { signing_key_file: Some(file.clone()), ..options(directory.path()) };
+    assert!(matches!(Recorder::start(key), Err(RecordingError::Key { path, .. }) if path == file));
+}
+
+#[tokio::test]
+async fn two_recorders_on_one_folder_make_two_epochs_and_a_later_one_names_its_predecessor() {
+    let directory = TempDir::new().unwrap();
+    let (one, two) = (options(directory.path()), options(directory.path()));
+    let (one, two) = (Recorder::start(one).unwrap(), Recorder::start(two).unwrap());
+    assert_ne!(one.folder(), two.folder());
+    one.stop("test").await.unwrap();
+    two.stop("test").await.unwrap();
+    let predecessor = |events: &[Event]| match &events[0].kind {
+        Kind::AgentStarted { predecessor, .. } => predecessor.clone(),
+        other => panic!("{other:?}"),
+    };
+    // An epoch that still runs is nobody's predecessor.
+    assert_eq!(predecessor(&read(two.folder())), None);
+    let last = two.folder().to_owned();
+    drop((one, two));
+    let three = Recorder::start(options(directory.path())).unwrap();
+    three.stop("test").await.unwrap();
+    let named = predecessor(&read(three.folder())).unwrap();
+    assert_eq!(named.epoch, last.file_name().unwrap().to_str().unwrap());
+    assert_eq!(named.size, read(&last).len() as u64);
+}
+
+#[tokio::test]
+async fn segments_are_changed_when_full_and_read_back_in_order() {
+    let directory = TempDir::new().unwrap();
+    let recorder = Recorder::start(options(directory.path())).unwrap();
+    let large = format!("{{\"a\":\"{}\"}}", "x".repeat(1 << 20));
+    for _ in 0..6 {
+        post(&recorder, &large).await.unwrap().close(Outcome::Complete, None);
+    }
+    recorder.stop("test").await.unwrap();
+    assert_eq!(segments(recorder.folder()).len(), 2);
+    let events = read(recorder.folder());
+    assert_eq!(names(&events).iter().filter(|name| **name == "requestClosed").count(), 6);
+    let used = FileSystem.used(directory.path()).unwrap();
+    assert!(used < 7 << 20, "unused space was given back: {used}");
+}

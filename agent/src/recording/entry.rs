@@ -1,0 +1,143 @@
+//! Events on their way to the journal: serialised by whoever makes them, numbered by the writer.
+//!
+//! The writer is one thread, so it should only number, hash and copy. An [`Entry`] therefore holds the finished JSON
+//! behind the sequence; the writer puts the sequence in front of it.
+
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use tokio::sync::oneshot;
+use weir_common::{
+    event::{Event, Kind, SCHEMA_VERSION},
+    frame::VALUE_BYTES_MAX,
+};
+
+use super::error::RecordingError;
+
+/// What the JSON of every event starts with while its sequence is 0.
+const UNNUMBERED: &[u8] = br#"{"schema":1,"sequence":0"#;
+
+/// Most bytes that the number adds to an event: the digits of the largest sequence.
+const NUMBER_BYTES_MAX: usize = 20;
+
+const _: () = assert!(SCHEMA_VERSION == 1, "UNNUMBERED spells the version");
+
+/// Now, in microseconds since the Unix epoch.
+pub(super) fn unix_us() -> i64 {
+    let elapsed = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(elapsed.as_micros()).unwrap_or(i64::MAX)
+}
+
+/// What every event of this process epoch bears.
+#[derive(Debug)]
+pub(super) struct Origin {
+    pub(super) node: String,
+    pub(super) epoch: String,
+    pub(super) tenant: Option<String>,
+    pub(super) clusters: Vec<String>,
+}
+
+/// The ids that an event bears.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Ids<'a> {
+    pub(super) session: &'a str,
+    pub(super) invocation: Option<&'a str>,
+    pub(super) request: Option<&'a str>,
+}
+
+/// An event without its number.
+#[derive(Debug)]
+pub(super) struct Entry {
+    /// Kafka key.
+    pub(super) key: String,
+    /// Name of its kind.
+    pub(super) name: &'static str,
+    /// When it happened.
+    pub(super) time_unix_us: i64,
+    /// Its JSON behind the number.
+    rest: Vec<u8>,
+}
+
+impl Origin {
+    /// Name of a cluster; empty for events of the agent itself.
+    pub(super) fn cluster(&self, index: Option<usize>) -> &str {
+        index.and_then(|index| self.clusters.get(index)).map_or("", String::as_str)
+    }
+
+    /// Serialises an event.
+    ///
+    /// # Errors
+    /// It is longer than a frame may be.
+    pub(super) fn entry(
+        &self,
+        cluster: Option<usize>,
+        ids: Ids<'_>,
+        kind: Kind,
+    ) -> Result<Entry, RecordingError> {
+        let (name, time_unix_us) = (kind.name(), unix_us());
+        let event = Event {
+            schema: SCHEMA_VERSION,
+            sequence: 0,
+            time_unix_us,
+            cluster: self.cluster(cluster).to_owned(),
+            tenant: self.tenant.clone(),
+            node: self.node.clone(),
+            epoch: self.epoch.clone(),
+            session: ids.session.to_owned(),
+            invocation: ids.invocation.map(str::to_owned),
+            request: ids.request.map(str::to_owned),
+            kind,
+        };
+        // Maps have string keys and nothing here fails to serialise; should that change, it is refused as too long.
+        let json = serde_json::to_vec(&event).unwrap_or_default();
+        match json.strip_prefix(UNNUMBERED) {
+            Some(rest) if json.len() + NUMBER_BYTES_MAX <= VALUE_BYTES_MAX => {
+                Ok(Entry { key: event.session, name, time_unix_us, rest: rest.to_vec() })
+            }
+            _ => Err(RecordingError::TooLong { bytes: json.len() }),
+        }
+    }
+}
+
+impl Entry {
+    /// The event with its number: the bytes for Kafka.
+    pub(super) fn value(&self, sequence: u64) -> Vec<u8> {
+        let mut value = Vec::with_capacity(self.bytes() + NUMBER_BYTES_MAX);
+        value.extend_from_slice(&UNNUMBERED[..UNNUMBERED.len() - 1]);
+        value.extend_from_slice(sequence.to_string().as_bytes());
+        value.extend_from_slice(&self.rest);
+        value
+    }
+
+    /// Its length, near enough for limits.
+    pub(super) fn bytes(&self) -> usize {
+        UNNUMBERED.len() + self.rest.len()
+    }
+}
+
+/// Events that go to the journal together, and who waits for them.
+#[derive(Debug)]
+pub(super) struct Append {
+    pub(super) entries: Vec<Entry>,
+    /// Told when all of them are durable, or why not.
+    pub(super) waiter: Option<oneshot::Sender<Result<(), RecordingError>>>,
+    /// Since when they wait.
+    pub(super) since: Instant,
+}
+
+impl Append {
+    /// Events that nobody waits for: durable within the bound.
+    pub(super) fn behind(entries: Vec<Entry>) -> Self {
+        Self { entries, waiter: None, since: Instant::now() }
+    }
+
+    /// Events that somebody waits for.
+    pub(super) fn durable(entries: Vec<Entry>) -> (Self, oneshot::Receiver<Result<(), RecordingError>>) {
+        let (waiter, result) = oneshot::channel();
+        (Self { entries, waiter: Some(waiter), since: Instant::now() }, result)
+    }
+
+    /// Their length.
+    pub(super) fn bytes(&self) -> usize {
+        self.entries.iter().map(Entry::bytes).sum()
+    }
+}

@@ -1,0 +1,97 @@
+//! Why recording is not possible: what the operator reads in the log and the client in a 503 `Status`.
+//!
+//! Cloneable, since one failed group commit refuses every request that waited for it. No text here may hold
+//! anything of a request.
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+/// What went wrong with recording; the proxy answers 503 with it.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum RecordingError {
+    /// The journal has reached its limit.
+    #[error(
+        "journal {path} is full ({bytes_max} bytes); raise the journal's limit, or remove epoch folders that are shipped"
+    )]
+    Full {
+        /// The journal's folder.
+        path: PathBuf,
+        /// Its limit.
+        bytes_max: u64,
+    },
+    /// The file system has no space.
+    #[error("no space left for journal {path}; free space on its file system")]
+    NoSpace {
+        /// What was written.
+        path: PathBuf,
+    },
+    /// The file system cannot be written.
+    #[error("journal {path} is on a read-only file system; mount it writable")]
+    ReadOnly {
+        /// What was written.
+        path: PathBuf,
+    },
+    /// The process may not write there.
+    #[error("journal {path} may not be written by this process; check owner, mode and security profile")]
+    Denied {
+        /// What was written.
+        path: PathBuf,
+    },
+    /// Anything else the disk says.
+    #[error("journal {path} cannot be written; check its disk and the kernel log")]
+    Storage {
+        /// What was written.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: Arc<io::Error>,
+    },
+    /// Another process holds the epoch's lock.
+    #[error("journal epoch {path} is locked by another process")]
+    Locked {
+        /// The lock file.
+        path: PathBuf,
+    },
+    /// A key file cannot be used.
+    #[error("key file {path} cannot be used: {reason}")]
+    Key {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The name does not fit into a segment header.
+    #[error("node name {node:?} is longer than 253 bytes")]
+    Node {
+        /// The name.
+        node: String,
+    },
+    /// A thread of the recorder cannot be started.
+    #[error("recorder thread cannot be started; is the process limited in threads?")]
+    Thread(#[source] Arc<io::Error>),
+    /// One event is longer than a frame may be: the request is refused rather than half recorded.
+    #[error("an event of {bytes} bytes is longer than a journal frame may be")]
+    TooLong {
+        /// Its length.
+        bytes: usize,
+    },
+    /// The recorder has stopped.
+    #[error("recording has stopped; the agent is shutting down")]
+    Closed,
+}
+
+impl RecordingError {
+    /// Names what the system said about `path`.
+    pub(super) fn storage(path: &Path, source: io::Error) -> Self {
+        let path = path.to_owned();
+        match source.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Self::NoSpace { path },
+            io::ErrorKind::ReadOnlyFilesystem => Self::ReadOnly { path },
+            io::ErrorKind::PermissionDenied => Self::Denied { path },
+            _ => Self::Storage { path, source: Arc::new(source) },
+        }
+    }
+}

@@ -1,0 +1,227 @@
+//! What recording's tests share: a disk that fails on demand, requests, and the reader that `weir` uses.
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Condvar, Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use bytes::Bytes;
+use http::{HeaderMap, Method, Uri, Version};
+use weir_common::{
+    attributes::Attributes,
+    checkpoint::{Checkpoint, NoteVerifier},
+    event::{Caller, Event, Pod, Process},
+    frame::FrameType,
+    merkle::Tree,
+    segment::{SegmentReader, Tail},
+};
+
+use super::{
+    Durability, Recorder, RecorderOptions, RecordingError, RequestHead, RequestRecord, Unmasked,
+    disk::{Disk, DiskFile, FileSystem},
+};
+
+pub(super) const CANARY: &str = "canary-hunter2-canary";
+pub(super) const JSON: &str = "application/json";
+
+/// A disk that counts, fails and waits on demand.
+#[derive(Debug, Default)]
+pub(super) struct TestDisk {
+    pub(super) syncs: AtomicU64,
+    /// What every creation, write and sync fails with.
+    fault: Mutex<Option<io::ErrorKind>>,
+    /// Syncs wait while this is true.
+    held: Mutex<bool>,
+    released: Condvar,
+}
+
+impl TestDisk {
+    fn check(&self) -> io::Result<()> {
+        self.fault.lock().unwrap().map_or(Ok(()), |kind| Err(kind.into()))
+    }
+
+    pub(super) fn fail(&self, kind: Option<io::ErrorKind>) {
+        *self.fault.lock().unwrap() = kind;
+    }
+
+    pub(super) fn hold(&self, held: bool) {
+        *self.held.lock().unwrap() = held;
+        self.released.notify_all();
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct TestFile(Box<dyn DiskFile>, Arc<TestDisk>);
+
+#[derive(Debug)]
+pub(super) struct SharedDisk(Arc<TestDisk>);
+
+impl Disk for SharedDisk {
+    fn make_directory(&self, path: &Path) -> io::Result<()> {
+        self.0.check()?;
+        FileSystem.make_directory(path)
+    }
+    fn create(&self, path: &Path, header: &[u8], bytes: u64) -> io::Result<Box<dyn DiskFile>> {
+        self.0.check()?;
+        Ok(Box::new(TestFile(FileSystem.create(path, header, bytes)?, Arc::clone(&self.0))))
+    }
+    fn replace(&self, path: &Path, content: &[u8]) -> io::Result<()> {
+        self.0.check()?;
+        FileSystem.replace(path, content)
+    }
+    fn used(&self, journal: &Path) -> io::Result<u64> {
+        FileSystem.used(journal)
+    }
+}
+
+impl DiskFile for TestFile {
+    fn write_at(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        self.0.write_at(offset, bytes)
+    }
+    fn sync(&mut self) -> io::Result<()> {
+        self.1.syncs.fetch_add(1, Ordering::SeqCst);
+        let mut held = self.1.held.lock().unwrap();
+        while *held {
+            held = self.1.released.wait(held).unwrap();
+        }
+        drop(held);
+        self.1.check()?;
+        self.0.sync()
+    }
+    fn truncate(&mut self, bytes: u64) -> io::Result<()> {
+        self.0.truncate(bytes)
+    }
+}
+
+pub(super) fn options(directory: &Path) -> RecorderOptions {
+    RecorderOptions {
+        directory: directory.to_owned(),
+        journal_bytes_max: 1 << 30,
+        node: "node-1".into(),
+        tenant: None,
+        clusters: vec!["prod".into()],
+        response_bytes_max: 64 * 1024,
+        session_idle_timeout: Duration::from_secs(600),
+        signing_key_file: None,
+    }
+}
+
+pub(super) fn on(disk: &Arc<TestDisk>, options: RecorderOptions) -> Result<Recorder, RecordingError> {
+    Recorder::start_on(Arc::new(SharedDisk(Arc::clone(disk))), options, Duration::ZERO)
+}
+
+pub(super) fn caller() -> Arc<Caller> {
+    Arc::new(Caller {
+        pod: Some(Pod { uid: "pod-uid".into(), ..Pod::default() }),
+        process: Some(Process { pid: 7, start_boottime_ns: 9, ..Process::default() }),
+        ..Caller::default()
+    })
+}
+
+pub(super) fn attributes(verb: &str, resource: &str, subresource: &str) -> Attributes {
+    Attributes {
+        verb: verb.into(),
+        api_version: "v1".into(),
+        resource: resource.into(),
+        subresource: subresource.into(),
+        ..Attributes::default()
+    }
+}
+
+pub(super) fn content_type(value: &str) -> HeaderMap {
+    let mut headers = HeaderMap::new();
+    headers.insert("content-type", value.parse().unwrap());
+    headers
+}
+
+pub(super) async fn open(
+    recorder: &Recorder,
+    method: Method,
+    attributes: &Attributes,
+    headers: &HeaderMap,
+    body: Option<&str>,
+) -> Result<RequestRecord, RecordingError> {
+    let durability = if method == Method::GET { Durability::Behind } else { Durability::BeforeForward };
+    let head = RequestHead {
+        method: &method,
+        uri: &Uri::from_static("/api/v1/x"),
+        version: Version::HTTP_2,
+        headers,
+        attributes,
+        upgrade: None,
+    };
+    let body = body.map(|body| Unmasked(Bytes::copy_from_slice(body.as_bytes())));
+    recorder.open(&caller(), 0, head, body, durability).await
+}
+
+pub(super) async fn get(recorder: &Recorder, attributes: &Attributes) -> RequestRecord {
+    open(recorder, Method::GET, attributes, &HeaderMap::new(), None).await.unwrap()
+}
+
+pub(super) async fn post(recorder: &Recorder, body: &str) -> Result<RequestRecord, RecordingError> {
+    open(recorder, Method::POST, &attributes("create", "configmaps", ""), &content_type(JSON), Some(body))
+        .await
+}
+
+/// Reads an epoch as `weir verify` does: everything must be whole, in order, and covered by checkpoints that verify.
+#[track_caller]
+pub(super) fn read(folder: &Path) -> Vec<Event> {
+    let (events, covered) = read_some(folder);
+    assert_eq!(covered, events.len() as u64, "the last checkpoint covers everything");
+    events
+}
+
+#[track_caller]
+pub(super) fn read_some(folder: &Path) -> (Vec<Event>, u64) {
+    let verifier = std::fs::read_to_string(folder.join("node.pub")).unwrap();
+    let verifier = NoteVerifier::parse(&verifier).unwrap();
+    let segments = segments(folder);
+    let bytes: Vec<_> = segments.iter().map(|path| std::fs::read(path).unwrap()).collect();
+    let (mut events, mut tree, mut covered) = (Vec::new(), Tree::new(), 0);
+    for (index, segment) in bytes.iter().enumerate() {
+        let successor =
+            bytes.get(index + 1).map(|next| SegmentReader::new(next, None).unwrap().header().first_sequence);
+        let mut reader = SegmentReader::new(segment, successor).unwrap();
+        for located in reader.by_ref() {
+            let frame = located.unwrap().frame;
+            match frame.frame_type {
+                FrameType::Event => {
+                    tree.push(frame.leaf_hash);
+                    let event: Event = serde_json::from_slice(frame.value).unwrap();
+                    assert_eq!((event.sequence, &event.session), (frame.sequence, &frame.envelope.key));
+                    assert_eq!(frame.envelope.event_type, format!("weir.v1.{}", event.kind.name()));
+                    events.push(event);
+                }
+                FrameType::Checkpoint => {
+                    let note = std::str::from_utf8(frame.value).unwrap();
+                    let checkpoint = Checkpoint::verify(note, &verifier).unwrap();
+                    assert_eq!((checkpoint.size, checkpoint.root), (tree.size(), tree.root()));
+                    covered = checkpoint.size;
+                }
+            }
+        }
+        assert!(matches!(
+            reader.tail(),
+            Some(Tail::Clean { .. } | Tail::Abandoned { .. } | Tail::Torn { .. })
+        ));
+    }
+    let published = std::fs::read_to_string(folder.join("checkpoint")).unwrap();
+    assert!(Checkpoint::verify(&published, &verifier).unwrap().size <= covered);
+    (events, covered)
+}
+
+pub(super) fn segments(folder: &Path) -> Vec<PathBuf> {
+    let mut paths: Vec<_> = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+    paths.retain(|path| path.extension().is_some_and(|extension| extension == "seg"));
+    paths.sort();
+    paths
+}
+
+pub(super) fn names(events: &[Event]) -> Vec<&'static str> {
+    events.iter().map(|event| event.kind.name()).collect()
+}

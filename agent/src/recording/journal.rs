@@ -1,0 +1,359 @@
+//! The journal's writer: numbers events, frames them, grows the Merkle tree, commits groups, signs checkpoints.
+//!
+//! One thread owns it. A group is written with one write and one fdatasync and counts only when both returned: number
+//! and tree go forward then, not before. If either fails, the segment is poisoned (a second fdatasync may succeed
+//! without the data), whoever waited is refused, and the next group tries a new segment, at most once per
+//! [`RETRY_INTERVAL`], so that a full disk costs neither a busy loop nor the log.
+
+use std::{
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use weir_common::{
+    checkpoint::Checkpoint,
+    envelope::Envelope,
+    event::Kind,
+    frame::{self, FrameType},
+    merkle::Tree,
+    segment::SegmentHeader,
+};
+
+use super::{
+    disk::Disk,
+    entry::{Append, Entry, Ids, Origin, unix_us},
+    epoch::{CHECKPOINT_FILE, Epoch},
+    error::RecordingError,
+    segment::{self, OpenSegment},
+};
+
+/// A checkpoint is signed at least after this time, if there are events since the last one.
+const CHECKPOINT_INTERVAL: Duration = Duration::from_secs(10);
+
+/// A checkpoint is signed at least after this many events.
+const CHECKPOINT_EVENTS: u64 = 4096;
+
+/// While recording is not possible, it is tried again at most this often.
+pub(super) const RETRY_INTERVAL: Duration = Duration::from_millis(250);
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Journal {
+    disk: Arc<dyn Disk>,
+    folder: PathBuf,
+    bytes_max: u64,
+    /// Bytes of all segments in the journal, as far as known.
+    bytes_used: u64,
+    retry_interval: Duration,
+    epoch: Epoch,
+    origin: Arc<Origin>,
+    segment: Option<OpenSegment>,
+    next_segment: u64,
+    /// Number of the next event.
+    sequence: u64,
+    commit: u64,
+    tree: Tree,
+    /// Number of events that the last checkpoint covers, and when it was signed.
+    checkpointed: (u64, Instant),
+    /// Why recording is not possible, and when it was tried last.
+    failure: Option<(RecordingError, Instant)>,
+    /// Events that were lost since the last gap record.
+    lost: u64,
+    frames: Vec<u8>,
+}
+
+/// What a group adds: taken over only when it is durable.
+struct Draft {
+    sequence: u64,
+    tree: Tree,
+    checkpoint: Option<String>,
+}
+
+impl Journal {
+    /// Opens the first segment.
+    pub(super) fn create(
+        disk: Arc<dyn Disk>,
+        folder: PathBuf,
+        bytes_max: u64,
+        retry_interval: Duration,
+        epoch: Epoch,
+        origin: Arc<Origin>,
+    ) -> Result<Self, RecordingError> {
+        let mut journal = Self {
+            disk,
+            folder,
+            bytes_max,
+            bytes_used: 0,
+            retry_interval,
+            epoch,
+            origin,
+            segment: None,
+            next_segment: 0,
+            sequence: 0,
+            // From 1, so that a reader can tell the first group of a segment from the one before it.
+            commit: 1,
+            tree: Tree::new(),
+            checkpointed: (0, Instant::now()),
+            failure: None,
+            lost: 0,
+            frames: Vec::new(),
+        };
+        journal.measure()?;
+        journal.rotate(0)?;
+        Ok(journal)
+    }
+
+    /// Why recording is not possible just now.
+    pub(super) fn failure(&self) -> Option<&RecordingError> {
+        self.failure.as_ref().map(|(error, _)| error)
+    }
+
+    /// Counts events that were lost before they reached the journal.
+    pub(super) fn lose(&mut self, events: u64) {
+        self.lost += events;
+    }
+
+    /// When the next checkpoint is due; none if the last one covers everything.
+    pub(super) fn checkpoint_due(&self) -> Option<Instant> {
+        let (covered, at) = self.checkpointed;
+        (covered < self.sequence && self.failure.is_none()).then(|| at + CHECKPOINT_INTERVAL)
+    }
+
+    /// Makes a group durable: all of it or nothing.
+    pub(super) fn commit(&mut self, appends: &[Append]) -> Result<(), RecordingError> {
+        let entries = || appends.iter().flat_map(|append| &append.entries);
+        let result = self.try_commit(&mut entries(), false);
+        if result.is_err() {
+            self.lost += entries().count() as u64;
+        }
+        result
+    }
+
+    /// Signs a checkpoint if one is due.
+    pub(super) fn checkpoint_if_due(&mut self) {
+        if self.checkpoint_due().is_some_and(|due| due <= Instant::now()) {
+            // A failure is kept in `failure` and meets the next group.
+            let _ = self.try_commit(&mut std::iter::empty(), true);
+        }
+    }
+
+    /// The last words: `AgentStopped` and a checkpoint, in the reserve if need be; then the segment is cut.
+    pub(super) fn finish(mut self, reason: &str) -> Result<(), RecordingError> {
+        let failure = self.failure.clone();
+        let stopped = Kind::AgentStopped { reason: reason.to_owned() };
+        let stopped = self.origin.entry(None, Ids::default(), stopped)?;
+        let written = self.last_words(&mut std::iter::once(&stopped));
+        if let Some(segment) = self.segment.take() {
+            let cut = segment.finish();
+            written.and(cut.map(drop).map_err(|error| RecordingError::storage(&self.epoch.folder, error)))?;
+        } else {
+            written?;
+        }
+        failure.map_or(Ok(()), |(error, _)| Err(error))
+    }
+
+    fn try_commit(
+        &mut self,
+        entries: &mut dyn Iterator<Item = &Entry>,
+        checkpoint: bool,
+    ) -> Result<(), RecordingError> {
+        self.recover()?;
+        let draft = self.draft(entries, checkpoint)?;
+        let needed = self.frames.len() as u64;
+        if self.segment.as_ref().is_none_or(|segment| segment.room(false) < needed)
+            && let Err(error) = self.rotate(needed)
+        {
+            return Err(self.stop_recording(error));
+        }
+        self.write(draft)
+    }
+
+    /// Tries a new segment if recording is not possible, but not too often.
+    fn recover(&mut self) -> Result<(), RecordingError> {
+        let Some((error, tried)) = &mut self.failure else { return Ok(()) };
+        if tried.elapsed() < self.retry_interval {
+            return Err(error.clone());
+        }
+        *tried = Instant::now();
+        let rotated = self.measure().and_then(|()| self.rotate(0));
+        if let Err(now) = rotated {
+            if let Some((error, _)) = &mut self.failure {
+                *error = now.clone();
+            }
+            return Err(now);
+        }
+        self.failure = None;
+        tracing::warn!(events_lost = self.lost, "recording goes on");
+        Ok(())
+    }
+
+    /// Frames a group into `self.frames`.
+    fn draft(
+        &mut self,
+        entries: &mut dyn Iterator<Item = &Entry>,
+        checkpoint: bool,
+    ) -> Result<Draft, RecordingError> {
+        self.frames.clear();
+        let mut draft = Draft { sequence: self.sequence, tree: self.tree.clone(), checkpoint: None };
+        if self.lost > 0 {
+            let reason = "events could not be written to the journal".to_owned();
+            let gap = Kind::Gap { reason, events: Some(self.lost), bytes: None };
+            let gap = self.origin.entry(None, Ids::default(), gap)?;
+            self.frame(&mut draft, &gap)?;
+        }
+        for entry in entries {
+            self.frame(&mut draft, entry)?;
+        }
+        let (covered, at) = self.checkpointed;
+        if checkpoint || draft.sequence - covered >= CHECKPOINT_EVENTS || at.elapsed() >= CHECKPOINT_INTERVAL
+        {
+            self.frame_checkpoint(&mut draft)?;
+        }
+        Ok(draft)
+    }
+
+    fn envelope(&self, key: &str, sequence: u64, name: &str, time_unix_us: i64) -> Envelope {
+        Envelope {
+            key: key.to_owned(),
+            id: format!("{}/{sequence}", self.origin.epoch),
+            event_type: format!("weir.v1.{name}"),
+            source: format!("/weir/{}/{}", self.origin.node, self.origin.epoch),
+            time_unix_us,
+            flags: 0,
+            key_id: 0,
+        }
+    }
+
+    fn frame(&mut self, draft: &mut Draft, entry: &Entry) -> Result<(), RecordingError> {
+        let sequence = draft.sequence;
+        let envelope = self.envelope(&entry.key, sequence, entry.name, entry.time_unix_us);
+        let value = entry.value(sequence);
+        let leaf =
+            frame::encode(&mut self.frames, FrameType::Event, sequence, self.commit, &envelope, &value)
+                .map_err(|_| RecordingError::TooLong { bytes: value.len() })?;
+        draft.tree.push(leaf);
+        draft.sequence += 1;
+        Ok(())
+    }
+
+    fn frame_checkpoint(&mut self, draft: &mut Draft) -> Result<(), RecordingError> {
+        let checkpoint = Checkpoint {
+            origin: self.epoch.origin.clone(),
+            size: draft.tree.size(),
+            root: draft.tree.root(),
+        };
+        let note = checkpoint.sign(&self.epoch.signer);
+        let envelope = self.envelope("", draft.sequence, "checkpoint", unix_us());
+        let sequence = draft.sequence;
+        frame::encode(
+            &mut self.frames,
+            FrameType::Checkpoint,
+            sequence,
+            self.commit,
+            &envelope,
+            note.as_bytes(),
+        )
+        .map_err(|_| RecordingError::TooLong { bytes: note.len() })?;
+        draft.checkpoint = Some(note);
+        Ok(())
+    }
+
+    /// Writes `self.frames` and, if that held, takes over what they add.
+    fn write(&mut self, draft: Draft) -> Result<(), RecordingError> {
+        let Some(segment) = &mut self.segment else { return Err(RecordingError::Closed) };
+        if let Err(error) = segment.commit(&self.frames) {
+            let error = RecordingError::storage(&self.epoch.folder, error);
+            // Never written to again. Cutting off the failed write may fail as well: readers then see that the
+            // next segment has its numbers again.
+            let _ = self.segment.take().map(OpenSegment::finish);
+            // Whatever reached the disk bears this commit's number.
+            self.commit += 1;
+            return Err(self.fail(error));
+        }
+        self.commit += 1;
+        self.sequence = draft.sequence;
+        self.tree = draft.tree;
+        self.lost = 0;
+        if let Some(note) = draft.checkpoint {
+            self.checkpointed = (self.sequence, Instant::now());
+            let path = self.epoch.folder.join(CHECKPOINT_FILE);
+            if let Err(error) = self.disk.replace(&path, note.as_bytes()) {
+                // The log has it as well, so nothing is lost by it.
+                tracing::warn!(path = %path.display(), %error, "checkpoint file cannot be replaced");
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends the current segment and begins the next, with room for `needed` bytes of frames.
+    fn rotate(&mut self, needed: u64) -> Result<(), RecordingError> {
+        let left = self.bytes_max.saturating_sub(self.bytes_used);
+        let bytes = segment::size(self.next_segment, needed).min(left);
+        // A segment that holds nothing but its reserve is of no use either.
+        let least = segment::smallest(needed.max(segment::SEGMENT_RESERVE_BYTES));
+        if bytes < least {
+            return Err(RecordingError::Full { path: self.folder.clone(), bytes_max: self.bytes_max });
+        }
+        let header = SegmentHeader {
+            index: self.next_segment,
+            first_sequence: self.sequence,
+            first_commit: self.commit,
+            created_unix_us: unix_us(),
+            epoch: self.epoch.id,
+            node: self.epoch.node.clone(),
+        };
+        let path = self.epoch.folder.join(SegmentHeader::file_name(header.index));
+        let encoded = header.encode().map_err(|_| RecordingError::Node { node: header.node })?;
+        // The number is spent even if this fails: a file that is half made must not be in the way.
+        self.next_segment += 1;
+        let opened = OpenSegment::create(self.disk.as_ref(), &path, &encoded, bytes)
+            .map_err(|error| RecordingError::storage(&path, error))?;
+        self.bytes_used += bytes;
+        if let Some(full) = self.segment.replace(opened) {
+            match full.finish() {
+                Ok(unused) => self.bytes_used = self.bytes_used.saturating_sub(unused),
+                Err(error) => {
+                    tracing::warn!(%error, "unused end of a segment cannot be given back");
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes the journal's size anew: others may have removed epochs.
+    fn measure(&mut self) -> Result<(), RecordingError> {
+        let used = self.disk.used(&self.folder);
+        self.bytes_used = used.map_err(|error| RecordingError::storage(&self.folder, error))?;
+        Ok(())
+    }
+
+    /// No new segment can be had: says so in the reserve of the current one.
+    fn stop_recording(&mut self, error: RecordingError) -> RecordingError {
+        let reason = format!("recording stopped: {error}");
+        let gap = Kind::Gap { reason, events: None, bytes: None };
+        if let Ok(gap) = self.origin.entry(None, Ids::default(), gap) {
+            // If this fails too, the gap record after the recovery still tells of it.
+            let _ = self.last_words(&mut std::iter::once(&gap));
+        }
+        self.fail(error)
+    }
+
+    fn last_words(&mut self, entries: &mut dyn Iterator<Item = &Entry>) -> Result<(), RecordingError> {
+        let draft = self.draft(entries, true)?;
+        let needed = self.frames.len() as u64;
+        match &self.segment {
+            Some(segment) if segment.room(true) >= needed => self.write(draft),
+            _ => Err(RecordingError::Full { path: self.folder.clone(), bytes_max: self.bytes_max }),
+        }
+    }
+
+    fn fail(&mut self, error: RecordingError) -> RecordingError {
+        if self.failure.is_none() {
+            let source = std::error::Error::source(&error).map(ToString::to_string);
+            tracing::error!(%error, source, "recording stopped; requests are refused");
+        }
+        self.failure = Some((error.clone(), Instant::now()));
+        error
+    }
+}

@@ -1,0 +1,362 @@
+//! Masks of single values: what stands in a record in place of a secret, and which headers, query parameters and
+//! arguments hold one. Bodies are `body`'s matter. Sans-IO.
+//!
+//! A mask is `weir:masked:<length class>:<keyed digest>`: equal secrets are recognisable as equal, and whoever lacks the
+//! key cannot try guesses. The key is per cluster, derived from one per journal.
+
+use hmac::{Hmac, Mac as _};
+use http::{HeaderMap, HeaderName, HeaderValue, Uri};
+use sha2::Sha256;
+use weir_common::event::{Caller, Header, Process};
+use zeroize::Zeroizing;
+
+/// What every mask starts with.
+pub(super) const MASK_PREFIX: &str = "weir:masked:";
+
+/// Most bytes of all header names and values that an event holds; beyond that values are replaced by a mark.
+const HEADERS_BYTES_MAX: usize = 64 * 1024;
+
+/// Most bytes of a URI that an event holds.
+const URI_BYTES_MAX: usize = 64 * 1024;
+
+/// What stands for a header value that is left out because of [`HEADERS_BYTES_MAX`], before its length.
+const OMITTED_PREFIX: &str = "weir:omitted:";
+
+/// The subprotocol in which browsers and kubectl carry a bearer token (k8s.io/apiserver
+/// `pkg/authentication/request/websocket/protocol.go`).
+const WEBSOCKET_BEARER: &str = "base64url.bearer.authorization.k8s.io.";
+
+/// Query parameters that hold a credential.
+const CREDENTIAL_PARAMETERS: [&str; 4] = ["token", "access_token", "id_token", "x-amz-security-token"];
+
+/// Flags of kubectl, curl and their like whose value is a credential.
+const CREDENTIAL_FLAGS: [&str; 10] = [
+    "--token",
+    "--password",
+    "--username",
+    "--from-literal",
+    "--docker-password",
+    "--auth-provider-arg",
+    "--exec-env",
+    "--header",
+    "--user",
+    "--oauth2-bearer",
+];
+
+/// Short flags of curl whose value may hold a credential.
+const CREDENTIAL_SHORT_FLAGS: [&str; 3] = ["-H", "-u", "-b"];
+
+/// Makes masks for one cluster. `Debug` shows nothing of the key.
+pub(super) struct Masker {
+    key: Zeroizing<[u8; 32]>,
+}
+
+impl std::fmt::Debug for Masker {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Masker")
+    }
+}
+
+impl Masker {
+    /// Derives a cluster's key from the journal's.
+    pub(super) fn for_cluster(journal_key: &[u8], cluster: &str) -> Self {
+        let mut key = Zeroizing::new([0; 32]);
+        let mut derived = hmac(journal_key);
+        derived.update(b"weir mask key v1\0");
+        derived.update(cluster.as_bytes());
+        key.copy_from_slice(&derived.finalize().into_bytes());
+        Self { key }
+    }
+
+    /// A keyed digest to be fed.
+    pub(super) fn digest(&self) -> KeyedDigest {
+        KeyedDigest(hmac(self.key.as_slice()))
+    }
+
+    /// The mask of a value.
+    pub(super) fn mask(&self, value: &[u8]) -> String {
+        let mut digest = self.digest();
+        digest.update(value);
+        let digest = digest.0.finalize().into_bytes();
+        format!("{MASK_PREFIX}{}:{}", length_class(value.len()), hex::encode(&digest[..8]))
+    }
+
+    /// Headers as they are recorded.
+    pub(super) fn headers(&self, headers: &HeaderMap) -> Vec<Header> {
+        let mut left = HEADERS_BYTES_MAX;
+        let one = |(name, value): (&HeaderName, &HeaderValue)| {
+            let value = self.header_value(name.as_str(), value.as_bytes());
+            let bytes = name.as_str().len() + value.len();
+            let value = match left.checked_sub(bytes) {
+                Some(rest) => {
+                    left = rest;
+                    value
+                }
+                None => format!("{OMITTED_PREFIX}{}", value.len()),
+            };
+            Header { name: name.as_str().to_owned(), value }
+        };
+        headers.iter().map(one).collect()
+    }
+
+    fn header_value(&self, name: &str, value: &[u8]) -> String {
+        let text = String::from_utf8_lossy(value);
+        match name {
+            "authorization" | "proxy-authorization" => match text.split_once(' ') {
+                Some((scheme, rest))
+                    if !rest.is_empty() && scheme.bytes().all(|b| b.is_ascii_alphanumeric()) =>
+                {
+                    format!("{scheme} {}", self.mask(rest.as_bytes()))
+                }
+                _ => self.mask(value),
+            },
+            "cookie" | "set-cookie" => self.mask(value),
+            "sec-websocket-protocol" => {
+                let protocols = text.split(',').map(|protocol| self.websocket_protocol(protocol.trim()));
+                protocols.collect::<Vec<_>>().join(", ")
+            }
+            "location" | "referer" => self.uri(&text),
+            _ if is_credential_header(name) => self.mask(value),
+            _ => text.into_owned(),
+        }
+    }
+
+    fn websocket_protocol(&self, protocol: &str) -> String {
+        match protocol.get(..WEBSOCKET_BEARER.len()) {
+            Some(prefix) if prefix.eq_ignore_ascii_case(WEBSOCKET_BEARER) => {
+                let token = &protocol[WEBSOCKET_BEARER.len()..];
+                format!("{WEBSOCKET_BEARER}{}", self.mask(token.as_bytes()))
+            }
+            _ => protocol.to_owned(),
+        }
+    }
+
+    /// A request's URI as it is recorded.
+    pub(super) fn request_uri(&self, uri: &Uri) -> String {
+        self.uri(&uri.to_string())
+    }
+
+    /// A URI with the values of credential parameters masked, cut to its limit.
+    fn uri(&self, uri: &str) -> String {
+        let mut masked = match uri.split_once('?') {
+            None => uri.to_owned(),
+            Some((path, query)) => {
+                let (query, fragment) = query.split_once('#').map_or((query, None), |(q, f)| (q, Some(f)));
+                let parameters: Vec<_> =
+                    query.split('&').map(|parameter| self.parameter(parameter)).collect();
+                let fragment = fragment.map(|_| "#").unwrap_or_default();
+                format!("{path}?{}{fragment}", parameters.join("&"))
+            }
+        };
+        if masked.len() > URI_BYTES_MAX {
+            let whole = masked.len();
+            let end = (0..=URI_BYTES_MAX).rev().find(|end| masked.is_char_boundary(*end)).unwrap_or(0);
+            masked.truncate(end);
+            masked.push_str(&format!(" {OMITTED_PREFIX}{}", whole - end));
+        }
+        masked
+    }
+
+    fn parameter(&self, parameter: &str) -> String {
+        match parameter.split_once('=') {
+            Some((name, value)) if is_credential_parameter(name) => {
+                format!("{name}={}", self.mask(value.as_bytes()))
+            }
+            _ => parameter.to_owned(),
+        }
+    }
+
+    /// Arguments as they are recorded. They are a claim anyway; what looks like a credential is masked.
+    pub(super) fn arguments(&self, arguments: &[String]) -> Vec<String> {
+        let mut value_follows = false;
+        let one = |argument: &String| {
+            if std::mem::take(&mut value_follows) {
+                return self.mask(argument.as_bytes());
+            }
+            if CREDENTIAL_FLAGS.contains(&argument.as_str())
+                || CREDENTIAL_SHORT_FLAGS.contains(&argument.as_str())
+            {
+                value_follows = true;
+                return argument.clone();
+            }
+            match argument.split_once('=') {
+                Some((flag, value)) if CREDENTIAL_FLAGS.contains(&flag) => self.flag_value(flag, value),
+                Some((name, value)) if looks_secret(name) => {
+                    format!("{name}={}", self.mask(value.as_bytes()))
+                }
+                _ if argument.contains('?') && argument.contains("://") => self.uri(argument),
+                _ => argument.clone(),
+            }
+        };
+        arguments.iter().map(one).collect()
+    }
+
+    /// `--from-literal=key=value` keeps its key.
+    fn flag_value(&self, flag: &str, value: &str) -> String {
+        match value.split_once('=') {
+            Some((key, value)) if flag == "--from-literal" => {
+                format!("{flag}={key}={}", self.mask(value.as_bytes()))
+            }
+            _ => format!("{flag}={}", self.mask(value.as_bytes())),
+        }
+    }
+
+    /// A process as it is recorded.
+    pub(super) fn process(&self, process: &Process) -> Process {
+        Process { argv: self.arguments(&process.argv), ..process.clone() }
+    }
+
+    /// A caller as it is recorded.
+    pub(super) fn caller(&self, caller: &Caller) -> Caller {
+        Caller { process: caller.process.as_ref().map(|process| self.process(process)), ..caller.clone() }
+    }
+}
+
+/// HMAC-SHA256 with a cluster's key.
+pub(super) struct KeyedDigest(Hmac<Sha256>);
+
+impl std::fmt::Debug for KeyedDigest {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("KeyedDigest")
+    }
+}
+
+impl KeyedDigest {
+    pub(super) fn update(&mut self, bytes: &[u8]) {
+        self.0.update(bytes);
+    }
+
+    /// As it stands in a body's summary.
+    pub(super) fn finish(self) -> String {
+        format!("hmac-sha256:{}", hex::encode(self.0.finalize().into_bytes()))
+    }
+}
+
+fn hmac(key: &[u8]) -> Hmac<Sha256> {
+    match Hmac::<Sha256>::new_from_slice(key) {
+        Ok(hmac) => hmac,
+        // HMAC takes keys of any length.
+        Err(_) => unreachable!("HMAC refuses no key"),
+    }
+}
+
+/// The next power of two, from 8: a length says too much of a short secret.
+fn length_class(length: usize) -> String {
+    if length == 0 { "0".to_owned() } else { format!("le{}", length.max(8).next_power_of_two()) }
+}
+
+fn is_credential_header(name: &str) -> bool {
+    let named = name.ends_with("-token") || name.ends_with("-secret") || name.ends_with("-password");
+    named || name.ends_with("api-key") || name.starts_with("x-auth") || name.ends_with("-authorization")
+}
+
+fn is_credential_parameter(name: &str) -> bool {
+    let decoded = percent_decoded(name);
+    CREDENTIAL_PARAMETERS.iter().any(|parameter| decoded.eq_ignore_ascii_case(parameter))
+}
+
+fn percent_decoded(text: &str) -> String {
+    let (mut bytes, mut rest) = (Vec::new(), text.as_bytes());
+    while let [first, tail @ ..] = rest {
+        let escaped = (*first == b'%').then(|| tail.first_chunk::<2>()).flatten();
+        let byte = escaped.and_then(|digits| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok());
+        bytes.push(byte.unwrap_or(*first));
+        rest = if byte.is_some() { &tail[2..] } else { tail };
+    }
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+/// An argument or variable name that speaks of a secret.
+fn looks_secret(name: &str) -> bool {
+    let name = name.to_ascii_lowercase();
+    ["token", "password", "passwd", "secret", "apikey", "api_key", "api-key"]
+        .iter()
+        .any(|word| name.contains(word))
+}
+
+#[cfg(test)]
+mod tests {
+    use http::HeaderMap;
+
+    use super::{HEADERS_BYTES_MAX, MASK_PREFIX, Masker, URI_BYTES_MAX};
+
+    fn masker() -> Masker {
+        Masker::for_cluster(&[1; 32], "c")
+    }
+
+    #[test]
+    fn equal_secrets_have_equal_masks_only_under_the_same_key() {
+        assert_eq!(masker().mask(b"hunter2"), masker().mask(b"hunter2"));
+        assert_ne!(masker().mask(b"hunter2"), masker().mask(b"hunter3"));
+        assert_ne!(masker().mask(b"hunter2"), Masker::for_cluster(&[1; 32], "d").mask(b"hunter2"));
+        assert_ne!(masker().mask(b"hunter2"), Masker::for_cluster(&[2; 32], "c").mask(b"hunter2"));
+        assert!(masker().mask(b"hunter2").starts_with("weir:masked:le8:"));
+        assert!(masker().mask(&[0; 33]).starts_with("weir:masked:le64:"));
+    }
+
+    #[track_caller]
+    fn header(name: &'static str, value: &str) -> String {
+        let mut headers = HeaderMap::new();
+        headers.insert(name, value.parse().unwrap());
+        masker().headers(&headers).remove(0).value
+    }
+
+    #[test]
+    fn credential_headers_are_masked_and_others_are_not() {
+        for name in
+            ["authorization", "cookie", "set-cookie", "x-vault-token", "x-amz-security-token", "x-api-key"]
+        {
+            let value = header(name, "Bearer canary.canary");
+            assert!(!value.contains("canary") && value.contains(MASK_PREFIX), "{name}: {value}");
+        }
+        assert!(header("authorization", "Bearer canary").starts_with("Bearer weir:masked:"));
+        let value = header(
+            "sec-websocket-protocol",
+            "v5.channel.k8s.io,base64url.bearer.authorization.k8s.io.Y2FuYXJ5",
+        );
+        assert!(value.starts_with("v5.channel.k8s.io, base64url.bearer.authorization.k8s.io.weir:masked:"));
+        assert_eq!(header("user-agent", "kubectl/v1.36"), "kubectl/v1.36");
+        assert!(header("location", "/a?token=canary").starts_with("/a?token=weir:masked:"));
+    }
+
+    #[test]
+    fn credential_parameters_are_masked_even_if_their_names_are_escaped() {
+        for query in ["token=canary", "a=b&access_token=canary", "%74oken=canary", "TOKEN=canary&b"] {
+            let uri = masker().request_uri(&format!("/api?{query}").parse().unwrap());
+            assert!(!uri.contains("canary") && uri.contains(MASK_PREFIX), "{uri}");
+        }
+        let uri = "/api/v1/pods?continue=abc&limit=500&watch=true";
+        assert_eq!(masker().request_uri(&uri.parse().unwrap()), uri);
+    }
+
+    #[test]
+    fn arguments_that_are_credentials_are_masked() {
+        let given = [
+            "kubectl",
+            "--token=canary",
+            "--token",
+            "canary",
+            "-n",
+            "x",
+            "--from-literal=key=canary",
+            "PASSWORD=canary",
+        ];
+        let masked = masker().arguments(&given.map(str::to_owned));
+        assert!(!masked.iter().any(|argument| argument.contains("canary")), "{masked:?}");
+        assert_eq!((&*masked[0], &*masked[4], &*masked[5]), ("kubectl", "-n", "x"));
+        assert!(masked[6].starts_with("--from-literal=key=weir:masked:"));
+    }
+
+    #[test]
+    fn long_headers_and_uris_are_cut_with_a_mark() {
+        let mut headers = HeaderMap::new();
+        for n in 0..3 {
+            headers.append("x-long", "a".repeat(HEADERS_BYTES_MAX / 2).parse().unwrap());
+            headers.append("x-short", n.to_string().parse().unwrap());
+        }
+        let recorded = masker().headers(&headers);
+        assert_eq!(recorded.iter().filter(|header| header.value.starts_with("weir:omitted:")).count(), 2);
+        let uri = format!("/{}", "a".repeat(URI_BYTES_MAX + 9));
+        assert!(masker().uri(&uri).ends_with(" weir:omitted:10"));
+    }
+}

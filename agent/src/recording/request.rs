@@ -1,0 +1,289 @@
+//! The record of one request, as the proxy feeds it.
+//!
+//! Everything here runs on the forwarding path: it counts, keeps references and hands on; decoding and masking happen
+//! in the workers. The one lock is the request's own.
+
+use std::{
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Instant,
+};
+
+use bytes::Bytes;
+use http::{
+    HeaderMap, StatusCode,
+    header::{CONTENT_ENCODING, CONTENT_TYPE},
+};
+use weir_common::event::{Channel, Kind, Outcome, RequestClosed};
+
+use super::{
+    content::{self, Held, Streamed},
+    entry::{Append, Entry},
+    error::RecordingError,
+    mask::KeyedDigest,
+    worker::{Closing, Context},
+    writer::Status,
+};
+
+/// How much of a response is recorded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Level {
+    /// Length only: discovery, OpenAPI, health.
+    Metadata,
+    /// The first bytes.
+    Bounded(usize),
+    /// All of it, as it comes (`logs`).
+    Streamed,
+}
+
+/// The record of one request, from arrival to end. Dropped without [`RequestRecord::close`] it closes itself as
+/// `ClientAborted`. Shared by both directions of an upgraded stream through an `Arc`.
+#[derive(Debug)]
+pub struct RequestRecord {
+    context: Arc<Context>,
+    status: Arc<Status>,
+    opened: Instant,
+    level: Level,
+    watch: bool,
+    state: Mutex<State>,
+    client_bytes: AtomicU64,
+    server_bytes: AtomicU64,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    http_status: Option<u16>,
+    refused: Option<String>,
+    response: Response,
+    response_bytes: u64,
+    /// Bytes of the budget that are held.
+    held_bytes: usize,
+    /// The keyed digest of a response that is cut.
+    digest: Option<KeyedDigest>,
+    closed: bool,
+}
+
+/// What becomes of the response's body.
+#[derive(Debug, Default)]
+enum Response {
+    /// No answer yet, or none that has a body.
+    #[default]
+    None,
+    Held(Held),
+    Streamed,
+}
+
+impl RequestRecord {
+    pub(super) fn new(context: Context, status: Arc<Status>, level: Level, watch: bool) -> Self {
+        Self {
+            context: Arc::new(context),
+            status,
+            opened: Instant::now(),
+            level,
+            watch,
+            state: Mutex::default(),
+            client_bytes: AtomicU64::new(0),
+            server_bytes: AtomicU64::new(0),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The request never happened: it could not be recorded.
+    pub(super) fn disarm(&self) {
+        self.lock().closed = true;
+    }
+
+    /// The request's id, sent upstream as `Audit-ID`.
+    pub fn id(&self) -> &str {
+        &self.context.request
+    }
+
+    /// The answer's head arrived. `streaming` (watch, `logs -f`) records each piece as it comes.
+    pub fn response_started(&self, status: StatusCode, headers: &HeaderMap, streaming: bool) {
+        let mut state = self.lock();
+        state.http_status = Some(status.as_u16());
+        let text = |name| headers.get(name).and_then(|value| value.to_str().ok()).map(str::to_owned);
+        let (content_type, content_encoding) = (text(CONTENT_TYPE), text(CONTENT_ENCODING));
+        state.response = match self.level {
+            _ if status == StatusCode::SWITCHING_PROTOCOLS => Response::None,
+            Level::Metadata if status.is_success() => Response::Held(Held {
+                cut: Some(("only metadata is recorded of this request".to_owned(), None)),
+                ..Held::default()
+            }),
+            // An error to a watch or log request is a short `Status`, not a stream.
+            Level::Streamed | Level::Bounded(_)
+                if (streaming || self.level == Level::Streamed) && status.is_success() =>
+            {
+                let context = &self.context;
+                let streamed = Streamed::new(
+                    &context.masker,
+                    context.sensitivity,
+                    content_type,
+                    content_encoding.as_deref(),
+                    self.watch,
+                );
+                *context.streamed.lock().unwrap_or_else(PoisonError::into_inner) = Some(streamed);
+                Response::Streamed
+            }
+            level => Response::Held(Held {
+                content_type,
+                content_encoding,
+                bytes_max: match level {
+                    Level::Bounded(bytes_max) => bytes_max,
+                    Level::Metadata | Level::Streamed => super::ERROR_BYTES_MAX,
+                },
+                ..Held::default()
+            }),
+        };
+        drop(state);
+        let headers = self.context.masker.headers(headers);
+        self.push_small(Kind::ResponseStarted { status: status.as_u16(), headers });
+    }
+
+    /// A piece of the answer's body is being forwarded. Cheap: keeps a reference, never waits, bounded.
+    pub fn response_data(&self, data: &Bytes) {
+        if data.is_empty() {
+            return;
+        }
+        let workers = &self.context.workers;
+        let mut state = self.lock();
+        let state = &mut *state;
+        state.response_bytes += data.len() as u64;
+        match &mut state.response {
+            Response::None => {}
+            Response::Streamed => {
+                if !workers.piece(&self.context, data) {
+                    workers.lost(&self.context, data.len() as u64);
+                }
+            }
+            Response::Held(held) if held.cut.is_some() => {
+                if let Some(digest) = &mut state.digest {
+                    digest.update(data);
+                }
+            }
+            Response::Held(held) => {
+                let room = held.bytes_max - state.held_bytes;
+                let kept = data.len().min(room);
+                let affordable = workers.hold(kept);
+                if affordable {
+                    state.held_bytes += kept;
+                    held.chunks.push(data.slice(..kept));
+                }
+                if !affordable || kept < data.len() {
+                    held.cut = Some((
+                        if affordable {
+                            format!("longer than the {} bytes that are recorded", held.bytes_max)
+                        } else {
+                            "too many responses were being recorded at the same time".to_owned()
+                        },
+                        None,
+                    ));
+                    // From here on the whole is only digested.
+                    let mut digest = self.context.masker.digest();
+                    held.chunks.iter().for_each(|chunk| digest.update(chunk));
+                    digest.update(if affordable { &data[kept..] } else { data });
+                    state.digest = Some(digest);
+                }
+            }
+        }
+    }
+
+    /// Bytes of an upgraded connection, client to server: durable when this returns; forward them then.
+    ///
+    /// # Errors
+    /// The journal cannot accept: the stream must be cut.
+    pub async fn client_stream_data(&self, data: Bytes) -> Result<(), RecordingError> {
+        let entries = self.raw(Channel::ClientRaw, &self.client_bytes, &data);
+        self.durable(entries).await
+    }
+
+    /// Bytes of an upgraded connection, server to client: queued (waits only while the queue is full).
+    ///
+    /// # Errors
+    /// The journal cannot accept: the stream must be cut.
+    pub async fn server_stream_data(&self, data: Bytes) -> Result<(), RecordingError> {
+        let entries = self.raw(Channel::ServerRaw, &self.server_bytes, &data);
+        self.append(entries, false).await
+    }
+
+    /// Queues events, and waits until they are durable if that is asked or if the journal is failing.
+    pub(super) async fn append(&self, entries: Vec<Entry>, durable: bool) -> Result<(), RecordingError> {
+        if durable || self.status.is_failing() {
+            return self.durable(entries).await;
+        }
+        self.context.queue.push(Append::behind(entries)).await
+    }
+
+    async fn durable(&self, entries: Vec<Entry>) -> Result<(), RecordingError> {
+        let (append, result) = Append::durable(entries);
+        self.context.queue.push(append).await?;
+        result.await.unwrap_or(Err(RecordingError::Closed))
+    }
+
+    fn raw(&self, channel: Channel, count: &AtomicU64, data: &[u8]) -> Vec<Entry> {
+        let offset = count.fetch_add(data.len() as u64, Ordering::Relaxed);
+        content::split(channel, offset, data)
+            .into_iter()
+            .filter_map(|kind| self.context.entry(kind))
+            .collect()
+    }
+
+    fn push_small(&self, kind: Kind) {
+        if let Some(entry) = self.context.entry(kind) {
+            self.context.queue.push_small(Append::behind(vec![entry]));
+        }
+    }
+
+    /// Weir itself refused the request (status and reason as the client gets them).
+    pub fn refused(&self, status: StatusCode, reason: &str) {
+        {
+            let mut state = self.lock();
+            state.http_status = Some(status.as_u16());
+            state.refused = Some(reason.to_owned());
+        }
+        self.push_small(Kind::RequestRefused { status: status.as_u16(), reason: reason.to_owned() });
+    }
+
+    /// The request is over.
+    pub fn close(&self, outcome: Outcome, reason: Option<&str>) {
+        let mut state = self.lock();
+        if std::mem::replace(&mut state.closed, true) {
+            return;
+        }
+        let response_bytes = state.response_bytes + self.server_bytes.load(Ordering::Relaxed);
+        let body = match std::mem::take(&mut state.response) {
+            Response::Held(mut held) => {
+                held.wire_bytes = response_bytes;
+                if let (Some((_, digest)), Some(whole)) = (&mut held.cut, state.digest.take()) {
+                    *digest = Some(whole.finish());
+                }
+                (response_bytes > 0).then_some(held)
+            }
+            Response::None | Response::Streamed => None,
+        };
+        let closed = RequestClosed {
+            status: state.http_status,
+            outcome,
+            reason: reason.map(str::to_owned).or_else(|| state.refused.take()),
+            response_bytes,
+            client_bytes: self.client_bytes.load(Ordering::Relaxed),
+            duration_us: u64::try_from(self.opened.elapsed().as_micros()).unwrap_or(u64::MAX),
+            body: None,
+        };
+        let held_bytes = std::mem::take(&mut state.held_bytes);
+        drop(state);
+        self.context.workers.close(&self.context, Closing { closed, body, held_bytes });
+    }
+}
+
+impl Drop for RequestRecord {
+    fn drop(&mut self) {
+        let refused = self.lock().refused.is_some();
+        self.close(if refused { Outcome::Refused } else { Outcome::ClientAborted }, None);
+    }
+}

@@ -1,0 +1,72 @@
+//! Segment files as the journal's writer sees them: made, filled, cut.
+//!
+//! Knows sizes and offsets, not what is written. The layout is in `weir_common::segment`.
+
+use std::{io, path::Path};
+
+use weir_common::segment::SEGMENT_HEADER_BYTES;
+
+use super::disk::{Disk, DiskFile};
+
+/// Size of an epoch's first segment: small, since many epochs are short (`weir-agent exec`).
+const SEGMENT_BYTES_FIRST: u64 = 4 * 1024 * 1024;
+
+/// Size that segments grow to, each twice as large as the one before.
+const SEGMENT_BYTES_MAX: u64 = 64 * 1024 * 1024;
+
+/// Bytes at the end of each segment that only the last words may take: that recording stopped, and why.
+pub(super) const SEGMENT_RESERVE_BYTES: u64 = 64 * 1024;
+
+/// Size of segment `index`, which must hold at least `needed` bytes of frames.
+pub(super) fn size(index: u64, needed: u64) -> u64 {
+    let grown = SEGMENT_BYTES_FIRST << index.min(8);
+    grown.min(SEGMENT_BYTES_MAX).max(smallest(needed))
+}
+
+/// The smallest segment that holds `needed` bytes of frames.
+pub(super) fn smallest(needed: u64) -> u64 {
+    SEGMENT_HEADER_BYTES as u64 + needed + SEGMENT_RESERVE_BYTES
+}
+
+/// The segment that is being filled.
+#[derive(Debug)]
+pub(super) struct OpenSegment {
+    file: Box<dyn DiskFile>,
+    /// Where the next frame goes: everything before it is durable.
+    offset: u64,
+    bytes: u64,
+}
+
+impl OpenSegment {
+    /// Makes the file with its header, durably.
+    pub(super) fn create(
+        disk: &dyn Disk,
+        path: &Path,
+        header: &[u8; SEGMENT_HEADER_BYTES],
+        bytes: u64,
+    ) -> io::Result<Self> {
+        let file = disk.create(path, header, bytes)?;
+        Ok(Self { file, offset: header.len() as u64, bytes })
+    }
+
+    /// Bytes that frames may still take; with the reserve only for last words.
+    pub(super) fn room(&self, with_reserve: bool) -> u64 {
+        let reserve = if with_reserve { 0 } else { SEGMENT_RESERVE_BYTES };
+        self.bytes.saturating_sub(self.offset + reserve)
+    }
+
+    /// Writes frames durably.
+    pub(super) fn commit(&mut self, frames: &[u8]) -> io::Result<()> {
+        debug_assert!(frames.len() as u64 <= self.room(true));
+        self.file.write_at(self.offset, frames)?;
+        self.file.sync()?;
+        self.offset += frames.len() as u64;
+        Ok(())
+    }
+
+    /// Gives back the space that is not used; returns how much. What a failed write left is cut away too.
+    pub(super) fn finish(mut self) -> io::Result<u64> {
+        self.file.truncate(self.offset)?;
+        Ok(self.bytes - self.offset)
+    }
+}

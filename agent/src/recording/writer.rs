@@ -1,0 +1,76 @@
+//! The writer's thread: takes groups from the queue, commits them, tells whoever waits.
+//!
+//! It is the only user of the journal. Its state is published, so that requests are refused while it cannot write.
+
+use std::{
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    thread::JoinHandle,
+};
+
+use super::{error::RecordingError, journal::Journal, queue::Queue};
+
+/// What others may know of the writer.
+#[derive(Debug, Default)]
+pub(super) struct Status {
+    failing: AtomicBool,
+    failure: Mutex<Option<RecordingError>>,
+    losses: AtomicU64,
+}
+
+impl Status {
+    /// Whether the last commit failed: nothing may be only queued then.
+    pub(super) fn is_failing(&self) -> bool {
+        self.failing.load(Ordering::Acquire)
+    }
+
+    /// Why.
+    pub(super) fn failure(&self) -> Option<RecordingError> {
+        self.failure.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Changes whenever events are lost.
+    pub(super) fn losses(&self) -> u64 {
+        self.losses.load(Ordering::Acquire)
+    }
+
+    fn publish(&self, failure: Option<&RecordingError>) {
+        if failure.is_some() || self.is_failing() {
+            *self.failure.lock().unwrap_or_else(PoisonError::into_inner) = failure.cloned();
+            self.failing.store(failure.is_some(), Ordering::Release);
+        }
+    }
+}
+
+/// Starts the thread; it ends when the queue is closed, with the result of the last words.
+pub(super) fn start(
+    mut journal: Journal,
+    queue: Arc<Queue>,
+    status: Arc<Status>,
+) -> std::io::Result<JoinHandle<Result<(), RecordingError>>> {
+    std::thread::Builder::new().name("weir-journal".to_owned()).spawn(move || {
+        loop {
+            let group = queue.take(journal.checkpoint_due());
+            journal.lose(group.dropped);
+            if !group.appends.is_empty() {
+                let result = journal.commit(&group.appends);
+                if result.is_err() {
+                    status.losses.fetch_add(1, Ordering::AcqRel);
+                }
+                // Before anybody is told, so that a request that was refused does not find the old state.
+                status.publish(journal.failure());
+                for waiter in group.appends.into_iter().filter_map(|append| append.waiter) {
+                    // Who went away need not be told.
+                    let _ = waiter.send(result.clone());
+                }
+            }
+            journal.checkpoint_if_due();
+            status.publish(journal.failure());
+            if let Some(reason) = group.closed {
+                return journal.finish(&reason);
+            }
+        }
+    })
+}
