@@ -14,7 +14,7 @@ use std::{
 pub enum RecordingError {
     /// The journal has reached its limit.
     #[error(
-        "journal {path} is full ({bytes_max} bytes); raise the journal's limit, or remove epoch folders that are shipped"
+        "journal {path} is full ({bytes_max} bytes); raise journal.bytesMax, or remove epoch folders that are shipped"
     )]
     Full {
         /// The journal's folder.
