@@ -2,16 +2,23 @@
 //!
 //! [`loader`] puts the programs into the kernel and writes their maps, [`attach`] keeps them attached, [`listener`]
 //! listens in other network namespaces, [`accept`] lets through what [`flow`], [`caller`] and [`process`] vouch for,
-//! [`cluster_watch`] and [`pod`] which pods there are. What a connection says is not read here.
+//! [`cluster_watch`] and [`pod`] which pods there are. [`run`] puts it all to work on a node. What a connection says is
+//! not read here.
 
 pub mod accept;
+pub mod api_set;
 pub mod attach;
 pub mod caller;
 pub mod cgroup;
+mod cgroup_tree;
 pub mod cluster_access;
 pub mod cluster_watch;
+pub mod enrolment;
 pub mod flow;
 pub mod listener;
 pub mod loader;
+mod namespace;
 pub mod pod;
 pub mod process;
+mod report;
+pub mod run;

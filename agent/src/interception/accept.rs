@@ -126,19 +126,19 @@ async fn handle(arrived: Arrived, tenant: Arc<Tenant>, sink: Sink, refused: mpsc
 }
 
 /// Bounds what refusals write to the journal: a pod must not fill it by dialling the listener in a loop.
-struct Refusals {
+pub(super) struct Refusals {
     since: Instant,
     recorded: u32,
     suppressed: u64,
 }
 
 impl Refusals {
-    fn new(now: Instant) -> Self {
+    pub(super) fn new(now: Instant) -> Self {
         Self { since: now, recorded: 0, suppressed: 0 }
     }
 
     /// Whether one more may be recorded; and how many a window that has ended had left out.
-    fn admit(&mut self, now: Instant) -> (bool, Option<u64>) {
+    pub(super) fn admit(&mut self, now: Instant) -> (bool, Option<u64>) {
         let mut left_out = None;
         if now.saturating_duration_since(self.since) >= REFUSAL_WINDOW {
             left_out = (self.suppressed > 0).then_some(self.suppressed);
@@ -165,13 +165,13 @@ impl Refusals {
         }
     }
 
-    fn end(&self, recorder: &Recorder) {
+    pub(super) fn end(&self, recorder: &Recorder) {
         if self.suppressed > 0 {
             Self::left_out(self.suppressed, recorder);
         }
     }
 
-    fn left_out(count: u64, recorder: &Recorder) {
+    pub(super) fn left_out(count: u64, recorder: &Recorder) {
         recorder.connection_refused(None, None, &format!("{count} more refusals like the ones before"));
     }
 }

@@ -22,6 +22,13 @@ pub struct Flow {
     pub record: FlowRecord,
 }
 
+impl Flow {
+    /// The flow that a record of the kernel describes.
+    pub(super) fn of(record: FlowRecord) -> Self {
+        Self { original: socket_address(&record.original), record }
+    }
+}
+
 impl Kernel {
     /// Takes the flow of an accepted connection out of the map: `netns` is the cookie of the listener's network
     /// namespace, `client` and `listener` are the peer's and the own address of the accepted socket. None means
@@ -40,7 +47,7 @@ impl Kernel {
         let _ = flows.remove(&key);
         let age = boottime_ns()?.saturating_sub(record.connected_boottime_ns);
         let fresh = u128::from(age) <= AGE_MAX.as_nanos();
-        (record.netns == netns && fresh).then(|| Flow { original: socket_address(&record.original), record })
+        (record.netns == netns && fresh).then(|| Flow::of(record))
     }
 
     /// The stream of notices; once per process.

@@ -276,6 +276,16 @@ impl Kernel {
             .map_err(|source| KernelError::Map { map: maps::CGROUPS, source })
     }
 
+    /// The ids of the enrolled cgroups.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn enrolled(&self) -> Result<std::collections::HashSet<u64>, KernelError> {
+        let enrolled = |entry: &CgroupEntry| entry.class == Class::Enrolled as u32;
+        let cgroups = self.cgroups()?.into_iter();
+        Ok(cgroups.filter(|(_, entry)| enrolled(entry)).map(|(cgroup, _)| cgroup).collect())
+    }
+
     /// The counters, summed over all CPUs.
     ///
     /// # Errors

@@ -79,6 +79,11 @@ impl Proc {
         process
     }
 
+    /// When a process started, in ns since boot; none if there is none.
+    pub fn start_boottime_ns(&self, pid: u32) -> Option<u64> {
+        start_boottime_ns(&self.0.join(pid.to_string()))
+    }
+
     /// The first proxy variable in a process's environment, with the host part of its value; none if there is none or the
     /// environment cannot be read.
     pub fn proxy_variable(&self, pid: u32) -> Option<ProxyVariable> {

@@ -1,0 +1,123 @@
+//! The API set: which addresses are API servers, kept for a while after they are no longer published.
+//!
+//! An address that the cluster takes away may still be dialled by clients that have it, and on a managed control
+//! plane may come back: for hours it still belongs to the cluster. Losing the watch changes nothing at all.
+
+use std::{
+    collections::{HashMap, HashSet},
+    net::SocketAddr,
+    sync::Arc,
+    time::Duration,
+};
+
+use tokio::{sync::watch, time::Instant};
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    cluster_watch::ApiSet,
+    loader::{Kernel, KernelError},
+};
+
+/// How long an address stays in the API set after it was last published.
+const RETENTION: Duration = Duration::from_secs(6 * 60 * 60);
+/// How often addresses are looked through for old ones.
+const RETENTION_CHECK: Duration = Duration::from_secs(10 * 60);
+
+/// Where the addresses of one cluster come from.
+#[derive(Debug)]
+pub struct ClusterAddresses {
+    /// Index of the cluster.
+    pub cluster: u32,
+    /// What the cluster itself publishes.
+    pub published: watch::Receiver<ApiSet>,
+    /// Addresses from the configuration, which stay for good.
+    pub configured: Vec<SocketAddr>,
+}
+
+/// Keeps one cluster's part of the kernel's API set up to date until cancelled.
+pub async fn follow(mut addresses: ClusterAddresses, kernel: Arc<Kernel>, cancellation: CancellationToken) {
+    let mut retained = Retained::default();
+    if let Ok(pinned) = kernel.api_endpoints() {
+        // Of a former process: kept as if published now.
+        let own = pinned.into_iter().filter(|(_, cluster)| *cluster == addresses.cluster);
+        retained.publish(own.map(|(address, _)| address), Instant::now());
+    }
+    let mut check = tokio::time::interval(RETENTION_CHECK);
+    loop {
+        let now = Instant::now();
+        let published = addresses.published.borrow_and_update().clone();
+        let current: HashSet<SocketAddr> = published
+            .service
+            .into_iter()
+            .chain(published.endpoints)
+            .chain(addresses.configured.clone())
+            .collect();
+        retained.publish(current.iter().copied(), now);
+        let result = write(&kernel, addresses.cluster, &mut retained, &current, now);
+        if let Err(error) = result {
+            tracing::error!(cluster = addresses.cluster, %error, "cannot update the API set");
+        }
+        tokio::select! {
+            () = cancellation.cancelled() => return,
+            changed = addresses.published.changed() => if changed.is_err() {
+                // Whoever watched has ended: what is known stays.
+                cancellation.cancelled().await;
+                return;
+            },
+            _ = check.tick() => {}
+        }
+    }
+}
+
+fn write(
+    kernel: &Kernel,
+    cluster: u32,
+    retained: &mut Retained,
+    current: &HashSet<SocketAddr>,
+    now: Instant,
+) -> Result<(), KernelError> {
+    for address in current {
+        kernel.set_api_endpoint(*address, cluster)?;
+    }
+    retained.expire(now).into_iter().try_for_each(|address| kernel.remove_api_endpoint(address))
+}
+
+/// When each address was last published.
+#[derive(Debug, Default)]
+struct Retained(HashMap<SocketAddr, Instant>);
+
+impl Retained {
+    fn publish(&mut self, addresses: impl Iterator<Item = SocketAddr>, now: Instant) {
+        self.0.extend(addresses.map(|address| (address, now)));
+    }
+
+    /// Forgets and returns the addresses that were last published too long ago.
+    fn expire(&mut self, now: Instant) -> Vec<SocketAddr> {
+        let old = |published: &Instant| now.saturating_duration_since(*published) > RETENTION;
+        let expired: Vec<_> =
+            self.0.iter().filter(|(_, published)| old(published)).map(|(address, _)| *address).collect();
+        for address in &expired {
+            self.0.remove(address);
+        }
+        expired
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::time::Instant;
+
+    use super::{RETENTION, Retained};
+
+    #[test]
+    fn an_address_outlives_its_publication_for_hours() {
+        let (old, new) = (([192, 0, 2, 1], 443).into(), ([192, 0, 2, 2], 443).into());
+        let start = Instant::now();
+        let mut retained = Retained::default();
+        retained.publish([old, new].into_iter(), start);
+        retained.publish([new].into_iter(), start + RETENTION);
+        assert!(retained.expire(start + RETENTION).is_empty());
+        assert_eq!(retained.expire(start + RETENTION * 2), [old]);
+        assert!(retained.expire(start + RETENTION * 2).is_empty());
+    }
+}

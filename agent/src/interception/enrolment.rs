@@ -1,0 +1,287 @@
+//! Enrolment: joins what the API server says of this node's pods with their cgroups, and writes the verdicts.
+//!
+//! Order is everything here. A listener listens before the map names it; a pod that is to be enrolled is classified
+//! as such (and so denied) before it has a listener; what is not known stays unclassified, which below the root of
+//! pods means denied. Nothing that was denied becomes allowed because the API server is away or a pod has
+//! vanished from its list: a verdict ends with the pod's cgroup.
+
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+};
+
+use tokio::{sync::watch, task::JoinSet};
+use tokio_util::sync::CancellationToken;
+use weir_common::{
+    event::Pod,
+    kernel::{CgroupEntry, Class},
+};
+
+use super::{
+    accept::{self, Sink},
+    caller::Tenant,
+    cgroup_tree::{PodFolder, Tree},
+    cluster_watch::{KnownPod, KnownPods},
+    listener::{Listener, ListenerError, Namespace},
+    loader::KernelError,
+    namespace::{self, NamespaceId},
+};
+use crate::config::Mode;
+
+/// The classified pods by cgroup id, for who reports about them.
+pub type Tenants = watch::Receiver<Arc<HashMap<u64, Arc<Tenant>>>>;
+
+/// What must be known to enrol pods.
+pub(super) struct Settings {
+    /// The host's network namespace.
+    pub(super) host_namespace: NamespaceId,
+    /// Cgroup of the agent itself; none where that is the root cgroup, which nothing can be said about.
+    pub(super) own_cgroup: Option<u64>,
+    /// Where accepted connections go.
+    pub(super) sink: Sink,
+}
+
+/// The pods of this node and what was made of them.
+pub(super) struct Enrolment {
+    settings: Settings,
+    cancellation: CancellationToken,
+    pods: HashMap<u64, Enrolled>,
+    /// Roots of pods that the programs are attached to.
+    attached: HashSet<u64>,
+    /// Other cgroups that are classified.
+    runtimes: HashSet<u64>,
+    /// Whether entries of a former process have been looked through.
+    reconciled: bool,
+    tenants: watch::Sender<Arc<HashMap<u64, Arc<Tenant>>>>,
+    serving: JoinSet<()>,
+}
+
+/// A pod whose cgroup is there and whose verdict is known.
+struct Enrolled {
+    class: Class,
+    host_network: bool,
+    tenant: watch::Sender<Arc<Tenant>>,
+    listening: Option<Listening>,
+}
+
+struct Listening {
+    namespace: NamespaceId,
+    end: CancellationToken,
+}
+
+impl Drop for Listening {
+    fn drop(&mut self) {
+        self.end.cancel();
+    }
+}
+
+impl Enrolment {
+    pub(super) fn new(settings: Settings, cancellation: CancellationToken) -> (Self, Tenants) {
+        let (tenants, receiver) = watch::channel(Arc::default());
+        let enrolment = Self {
+            settings,
+            cancellation,
+            pods: HashMap::new(),
+            attached: HashSet::new(),
+            runtimes: HashSet::new(),
+            reconciled: false,
+            tenants,
+            serving: JoinSet::new(),
+        };
+        (enrolment, receiver)
+    }
+
+    /// Brings the maps and listeners in line with the tree and what is known of the pods. Returns whether a pod
+    /// waits for its network namespace: then this should be called again soon.
+    pub(super) async fn apply(&mut self, tree: Tree, known: &KnownPods) -> Result<bool, KernelError> {
+        while self.serving.try_join_next().is_some() {}
+        self.containers(&tree)?;
+        self.remove_gone(&tree)?;
+        let mut waiting = false;
+        if let Some(known) = known {
+            for folder in &tree.pods {
+                let Some(pod) = known.get(&folder.uid) else { continue };
+                match self.pod(folder, pod).await {
+                    Ok(waits) => waiting |= waits,
+                    // One pod's trouble must not keep the others from being enrolled; it stays denied.
+                    Err(error) => {
+                        tracing::error!(pod = %pod.name, namespace = %pod.namespace, %error, "cannot enrol");
+                    }
+                }
+            }
+            if !self.reconciled {
+                self.forget_strangers(&tree)?;
+                self.reconciled = true;
+            }
+        }
+        self.publish();
+        Ok(waiting)
+    }
+
+    /// Ends every listener; the maps stay, so that enrolled pods are denied from here on.
+    pub(super) async fn end(mut self) {
+        self.pods.clear();
+        while self.serving.join_next().await.is_some() {}
+    }
+
+    /// Attaches to new roots of pods, and marks them and other runtimes' cgroups: below them nothing passes
+    /// for being in the host's network namespace.
+    fn containers(&mut self, tree: &Tree) -> Result<(), KernelError> {
+        let kernel = &self.settings.sink.kernel;
+        let entry = entry(Class::Container, None);
+        for (path, id) in &tree.roots {
+            if !self.attached.contains(id) {
+                kernel.classify(*id, entry)?;
+                kernel.attach(path)?;
+                self.attached.insert(*id);
+                tracing::info!(cgroup = %path.display(), "attached to the root of pods");
+            }
+        }
+        let new: HashSet<u64> = tree.runtimes.iter().copied().collect();
+        for gone in self.runtimes.difference(&new) {
+            kernel.forget_cgroup(*gone)?;
+        }
+        // The agent itself may run in such a scope.
+        let own = self.settings.own_cgroup;
+        for id in new.difference(&self.runtimes).filter(|id| Some(**id) != own) {
+            kernel.classify(*id, entry)?;
+        }
+        self.runtimes = new;
+        Ok(())
+    }
+
+    fn remove_gone(&mut self, tree: &Tree) -> Result<(), KernelError> {
+        let there: HashSet<u64> = tree.pods.iter().map(|folder| folder.cgroup).collect();
+        let gone: Vec<u64> = self.pods.keys().copied().filter(|cgroup| !there.contains(cgroup)).collect();
+        for cgroup in gone {
+            self.settings.sink.kernel.forget_cgroup(cgroup)?;
+            if let Some(pod) = self.pods.remove(&cgroup) {
+                let tenant = pod.tenant.borrow().clone();
+                tracing::info!(pod = %name(&tenant), "pod is gone");
+            }
+        }
+        Ok(())
+    }
+
+    /// Entries that a former process has left in pinned maps, of cgroups that are no more.
+    fn forget_strangers(&self, tree: &Tree) -> Result<(), KernelError> {
+        let kernel = &self.settings.sink.kernel;
+        let mut there: HashSet<u64> = tree.pods.iter().map(|folder| folder.cgroup).collect();
+        there.extend(tree.roots.iter().map(|(_, id)| *id));
+        there.extend(&tree.runtimes);
+        there.extend(self.settings.own_cgroup);
+        for cgroup in kernel.cgroups()?.into_keys().filter(|cgroup| !there.contains(cgroup)) {
+            kernel.forget_cgroup(cgroup)?;
+        }
+        kernel.prune_links()
+    }
+
+    /// One pod: returns whether it waits for its network namespace.
+    async fn pod(&mut self, folder: &PodFolder, known: &KnownPod) -> Result<bool, EnrolError> {
+        let tenant = Arc::new(tenant(folder, known));
+        let class = match known.mode {
+            None => Class::Unselected,
+            Some(Mode::Observe) => Class::Observed,
+            Some(Mode::Enforce) => Class::Enrolled,
+        };
+        let kernel = self.settings.sink.kernel.clone();
+        let changed = self.pods.get(&folder.cgroup).is_none_or(|pod| pod.class != class);
+        if changed {
+            // An enrolled pod is denied until its listener is there; another one's listener ends after its entry.
+            kernel.classify(folder.cgroup, entry(class, None))?;
+            let host_network = known.host_network;
+            let (sender, _) = watch::channel(tenant.clone());
+            self.pods
+                .insert(folder.cgroup, Enrolled { class, host_network, tenant: sender, listening: None });
+            tracing::info!(pod = %name(&tenant), class = ?class, "pod is classified");
+        }
+        let Some(pod) = self.pods.get_mut(&folder.cgroup) else { return Ok(false) };
+        pod.tenant.send_if_modified(|current| {
+            let differs = **current != *tenant;
+            *current = tenant;
+            differs
+        });
+        if class != Class::Enrolled {
+            return Ok(false);
+        }
+        let (host, path) = (self.settings.host_namespace, folder.path.clone());
+        let namespace = if pod.host_network {
+            (Namespace::Own, host)
+        } else {
+            match blocking(move || namespace::of_pod(&path, host)).await? {
+                Some(found) => (Namespace::Of(found.file), found.id),
+                // Between two sandboxes of a pod, the old one's listener is as good as none.
+                None => return Ok(true),
+            }
+        };
+        if pod.listening.as_ref().is_some_and(|listening| listening.namespace == namespace.1) {
+            return Ok(false);
+        }
+        let listener = blocking(move || Listener::in_netns(namespace.0)).await??;
+        kernel.classify(folder.cgroup, entry(Class::Enrolled, Some(&listener)))?;
+        tracing::info!(pod = %name(&pod.tenant.borrow()), port = listener.port(), "pod is enrolled");
+        let end = self.cancellation.child_token();
+        let serve = accept::serve(listener, pod.tenant.subscribe(), self.settings.sink.clone(), end.clone());
+        self.serving.spawn(serve);
+        // Ends the listener of a former sandbox, if there was one.
+        pod.listening = Some(Listening { namespace: namespace.1, end });
+        Ok(false)
+    }
+
+    fn publish(&self) {
+        let tenants: HashMap<u64, Arc<Tenant>> =
+            self.pods.iter().map(|(cgroup, pod)| (*cgroup, pod.tenant.borrow().clone())).collect();
+        self.tenants.send_if_modified(|current| {
+            let changed = **current != tenants;
+            if changed {
+                *current = Arc::new(tenants);
+            }
+            changed
+        });
+    }
+}
+
+/// Why one pod cannot be enrolled now.
+#[derive(Debug, thiserror::Error)]
+enum EnrolError {
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+    #[error(transparent)]
+    Listener(#[from] ListenerError),
+    #[error("a task panicked")]
+    Task(#[from] tokio::task::JoinError),
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, tokio::task::JoinError> {
+    tokio::task::spawn_blocking(work).await
+}
+
+fn entry(class: Class, listener: Option<&Listener>) -> CgroupEntry {
+    CgroupEntry {
+        listener_netns: listener.map_or(0, Listener::netns),
+        class: class as u32,
+        listener_port: listener.map_or(0, |listener| u32::from(listener.port())),
+    }
+}
+
+fn tenant(folder: &PodFolder, known: &KnownPod) -> Tenant {
+    Tenant {
+        cgroup: folder.cgroup,
+        folder: folder.path.clone(),
+        pod: Some(Pod {
+            namespace: known.namespace.clone(),
+            name: known.name.clone(),
+            uid: known.uid.as_str().to_owned(),
+            service_account: known.service_account.clone(),
+            ip: known.ip.map(|ip| ip.to_string()),
+            intent: known.intent.clone(),
+        }),
+        containers: known.containers.clone(),
+    }
+}
+
+fn name(tenant: &Tenant) -> String {
+    tenant.pod.as_ref().map(|pod| format!("{}/{}", pod.namespace, pod.name)).unwrap_or_default()
+}

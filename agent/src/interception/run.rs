@@ -1,0 +1,214 @@
+//! Interception on a node: everything of this folder put to work for `weir-agent run`.
+//!
+//! The agent's own cgroup is classified first, so that it can never lock itself out; then the programs are attached
+//! at the root of the tree (and at the root of pods, as soon as that is there); then pods are enrolled, for ever.
+
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use tokio::{
+    sync::{mpsc, watch},
+    task::JoinSet,
+    time::Instant,
+};
+use tokio_util::sync::CancellationToken;
+use weir_common::kernel::{CgroupEntry, Class};
+
+use super::{
+    accept::Sink,
+    api_set::{self, ClusterAddresses},
+    cgroup::{self, CgroupError},
+    cgroup_tree::{Tree, TreeWatch},
+    cluster_watch::KnownPods,
+    enrolment::{Enrolment, Settings},
+    listener::{self, ListenerError},
+    loader::{Kernel, KernelError, Pinning},
+    namespace, report,
+};
+use crate::{proxy::Accepted, recording::Recorder};
+
+/// How often the tree is read even if nothing was heard: inotify can lose events.
+const RESCAN: Duration = Duration::from_secs(1);
+/// How often, while a pod waits for its network namespace. Nothing tells when a process enters one.
+const RESCAN_WAITING: Duration = Duration::from_millis(10);
+/// How long a pod may make the agent look that often; after that (a sandbox that does not start) it is looked at
+/// with the others.
+const WAITING_MAX: Duration = Duration::from_secs(30);
+/// Levels of the tree on which a pod's connection meets the programs: the root of pods, and the root.
+const ATTACH_LEVELS: u32 = 2;
+
+/// Why interception cannot start or go on.
+#[derive(Debug, thiserror::Error)]
+pub enum InterceptionError {
+    /// The kernel's part.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+    /// The cgroup tree.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
+    /// The host's network namespace.
+    #[error(transparent)]
+    Listener(#[from] ListenerError),
+    /// A file of the kernel's.
+    #[error("cannot {action}")]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// Why not.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A part of the interception has ended that should not.
+    #[error("{part} ended: {reason}")]
+    Ended {
+        /// Which.
+        part: &'static str,
+        /// Why.
+        reason: String,
+    },
+}
+
+/// What interception on a node needs.
+#[derive(Debug)]
+pub struct Options {
+    /// Mount point of cgroup v2; found if none is given.
+    pub cgroup_root: Option<PathBuf>,
+    /// Where programs and maps are pinned.
+    pub pinning: Pinning,
+    /// This node's pods, from [`super::cluster_watch::ClusterWatch::watch_pods`].
+    pub pods: watch::Receiver<KnownPods>,
+    /// The addresses of each cluster.
+    pub clusters: Vec<ClusterAddresses>,
+    /// The proxy.
+    pub accepted: mpsc::Sender<Accepted>,
+}
+
+/// Intercepts until cancelled. On return listeners are closed and pins stay: enrolled pods are denied until the
+/// next agent is there.
+///
+/// # Errors
+/// Interception cannot start, or a part of it has ended.
+pub async fn run(
+    options: Options,
+    recorder: Recorder,
+    cancellation: CancellationToken,
+) -> Result<(), InterceptionError> {
+    let mount = match options.cgroup_root {
+        Some(mount) => mount,
+        None => cgroup::mount_point()?,
+    };
+    let kernel = Arc::new(Kernel::load(options.pinning)?);
+    let own_cgroup = own_cgroup()?;
+    if let Some(own) = own_cgroup {
+        let entry = CgroupEntry { listener_netns: 0, class: Class::Agent as u32, listener_port: 0 };
+        kernel.classify(own, entry)?;
+    }
+    let host_namespace = namespace::own()
+        .map_err(|source| InterceptionError::Io { action: "read /proc/self/ns/net", source })?;
+    kernel.set_settings(listener::own_netns()?, ATTACH_LEVELS)?;
+    let configured = options
+        .clusters
+        .iter()
+        .flat_map(|cluster| cluster.configured.iter().map(|address| (*address, cluster.cluster)));
+    configured
+        .collect::<Vec<(SocketAddr, u32)>>()
+        .into_iter()
+        .try_for_each(|(address, cluster)| kernel.set_api_endpoint(address, cluster))?;
+    let sink = Sink { kernel: kernel.clone(), recorder: recorder.clone(), accepted: options.accepted };
+    let settings = Settings { host_namespace, own_cgroup, sink };
+    let (mut enrolment, tenants) = Enrolment::new(settings, cancellation.child_token());
+    // The pods that are there are known as pods before anything is attached above them.
+    let watch = tree_watch()?;
+    let tree = Tree::read(&mount, |folder| watch.watch(folder));
+    enrolment.apply(tree, &None).await?;
+    kernel.attach(&mount)?;
+    tracing::info!(cgroup = %mount.display(), "attached to the root of the tree");
+
+    let mut tasks = JoinSet::new();
+    let part = cancellation.child_token();
+    for cluster in options.clusters {
+        let (kernel, part) = (kernel.clone(), part.clone());
+        tasks.spawn(async move {
+            api_set::follow(cluster, kernel, part).await;
+            Ok("following the API set")
+        });
+    }
+    if let Some(notices) =
+        kernel.notices().map_err(|source| InterceptionError::Io { action: "wait for notices", source })?
+    {
+        tasks.spawn(report::notices(notices, tenants.clone(), recorder.clone(), part.clone()));
+    }
+    tasks.spawn(report::proxy_environments(tenants, kernel.clone(), recorder, part.clone()));
+    let result = tokio::select! {
+        result = enrol(&mut enrolment, &mount, &watch, options.pods, &part) => result,
+        Some(ended) = tasks.join_next(), if !tasks.is_empty() => Err(ended_early(ended)),
+    };
+    part.cancel();
+    enrolment.end().await;
+    while tasks.join_next().await.is_some() {}
+    if cancellation.is_cancelled() { Ok(()) } else { result }
+}
+
+/// Applies each change of the tree or of what is known, until cancelled.
+async fn enrol(
+    enrolment: &mut Enrolment,
+    mount: &Path,
+    watch: &TreeWatch,
+    mut pods: watch::Receiver<KnownPods>,
+    cancellation: &CancellationToken,
+) -> Result<(), InterceptionError> {
+    let mut waiting_since = None;
+    let mut watched = true;
+    loop {
+        let known = pods.borrow_and_update().clone();
+        let tree = Tree::read(mount, |folder| watch.watch(folder));
+        let waiting = enrolment.apply(tree, &known).await?;
+        let now = Instant::now();
+        waiting_since = waiting.then(|| waiting_since.unwrap_or(now));
+        let soon = waiting_since.is_some_and(|since| now - since < WAITING_MAX);
+        tokio::select! {
+            () = cancellation.cancelled() => return Ok(()),
+            () = watch.changed() => waiting_since = None,
+            changed = pods.changed(), if watched => match changed {
+                Ok(()) => waiting_since = None,
+                Err(_) => {
+                    tracing::error!("nobody watches the pods any more; new ones stay denied");
+                    watched = false;
+                }
+            },
+            () = tokio::time::sleep(if soon { RESCAN_WAITING } else { RESCAN }) => {}
+        }
+    }
+}
+
+fn tree_watch() -> Result<TreeWatch, InterceptionError> {
+    TreeWatch::new().map_err(|source| InterceptionError::Io {
+        action: "watch the cgroup tree; is fs.inotify.max_user_instances used up",
+        source,
+    })
+}
+
+/// The agent's own cgroup; none where it runs in the root cgroup, which holds everything else as well.
+fn own_cgroup() -> Result<Option<u64>, InterceptionError> {
+    let Some(path) = cgroup::of_process(std::process::id()) else { return Ok(None) };
+    let folder = cgroup::mount_point()?.join(path);
+    // Every cgroup but the root has this file (cgroup-v2.rst).
+    if !folder.join("cgroup.events").exists() {
+        return Ok(None);
+    }
+    Ok(Some(cgroup::id(&folder)?))
+}
+
+type Part = Result<Result<&'static str, InterceptionError>, tokio::task::JoinError>;
+
+fn ended_early(ended: Part) -> InterceptionError {
+    match ended {
+        Ok(Ok(part)) => InterceptionError::Ended { part, reason: "without being asked to".to_owned() },
+        Ok(Err(error)) => error,
+        Err(error) => InterceptionError::Ended { part: "a task", reason: error.to_string() },
+    }
+}
