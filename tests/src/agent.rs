@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
@@ -141,7 +141,7 @@ impl AgentProcess {
             let said = fs::read_to_string(&log).unwrap_or_default().lines().any(says_ready);
             Ok((said && self.status().is_ok()).then_some(()))
         });
-        ready.map_err(|error| error.context(format!("last lines of the agent:\n{}", self.last_lines())))
+        ready.map_err(|error| self.explained(&error))
     }
 
     /// What `weir-agent status --json` says.
@@ -171,6 +171,10 @@ impl AgentProcess {
     #[must_use]
     pub fn last_lines(&self) -> String {
         tail(&self.log, LOG_LINES)
+    }
+
+    fn explained(&self, error: &anyhow::Error) -> anyhow::Error {
+        anyhow!("{error:#}; last lines of the agent:\n{}", self.last_lines())
     }
 
     /// Path of its configuration.
@@ -207,7 +211,7 @@ impl AgentProcess {
     pub fn terminate(&mut self) -> Result<ExitStatus> {
         self.signal(Signal::SIGTERM)?;
         let ended = self.wait_for_end();
-        ended.map_err(|error| error.context(format!("last lines of the agent:\n{}", self.last_lines())))
+        ended.map_err(|error| self.explained(&error))
     }
 
     /// Kills it, as a crash would: pins stay, nothing is written any more.

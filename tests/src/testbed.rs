@@ -230,6 +230,9 @@ impl Start<'_> {
         let begin = Instant::now();
         control_plane::make_folders(self)?;
         self.layout.write_state(&self.state)?;
+        if self.state.bpf_mount {
+            node::mount_bpf()?;
+        }
         progress.step("start etcd and kube-apiserver", || {
             node::create_bridge()?;
             let [port] = control_plane::free_ports(BRIDGE_ADDRESS)?;
@@ -304,7 +307,8 @@ fn new_state() -> Result<State> {
         .filter_map(|path| fs::read_to_string(&path).ok().map(|value| (path, value.trim().to_owned())))
         .collect();
     let new_paths = node::FIXED_PATHS.iter().map(PathBuf::from).filter(|path| !path.exists()).collect();
-    Ok(State { boot_id: boot_id()?, settings, new_paths, node: true, ..State::default() })
+    let bpf_mount = !state::is_bpf_mounted()?;
+    Ok(State { boot_id: boot_id()?, settings, new_paths, bpf_mount, node: true, ..State::default() })
 }
 
 fn layout(folder: &Path) -> Result<Layout> {

@@ -13,6 +13,7 @@ use serde_json::json;
 use crate::command::{command, find_in_path, output, run};
 use crate::testbed::Start;
 use crate::testbed::control_plane::{API_CLUSTER_IP, free_ports};
+use crate::testbed::state::BPF_FOLDER;
 use crate::wait::wait_until;
 
 /// Name of the one node.
@@ -68,6 +69,11 @@ pub(super) fn create_bridge() -> Result<()> {
     run(&mut command("ip", &["link", "add", BRIDGE, "type", "bridge"]))?;
     run(&mut command("ip", &["address", "add", &format!("{BRIDGE_ADDRESS}/24"), "dev", BRIDGE]))?;
     run(&mut command("ip", &["link", "set", BRIDGE, "up"])).map(|_| ())
+}
+
+/// Mounts the bpf file system, which the agent pins its programs in.
+pub(super) fn mount_bpf() -> Result<()> {
+    run(&mut command("mount", &["-t", "bpf", "bpf", BPF_FOLDER])).map(|_| ())
 }
 
 /// Starts containerd and waits until it answers.

@@ -22,6 +22,9 @@ pub struct State {
     pub settings: Vec<(PathBuf, String)>,
     /// Paths outside the folder that did not exist before.
     pub new_paths: Vec<PathBuf>,
+    /// Whether the bpf file system was mounted by us.
+    #[serde(default)]
+    pub bpf_mount: bool,
     /// Whether the node was started: bridge, firewall chains, kubepods cgroups and mounts may exist.
     pub node: bool,
     /// Whether `up` went through.
@@ -104,6 +107,15 @@ pub fn boot_id() -> Result<String> {
     let text = fs::read_to_string("/proc/sys/kernel/random/boot_id")
         .context("cannot read the boot id from /proc")?;
     Ok(text.trim().to_owned())
+}
+
+/// Where programs pin what shall outlive them; systemd mounts it at boot, a machine without systemd lacks it.
+pub(super) const BPF_FOLDER: &str = "/sys/fs/bpf";
+
+/// Whether a bpf file system is mounted at [`BPF_FOLDER`].
+pub(super) fn is_bpf_mounted() -> Result<bool> {
+    let mounts = fs::read_to_string("/proc/self/mounts").context("cannot read /proc/self/mounts")?;
+    Ok(mounts.lines().any(|line| line.split(' ').nth(1) == Some(BPF_FOLDER)))
 }
 
 /// Where file systems of type `cgroup` and `cgroup2` are mounted.

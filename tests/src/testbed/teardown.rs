@@ -18,7 +18,7 @@ use nix::unistd::Pid;
 use crate::command::{command, output, run};
 use crate::components::Components;
 use crate::testbed::node::{BRIDGE, NETWORK};
-use crate::testbed::state::{Layout, State, boot_id, cgroup_mounts};
+use crate::testbed::state::{BPF_FOLDER, Layout, State, boot_id, cgroup_mounts, is_bpf_mounted};
 use crate::wait::wait_until;
 
 /// For a component to end by itself after SIGTERM.
@@ -45,6 +45,7 @@ pub(super) fn remove(layout: &Layout, state: &State) -> Result<()> {
         attempt("processes", stop(state, |_| true));
         attempt("containers", kill_rest(&layout.root));
         attempt("mounts", unmount(&layout.root));
+        attempt("bpf file system", unmount_bpf(state));
         attempt("cgroups", remove_cgroups());
         attempt("bridge", remove_bridge());
         for family in ["iptables", "ip6tables"] {
@@ -133,6 +134,14 @@ fn unmount(root: &Path) -> Result<()> {
     for mount in mounts_below(root)?.iter().rev() {
         umount2(mount, MntFlags::MNT_DETACH)
             .with_context(|| format!("cannot unmount {}", mount.display()))?;
+    }
+    Ok(())
+}
+
+/// What is still pinned there goes with it: without this mount nothing could have been pinned.
+fn unmount_bpf(state: &State) -> Result<()> {
+    if state.bpf_mount && is_bpf_mounted()? {
+        umount2(BPF_FOLDER, MntFlags::MNT_DETACH).with_context(|| format!("cannot unmount {BPF_FOLDER}"))?;
     }
     Ok(())
 }
