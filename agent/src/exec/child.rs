@@ -93,6 +93,8 @@ pub struct Spec {
     pub procs: fs::File,
     /// With whose rights.
     pub invoker: Invoker,
+    /// What its `KUBECONFIG` is set to; none leaves it.
+    pub kubeconfig: Option<PathBuf>,
     /// What lies over the kubeconfig files.
     pub overlays: Vec<Overlay>,
 }
@@ -188,6 +190,9 @@ fn spawn(spec: Spec) -> Result<Child, ChildError> {
             command.env_remove(variable);
         });
     }
+    if let Some(kubeconfig) = &spec.kubeconfig {
+        command.env("KUBECONFIG", kubeconfig);
+    }
     let (procs, invoker) = (OwnedFd::from(spec.procs), spec.invoker);
     // SAFETY: the closure makes system calls only; it neither allocates nor takes a lock, and what it uses was
     // moved into it before the fork.
@@ -276,7 +281,8 @@ mod tests {
         .expect("invoker");
         let command = ["/bin/sh", "-c", script].map(OsString::from).to_vec();
         let procs = cgroup.open_procs().expect("procs");
-        let mut running = start(Spec { command, procs, invoker, overlays }).await.expect("starts");
+        let mut running =
+            start(Spec { command, procs, invoker, kubeconfig: None, overlays }).await.expect("starts");
         let code = exit_code(running.ended().await.expect("ends"));
         cgroup.end().await.expect("cleaned up");
         code
@@ -325,6 +331,7 @@ mod tests {
                 command: vec![command.into()],
                 procs: cgroup.open_procs().expect("procs"),
                 invoker: Invoker::find(|_| None).expect("invoker"),
+                kubeconfig: None,
                 overlays: vec![],
             };
             assert_eq!(start(spec).await.expect_err("cannot start").exit_code(), code);
