@@ -1,0 +1,189 @@
+//! Enrolment on a cgroup tree of the test's own, shaped like a node's: the API server's part is a channel, the rest
+//! is the kernel's.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+    time::Duration,
+};
+
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
+use weir_agent::{
+    config::Mode,
+    interception::{
+        api_set::ClusterAddresses,
+        cluster_watch::{ApiSet, KnownPod, KnownPods},
+        loader::Pinning,
+        pod::PodUid,
+        run::{InterceptionError, Options, run},
+    },
+    proxy::Accepted,
+    recording::{Recorder, RecorderOptions},
+};
+
+use crate::world::{API4, API6, Dial, Dialled, OwnCgroup, OwnNetns, dial, load};
+
+const CONTAINER: &str = "4f1c0c9a7f0e4d7b8a6f5e4d3c2b1a09f8e7d6c5b4a392817060504030201000";
+/// How long a state may take to come about; far longer than it takes.
+const DEADLINE: Duration = Duration::from_secs(20);
+
+fn known(uid: &str, mode: Option<Mode>, host_network: bool) -> KnownPod {
+    KnownPod {
+        uid: PodUid::new(uid).unwrap(),
+        static_hash: None,
+        namespace: "agents".to_owned(),
+        name: format!("pod-{uid}"),
+        service_account: "builder".to_owned(),
+        ip: None,
+        host_network,
+        containers: BTreeMap::from([(CONTAINER.to_owned(), "shell".to_owned())]),
+        intent: BTreeMap::new(),
+        mode,
+    }
+}
+
+/// A node: the tree, the agent's interception on it, and what it accepts.
+struct Node {
+    root: OwnCgroup,
+    kubepods: OwnCgroup,
+    pods: watch::Sender<KnownPods>,
+    published: watch::Sender<ApiSet>,
+    accepted: mpsc::Receiver<Accepted>,
+    recorder: Recorder,
+    cancellation: CancellationToken,
+    running: tokio::task::JoinHandle<Result<(), InterceptionError>>,
+    _journal: tempfile::TempDir,
+}
+
+impl Node {
+    fn start(name: &str) -> Option<Self> {
+        load(Pinning::Unpinned)?;
+        let root = OwnCgroup::new(name);
+        let kubepods = root.below("kubepods");
+        let journal = tempfile::tempdir().unwrap();
+        let recorder = Recorder::start(RecorderOptions {
+            directory: journal.path().to_owned(),
+            journal_bytes_max: 256 * 1024 * 1024,
+            node: "node".to_owned(),
+            tenant: None,
+            clusters: vec!["cluster".to_owned()],
+            response_bytes_max: 1024,
+            session_idle_timeout: Duration::from_secs(60),
+            signing_key_file: None,
+        })
+        .unwrap();
+        let (pods, watched) = watch::channel(None);
+        let (published, api_set) = watch::channel(ApiSet::default());
+        let (sender, accepted) = mpsc::channel(16);
+        let cancellation = CancellationToken::new();
+        let options = Options {
+            cgroup_root: Some(root.0.clone()),
+            pinning: Pinning::Unpinned,
+            pods: watched,
+            clusters: vec![ClusterAddresses { cluster: 0, published: api_set, configured: vec![API4] }],
+            accepted: sender,
+        };
+        let running = tokio::spawn(run(options, recorder.clone(), cancellation.clone()));
+        Some(Self {
+            root,
+            kubepods,
+            pods,
+            published,
+            accepted,
+            recorder,
+            cancellation,
+            running,
+            _journal: journal,
+        })
+    }
+
+    fn know(&self, pods: &[KnownPod]) {
+        let pods: HashMap<_, _> = pods.iter().map(|pod| (pod.uid.clone(), Arc::new(pod.clone()))).collect();
+        self.pods.send_replace(Some(Arc::new(pods)));
+    }
+
+    async fn stop(self) {
+        self.cancellation.cancel();
+        self.running.await.unwrap().unwrap();
+        self.recorder.stop("test").await.unwrap();
+        drop(self.kubepods);
+        drop(self.root);
+    }
+}
+
+/// Dials again and again until this comes about.
+async fn eventually(expected: &str, mut dial: impl FnMut() -> Dialled, holds: impl Fn(&Dialled) -> bool) {
+    let wait = async {
+        let mut pace = tokio::time::interval(Duration::from_millis(10));
+        while !holds(&dial()) {
+            pace.tick().await;
+        }
+    };
+    tokio::time::timeout(DEADLINE, wait).await.unwrap_or_else(|_| panic!("{expected}; now: {:?}", dial()));
+}
+
+fn is(errno: nix::Error) -> impl Fn(&Dialled) -> bool {
+    move |dialled| *dialled == Err(errno)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pod_is_denied_until_it_is_enrolled_and_then_known_by_name() {
+    let Some(mut node) = Node::start("enrol") else { return };
+    let uid = "0b5e2f6a-3c1d-4e5f-8a9b-0c1d2e3f4a5b";
+    let qos = node.kubepods.below("besteffort");
+    let pod = qos.below(&format!("pod{uid}"));
+    let container = pod.below(CONTAINER);
+    let sandbox = OwnNetns::new();
+    container.take(sandbox.pid());
+    let client = |target| dial(&container.0, Some(&sandbox), target);
+    eventually("unknown: denied", || client(Dial::Tcp(API4)), is(nix::Error::ECONNREFUSED)).await;
+
+    node.know(&[known(uid, Some(Mode::Enforce), false)]);
+    eventually("enrolled: arrives", || client(Dial::Tcp(API4)), Result::is_ok).await;
+    let accepted = node.accepted.recv().await.unwrap();
+    assert_eq!((accepted.original_destination, accepted.cluster), (API4, 0));
+    let caller = &accepted.caller;
+    assert_eq!(caller.pod.as_ref().unwrap().uid, uid);
+    let found = caller.container.as_ref().unwrap();
+    assert_eq!((found.id.as_str(), found.name.as_str()), (CONTAINER, "shell"));
+    assert_eq!((caller.cgroup, caller.dialled.as_str()), (container.id(), "192.0.2.1:443"));
+    assert!(caller.process.as_ref().unwrap().pid > 0);
+
+    // An address that the cluster publishes belongs to the API set as well.
+    assert_eq!(client(Dial::Tcp(API6)), Err(nix::Error::ENETUNREACH));
+    node.published.send_if_modified(|set| set.endpoints.insert(API6));
+    eventually("published: arrives", || client(Dial::Tcp(API6)), Result::is_ok).await;
+
+    // Losing sight of the pod, or of all, changes nothing.
+    node.know(&[]);
+    client(Dial::Tcp(API4)).unwrap();
+    node.know(&[known(uid, None, false)]);
+    eventually("unselected: passes", || client(Dial::Tcp(API4)), is(nix::Error::ENETUNREACH)).await;
+    node.know(&[known(uid, Some(Mode::Enforce), false)]);
+    eventually("selected again: arrives", || client(Dial::Tcp(API4)), Result::is_ok).await;
+
+    drop(sandbox);
+    let sandbox = OwnNetns::new();
+    let client = || dial(&container.0, Some(&sandbox), Dial::Tcp(API4));
+    assert_eq!(client(), Err(nix::Error::ECONNREFUSED), "a new sandbox has no listener yet");
+    container.take(sandbox.pid());
+    eventually("a new sandbox: arrives", client, Result::is_ok).await;
+    drop((sandbox, container, pod, qos));
+    node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pod_in_the_hosts_network_is_known_by_its_cgroup() {
+    let Some(mut node) = Node::start("host") else { return };
+    let uids = ["0b5e2f6a-3c1d-4e5f-8a9b-0c1d2e3f4a5b", "1b5e2f6a-3c1d-4e5f-8a9b-0c1d2e3f4a5b"];
+    let pods = uids.map(|uid| node.kubepods.below(&format!("pod{uid}")));
+    node.know(&uids.map(|uid| known(uid, Some(Mode::Enforce), true)));
+    for (pod, uid) in pods.iter().zip(uids) {
+        eventually("arrives", || dial(&pod.0, None, Dial::Tcp(API4)), Result::is_ok).await;
+        let accepted = node.accepted.recv().await.unwrap();
+        assert_eq!(accepted.caller.pod.as_ref().unwrap().uid, uid);
+    }
+    drop(pods);
+    node.stop().await;
+}

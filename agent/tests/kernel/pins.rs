@@ -1,0 +1,81 @@
+//! Pins: what outlives a process, what the next one takes over, and what uninstalling leaves.
+
+use weir_agent::interception::{
+    attach,
+    loader::{Pinning, pinned_state},
+};
+use weir_common::kernel::{CgroupEntry, Class, programs};
+
+use crate::world::{API4, Dial, OwnCgroup, OwnNetns, dial, load};
+
+/// A bpf file system of the test's own.
+struct OwnBpffs(tempfile::TempDir);
+
+impl OwnBpffs {
+    fn mount() -> nix::Result<Self> {
+        let folder = tempfile::tempdir().unwrap();
+        let flags = nix::mount::MsFlags::empty();
+        nix::mount::mount(Some("bpf"), folder.path(), Some("bpf"), flags, None::<&str>)?;
+        Ok(Self(folder))
+    }
+}
+
+impl Drop for OwnBpffs {
+    fn drop(&mut self) {
+        let _ = nix::mount::umount2(self.0.path(), nix::mount::MntFlags::MNT_DETACH);
+    }
+}
+
+#[tokio::test]
+async fn pinned_programs_deny_while_no_agent_runs_and_go_with_uninstall() {
+    if load(Pinning::Unpinned).is_none() {
+        return;
+    }
+    let bpffs = OwnBpffs::mount().unwrap();
+    let pins = bpffs.0.path().join("weir/v1");
+    let cgroup = OwnCgroup::new("pins");
+    let netns = OwnNetns::new();
+    let dial = || dial(&cgroup.0, Some(&netns), Dial::Tcp(API4));
+    assert!(pinned_state(&pins).unwrap().is_none());
+
+    let first = load(Pinning::Pinned(pins.clone())).unwrap();
+    first.set_api_endpoint(API4, 0).unwrap();
+    first.attach(&cgroup.0).unwrap();
+    assert_eq!(dial(), Err(nix::Error::ECONNREFUSED));
+    drop(first);
+    assert_eq!(dial(), Err(nix::Error::ECONNREFUSED), "no agent runs");
+
+    let second = load(Pinning::Pinned(pins.clone())).unwrap();
+    assert_eq!(second.api_endpoints().unwrap().len(), 1, "maps are taken over");
+    assert_eq!(second.counters().unwrap().denied_unknown, 2);
+    second.attach(&cgroup.0).unwrap();
+    let entry = CgroupEntry { listener_netns: 0, class: Class::Unselected as u32, listener_port: 0 };
+    second.classify(cgroup.id(), entry).unwrap();
+    assert_eq!(dial(), Err(nix::Error::ENETUNREACH), "passes, and there is no route");
+    let state = pinned_state(&pins).unwrap().unwrap();
+    assert_eq!(state.links.len(), programs::ALL.len(), "replaced in place, not attached twice");
+    assert_eq!(state.counters.seen, 3, "each connection meets one set of programs");
+    drop(second);
+    assert_eq!(dial(), Err(nix::Error::ENETUNREACH), "a known pod keeps its verdict");
+
+    // Another agent that has not attached to this cgroup takes its links for those of a cgroup that is gone.
+    let third = load(Pinning::Pinned(pins.clone())).unwrap();
+    third.prune_links().unwrap();
+    assert!(pinned_state(&pins).unwrap().unwrap().links.is_empty());
+    third.attach(&cgroup.0).unwrap();
+    third.forget_cgroup(cgroup.id()).unwrap();
+    drop(third);
+    assert_eq!(dial(), Err(nix::Error::ECONNREFUSED));
+    assert!(attach::uninstall(&pins).unwrap() > programs::ALL.len());
+    assert_eq!(dial(), Err(nix::Error::ENETUNREACH), "nothing is attached any more");
+    assert!(!bpffs.0.path().join("weir").exists(), "nothing is left");
+}
+
+#[test]
+fn pins_outside_a_bpf_file_system_are_refused_with_the_mend() {
+    let Some(_) = load(Pinning::Unpinned) else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let error = weir_agent::interception::loader::Kernel::load(Pinning::Pinned(folder.path().join("v1")));
+    let text = error.unwrap_err().to_string();
+    assert!(text.contains("mount -t bpf"), "{text}");
+}

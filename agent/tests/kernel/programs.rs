@@ -1,0 +1,153 @@
+//! Verdicts, redirects and flow records, each seen from a client's side.
+
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    sync::Arc,
+};
+
+use weir_agent::interception::{
+    listener::{Listener, Namespace, own_netns},
+    loader::{Counters, Kernel, Pinning},
+};
+use weir_common::kernel::{CgroupEntry, Class};
+
+use crate::world::{API4, API6, Dial, OwnCgroup, OwnNetns, dial, load};
+
+/// Two addresses in the API set, the programs attached to a cgroup, and nothing classified.
+fn attached(name: &str) -> Option<(Arc<Kernel>, OwnCgroup)> {
+    let kernel = load(Pinning::Unpinned)?;
+    let cgroup = OwnCgroup::new(name);
+    kernel.set_api_endpoint(API4, 0).unwrap();
+    kernel.set_api_endpoint(API6, 1).unwrap();
+    kernel.attach(&cgroup.0).unwrap();
+    Some((kernel, cgroup))
+}
+
+fn classify(kernel: &Kernel, cgroup: &OwnCgroup, class: Class, listener: Option<&Listener>) {
+    kernel
+        .classify(
+            cgroup.id(),
+            CgroupEntry {
+                listener_netns: listener.map_or(0, Listener::netns),
+                class: class as u32,
+                listener_port: listener.map_or(0, |listener| u32::from(listener.port())),
+            },
+        )
+        .unwrap();
+}
+
+#[tokio::test]
+async fn enrolled_connections_arrive_at_the_listener_with_their_flow() {
+    let Some((kernel, cgroup)) = attached("redirect") else { return };
+    let netns = OwnNetns::new();
+    let listener = Listener::in_netns(Namespace::of_process(netns.pid()).unwrap()).unwrap();
+    assert_ne!(listener.netns(), own_netns().unwrap());
+    classify(&kernel, &cgroup, Class::Enrolled, Some(&listener));
+    let container = cgroup.below("container");
+    let mapped = SocketAddr::new(Ipv4Addr::new(192, 0, 2, 1).to_ipv6_mapped().into(), 443);
+    for (client, peer_seen, original, cluster) in [
+        (Dial::Tcp(API4), API4, API4, 0),
+        (Dial::Tcp(API6), API6, API6, 1),
+        (Dial::Mapped(API4), mapped, API4, 0),
+    ] {
+        let (own, peer) = dial(&container.0, Some(&netns), client).unwrap();
+        assert_eq!(peer, peer_seen, "getpeername gives the dialled address");
+        let (stream, from) = listener.accept().await.unwrap();
+        assert_eq!((from.ip(), from.port()), (own.ip().to_canonical(), own.port()));
+        let flow =
+            kernel.take_flow(listener.netns(), from, stream.local_addr().unwrap()).expect("has a flow");
+        assert_eq!((flow.original, flow.record.cluster), (original, cluster));
+        assert_eq!(flow.record.netns, listener.netns());
+        assert_eq!((flow.record.pod_cgroup, flow.record.cgroup), (cgroup.id(), container.id()));
+        assert!(flow.record.tgid > 0 && flow.record.connected_boottime_ns > 0);
+        assert_eq!(flow.record.uid, nix::unistd::getuid().as_raw());
+        assert_eq!(kernel.take_flow(listener.netns(), from, stream.local_addr().unwrap()), None, "once");
+    }
+    let counters = kernel.counters().unwrap();
+    let expected = Counters { seen: 3, redirected: 3, flows_published: 3, ..Counters::default() };
+    assert_eq!(counters, expected);
+    // Straight to the listener, without the hook's doing: accepted, but nobody vouches for it.
+    let direct = SocketAddr::from((Ipv4Addr::LOCALHOST, listener.port()));
+    dial(&container.0, Some(&netns), Dial::Tcp(direct)).unwrap();
+    let (stream, from) = listener.accept().await.unwrap();
+    assert_eq!(kernel.take_flow(listener.netns(), from, stream.local_addr().unwrap()), None);
+}
+
+#[tokio::test]
+async fn every_verdict_but_redirect_is_what_the_table_says() {
+    let Some((kernel, cgroup)) = attached("verdicts") else { return };
+    let netns = OwnNetns::new();
+    let listener = Listener::in_netns(Namespace::of_process(netns.pid()).unwrap()).unwrap();
+    let refused = |class: Option<Class>, listener: Option<&Listener>| {
+        match class {
+            Some(class) => classify(&kernel, &cgroup, class, listener),
+            None => kernel.forget_cgroup(cgroup.id()).unwrap(),
+        }
+        for target in [Dial::Tcp(API4), Dial::Tcp(API6), Dial::Mapped(API4)] {
+            assert_eq!(dial(&cgroup.0, Some(&netns), target), Err(nix::Error::ECONNREFUSED));
+        }
+    };
+    refused(None, None);
+    refused(Some(Class::Container), None);
+    assert_eq!(kernel.counters().unwrap().denied_unknown, 6);
+    refused(Some(Class::Enrolled), None);
+    let elsewhere = Listener::in_netns(Namespace::Own).unwrap();
+    refused(Some(Class::Enrolled), Some(&elsewhere));
+    assert_eq!(kernel.counters().unwrap().denied_no_listener, 6);
+    // Passing, in a namespace without a route, is seen by another error than the hook's.
+    for class in [Class::Unselected, Class::Agent, Class::Observed] {
+        classify(&kernel, &cgroup, class, None);
+        assert_eq!(dial(&cgroup.0, Some(&netns), Dial::Tcp(API4)), Err(nix::Error::ENETUNREACH));
+    }
+    let counters = kernel.counters().unwrap();
+    assert_eq!((counters.passed, counters.would_redirect, counters.redirected), (2, 1, 0));
+    // The host's network namespace lets unclassified processes pass, once the programs know it.
+    kernel.forget_cgroup(cgroup.id()).unwrap();
+    kernel.set_settings(listener.netns(), 1).unwrap();
+    assert_eq!(dial(&cgroup.0, Some(&netns), Dial::Tcp(API4)), Err(nix::Error::ENETUNREACH));
+}
+
+#[tokio::test]
+async fn protocols_that_cannot_be_redirected_are_refused() {
+    let Some((kernel, cgroup)) = attached("protocols") else { return };
+    let netns = OwnNetns::new();
+    let listener = Listener::in_netns(Namespace::of_process(netns.pid()).unwrap()).unwrap();
+    classify(&kernel, &cgroup, Class::Unselected, None);
+    assert_eq!(dial(&cgroup.0, Some(&netns), Dial::Mptcp(API4)), Err(nix::Error::ENETUNREACH));
+    classify(&kernel, &cgroup, Class::Enrolled, Some(&listener));
+    assert_eq!(dial(&cgroup.0, Some(&netns), Dial::Mptcp(API4)), Err(nix::Error::EPROTONOSUPPORT));
+    assert_eq!(dial(&cgroup.0, Some(&netns), Dial::Udp(API4)), Err(nix::Error::ECONNREFUSED));
+    assert_eq!(kernel.counters().unwrap().protocol_refused, 2);
+    let mut notices = kernel.notices().unwrap().expect("taken once");
+    let first = notices.next().await.unwrap();
+    assert_eq!((first.kind, first.protocol), (3, 262));
+}
+
+#[tokio::test]
+async fn a_connection_that_meets_the_programs_twice_counts_once() {
+    let Some((kernel, outer)) = attached("levels") else { return };
+    let inner = outer.below("pod");
+    kernel.attach(&inner.0).unwrap();
+    kernel.set_settings(0, 2).unwrap();
+    let netns = OwnNetns::new();
+    let listener = Listener::in_netns(Namespace::of_process(netns.pid()).unwrap()).unwrap();
+    classify(&kernel, &inner, Class::Enrolled, Some(&listener));
+    let (_, peer) = dial(&inner.0, Some(&netns), Dial::Tcp(API4)).unwrap();
+    assert_eq!(peer, API4);
+    let (stream, from) = listener.accept().await.unwrap();
+    assert!(kernel.take_flow(listener.netns(), from, stream.local_addr().unwrap()).is_some());
+    classify(&kernel, &inner, Class::Unselected, None);
+    assert_eq!(dial(&inner.0, Some(&netns), Dial::Tcp(API4)), Err(nix::Error::ENETUNREACH));
+    kernel.forget_cgroup(inner.id()).unwrap();
+    assert_eq!(dial(&inner.0, Some(&netns), Dial::Tcp(API4)), Err(nix::Error::ECONNREFUSED));
+    let counters = kernel.counters().unwrap();
+    let expected = Counters {
+        seen: 3,
+        redirected: 1,
+        flows_published: 1,
+        passed: 1,
+        denied_unknown: 1,
+        ..Counters::default()
+    };
+    assert_eq!(counters, expected);
+}

@@ -1,0 +1,178 @@
+//! What the tests make: cgroups, network namespaces, clients in them. Each is removed by its guard.
+
+use std::{
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    os::fd::{AsRawFd, FromRawFd, OwnedFd},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    sync::Arc,
+};
+
+use nix::sys::socket::{SockaddrStorage, connect, getpeername, getsockname};
+use weir_agent::interception::{
+    cgroup,
+    loader::{Kernel, KernelError, Pinning},
+};
+
+pub(crate) const API4: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)), 443);
+pub(crate) const API6: SocketAddr =
+    SocketAddr::new(IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1)), 6443);
+
+/// A cgroup that is removed at the end; its processes are moved out by their own end.
+pub(crate) struct OwnCgroup(pub(crate) PathBuf);
+
+impl OwnCgroup {
+    pub(crate) fn new(name: &str) -> Self {
+        let path = cgroup::mount_point().unwrap().join(format!("weir-test-{}-{name}", std::process::id()));
+        std::fs::create_dir(&path).unwrap();
+        Self(path)
+    }
+
+    /// One below this one.
+    pub(crate) fn below(&self, name: &str) -> Self {
+        let path = self.0.join(name);
+        std::fs::create_dir(&path).unwrap();
+        Self(path)
+    }
+
+    /// Moves a process into it.
+    pub(crate) fn take(&self, pid: u32) {
+        std::fs::write(self.0.join("cgroup.procs"), pid.to_string()).unwrap();
+    }
+
+    pub(crate) fn id(&self) -> u64 {
+        cgroup::id(&self.0).unwrap()
+    }
+}
+
+impl Drop for OwnCgroup {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir(&self.0);
+    }
+}
+
+/// A process in a network namespace of its own with `lo` up; the namespace goes with it.
+pub(crate) struct OwnNetns(Child);
+
+impl OwnNetns {
+    pub(crate) fn new() -> Self {
+        let mut child = Command::new("unshare")
+            .args(["--net", "sh", "-c", "ip link set lo up && echo up && exec cat"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut line = [0; 3];
+        io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut line).unwrap();
+        assert_eq!(&line, b"up\n");
+        Self(child)
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.0.id()
+    }
+}
+
+impl Drop for OwnNetns {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// What a client thread in the cgroup and namespace saw.
+pub(crate) type Dialled = Result<(SocketAddr, SocketAddr), nix::Error>;
+
+#[derive(Clone, Copy, PartialEq)]
+pub(crate) enum Dial {
+    Tcp(SocketAddr),
+    /// An IPv6 socket that dials a v4-mapped address.
+    Mapped(SocketAddr),
+    Mptcp(SocketAddr),
+    Udp(SocketAddr),
+}
+
+/// Dials from a child process that is in the cgroup (a cgroup holds whole processes), inside the namespace, and
+/// reports the errno or the own and the peer's address through a pipe.
+pub(crate) fn dial(cgroup: &Path, netns: Option<&OwnNetns>, dial: Dial) -> Dialled {
+    let (own, other) = std::os::unix::net::UnixStream::pair().unwrap();
+    let netns = netns.map(|netns| std::fs::File::open(format!("/proc/{}/ns/net", netns.0.id())).unwrap());
+    let procs = std::fs::OpenOptions::new().write(true).open(cgroup.join("cgroup.procs")).unwrap();
+    // SAFETY: the child only makes system calls on what was opened before, and leaves by _exit.
+    match unsafe { nix::unistd::fork() }.unwrap() {
+        nix::unistd::ForkResult::Child => {
+            let result = in_child(&procs, netns.as_ref(), dial);
+            let text = match result {
+                Ok((own, peer)) => format!("{own} {peer}"),
+                Err(errno) => format!("{}", errno as i32),
+            };
+            let _ = nix::unistd::write(&other, text.as_bytes());
+            // SAFETY: ends the child without running the test harness's exit handlers.
+            unsafe { libc::_exit(0) };
+        }
+        nix::unistd::ForkResult::Parent { child } => {
+            drop(other);
+            let mut text = String::new();
+            io::Read::read_to_string(&mut &own, &mut text).unwrap();
+            nix::sys::wait::waitpid(child, None).unwrap();
+            match text.split_once(' ') {
+                Some((own, peer)) => Ok((own.parse().unwrap(), peer.parse().unwrap())),
+                None => Err(nix::Error::from_raw(text.parse().unwrap())),
+            }
+        }
+    }
+}
+
+fn in_child(procs: &std::fs::File, netns: Option<&std::fs::File>, dial: Dial) -> Dialled {
+    nix::unistd::write(procs, b"0")?;
+    if let Some(netns) = netns {
+        nix::sched::setns(netns, nix::sched::CloneFlags::CLONE_NEWNET)?;
+    }
+    let (address, kind, protocol) = match dial {
+        Dial::Tcp(address) => (address, libc::SOCK_STREAM, 0),
+        Dial::Mapped(address) => {
+            let IpAddr::V4(ip) = address.ip() else { return Err(nix::Error::EINVAL) };
+            (SocketAddr::new(ip.to_ipv6_mapped().into(), address.port()), libc::SOCK_STREAM, 0)
+        }
+        Dial::Mptcp(address) => (address, libc::SOCK_STREAM, libc::IPPROTO_MPTCP),
+        Dial::Udp(address) => (address, libc::SOCK_DGRAM, 0),
+    };
+    let family = if address.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
+    // SAFETY: takes numbers only; the descriptor is new and ours.
+    let socket = unsafe {
+        let fd = nix::Error::result(libc::socket(family, kind, protocol))?;
+        OwnedFd::from_raw_fd(fd)
+    };
+    connect(socket.as_raw_fd(), &SockaddrStorage::from(address))?;
+    let name = |storage: SockaddrStorage| -> Result<SocketAddr, nix::Error> {
+        match (storage.as_sockaddr_in(), storage.as_sockaddr_in6()) {
+            (Some(v4), _) => Ok(SocketAddr::new(v4.ip().into(), v4.port())),
+            (_, Some(v6)) => Ok(SocketAddr::new(v6.ip().into(), v6.port())),
+            _ => Err(nix::Error::EINVAL),
+        }
+    };
+    Ok((name(getsockname(socket.as_raw_fd())?)?, name(getpeername(socket.as_raw_fd())?)?))
+}
+
+/// Loads the programs, or says why this machine cannot: `None` skips the test, loudly; under CI=true it fails.
+pub(crate) fn load(pinning: Pinning) -> Option<Arc<Kernel>> {
+    match Kernel::load(pinning) {
+        Ok(kernel) => Some(Arc::new(kernel)),
+        Err(error) => {
+            not_tested(&error);
+            None
+        }
+    }
+}
+
+fn not_tested(error: &KernelError) {
+    let mut text = error.to_string();
+    let mut source = std::error::Error::source(error);
+    while let Some(error) = source {
+        text = format!("{text}: {error}");
+        source = error.source();
+    }
+    assert!(std::env::var("CI").as_deref() != Ok("true"), "cannot test the kernel programs: {text}");
+    eprintln!("NOT TESTED: the kernel programs: {text}");
+}
