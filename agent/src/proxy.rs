@@ -11,8 +11,12 @@ mod headers;
 mod pipeline;
 mod pool;
 mod quota;
+#[cfg(test)]
+mod rig;
 mod server;
 mod status;
+#[cfg(test)]
+mod tests;
 mod upgrade;
 mod upstream;
 
@@ -30,6 +34,9 @@ use self::{
     upstream::Dialler,
 };
 use crate::{recording::Recorder, trust::ServingCertificate};
+
+/// How long cut tasks may take to close their records.
+const CUT_GRACE: Duration = Duration::from_secs(5);
 
 /// A connection whose caller is known. Made by the interception, consumed by the proxy.
 #[derive(Debug)]
@@ -156,6 +163,19 @@ struct Shared {
     cut: CancellationToken,
 }
 
+/// Spawns what hyper spawns for HTTP/2 where a drain waits for it.
+#[derive(Clone, Debug)]
+struct Tracked(TaskTracker);
+
+impl<F> hyper::rt::Executor<F> for Tracked
+where
+    F: Future<Output: Send + 'static> + Send + 'static,
+{
+    fn execute(&self, future: F) {
+        self.0.spawn(future);
+    }
+}
+
 /// The proxy. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Proxy {
@@ -223,12 +243,14 @@ impl Proxy {
         let finished = tokio::time::timeout(deadline, shared.tasks.wait()).await.is_ok();
         let drained = if finished { Drained::Finished } else { Drained::Cut(shared.tasks.len()) };
         shared.cut.cancel();
-        shared.tasks.wait().await;
         for cluster in &shared.clusters {
             cluster.pool.clear();
         }
         shared.upstream_tasks.close();
-        shared.upstream_tasks.wait().await;
+        let ended = async { tokio::join!(shared.tasks.wait(), shared.upstream_tasks.wait()) };
+        if tokio::time::timeout(CUT_GRACE, ended).await.is_err() {
+            tracing::warn!(tasks = shared.tasks.len(), "connections did not end although they were cut");
+        }
         drained
     }
 }

@@ -26,6 +26,9 @@ use crate::recording::RequestRecord;
 /// How much room a body of unknown length gets before the next piece asks for more.
 const HOLD_STEP_BYTES: usize = 64 * 1024;
 
+/// How much of a refused body is read and thrown away before the connection is closed on the client.
+const DISCARDED_BYTES_MAX: usize = 16 * 1024 * 1024;
+
 /// A request's body, whole, with the room it takes in the quotas.
 #[derive(Debug, Default)]
 pub(super) struct Held {
@@ -44,7 +47,7 @@ impl Held {
 
 /// Reads a request's body up to `bytes_max` within `timeout`.
 pub(super) async fn hold(
-    body: Incoming,
+    mut body: Incoming,
     quota: &Arc<Quota>,
     bytes_max: usize,
     timeout: Duration,
@@ -53,17 +56,34 @@ pub(super) async fn hold(
         return Ok(Held::default());
     }
     let announced = body.size_hint().exact();
-    if announced.is_some_and(|length| length > bytes_max as u64) {
-        return Err(Refusal::BodyTooLarge { bytes_max });
-    }
-    match tokio::time::timeout(timeout, collect(body, quota, bytes_max, announced)).await {
-        Ok(held) => held,
-        Err(_) => Err(Refusal::BodyTimeout { seconds: timeout.as_secs() }),
+    let collected = async {
+        let collected = if announced.is_some_and(|length| length > bytes_max as u64) {
+            Err(Refusal::BodyTooLarge { bytes_max })
+        } else {
+            collect(&mut body, quota, bytes_max, announced).await
+        };
+        if collected.is_err() {
+            discard(&mut body).await;
+        }
+        collected
+    };
+    tokio::time::timeout(timeout, collected)
+        .await
+        .unwrap_or(Err(Refusal::BodyTimeout { seconds: timeout.as_secs() }))
+}
+
+/// Reads on, so that a client that is still sending gets to read its answer instead of a broken connection.
+async fn discard(body: &mut Incoming) {
+    let mut discarded = 0;
+    while discarded < DISCARDED_BYTES_MAX
+        && let Some(Ok(frame)) = body.frame().await
+    {
+        discarded += frame.data_ref().map_or(0, Bytes::len);
     }
 }
 
 async fn collect(
-    mut body: Incoming,
+    body: &mut Incoming,
     quota: &Arc<Quota>,
     bytes_max: usize,
     announced: Option<u64>,

@@ -39,13 +39,50 @@ pub(super) async fn answer(
         Ok(record) => Arc::new(record),
         Err(refusal) => return Ok(refusal.response(None)),
     };
+    let mut guard = CutGuard { connection: &connection, record: &record, armed: true };
     let forwarded = match checked {
         Ok(authority) => {
             forward(&connection, head, &attributes, held, authority, &record, client_upgrade).await
         }
         Err(refusal) => Err(refusal),
     };
+    guard.armed = false;
     Ok(forwarded.unwrap_or_else(|refusal| refuse(&refusal, &record)))
+}
+
+/// Says in the record that it was the drain limit, should that end the wait for an answer. Disarmed
+/// once there is an answer.
+struct CutGuard<'a> {
+    connection: &'a Connection,
+    record: &'a RequestRecord,
+    armed: bool,
+}
+
+impl Drop for CutGuard<'_> {
+    fn drop(&mut self) {
+        if self.armed && self.connection.shared.cut.is_cancelled() {
+            self.record.close(Outcome::Drained, Some("the agent reached its drain limit"));
+        }
+    }
+}
+
+/// Leaves a trace of a request whose client goes away before its body is whole: hyper then drops the request's
+/// task, which has no record yet.
+struct ArrivalGuard<'a> {
+    connection: &'a Connection,
+    head: &'a Parts,
+    armed: bool,
+}
+
+impl Drop for ArrivalGuard<'_> {
+    fn drop(&mut self) {
+        if self.armed {
+            let reason =
+                format!("{} {} ended in the middle of its body", self.head.method, self.head.uri.path());
+            let Connection { shared, cluster_index, caller, .. } = self.connection;
+            shared.recorder.connection_refused(Some(*cluster_index), Some(caller), &reason);
+        }
+    }
 }
 
 /// Holds the body and checks the head. A refused request keeps its body for the record, unless its target is in
@@ -57,7 +94,10 @@ async fn check(connection: &Connection, head: &Parts, body: Incoming) -> (Held, 
             Err(refusal) => return (Held::default(), Err(refusal)),
         };
     let limits = &connection.shared.limits;
-    match body::hold(body, &connection.quota, limits.body_bytes_max, limits.body_timeout).await {
+    let mut guard = ArrivalGuard { connection, head, armed: true };
+    let held = body::hold(body, &connection.quota, limits.body_bytes_max, limits.body_timeout).await;
+    guard.armed = false;
+    match held {
         Ok(held) => (held, headers::check_identity(&head.headers).map(|()| authority)),
         Err(refusal) => (Held::default(), Err(refusal)),
     }

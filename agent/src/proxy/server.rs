@@ -10,13 +10,13 @@ use hyper::{
     server::conn::{http1, http2},
     service::service_fn,
 };
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{io::AsyncWriteExt as _, net::TcpStream};
 use tokio_rustls::{LazyConfigAcceptor, server::TlsStream};
 use weir_common::event::Caller;
 
 use super::{
-    Accepted, Cluster, Shared, pipeline,
+    Accepted, Cluster, Shared, Tracked, pipeline,
     pool::Private,
     quota::{Place, Quota},
 };
@@ -189,7 +189,7 @@ async fn serve_http2(connection: Arc<Connection>, stream: TlsStream<TcpStream>) 
     let shared = Arc::clone(&connection.shared);
     let service = service_fn(move |request| pipeline::answer(Arc::clone(&connection), request));
     let mut serving = std::pin::pin!(
-        http2::Builder::new(TokioExecutor::new())
+        http2::Builder::new(Tracked(shared.tasks.clone()))
             .timer(TokioTimer::new())
             .initial_stream_window_size(STREAM_WINDOW_BYTES)
             .initial_connection_window_size(CONNECTION_WINDOW_BYTES)

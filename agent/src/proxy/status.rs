@@ -43,8 +43,8 @@ pub(super) enum Refusal {
              --as, --as-group and --as-uid"
     )]
     Impersonation,
-    /// A body over the limit of the API server itself.
-    #[error("the request's body is larger than {bytes_max} bytes")]
+    /// A body over the limit of the API server itself, in the API server's own words.
+    #[error("Request entity too large: limit is {bytes_max}")]
     BodyTooLarge {
         /// The limit.
         bytes_max: usize,

@@ -20,14 +20,14 @@ use http::{
 };
 use http_body_util::Full;
 use hyper::client::conn::{http1, http2};
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::rt::{TokioIo, TokioTimer};
 use nix::sys::socket::{setsockopt, sockopt};
 use rustls::pki_types::ServerName;
 use tokio::net::TcpStream;
 use tokio_rustls::{TlsConnector, client::TlsStream};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use super::ProxyError;
+use super::{ProxyError, Tracked};
 
 /// Most endpoints that one dial tries.
 const ENDPOINTS_TRIED_MAX: usize = 8;
@@ -272,7 +272,7 @@ impl Dialler {
     }
 
     async fn start_http2(&self, stream: TlsStream<TcpStream>) -> Result<Http2, UpstreamError> {
-        let (sender, connection) = http2::Builder::new(TokioExecutor::new())
+        let (sender, connection) = http2::Builder::new(Tracked(self.tasks.clone()))
             .timer(TokioTimer::new())
             .initial_stream_window_size(STREAM_WINDOW_BYTES)
             .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
