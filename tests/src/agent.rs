@@ -244,7 +244,7 @@ impl Drop for AgentProcess {
 
 /// Whether a log line has the message `ready`, as text or as JSON.
 fn says_ready(line: &str) -> bool {
-    line.contains(r#""message":"ready""#) || line.split_whitespace().any(|word| word == "ready")
+    line.contains(r#""message":"ready""#) || line.ends_with(": ready") || line.contains(": ready ")
 }
 
 /// The events of a journal, as `weir events` gives them.
@@ -266,6 +266,8 @@ mod tests {
     #[test]
     fn only_the_message_ready_counts_as_readiness() {
         assert!(says_ready("2026-01-01T00:00:00Z  INFO weir_agent::app: ready clusters=1"));
+        assert!(says_ready("2026-01-01T00:00:00Z  INFO weir_agent::app: ready"));
+        assert!(!says_ready("2026-01-01T00:00:00Z  INFO weir_agent::app::cluster: cluster ready cluster=\"a\""));
         assert!(says_ready(r#"{"level":"INFO","fields":{"message":"ready","clusters":1}}"#));
         assert!(!says_ready("2026-01-01T00:00:00Z  INFO weir_agent::app: the API server is already known"));
     }
