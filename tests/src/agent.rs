@@ -267,7 +267,9 @@ mod tests {
     fn only_the_message_ready_counts_as_readiness() {
         assert!(says_ready("2026-01-01T00:00:00Z  INFO weir_agent::app: ready clusters=1"));
         assert!(says_ready("2026-01-01T00:00:00Z  INFO weir_agent::app: ready"));
-        assert!(!says_ready("2026-01-01T00:00:00Z  INFO weir_agent::app::cluster: cluster ready cluster=\"a\""));
+        assert!(!says_ready(
+            "2026-01-01T00:00:00Z  INFO weir_agent::app::cluster: cluster ready cluster=\"a\""
+        ));
         assert!(says_ready(r#"{"level":"INFO","fields":{"message":"ready","clusters":1}}"#));
         assert!(!says_ready("2026-01-01T00:00:00Z  INFO weir_agent::app: the API server is already known"));
     }

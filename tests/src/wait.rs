@@ -7,7 +7,7 @@ use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use nix::sys::signal::{SigSet, Signal};
+use tokio::signal::unix::{SignalKind, signal};
 
 /// Between two looks at a condition.
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
@@ -16,26 +16,39 @@ static INTERRUPTED: Mutex<bool> = Mutex::new(false);
 static INTERRUPT: Condvar = Condvar::new();
 
 /// Turns SIGINT, SIGTERM and SIGHUP into errors of the next [`wait_until`] or [`check_interrupted`], so that guards
-/// run and nothing is left behind. Call it before the first thread starts.
+/// run and nothing is left behind.
 ///
-/// The signals are blocked in this process only: `std::process::Command` starts children with an empty mask.
+/// By handlers, not by a blocked mask: children inherit the mask, and an agent that starts with SIGTERM blocked
+/// cannot be ended in its own order.
 ///
 /// # Errors
-/// When the signal mask or the thread cannot be set up.
+/// When the handlers or the thread cannot be set up.
 pub fn interrupt_on_signals() -> Result<()> {
-    let mut signals = SigSet::empty();
-    for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
-        signals.add(signal);
-    }
-    signals.thread_block().context("cannot block signals")?;
-    std::thread::Builder::new()
-        .name("signals".to_owned())
-        .spawn(move || {
-            while signals.wait().is_ok() {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_io()
+        .build()
+        .context("cannot make the runtime that waits for signals")?;
+    let (mut interrupt, mut terminate, mut hang_up) = {
+        let _entered = runtime.enter();
+        let handle = |kind| signal(kind).context("cannot handle signals");
+        (handle(SignalKind::interrupt())?, handle(SignalKind::terminate())?, handle(SignalKind::hangup())?)
+    };
+    let wait = move || {
+        runtime.block_on(async {
+            loop {
+                tokio::select! {
+                    _ = interrupt.recv() => (),
+                    _ = terminate.recv() => (),
+                    _ = hang_up.recv() => (),
+                }
                 *INTERRUPTED.lock().unwrap_or_else(PoisonError::into_inner) = true;
                 INTERRUPT.notify_all();
             }
-        })
+        });
+    };
+    std::thread::Builder::new()
+        .name("signals".to_owned())
+        .spawn(wait)
         .context("cannot start the thread that waits for signals")?;
     Ok(())
 }
