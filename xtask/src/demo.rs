@@ -29,6 +29,9 @@ const COMMAND_SECONDS: u32 = 90;
 /// The API server writes an audit entry when it has noticed the end of a request.
 const AUDIT_DEADLINE: Duration = Duration::from_secs(15);
 
+/// Most lines of one answer of `weir` that are shown; a whole session is some thousand.
+const SHOWN_LINES_MAX: usize = 150;
+
 /// Options of `cargo xtask demo`.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct Arguments {
@@ -200,7 +203,18 @@ fn show_records(journal: &Path) -> Result<()> {
     let show = |title: &str, arguments: &[&str]| -> Result<()> {
         println!("\n$ weir {title}");
         let text = run_command(Command::new(&weir).args(arguments).arg("--from").arg(journal))?;
-        println!("{}", text.trim_end());
+        for line in text.trim_end().lines().take(SHOWN_LINES_MAX) {
+            println!("{line}");
+        }
+        let more = text.trim_end().lines().count().saturating_sub(SHOWN_LINES_MAX);
+        if more > 0 {
+            println!(
+                "… {more} more lines: {} {} --from {}",
+                weir.display(),
+                arguments.join(" "),
+                journal.display()
+            );
+        }
         Ok(())
     };
     show("sessions", &["sessions"])?;
