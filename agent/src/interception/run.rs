@@ -85,6 +85,9 @@ pub struct Options {
     pub clusters: Vec<ClusterAddresses>,
     /// The proxy.
     pub accepted: mpsc::Sender<Accepted>,
+    /// Becomes true once the programs are attached and every pod that was known then has its verdict, and its
+    /// listener if it runs.
+    pub ready: watch::Sender<bool>,
 }
 
 /// Intercepts until cancelled. On return listeners are closed and pins stay: enrolled pods are denied until the
@@ -144,7 +147,7 @@ pub async fn run(
     }
     tasks.spawn(report::proxy_environments(tenants, kernel.clone(), recorder, part.clone()));
     let result = tokio::select! {
-        result = enrol(&mut enrolment, &mount, &watch, options.pods, &part) => result,
+        result = enrol(&mut enrolment, (&mount, &watch), options.pods, &options.ready, &part) => result,
         Some(ended) = tasks.join_next(), if !tasks.is_empty() => Err(ended_early(ended)),
     };
     part.cancel();
@@ -156,9 +159,9 @@ pub async fn run(
 /// Applies each change of the tree or of what is known, until cancelled.
 async fn enrol(
     enrolment: &mut Enrolment,
-    mount: &Path,
-    watch: &TreeWatch,
+    (mount, watch): (&Path, &TreeWatch),
     mut pods: watch::Receiver<KnownPods>,
+    ready: &watch::Sender<bool>,
     cancellation: &CancellationToken,
 ) -> Result<(), InterceptionError> {
     let mut waiting_since = None;
@@ -167,6 +170,7 @@ async fn enrol(
         let known = pods.borrow_and_update().clone();
         let tree = Tree::read(mount, |folder| watch.watch(folder));
         let waiting = enrolment.apply(tree, &known).await?;
+        ready.send_if_modified(|ready| known.is_some() && !std::mem::replace(ready, true));
         let now = Instant::now();
         waiting_since = waiting.then(|| waiting_since.unwrap_or(now));
         let soon = waiting_since.is_some_and(|since| now - since < WAITING_MAX);

@@ -50,6 +50,7 @@ struct Node {
     pods: watch::Sender<KnownPods>,
     published: watch::Sender<ApiSet>,
     accepted: mpsc::Receiver<Accepted>,
+    ready: watch::Receiver<bool>,
     recorder: Recorder,
     cancellation: CancellationToken,
     running: tokio::task::JoinHandle<Result<(), InterceptionError>>,
@@ -76,6 +77,7 @@ impl Node {
         let (pods, watched) = watch::channel(None);
         let (published, api_set) = watch::channel(ApiSet::default());
         let (sender, accepted) = mpsc::channel(16);
+        let (ready, is_ready) = watch::channel(false);
         let cancellation = CancellationToken::new();
         let options = Options {
             cgroup_root: Some(root.0.clone()),
@@ -83,6 +85,7 @@ impl Node {
             pods: watched,
             clusters: vec![ClusterAddresses { cluster: 0, published: api_set, configured: vec![API4] }],
             accepted: sender,
+            ready,
         };
         let running = tokio::spawn(run(options, recorder.clone(), cancellation.clone()));
         Some(Self {
@@ -91,6 +94,7 @@ impl Node {
             pods,
             published,
             accepted,
+            ready: is_ready,
             recorder,
             cancellation,
             running,
@@ -138,8 +142,10 @@ async fn a_pod_is_denied_until_it_is_enrolled_and_then_known_by_name() {
     container.take(sandbox.pid());
     let client = |target| dial(&container.0, Some(&sandbox), target);
     eventually("unknown: denied", || client(Dial::Tcp(API4)), is(nix::Error::ECONNREFUSED)).await;
+    assert!(!*node.ready.borrow(), "nothing is known yet");
 
     node.know(&[known(uid, Some(Mode::Enforce), false)]);
+    node.ready.wait_for(|ready| *ready).await.unwrap();
     eventually("enrolled: arrives", || client(Dial::Tcp(API4)), Result::is_ok).await;
     let accepted = node.accepted.recv().await.unwrap();
     assert_eq!((accepted.original_destination, accepted.cluster), (API4, 0));
