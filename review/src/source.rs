@@ -205,19 +205,19 @@ impl Journal {
         }
     }
 
-    /// First sequence of the segment after this one in the same epoch.
+    /// First sequence of the next segment of the same epoch that has a header: one without was being made when the
+    /// agent died, and holds nothing.
     pub(crate) fn successor(&self, segment: usize) -> Option<u64> {
         let epoch = self.epochs.iter().find(|epoch| epoch.segments.contains(&segment))?;
-        let next = self.segments.get(segment + 1).filter(|_| epoch.segments.contains(&(segment + 1)))?;
-        read_header(next).map(|header| header.first_sequence)
+        let later = self.segments.get(segment + 1..epoch.segments.end)?;
+        later.iter().find_map(|path| read_header(path)).map(|header| header.first_sequence)
     }
 
     fn entries(&self, segment: usize, bytes: &[u8]) -> Vec<Entry> {
         let Some(path) = self.segments.get(segment) else { return Vec::new() };
         let mut list = Vec::new();
         match SegmentReader::new(bytes, self.successor(segment)) {
-            // An agent that has just begun a segment, or died doing so.
-            Err(_) if bytes.iter().all(|byte| *byte == 0) => {}
+            Err(_) if is_unmade(bytes) => {}
             Err(error) => self.warn(format!("{}: {}", path.display(), with_sources(&error))),
             Ok(reader) => {
                 for located in reader {
@@ -230,6 +230,11 @@ impl Journal {
         }
         list
     }
+}
+
+/// Whether a segment has no header yet: an agent has just begun it, or died doing so. It holds nothing.
+pub(crate) fn is_unmade(segment: &[u8]) -> bool {
+    segment.len() < SEGMENT_HEADER_BYTES || segment.iter().all(|byte| *byte == 0)
 }
 
 /// An error with its causes, in one line.

@@ -131,9 +131,10 @@ impl Masker {
         }
     }
 
-    /// A request's URI as it is recorded.
+    /// A request's URI as it is recorded: path and query, also where HTTP/2 (`:authority`) or an absolute form gave
+    /// more, so that requests read the same whatever the protocol.
     pub(super) fn request_uri(&self, uri: &Uri) -> String {
-        self.uri(&uri.to_string())
+        self.uri(&uri.path_and_query().map_or_else(|| uri.to_string(), ToString::to_string))
     }
 
     /// A URI with the values of credential parameters masked, cut to its limit.

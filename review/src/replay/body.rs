@@ -7,7 +7,10 @@
 use serde::{Deserialize, de::IgnoredAny};
 use serde_json::Value;
 
-use crate::terminal::{escaped, escaped_exactly, is_unsafe};
+use crate::{
+    moment::counted,
+    terminal::{escaped, escaped_exactly, is_unsafe},
+};
 
 /// Shortest printable run that is picked out of raw bytes, its line end included.
 const RUN_CHARS_MIN: usize = 3;
@@ -20,7 +23,7 @@ const TABLE_CELLS_MAX: usize = 100_000;
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Shown {
     /// What the reader should know of the form.
-    pub(crate) label: Option<&'static str>,
+    pub(crate) label: Option<String>,
     /// The lines.
     pub(crate) lines: Vec<String>,
 }
@@ -40,12 +43,13 @@ pub(crate) fn show(bytes: &[u8], detail: Detail) -> Shown {
     if is_json(text) {
         if let (Detail::Readable, Some(lines)) = (detail, table(text)) {
             return Shown {
-                label: Some("a Table, as rows"),
+                label: Some("a Table, as rows".into()),
                 lines: lines.iter().map(|line| line_text(line, detail)).collect(),
             };
         }
         let text = indented(text);
-        return Shown { label: None, lines: text.lines().map(|line| line_text(line, detail)).collect() };
+        let lines = text.lines().map(|line| line_text(line, detail)).collect();
+        return Shown { label: None, lines: if detail == Detail::Readable { folded(lines) } else { lines } };
     }
     if text.contains('\0') {
         return show_raw(bytes, detail);
@@ -77,16 +81,61 @@ fn line_text(line: &str, detail: Detail) -> String {
 
 /// Shows bytes that are not decoded.
 pub(crate) fn show_raw(bytes: &[u8], detail: Detail) -> Shown {
+    let form = match kubernetes_protobuf(bytes) {
+        Some(what) => format!("Kubernetes protobuf of {what}, not decoded"),
+        None => "raw, not decoded".into(),
+    };
     match detail {
         Detail::Readable => Shown {
-            label: Some("raw, not decoded: the text found in it"),
+            label: Some(format!("{form}: the text found in it")),
             lines: printable_runs(bytes).iter().map(|run| line_text(run, detail)).collect(),
         },
         Detail::Full => Shown {
-            label: Some("raw, not decoded"),
+            label: Some(form),
             lines: bytes.split_inclusive(|byte| *byte == b'\n').map(escaped_exactly).collect(),
         },
     }
+}
+
+/// Version and kind, if the bytes are a `runtime.Unknown` as Kubernetes sends it: `k8s\0`, then field 1 (the type:
+/// field 1 its version, field 2 its kind). Escaped. See k8s.io/apimachinery `pkg/runtime/generated.proto`.
+fn kubernetes_protobuf(bytes: &[u8]) -> Option<String> {
+    let (meta, _) = short_field(bytes.strip_prefix(b"k8s\0")?, 0x0a)?;
+    let (version, rest) = short_field(meta, 0x0a)?;
+    let (kind, _) = short_field(rest, 0x12)?;
+    Some(format!(
+        "{} {}",
+        escaped(std::str::from_utf8(version).ok()?),
+        escaped(std::str::from_utf8(kind).ok()?)
+    ))
+}
+
+/// A field with this tag, shorter than 128 bytes, and what follows it.
+fn short_field(bytes: &[u8], tag: u8) -> Option<(&[u8], &[u8])> {
+    match bytes {
+        [first, length @ 0..0x80, rest @ ..] if *first == tag => rest.split_at_checked(usize::from(*length)),
+        _ => None,
+    }
+}
+
+/// Folds what the API server keeps for itself, as kubectl does: a note says how much that is.
+fn folded(lines: Vec<String>) -> Vec<String> {
+    let mut out = Vec::with_capacity(lines.len());
+    let mut lines = lines.into_iter();
+    while let Some(line) = lines.next() {
+        let Some(indent) =
+            line.strip_suffix("\"managedFields\": [").filter(|indent| indent.trim().is_empty())
+        else {
+            out.push(line);
+            continue;
+        };
+        let end = format!("{indent}]");
+        let mut folded = 0_u64;
+        let last = lines.by_ref().inspect(|_| folded += 1).find(|line| line.trim_end_matches(',') == end);
+        let comma = if last.is_some_and(|last| last.ends_with(',')) { "," } else { "" };
+        out.push(format!("{line}… {}]{comma}", counted(folded.saturating_sub(1), "line")));
+    }
+    out
 }
 
 fn is_json(text: &str) -> bool {
@@ -314,11 +363,11 @@ mod tests {
         check(
             b"k8s\0\n\x0c\n\x02v1\x12\x03Pod\xff\x00abc",
             Detail::Readable,
-            expect![[r"
-            (raw, not decoded: the text found in it)
-            k8s
-            Pod
-            abc"]],
+            expect![[r#"
+                (Kubernetes protobuf of v1 Pod, not decoded: the text found in it)
+                k8s
+                Pod
+                abc"#]],
         );
         check(
             b"\x82\x03\x01ok\nmore\\",
@@ -329,6 +378,24 @@ mod tests {
             more\\"]],
         );
         assert_eq!(show_raw(b"\x82\x03\x01ok\n", Detail::Readable).lines, ["ok"]);
+    }
+
+    #[test]
+    fn managed_fields_are_folded_and_counted() {
+        let object = br#"{"metadata":{"managedFields":[{"a":[1]},{}],"name":"x"},"managedFields":[]}"#;
+        check(
+            object,
+            Detail::Readable,
+            expect![[r#"
+            {
+              "metadata": {
+                "managedFields": [… 6 lines],
+                "name": "x"
+              },
+              "managedFields": []
+            }"#]],
+        );
+        assert_eq!(show(object, Detail::Full).lines.len(), 14);
     }
 
     #[test]

@@ -82,8 +82,14 @@ impl<'a> Printer<'a> {
                         self.field("intent", &format!("{name}={value}"))?;
                     }
                 }
-                let user = caller.claimed_user.as_deref().unwrap_or("no user name in the credential");
-                self.field("user", &format!("{user} (as the credential claims; not verified by weir)"))?;
+                if caller.pod.is_none() {
+                    self.field("pod", "none: a command under `weir-agent exec`")?;
+                }
+                let user = match &caller.claimed_user {
+                    Some(user) => format!("{user} (as the credential claims; not verified by weir)"),
+                    None => "the credential names none".into(),
+                };
+                self.field("user", &user)?;
                 self.field("dialled", &caller.dialled)?;
             }
         }
@@ -316,7 +322,7 @@ impl<'a> Printer<'a> {
             read += 1;
         }
         let shown = body::show(&content, self.detail);
-        let label = shown.label.map(|label| format!(" ({label})")).unwrap_or_default();
+        let label = shown.label.as_ref().map(|label| format!(" ({label})")).unwrap_or_default();
         if self.detail == Detail::Full || shown.label.is_some() {
             self.note(&format!("{title}, {} on record{label}", bytes(content.len() as u64)))?;
         }
@@ -416,7 +422,7 @@ impl<'a> Printer<'a> {
         shown: &Shown,
         lines_max: usize,
     ) -> Result<(), ReplayError> {
-        let label = shown.label.map(|label| format!(" ({label})")).unwrap_or_default();
+        let label = shown.label.as_ref().map(|label| format!(" ({label})")).unwrap_or_default();
         self.line(time_us, request, &format!("{title}{label}"))?;
         Ok(self.lines(request, shown, lines_max)?)
     }

@@ -17,7 +17,7 @@ use weir_common::{
 
 use super::{EpochReport, Finding, Findings, Kept, Report, VerifyError, keys::Keys, read_text};
 use crate::{
-    source::{Epoch, Journal, read_segment, with_sources},
+    source::{Epoch, Journal, is_unmade, read_segment, with_sources},
     terminal::Progress,
 };
 
@@ -159,12 +159,11 @@ pub(crate) fn check(
         newer_schema: None,
     };
     checked.compare_root(0, None);
-    for (index, number) in epoch.segments.clone().enumerate() {
+    for number in epoch.segments.clone() {
         let path = &journal.segments[number];
         checked.file = path.display().to_string();
         let bytes = read_segment(path)?;
-        let last = number + 1 == epoch.segments.end;
-        checked.segment(&bytes, index as u64, journal.successor(number), last);
+        checked.segment(&bytes, journal.successor(number));
         progress.advance(bytes.len() as u64);
     }
     checked.finish(&epoch.directory.display().to_string());
@@ -211,11 +210,15 @@ impl Check<'_> {
         self.report.notes.push(finding);
     }
 
-    fn segment(&mut self, bytes: &[u8], index: u64, successor: Option<u64>, last: bool) {
+    fn segment(&mut self, bytes: &[u8], successor: Option<u64>) {
         let mut reader = match SegmentReader::new(bytes, successor) {
             Ok(reader) => reader,
-            Err(_) if last && bytes.iter().all(|byte| *byte == 0) => {
-                return self.note(None, None, "segment has just been begun: it holds nothing yet".into());
+            Err(_) if is_unmade(bytes) => {
+                return self.note(
+                    None,
+                    None,
+                    "segment has no header: it was being made, and holds nothing".into(),
+                );
             }
             Err(error) => {
                 self.intact = false;
@@ -224,7 +227,7 @@ impl Check<'_> {
         };
         self.totals.segments += 1;
         let header = reader.header().clone();
-        self.header(&header, index);
+        self.header(&header);
         for next in reader.by_ref() {
             match next {
                 Ok(located) => self.frame(&located),
@@ -244,14 +247,11 @@ impl Check<'_> {
         }
     }
 
-    fn header(&mut self, header: &SegmentHeader, index: u64) {
+    fn header(&mut self, header: &SegmentHeader) {
         if self.totals.node.is_empty() {
             self.totals.node.clone_from(&header.node);
         }
         let mut wrong = Vec::new();
-        if header.index != index {
-            wrong.push(format!("segment {index} is missing: segment {} stands in its place", header.index));
-        }
         if !self.file.ends_with(&SegmentHeader::file_name(header.index)) {
             wrong.push(format!("segment {} has the name of another", header.index));
         }
@@ -261,9 +261,10 @@ impl Check<'_> {
         if header.node != self.totals.node {
             wrong.push(format!("segment is of node {}, the epoch of {}", header.node, self.totals.node));
         }
-        if index == 0 && header.first_sequence != 0 && header.index == 0 {
+        // Later segments are held against the sequence of the one before; numbers may have holes.
+        if self.totals.segments == 1 && header.first_sequence != 0 {
             wrong.push(format!(
-                "the first segment starts with sequence {} instead of 0",
+                "the first {} events are missing: a segment was removed",
                 header.first_sequence
             ));
         }

@@ -177,7 +177,20 @@ fn missing_segments_and_epochs_are_found() {
     let journal = Journal::open(directory.path()).unwrap();
     fs::remove_file(&journal.segments[0]).unwrap();
     let report = verified(directory.path());
-    assert!(damage(&report).contains("segment 0 is missing"), "{}", damage(&report));
+    assert!(damage(&report).contains("events are missing: a segment was removed"), "{}", damage(&report));
+
+    // A number without a segment, or with an unmade one, is none that is missing.
+    let (directory, _) = one_session();
+    let journal = Journal::open(directory.path()).unwrap();
+    let unmade = journal.epochs[0].directory.join("00000000000000000003.seg");
+    fs::write(&unmade, [0; 100]).unwrap();
+    let report = verified(directory.path());
+    assert!(
+        report.is_sound() && report.notes.listed.iter().any(|note| note.file == unmade.display().to_string())
+    );
+    // One that was emptied is.
+    fs::write(&journal.segments[0], []).unwrap();
+    assert!(!verified(directory.path()).is_sound());
 
     let (directory, first) = one_session();
     let predecessor =
