@@ -10,6 +10,7 @@ use std::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
+    time::Instant,
 };
 
 use arc_swap::ArcSwap;
@@ -30,12 +31,18 @@ const ATTEMPTS_MAX: usize = 2;
 struct Shared {
     sender: Http2,
     streams: AtomicUsize,
+    /// A request on it has failed: it takes no more, whatever hyper still thinks of it.
+    failed: AtomicBool,
 }
 
 impl Shared {
+    fn is_usable(&self) -> bool {
+        !self.failed.load(Ordering::Relaxed) && !self.sender.is_closed()
+    }
+
     fn take(self: &Arc<Self>) -> Option<Stream> {
         let within = |streams: usize| (streams < STREAMS_MAX).then_some(streams + 1);
-        let taken = !self.sender.is_closed()
+        let taken = self.is_usable()
             && self.streams.fetch_update(Ordering::Relaxed, Ordering::Relaxed, within).is_ok();
         taken.then(|| Stream(Arc::clone(self)))
     }
@@ -101,7 +108,8 @@ enum Chosen {
 pub(super) struct Pool {
     dialler: Dialler,
     shared: ArcSwap<Vec<Arc<Shared>>>,
-    opening: tokio::sync::Mutex<()>,
+    /// Held while a shared connection is opened; keeps when and why that failed last.
+    opening: tokio::sync::Mutex<Option<(Instant, Arc<UpstreamError>)>>,
     http1_only: AtomicBool,
 }
 
@@ -110,7 +118,7 @@ impl Pool {
         Self {
             dialler,
             shared: ArcSwap::default(),
-            opening: tokio::sync::Mutex::new(()),
+            opening: tokio::sync::Mutex::new(None),
             http1_only: AtomicBool::new(false),
         }
     }
@@ -133,7 +141,10 @@ impl Pool {
                 Chosen::Shared { mut sender, stream, reused } => {
                     match sender.try_send_request(outgoing.for_http2()).await {
                         Ok(response) => return Ok((response, Lease::Shared(stream))),
-                        Err(mut failed) => (reused, failed.take_message().is_some(), failed.into_error()),
+                        Err(mut failed) => {
+                            stream.0.failed.store(true, Ordering::Relaxed);
+                            (reused, failed.take_message().is_some(), failed.into_error())
+                        }
                     }
                 }
                 Chosen::Private { mut sender, reused } => {
@@ -166,20 +177,36 @@ impl Pool {
         &self,
         original: SocketAddr,
         private: &Arc<Private>,
-        fresh: bool,
+        again: bool,
     ) -> Result<Chosen, UpstreamError> {
-        if !fresh && let Some(chosen) = self.reuse(private).await {
+        // A second attempt takes no idle HTTP/1.1 connection: they are all of the same age.
+        let reused = if again { self.reuse_shared() } else { self.reuse(private).await };
+        if let Some(chosen) = reused {
             return Ok(chosen);
         }
         if self.http1_only.load(Ordering::Relaxed) {
             return self.open(original).await;
         }
-        // One opens, the others wait for what it opened.
-        let _gate = self.opening.lock().await;
-        if !fresh && let Some(chosen) = self.reuse_shared() {
+        // One opens, the others wait for what it opened, or for its failure: were each to try for itself, one after
+        // the other, a silent API server would keep the last of them waiting for all their timeouts together.
+        let since = Instant::now();
+        let mut last = self.opening.lock().await;
+        if let Some(chosen) = self.reuse_shared() {
             return Ok(chosen);
         }
-        self.open(original).await
+        if let Some((failed, error)) = last.as_ref()
+            && *failed >= since
+        {
+            return Err(UpstreamError::SameAsBefore(Arc::clone(error)));
+        }
+        match self.open(original).await {
+            Ok(chosen) => Ok(chosen),
+            Err(error) => {
+                let error = Arc::new(error);
+                *last = Some((Instant::now(), Arc::clone(&error)));
+                Err(UpstreamError::SameAsBefore(error))
+            }
+        }
     }
 
     async fn reuse(&self, private: &Private) -> Option<Chosen> {
@@ -211,11 +238,15 @@ impl Pool {
             Fresh::Http2(sender) => sender,
         };
         self.http1_only.store(false, Ordering::Relaxed);
-        let shared = Arc::new(Shared { sender: sender.clone(), streams: AtomicUsize::new(1) });
+        let shared = Arc::new(Shared {
+            sender: sender.clone(),
+            streams: AtomicUsize::new(1),
+            failed: AtomicBool::new(false),
+        });
         let stream = Stream(Arc::clone(&shared));
         let mut full = false;
         self.shared.rcu(|list| {
-            let mut list: Vec<_> = list.iter().filter(|shared| !shared.sender.is_closed()).cloned().collect();
+            let mut list: Vec<_> = list.iter().filter(|shared| shared.is_usable()).cloned().collect();
             full = list.len() >= SHARED_CONNECTIONS_MAX;
             if !full {
                 list.push(Arc::clone(&shared));

@@ -63,6 +63,8 @@ pub(super) struct Seen {
 pub(super) struct Upstream {
     pub(super) seen: Mutex<Vec<Seen>>,
     pub(super) connections: watch::Sender<usize>,
+    /// Makes it end its connections in an orderly way (GOAWAY).
+    pub(super) restart: Notify,
     /// Lets `/watch` send its second event.
     pub(super) next_event: Notify,
 }
@@ -239,6 +241,7 @@ impl Upstream {
             seen: Mutex::default(),
             connections: watch::Sender::new(0),
             next_event: Notify::new(),
+            restart: Notify::new(),
         });
         let (this, acceptor) = (Arc::clone(&upstream), TlsAcceptor::from(with_alpn(tls, alpn)));
         tokio::spawn(async move {
@@ -249,9 +252,16 @@ impl Upstream {
                     this.connections.send_modify(|count| *count += 1);
                     let served = Arc::clone(&this);
                     let service = service_fn(move |request| serve(Arc::clone(&served), request));
-                    let _ = hyper_util::server::conn::auto::Builder::new(TokioExecutor::new())
-                        .serve_connection_with_upgrades(TokioIo::new(stream), service)
-                        .await;
+                    let builder = hyper_util::server::conn::auto::Builder::new(TokioExecutor::new());
+                    let serving = builder.serve_connection_with_upgrades(TokioIo::new(stream), service);
+                    let mut serving = std::pin::pin!(serving);
+                    tokio::select! {
+                        _ = serving.as_mut() => {}
+                        () = this.restart.notified() => {
+                            serving.as_mut().graceful_shutdown();
+                            let _ = serving.await;
+                        }
+                    }
                     this.connections.send_modify(|count| *count -= 1);
                 });
             }

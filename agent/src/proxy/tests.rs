@@ -363,6 +363,39 @@ async fn callers_share_http2_upstream_and_never_http1() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn requests_survive_an_api_server_that_ends_its_connections_in_an_orderly_way() {
+    for alpn in ["http/1.1", "h2"] {
+        let rig = Rig::new(&[alpn]).await;
+        let mut sender = rig.http2().await;
+        for turn in 1..=20 {
+            let post = request(Request::post(format!("https://{NAME}{POD}")), "x");
+            let answered = soon(sender.send_request(post)).await.expect("an answer");
+            assert_eq!(answered.status(), StatusCode::OK, "{alpn}");
+            bytes(answered).await;
+            assert_eq!(rig.seen().len(), turn, "each request is acted on once");
+            rig.upstream.restart.notify_waiters();
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn many_requests_at_once_share_few_connections() {
+    let rig = Rig::new(&["h2"]).await;
+    let mut sender = rig.http2().await;
+    let requests = (0..100).map(|_| {
+        let answer = sender.send_request(request(Request::get(format!("https://{NAME}/watch")), ""));
+        async move {
+            let mut body = soon(answer).await.expect("an answer").into_body();
+            assert!(soon(body.frame()).await.expect("a frame").is_ok());
+            body
+        }
+    });
+    let open: Vec<Incoming> = futures::future::join_all(requests).await;
+    assert_eq!(open.len(), 100);
+    assert_eq!(*rig.upstream.connections.borrow(), 2, "64 streams on one connection, the rest on another");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_drain_closes_what_is_idle_and_cuts_what_does_not_end() {
     let rig = Rig::new(&["h2", "http/1.1"]).await;
     let mut idle = rig.http1().await;

@@ -89,6 +89,9 @@ pub(super) enum UpstreamError {
     /// All connections that the pool may have are full.
     #[error("all connections to it are in use")]
     Exhausted,
+    /// What another request, which this one waited for, met when it opened a connection for both.
+    #[error("{0}")]
+    SameAsBefore(Arc<UpstreamError>),
     /// HTTP.
     #[error("{}", explain(.0))]
     Http(hyper::Error),
