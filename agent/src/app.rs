@@ -1,1 +1,232 @@
-//! The only place where parts are wired together.
+//! `weir-agent run`: the only place where the parts are wired together.
+//!
+//! The order is the promise: the journal accepts and the kernel programs are in force before anything waits for the
+//! network, so that nothing passes unrecorded. Every task's end is waited for; an unexpected end ends the agent, which
+//! leaves the kernel denying.
+
+use tokio::{
+    signal::unix::{Signal, SignalKind, signal},
+    sync::{mpsc, watch},
+    task::JoinSet,
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    config::Config,
+    interception::{
+        api_set::ClusterAddresses,
+        cluster_access::ClusterAccessError,
+        cluster_watch::{ApiSet, ClusterWatch, KnownPods},
+        loader::Pinning,
+        run::{self as interception, InterceptionError},
+    },
+    proxy::{self, Drained, Proxy, ProxyOptions},
+    recording::{Recorder, RecorderOptions, RecordingError},
+    trust::TrustError,
+};
+
+mod cluster;
+
+/// Connections between accept and proxy; beyond it accepting waits.
+const ACCEPTED_MAX: usize = 256;
+
+/// Why the agent cannot start, or had to end.
+#[derive(Debug, thiserror::Error)]
+pub enum AppError {
+    /// The journal.
+    #[error(transparent)]
+    Recording(#[from] RecordingError),
+    /// The kernel, cgroups or listeners.
+    #[error(transparent)]
+    Interception(#[from] InterceptionError),
+    /// A cluster's credentials or CA.
+    #[error(transparent)]
+    Access(#[from] ClusterAccessError),
+    /// A certificate.
+    #[error(transparent)]
+    Trust(#[from] TrustError),
+    /// TLS towards an API server.
+    #[error(transparent)]
+    Proxy(#[from] proxy::ProxyError),
+    /// Signals cannot be waited for.
+    #[error("cannot wait for signals")]
+    Signals(#[source] std::io::Error),
+    /// A name that no certificate can be verified for.
+    #[error(
+        "cluster {cluster}: {host:?} is neither a host name nor an address; mend `server` in its kubeconfig"
+    )]
+    ServerName {
+        /// The cluster's name.
+        cluster: String,
+        /// What stands there.
+        host: String,
+    },
+    /// A part that must run as long as the agent ended.
+    #[error("{part} ended, so the agent ends; pods of this node are denied the API until it is back")]
+    PartEnded {
+        /// Which.
+        part: &'static str,
+    },
+}
+
+/// Runs the agent until SIGTERM or SIGINT, then drains.
+///
+/// # Errors
+/// It cannot start, or a part of it failed for good.
+pub async fn run(config: Config) -> Result<(), AppError> {
+    let mut signals = Signals::new()?;
+    let recorder = Recorder::start(recorder_options(&config))?;
+    let outcome = run_recorded(&config, &recorder, &mut signals).await;
+    let reason = match &outcome {
+        Ok(signal) => (*signal).to_owned(),
+        Err(error) => error.to_string(),
+    };
+    // Last, so that what drained is in the record.
+    let stopped = recorder.stop(&reason).await;
+    outcome?;
+    tracing::info!(reason, "stopped; the kernel programs stay in force until `weir-agent uninstall`");
+    Ok(stopped?)
+}
+
+/// Everything between the first and the last record; returns the signal that ended it.
+async fn run_recorded(
+    config: &Config,
+    recorder: &Recorder,
+    signals: &mut Signals,
+) -> Result<&'static str, AppError> {
+    let stop = CancellationToken::new();
+    let (publish_pods, pods) = watch::channel(KnownPods::None);
+    let (publish_sets, api_sets): (Vec<_>, Vec<_>) =
+        config.clusters.iter().map(|_| watch::channel(ApiSet::default())).unzip();
+    let (accepted, mut connections) = mpsc::channel(ACCEPTED_MAX);
+    let (settled, mut ready) = watch::channel(false);
+    // In force first, with nothing known: the clusters may be away for long.
+    let options = interception::Options {
+        cgroup_root: config.cgroup_root.clone(),
+        pinning: Pinning::standard(),
+        pods,
+        clusters: addresses(config, api_sets),
+        accepted,
+        ready: settled,
+    };
+    let intercepted = interception::run(options, recorder.clone(), stop.clone());
+    tokio::pin!(intercepted);
+    // What runs as long as the agent does; the set aborts what is left when it is dropped.
+    let mut parts: JoinSet<&'static str> = JoinSet::new();
+    let proxy = tokio::select! {
+        proxy = start_proxy(config, recorder, publish_pods, publish_sets, &mut parts) => proxy?,
+        ended = &mut intercepted => return Err(early(ended)),
+        signal = signals.next() => {
+            stop.cancel();
+            intercepted.await?;
+            return Ok(signal);
+        }
+    };
+    let ending = loop {
+        tokio::select! {
+            signal = signals.next() => break Ok(signal),
+            Some(connection) = connections.recv() => proxy.serve(connection),
+            Ok(()) = ready.changed() => tracing::info!("ready"),
+            ended = &mut intercepted => break Err(early(ended)),
+            Some(ended) = parts.join_next() => {
+                break Err(AppError::PartEnded { part: ended.unwrap_or("a part that panicked") });
+            }
+        }
+    };
+    stop.cancel();
+    if let Ok(signal) = &ending {
+        tracing::info!(
+            signal,
+            drain_seconds = config.limits.drain.as_secs(),
+            active = proxy.active(),
+            "draining"
+        );
+        intercepted.await?;
+        // What was accepted before the listeners were closed is served, too.
+        while let Ok(connection) = connections.try_recv() {
+            proxy.serve(connection);
+        }
+        if let Drained::Cut(count) = proxy.drain(config.limits.drain).await {
+            tracing::warn!(count, "the drain limit cut connections; their records say so");
+        }
+    }
+    ending
+}
+
+fn early(ended: Result<(), InterceptionError>) -> AppError {
+    ended.map_or_else(AppError::from, |()| AppError::PartEnded { part: "the interception" })
+}
+
+fn addresses(config: &Config, api_sets: Vec<watch::Receiver<ApiSet>>) -> Vec<ClusterAddresses> {
+    (0u32..)
+        .zip(config.clusters.iter().zip(api_sets))
+        .map(|(index, (cluster, published))| ClusterAddresses {
+            cluster: index,
+            configured: cluster.addresses.iter().copied().collect(),
+            published,
+        })
+        .collect()
+}
+
+/// Connects to the clusters, starts to watch this node's pods, and makes the proxy.
+async fn start_proxy(
+    config: &Config,
+    recorder: &Recorder,
+    publish_pods: watch::Sender<KnownPods>,
+    publish_sets: Vec<watch::Sender<ApiSet>>,
+    parts: &mut JoinSet<&'static str>,
+) -> Result<Proxy, AppError> {
+    let clusters = cluster::connect_all(config, publish_sets, parts).await?;
+    // The node belongs to the first cluster: its pods are watched there.
+    let pods = ClusterWatch {
+        client: clusters[0].access.client.clone(),
+        node: config.node.clone(),
+        enrolment: config.enrolment.clone(),
+        intent_annotations: config.intent_annotations.clone(),
+    };
+    parts.spawn(async move {
+        pods.watch_pods(publish_pods).await;
+        "the watch of pods"
+    });
+    Ok(Proxy::new(ProxyOptions {
+        clusters: clusters.into_iter().map(|cluster| cluster.upstream).collect(),
+        recorder: recorder.clone(),
+        limits: proxy::Limits::default(),
+    }))
+}
+
+fn recorder_options(config: &Config) -> RecorderOptions {
+    RecorderOptions {
+        directory: config.journal.directory.clone(),
+        journal_bytes_max: config.journal.bytes_max,
+        node: config.node.clone(),
+        tenant: config.tenant.clone(),
+        clusters: config.clusters.iter().map(|cluster| cluster.name.clone()).collect(),
+        response_bytes_max: config.limits.response_bytes_max,
+        session_idle_timeout: config.limits.session_idle_timeout,
+        signing_key_file: None,
+    }
+}
+
+/// The signals that end the agent in an orderly way.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn new() -> Result<Self, AppError> {
+        let wait_for = |kind| signal(kind).map_err(AppError::Signals);
+        Ok(Self {
+            terminate: wait_for(SignalKind::terminate())?,
+            interrupt: wait_for(SignalKind::interrupt())?,
+        })
+    }
+
+    async fn next(&mut self) -> &'static str {
+        tokio::select! {
+            _ = self.terminate.recv() => "SIGTERM",
+            _ = self.interrupt.recv() => "SIGINT",
+        }
+    }
+}

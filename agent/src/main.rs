@@ -2,12 +2,19 @@
 //!
 //! Exit codes: 0 for success, 1 for failure, 2 for usage; `exec` ends with the code of its command.
 
-use std::{ffi::OsString, path::PathBuf, process::ExitCode};
+use std::{
+    ffi::OsString,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
 
 use clap::{Parser, Subcommand};
 use weir_agent::{
+    app,
+    config::{self, Config},
     doctor::{self, DoctorOptions},
     exec::{self, ExecOptions},
+    interception::{attach, loader},
 };
 
 /// Makes the pods of a Kubernetes node act through a recording gateway.
@@ -20,6 +27,15 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Run the node agent (the DaemonSet's process).
+    Run {
+        /// Configuration file.
+        #[arg(long, value_name = "FILE")]
+        config: PathBuf,
+        /// Log as JSON, one object a line.
+        #[arg(long)]
+        log_json: bool,
+    },
     /// Run one command and record its Kubernetes API calls; no cluster install, no change to the command.
     Exec {
         /// Configuration whose node, tenant, journal and limits apply.
@@ -53,12 +69,26 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Show what is in force in the kernel: programs, API set, cgroups by class, counters.
+    Status {
+        /// As JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Remove every pin: the kernel programs detach, and nothing is intercepted any more.
+    Uninstall,
 }
 
 fn main() -> ExitCode {
     match Arguments::parse().command {
+        Command::Run { config, log_json } => {
+            log_to_stderr("info", log_json);
+            finish(run(&config))
+        }
+        Command::Status { json } => finish(status(json)),
+        Command::Uninstall => finish(uninstall()),
         Command::Exec { config, kubeconfig, journal, quiet, command } => {
-            log_to_stderr("warn");
+            log_to_stderr("warn", false);
             execute(&ExecOptions { config, kubeconfig, journal, quiet, command })
         }
         Command::Doctor { config, kubeconfig, journal, json } => {
@@ -91,8 +121,45 @@ fn examine(options: &DoctorOptions, json: bool) -> ExitCode {
     ExitCode::from(report.exit_code())
 }
 
-fn log_to_stderr(default: &str) {
+fn run(path: &Path) -> anyhow::Result<()> {
+    let config = Config::load(path, &config::default_node())?;
+    tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(app::run(config))?;
+    Ok(())
+}
+
+#[expect(clippy::print_stdout, reason = "the state is what the command is for")]
+fn status(json: bool) -> anyhow::Result<()> {
+    let folder = loader::pin_folder();
+    let Some(state) = loader::pinned_state(&folder)? else {
+        anyhow::bail!(
+            "nothing is pinned under {}; is `weir-agent run` running on this node?",
+            folder.display()
+        );
+    };
+    if json {
+        println!("{}", serde_json::to_string_pretty(&state)?);
+    } else {
+        println!("{state}");
+    }
+    Ok(())
+}
+
+#[expect(clippy::print_stdout, reason = "says what was done")]
+fn uninstall() -> anyhow::Result<()> {
+    let removed = attach::uninstall(&loader::pin_folder())?;
+    println!("removed {removed} pins; pods reach their API servers directly from now on");
+    Ok(())
+}
+
+fn finish(result: anyhow::Result<()>) -> ExitCode {
+    let Err(error) = result else { return ExitCode::SUCCESS };
+    eprintln!("weir-agent: {}", doctor::chain(error.as_ref()));
+    ExitCode::FAILURE
+}
+
+fn log_to_stderr(default: &str, json: bool) {
     let filter = tracing_subscriber::EnvFilter::try_from_env("WEIR_LOG")
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(default));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).init();
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    if json { builder.json().init() } else { builder.with_ansi(false).init() }
 }

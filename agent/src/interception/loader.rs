@@ -323,6 +323,29 @@ pub struct PinnedState {
     pub cgroups: std::collections::BTreeMap<String, usize>,
 }
 
+impl fmt::Display for PinnedState {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(formatter, "pinned under    {}", self.folder.display())?;
+        writeln!(formatter, "programs        {}", self.links.len())?;
+        for (class, count) in &self.cgroups {
+            writeln!(formatter, "cgroups         {count} {class}")?;
+        }
+        for address in &self.api_endpoints {
+            writeln!(formatter, "API endpoint    {address}")?;
+        }
+        let counters = &self.counters;
+        write!(
+            formatter,
+            "connections     {} seen, {} redirected, {} passed, {} denied (unknown), {} denied (no listener)",
+            counters.seen,
+            counters.redirected,
+            counters.passed,
+            counters.denied_unknown,
+            counters.denied_no_listener
+        )
+    }
+}
+
 /// Reads what is pinned, without a process of the agent.
 ///
 /// # Errors

@@ -1,0 +1,206 @@
+//! One configured cluster, made ready to serve: reached, its API set watched, its certificate issued.
+//!
+//! Whatever is wrong with a file fails at once; whatever may pass (the API server is down, the signer refuses) is
+//! tried again with backoff and said in the log, while the kernel denies.
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use arc_swap::ArcSwap;
+use rustls::pki_types::ServerName;
+use tokio::{sync::watch, task::JoinSet};
+
+use super::AppError;
+use crate::{
+    config::{Cluster, Config, Trust},
+    interception::{
+        cluster_access::ClusterAccess,
+        cluster_watch::{self, ApiSet},
+    },
+    proxy::{ClusterUpstream, Endpoints, upstream_tls},
+    trust::{self, Authority, ServingNames, authority::MountedCa, cluster_signer::ClusterSigner},
+};
+
+/// First pause between attempts to reach a cluster.
+const RETRY_FIRST: Duration = Duration::from_millis(500);
+/// Longest pause between attempts.
+const RETRY_LONGEST: Duration = Duration::from_secs(15);
+
+/// A cluster that can be served.
+pub(super) struct Connected {
+    pub(super) access: ClusterAccess,
+    pub(super) upstream: ClusterUpstream,
+}
+
+/// Makes all clusters of the configuration ready, in their order. What must run on is spawned into `parts`.
+pub(super) async fn connect_all(
+    config: &Config,
+    publish: Vec<watch::Sender<ApiSet>>,
+    parts: &mut JoinSet<&'static str>,
+) -> Result<Vec<Connected>, AppError> {
+    let mut connected = Vec::with_capacity(config.clusters.len());
+    for (cluster, publish) in config.clusters.iter().zip(publish) {
+        connected.push(connect(config, cluster, publish, parts).await?);
+    }
+    Ok(connected)
+}
+
+async fn connect(
+    config: &Config,
+    cluster: &Cluster,
+    publish: watch::Sender<ApiSet>,
+    parts: &mut JoinSet<&'static str>,
+) -> Result<Connected, AppError> {
+    let access =
+        ClusterAccess::load(&cluster.name, &cluster.access, cluster.certificate_authority.as_deref()).await?;
+    // Checked before the network is waited for: a CA that does not chain is a mistake in the configuration.
+    let authority = Arc::new(authority(config, cluster, &access)?);
+    let server_name = ServerName::try_from(access.host.trim_matches(['[', ']']).to_owned())
+        .map_err(|_| AppError::ServerName { cluster: cluster.name.clone(), host: access.host.clone() })?;
+    reach(cluster, &access).await;
+
+    let published = publish.subscribe();
+    let client = access.client.clone();
+    parts.spawn(async move {
+        cluster_watch::watch_api_set(client, publish).await;
+        "the watch of the API set"
+    });
+    let derived = Derived::new(cluster);
+    let (names, endpoints) = derived.follow(published, parts).await?;
+    let (serving, renewal) = serving_certificate(cluster, &authority, &names).await;
+    parts.spawn(async move {
+        renewal.run().await;
+        "the renewal of a certificate"
+    });
+    tracing::info!(cluster = cluster.name, authority = authority.describe(), "serving certificate issued");
+    let upstream = ClusterUpstream {
+        name: cluster.name.clone(),
+        names: names.borrow().all().collect(),
+        endpoints: Endpoints::Listed(endpoints),
+        server_name,
+        tls: upstream_tls((*access.ca.roots()).clone(), None)?,
+        serving,
+    };
+    Ok(Connected { access, upstream })
+}
+
+fn authority(config: &Config, cluster: &Cluster, access: &ClusterAccess) -> Result<Authority, AppError> {
+    Ok(match &cluster.trust {
+        Trust::MountedCa { certificate, key } => {
+            Authority::Mounted(MountedCa::load(certificate, key, access.ca.clone())?)
+        }
+        Trust::ClusterSigner => Authority::ClusterSigner(ClusterSigner::new(
+            access.client.clone(),
+            config.node.clone(),
+            access.ca.clone(),
+        )),
+    })
+}
+
+/// Waits until the API server answers.
+async fn reach(cluster: &Cluster, access: &ClusterAccess) {
+    let mut pause = RETRY_FIRST;
+    loop {
+        match access.probe().await {
+            Ok(version) => {
+                tracing::info!(cluster = cluster.name, version, "API server reached");
+                return;
+            }
+            Err(error) => tracing::warn!(
+                cluster = cluster.name,
+                error,
+                retry_in_ms = pause.as_millis(),
+                "API server not reached; pods of this node are denied until it is"
+            ),
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(RETRY_LONGEST);
+    }
+}
+
+/// The first certificate; an authority that refuses now may not refuse later.
+async fn serving_certificate(
+    cluster: &Cluster,
+    authority: &Arc<Authority>,
+    names: &watch::Receiver<ServingNames>,
+) -> (trust::ServingCertificate, trust::Renewal) {
+    let mut pause = RETRY_FIRST;
+    loop {
+        match trust::serve(authority.clone(), names.clone()).await {
+            Ok(served) => return served,
+            Err(error) => tracing::error!(
+                cluster = cluster.name,
+                error = %Causes(&error),
+                retry_in_ms = pause.as_millis(),
+                "no certificate that pods would trust"
+            ),
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(RETRY_LONGEST);
+    }
+}
+
+/// An error with its causes, in one line.
+struct Causes<'a>(&'a dyn std::error::Error);
+
+impl std::fmt::Display for Causes<'_> {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(formatter, "{}", self.0)?;
+        let mut source = self.0.source();
+        while let Some(cause) = source {
+            write!(formatter, ": {cause}")?;
+            source = cause.source();
+        }
+        Ok(())
+    }
+}
+
+/// What follows from a cluster's API set and its configuration.
+struct Derived {
+    addresses: Vec<SocketAddr>,
+    host_names: Vec<String>,
+}
+
+type Followed = (watch::Receiver<ServingNames>, Arc<ArcSwap<Vec<SocketAddr>>>);
+
+impl Derived {
+    fn new(cluster: &Cluster) -> Self {
+        Self { addresses: cluster.addresses.clone(), host_names: cluster.host_names.clone() }
+    }
+
+    fn names(&self, published: &ApiSet) -> ServingNames {
+        let addresses = published.service.iter().chain(&published.endpoints).chain(&self.addresses);
+        let mut names = ServingNames::of_own_cluster(addresses.map(SocketAddr::ip));
+        for host in &self.host_names {
+            names.add_host(host);
+        }
+        names
+    }
+
+    /// Waits for the first whole API set, then keeps two things in step with it: the names that the certificate
+    /// covers, and the endpoints that the proxy dials.
+    async fn follow(
+        self,
+        mut published: watch::Receiver<ApiSet>,
+        parts: &mut JoinSet<&'static str>,
+    ) -> Result<Followed, AppError> {
+        let whole = |set: &ApiSet| !set.service.is_empty() && !set.endpoints.is_empty();
+        let first = published
+            .wait_for(whole)
+            .await
+            .map_err(|_| AppError::PartEnded { part: "the watch of the API set" })?
+            .clone();
+        let list = |set: &ApiSet| Arc::new(set.endpoints.iter().copied().collect::<Vec<_>>());
+        let endpoints = Arc::new(ArcSwap::new(list(&first)));
+        let (publish_names, names) = watch::channel(self.names(&first));
+        let followed = endpoints.clone();
+        parts.spawn(async move {
+            while published.changed().await.is_ok() {
+                let set = published.borrow_and_update().clone();
+                followed.store(list(&set));
+                publish_names.send_replace(self.names(&set));
+            }
+            "the watch of the API set"
+        });
+        Ok((names, endpoints))
+    }
+}
