@@ -162,7 +162,7 @@ fn addresses(config: &Config, api_sets: Vec<watch::Receiver<ApiSet>>) -> Vec<Clu
         .zip(config.clusters.iter().zip(api_sets))
         .map(|(index, (cluster, published))| ClusterAddresses {
             cluster: index,
-            configured: cluster.addresses.iter().copied().collect(),
+            configured: cluster.addresses.clone(),
             published,
         })
         .collect()
