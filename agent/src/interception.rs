@@ -18,6 +18,7 @@ pub mod flow;
 pub mod listener;
 pub mod loader;
 mod namespace;
+pub mod pinned;
 pub mod pod;
 pub mod process;
 mod report;

@@ -14,7 +14,7 @@ use weir_agent::{
     config::{self, Config},
     doctor::{self, DoctorOptions},
     exec::{self, ExecOptions},
-    interception::{attach, loader},
+    interception::{attach, loader, pinned},
 };
 
 /// Makes the pods of a Kubernetes node act through a recording gateway.
@@ -130,7 +130,7 @@ fn run(path: &Path) -> anyhow::Result<()> {
 #[expect(clippy::print_stdout, reason = "the state is what the command is for")]
 fn status(json: bool) -> anyhow::Result<()> {
     let folder = loader::pin_folder();
-    let Some(state) = loader::pinned_state(&folder)? else {
+    let Some(state) = pinned::pinned_state(&folder)? else {
         anyhow::bail!(
             "nothing is pinned under {}; is `weir-agent run` running on this node?",
             folder.display()

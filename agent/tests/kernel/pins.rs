@@ -1,9 +1,6 @@
 //! Pins: what outlives a process, what the next one takes over, and what uninstalling leaves.
 
-use weir_agent::interception::{
-    attach,
-    loader::{Pinning, pinned_state},
-};
+use weir_agent::interception::{attach, loader::Pinning, pinned::pinned_state};
 use weir_common::kernel::{CgroupEntry, Class, programs};
 
 use crate::world::{API4, Dial, OwnCgroup, OwnNetns, dial, load};

@@ -1,0 +1,100 @@
+//! What is pinned, read without a process of the agent: for `weir-agent status`. Changes nothing.
+
+use std::{
+    collections::BTreeMap,
+    fmt,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+};
+
+use aya::maps::{HashMap, Map, MapData, MapError, PerCpuArray};
+use weir_common::kernel::{ApiEndpoint, CgroupEntry, Class, maps};
+
+use super::{
+    attach,
+    loader::{Counters, KernelError, read_counters, socket_address},
+};
+
+/// The state of the pins, for `weir-agent status`; none if nothing is pinned.
+#[derive(Clone, Debug, serde::Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PinnedState {
+    /// The folder of pins.
+    pub folder: PathBuf,
+    /// Pinned links, `<cgroup id>-<program>`.
+    pub links: Vec<String>,
+    /// The counters.
+    pub counters: Counters,
+    /// The API set.
+    pub api_endpoints: Vec<SocketAddr>,
+    /// Cgroups per class.
+    pub cgroups: BTreeMap<String, usize>,
+}
+
+impl fmt::Display for PinnedState {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(formatter, "pinned under    {}", self.folder.display())?;
+        writeln!(formatter, "programs        {}", self.links.len())?;
+        for (class, count) in &self.cgroups {
+            writeln!(formatter, "cgroups         {count} {class}")?;
+        }
+        for address in &self.api_endpoints {
+            writeln!(formatter, "API endpoint    {address}")?;
+        }
+        let counters = &self.counters;
+        write!(
+            formatter,
+            "connections     {} seen, {} redirected, {} passed, {} denied (unknown), {} denied (no listener)",
+            counters.seen,
+            counters.redirected,
+            counters.passed,
+            counters.denied_unknown,
+            counters.denied_no_listener
+        )
+    }
+}
+
+/// Reads what is pinned, without a process of the agent.
+///
+/// # Errors
+/// Pins are there but cannot be read.
+pub fn pinned_state(folder: &Path) -> Result<Option<PinnedState>, KernelError> {
+    let pinned = folder.join("maps");
+    if !pinned.join(maps::COUNTERS).exists() {
+        return Ok(None);
+    }
+    let counters: PerCpuArray<MapData, u64> = pinned_map(&pinned, maps::COUNTERS)?;
+    let api_set: HashMap<MapData, ApiEndpoint, u32> = pinned_map(&pinned, maps::API_SET)?;
+    let classified: HashMap<MapData, u64, CgroupEntry> = pinned_map(&pinned, maps::CGROUPS)?;
+    let mut api_endpoints = api_set
+        .keys()
+        .map(|key| key.map(|key| socket_address(&key)))
+        .collect::<Result<Vec<_>, _>>()
+        .map_err(|source| KernelError::Map { map: maps::API_SET, source })?;
+    api_endpoints.sort();
+    let mut cgroups = BTreeMap::new();
+    for entry in classified.iter() {
+        let (_, entry) = entry.map_err(|source| KernelError::Map { map: maps::CGROUPS, source })?;
+        let class = Class::from_number(entry.class);
+        *cgroups
+            .entry(class.map_or_else(|| entry.class.to_string(), |class| format!("{class:?}")))
+            .or_default() += 1;
+    }
+    Ok(Some(PinnedState {
+        folder: folder.to_owned(),
+        links: attach::pinned_links(folder)?,
+        counters: read_counters(&counters)?,
+        api_endpoints,
+        cgroups,
+    }))
+}
+
+fn pinned_map<M: TryFrom<Map, Error = MapError>>(
+    folder: &Path,
+    name: &'static str,
+) -> Result<M, KernelError> {
+    MapData::from_pin(folder.join(name))
+        .and_then(Map::from_map_data)
+        .and_then(M::try_from)
+        .map_err(|source| KernelError::Map { map: name, source })
+}
