@@ -55,9 +55,9 @@ pub(crate) fn run(root: &Path, arguments: &Arguments) -> Result<()> {
     if outcome.is_err() {
         progress.say(&format!("the journal and the agent's log stay in {}", folder.display()));
     }
-    outcome?;
+    let left = if outcome? { "nothing is left running" } else { "the testbed that was up before still is" };
     println!("\nthe journal stays for you: {}", folder.join("journal").display());
-    println!("demo done in {:.0} s; nothing is left running", begin.elapsed().as_secs_f64());
+    println!("demo done in {:.0} s; {left}", begin.elapsed().as_secs_f64());
     Ok(())
 }
 
@@ -127,15 +127,16 @@ fn journal_folder() -> Result<PathBuf> {
     Ok(folder)
 }
 
-/// Everything between the builds and the end. Guards take down what is up, whatever fails.
-fn story(folder: &Path, progress: Progress) -> Result<()> {
+/// Everything between the builds and the end; gives whether the testbed was ours and is gone. Guards take down what is
+/// up, whatever fails.
+fn story(folder: &Path, progress: Progress) -> Result<bool> {
     let testbed = Testbed::up(&Testbed::default_folder()?, progress)?.down_on_drop();
     let outcome = scenes(&testbed, folder, progress);
     // Our own testbed goes as a whole; one that was up before is left as it was.
     if !testbed.is_started_here() {
         progress.step("remove the demo's namespaces", || remove_namespaces(&testbed))?;
     }
-    outcome
+    outcome.map(|()| testbed.is_started_here())
 }
 
 fn scenes(testbed: &Testbed, folder: &Path, progress: Progress) -> Result<()> {
