@@ -49,7 +49,7 @@ use self::{
     disk::{Disk, FileSystem},
     entry::{Append, Ids, Origin},
     epoch::Epoch,
-    journal::Journal,
+    journal::{Journal, Tuning},
     mask::Masker,
     queue::Queue,
     request::Level,
@@ -167,13 +167,13 @@ impl Recorder {
     /// # Errors
     /// The folder cannot be made, locked or written.
     pub fn start(options: RecorderOptions) -> Result<Self, RecordingError> {
-        Self::start_on(Arc::new(FileSystem), options, journal::RETRY_INTERVAL)
+        Self::start_on(Arc::new(FileSystem), options, Tuning::default())
     }
 
     fn start_on(
         disk: Arc<dyn Disk>,
         options: RecorderOptions,
-        retry_interval: Duration,
+        tuning: Tuning,
     ) -> Result<Self, RecordingError> {
         let key_file = options.signing_key_file.as_deref();
         let epoch = Epoch::create(disk.as_ref(), &options.directory, &options.node, key_file)?;
@@ -195,7 +195,7 @@ impl Recorder {
             disk,
             options.directory,
             options.journal_bytes_max,
-            retry_interval,
+            tuning,
             epoch,
             Arc::clone(&origin),
         )?;

@@ -362,3 +362,127 @@ struct Out {
     before: Vec<(Vec<u8>, Kind)>,
     content: Vec<u8>,
 }
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+    use proptest::prelude::*;
+    use weir_common::event::{BodySummary, CONTENT_BYTES_MAX, Channel, Kind};
+
+    use super::{Held, LINE_BYTES_MAX, Streamed, reduce, split};
+    use crate::recording::{body::Sensitivity, mask::Masker};
+
+    fn masker() -> Masker {
+        Masker::for_cluster(&[1; 32], "c")
+    }
+
+    fn watch(sensitivity: Sensitivity) -> Streamed {
+        Streamed::new(&masker(), sensitivity, Some("application/json".into()), None, true)
+    }
+
+    /// Content and gap reasons of events, in order.
+    fn shown(kinds: Vec<Kind>) -> (String, Vec<String>) {
+        let (mut text, mut gaps) = (Vec::new(), Vec::new());
+        for kind in kinds {
+            match kind {
+                Kind::Content(content) => text.extend(content.bytes.to_vec().unwrap()),
+                Kind::Gap { reason, .. } => gaps.push(reason),
+                other => panic!("{other:?}"),
+            }
+        }
+        (String::from_utf8(text).unwrap(), gaps)
+    }
+
+    fn run(mut streamed: Streamed, pieces: &[&[u8]]) -> (String, Vec<String>, BodySummary) {
+        let mut kinds: Vec<_> = pieces.iter().flat_map(|piece| streamed.push(&masker(), piece)).collect();
+        let (mut rest, summary) = streamed.finish(&masker(), 0);
+        kinds.append(&mut rest);
+        let (text, gaps) = shown(kinds);
+        (text, gaps, summary)
+    }
+
+    #[test]
+    fn a_watch_line_that_cannot_be_masked_is_withheld_and_the_next_is_recorded() {
+        let pieces: [&[u8]; 2] = [b"{broken\n{\"type\":\"BOOKMARK\"}\n", b"{\"type\":1"];
+        let (text, gaps, summary) = run(watch(Sensitivity::Secrets), &pieces);
+        assert_eq!(text, "{\"type\":\"BOOKMARK\"}\n");
+        assert_eq!(gaps.len(), 2);
+        assert!(gaps[0].contains("withheld") && gaps[0].contains("hmac-sha256:"), "{gaps:?}");
+        assert!(summary.truncated.is_some() && summary.digest.unwrap().starts_with("hmac-sha256:"));
+    }
+
+    #[test]
+    fn a_line_without_end_is_left_out_and_memory_stays_bounded() {
+        let mut streamed = watch(Sensitivity::None);
+        let piece = vec![b'x'; 1 << 20];
+        let mut gaps = Vec::new();
+        for _ in 0..10 {
+            gaps.extend(shown(streamed.push(&masker(), &piece)).1);
+            assert!(streamed.line.len() <= LINE_BYTES_MAX);
+        }
+        let (text, more) = shown(streamed.push(&masker(), b"\n{}\n"));
+        assert_eq!((text.as_str(), gaps.len(), more.len()), ("{}\n", 1, 1));
+    }
+
+    #[test]
+    fn what_is_lost_is_a_gap_and_the_watch_goes_on_with_the_next_line() {
+        let mut streamed = watch(Sensitivity::None);
+        assert_eq!(shown(streamed.push(&masker(), b"{\"a\":1}\n{\"b\"")).0, "{\"a\":1}\n");
+        assert!(matches!(streamed.lost(100)[..], [Kind::Gap { bytes: Some(104), .. }]));
+        assert_eq!(shown(streamed.push(&masker(), b":2}\n{\"c\":3}\n")).0, "{\"c\":3}\n");
+        assert!(streamed.finish(&masker(), 0).1.truncated.is_some());
+    }
+
+    #[test]
+    fn a_sensitive_stream_that_is_no_json_is_withheld() {
+        let kind = Some("application/vnd.kubernetes.protobuf;stream=watch".to_owned());
+        let streamed = Streamed::new(&masker(), Sensitivity::Secrets, kind, None, true);
+        let (text, _, summary) = run(streamed, &[b"secret", b"bytes"]);
+        assert_eq!((text.as_str(), summary.recorded_bytes), ("", 0));
+        assert!(summary.truncated.unwrap().contains("11 bytes"));
+    }
+
+    #[test]
+    fn an_unknown_encoding_is_recorded_as_it_is_unless_it_may_hold_secrets() {
+        let held = || Held {
+            chunks: vec![Bytes::from_static(b"abc")],
+            wire_bytes: 3,
+            content_encoding: Some("br".into()),
+            bytes_max: 10,
+            ..Held::default()
+        };
+        assert_eq!(reduce(&masker(), Sensitivity::None, &held()).0, b"abc");
+        let (content, summary) = reduce(&masker(), Sensitivity::Secrets, &held());
+        assert!(content.is_empty() && summary.truncated.is_some());
+    }
+
+    #[test]
+    fn text_is_split_between_characters() {
+        let text = "ä".repeat(CONTENT_BYTES_MAX);
+        let text = &text[..text.len() - 2];
+        let kinds = split(Channel::ResponseBody, 0, format!("x{text}").as_bytes());
+        assert!(kinds.len() > 1);
+        assert_eq!(shown(kinds).0, format!("x{text}"));
+    }
+
+    proptest! {
+        #[test]
+        fn a_watch_is_recorded_alike_however_it_is_cut(
+            lines in proptest::collection::vec("[ -~]{0,30}", 0..6), cuts in proptest::collection::vec(any::<u8>(), 0..6),
+            secrets: bool,
+        ) {
+            let sensitivity = if secrets { Sensitivity::Secrets } else { Sensitivity::None };
+            let wire = lines.join("\n").into_bytes();
+            let mut cuts: Vec<_> = cuts.into_iter().map(|at| usize::from(at) % (wire.len() + 1)).collect();
+            cuts.sort_unstable();
+            let mut pieces: Vec<&[u8]> = Vec::new();
+            let mut start = 0;
+            for cut in cuts {
+                pieces.push(&wire[start..cut]);
+                start = cut;
+            }
+            pieces.push(&wire[start..]);
+            prop_assert_eq!(run(watch(sensitivity), &pieces), run(watch(sensitivity), &[&wire]));
+        }
+    }
+}

@@ -3,7 +3,7 @@
 //! One thread owns it. A group is written with one write and one fdatasync and counts only when both returned: number
 //! and tree go forward then, not before. If either fails, the segment is poisoned (a second fdatasync may succeed
 //! without the data), whoever waited is refused, and the next group tries a new segment, at most once per
-//! [`RETRY_INTERVAL`], so that a full disk costs neither a busy loop nor the log.
+//! `RETRY_INTERVAL`, so that a full disk costs neither a busy loop nor the log.
 
 use std::{
     path::PathBuf,
@@ -35,7 +35,22 @@ const CHECKPOINT_INTERVAL: Duration = Duration::from_secs(10);
 const CHECKPOINT_EVENTS: u64 = 4096;
 
 /// While recording is not possible, it is tried again at most this often.
-pub(super) const RETRY_INTERVAL: Duration = Duration::from_millis(250);
+const RETRY_INTERVAL: Duration = Duration::from_millis(250);
+
+/// What tests set otherwise.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Tuning {
+    /// Time between attempts to go on after a failure.
+    pub(super) retry_interval: Duration,
+    /// Size of the first segment.
+    pub(super) segment_bytes_first: u64,
+}
+
+impl Default for Tuning {
+    fn default() -> Self {
+        Self { retry_interval: RETRY_INTERVAL, segment_bytes_first: segment::SEGMENT_BYTES_FIRST }
+    }
+}
 
 /// See the module.
 #[derive(Debug)]
@@ -45,7 +60,7 @@ pub(super) struct Journal {
     bytes_max: u64,
     /// Bytes of all segments in the journal, as far as known.
     bytes_used: u64,
-    retry_interval: Duration,
+    tuning: Tuning,
     epoch: Epoch,
     origin: Arc<Origin>,
     segment: Option<OpenSegment>,
@@ -76,7 +91,7 @@ impl Journal {
         disk: Arc<dyn Disk>,
         folder: PathBuf,
         bytes_max: u64,
-        retry_interval: Duration,
+        tuning: Tuning,
         epoch: Epoch,
         origin: Arc<Origin>,
     ) -> Result<Self, RecordingError> {
@@ -85,7 +100,7 @@ impl Journal {
             folder,
             bytes_max,
             bytes_used: 0,
-            retry_interval,
+            tuning,
             epoch,
             origin,
             segment: None,
@@ -172,7 +187,7 @@ impl Journal {
     /// Tries a new segment if recording is not possible, but not too often.
     fn recover(&mut self) -> Result<(), RecordingError> {
         let Some((error, tried)) = &mut self.failure else { return Ok(()) };
-        if tried.elapsed() < self.retry_interval {
+        if tried.elapsed() < self.tuning.retry_interval {
             return Err(error.clone());
         }
         *tried = Instant::now();
@@ -289,7 +304,7 @@ impl Journal {
     /// Ends the current segment and begins the next, with room for `needed` bytes of frames.
     fn rotate(&mut self, needed: u64) -> Result<(), RecordingError> {
         let left = self.bytes_max.saturating_sub(self.bytes_used);
-        let bytes = segment::size(self.next_segment, needed).min(left);
+        let bytes = segment::size(self.tuning.segment_bytes_first, self.next_segment, needed).min(left);
         // A segment that holds nothing but its reserve is of no use either.
         let least = segment::smallest(needed.max(segment::SEGMENT_RESERVE_BYTES));
         if bytes < least {

@@ -161,10 +161,10 @@ impl Queue {
         }
     }
 
-    /// Number of appends that wait.
+    /// Number of appends that somebody waits for.
     #[cfg(test)]
-    pub(super) fn waiting(&self) -> usize {
-        self.lock().waiting.len()
+    pub(super) fn waiting_durable(&self) -> usize {
+        self.lock().durable
     }
 
     fn take_now(&self, state: &mut State) -> Group {

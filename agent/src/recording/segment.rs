@@ -9,7 +9,7 @@ use weir_common::segment::SEGMENT_HEADER_BYTES;
 use super::disk::{Disk, DiskFile};
 
 /// Size of an epoch's first segment: small, since many epochs are short (`weir-agent exec`).
-const SEGMENT_BYTES_FIRST: u64 = 4 * 1024 * 1024;
+pub(super) const SEGMENT_BYTES_FIRST: u64 = 4 * 1024 * 1024;
 
 /// Size that segments grow to, each twice as large as the one before.
 const SEGMENT_BYTES_MAX: u64 = 64 * 1024 * 1024;
@@ -17,9 +17,9 @@ const SEGMENT_BYTES_MAX: u64 = 64 * 1024 * 1024;
 /// Bytes at the end of each segment that only the last words may take: that recording stopped, and why.
 pub(super) const SEGMENT_RESERVE_BYTES: u64 = 64 * 1024;
 
-/// Size of segment `index`, which must hold at least `needed` bytes of frames.
-pub(super) fn size(index: u64, needed: u64) -> u64 {
-    let grown = SEGMENT_BYTES_FIRST << index.min(8);
+/// Size of segment `index`, which must hold at least `needed` bytes of frames; `first` is that of segment 0.
+pub(super) fn size(first: u64, index: u64, needed: u64) -> u64 {
+    let grown = first << index.min(8);
     grown.min(SEGMENT_BYTES_MAX).max(smallest(needed))
 }
 

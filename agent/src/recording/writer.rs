@@ -44,6 +44,15 @@ impl Status {
     }
 }
 
+/// Closes the queue however the thread ends: without a writer everything must be refused, not wait.
+struct CloseOnExit(Arc<Queue>);
+
+impl Drop for CloseOnExit {
+    fn drop(&mut self) {
+        self.0.close("the writer ended");
+    }
+}
+
 /// Starts the thread; it ends when the queue is closed, with the result of the last words.
 pub(super) fn start(
     mut journal: Journal,
@@ -51,6 +60,7 @@ pub(super) fn start(
     status: Arc<Status>,
 ) -> std::io::Result<JoinHandle<Result<(), RecordingError>>> {
     std::thread::Builder::new().name("weir-journal".to_owned()).spawn(move || {
+        let _close = CloseOnExit(Arc::clone(&queue));
         loop {
             let group = queue.take(journal.checkpoint_due());
             journal.lose(group.dropped);
