@@ -1,0 +1,308 @@
+//! The product on the real parts: the built `weir-agent` on the node of the testbed, real kubectl in real pods.
+//!
+//! Each test owns its namespaces and its agent process; they run one after another, since a node has one agent. Waits
+//! are on conditions. Without root the tests say loudly that they did not run, and fail under `CI=true`.
+
+#![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a test ends where something is not as it must be")]
+
+use std::{
+    path::{Path, PathBuf},
+    process::{Command, Output},
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use weir_common::event::{Event, Kind, Outcome};
+use weir_tests::{
+    AgentProcess, Coverage, Pod, PodSpec, Testbed,
+    agent::{self, ENROL_LABEL, TrustSource},
+    audit, command,
+    progress::Progress,
+    wait_until,
+};
+
+#[path = "integration/exec.rs"]
+mod exec;
+
+/// A node has one agent.
+static ONE_AGENT: Mutex<()> = Mutex::new(());
+/// How long a change may take to show.
+const DEADLINE: Duration = Duration::from_secs(30);
+
+/// A test's testbed, namespaces and journal.
+struct Scene {
+    testbed: Testbed,
+    namespaces: Vec<String>,
+    scratch: tempfile::TempDir,
+    _one: MutexGuard<'static, ()>,
+}
+
+impl Scene {
+    /// None only where the test cannot run for lack of privilege, outside CI.
+    fn new() -> Option<Self> {
+        if !nix::unistd::geteuid().is_root() {
+            assert!(std::env::var("CI").is_err(), "integration tests need root");
+            eprintln!("DID NOT RUN: integration tests need root");
+            return None;
+        }
+        let one = ONE_AGENT.lock().unwrap_or_else(PoisonError::into_inner);
+        let folder = Testbed::default_folder().unwrap();
+        let testbed = Testbed::up(&folder, Progress::Shown).unwrap().down_on_drop();
+        let scratch = tempfile::tempdir().unwrap();
+        Some(Self { testbed, namespaces: Vec::new(), scratch, _one: one })
+    }
+
+    /// A namespace whose default service account may do everything, enrolled or not.
+    fn namespace(&mut self, name: &str, enrolled: bool) {
+        self.namespaces.push(name.to_owned());
+        let labels: &[_] = if enrolled { &[ENROL_LABEL] } else { &[] };
+        self.testbed.create_namespace(name, labels).unwrap();
+        let binding = format!(
+            "{{apiVersion: rbac.authorization.k8s.io/v1, kind: ClusterRoleBinding, metadata: {{name: {name}}},
+roleRef: {{apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: cluster-admin}},
+subjects: [{{kind: ServiceAccount, name: default, namespace: {name}}}]}}"
+        );
+        self.testbed.apply(&binding).unwrap();
+    }
+
+    fn journal(&self) -> PathBuf {
+        self.scratch.path().join("journal")
+    }
+
+    fn config(&self, trust: TrustSource) -> PathBuf {
+        let path = self.scratch.path().join("agent.yaml");
+        let configuration = agent::configuration(&self.testbed, &self.journal(), trust);
+        agent::write_configuration(&configuration, &path).unwrap();
+        path
+    }
+
+    fn agent(&self, trust: TrustSource) -> AgentProcess {
+        AgentProcess::start(&self.config(trust), &self.scratch.path().join("agent.log")).unwrap()
+    }
+
+    fn events(&self) -> Vec<Event> {
+        agent::read_events(&self.journal()).unwrap()
+    }
+
+    /// Waits until an event is in the journal.
+    #[track_caller]
+    fn event(&self, what: &str, is_it: impl Fn(&Event) -> bool) -> Event {
+        wait_until(what, DEADLINE, || Ok(self.events().into_iter().find(|event| is_it(event)))).unwrap()
+    }
+}
+
+impl Drop for Scene {
+    fn drop(&mut self) {
+        for namespace in &self.namespaces {
+            let _ = self.testbed.kubectl(&["delete", "clusterrolebinding", namespace]);
+            let _ = self.testbed.delete_namespace(namespace);
+        }
+    }
+}
+
+/// The built `weir`, verifying a journal.
+fn verify(journal: &Path) -> Output {
+    let weir = agent::built_binary("weir").unwrap();
+    command::output(Command::new(weir).args(["verify", "--from"]).arg(journal)).unwrap()
+}
+
+fn shown(output: &Output) -> (Option<i32>, String, String) {
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    (output.status.code(), text(&output.stdout), text(&output.stderr))
+}
+
+/// Commands whose output does not depend on time; each runs twice.
+const COMMANDS: [&str; 14] = [
+    "kubectl get pods -n it-same -o name",
+    "kubectl get configmap -n it-same absent",
+    "kubectl create configmap one -n it-same --from-literal=a=b",
+    "kubectl create configmap one -n it-same --from-literal=a=b",
+    "kubectl get configmap one -n it-same -o jsonpath={.data}",
+    "kubectl patch configmap one -n it-same -p {\"data\":{\"a\":\"c\"}}",
+    "kubectl delete configmap one -n it-same",
+    "kubectl get nonsense",
+    "kubectl get pods -n it-same --token=wrong",
+    "kubectl exec -n it-same caller -- sh -c 'echo out; echo err >&2; exit 3'",
+    "kubectl exec -n it-same caller -c absent -- true",
+    "echo through stdin | kubectl exec -i -n it-same caller -- cat",
+    "kubectl logs -n it-same caller",
+    "kubectl auth whoami -o jsonpath={.status.userInfo.username}",
+];
+
+fn run_all(pod: &Pod<'_>) -> Vec<(Option<i32>, String, String)> {
+    COMMANDS.iter().map(|script| shown(&pod.exec(&["sh", "-c", script]).unwrap())).collect()
+}
+
+#[test]
+fn kubectl_in_a_pod_says_the_same_with_weir_and_everything_is_recorded() {
+    let Some(mut scene) = Scene::new() else { return };
+    scene.namespace("it-same", true);
+    let pod = scene.testbed.run_pod(&PodSpec::idle("it-same", "caller")).unwrap();
+    let without = run_all(&pod);
+    let mut agent = scene.agent(TrustSource::ClusterSigner);
+    let with = run_all(&pod);
+    assert!(agent.terminate().unwrap().success(), "{}", agent.last_lines());
+    for (script, (without, with)) in COMMANDS.iter().zip(without.iter().zip(&with)) {
+        assert_eq!(without, with, "{script}");
+    }
+    let events = scene.events();
+    let audit = audit::finished_by_pod(&scene.testbed.layout().audit_log(), &pod.uid).unwrap();
+    let recorded = events.iter().filter(|event| matches!(event.kind, Kind::RequestOpened(_))).count();
+    assert!(recorded >= COMMANDS.len() - 1, "{recorded} requests recorded");
+    assert!(matches!(events.last().unwrap().kind, Kind::AgentStopped { .. }));
+    // What the pod did before the agent ran is in the audit log alone, so only the other direction holds here.
+    let coverage = Coverage::compare(&audit, &events, &pod.uid);
+    assert!(coverage.unaudited.is_empty(), "{:?}", coverage.unaudited);
+    let verified = verify(&scene.journal());
+    assert!(verified.status.success(), "{:?}", shown(&verified));
+}
+
+#[test]
+fn a_pod_is_refused_while_the_agent_is_dead_and_served_when_it_is_back() {
+    let Some(mut scene) = Scene::new() else { return };
+    scene.namespace("it-dead", true);
+    scene.namespace("it-free", false);
+    let enrolled = scene.testbed.run_pod(&PodSpec::idle("it-dead", "caller")).unwrap();
+    let free = scene.testbed.run_pod(&PodSpec::idle("it-free", "caller")).unwrap();
+    let ask =
+        |pod: &Pod<'_>| shown(&pod.exec(&["kubectl", "get", "namespace", "default", "-o", "name"]).unwrap());
+    let mut agent = scene.agent(TrustSource::MountedCa);
+    assert_eq!(ask(&enrolled), (Some(0), "namespace/default\n".to_owned(), String::new()));
+    agent.crash().unwrap();
+    let (code, out, err) = ask(&enrolled);
+    assert_eq!((code, out.as_str()), (Some(1), ""), "{err}");
+    assert!(err.contains("refused"), "{err}");
+    assert_eq!(ask(&free).0, Some(0), "a pod that is not enrolled sees no change");
+    let mut agent = scene.agent(TrustSource::MountedCa);
+    assert_eq!(ask(&enrolled).0, Some(0), "{}", agent.last_lines());
+    agent.terminate().unwrap();
+    let epochs =
+        std::fs::read_dir(scene.journal()).unwrap().filter(|entry| entry.as_ref().unwrap().path().is_dir());
+    assert_eq!(epochs.count(), 2, "each process has its own epoch");
+    let verified = verify(&scene.journal());
+    assert!(verified.status.success(), "{:?}", shown(&verified));
+}
+
+#[test]
+fn what_is_no_request_is_closed_and_recorded() {
+    let Some(mut scene) = Scene::new() else { return };
+    scene.namespace("it-garbage", true);
+    let pod = scene.testbed.run_pod(&PodSpec::idle("it-garbage", "caller")).unwrap();
+    let _agent = scene.agent(TrustSource::ClusterSigner);
+    let refused = |event: &Event| {
+        matches!(&event.kind, Kind::ConnectionRefused { caller: Some(caller), .. }
+            if caller.pod.as_ref().is_some_and(|found| found.uid == pod.uid))
+    };
+    assert!(!scene.events().iter().any(refused));
+    let sent =
+        r"printf 'GET / HTTP/1.1\r\nHost: x\r\n\r\n' | timeout 20 nc 10.96.0.1 443 | head -c 100 | wc -c";
+    let answered = pod.shell(sent).unwrap();
+    assert!(answered.trim().parse::<usize>().unwrap() < 100, "{answered}");
+    scene.event("the refused connection in the journal", refused);
+}
+
+#[test]
+fn a_watch_that_is_open_at_sigterm_ends_within_the_drain_and_is_closed_in_the_record() {
+    let Some(mut scene) = Scene::new() else { return };
+    scene.namespace("it-drain", true);
+    let pod = scene.testbed.run_pod(&PodSpec::idle("it-drain", "caller")).unwrap();
+    let mut configuration = agent::configuration(&scene.testbed, &scene.journal(), TrustSource::MountedCa);
+    configuration["limits"] = serde_json::json!({"drainSeconds": 1});
+    let path = scene.scratch.path().join("agent.yaml");
+    agent::write_configuration(&configuration, &path).unwrap();
+    let mut agent = AgentProcess::start(&path, &scene.scratch.path().join("agent.log")).unwrap();
+    let mut watching =
+        pod.exec_command().args(["kubectl", "get", "configmaps", "-n", "it-drain", "-w"]).spawn().unwrap();
+    let opened = scene.event(
+        "the watch in the journal",
+        |event| matches!(&event.kind, Kind::RequestOpened(opened) if opened.attributes.verb == "watch"),
+    );
+    assert!(agent.terminate().unwrap().success(), "{}", agent.last_lines());
+    watching.wait().unwrap();
+    let closed = scene.events().into_iter().find_map(|event| match event.kind {
+        Kind::RequestClosed(closed) if event.request == opened.request => Some(closed.outcome),
+        _ => None,
+    });
+    assert_eq!(closed, Some(Outcome::Drained));
+}
+
+#[test]
+fn memory_stays_flat_over_large_lists() {
+    let Some(mut scene) = Scene::new() else { return };
+    scene.namespace("it-large", true);
+    let pod = scene.testbed.run_pod(&PodSpec::idle("it-large", "caller")).unwrap();
+    // 25 objects of 1,000,000 bytes: a list of 25 MB.
+    let value = "x".repeat(1_000_000);
+    for index in 0..25 {
+        let object = serde_json::json!({
+            "apiVersion": "v1", "kind": "ConfigMap",
+            "metadata": {"name": format!("large-{index}"), "namespace": "it-large"}, "data": {"value": value},
+        });
+        let file = scene.scratch.path().join("large.json");
+        std::fs::write(&file, object.to_string()).unwrap();
+        scene.testbed.kubectl(&["create", "-f", file.to_str().unwrap()]).unwrap();
+    }
+    let agent = scene.agent(TrustSource::ClusterSigner);
+    let get = "kubectl get --raw /api/v1/namespaces/it-large/configmaps | wc -c";
+    pod.shell("kubectl get --raw /version").unwrap();
+    let peak = || peak_resident_kib(agent.pid());
+    std::fs::write(format!("/proc/{}/clear_refs", agent.pid()), "5").unwrap();
+    let before = peak();
+    for _ in 0..4 {
+        let bytes: usize = pod.shell(get).unwrap().trim().parse().unwrap();
+        assert!(bytes > 25_000_000, "{bytes}");
+    }
+    let grown = peak().saturating_sub(before);
+    println!("100 MB of lists: peak resident memory {before} KiB + {grown} KiB");
+    // Far below one list; what may grow is the recorded first MiB of each and its decoded and masked copies.
+    assert!(grown < 12 * 1024, "grew by {grown} KiB");
+    scene.event("a list whose record says that it is cut", |event| {
+        matches!(&event.kind, Kind::RequestClosed(closed)
+            if closed.response_bytes > 25_000_000 && closed.body.as_ref().is_some_and(|body| body.truncated.is_some()))
+    });
+}
+
+/// Peak of the resident memory since it was last reset (`VmHWM`).
+fn peak_resident_kib(pid: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmHWM:")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse().unwrap()
+}
+
+#[test]
+fn a_mistake_in_the_configuration_is_named_with_its_place() {
+    let Some(scene) = Scene::new() else { return };
+    let wrong = |change: &dyn Fn(&mut serde_json::Value), expected: &str| {
+        let mut configuration =
+            agent::configuration(&scene.testbed, &scene.journal(), TrustSource::MountedCa);
+        change(&mut configuration);
+        let path = scene.scratch.path().join("wrong.yaml");
+        agent::write_configuration(&configuration, &path).unwrap();
+        let binary = agent::built_binary("weir-agent").unwrap();
+        let ended = command::output(Command::new(binary).args(["run", "--config"]).arg(&path)).unwrap();
+        let (code, _, err) = shown(&ended);
+        assert_eq!(code, Some(1), "{err}");
+        assert!(err.contains(expected), "{err:?} has no {expected:?}");
+    };
+    wrong(&|config| config["journall"] = true.into(), "unknown field `journall`");
+    wrong(&|config| config["clusters"][0]["addresses"] = "x".into(), "clusters[0].addresses");
+    wrong(
+        &|config| config["clusters"][0]["trust"]["mountedCa"]["certificate"] = "/absent/ca.crt".into(),
+        "clusters[0].trust.mountedCa.certificate: cannot open /absent/ca.crt",
+    );
+    wrong(&|config| config["journal"]["directory"] = "/proc/weir".into(), "/proc/weir");
+    // A CA of somebody else: readable, but pods would not trust what it signs.
+    let other = scene.testbed.layout().path("pki");
+    let front = std::fs::read_dir(&other).unwrap().flatten().map(|entry| entry.path()).find(|path| {
+        path.extension().is_some_and(|extension| extension == "crt") && !path.ends_with("ca.crt")
+    });
+    let certificate = front.expect("another certificate of the testbed");
+    let key = certificate.with_extension("key");
+    wrong(
+        &|config| {
+            config["clusters"][0]["trust"]["mountedCa"] =
+                serde_json::json!({"certificate": certificate, "key": key});
+        },
+        certificate.to_str().unwrap(),
+    );
+}

@@ -1,0 +1,116 @@
+//! `weir-agent exec` against the testbed's API server, with the kinds of credentials that kubeconfigs have.
+
+use std::{
+    fs,
+    os::unix::fs::PermissionsExt as _,
+    path::{Path, PathBuf},
+    process::{Command, Output},
+};
+
+use serde_json::{Value, json};
+use weir_common::event::Kind;
+use weir_tests::{agent, command};
+
+use super::{Scene, shown};
+
+/// The administrator's kubeconfig of the testbed, which has a client certificate, as JSON.
+fn admin(scene: &Scene) -> Value {
+    let text = scene.testbed.kubectl(&["config", "view", "--raw", "--flatten", "-o", "json"]).unwrap();
+    serde_json::from_str(&text).unwrap()
+}
+
+fn written(scene: &Scene, name: &str, kubeconfig: &Value) -> PathBuf {
+    let path = scene.scratch.path().join(name);
+    fs::write(&path, kubeconfig.to_string()).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
+    path
+}
+
+/// Runs a command under `exec` and, to compare, without it.
+fn both(scene: &Scene, kubeconfig: &Path, arguments: &[&str]) -> (Output, Output) {
+    let kubectl = scene.testbed.components().binary("kubectl");
+    let binary = agent::built_binary("weir-agent").unwrap();
+    let mut intercepted = Command::new(binary);
+    intercepted
+        .args(["exec", "--quiet", "--kubeconfig"])
+        .arg(kubeconfig)
+        .arg("--journal")
+        .arg(scene.journal());
+    intercepted.arg("--").arg(&kubectl).args(arguments);
+    let mut direct = Command::new(&kubectl);
+    direct.args(arguments);
+    for command in [&mut intercepted, &mut direct] {
+        command.env("KUBECONFIG", kubeconfig).env("HOME", scene.scratch.path());
+    }
+    (command::output(&mut intercepted).unwrap(), command::output(&mut direct).unwrap())
+}
+
+fn check(scene: &Scene, kubeconfig: &Path) {
+    for arguments in [
+        &["get", "namespace", "kube-system", "-o", "name"][..],
+        &["get", "namespace", "absent"],
+        &["auth", "whoami", "-o", "jsonpath={.status.userInfo.username}"],
+    ] {
+        let (intercepted, direct) = both(scene, kubeconfig, arguments);
+        assert_eq!(shown(&intercepted), shown(&direct), "{arguments:?}");
+    }
+    let recorded = scene.events().into_iter().any(|event| {
+        matches!(&event.kind, Kind::RequestOpened(opened) if opened.uri.starts_with("/api/v1/namespaces/absent"))
+    });
+    assert!(recorded, "the request is in the journal");
+}
+
+#[test]
+fn a_client_certificate_works_and_its_key_stays_where_it_is() {
+    let Some(scene) = Scene::new() else { return };
+    let kubeconfig = written(&scene, "certificate.json", &admin(&scene));
+    let before = fs::read(&kubeconfig).unwrap();
+    check(&scene, &kubeconfig);
+    assert_eq!(fs::read(&kubeconfig).unwrap(), before, "the file itself is not changed");
+}
+
+#[test]
+fn a_token_and_an_exec_plugin_work() {
+    let Some(scene) = Scene::new() else { return };
+    let token = scene.testbed.kubectl(&["create", "token", "default", "-n", "kube-system"]).unwrap();
+    let mut kubeconfig = admin(&scene);
+    kubeconfig["users"][0]["user"] = json!({"token": token.trim()});
+    check(&scene, &written(&scene, "token.json", &kubeconfig));
+
+    let plugin = scene.scratch.path().join("plugin.sh");
+    let credential = json!({
+        "apiVersion": "client.authentication.k8s.io/v1", "kind": "ExecCredential", "status": {"token": token.trim()},
+    });
+    fs::write(&plugin, format!("#!/bin/sh\necho '{credential}'\n")).unwrap();
+    fs::set_permissions(&plugin, fs::Permissions::from_mode(0o755)).unwrap();
+    kubeconfig["users"][0]["user"] = json!({"exec": {
+        "apiVersion": "client.authentication.k8s.io/v1", "command": plugin, "interactiveMode": "Never",
+    }});
+    check(&scene, &written(&scene, "plugin.json", &kubeconfig));
+    let journal = String::from_utf8_lossy(&everything(&scene.journal())).into_owned();
+    assert!(!journal.contains(token.trim()), "the token is in no record");
+}
+
+#[test]
+fn a_proxy_that_would_carry_the_requests_elsewhere_is_refused_by_name() {
+    let Some(scene) = Scene::new() else { return };
+    let mut kubeconfig = admin(&scene);
+    kubeconfig["clusters"][0]["cluster"]["proxy-url"] = "http://proxy.invalid:3128".into();
+    let path = written(&scene, "proxy.json", &kubeconfig);
+    let (refused, _) = both(&scene, &path, &["version", "--client"]);
+    let (code, out, err) = shown(&refused);
+    assert_ne!(code, Some(0), "{err}");
+    assert!(out.is_empty() && err.contains("proxy-url"), "{err}");
+}
+
+/// All bytes of all files below a folder.
+fn everything(folder: &Path) -> Vec<u8> {
+    fs::read_dir(folder)
+        .unwrap()
+        .flatten()
+        .flat_map(|entry| {
+            let path = entry.path();
+            if path.is_dir() { everything(&path) } else { fs::read(&path).unwrap() }
+        })
+        .collect()
+}
