@@ -3,7 +3,11 @@
 //! Each test owns its namespaces and its agent process; they run one after another, since a node has one agent. Waits
 //! are on conditions. Without root the tests say loudly that they did not run, and fail under `CI=true`.
 
-#![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a test ends where something is not as it must be")]
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a test ends where something is not as it must be"
+)]
 
 use std::{
     path::{Path, PathBuf},
@@ -146,7 +150,8 @@ fn kubectl_in_a_pod_says_the_same_with_weir_and_everything_is_recorded() {
         assert_eq!(without, with, "{script}");
     }
     let events = scene.events();
-    let audit = audit::finished_by_pod(&scene.testbed.layout().audit_log(), &pod.uid).unwrap();
+    // All of it: a request with a wrong token is in the log, but not as the pod's.
+    let audit = audit::read(&scene.testbed.layout().audit_log()).unwrap();
     let recorded = events.iter().filter(|event| matches!(event.kind, Kind::RequestOpened(_))).count();
     assert!(recorded >= COMMANDS.len() - 1, "{recorded} requests recorded");
     assert!(matches!(events.last().unwrap().kind, Kind::AgentStopped { .. }));
@@ -244,17 +249,19 @@ fn memory_stays_flat_over_large_lists() {
     }
     let agent = scene.agent(TrustSource::ClusterSigner);
     let get = "kubectl get --raw /api/v1/namespaces/it-large/configmaps | wc -c";
-    pod.shell("kubectl get --raw /version").unwrap();
-    let peak = || peak_resident_kib(agent.pid());
-    std::fs::write(format!("/proc/{}/clear_refs", agent.pid()), "5").unwrap();
-    let before = peak();
-    for _ in 0..4 {
+    let list = || {
         let bytes: usize = pod.shell(get).unwrap().trim().parse().unwrap();
         assert!(bytes > 25_000_000, "{bytes}");
+    };
+    // The first one fills what is kept for the next: pools, the allocator's arenas, the writer's buffers.
+    list();
+    std::fs::write(format!("/proc/{}/clear_refs", agent.pid()), "5").unwrap();
+    let before = peak_resident_kib(agent.pid());
+    for _ in 0..4 {
+        list();
     }
-    let grown = peak().saturating_sub(before);
-    println!("100 MB of lists: peak resident memory {before} KiB + {grown} KiB");
-    // Far below one list; what may grow is the recorded first MiB of each and its decoded and masked copies.
+    let grown = peak_resident_kib(agent.pid()).saturating_sub(before);
+    println!("4 lists of 25 MB: peak resident memory {before} KiB + {grown} KiB");
     assert!(grown < 12 * 1024, "grew by {grown} KiB");
     scene.event("a list whose record says that it is cut", |event| {
         matches!(&event.kind, Kind::RequestClosed(closed)

@@ -74,6 +74,9 @@ pub(crate) fn run(root: &Path, options: Options) -> Result<PathBuf> {
         .context("cannot start cargo for the kernel programs")?;
     ensure!(status.success(), "the kernel programs do not build ({status}); the compiler's output is above");
     let built = build.join("bpfel-unknown-none/release/weir-ebpf");
+    if let Some(folder) = object.parent() {
+        fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
+    }
     // Renamed into place, so that a build of the agent at the same time never reads half an object.
     let partial = object.with_extension("partial");
     fs::copy(&built, &partial)
