@@ -13,6 +13,7 @@ pub mod cgroup;
 mod cgroup_tree;
 pub mod cluster_access;
 pub mod cluster_watch;
+mod debug_log;
 pub mod enrolment;
 pub mod flow;
 pub mod listener;

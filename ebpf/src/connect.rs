@@ -143,6 +143,17 @@ fn judge(ctx: &SockAddrContext, address: Address) -> Answer {
         return answer_again(verdict);
     }
     class::count(Counter::Seen);
+    #[cfg(feature = "debug-log")]
+    aya_log_ebpf::info!(
+        ctx,
+        "port {}, cgroup {}, pod cgroup {}, class {}, netns {}: verdict {}",
+        original.port,
+        flow.cgroup,
+        pod_cgroup,
+        number,
+        netns,
+        verdict as u32
+    );
     decide(verdict, &flow, state, listener_port, (kind, protocol))
 }
 

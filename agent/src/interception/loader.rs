@@ -21,7 +21,7 @@ use weir_common::kernel::{
     maps, programs,
 };
 
-use super::{attach, attach::AttachError};
+use super::{attach, attach::AttachError, debug_log};
 
 /// The mount point of the BPF file system.
 pub const BPFFS: &str = "/sys/fs/bpf";
@@ -117,6 +117,7 @@ pub struct Kernel {
     settings: Mutex<Array<MapData, Settings>>,
     notices: Mutex<Option<RingBuf<MapData>>>,
     pub(super) attached: Mutex<attach::Attached>,
+    debug_log: Mutex<Option<debug_log::Copying>>,
 }
 
 impl fmt::Debug for Kernel {
@@ -174,6 +175,7 @@ impl Kernel {
         for program in programs::ALL {
             load_program(&mut ebpf, program)?;
         }
+        let log = debug_log::take(&mut ebpf);
         let kernel = Self {
             api_set: Mutex::new(map(&mut ebpf, maps::API_SET)?),
             cgroups: Mutex::new(map(&mut ebpf, maps::CGROUPS)?),
@@ -182,6 +184,7 @@ impl Kernel {
             settings: Mutex::new(map(&mut ebpf, maps::SETTINGS)?),
             notices: Mutex::new(Some(map(&mut ebpf, maps::NOTICES)?)),
             attached: Mutex::new(attach::Attached::new(ebpf, pins)),
+            debug_log: Mutex::new(log),
         };
         // Connections of a former process's listeners are dead; what they left must not vouch for a new one.
         kernel.forget_flows()?;
@@ -297,6 +300,11 @@ impl Kernel {
     /// Takes the ring buffer of notices; once.
     pub(super) fn take_notices(&self) -> Option<RingBuf<MapData>> {
         lock(&self.notices).take()
+    }
+
+    /// Takes what copies the programs' own log into the agent's; once, and only of a debugging build.
+    pub(super) fn take_debug_log(&self) -> Option<debug_log::Copying> {
+        lock(&self.debug_log).take()
     }
 
     fn forget_flows(&self) -> Result<(), KernelError> {

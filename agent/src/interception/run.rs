@@ -145,6 +145,17 @@ pub async fn run(
     {
         tasks.spawn(report::notices(notices, tenants.clone(), recorder.clone(), part.clone()));
     }
+    if let Some(log) = kernel.take_debug_log() {
+        let part = part.clone();
+        tasks.spawn(async move {
+            tokio::select! {
+                () = part.cancelled() => Ok("copying the programs' log"),
+                result = log => result
+                    .map(|()| "copying the programs' log")
+                    .map_err(|source| InterceptionError::Io { action: "read the programs' log", source }),
+            }
+        });
+    }
     tasks.spawn(report::proxy_environments(tenants, kernel.clone(), recorder, part.clone()));
     let result = tokio::select! {
         result = enrol(&mut enrolment, (&mount, &watch), options.pods, &options.ready, &part) => result,
