@@ -5,7 +5,7 @@
 
 use std::{ffi::OsString, path::PathBuf, sync::Arc, time::Duration};
 
-use nix::unistd::Uid;
+use nix::{sys::signal::SigSet, unistd::Uid};
 use rustls::pki_types::ServerName;
 use tokio::{sync::watch, task::JoinSet};
 use tracing::warn;
@@ -167,7 +167,7 @@ pub fn run(options: &ExecOptions) -> Result<u8, ExecError> {
         .map_err(failed("start the runtime"))?;
     runtime.block_on(async {
         let signals = blocked.listen().map_err(failed("listen to signals"))?;
-        prepare(options).await?.run(signals).await
+        prepare(options, blocked.before()).await?.run(signals).await
     })
 }
 
@@ -181,11 +181,12 @@ struct Session {
     renewals: JoinSet<()>,
     recorder: RecorderOptions,
     command: Vec<OsString>,
+    blocked: SigSet,
     kubeconfig: Option<PathBuf>,
     quiet: bool,
 }
 
-async fn prepare(options: &ExecOptions) -> Result<Session, ExecError> {
+async fn prepare(options: &ExecOptions, blocked: SigSet) -> Result<Session, ExecError> {
     let environment = |name: &str| std::env::var(name).ok();
     let config =
         options.config.as_deref().map(|path| Config::load(path, &config::default_node())).transpose()?;
@@ -208,7 +209,18 @@ async fn prepare(options: &ExecOptions) -> Result<Session, ExecError> {
     let kubeconfig =
         made.map_err(|source| ExecError::Runtime { action: "find the working directory", source })?;
     let (command, quiet) = (options.command.clone(), options.quiet);
-    Ok(Session { invoker, targets, overlays, upstreams, renewals, recorder, command, kubeconfig, quiet })
+    Ok(Session {
+        invoker,
+        targets,
+        overlays,
+        upstreams,
+        renewals,
+        recorder,
+        command,
+        blocked,
+        kubeconfig,
+        quiet,
+    })
 }
 
 async fn upstream(
@@ -320,6 +332,7 @@ impl Session {
             command: self.command,
             procs: cgroup.open_procs()?,
             invoker: self.invoker,
+            blocked: self.blocked,
             kubeconfig: self.kubeconfig,
             overlays: self.overlays,
         };

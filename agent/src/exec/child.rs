@@ -26,7 +26,7 @@ use nix::{
     sched::{CloneFlags, unshare},
     sys::{
         prctl::set_pdeathsig,
-        signal::{Signal, kill},
+        signal::{SigSet, Signal, kill},
         wait::{Id, WaitPidFlag, waitid},
     },
     unistd::{Pid, setgroups, setresgid, setresuid, write},
@@ -93,6 +93,8 @@ pub struct Spec {
     pub procs: fs::File,
     /// With whose rights.
     pub invoker: Invoker,
+    /// The signals that it starts with blocked.
+    pub blocked: SigSet,
     /// What its `KUBECONFIG` is set to; none leaves it.
     pub kubeconfig: Option<PathBuf>,
     /// What lies over the kubeconfig files.
@@ -193,17 +195,17 @@ fn spawn(spec: Spec) -> Result<Child, ChildError> {
     if let Some(kubeconfig) = &spec.kubeconfig {
         command.env("KUBECONFIG", kubeconfig);
     }
-    let (procs, invoker) = (OwnedFd::from(spec.procs), spec.invoker);
+    let (procs, invoker, blocked) = (OwnedFd::from(spec.procs), spec.invoker, spec.blocked);
     // SAFETY: the closure makes system calls only; it neither allocates nor takes a lock, and what it uses was
     // moved into it before the fork.
     unsafe {
-        command.pre_exec(move || become_command(&procs, &invoker));
+        command.pre_exec(move || become_command(&procs, &invoker, &blocked));
     }
     command.spawn().map_err(|source| ChildError::Start { command: program.clone(), source })
 }
 
 /// Runs in the child between fork and exec.
-fn become_command(procs: &OwnedFd, invoker: &Invoker) -> io::Result<()> {
+fn become_command(procs: &OwnedFd, invoker: &Invoker, blocked: &SigSet) -> io::Result<()> {
     write(procs, b"0")?;
     if !invoker.uid.is_root() {
         setgroups(&invoker.groups)?;
@@ -212,6 +214,8 @@ fn become_command(procs: &OwnedFd, invoker: &Invoker) -> io::Result<()> {
     }
     // After the change of user, which clears it.
     set_pdeathsig(Signal::SIGKILL)?;
+    // Last: until here a signal would have ended the child unnoticed.
+    blocked.thread_set_mask()?;
     Ok(())
 }
 
@@ -282,7 +286,9 @@ mod tests {
         let command = ["/bin/sh", "-c", script].map(OsString::from).to_vec();
         let procs = cgroup.open_procs().expect("procs");
         let mut running =
-            start(Spec { command, procs, invoker, kubeconfig: None, overlays }).await.expect("starts");
+            start(Spec { command, procs, invoker, blocked: SigSet::empty(), kubeconfig: None, overlays })
+                .await
+                .expect("starts");
         let code = exit_code(running.ended().await.expect("ends"));
         cgroup.end().await.expect("cleaned up");
         code
@@ -331,6 +337,7 @@ mod tests {
                 command: vec![command.into()],
                 procs: cgroup.open_procs().expect("procs"),
                 invoker: Invoker::find(|_| None).expect("invoker"),
+                blocked: SigSet::empty(),
                 kubeconfig: None,
                 overlays: vec![],
             };

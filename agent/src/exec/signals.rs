@@ -7,7 +7,7 @@
 use std::io;
 
 use nix::sys::{
-    signal::{SigSet, Signal},
+    signal::{SigSet, SigmaskHow, Signal},
     signalfd::{SfdFlags, SignalFd},
 };
 use tokio::io::{Interest, unix::AsyncFd};
@@ -25,7 +25,10 @@ const FORWARDED: [Signal; 7] = [
 
 /// The signals, blocked for this thread and all that it starts.
 #[derive(Debug)]
-pub struct Blocked(SigSet);
+pub struct Blocked {
+    set: SigSet,
+    before: SigSet,
+}
 
 impl Blocked {
     /// Blocks them; to be called before any other thread is started.
@@ -34,8 +37,13 @@ impl Blocked {
     /// The kernel refuses.
     pub fn new() -> io::Result<Self> {
         let set: SigSet = FORWARDED.into_iter().collect();
-        set.thread_block()?;
-        Ok(Self(set))
+        let before = set.thread_swap_mask(SigmaskHow::SIG_BLOCK)?;
+        Ok(Self { set, before })
+    }
+
+    /// What was blocked before: the command is to start with that, since a mask outlives `execve`.
+    pub fn before(&self) -> SigSet {
+        self.before
     }
 
     /// Makes them readable within the tokio runtime.
@@ -43,7 +51,7 @@ impl Blocked {
     /// # Errors
     /// No descriptor is left.
     pub fn listen(&self) -> io::Result<Signals> {
-        let descriptor = SignalFd::with_flags(&self.0, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
+        let descriptor = SignalFd::with_flags(&self.set, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
         // SAFETY: `SignalFd` owns its descriptor, gives the same one each time it is asked, and closes it only when
         // it is dropped, which `AsyncFd` does after it has deregistered it.
         let registered = unsafe { AsyncFd::register_with_interest(descriptor, Interest::READABLE)? };
