@@ -49,6 +49,21 @@ pub enum TrustSource {
     MountedCa,
 }
 
+/// Where an agent pins what stays in force without it; `weir-agent uninstall` removes it.
+const PINS: &str = "/sys/fs/bpf/weir";
+
+/// A node has one agent. Starting another beside it and uninstalling that one would take away the first one's pins,
+/// and its pods would reach the API server unrecorded.
+///
+/// # Errors
+/// When an agent is installed on this machine.
+pub fn refuse_beside_another() -> Result<()> {
+    if Path::new(PINS).exists() {
+        bail!("an agent is installed on this machine ({PINS}); end it and run `weir-agent uninstall` first");
+    }
+    Ok(())
+}
+
 /// An agent configuration for the testbed: namespaces with [`ENROL_LABEL`] are enrolled and enforced.
 #[must_use]
 pub fn configuration(testbed: &Testbed, journal: &Path, trust: TrustSource) -> Value {

@@ -44,6 +44,7 @@ pub(crate) struct Arguments {
 pub(crate) fn run(root: &Path, arguments: &Arguments) -> Result<()> {
     interrupt_on_signals()?;
     let begin = Instant::now();
+    agent::refuse_beside_another()?;
     show_plan()?;
     if !arguments.yes && std::io::stdin().is_terminal() && !confirmed()? {
         bail!("nothing was done");
@@ -149,6 +150,8 @@ fn scenes(testbed: &Testbed, folder: &Path, progress: Progress) -> Result<()> {
     })?;
     let journal = folder.join("journal");
     let mut agent = progress.step("start weir-agent", || {
+        // Again: the builds may have taken minutes.
+        agent::refuse_beside_another()?;
         let config = folder.join("agent.yaml");
         agent::write_configuration(
             &agent::configuration(testbed, &journal, TrustSource::ClusterSigner),
