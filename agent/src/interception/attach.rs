@@ -79,6 +79,12 @@ pub enum AttachError {
         #[source]
         source: PinError,
     },
+    /// A pin of this process is gone: its program is detached, or soon will be.
+    #[error("the pin {} was removed while the agent runs, and with it the interception; was weir-agent uninstall run, or the bpf file system unmounted?", path.display())]
+    Gone {
+        /// The pin.
+        path: PathBuf,
+    },
     /// A pin cannot be read or removed.
     #[error("cannot read or remove the pin {}", path.display())]
     Remove {
@@ -100,6 +106,8 @@ pub(super) struct Attached {
     links: Vec<FdLink>,
     /// Ids of the cgroups that this process has attached to.
     cgroups: Vec<u64>,
+    /// The pins of the links that this process has made or taken over.
+    pinned: Vec<PathBuf>,
 }
 
 /// A panic while attaching leaves links that are whole each.
@@ -109,7 +117,7 @@ pub(super) fn lock(attached: &Mutex<Attached>) -> MutexGuard<'_, Attached> {
 
 impl Attached {
     pub(super) fn new(ebpf: Ebpf, pins: Option<PathBuf>) -> Self {
-        Self { ebpf, pins, links: Vec::new(), cgroups: Vec::new() }
+        Self { ebpf, pins, links: Vec::new(), cgroups: Vec::new(), pinned: Vec::new() }
     }
 
     /// Attaches every program to the cgroup, or replaces the pinned ones.
@@ -130,6 +138,7 @@ impl Attached {
             if let Some(pin) = &pin
                 && self.replaced(pin, program)?
             {
+                self.pinned.push(pin.clone());
                 continue;
             }
             let link = self.link(program, &folder, cgroup)?;
@@ -137,7 +146,8 @@ impl Attached {
                 None => self.links.push(link),
                 Some(path) => {
                     // The pin keeps it from here on.
-                    link.pin(&path).map_err(|source| AttachError::Pin { path, source })?;
+                    link.pin(&path).map_err(|source| AttachError::Pin { path: path.clone(), source })?;
+                    self.pinned.push(path);
                 }
             }
         }
@@ -190,6 +200,15 @@ impl Attached {
         }
     }
 
+    /// Whether every pin of this process is still there. A process that has lost one must not go on as if its
+    /// programs were in force.
+    pub(super) fn intact(&self) -> Result<(), AttachError> {
+        match self.pinned.iter().find(|path| !path.exists()) {
+            None => Ok(()),
+            Some(path) => Err(AttachError::Gone { path: path.clone() }),
+        }
+    }
+
     /// Removes pinned links of cgroups that this process has not attached to.
     pub(super) fn prune(&self) -> Result<(), AttachError> {
         let Some(pins) = &self.pins else { return Ok(()) };
@@ -220,7 +239,7 @@ pub(super) fn pinned_links(pins: &Path) -> Result<Vec<String>, AttachError> {
     Ok(names)
 }
 
-/// Removes every pin in a folder of pins: the programs detach, the maps go. Returns how many there were.
+/// Removes every pin in a folder of pins: the programs detach (the kernel does that a moment later), the maps go. Returns how many there were.
 ///
 /// # Errors
 /// A pin cannot be removed.

@@ -118,6 +118,11 @@ impl Enrolment {
         Ok(waiting)
     }
 
+    /// Checks that the programs are still pinned.
+    pub(super) fn intact(&self) -> Result<(), KernelError> {
+        self.settings.sink.kernel.intact()
+    }
+
     /// Ends every listener; the maps stay, so that enrolled pods are denied from here on.
     pub(super) async fn end(mut self) {
         self.pods.clear();

@@ -200,6 +200,14 @@ impl Kernel {
         Ok(attach::lock(&self.attached).attach(cgroup)?)
     }
 
+    /// Checks that what this process has pinned is still pinned.
+    ///
+    /// # Errors
+    /// Someone has removed a pin: the programs are no longer in force.
+    pub fn intact(&self) -> Result<(), KernelError> {
+        Ok(attach::lock(&self.attached).intact()?)
+    }
+
     /// Removes pinned links of cgroups that this process has not attached to: cgroups that are gone.
     ///
     /// # Errors

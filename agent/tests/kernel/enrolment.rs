@@ -22,11 +22,9 @@ use weir_agent::{
     recording::{Recorder, RecorderOptions},
 };
 
-use crate::world::{API4, API6, Dial, Dialled, OwnCgroup, OwnNetns, dial, load};
+use crate::world::{API4, API6, Dial, OwnCgroup, OwnNetns, dial, eventually, is, load};
 
 const CONTAINER: &str = "4f1c0c9a7f0e4d7b8a6f5e4d3c2b1a09f8e7d6c5b4a392817060504030201000";
-/// How long a state may take to come about; far longer than it takes.
-const DEADLINE: Duration = Duration::from_secs(20);
 
 fn known(uid: &str, mode: Option<Mode>, host_network: bool) -> KnownPod {
     KnownPod {
@@ -114,21 +112,6 @@ impl Node {
         drop(self.kubepods);
         drop(self.root);
     }
-}
-
-/// Dials again and again until this comes about.
-async fn eventually(expected: &str, mut dial: impl FnMut() -> Dialled, holds: impl Fn(&Dialled) -> bool) {
-    let wait = async {
-        let mut pace = tokio::time::interval(Duration::from_millis(10));
-        while !holds(&dial()) {
-            pace.tick().await;
-        }
-    };
-    tokio::time::timeout(DEADLINE, wait).await.unwrap_or_else(|_| panic!("{expected}; now: {:?}", dial()));
-}
-
-fn is(errno: nix::Error) -> impl Fn(&Dialled) -> bool {
-    move |dialled| *dialled == Err(errno)
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

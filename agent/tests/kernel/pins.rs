@@ -3,7 +3,7 @@
 use weir_agent::interception::{attach, loader::Pinning, pinned::pinned_state};
 use weir_common::kernel::{CgroupEntry, Class, programs};
 
-use crate::world::{API4, Dial, OwnCgroup, OwnNetns, dial, load};
+use crate::world::{API4, Dial, OwnCgroup, OwnNetns, dial, eventually, is, load};
 
 /// A bpf file system of the test's own.
 struct OwnBpffs(tempfile::TempDir);
@@ -61,10 +61,14 @@ async fn pinned_programs_deny_while_no_agent_runs_and_go_with_uninstall() {
     assert!(pinned_state(&pins).unwrap().unwrap().links.is_empty());
     third.attach(&cgroup.0).unwrap();
     third.forget_cgroup(cgroup.id()).unwrap();
-    drop(third);
+    third.intact().unwrap();
     assert_eq!(dial(), Err(nix::Error::ECONNREFUSED));
     assert!(attach::uninstall(&pins).unwrap() > programs::ALL.len());
-    assert_eq!(dial(), Err(nix::Error::ENETUNREACH), "nothing is attached any more");
+    let error = third.intact().unwrap_err().to_string();
+    assert!(error.contains("was removed while the agent runs"), "{error}");
+    drop(third);
+    // The kernel frees an unpinned link a little later.
+    eventually("nothing is attached any more", dial, is(nix::Error::ENETUNREACH)).await;
     assert!(!bpffs.0.path().join("weir").exists(), "nothing is left");
 }
 

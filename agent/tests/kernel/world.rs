@@ -7,6 +7,7 @@ use std::{
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::Arc,
+    time::Duration,
 };
 
 use nix::sys::socket::{SockaddrStorage, connect, getpeername, getsockname};
@@ -14,6 +15,9 @@ use weir_agent::interception::{
     cgroup,
     loader::{Kernel, KernelError, Pinning},
 };
+
+/// How long a state may take to come about; far longer than it takes.
+const DEADLINE: Duration = Duration::from_secs(20);
 
 pub(crate) const API4: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)), 443);
 pub(crate) const API6: SocketAddr =
@@ -175,4 +179,24 @@ fn not_tested(error: &KernelError) {
     }
     assert!(std::env::var("CI").as_deref() != Ok("true"), "cannot test the kernel programs: {text}");
     eprintln!("NOT TESTED: the kernel programs: {text}");
+}
+
+/// Dials again and again until this comes about.
+pub(crate) async fn eventually(
+    expected: &str,
+    mut dial: impl FnMut() -> Dialled,
+    holds: impl Fn(&Dialled) -> bool,
+) {
+    let wait = async {
+        let mut pace = tokio::time::interval(Duration::from_millis(10));
+        while !holds(&dial()) {
+            pace.tick().await;
+        }
+    };
+    tokio::time::timeout(DEADLINE, wait).await.unwrap_or_else(|_| panic!("{expected}; now: {:?}", dial()));
+}
+
+/// Whether a dial ended with this error.
+pub(crate) fn is(errno: nix::Error) -> impl Fn(&Dialled) -> bool {
+    move |dialled| *dialled == Err(errno)
 }
