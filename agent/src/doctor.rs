@@ -16,6 +16,9 @@ pub mod clusters;
 pub mod kernel;
 pub mod storage;
 
+/// Most characters of what was found: a verifier's log can have megabytes.
+const FOUND_CHARS_MAX: usize = 1000;
+
 /// What to look at.
 #[derive(Clone, Debug, Default)]
 pub struct DoctorOptions {
@@ -70,12 +73,17 @@ impl Check {
         Self { name: name.into(), need, ok: false, found: found.into(), mend: Some(mend.into()) }
     }
 
-    /// Not as it must or should be, and the error says what to do.
+    /// Not as it must or should be, and the error says what to do after its semicolon.
     pub fn failed(name: impl Into<String>, need: Need, error: &dyn std::error::Error) -> Self {
-        let text = chain(error);
-        let (found, mend) = text.split_once("; ").unwrap_or((&text, ""));
-        let mend = Some(mend.to_owned()).filter(|mend| !mend.is_empty());
-        Self { name: name.into(), need, ok: false, found: found.to_owned(), mend }
+        let text = error.to_string();
+        let (found, mend) = match text.split_once("; ") {
+            Some((found, mend)) => (found, Some(mend.to_owned())),
+            None => (text.as_str(), None),
+        };
+        let causes = chain(error);
+        let causes = causes.strip_prefix(&text).unwrap_or_default();
+        let found: String = found.chars().chain(causes.chars()).take(FOUND_CHARS_MAX).collect();
+        Self { name: name.into(), need, ok: false, found, mend }
     }
 }
 
@@ -201,6 +209,19 @@ mod tests {
             something is missing: see above"#]]
         .assert_eq(&report.to_string());
         assert!(report.json().expect("serialises").contains("\"mend\": \"add bpf\""));
+    }
+
+    #[test]
+    fn an_errors_mend_is_apart_from_its_causes() {
+        #[derive(Debug, thiserror::Error)]
+        #[error("cannot read /x; is it there?")]
+        struct Failure(#[source] std::io::Error);
+
+        let check = Check::failed("x", Need::Must, &Failure(std::io::Error::other("gone")));
+        assert_eq!(
+            (check.found.as_str(), check.mend.as_deref()),
+            ("cannot read /x: gone", Some("is it there?"))
+        );
     }
 
     #[test]

@@ -237,7 +237,7 @@ pub enum TrustError {
     },
     /// The mounted CA is not one that pods trust.
     #[error(
-        "{} does not chain to the cluster CA {origin}, so pods would refuse every connection; mount the cluster's \
+        "{} does not chain to {origin}, so pods would refuse every connection; mount the cluster's \
          own CA or an intermediate that it signed",
         path.display()
     )]

@@ -5,7 +5,10 @@
 use std::{fs, path::Path};
 
 use super::{Check, Need};
-use crate::exec::cgroup::find_mount;
+use crate::{
+    exec::cgroup::find_mount,
+    interception::loader::{Kernel, Pinning},
+};
 
 /// Oldest kernel on which the kernel programs are tested.
 const KERNEL_OLDEST: (u32, u32) = (6, 1);
@@ -30,6 +33,7 @@ pub fn checks(pinned: bool) -> Vec<Check> {
         cgroup(&mountinfo),
         capabilities(&read("/proc/self/status")),
         bpffs(&mountinfo, if pinned { Need::Must } else { Need::Should }),
+        programs(),
         lsm(&read("/sys/kernel/security/lsm"), &read("/sys/kernel/security/lockdown")),
     ]
 }
@@ -105,6 +109,15 @@ fn bpffs(mountinfo: &str, need: Need) -> Check {
             let mend = "mount -t bpf bpf /sys/fs/bpf (weir-agent run keeps its programs there; exec does not need it)";
             Check::bad(name, need, "not mounted", mend)
         }
+    }
+}
+
+/// Loads the programs, attaches them nowhere, and lets them go.
+fn programs() -> Check {
+    let name = "kernel programs";
+    match Kernel::load(Pinning::Unpinned) {
+        Ok(_unloaded_at_once) => Check::good(name, Need::Must, "accepted by the verifier"),
+        Err(error) => Check::failed(name, Need::Must, &error),
     }
 }
 

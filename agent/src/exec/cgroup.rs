@@ -18,6 +18,8 @@ use nix::{
 };
 use tokio::time::Instant;
 
+/// Start of the names of such cgroups; the process id follows.
+const NAME_PREFIX: &str = "weir-exec-";
 /// How long what is left of the command may take to end by itself after SIGTERM.
 const LEFTOVERS_GRACE: Duration = Duration::from_secs(3);
 /// How long the kernel may take to end it after SIGKILL.
@@ -115,8 +117,9 @@ impl CommandCgroup {
             |path: &str| fs::read_to_string(path).map_err(|source| io_error("read", Path::new(path), source));
         let mount = find_mount(&read("/proc/self/mountinfo")?).ok_or(CgroupError::NotMounted)?;
         let parent = folder_of(&read("/proc/self/cgroup")?, &mount).unwrap_or_else(|| mount.path.clone());
+        remove_stale(&parent);
         let number = CREATED.fetch_add(1, Ordering::Relaxed);
-        let path = parent.join(format!("weir-exec-{}-{number}", std::process::id()));
+        let path = parent.join(format!("{NAME_PREFIX}{}-{number}", std::process::id()));
         fs::create_dir(&path).map_err(|source| io_error("make the cgroup", &path, source))?;
         Ok(Self { path, removed: false })
     }
@@ -200,6 +203,19 @@ impl Drop for CommandCgroup {
             // An error path: nobody should be in it, and a folder that stays is named by the next look at it.
             let _ = fs::write(self.path.join("cgroup.kill"), "1");
             let _ = remove_tree(&self.path);
+        }
+    }
+}
+
+/// Removes what a killed `exec` has left beside the new cgroup: named for a process that is gone, and empty.
+fn remove_stale(parent: &Path) {
+    for folder in subfolders(parent) {
+        let pid = folder.file_name().and_then(|name| {
+            name.to_str()?.strip_prefix(NAME_PREFIX)?.split('-').next()?.parse::<u32>().ok()
+        });
+        if pid.is_some_and(|pid| !Path::new("/proc").join(pid.to_string()).exists()) {
+            // With processes in it it stays: their agent is gone, and ending them is for whoever killed it.
+            let _ = remove_tree(&folder);
         }
     }
 }

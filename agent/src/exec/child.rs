@@ -316,6 +316,20 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn the_command_starts_with_the_signal_mask_of_the_agents_caller() {
+        if !root_or_skip() {
+            return;
+        }
+        // Threads inherit the mask, as they do from `Blocked`.
+        let blocked: SigSet = [Signal::SIGTERM, Signal::SIGINT].into_iter().collect();
+        let before = blocked.thread_swap_mask(nix::sys::signal::SigmaskHow::SIG_BLOCK).expect("blocks");
+        let code =
+            run("[ $(grep SigBlk /proc/self/status | cut -f2) = 0000000000000000 ]", None, vec![]).await;
+        before.thread_set_mask().expect("restores");
+        assert_eq!(code, 0);
+    }
+
+    #[tokio::test]
     async fn what_the_command_leaves_behind_is_ended_with_it() {
         if !root_or_skip() {
             return;

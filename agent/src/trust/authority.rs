@@ -253,7 +253,7 @@ pub(super) mod tests {
         }
 
         fn load(&self, cluster_ca: &Self) -> Result<MountedCa, TrustError> {
-            let trusted = ClusterCa::from_pem(cluster_ca.certificate_pem.as_bytes(), "the pods' ca.crt")?;
+            let trusted = ClusterCa::from_pem(cluster_ca.certificate_pem.as_bytes(), "pods' ca.crt")?;
             MountedCa::load(&self.folder.path().join("ca.crt"), &self.folder.path().join("ca.key"), trusted)
         }
     }
@@ -283,7 +283,7 @@ pub(super) mod tests {
     fn a_ca_that_does_not_chain_is_named_with_its_file() {
         let (cluster, other) = (CaFiles::root(), CaFiles::root());
         let error = other.load(&cluster).expect_err("must be refused").to_string();
-        assert!(error.contains("ca.crt does not chain to the cluster CA the pods' ca.crt"), "{error}");
+        assert!(error.contains("ca.crt does not chain to pods' ca.crt"), "{error}");
     }
 
     #[test]

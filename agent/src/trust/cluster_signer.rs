@@ -39,14 +39,14 @@ const NEEDED_RIGHTS: &str = "is the agent's service account allowed to create, w
 #[derive(Debug, thiserror::Error)]
 pub enum ClusterSignerError {
     /// The API server refused or could not be reached.
-    #[error("cannot {action} the certificate signing request {name}; {NEEDED_RIGHTS}")]
+    #[error("cannot {action} the certificate signing request {name}: {reason}; {NEEDED_RIGHTS}")]
     Api {
         /// What was tried.
         action: &'static str,
         /// Name of the request.
         name: String,
-        /// Why.
-        source: Box<kube::Error>,
+        /// Why, in the API server's words where it answered.
+        reason: String,
     },
     /// The watch on the request broke.
     #[error("lost sight of the certificate signing request {name}; {NEEDED_RIGHTS}")]
@@ -153,7 +153,11 @@ impl ClusterSigner {
 }
 
 fn api_error(action: &'static str, name: &str, source: kube::Error) -> ClusterSignerError {
-    ClusterSignerError::Api { action, name: name.to_owned(), source: Box::new(source) }
+    let reason = match source {
+        kube::Error::Api(status) => status.message,
+        other => other.to_string(),
+    };
+    ClusterSignerError::Api { action, name: name.to_owned(), reason }
 }
 
 fn csr(name: &str, request_pem: &str) -> CertificateSigningRequest {
