@@ -24,7 +24,7 @@ use super::{
     cgroup::{self, CgroupError},
     cgroup_tree::{Tree, TreeWatch},
     cluster_watch::KnownPods,
-    enrolment::{Enrolment, Settings},
+    enrolment::{Enrolment, Settings, Tenants},
     listener::{self, ListenerError},
     loader::{Kernel, KernelError, Pinning},
     namespace, report,
@@ -131,9 +131,28 @@ pub async fn run(
     kernel.attach(&mount)?;
     tracing::info!(cgroup = %mount.display(), "attached to the root of the tree");
 
-    let mut tasks = JoinSet::new();
     let part = cancellation.child_token();
-    for cluster in options.clusters {
+    let mut tasks = beside(&kernel, options.clusters, &tenants, &recorder, &part)?;
+    let result = tokio::select! {
+        result = enrol(&mut enrolment, (&mount, &watch), options.pods, &options.ready, &part) => result,
+        Some(ended) = tasks.join_next(), if !tasks.is_empty() => Err(ended_early(ended)),
+    };
+    part.cancel();
+    enrolment.end().await;
+    while tasks.join_next().await.is_some() {}
+    if cancellation.is_cancelled() { Ok(()) } else { result }
+}
+
+/// Starts what runs beside enrolment: the API set, reports, the programs' log.
+fn beside(
+    kernel: &Arc<Kernel>,
+    clusters: Vec<ClusterAddresses>,
+    tenants: &Tenants,
+    recorder: &Recorder,
+    part: &CancellationToken,
+) -> Result<JoinSet<Result<&'static str, InterceptionError>>, InterceptionError> {
+    let mut tasks = JoinSet::new();
+    for cluster in clusters {
         let (kernel, part) = (kernel.clone(), part.clone());
         tasks.spawn(async move {
             api_set::follow(cluster, kernel, part).await;
@@ -156,15 +175,8 @@ pub async fn run(
             }
         });
     }
-    tasks.spawn(report::proxy_environments(tenants, kernel.clone(), recorder, part.clone()));
-    let result = tokio::select! {
-        result = enrol(&mut enrolment, (&mount, &watch), options.pods, &options.ready, &part) => result,
-        Some(ended) = tasks.join_next(), if !tasks.is_empty() => Err(ended_early(ended)),
-    };
-    part.cancel();
-    enrolment.end().await;
-    while tasks.join_next().await.is_some() {}
-    if cancellation.is_cancelled() { Ok(()) } else { result }
+    tasks.spawn(report::proxy_environments(tenants.clone(), kernel.clone(), recorder.clone(), part.clone()));
+    Ok(tasks)
 }
 
 /// Applies each change of the tree or of what is known, until cancelled.
