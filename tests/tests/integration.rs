@@ -3,7 +3,11 @@
 //! Each test owns its namespaces and its agent process; they run one after another, since a node has one agent. Waits
 //! are on conditions. Without root the tests say loudly that they did not run, and fail under `CI=true`.
 
-#![expect(clippy::unwrap_used, reason = "a test ends where something is not as it must be")]
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a test ends where something is not as it must be"
+)]
 
 use std::{
     path::{Path, PathBuf},
@@ -14,9 +18,9 @@ use std::{
 
 use weir_common::event::{Event, Kind, Outcome};
 use weir_tests::{
-    AgentProcess, Pod, PodSpec, Testbed,
+    AgentProcess, Coverage, Pod, PodSpec, Testbed,
     agent::{self, ENROL_LABEL, TrustSource},
-    command,
+    audit, command,
     progress::Progress,
     wait_until,
 };
@@ -111,6 +115,53 @@ fn shown(output: &Output) -> (Option<i32>, String, String) {
     (output.status.code(), text(&output.stdout), text(&output.stderr))
 }
 
+/// Commands whose output does not depend on time; each runs twice.
+const COMMANDS: [&str; 14] = [
+    "kubectl get pods -n it-same -o name",
+    "kubectl get configmap -n it-same absent",
+    "kubectl create configmap one -n it-same --from-literal=a=b",
+    "kubectl create configmap one -n it-same --from-literal=a=b",
+    "kubectl get configmap one -n it-same -o jsonpath={.data}",
+    "kubectl patch configmap one -n it-same -p {\"data\":{\"a\":\"c\"}}",
+    "kubectl delete configmap one -n it-same",
+    "kubectl get nonsense",
+    "kubectl get pods -n it-same --token=wrong",
+    "kubectl exec -n it-same caller -- sh -c 'echo out; echo err >&2; exit 3'",
+    "kubectl exec -n it-same caller -c absent -- true",
+    "echo through stdin | kubectl exec -i -n it-same caller -- cat",
+    "kubectl logs -n it-same caller",
+    "kubectl auth whoami -o jsonpath={.status.userInfo.username}",
+];
+
+fn run_all(pod: &Pod<'_>) -> Vec<(Option<i32>, String, String)> {
+    COMMANDS.iter().map(|script| shown(&pod.exec(&["sh", "-c", script]).unwrap())).collect()
+}
+
+#[test]
+fn kubectl_in_a_pod_says_the_same_with_weir_and_everything_is_recorded() {
+    let Some(mut scene) = Scene::new() else { return };
+    scene.namespace("it-same", true);
+    let pod = scene.testbed.run_pod(&PodSpec::idle("it-same", "caller")).unwrap();
+    let without = run_all(&pod);
+    let mut agent = scene.agent(TrustSource::ClusterSigner);
+    let with = run_all(&pod);
+    assert!(agent.terminate().unwrap().success(), "{}", agent.last_lines());
+    for (script, (without, with)) in COMMANDS.iter().zip(without.iter().zip(&with)) {
+        assert_eq!(without, with, "{script}");
+    }
+    let events = scene.events();
+    // All of it: a request with a wrong token is in the log, but not as the pod's.
+    let audit = audit::read(&scene.testbed.layout().audit_log()).unwrap();
+    let recorded = events.iter().filter(|event| matches!(event.kind, Kind::RequestOpened(_))).count();
+    assert!(recorded >= COMMANDS.len() - 1, "{recorded} requests recorded");
+    assert!(matches!(events.last().unwrap().kind, Kind::AgentStopped { .. }));
+    // What the pod did before the agent ran is in the audit log alone, so only the other direction holds here.
+    let coverage = Coverage::compare(&audit, &events, &pod.uid);
+    assert!(coverage.unaudited.is_empty(), "{:?}", coverage.unaudited);
+    let verified = verify(&scene.journal());
+    assert!(verified.status.success(), "{:?}", shown(&verified));
+}
+
 #[test]
 fn a_pod_is_refused_while_the_agent_is_dead_and_served_when_it_is_back() {
     let Some(mut scene) = Scene::new() else { return };
@@ -178,6 +229,51 @@ fn a_watch_that_is_open_at_sigterm_ends_within_the_drain_and_is_closed_in_the_re
         _ => None,
     });
     assert_eq!(closed, Some(Outcome::Drained));
+}
+
+#[test]
+fn memory_stays_flat_over_large_lists() {
+    let Some(mut scene) = Scene::new() else { return };
+    scene.namespace("it-large", true);
+    let pod = scene.testbed.run_pod(&PodSpec::idle("it-large", "caller")).unwrap();
+    // 25 objects of 1,000,000 bytes: a list of 25 MB, which the API server would otherwise send compressed to nothing.
+    let value = "x".repeat(1_000_000);
+    for index in 0..25 {
+        let object = serde_json::json!({
+            "apiVersion": "v1", "kind": "ConfigMap",
+            "metadata": {"name": format!("large-{index}"), "namespace": "it-large"}, "data": {"value": value},
+        });
+        let file = scene.scratch.path().join("large.json");
+        std::fs::write(&file, object.to_string()).unwrap();
+        scene.testbed.kubectl(&["create", "-f", file.to_str().unwrap()]).unwrap();
+    }
+    let agent = scene.agent(TrustSource::ClusterSigner);
+    let get = "kubectl get --disable-compression --raw /api/v1/namespaces/it-large/configmaps | wc -c";
+    let list = || {
+        let bytes: usize = pod.shell(get).unwrap().trim().parse().unwrap();
+        assert!(bytes > 25_000_000, "{bytes}");
+    };
+    // The first one fills what is kept for the next: pools, the allocator's arenas, the writer's buffers.
+    list();
+    std::fs::write(format!("/proc/{}/clear_refs", agent.pid()), "5").unwrap();
+    let before = peak_resident_kib(agent.pid());
+    for _ in 0..4 {
+        list();
+    }
+    let grown = peak_resident_kib(agent.pid()).saturating_sub(before);
+    println!("4 lists of 25 MB: peak resident memory {before} KiB + {grown} KiB");
+    assert!(grown < 12 * 1024, "grew by {grown} KiB");
+    scene.event("a list whose record says that it is cut", |event| {
+        matches!(&event.kind, Kind::RequestClosed(closed)
+            if closed.response_bytes > 25_000_000 && closed.body.as_ref().is_some_and(|body| body.truncated.is_some()))
+    });
+}
+
+/// Peak of the resident memory since it was last reset (`VmHWM`).
+fn peak_resident_kib(pid: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmHWM:")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse().unwrap()
 }
 
 #[test]
