@@ -3,11 +3,7 @@
 //! Each test owns its namespaces and its agent process; they run one after another, since a node has one agent. Waits
 //! are on conditions. Without root the tests say loudly that they did not run, and fail under `CI=true`.
 
-#![expect(
-    clippy::unwrap_used,
-    clippy::print_stdout,
-    reason = "a test ends where something is not as it must be"
-)]
+#![expect(clippy::unwrap_used, reason = "a test ends where something is not as it must be")]
 
 use std::{
     path::{Path, PathBuf},
