@@ -4,6 +4,8 @@
 //! network, so that nothing passes unrecorded. Every task's end is waited for; an unexpected end ends the agent, which
 //! leaves the kernel denying.
 
+use std::time::Duration;
+
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
     sync::{mpsc, watch},
@@ -134,23 +136,39 @@ async fn run_recorded(
         }
     };
     stop.cancel();
-    if let Ok(signal) = &ending {
-        tracing::info!(
-            signal,
-            drain_seconds = config.limits.drain.as_secs(),
-            active = proxy.active(),
-            "draining"
-        );
-        intercepted.await?;
-        // What was accepted before the listeners were closed is served, too.
-        while let Ok(connection) = connections.try_recv() {
-            proxy.serve(connection);
-        }
-        if let Drained::Cut(count) = proxy.drain(config.limits.drain).await {
-            tracing::warn!(count, "the drain limit cut connections; their records say so");
-        }
+    let limit = if let Ok(signal) = &ending {
+        let limit = config.limits.drain;
+        tracing::info!(signal, drain_seconds = limit.as_secs(), active = proxy.active(), "draining");
+        serve_until(intercepted, &mut connections, |connection| proxy.serve(connection)).await?;
+        limit
+    } else {
+        // Nothing can be waited for any more; what is open is cut, and its record says so.
+        Duration::ZERO
+    };
+    if let Drained::Cut(count) = proxy.drain(limit).await {
+        tracing::warn!(count, "connections were cut; their records say so");
     }
     ending
+}
+
+/// Waits for `ending` while serving what still comes, and then what is left: whoever ends may be waiting for room in
+/// the channel.
+async fn serve_until<T, E>(
+    ending: impl Future<Output = E>,
+    connections: &mut mpsc::Receiver<T>,
+    mut serve: impl FnMut(T),
+) -> E {
+    tokio::pin!(ending);
+    let ended = loop {
+        tokio::select! {
+            ended = &mut ending => break ended,
+            Some(connection) = connections.recv() => serve(connection),
+        }
+    };
+    while let Ok(connection) = connections.try_recv() {
+        serve(connection);
+    }
+    ended
 }
 
 fn early(ended: Result<(), InterceptionError>) -> AppError {
@@ -228,5 +246,25 @@ impl Signals {
             _ = self.terminate.recv() => "SIGTERM",
             _ = self.interrupt.recv() => "SIGINT",
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::sync::mpsc;
+
+    use super::serve_until;
+
+    #[tokio::test]
+    async fn what_waits_for_room_at_the_end_is_served() {
+        let (sender, mut receiver) = mpsc::channel(1);
+        let ending = async move {
+            for number in 0..5 {
+                sender.send(number).await.expect("the receiver is there");
+            }
+        };
+        let mut served = Vec::new();
+        serve_until(ending, &mut receiver, |number| served.push(number)).await;
+        assert_eq!(served, [0, 1, 2, 3, 4]);
     }
 }
