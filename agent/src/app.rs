@@ -18,7 +18,8 @@ use crate::{
     interception::{
         api_set::ClusterAddresses,
         cluster_access::ClusterAccessError,
-        cluster_watch::{ApiSet, ClusterWatch, KnownPods},
+        cluster_watch::{self, ApiSet, ClusterWatch, KnownPods},
+        hosts::Hosts,
         loader::Pinning,
         run::{self as interception, InterceptionError},
     },
@@ -100,6 +101,7 @@ async fn run_recorded(
     let (publish_pods, pods) = watch::channel(KnownPods::None);
     let (publish_sets, api_sets): (Vec<_>, Vec<_>) =
         config.clusters.iter().map(|_| watch::channel(ApiSet::default())).unzip();
+    let (publish_nodes, nodes) = watch::channel(Hosts::default());
     let (accepted, mut connections) = mpsc::channel(ACCEPTED_MAX);
     let (settled, mut ready) = watch::channel(false);
     // In force first, with nothing known: the clusters may be away for long.
@@ -108,6 +110,7 @@ async fn run_recorded(
         pinning: Pinning::standard(),
         pods,
         clusters: addresses(config, api_sets),
+        nodes,
         accepted,
         ready: settled,
     };
@@ -116,7 +119,7 @@ async fn run_recorded(
     // What runs as long as the agent does; the set aborts what is left when it is dropped.
     let mut parts: JoinSet<&'static str> = JoinSet::new();
     let proxy = tokio::select! {
-        proxy = start_proxy(config, recorder, publish_pods, publish_sets, &mut parts) => proxy?,
+        proxy = start_proxy(config, recorder, (publish_pods, publish_nodes), publish_sets, &mut parts) => proxy?,
         ended = &mut intercepted => return Err(early(ended)),
         signal = signals.next() => {
             stop.cancel();
@@ -190,12 +193,17 @@ fn addresses(config: &Config, api_sets: Vec<watch::Receiver<ApiSet>>) -> Vec<Clu
 async fn start_proxy(
     config: &Config,
     recorder: &Recorder,
-    publish_pods: watch::Sender<KnownPods>,
+    (publish_pods, publish_nodes): (watch::Sender<KnownPods>, watch::Sender<Hosts>),
     publish_sets: Vec<watch::Sender<ApiSet>>,
     parts: &mut JoinSet<&'static str>,
 ) -> Result<Proxy, AppError> {
     let clusters = cluster::connect_all(config, publish_sets, parts).await?;
-    // The node belongs to the first cluster: its pods are watched there.
+    // The node belongs to the first cluster: its pods, and the other nodes, are watched there.
+    let client = clusters[0].access.client.clone();
+    parts.spawn(async move {
+        cluster_watch::watch_nodes(client, publish_nodes).await;
+        "the watch of nodes"
+    });
     let pods = ClusterWatch {
         client: clusters[0].access.client.clone(),
         node: config.node.clone(),

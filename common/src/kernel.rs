@@ -5,21 +5,31 @@
 //! (`::ffff:a.b.c.d`), so that one key serves both families. Ports are in host order. Nothing here knows policy.
 
 /// The version of all layouts in this file; part of the name of the folder of pinned maps.
-pub const LAYOUT_VERSION: u32 = 1;
+pub const LAYOUT_VERSION: u32 = 2;
 
-/// Most API endpoint addresses over all clusters.
-pub const API_ENDPOINTS_MAX: u32 = 4096;
+/// Most entries of the API set: API servers of all clusters, and a kubelet (each with several addresses) a node.
+pub const API_ENDPOINTS_MAX: u32 = 65_536;
 /// Most pod (and other classified) cgroups on a node.
 pub const CGROUPS_MAX: u32 = 8192;
 /// Most flows between `connect` and `accept` that are kept; the oldest are dropped (and then refused on accept).
 pub const FLOWS_MAX: u32 = 65_536;
+/// Most network interfaces (the host's ends of enrolled pods') that are guarded.
+pub const INTERFACES_MAX: u32 = 8192;
+/// Most pods and interfaces whose last notice of a guard is remembered; the oldest are forgotten, and may then be
+/// reported once more.
+pub const REPORTED_MAX: u32 = 1024;
+/// Least time between two notices of a guard about one pod or interface, ns: a flood of packets must not become a
+/// flood of notices.
+pub const REPORT_INTERVAL_NS: u64 = 1_000_000_000;
 /// Size of the ring buffer for [`Notice`]s, in bytes; a power of two and a multiple of the page size.
 pub const NOTICES_BYTES: u32 = 256 * 1024;
 
 /// An address in network byte order; IPv4 as `::ffff:a.b.c.d`.
 pub type Address = [u8; 16];
 
-/// Key of the API set: one address and port of an API server. The value is the cluster's index (`u32`).
+/// Key of the API set: one address and port of an API server. The value is the cluster's index (`u32`), or
+/// [`KUBELET`]. Each address is there a second time with port [`PORT_UNKNOWN`](crate::packet::PORT_UNKNOWN), so that
+/// the guards can dismiss all others with one look-up.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ApiEndpoint {
@@ -28,6 +38,10 @@ pub struct ApiEndpoint {
     /// Port, host order, in the low 16 bits.
     pub port: u32,
 }
+
+/// Value in the API set of a kubelet's address: it takes exec and logs of every pod of its node, so enrolled pods
+/// have no business there.
+pub const KUBELET: u32 = u32::MAX;
 
 /// What is known of a cgroup; value of the map keyed by cgroup id (`u64`).
 #[repr(C)]
@@ -146,8 +160,8 @@ pub struct Settings {
     /// On how many levels of the cgroup tree the programs are attached above a pod (1 or 2): with 2, a
     /// connection meets them twice and must be counted once.
     pub attach_levels: u32,
-    /// Unused, 0.
-    pub reserved: u32,
+    /// How many cgroups are in quarantine: with 0 no connection pays for looking.
+    pub quarantined: u32,
 }
 
 /// Names of the maps, as in the object file and in the folder of pins.
@@ -166,11 +180,31 @@ pub mod maps {
     pub const SETTINGS: &str = "SETTINGS";
     /// Socket storage of [`SocketState`](super::SocketState).
     pub const SOCKETS: &str = "SOCKETS";
+    /// Per-CPU hash of cgroup id (`u64`) → [`PodCounters`](super::PodCounters); the agent makes the entries.
+    pub const POD_COUNTERS: &str = "POD_COUNTERS";
+    /// Hash of interface index (`u32`) → id of the cgroup of the pod behind it (`u64`).
+    pub const INTERFACES: &str = "INTERFACES";
+    /// Hash of the ids of the cgroups in quarantine (`u64`) → since when, in ns since boot (`u64`).
+    pub const QUARANTINE: &str = "QUARANTINE";
+    /// LRU hash of cgroup id or interface index (`u64`) → time of a guard's last notice, in ns since boot (`u64`).
+    pub const REPORTED: &str = "REPORTED";
     /// All of them.
-    pub const ALL: [&str; 7] = [API_SET, CGROUPS, FLOWS, COUNTERS, NOTICES, SETTINGS, SOCKETS];
+    pub const ALL: [&str; 11] = [
+        API_SET,
+        CGROUPS,
+        FLOWS,
+        COUNTERS,
+        NOTICES,
+        SETTINGS,
+        SOCKETS,
+        POD_COUNTERS,
+        INTERFACES,
+        QUARANTINE,
+        REPORTED,
+    ];
 }
 
-/// Names of the programs in the object file; each is one link per cgroup.
+/// Names of the programs in the object file.
 pub mod programs {
     /// Judges TCP and UDP connects over IPv4.
     pub const CONNECT4: &str = "weir_connect4";
@@ -184,8 +218,61 @@ pub mod programs {
     pub const SOCK_CREATE: &str = "weir_sock_create";
     /// Publishes flows before the SYN leaves.
     pub const SOCK_OPS: &str = "weir_sock_ops";
-    /// All of them, in the order in which they are attached: what publishes flows before what redirects.
-    pub const ALL: [&str; 6] = [SOCK_OPS, SOCK_CREATE, GETPEERNAME4, GETPEERNAME6, CONNECT4, CONNECT6];
+    /// Judges datagrams that are sent without a connect.
+    pub const SENDMSG4: &str = "weir_sendmsg4";
+    /// The same for IPv6 sockets.
+    pub const SENDMSG6: &str = "weir_sendmsg6";
+    /// Keeps the listener's port free.
+    pub const BIND4: &str = "weir_bind4";
+    /// The same for IPv6 sockets.
+    pub const BIND6: &str = "weir_bind6";
+    /// The guard: drops packets to the API set that came past the other hooks.
+    pub const EGRESS: &str = "weir_egress";
+    /// The guard at the host's end of a pod's interface, for what no cgroup hook sees (packet sockets).
+    pub const INTERFACE: &str = "weir_interface";
+    /// Those of a root of pods, one link each, in the order in which they are attached: what publishes flows before
+    /// what redirects.
+    pub const HOOKS: [&str; 10] = [
+        SOCK_OPS,
+        SOCK_CREATE,
+        GETPEERNAME4,
+        GETPEERNAME6,
+        BIND4,
+        BIND6,
+        SENDMSG4,
+        SENDMSG6,
+        CONNECT4,
+        CONNECT6,
+    ];
+    /// Those of the root of the tree: the guard is there before anything else is.
+    pub const GUARD_AND_HOOKS: [&str; 11] = [
+        EGRESS,
+        SOCK_OPS,
+        SOCK_CREATE,
+        GETPEERNAME4,
+        GETPEERNAME6,
+        BIND4,
+        BIND6,
+        SENDMSG4,
+        SENDMSG6,
+        CONNECT4,
+        CONNECT6,
+    ];
+    /// All of them.
+    pub const ALL: [&str; 12] = [
+        EGRESS,
+        SOCK_OPS,
+        SOCK_CREATE,
+        GETPEERNAME4,
+        GETPEERNAME6,
+        BIND4,
+        BIND6,
+        SENDMSG4,
+        SENDMSG6,
+        CONNECT4,
+        CONNECT6,
+        INTERFACE,
+    ];
 }
 
 /// Why the kernel reports something; in [`Notice`].
@@ -200,6 +287,16 @@ pub enum NoticeKind {
     ProtocolRefused = 3,
     /// A connection of an observed pod that would have been redirected.
     WouldRedirect = 4,
+    /// A connection to a kubelet was denied.
+    DeniedKubelet = 5,
+    /// The guard dropped a packet that came past the other hooks.
+    GuardDropped = 6,
+    /// The guard at an interface did.
+    InterfaceDropped = 7,
+    /// A socket was kept from taking the listener's port.
+    BindRefused = 8,
+    /// A connection of a pod in quarantine was denied.
+    DeniedQuarantined = 9,
 }
 
 impl NoticeKind {
@@ -210,6 +307,11 @@ impl NoticeKind {
             2 => Some(Self::DeniedNoListener),
             3 => Some(Self::ProtocolRefused),
             4 => Some(Self::WouldRedirect),
+            5 => Some(Self::DeniedKubelet),
+            6 => Some(Self::GuardDropped),
+            7 => Some(Self::InterfaceDropped),
+            8 => Some(Self::BindRefused),
+            9 => Some(Self::DeniedQuarantined),
             _ => None,
         }
     }
@@ -251,10 +353,23 @@ pub enum Counter {
     NoticesLost = 8,
     /// Connects of observed pods that would have been redirected.
     WouldRedirect = 9,
+    /// … denied because they go to a kubelet.
+    DeniedKubelet = 10,
+    /// Packets that the guard dropped.
+    GuardDropped = 11,
+    /// Packets that the guard at an interface dropped.
+    InterfaceDropped = 12,
+    /// Sockets that were kept from taking the listener's port.
+    BindRefused = 13,
+    /// Connects (to anywhere) of pods in quarantine that were denied.
+    DeniedQuarantined = 14,
 }
 
 /// Number of [`Counter`]s.
-pub const COUNTERS: u32 = 10;
+pub const COUNTERS: u32 = 15;
+
+/// The counters of one pod, indexed by [`Counter`].
+pub type PodCounters = [u64; COUNTERS as usize];
 
 const _: () = {
     use core::mem::size_of;

@@ -1,10 +1,20 @@
-//! The verdict on a connection to the API set: one pure function for every hook.
+//! The verdict on what a task or socket sends to the API set: one pure function for every hook and guard.
 //!
 //! The order is the one of the design: the agent passes; an enrolled pod is redirected, or denied while its
 //! network namespace has no listener; a known, unselected pod passes; a host process outside every container
-//! cgroup in the host's network namespace passes; anything else is denied.
+//! cgroup in the host's network namespace passes; anything else is denied. A kubelet is no API server, but takes
+//! commands for every pod of its node: enrolled pods are never let to one, redirected neither.
 
 use crate::kernel::Class;
+
+/// What is at the address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// An API server.
+    ApiServer,
+    /// A kubelet.
+    Kubelet,
+}
 
 /// What a hook must do with a connection to the API set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,6 +29,10 @@ pub enum Verdict {
     DenyNoListener,
     /// Refuse: nobody has said what this cgroup is.
     DenyUnknown,
+    /// Refuse: enrolled, and it goes to a kubelet.
+    DenyKubelet,
+    /// Refuse: the pod is in quarantine. Not decided here: it holds for every address, before this table is asked.
+    DenyQuarantined,
 }
 
 /// Judges a connection to the API set.
@@ -26,43 +40,69 @@ pub enum Verdict {
 /// `class` is that of the nearest classified cgroup at or above the task's; `listener_here` tells whether that
 /// cgroup's listener is in the network namespace of the socket; `host_netns` whether the socket is in the
 /// network namespace of the host.
-pub const fn verdict(class: Option<Class>, listener_here: bool, host_netns: bool) -> Verdict {
-    match class {
-        Some(Class::Agent | Class::Unselected) => Verdict::Pass,
-        Some(Class::Observed) => Verdict::PassObserved,
-        Some(Class::Enrolled) if listener_here => Verdict::Redirect,
-        Some(Class::Enrolled) => Verdict::DenyNoListener,
-        Some(Class::Container) => Verdict::DenyUnknown,
-        None if host_netns => Verdict::Pass,
-        None => Verdict::DenyUnknown,
+pub const fn verdict(target: Target, class: Option<Class>, listener_here: bool, host_netns: bool) -> Verdict {
+    match (class, target) {
+        (Some(Class::Agent | Class::Unselected), _) => Verdict::Pass,
+        (Some(Class::Observed), _) => Verdict::PassObserved,
+        (Some(Class::Enrolled), Target::Kubelet) => Verdict::DenyKubelet,
+        (Some(Class::Enrolled), Target::ApiServer) if listener_here => Verdict::Redirect,
+        (Some(Class::Enrolled), Target::ApiServer) => Verdict::DenyNoListener,
+        (Some(Class::Container), _) => Verdict::DenyUnknown,
+        (None, _) if host_netns => Verdict::Pass,
+        (None, _) => Verdict::DenyUnknown,
     }
+}
+
+/// Whether a guard lets a packet to the API set through: what was redirected bears another address, so only what
+/// may pass as it is does.
+pub const fn guard_passes(class: Option<Class>, host_netns: bool) -> bool {
+    matches!(verdict(Target::ApiServer, class, false, host_netns), Verdict::Pass | Verdict::PassObserved)
 }
 
 #[cfg(test)]
 mod tests {
-    use super::{Class, Verdict, verdict};
+    use super::{Target, Verdict, guard_passes, verdict};
+    use crate::kernel::Class;
+
+    const CLASSES: [Option<Class>; 6] = [
+        None,
+        Some(Class::Agent),
+        Some(Class::Unselected),
+        Some(Class::Enrolled),
+        Some(Class::Observed),
+        Some(Class::Container),
+    ];
+
+    /// Without and with the host's network namespace, then both again with a listener here.
+    fn all(target: Target, class: Option<Class>) -> [Verdict; 4] {
+        [(false, false), (false, true), (true, false), (true, true)]
+            .map(|(listener_here, host_netns)| verdict(target, class, listener_here, host_netns))
+    }
 
     #[test]
     fn every_combination_has_the_verdict_of_the_design() {
-        let table = [
-            (Some(Class::Agent), [Verdict::Pass; 4]),
-            (Some(Class::Unselected), [Verdict::Pass; 4]),
-            (Some(Class::Observed), [Verdict::PassObserved; 4]),
-            (
-                Some(Class::Enrolled),
-                [Verdict::DenyNoListener, Verdict::DenyNoListener, Verdict::Redirect, Verdict::Redirect],
-            ),
-            (Some(Class::Container), [Verdict::DenyUnknown; 4]),
-            (None, [Verdict::DenyUnknown, Verdict::Pass, Verdict::DenyUnknown, Verdict::Pass]),
+        use Verdict::{DenyKubelet, DenyNoListener, DenyUnknown, Pass, PassObserved, Redirect};
+        let expected = [
+            ([DenyUnknown, Pass, DenyUnknown, Pass], None),
+            ([Pass; 4], None),
+            ([Pass; 4], None),
+            ([DenyNoListener, DenyNoListener, Redirect, Redirect], Some([DenyKubelet; 4])),
+            ([PassObserved; 4], None),
+            ([DenyUnknown; 4], None),
         ];
-        for (class, expected) in table {
-            for (index, expected) in expected.into_iter().enumerate() {
-                let (listener_here, host_netns) = (index & 2 != 0, index & 1 != 0);
-                assert_eq!(
-                    verdict(class, listener_here, host_netns),
-                    expected,
-                    "{class:?} {listener_here} {host_netns}"
-                );
+        for (class, (api_server, kubelet)) in CLASSES.into_iter().zip(expected) {
+            assert_eq!(all(Target::ApiServer, class), api_server, "{class:?}");
+            assert_eq!(all(Target::Kubelet, class), kubelet.unwrap_or(api_server), "{class:?}");
+        }
+    }
+
+    #[test]
+    fn a_guard_passes_just_what_a_hook_lets_go_where_it_was_meant_to() {
+        for class in CLASSES {
+            for host_netns in [false, true] {
+                let hook = verdict(Target::Kubelet, class, true, host_netns);
+                let passes = matches!(hook, Verdict::Pass | Verdict::PassObserved);
+                assert_eq!(guard_passes(class, host_netns), passes, "{class:?} {host_netns}");
             }
         }
     }

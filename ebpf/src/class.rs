@@ -1,13 +1,15 @@
 //! What the calling task is: the nearest classified cgroup at or above its own, its process, and counting and
 //! reporting. No addresses here.
 
+use core::ptr::addr_of_mut;
+
 use aya_ebpf::helpers::{
     bpf_get_current_pid_tgid, bpf_get_current_uid_gid,
     generated::{bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id, bpf_ktime_get_boot_ns},
 };
 use weir_common::kernel::{ApiEndpoint, CgroupEntry, Counter, FlowRecord, Notice, NoticeKind, Settings};
 
-use crate::{CGROUPS, COUNTERS, NOTICES, SETTINGS};
+use crate::{CGROUPS, COUNTERS, NOTICES, POD_COUNTERS, SETTINGS};
 
 /// Deepest level of the cgroup tree that is looked at. Pods lie on levels 2 to 5; what a container nests below
 /// its own cgroup is covered by the pod's entry, so a deeper task is still found.
@@ -20,23 +22,36 @@ pub(crate) struct Classified {
     pub(crate) entry: CgroupEntry,
 }
 
-/// Looks from the root down and keeps the deepest match.
+/// That of the calling task.
 #[inline(always)]
 pub(crate) fn nearest() -> Option<Classified> {
+    // SAFETY: takes a number only.
+    nearest_of(|level| unsafe { bpf_get_current_ancestor_cgroup_id(level) })
+}
+
+/// Looks from the root down and keeps the deepest match. `ancestor` gives the id of the cgroup at a level, 0 below
+/// the last one.
+#[inline(always)]
+pub(crate) fn nearest_of(ancestor: impl Fn(i32) -> u64) -> Option<Classified> {
     let mut found = None;
     for level in 0..LEVELS_MAX {
-        // SAFETY: takes a number only; answers 0 below the task's own level.
-        let id = unsafe { bpf_get_current_ancestor_cgroup_id(level) };
+        let id = ancestor(level);
         if id == 0 {
             break;
         }
-        // SAFETY: entries are written whole by user space; one that is replaced while it is read belongs to
-        // the same cgroup, whose verdict changes at this moment anyway.
-        if let Some(entry) = unsafe { CGROUPS.get(&id) } {
-            found = Some(Classified { id, entry: *entry });
+        if let Some(entry) = entry(id) {
+            found = Some(Classified { id, entry });
         }
     }
     found
+}
+
+/// What is known of this very cgroup.
+#[inline(always)]
+pub(crate) fn entry(cgroup: u64) -> Option<CgroupEntry> {
+    // SAFETY: entries are written whole by user space; one that is replaced while it is read belongs to the same
+    // cgroup, whose verdict changes at this moment anyway.
+    unsafe { CGROUPS.get(&cgroup) }.copied()
 }
 
 /// The settings, or none at all if the map cannot be read: then nothing passes for the host.
@@ -44,8 +59,15 @@ pub(crate) fn nearest() -> Option<Classified> {
 pub(crate) fn settings() -> Settings {
     match SETTINGS.get(0) {
         Some(settings) => *settings,
-        None => Settings { host_netns: 0, attach_levels: 1, reserved: 0 },
+        None => Settings { host_netns: 0, attach_levels: 1, quarantined: 0 },
     }
+}
+
+/// Whether this is the cookie of the host's network namespace.
+#[inline(always)]
+pub(crate) fn in_host_netns(netns: u64) -> bool {
+    let host = settings().host_netns;
+    host != 0 && host == netns
 }
 
 /// A flow record of the calling task, with the destination that it dialled.
@@ -65,12 +87,19 @@ pub(crate) fn record(original: ApiEndpoint, cluster: u32, pod_cgroup: u64, netns
     }
 }
 
-/// Adds one to a counter.
+/// Adds one to a counter, and to that of the pod if the agent has made one.
 #[inline(always)]
-pub(crate) fn count(counter: Counter) {
+pub(crate) fn count(counter: Counter, pod_cgroup: u64) {
     if let Some(value) = COUNTERS.get_ptr_mut(counter as u32) {
         // SAFETY: the map has this entry, and this CPU's value is written by this CPU alone.
         unsafe { *value = (*value).wrapping_add(1) };
+    }
+    if let Some(values) = POD_COUNTERS.get_ptr_mut(&pod_cgroup) {
+        // SAFETY: the index is that of a counter, and so within the value, which is this CPU's own.
+        unsafe {
+            let value = addr_of_mut!((*values)[counter as usize]);
+            *value = (*value).wrapping_add(1);
+        }
     }
 }
 
@@ -79,6 +108,6 @@ pub(crate) fn count(counter: Counter) {
 pub(crate) fn report(kind: NoticeKind, protocol: u32, flow: &FlowRecord) {
     let notice = Notice { flow: *flow, kind: kind as u32, protocol };
     if NOTICES.output::<Notice>(&notice, 0).is_err() {
-        count(Counter::NoticesLost);
+        count(Counter::NoticesLost, flow.pod_cgroup);
     }
 }

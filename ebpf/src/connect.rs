@@ -1,4 +1,4 @@
-//! `connect` and `getpeername`: where a connection goes, and what the client sees of it.
+//! `connect`, `sendmsg` and `getpeername`: where a connection or datagram goes, and what the client sees of it.
 //!
 //! IPv4 is handled as v4-mapped IPv6 throughout, so that one key serves both families and a dial to
 //! `::ffff:a.b.c.d` on an IPv6 socket (which runs `connect6`) is the same connection.
@@ -12,11 +12,11 @@ use aya_ebpf::{
     EbpfContext, bindings::bpf_sock_addr, helpers::generated::bpf_get_netns_cookie, programs::SockAddrContext,
 };
 use weir_common::{
-    kernel::{Address, ApiEndpoint, Class, Counter, FlowRecord, NoticeKind, Phase, SocketState},
-    verdict::{Verdict, verdict},
+    kernel::{Address, ApiEndpoint, Class, Counter, FlowRecord, KUBELET, NoticeKind, Phase, SocketState},
+    verdict::{Target, Verdict, verdict},
 };
 
-use crate::{API_SET, PROCEED, class, socket};
+use crate::{API_SET, PROCEED, QUARANTINE, class, socket};
 
 /// `ECONNREFUSED`: what clients know, and what they get while there is no listener anyway.
 const ECONNREFUSED: i32 = 111;
@@ -26,8 +26,9 @@ const STREAM: u32 = 1;
 const MAPPED: u32 = 0xffff_u32.to_be();
 /// 127.0.0.1 in memory order.
 const LOOPBACK4: u32 = 0x7f00_0001_u32.to_be();
-/// The last word of ::1, in memory order.
-const LOOPBACK6: u32 = 1_u32.to_be();
+
+/// 127.0.0.1 as the maps have it.
+const LOOPBACK: Address = words([0, 0, MAPPED, LOOPBACK4]);
 
 /// Where the programs send a connection.
 enum Answer {
@@ -36,14 +37,20 @@ enum Answer {
     Deny,
 }
 
+/// What the task does with the socket.
+#[derive(Clone, Copy, PartialEq)]
+enum Call {
+    Connect,
+    Send,
+}
+
 #[inline(always)]
 pub(crate) fn connect4(ctx: &SockAddrContext) -> i32 {
-    // SAFETY: the context is valid while the program runs; each field is read whole.
-    let address = unsafe { addr_of!((*ctx.sock_addr).user_ip4).read_volatile() };
-    match judge(ctx, words([0, 0, MAPPED, address])) {
+    let address = address4(ctx.sock_addr);
+    match judge(ctx, address, Call::Connect) {
         Answer::Leave => PROCEED,
         Answer::Redirect(port) => {
-            // SAFETY: as above; the kernel allows this hook to write these fields.
+            // SAFETY: the context is valid while the program runs; the kernel allows this hook to write this field.
             unsafe { addr_of_mut!((*ctx.sock_addr).user_ip4).write_volatile(LOOPBACK4) };
             set_port(ctx.sock_addr, port);
             PROCEED
@@ -55,11 +62,11 @@ pub(crate) fn connect4(ctx: &SockAddrContext) -> i32 {
 #[inline(always)]
 pub(crate) fn connect6(ctx: &SockAddrContext) -> i32 {
     let address = address6(ctx.sock_addr);
-    match judge(ctx, words(address)) {
+    match judge(ctx, words(address), Call::Connect) {
         Answer::Leave => PROCEED,
         Answer::Redirect(port) => {
             let mapped = address[0] == 0 && address[1] == 0 && address[2] == MAPPED;
-            let target = if mapped { [0, 0, MAPPED, LOOPBACK4] } else { [0, 0, 0, LOOPBACK6] };
+            let target = if mapped { [0, 0, MAPPED, LOOPBACK4] } else { [0, 0, 0, socket::LOOPBACK6] };
             set_address6(ctx.sock_addr, target);
             set_port(ctx.sock_addr, port);
             PROCEED
@@ -68,11 +75,30 @@ pub(crate) fn connect6(ctx: &SockAddrContext) -> i32 {
     }
 }
 
+/// A datagram sent without a connect: there is nothing to redirect it to.
+#[inline(always)]
+pub(crate) fn sendmsg4(ctx: &SockAddrContext) -> i32 {
+    sendmsg(ctx, address4(ctx.sock_addr))
+}
+
+#[inline(always)]
+pub(crate) fn sendmsg6(ctx: &SockAddrContext) -> i32 {
+    sendmsg(ctx, words(address6(ctx.sock_addr)))
+}
+
+#[inline(always)]
+fn sendmsg(ctx: &SockAddrContext, address: Address) -> i32 {
+    match judge(ctx, address, Call::Send) {
+        Answer::Leave => PROCEED,
+        Answer::Redirect(_) | Answer::Deny => socket::reject(ECONNREFUSED),
+    }
+}
+
 #[inline(always)]
 pub(crate) fn getpeername4(ctx: &SockAddrContext) {
     if let Some(flow) = redirected(ctx) {
         let [_, _, _, address] = unwords(flow.original.address);
-        // SAFETY: as in `connect4`.
+        // SAFETY: as in `address4`.
         unsafe { addr_of_mut!((*ctx.sock_addr).user_ip4).write_volatile(address) };
         set_port(ctx.sock_addr, flow.original.port);
     }
@@ -92,20 +118,25 @@ fn redirected(ctx: &SockAddrContext) -> Option<&'static FlowRecord> {
     // SAFETY: a socket address hook always has its socket.
     let state = unsafe { socket::storage(sock(ctx), None) }?;
     let redirected = state.phase == Phase::Redirected as u32 || state.phase == Phase::Published as u32;
-    (redirected && state.listener_port == port(ctx.sock_addr)).then_some(&state.flow)
+    (redirected && state.listener_port == socket::port(ctx.sock_addr)).then_some(&state.flow)
 }
 
 #[inline(always)]
-fn judge(ctx: &SockAddrContext, address: Address) -> Answer {
-    let original = ApiEndpoint { address, port: port(ctx.sock_addr) };
+fn judge(ctx: &SockAddrContext, address: Address, call: Call) -> Answer {
+    let original = ApiEndpoint { address, port: socket::port(ctx.sock_addr) };
+    let settings = class::settings();
+    let local = socket::is_loopback(&address);
+    // A server on 127.0.0.1 is reached by every address that stands for this machine.
+    let key = if local { ApiEndpoint { address: LOOPBACK, ..original } } else { original };
     // SAFETY: values are single words.
-    let Some(cluster) = (unsafe { API_SET.get(&original) }).copied() else {
-        forget_unless_redirected_by_child(ctx, &original);
-        return Answer::Leave;
-    };
+    let found = (unsafe { API_SET.get(&key) }).copied();
+    let may_be_quarantined = settings.quarantined != 0 && !local;
+    if found.is_none() && !may_be_quarantined {
+        return elsewhere(ctx, &original, call);
+    }
     // SAFETY: the context is valid while the program runs.
     let netns = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
-    let settings = class::settings();
+    let host_netns = class::in_host_netns(netns);
     let nearest = class::nearest();
     let (pod_cgroup, number, listener_netns, listener_port) = match nearest {
         Some(nearest) => {
@@ -113,8 +144,15 @@ fn judge(ctx: &SockAddrContext, address: Address) -> Answer {
         }
         None => (0, 0, 0, 0),
     };
+    // SAFETY: values are single words.
+    let quarantined = may_be_quarantined && unsafe { QUARANTINE.get(&pod_cgroup) }.is_some();
+    // The loopback address of a pod's own network namespace is no server of the node.
+    let cluster = match found {
+        Some(cluster) if !local || host_netns => cluster,
+        _ if quarantined => 0,
+        _ => return elsewhere(ctx, &original, call),
+    };
     let listener_here = listener_port != 0 && listener_netns == netns;
-    let host_netns = settings.host_netns != 0 && settings.host_netns == netns;
     let flow = class::record(original, cluster, pod_cgroup, netns);
     // SAFETY: as above.
     let (kind, protocol) = unsafe {
@@ -125,9 +163,11 @@ fn judge(ctx: &SockAddrContext, address: Address) -> Answer {
     };
     // A number that no class has is a class of a newer agent: unknown, and denied.
     let class = Class::from_number(number);
+    let target = if cluster == KUBELET { Target::Kubelet } else { Target::ApiServer };
     let verdict = match (nearest, class) {
+        _ if quarantined => Verdict::DenyQuarantined,
         (Some(_), None) => Verdict::DenyUnknown,
-        _ => verdict(class, listener_here, host_netns),
+        _ => verdict(target, class, listener_here, host_netns),
     };
     let mut initial = SocketState { flow, listener_port, phase: Phase::Made as u32 };
     // SAFETY: a socket address hook always has its socket.
@@ -142,7 +182,7 @@ fn judge(ctx: &SockAddrContext, address: Address) -> Answer {
         state.phase = Phase::Made as u32;
         return answer_again(verdict);
     }
-    class::count(Counter::Seen);
+    class::count(Counter::Seen, pod_cgroup);
     #[cfg(feature = "debug-log")]
     aya_log_ebpf::info!(
         ctx,
@@ -180,8 +220,12 @@ fn decide(
             (Answer::Deny, Counter::DeniedNoListener, Some(NoticeKind::DeniedNoListener))
         }
         Verdict::DenyUnknown => (Answer::Deny, Counter::DeniedUnknown, Some(NoticeKind::DeniedUnknown)),
+        Verdict::DenyKubelet => (Answer::Deny, Counter::DeniedKubelet, Some(NoticeKind::DeniedKubelet)),
+        Verdict::DenyQuarantined => {
+            (Answer::Deny, Counter::DeniedQuarantined, Some(NoticeKind::DeniedQuarantined))
+        }
     };
-    class::count(counter);
+    class::count(counter, flow.pod_cgroup);
     if let Some(notice) = notice {
         class::report(notice, protocol, flow);
     }
@@ -202,8 +246,22 @@ fn decide(
 fn answer_again(verdict: Verdict) -> Answer {
     match verdict {
         Verdict::Pass | Verdict::PassObserved => Answer::Leave,
-        Verdict::Redirect | Verdict::DenyNoListener | Verdict::DenyUnknown => Answer::Deny,
+        Verdict::Redirect
+        | Verdict::DenyNoListener
+        | Verdict::DenyUnknown
+        | Verdict::DenyKubelet
+        | Verdict::DenyQuarantined => Answer::Deny,
     }
+}
+
+/// Not to the API set.
+#[inline(always)]
+fn elsewhere(ctx: &SockAddrContext, destination: &ApiEndpoint, call: Call) -> Answer {
+    // A datagram does not change what its socket is connected to.
+    if call == Call::Connect {
+        forget_unless_redirected_by_child(ctx, destination);
+    }
+    Answer::Leave
 }
 
 /// A socket that connects elsewhere is no longer a redirected one. Only the connect that a hook further down has
@@ -220,16 +278,10 @@ fn forget_unless_redirected_by_child(ctx: &SockAddrContext, destination: &ApiEnd
         && state.phase == Phase::Redirected as u32
         && state.listener_port == destination.port
         && state.flow.tgid == tgid
-        && is_loopback(&destination.address);
+        && socket::is_loopback(&destination.address);
     if !rewritten {
         state.phase = Phase::Made as u32;
     }
-}
-
-#[inline(always)]
-fn is_loopback(address: &Address) -> bool {
-    let [first, second, third, last] = unwords(*address);
-    first == 0 && second == 0 && ((third == MAPPED && last == LOOPBACK4) || (third == 0 && last == LOOPBACK6))
 }
 
 #[inline(always)]
@@ -238,23 +290,22 @@ fn sock(ctx: &SockAddrContext) -> *mut core::ffi::c_void {
     unsafe { addr_of!((*ctx.sock_addr).__bindgen_anon_1.sk).read_volatile().cast() }
 }
 
-/// The port, host order. The field is 32 bits wide with the 16 bits of the port first in memory.
 #[inline(always)]
-fn port(ctx: *mut bpf_sock_addr) -> u32 {
-    // SAFETY: as in `connect4`.
-    u32::from(u16::from_be(unsafe { addr_of!((*ctx).user_port).read_volatile() } as u16))
+fn set_port(ctx: *mut bpf_sock_addr, port: u32) {
+    // SAFETY: as in `address4`.
+    unsafe { addr_of_mut!((*ctx).user_port).write_volatile(u32::from((port as u16).to_be())) };
 }
 
 #[inline(always)]
-fn set_port(ctx: *mut bpf_sock_addr, port: u32) {
-    // SAFETY: as in `connect4`.
-    unsafe { addr_of_mut!((*ctx).user_port).write_volatile(u32::from((port as u16).to_be())) };
+fn address4(ctx: *mut bpf_sock_addr) -> Address {
+    // SAFETY: the context is valid while the program runs; the field is read whole.
+    words([0, 0, MAPPED, unsafe { addr_of!((*ctx).user_ip4).read_volatile() }])
 }
 
 /// Word by word: the verifier knows no other access to this field on older kernels.
 #[inline(always)]
 fn address6(ctx: *mut bpf_sock_addr) -> [u32; 4] {
-    // SAFETY: as in `connect4`.
+    // SAFETY: as in `address4`.
     unsafe {
         [
             addr_of!((*ctx).user_ip6[0]).read_volatile(),
@@ -267,7 +318,7 @@ fn address6(ctx: *mut bpf_sock_addr) -> [u32; 4] {
 
 #[inline(always)]
 fn set_address6(ctx: *mut bpf_sock_addr, words: [u32; 4]) {
-    // SAFETY: as in `connect4`.
+    // SAFETY: as in `address4`.
     unsafe {
         addr_of_mut!((*ctx).user_ip6[0]).write_volatile(words[0]);
         addr_of_mut!((*ctx).user_ip6[1]).write_volatile(words[1]);

@@ -66,9 +66,9 @@ pub(crate) fn publish(ctx: &SockOpsContext) {
     match FLOWS.insert(&key, &state.flow, 0) {
         Ok(()) => {
             state.phase = Phase::Published as u32;
-            class::count(Counter::FlowsPublished);
+            class::count(Counter::FlowsPublished, state.flow.pod_cgroup);
         }
-        Err(_) => class::count(Counter::FlowsLost),
+        Err(_) => class::count(Counter::FlowsLost, state.flow.pod_cgroup),
     }
 }
 

@@ -2,30 +2,36 @@
 //! `weir_common::verdict`, from maps that the agent fills. Nothing here knows policy, pods or names.
 //!
 //! - `connect4`, `connect6` judge a connection to an API server: pass, redirect to the listener, deny;
+//! - `sendmsg4`, `sendmsg6` judge datagrams that are sent without a connect;
+//! - `bind4`, `bind6` keep the listener's port free for the listener;
 //! - `sock_ops` publishes a redirected connection's flow record before its SYN leaves;
 //! - `getpeername4`, `getpeername6` answer with the address that the client dialled;
-//! - `sock_create` marks sockets and refuses the protocols that cannot be redirected.
+//! - `sock_create` marks sockets and refuses the protocols that cannot be redirected;
+//! - `egress` and `interface` guard: they drop packets to an API server that came past all of these.
 #![no_std]
 #![no_main]
 
 mod class;
 mod connect;
 mod flow;
+mod guard;
 mod socket;
 
 use aya_ebpf::{
+    bindings::BPF_F_NO_PREALLOC,
     btf_maps::SkStorage,
-    macros::{btf_map, cgroup_sock, cgroup_sock_addr, map, sock_ops},
-    maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf},
-    programs::{SockAddrContext, SockContext, SockOpsContext},
+    macros::{btf_map, cgroup_skb, cgroup_sock, cgroup_sock_addr, classifier, map, sock_ops},
+    maps::{Array, HashMap, LruHashMap, PerCpuArray, PerCpuHashMap, RingBuf},
+    programs::{SkBuffContext, SockAddrContext, SockContext, SockOpsContext, TcContext},
 };
 use weir_common::kernel::{
     API_ENDPOINTS_MAX, ApiEndpoint, CGROUPS_MAX, COUNTERS as COUNTERS_MAX, CgroupEntry, FLOWS_MAX, FlowKey,
-    FlowRecord, NOTICES_BYTES, Settings, SocketState,
+    FlowRecord, INTERFACES_MAX, NOTICES_BYTES, PodCounters, REPORTED_MAX, Settings, SocketState,
 };
 
+// Not allocated ahead: small clusters need a hundredth of it.
 #[map]
-static API_SET: HashMap<ApiEndpoint, u32> = HashMap::with_max_entries(API_ENDPOINTS_MAX, 0);
+static API_SET: HashMap<ApiEndpoint, u32> = HashMap::with_max_entries(API_ENDPOINTS_MAX, BPF_F_NO_PREALLOC);
 
 #[map]
 static CGROUPS: HashMap<u64, CgroupEntry> = HashMap::with_max_entries(CGROUPS_MAX, 0);
@@ -41,6 +47,20 @@ static NOTICES: RingBuf = RingBuf::with_byte_size(NOTICES_BYTES, 0);
 
 #[map]
 static SETTINGS: Array<Settings> = Array::with_max_entries(1, 0);
+
+// Not allocated ahead: it costs memory per CPU, and a node has far fewer pods than it may have.
+#[map]
+static POD_COUNTERS: PerCpuHashMap<u64, PodCounters> =
+    PerCpuHashMap::with_max_entries(CGROUPS_MAX, BPF_F_NO_PREALLOC);
+
+#[map]
+static INTERFACES: HashMap<u32, u64> = HashMap::with_max_entries(INTERFACES_MAX, 0);
+
+#[map]
+static QUARANTINE: HashMap<u64, u64> = HashMap::with_max_entries(CGROUPS_MAX, 0);
+
+#[map]
+static REPORTED: LruHashMap<u64, u64> = LruHashMap::with_max_entries(REPORTED_MAX, 0);
 
 #[btf_map]
 static SOCKETS: SkStorage<SocketState> = SkStorage::new();
@@ -58,6 +78,26 @@ fn weir_connect4(ctx: SockAddrContext) -> i32 {
 #[cgroup_sock_addr(connect6)]
 fn weir_connect6(ctx: SockAddrContext) -> i32 {
     connect::connect6(&ctx)
+}
+
+#[cgroup_sock_addr(sendmsg4)]
+fn weir_sendmsg4(ctx: SockAddrContext) -> i32 {
+    connect::sendmsg4(&ctx)
+}
+
+#[cgroup_sock_addr(sendmsg6)]
+fn weir_sendmsg6(ctx: SockAddrContext) -> i32 {
+    connect::sendmsg6(&ctx)
+}
+
+#[cgroup_sock_addr(bind4)]
+fn weir_bind4(ctx: SockAddrContext) -> i32 {
+    socket::bound(&ctx)
+}
+
+#[cgroup_sock_addr(bind6)]
+fn weir_bind6(ctx: SockAddrContext) -> i32 {
+    socket::bound(&ctx)
 }
 
 #[cgroup_sock_addr(getpeername4)]
@@ -81,6 +121,16 @@ fn weir_sock_ops(ctx: SockOpsContext) -> u32 {
 #[cgroup_sock(sock_create)]
 fn weir_sock_create(ctx: SockContext) -> i32 {
     socket::created(&ctx)
+}
+
+#[cgroup_skb(egress)]
+fn weir_egress(ctx: SkBuffContext) -> i32 {
+    guard::egress(ctx.skb.skb)
+}
+
+#[classifier]
+fn weir_interface(ctx: TcContext) -> i32 {
+    guard::interface(ctx.skb.skb)
 }
 
 /// The programs' licence: GPL-compatible, since some of the helpers they call ask for that.

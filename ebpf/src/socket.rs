@@ -1,15 +1,18 @@
-//! Sockets: their storage, and the protocols that cannot be redirected. Only inet sockets pass here; what a
-//! packet socket sends is the egress guard's matter.
+//! Sockets: their storage, the protocols that cannot be redirected, and the port that is the listener's. Only inet
+//! sockets pass here; what a packet socket sends is the matter of the guard at the interface.
 
-use core::ptr;
+use core::{
+    mem::transmute,
+    ptr::{self, addr_of},
+};
 
 use aya_ebpf::{
     EbpfContext,
-    bindings::BPF_SK_STORAGE_GET_F_CREATE,
+    bindings::{BPF_SK_STORAGE_GET_F_CREATE, bpf_sock_addr},
     helpers::generated::{bpf_get_netns_cookie, bpf_set_retval, bpf_sk_storage_get},
-    programs::SockContext,
+    programs::{SockAddrContext, SockContext},
 };
-use weir_common::kernel::{ApiEndpoint, Class, Counter, NoticeKind, Phase, SocketState};
+use weir_common::kernel::{Address, ApiEndpoint, Class, Counter, NoticeKind, Phase, SocketState};
 
 use crate::{PROCEED, REJECT, SOCKETS, class};
 
@@ -19,8 +22,14 @@ const SCTP: u32 = 132;
 const MPTCP: u32 = 262;
 /// `EPROTONOSUPPORT`: clients fall back to TCP on it.
 const EPROTONOSUPPORT: i32 = 93;
+/// `EADDRINUSE`.
+const EADDRINUSE: i32 = 98;
 
-const NO_ENDPOINT: ApiEndpoint = ApiEndpoint { address: [0; 16], port: 0 };
+/// The last word of ::1, in memory order.
+pub(crate) const LOOPBACK6: u32 = 1_u32.to_be();
+
+/// Where what has no destination yet, or hides it, goes.
+pub(crate) const NO_ENDPOINT: ApiEndpoint = ApiEndpoint { address: [0; 16], port: 0 };
 
 /// `cgroup/sock_create`: refuses MPTCP and SCTP of enrolled cgroups, and leaves in the socket's storage in which
 /// network namespace and by whom it was made, which later hooks cannot find out on every kernel.
@@ -37,7 +46,7 @@ pub(crate) fn created(ctx: &SockContext) -> i32 {
     };
     let flow = class::record(NO_ENDPOINT, 0, pod_cgroup, netns);
     if number == Class::Enrolled as u32 && (protocol == MPTCP || protocol == SCTP) {
-        class::count(Counter::ProtocolRefused);
+        class::count(Counter::ProtocolRefused, pod_cgroup);
         class::report(NoticeKind::ProtocolRefused, protocol, &flow);
         return reject(EPROTONOSUPPORT);
     }
@@ -46,6 +55,37 @@ pub(crate) fn created(ctx: &SockContext) -> i32 {
     // treat that like an unknown socket.
     let _ = unsafe { storage(ctx.as_ptr(), Some(&mut state)) };
     PROCEED
+}
+
+/// `cgroup/bind`: nobody in the pod takes the port of its listener, also while no agent is there to hold it.
+#[inline(always)]
+pub(crate) fn bound(ctx: &SockAddrContext) -> i32 {
+    let Some(nearest) = class::nearest() else { return PROCEED };
+    let entry = nearest.entry;
+    if entry.class != Class::Enrolled as u32
+        || entry.listener_port == 0
+        || entry.listener_port != port(ctx.sock_addr)
+    {
+        return PROCEED;
+    }
+    // SAFETY: the context is valid while the program runs.
+    let netns = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
+    if netns != entry.listener_netns {
+        return PROCEED;
+    }
+    class::count(Counter::BindRefused, nearest.id);
+    let flow =
+        class::record(ApiEndpoint { address: [0; 16], port: entry.listener_port }, 0, nearest.id, netns);
+    class::report(NoticeKind::BindRefused, 0, &flow);
+    reject(EADDRINUSE)
+}
+
+/// The port that a socket address hook was called with, host order. The field is 32 bits wide with the 16 bits of the
+/// port first in memory.
+#[inline(always)]
+pub(crate) fn port(ctx: *mut bpf_sock_addr) -> u32 {
+    // SAFETY: the context is valid while the program runs; the field is read whole.
+    u32::from(u16::from_be(unsafe { addr_of!((*ctx).user_port).read_volatile() } as u16))
 }
 
 /// Rejects the operation with this errno instead of `EPERM`.
@@ -80,4 +120,14 @@ pub(crate) unsafe fn storage(
     };
     // SAFETY: null or the storage, which lives as long as the socket does, and so longer than this run.
     unsafe { state.cast::<SocketState>().as_mut() }
+}
+
+/// Whether an address stays within the network namespace: 127.0.0.0/8, ::1, and the unspecified ones, which the kernel
+/// takes for loopback.
+#[inline(always)]
+pub(crate) fn is_loopback(address: &Address) -> bool {
+    // SAFETY: same size, and every bit pattern is valid.
+    let [first, second, third, last]: [u32; 4] = unsafe { transmute(*address) };
+    let mapped = third == 0xffff_u32.to_be() && (address[12] == 127 || last == 0);
+    first == 0 && second == 0 && (mapped || (third == 0 && (last == LOOPBACK6 || last == 0)))
 }

@@ -22,8 +22,9 @@ use crate::{
     interception::{
         accept::{self, Sink},
         caller::Tenant,
+        counters::Counters,
         listener::{Listener, ListenerError, Namespace},
-        loader::{Counters, Kernel, KernelError, Pinning},
+        loader::{Kernel, KernelError, Pinning},
     },
     proxy::Proxy,
     recording::Recorder,

@@ -1,7 +1,8 @@
 //! The API set: which addresses are API servers, kept for a while after they are no longer published.
 //!
 //! An address that the cluster takes away may still be dialled by clients that have it, and on a managed control
-//! plane may come back: for hours it still belongs to the cluster. Losing the watch changes nothing at all.
+//! plane may come back: for hours it still belongs to the cluster. Losing the watch changes nothing at all. Beside the
+//! published addresses, those by which the same machines are reached belong to it, and the kubelets of all machines.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -13,9 +14,12 @@ use std::{
 use tokio::{sync::watch, time::Instant};
 use tokio_util::sync::CancellationToken;
 
+use weir_common::kernel::KUBELET;
+
 use super::{
     cluster_watch::ApiSet,
-    loader::{Kernel, KernelError},
+    hosts::{self, Hosts},
+    loader::Kernel,
 };
 
 /// How long an address stays in the API set after it was last published.
@@ -35,51 +39,86 @@ pub struct ClusterAddresses {
 }
 
 /// Keeps one cluster's part of the kernel's API set up to date until cancelled.
-pub async fn follow(mut addresses: ClusterAddresses, kernel: Arc<Kernel>, cancellation: CancellationToken) {
-    let mut retained = Retained::default();
-    if let Ok(pinned) = kernel.api_endpoints() {
-        // Of a former process: kept as if published now.
-        let own = pinned.into_iter().filter(|(_, cluster)| *cluster == addresses.cluster);
-        retained.publish(own.map(|(address, _)| address), Instant::now());
-    }
+pub(super) async fn follow(
+    mut addresses: ClusterAddresses,
+    mut hosts: watch::Receiver<Hosts>,
+    kernel: Arc<Kernel>,
+    cancellation: CancellationToken,
+) {
+    let mut part = Part::new(kernel, addresses.cluster);
     let mut check = tokio::time::interval(RETENTION_CHECK);
+    let mut watched = true;
     loop {
-        let now = Instant::now();
         let published = addresses.published.borrow_and_update().clone();
-        let current: HashSet<SocketAddr> = published
+        let mut current: HashSet<SocketAddr> = published
             .service
-            .into_iter()
-            .chain(published.endpoints)
-            .chain(addresses.configured.clone())
+            .iter()
+            .chain(&published.endpoints)
+            .chain(&addresses.configured)
+            .copied()
             .collect();
-        retained.publish(current.iter().copied(), now);
-        let result = write(&kernel, addresses.cluster, &mut retained, &current, now);
-        if let Err(error) = result {
-            tracing::error!(cluster = addresses.cluster, %error, "cannot update the API set");
-        }
+        let aliases = hosts::aliases(&current, &hosts.borrow_and_update());
+        current.extend(aliases);
+        part.write(&current);
         tokio::select! {
             () = cancellation.cancelled() => return,
-            changed = addresses.published.changed() => if changed.is_err() {
-                // Whoever watched has ended: what is known stays.
-                cancellation.cancelled().await;
-                return;
-            },
+            // Whoever watched may have ended: what is known stays.
+            changed = addresses.published.changed(), if watched => watched = changed.is_ok(),
+            Ok(()) = hosts.changed() => {}
             _ = check.tick() => {}
         }
     }
 }
 
-fn write(
-    kernel: &Kernel,
-    cluster: u32,
-    retained: &mut Retained,
-    current: &HashSet<SocketAddr>,
-    now: Instant,
-) -> Result<(), KernelError> {
-    for address in current {
-        kernel.set_api_endpoint(*address, cluster)?;
+/// The same for the kubelets.
+pub(super) async fn follow_kubelets(
+    mut hosts: watch::Receiver<Hosts>,
+    kernel: Arc<Kernel>,
+    cancellation: CancellationToken,
+) {
+    let mut part = Part::new(kernel, KUBELET);
+    let mut check = tokio::time::interval(RETENTION_CHECK);
+    loop {
+        let current = hosts::kubelets(&hosts.borrow_and_update());
+        part.write(&current);
+        tokio::select! {
+            () = cancellation.cancelled() => return,
+            Ok(()) = hosts.changed() => {}
+            _ = check.tick() => {}
+        }
     }
-    retained.expire(now).into_iter().try_for_each(|address| kernel.remove_api_endpoint(address))
+}
+
+/// The entries of the kernel's API set with one value.
+struct Part {
+    kernel: Arc<Kernel>,
+    value: u32,
+    retained: Retained,
+}
+
+impl Part {
+    fn new(kernel: Arc<Kernel>, value: u32) -> Self {
+        let mut retained = Retained::default();
+        if let Ok(pinned) = kernel.api_endpoints() {
+            // Of a former process: kept as if published now.
+            let own = pinned.into_iter().filter(|(_, found)| *found == value);
+            retained.publish(own.map(|(address, _)| address), Instant::now());
+        }
+        Self { kernel, value, retained }
+    }
+
+    fn write(&mut self, current: &HashSet<SocketAddr>) {
+        let now = Instant::now();
+        self.retained.publish(current.iter().copied(), now);
+        let added = current.iter().try_for_each(|address| self.kernel.set_api_endpoint(*address, self.value));
+        let mut expired = || {
+            let mut expired = self.retained.expire(now).into_iter();
+            expired.try_for_each(|address| self.kernel.remove_api_endpoint(address))
+        };
+        if let Err(error) = added.and_then(|()| expired()) {
+            tracing::error!(cluster = self.value, %error, "cannot update the API set");
+        }
+    }
 }
 
 /// When each address was last published.

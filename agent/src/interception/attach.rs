@@ -6,6 +6,7 @@ use std::{
     ffi::CString,
     fs::{self, File},
     io,
+    mem::ManuallyDrop,
     os::{
         fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
         unix::{ffi::OsStrExt, fs::MetadataExt},
@@ -18,11 +19,15 @@ use aya::{
     Ebpf,
     pin::PinError,
     programs::{
-        CgroupAttachMode, Program, ProgramError,
+        CgroupAttachMode, CgroupSkbAttachType, LinkOrder, Program, ProgramError, TcAttachType,
         links::{FdLink, LinkError},
+        tc::{self, SchedClassifierLink, TcAttachOptions, TcError},
     },
+    util::KernelVersion,
 };
 use weir_common::kernel::programs;
+
+use super::interface::HostEnd;
 
 /// `BPF_OBJ_GET` of `enum bpf_cmd`, linux/bpf.h.
 const BPF_OBJ_GET: libc::c_long = 7;
@@ -48,6 +53,15 @@ pub enum AttachError {
         program: &'static str,
         /// The cgroup.
         cgroup: PathBuf,
+        /// Why.
+        #[source]
+        source: ProgramError,
+    },
+    /// The kernel refuses to guard an interface.
+    #[error("cannot guard the interface {name}; is it still there, and this root (CAP_NET_ADMIN)?")]
+    Interface {
+        /// Its name.
+        name: String,
         /// Why.
         #[source]
         source: ProgramError,
@@ -96,6 +110,13 @@ pub enum AttachError {
     },
 }
 
+/// How the pins of the guards of interfaces begin.
+const INTERFACE_PIN: &str = "interface-";
+
+fn interface_pin(index: u32) -> String {
+    format!("{INTERFACE_PIN}{index}")
+}
+
 /// The loaded programs and where they are attached.
 #[derive(Debug)]
 pub(super) struct Attached {
@@ -104,6 +125,10 @@ pub(super) struct Attached {
     pins: Option<PathBuf>,
     /// Links that are not pinned; dropped, they detach.
     links: Vec<FdLink>,
+    /// Guards of interfaces on kernels that have no links for them; dropped, they detach.
+    own_filters: Vec<SchedClassifierLink>,
+    /// The same where they stay.
+    filters: Vec<ManuallyDrop<SchedClassifierLink>>,
     /// Ids of the cgroups that this process has attached to.
     cgroups: Vec<u64>,
     /// The pins of the links that this process has made or taken over.
@@ -117,49 +142,105 @@ pub(super) fn lock(attached: &Mutex<Attached>) -> MutexGuard<'_, Attached> {
 
 impl Attached {
     pub(super) fn new(ebpf: Ebpf, pins: Option<PathBuf>) -> Self {
-        Self { ebpf, pins, links: Vec::new(), cgroups: Vec::new(), pinned: Vec::new() }
+        Self {
+            ebpf,
+            pins,
+            links: Vec::new(),
+            own_filters: Vec::new(),
+            filters: Vec::new(),
+            cgroups: Vec::new(),
+            pinned: Vec::new(),
+        }
     }
 
-    /// Attaches every program to the cgroup, or replaces the pinned ones.
-    pub(super) fn attach(&mut self, cgroup: &Path) -> Result<(), AttachError> {
+    /// Attaches these programs to the cgroup in their order, or replaces the pinned ones.
+    pub(super) fn attach(&mut self, cgroup: &Path, programs: &[&'static str]) -> Result<(), AttachError> {
         let at = |source| AttachError::Cgroup { path: cgroup.to_owned(), source };
         let folder = File::open(cgroup).map_err(at)?;
         let id = folder.metadata().map_err(at)?.ino();
-        for program in programs::ALL {
-            let pin = match &self.pins {
-                None => None,
-                Some(pins) => {
-                    let links = pins.join("links");
-                    let failed = |source| AttachError::Remove { path: links.clone(), source };
-                    fs::create_dir_all(&links).map_err(failed)?;
-                    Some(links.join(format!("{id}-{program}")))
-                }
-            };
-            if let Some(pin) = &pin
-                && self.replaced(pin, program)?
-            {
-                self.pinned.push(pin.clone());
-                continue;
-            }
-            let link = self.link(program, &folder, cgroup)?;
-            match pin {
-                None => self.links.push(link),
-                Some(path) => {
-                    // The pin keeps it from here on.
-                    link.pin(&path).map_err(|source| AttachError::Pin { path: path.clone(), source })?;
-                    self.pinned.push(path);
-                }
+        for program in programs {
+            let pin = self.pin(&format!("{id}-{program}"))?;
+            if !self.replaced(pin.as_deref(), program)? {
+                let link = self.link(program, &folder, cgroup)?;
+                self.keep(link, pin)?;
             }
         }
         self.cgroups.push(id);
         Ok(())
     }
 
-    /// Puts this process's program into a link that is pinned already. A pin whose cgroup is gone is removed.
-    fn replaced(&self, pin: &Path, program: &'static str) -> Result<bool, AttachError> {
-        if !pin.exists() {
-            return Ok(false);
+    /// Attaches the guard of an interface, before whatever else is there, or replaces the pinned one.
+    pub(super) fn guard_interface(&mut self, end: &HostEnd) -> Result<(), AttachError> {
+        let program = programs::INTERFACE;
+        let failed = |source| AttachError::Interface { name: end.name.clone(), source };
+        let pin = self.pin(&interface_pin(end.index))?;
+        if self.replaced(pin.as_deref(), program)? {
+            return Ok(());
         }
+        let Some(Program::SchedClassifier(classifier)) = self.ebpf.program_mut(program) else {
+            return Err(AttachError::Link { program, source: LinkError::InvalidLink });
+        };
+        if KernelVersion::current().is_ok_and(|version| version >= KernelVersion::new(6, 6, 0)) {
+            let order = TcAttachOptions::TcxOrder(LinkOrder::first());
+            let id =
+                classifier.attach_with_options(&end.name, TcAttachType::Ingress, order).map_err(failed)?;
+            let link = classifier.take_link(id).map_err(failed)?;
+            let link = link.try_into().map_err(|source| AttachError::Link { program, source })?;
+            return self.keep(link, pin);
+        }
+        // Before links for interfaces: a filter that stays on the interface until it is removed, or the interface
+        // is. A former process's is removed after this one is there.
+        match tc::qdisc_add_clsact(&end.name) {
+            Ok(()) | Err(TcError::AlreadyAttached) => {}
+            Err(TcError::NetlinkError(error)) if error.raw_os_error() == Some(libc::EEXIST) => {}
+            Err(error) => return Err(failed(error.into())),
+        }
+        let id = classifier.attach(&end.name, TcAttachType::Ingress).map_err(failed)?;
+        let filter = classifier.take_link(id).map_err(failed)?;
+        if self.pins.is_some() {
+            self.filters.push(ManuallyDrop::new(filter));
+        } else {
+            self.own_filters.push(filter);
+        }
+        Ok(())
+    }
+
+    /// Forgets the guard of an interface that is gone.
+    pub(super) fn unguard_interface(&mut self, index: u32) -> Result<(), AttachError> {
+        let Some(path) = self.pin(&interface_pin(index))? else { return Ok(()) };
+        self.pinned.retain(|pinned| *pinned != path);
+        match fs::remove_file(&path) {
+            Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                Err(AttachError::Remove { path, source })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Where the link with this name is pinned; none if links go with the process.
+    fn pin(&self, name: &str) -> Result<Option<PathBuf>, AttachError> {
+        let Some(pins) = &self.pins else { return Ok(None) };
+        let links = pins.join("links");
+        match fs::create_dir_all(&links) {
+            Ok(()) => Ok(Some(links.join(name))),
+            Err(source) => Err(AttachError::Remove { path: links, source }),
+        }
+    }
+
+    fn keep(&mut self, link: FdLink, pin: Option<PathBuf>) -> Result<(), AttachError> {
+        let Some(path) = pin else {
+            self.links.push(link);
+            return Ok(());
+        };
+        // The pin keeps it from here on.
+        link.pin(&path).map_err(|source| AttachError::Pin { path: path.clone(), source })?;
+        self.pinned.push(path);
+        Ok(())
+    }
+
+    /// Puts this process's program into a link that is pinned already. A pin whose cgroup is gone is removed.
+    fn replaced(&mut self, pin: Option<&Path>, program: &'static str) -> Result<bool, AttachError> {
+        let Some(pin) = pin.filter(|pin| pin.exists()) else { return Ok(false) };
         let update = |source| AttachError::Update { path: pin.to_owned(), source };
         let fd = self
             .ebpf
@@ -168,7 +249,10 @@ impl Attached {
             .ok_or_else(|| update(io::Error::other("the program is not loaded")))?;
         let link = open_pin(pin).map_err(update)?;
         match link_update(&link, fd.as_fd()) {
-            Ok(()) => Ok(true),
+            Ok(()) => {
+                self.pinned.push(pin.to_owned());
+                Ok(true)
+            }
             Err(error) if error.raw_os_error() == Some(libc::ENOLINK) => {
                 fs::remove_file(pin)
                     .map_err(|source| AttachError::Remove { path: pin.to_owned(), source })?;
@@ -192,6 +276,10 @@ impl Attached {
                 let id = program.attach(folder, mode).map_err(failed)?;
                 program.take_link(id).map_err(failed)?.try_into().map_err(link_failed)
             }
+            Some(Program::CgroupSkb(program)) => {
+                let id = program.attach(folder, CgroupSkbAttachType::Egress, mode).map_err(failed)?;
+                program.take_link(id).map_err(failed)?.try_into().map_err(link_failed)
+            }
             Some(Program::SockOps(program)) => {
                 let id = program.attach(folder, mode).map_err(failed)?;
                 program.take_link(id).map_err(failed)?.try_into().map_err(link_failed)
@@ -213,6 +301,9 @@ impl Attached {
     pub(super) fn prune(&self) -> Result<(), AttachError> {
         let Some(pins) = &self.pins else { return Ok(()) };
         for name in pinned_links(pins)? {
+            if name.starts_with(INTERFACE_PIN) {
+                continue;
+            }
             let id = name.split('-').next().and_then(|id| id.parse::<u64>().ok());
             if id.is_none_or(|id| !self.cgroups.contains(&id)) {
                 let path = pins.join("links").join(&name);

@@ -1,7 +1,7 @@
 //! What the API server says: this node's pods, and the addresses that are the API server.
 //!
 //! Two reflectors (pods of this node, namespaces) are joined into one table of [`KnownPod`]s; a third and fourth
-//! (Service and EndpointSlices of `default/kubernetes`) give the API set. Both are published through watch channels.
+//! (Service and EndpointSlices of `default/kubernetes`) give the API set, a fifth (Nodes) the machines. All are published through watch channels.
 //! Losing a watch keeps the last state: nothing that was denied becomes allowed because the API server is away.
 //! This is the only file of the interception that imports kube.
 
@@ -13,7 +13,7 @@ use std::{
 
 use futures::{Stream, StreamExt as _, stream};
 use k8s_openapi::api::{
-    core::v1::{Namespace, Pod, Service},
+    core::v1::{Namespace, Node, Pod, Service},
     discovery::v1::EndpointSlice,
 };
 use kube::{
@@ -22,7 +22,10 @@ use kube::{
 };
 use tokio::sync::watch;
 
-use super::pod::PodUid;
+use super::{
+    hosts::{self, Host, Hosts},
+    pod::PodUid,
+};
 use crate::config::{Enrolment, Mode};
 
 /// A pod of this node as the API server describes it.
@@ -189,6 +192,57 @@ pub struct ApiSet {
     pub endpoints: BTreeSet<SocketAddr>,
 }
 
+/// Watches the Node objects until dropped, publishing each new state.
+pub async fn watch_nodes(client: Client, publish: watch::Sender<Hosts>) {
+    let strip = |node: &mut Node| {
+        // Most of an object, and of no use here: with thousands of nodes it would be the most of the agent's memory.
+        node.managed_fields_mut().clear();
+        node.annotations_mut().clear();
+        node.labels_mut().clear();
+        if let Some(status) = &mut node.status {
+            status.images = None;
+            status.conditions = None;
+            status.volumes_in_use = None;
+        }
+    };
+    let nodes = watcher(Api::<Node>::all(client), watcher::Config::default()).modify(strip);
+    let mut changes = std::pin::pin!(retried(nodes));
+    let mut nodes = Objects::default();
+    while let Some(event) = changes.next().await {
+        nodes.apply(event);
+        if nodes.complete {
+            let mut hosts: Vec<Host> = nodes.current.values().map(host).collect();
+            hosts.sort_by(|one, other| one.addresses.cmp(&other.addresses));
+            publish.send_if_modified(|current| {
+                let changed = **current != hosts;
+                if changed {
+                    *current = Arc::new(hosts);
+                }
+                changed
+            });
+        }
+    }
+}
+
+fn host(node: &Node) -> Host {
+    let status = node.status.as_ref();
+    let addresses = status.and_then(|status| status.addresses.as_ref()).into_iter().flatten();
+    let ranges = node.spec.iter().flat_map(|spec| {
+        let all = spec.pod_cidrs.iter().flatten().map(String::as_str);
+        all.chain(spec.pod_cidr.as_deref())
+    });
+    let port = status
+        .and_then(|status| status.daemon_endpoints.as_ref()?.kubelet_endpoint.as_ref())
+        .and_then(|endpoint| u16::try_from(endpoint.port).ok());
+    Host {
+        addresses: addresses
+            .filter_map(|address| address.address.parse().ok())
+            .chain(ranges.filter_map(hosts::gateway))
+            .collect(),
+        kubelet_port: port.filter(|port| *port != 0).unwrap_or(hosts::KUBELET_PORT),
+    }
+}
+
 /// Watches `default/kubernetes` until dropped, publishing each new state; an empty answer never replaces a full one.
 pub async fn watch_api_set(client: Client, publish: watch::Sender<ApiSet>) {
     enum Change {
@@ -259,7 +313,17 @@ where
     K: kube::Resource + Clone + serde::de::DeserializeOwned + std::fmt::Debug + Send + 'static,
     K::DynamicType: Default,
 {
-    watcher(api, config).default_backoff().filter_map(|event| async move {
+    retried(watcher(api, config))
+}
+
+fn retried<K>(
+    events: impl Stream<Item = Result<watcher::Event<K>, watcher::Error>>,
+) -> impl Stream<Item = watcher::Event<K>>
+where
+    K: kube::Resource + Clone + serde::de::DeserializeOwned + std::fmt::Debug + Send + 'static,
+    K::DynamicType: Default,
+{
+    events.default_backoff().filter_map(|event| async move {
         event
             .inspect_err(|error| {
                 tracing::warn!(

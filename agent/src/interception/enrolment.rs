@@ -22,6 +22,7 @@ use super::{
     caller::Tenant,
     cgroup_tree::{PodFolder, Tree},
     cluster_watch::{KnownPod, KnownPods},
+    interface::{self, HostEnd},
     listener::{Listener, ListenerError, Namespace},
     loader::KernelError,
     namespace::{self, NamespaceId},
@@ -62,6 +63,8 @@ struct Enrolled {
     host_network: bool,
     tenant: watch::Sender<Arc<Tenant>>,
     listening: Option<Listening>,
+    /// The host's ends of its interfaces, which are guarded.
+    guarded: Vec<HostEnd>,
 }
 
 struct Listening {
@@ -137,7 +140,7 @@ impl Enrolment {
         for (path, id) in &tree.roots {
             if !self.attached.contains(id) {
                 kernel.classify(*id, entry)?;
-                kernel.attach(path)?;
+                kernel.attach_hooks(path)?;
                 self.attached.insert(*id);
                 tracing::info!(cgroup = %path.display(), "attached to the root of pods");
             }
@@ -161,6 +164,7 @@ impl Enrolment {
         for cgroup in gone {
             self.settings.sink.kernel.forget_cgroup(cgroup)?;
             if let Some(pod) = self.pods.remove(&cgroup) {
+                self.settings.sink.kernel.forget_interfaces(&pod.guarded)?;
                 let tenant = pod.tenant.borrow().clone();
                 tracing::info!(pod = %name(&tenant), "pod is gone");
             }
@@ -178,6 +182,7 @@ impl Enrolment {
         for cgroup in kernel.cgroups()?.into_keys().filter(|cgroup| !there.contains(cgroup)) {
             kernel.forget_cgroup(cgroup)?;
         }
+        kernel.keep_interfaces(&there)?;
         kernel.prune_links()
     }
 
@@ -196,8 +201,10 @@ impl Enrolment {
             kernel.classify(folder.cgroup, entry(class, None))?;
             let host_network = known.host_network;
             let (sender, _) = watch::channel(tenant.clone());
-            self.pods
-                .insert(folder.cgroup, Enrolled { class, host_network, tenant: sender, listening: None });
+            self.pods.insert(
+                folder.cgroup,
+                Enrolled { class, host_network, tenant: sender, listening: None, guarded: Vec::new() },
+            );
             tracing::info!(pod = %name(&tenant), class = ?class, "pod is classified");
         }
         let Some(pod) = self.pods.get_mut(&folder.cgroup) else { return Ok(false) };
@@ -221,6 +228,12 @@ impl Enrolment {
         };
         if pod.listening.as_ref().is_some_and(|listening| listening.namespace == namespace.1) {
             return Ok(false);
+        }
+        if let Namespace::Of(file) = &namespace.0 {
+            let guarded = guard_interfaces(&self.settings.sink, folder.cgroup, &pod.tenant, file).await?;
+            let mut former = std::mem::replace(&mut pod.guarded, guarded);
+            former.retain(|end| !pod.guarded.contains(end));
+            kernel.forget_interfaces(&former)?;
         }
         let listener = blocking(move || Listener::in_netns(namespace.0)).await??;
         kernel.classify(folder.cgroup, entry(Class::Enrolled, Some(&listener)))?;
@@ -246,6 +259,29 @@ impl Enrolment {
     }
 }
 
+/// Guards the host's ends of a pod's interfaces, and reports those that have none.
+async fn guard_interfaces(
+    sink: &Sink,
+    cgroup: u64,
+    tenant: &watch::Sender<Arc<Tenant>>,
+    namespace: &std::fs::File,
+) -> Result<Vec<HostEnd>, EnrolError> {
+    let file = namespace.try_clone().map_err(EnrolError::Interfaces)?;
+    let found = blocking(move || interface::of_pod(&file)).await?.map_err(EnrolError::Interfaces)?;
+    for end in &found.guardable {
+        sink.kernel.guard_interface(end, cgroup)?;
+    }
+    let tenant = tenant.borrow().clone();
+    for interface in found.unguarded {
+        let message = format!(
+            "interface {interface} of the pod has no end on the host that can be guarded: a process with NET_RAW could reach an API server through it; drop that capability, or use a bridge, ptp or VPC CNI network"
+        );
+        tracing::warn!(pod = %name(&tenant), interface, "interface cannot be guarded");
+        sink.recorder.finding(None, Some(&tenant.unproven(None)), "unguardedInterface", &message);
+    }
+    Ok(found.guardable)
+}
+
 /// Why one pod cannot be enrolled now.
 #[derive(Debug, thiserror::Error)]
 enum EnrolError {
@@ -253,6 +289,8 @@ enum EnrolError {
     Kernel(#[from] KernelError),
     #[error(transparent)]
     Listener(#[from] ListenerError),
+    #[error("cannot read the pod's network interfaces")]
+    Interfaces(#[source] std::io::Error),
     #[error("a task panicked")]
     Task(#[from] tokio::task::JoinError),
 }

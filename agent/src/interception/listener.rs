@@ -1,6 +1,5 @@
 //! Listeners inside other network namespaces. A listening socket belongs to the namespace it was made in, and is
-//! used from anywhere: the agent enters the namespace on a thread of its own, makes the sockets, and the thread
-//! ends there; nothing of the agent stays behind or changes its namespace.
+//! used from anywhere.
 
 use std::{
     fs::File,
@@ -8,7 +7,6 @@ use std::{
     net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener as StdListener},
     os::fd::{AsRawFd, OwnedFd},
     path::PathBuf,
-    thread,
 };
 
 use nix::sys::socket::{
@@ -16,6 +14,8 @@ use nix::sys::socket::{
     socket, sockopt,
 };
 use tokio::net::{TcpListener, TcpStream};
+
+use super::namespace;
 
 /// Connections that wait in the kernel for `accept`, per listener and family.
 const BACKLOG: i32 = 1024;
@@ -46,9 +46,6 @@ pub enum ListenerError {
         #[source]
         source: io::Error,
     },
-    /// The thread that enters the namespace cannot be started, or panicked.
-    #[error("the thread that enters the network namespace failed")]
-    Thread,
 }
 
 /// Which network namespace to listen in.
@@ -98,16 +95,7 @@ impl Listener {
     pub fn in_netns(namespace: Namespace) -> Result<Self, ListenerError> {
         let sockets = match namespace {
             Namespace::Own => sockets()?,
-            Namespace::Of(file) => thread::Builder::new()
-                .name("weir-netns".to_owned())
-                .spawn(move || {
-                    nix::sched::setns(&file, nix::sched::CloneFlags::CLONE_NEWNET)
-                        .map_err(|errno| ListenerError::Enter(errno.into()))?;
-                    sockets()
-                })
-                .map_err(|_| ListenerError::Thread)?
-                .join()
-                .map_err(|_| ListenerError::Thread)??,
+            Namespace::Of(file) => namespace::within(&file, sockets).map_err(ListenerError::Enter)??,
         };
         let wrap = |listener: StdListener| {
             listener

@@ -13,15 +13,22 @@ use std::{
 
 use aya::{
     Ebpf, EbpfError, EbpfLoader,
-    maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, RingBuf},
+    maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, PerCpuHashMap, RingBuf},
     programs::{Program, ProgramError},
 };
 use weir_common::kernel::{
-    Address, ApiEndpoint, CgroupEntry, Class, Counter, FlowKey, FlowRecord, LAYOUT_VERSION, Notice, Settings,
-    maps, programs,
+    Address, ApiEndpoint, CgroupEntry, Class, FlowKey, FlowRecord, LAYOUT_VERSION, Notice, PodCounters,
+    Settings, maps, programs,
 };
+use weir_common::packet::PORT_UNKNOWN;
 
-use super::{attach, attach::AttachError, debug_log};
+use super::{
+    attach,
+    attach::AttachError,
+    counters::{Counters, read_counters},
+    debug_log,
+    interface::HostEnd,
+};
 
 /// The mount point of the BPF file system.
 pub const BPFFS: &str = "/sys/fs/bpf";
@@ -114,6 +121,9 @@ pub struct Kernel {
     cgroups: Mutex<HashMap<MapData, u64, CgroupEntry>>,
     pub(super) flows: Mutex<HashMap<MapData, FlowKey, FlowRecord>>,
     counters: PerCpuArray<MapData, u64>,
+    pub(super) pod_counters: Mutex<PerCpuHashMap<MapData, u64, PodCounters>>,
+    interfaces: Mutex<HashMap<MapData, u32, u64>>,
+    quarantine: HashMap<MapData, u64, u64>,
     settings: Mutex<Array<MapData, Settings>>,
     notices: Mutex<Option<RingBuf<MapData>>>,
     pub(super) attached: Mutex<attach::Attached>,
@@ -124,32 +134,6 @@ impl fmt::Debug for Kernel {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter.debug_struct("Kernel").finish_non_exhaustive()
     }
-}
-
-/// Sums of the kernel's counters over all CPUs.
-#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Counters {
-    /// Connects to the API set that the hooks saw.
-    pub seen: u64,
-    /// … redirected.
-    pub redirected: u64,
-    /// … passed.
-    pub passed: u64,
-    /// … denied, cgroup unknown.
-    pub denied_unknown: u64,
-    /// … denied, no listener.
-    pub denied_no_listener: u64,
-    /// Refused because of their protocol.
-    pub protocol_refused: u64,
-    /// Flows published.
-    pub flows_published: u64,
-    /// Flows that could not be published.
-    pub flows_lost: u64,
-    /// Notices that did not fit.
-    pub notices_lost: u64,
-    /// Connects of observed pods that would have been redirected.
-    pub would_redirect: u64,
 }
 
 impl Kernel {
@@ -181,6 +165,9 @@ impl Kernel {
             cgroups: Mutex::new(map(&mut ebpf, maps::CGROUPS)?),
             flows: Mutex::new(map(&mut ebpf, maps::FLOWS)?),
             counters: map(&mut ebpf, maps::COUNTERS)?,
+            pod_counters: Mutex::new(map(&mut ebpf, maps::POD_COUNTERS)?),
+            interfaces: Mutex::new(map(&mut ebpf, maps::INTERFACES)?),
+            quarantine: map(&mut ebpf, maps::QUARANTINE)?,
             settings: Mutex::new(map(&mut ebpf, maps::SETTINGS)?),
             notices: Mutex::new(Some(map(&mut ebpf, maps::NOTICES)?)),
             attached: Mutex::new(attach::Attached::new(ebpf, pins)),
@@ -191,15 +178,60 @@ impl Kernel {
         Ok(kernel)
     }
 
-    /// Attaches the programs to a cgroup v2 folder. Where they are pinned and attached already, the running
+    /// Attaches guard and hooks to a cgroup v2 folder. Where they are pinned and attached already, the running
     /// programs are replaced in place: at no moment there are none.
     ///
     /// # Errors
     /// The folder is no cgroup v2, or the kernel refuses.
     pub fn attach(&self, cgroup: &Path) -> Result<(), KernelError> {
-        Ok(attach::lock(&self.attached).attach(cgroup)?)
+        Ok(attach::lock(&self.attached).attach(cgroup, &programs::GUARD_AND_HOOKS)?)
     }
 
+    /// The same without the guard, for a cgroup below one that has it.
+    ///
+    /// # Errors
+    /// As [`Self::attach`].
+    pub fn attach_hooks(&self, cgroup: &Path) -> Result<(), KernelError> {
+        Ok(attach::lock(&self.attached).attach(cgroup, &programs::HOOKS)?)
+    }
+
+    /// Guards the host's end of a pod's interface. The pod may be known or not; what the map of cgroups says of it
+    /// counts.
+    ///
+    /// # Errors
+    /// The map is full, or the kernel refuses.
+    pub(super) fn guard_interface(&self, end: &HostEnd, cgroup: u64) -> Result<(), KernelError> {
+        lock(&self.interfaces)
+            .insert(end.index, cgroup, 0)
+            .map_err(|source| KernelError::Map { map: maps::INTERFACES, source })?;
+        Ok(attach::lock(&self.attached).guard_interface(end)?)
+    }
+
+    /// Forgets the interfaces of a pod that is gone; the guards have gone with them.
+    ///
+    /// # Errors
+    /// The kernel refuses, or a pin cannot be removed.
+    pub(super) fn forget_interfaces(&self, ends: &[HostEnd]) -> Result<(), KernelError> {
+        ends.iter().try_for_each(|end| {
+            absent_is_fine(lock(&self.interfaces).remove(&end.index), maps::INTERFACES)?;
+            Ok(attach::lock(&self.attached).unguard_interface(end.index)?)
+        })
+    }
+
+    /// Forgets the interfaces, of a former process too, of pods that are not among these cgroups.
+    ///
+    /// # Errors
+    /// The kernel refuses, or a pin cannot be removed.
+    pub(super) fn keep_interfaces(
+        &self,
+        cgroups: &std::collections::HashSet<u64>,
+    ) -> Result<(), KernelError> {
+        let known = lock(&self.interfaces).iter().collect::<Result<Vec<_>, _>>();
+        let known = known.map_err(|source| KernelError::Map { map: maps::INTERFACES, source })?;
+        let stale = known.into_iter().filter(|(_, cgroup)| !cgroups.contains(cgroup));
+        let stale: Vec<_> = stale.map(|(index, _)| HostEnd { index, name: String::new() }).collect();
+        self.forget_interfaces(&stale)
+    }
     /// Checks that what this process has pinned is still pinned.
     ///
     /// # Errors
@@ -222,19 +254,27 @@ impl Kernel {
     /// # Errors
     /// The kernel refuses.
     pub fn set_settings(&self, host_netns: u64, attach_levels: u32) -> Result<(), KernelError> {
-        let settings = Settings { host_netns, attach_levels, reserved: 0 };
+        let quarantined = self.quarantine.keys().count();
+        let quarantined = u32::try_from(quarantined).unwrap_or(u32::MAX);
+        let settings = Settings { host_netns, attach_levels, quarantined };
         lock(&self.settings)
             .set(0, settings, 0)
             .map_err(|source| KernelError::Map { map: maps::SETTINGS, source })
     }
 
-    /// Adds an API server's address to the API set, as one of the cluster with this index.
+    /// Adds an address to the API set: an API server's of the cluster with this index, or a kubelet's
+    /// ([`KUBELET`](weir_common::kernel::KUBELET)).
     ///
     /// # Errors
     /// The map is full, or the kernel refuses.
     pub fn set_api_endpoint(&self, address: SocketAddr, cluster: u32) -> Result<(), KernelError> {
-        lock(&self.api_set)
-            .insert(endpoint(address), cluster, 0)
+        let endpoint = endpoint(address);
+        let any = ApiEndpoint { port: PORT_UNKNOWN, ..endpoint };
+        let mut set = lock(&self.api_set);
+        // The guards look for the address first: at no moment is an endpoint known to the hooks alone.
+        [any, endpoint]
+            .iter()
+            .try_for_each(|key| set.insert(key, cluster, 0))
             .map_err(|source| KernelError::Map { map: maps::API_SET, source })
     }
 
@@ -243,19 +283,23 @@ impl Kernel {
     /// # Errors
     /// The kernel refuses. That it was not there is no error.
     pub fn remove_api_endpoint(&self, address: SocketAddr) -> Result<(), KernelError> {
-        absent_is_fine(lock(&self.api_set).remove(&endpoint(address)), maps::API_SET)
+        let endpoint = endpoint(address);
+        let mut set = lock(&self.api_set);
+        absent_is_fine(set.remove(&endpoint), maps::API_SET)?;
+        let keys = set.keys().collect::<Result<Vec<_>, _>>();
+        let keys = keys.map_err(|source| KernelError::Map { map: maps::API_SET, source })?;
+        if keys.iter().any(|key| key.address == endpoint.address && key.port != PORT_UNKNOWN) {
+            return Ok(());
+        }
+        absent_is_fine(set.remove(&ApiEndpoint { port: PORT_UNKNOWN, ..endpoint }), maps::API_SET)
     }
 
-    /// The API set: addresses and cluster indices.
+    /// The API set: addresses and cluster indices (or [`KUBELET`](weir_common::kernel::KUBELET)).
     ///
     /// # Errors
     /// The kernel refuses.
     pub fn api_endpoints(&self) -> Result<StdHashMap<SocketAddr, u32>, KernelError> {
-        lock(&self.api_set)
-            .iter()
-            .map(|entry| entry.map(|(endpoint, cluster)| (socket_address(&endpoint), cluster)))
-            .collect::<Result<_, _>>()
-            .map_err(|source| KernelError::Map { map: maps::API_SET, source })
+        api_endpoints(&lock(&self.api_set))
     }
 
     /// Says what a cgroup is. For [`Class::Enrolled`] the listener must be listening before this is called.
@@ -263,6 +307,7 @@ impl Kernel {
     /// # Errors
     /// The map is full, or the kernel refuses.
     pub fn classify(&self, cgroup: u64, entry: CgroupEntry) -> Result<(), KernelError> {
+        self.count_pod(cgroup)?;
         lock(&self.cgroups)
             .insert(cgroup, entry, 0)
             .map_err(|source| KernelError::Map { map: maps::CGROUPS, source })
@@ -273,7 +318,8 @@ impl Kernel {
     /// # Errors
     /// The kernel refuses. That it was not there is no error.
     pub fn forget_cgroup(&self, cgroup: u64) -> Result<(), KernelError> {
-        absent_is_fine(lock(&self.cgroups).remove(&cgroup), maps::CGROUPS)
+        absent_is_fine(lock(&self.cgroups).remove(&cgroup), maps::CGROUPS)?;
+        absent_is_fine(lock(&self.pod_counters).remove(&cgroup), maps::POD_COUNTERS)
     }
 
     /// All classified cgroups.
@@ -323,26 +369,6 @@ impl Kernel {
     }
 }
 
-pub(super) fn read_counters(map: &PerCpuArray<MapData, u64>) -> Result<Counters, KernelError> {
-    let read = |counter: Counter| {
-        map.get(&(counter as u32), 0)
-            .map(|values| values.iter().sum())
-            .map_err(|source| KernelError::Map { map: maps::COUNTERS, source })
-    };
-    Ok(Counters {
-        seen: read(Counter::Seen)?,
-        redirected: read(Counter::Redirected)?,
-        passed: read(Counter::Passed)?,
-        denied_unknown: read(Counter::DeniedUnknown)?,
-        denied_no_listener: read(Counter::DeniedNoListener)?,
-        protocol_refused: read(Counter::ProtocolRefused)?,
-        flows_published: read(Counter::FlowsPublished)?,
-        flows_lost: read(Counter::FlowsLost)?,
-        notices_lost: read(Counter::NoticesLost)?,
-        would_redirect: read(Counter::WouldRedirect)?,
-    })
-}
-
 /// Makes the folders of pins and refuses maps of another layout: taken over, they would be misread.
 fn prepare_pins(folder: &Path) -> Result<PathBuf, KernelError> {
     let at = |path: &Path| {
@@ -361,6 +387,9 @@ fn prepare_pins(folder: &Path) -> Result<PathBuf, KernelError> {
         (maps::FLOWS, size_of::<FlowKey>(), size_of::<FlowRecord>()),
         (maps::COUNTERS, size_of::<u32>(), size_of::<u64>()),
         (maps::SETTINGS, size_of::<u32>(), size_of::<Settings>()),
+        (maps::POD_COUNTERS, size_of::<u64>(), size_of::<PodCounters>()),
+        (maps::INTERFACES, size_of::<u32>(), size_of::<u64>()),
+        (maps::QUARANTINE, size_of::<u64>(), size_of::<u64>()),
     ] {
         let path = maps.join(name);
         if !path.exists() {
@@ -387,6 +416,8 @@ fn load_program(ebpf: &mut Ebpf, name: &'static str) -> Result<(), KernelError> 
         Some(Program::CgroupSockAddr(program)) => program.load().map_err(failed),
         Some(Program::CgroupSock(program)) => program.load().map_err(failed),
         Some(Program::SockOps(program)) => program.load().map_err(failed),
+        Some(Program::CgroupSkb(program)) => program.load().map_err(failed),
+        Some(Program::SchedClassifier(program)) => program.load().map_err(failed),
         _ => Err(KernelError::Layout { name, problem: "the object has no such program".to_owned() }),
     }
 }
@@ -398,7 +429,7 @@ fn map<M: TryFrom<Map, Error = MapError>>(ebpf: &mut Ebpf, name: &'static str) -
     M::try_from(map).map_err(|source| KernelError::Map { map: name, source })
 }
 
-fn absent_is_fine(result: Result<(), MapError>, map: &'static str) -> Result<(), KernelError> {
+pub(super) fn absent_is_fine(result: Result<(), MapError>, map: &'static str) -> Result<(), KernelError> {
     match result {
         Err(MapError::KeyNotFound) => Ok(()),
         Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
@@ -406,8 +437,19 @@ fn absent_is_fine(result: Result<(), MapError>, map: &'static str) -> Result<(),
     }
 }
 
+/// The addresses of the API set, without the entries that stand for every port of one.
+pub(super) fn api_endpoints(
+    set: &HashMap<MapData, ApiEndpoint, u32>,
+) -> Result<StdHashMap<SocketAddr, u32>, KernelError> {
+    set.iter()
+        .filter(|entry| !matches!(entry, Ok((endpoint, _)) if endpoint.port == PORT_UNKNOWN))
+        .map(|entry| entry.map(|(endpoint, cluster)| (socket_address(&endpoint), cluster)))
+        .collect::<Result<_, _>>()
+        .map_err(|source| KernelError::Map { map: maps::API_SET, source })
+}
+
 /// A map is never left half-changed by a panic: each change is one system call.
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 

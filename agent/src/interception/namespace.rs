@@ -9,6 +9,7 @@ use std::{
     io,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
+    thread,
 };
 
 use super::{cgroup, process::Proc};
@@ -40,6 +41,24 @@ pub(super) struct PodNamespace {
 pub(super) fn own() -> io::Result<NamespaceId> {
     let metadata = fs::metadata("/proc/self/ns/net")?;
     Ok((metadata.dev(), metadata.ino()))
+}
+
+/// Does some work in a network namespace, on a thread of its own that ends there: nothing of the agent stays behind or
+/// changes its namespace.
+///
+/// # Errors
+/// The namespace cannot be entered, or no thread started; that the work panicked is an error as well.
+pub(super) fn within<T: Send>(namespace: &File, work: impl FnOnce() -> T + Send) -> io::Result<T> {
+    thread::scope(|scope| {
+        thread::Builder::new()
+            .name("weir-netns".to_owned())
+            .spawn_scoped(scope, || {
+                nix::sched::setns(namespace, nix::sched::CloneFlags::CLONE_NEWNET)?;
+                Ok(work())
+            })?
+            .join()
+            .unwrap_or_else(|_| Err(io::Error::other("the thread in the network namespace panicked")))
+    })
 }
 
 /// The processes below a pod's folder, each with the folder it is in.

@@ -8,11 +8,12 @@ use std::{
 };
 
 use aya::maps::{HashMap, Map, MapData, MapError, PerCpuArray};
-use weir_common::kernel::{ApiEndpoint, CgroupEntry, Class, maps};
+use weir_common::kernel::{ApiEndpoint, CgroupEntry, Class, KUBELET, maps};
 
 use super::{
     attach,
-    loader::{Counters, KernelError, read_counters, socket_address},
+    counters::{Counters, read_counters},
+    loader::{self, KernelError},
 };
 
 /// The state of the pins, for `weir-agent status`; none if nothing is pinned.
@@ -27,6 +28,8 @@ pub struct PinnedState {
     pub counters: Counters,
     /// The API set.
     pub api_endpoints: Vec<SocketAddr>,
+    /// Kubelets' addresses, which enrolled pods are kept from.
+    pub kubelets: Vec<SocketAddr>,
     /// Cgroups per class.
     pub cgroups: BTreeMap<String, usize>,
 }
@@ -41,15 +44,27 @@ impl fmt::Display for PinnedState {
         for address in &self.api_endpoints {
             writeln!(formatter, "API endpoint    {address}")?;
         }
+        for address in &self.kubelets {
+            writeln!(formatter, "kubelet         {address}")?;
+        }
         let counters = &self.counters;
-        write!(
+        writeln!(
             formatter,
-            "connections     {} seen, {} redirected, {} passed, {} denied (unknown), {} denied (no listener)",
+            "connections     {} seen, {} redirected, {} passed, {} denied (unknown), {} denied (no listener), {} denied (kubelet)",
             counters.seen,
             counters.redirected,
             counters.passed,
             counters.denied_unknown,
-            counters.denied_no_listener
+            counters.denied_no_listener,
+            counters.denied_kubelet
+        )?;
+        write!(
+            formatter,
+            "guards          {} packets dropped at sockets, {} at interfaces; {} sockets refused by protocol, {} by the listener's port",
+            counters.guard_dropped,
+            counters.interface_dropped,
+            counters.protocol_refused,
+            counters.bind_refused
         )
     }
 }
@@ -66,12 +81,17 @@ pub fn pinned_state(folder: &Path) -> Result<Option<PinnedState>, KernelError> {
     let counters: PerCpuArray<MapData, u64> = pinned_map(&pinned, maps::COUNTERS)?;
     let api_set: HashMap<MapData, ApiEndpoint, u32> = pinned_map(&pinned, maps::API_SET)?;
     let classified: HashMap<MapData, u64, CgroupEntry> = pinned_map(&pinned, maps::CGROUPS)?;
-    let mut api_endpoints = api_set
-        .keys()
-        .map(|key| key.map(|key| socket_address(&key)))
-        .collect::<Result<Vec<_>, _>>()
-        .map_err(|source| KernelError::Map { map: maps::API_SET, source })?;
-    api_endpoints.sort();
+    let known = loader::api_endpoints(&api_set)?;
+    let of_kind = |kubelet: bool| {
+        let mut addresses: Vec<_> = known
+            .iter()
+            .filter(|(_, cluster)| (**cluster == KUBELET) == kubelet)
+            .map(|(address, _)| *address)
+            .collect();
+        addresses.sort();
+        addresses
+    };
+    let (api_endpoints, kubelets) = (of_kind(false), of_kind(true));
     let mut cgroups = BTreeMap::new();
     for entry in classified.iter() {
         let (_, entry) = entry.map_err(|source| KernelError::Map { map: maps::CGROUPS, source })?;
@@ -85,6 +105,7 @@ pub fn pinned_state(folder: &Path) -> Result<Option<PinnedState>, KernelError> {
         links: attach::pinned_links(folder)?,
         counters: read_counters(&counters)?,
         api_endpoints,
+        kubelets,
         cgroups,
     }))
 }

@@ -12,7 +12,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use weir_common::{
     event::Caller,
-    kernel::{Notice, NoticeKind},
+    kernel::{KUBELET, Notice, NoticeKind},
 };
 
 use super::{
@@ -61,7 +61,8 @@ pub(super) async fn notices(
         }
         if admitted {
             let caller = caller(&notice, &tenants).await;
-            let cluster = usize::try_from(notice.flow.cluster).ok();
+            let cluster = notice.flow.cluster;
+            let cluster = if cluster == KUBELET { None } else { usize::try_from(cluster).ok() };
             record(kind, &notice, cluster, &caller, &recorder);
         }
     }
@@ -80,6 +81,19 @@ fn record(
         NoticeKind::DeniedUnknown => "denied by the kernel: the cgroup is of no pod that is known yet",
         NoticeKind::DeniedNoListener => {
             "denied by the kernel: enrolled, with no listener in this network namespace"
+        }
+        NoticeKind::DeniedKubelet => {
+            "denied by the kernel: an enrolled pod has no business with a kubelet, which takes exec for every pod of its node"
+        }
+        NoticeKind::DeniedQuarantined => "denied by the kernel: the pod is in quarantine",
+        NoticeKind::GuardDropped => {
+            "dropped by the guard: a packet to an API server or kubelet that was not connected through Weir"
+        }
+        NoticeKind::InterfaceDropped => {
+            "dropped at the pod's interface: a packet to an API server or kubelet past the pod's sockets, or a wrapped one"
+        }
+        NoticeKind::BindRefused => {
+            "refused by the kernel: a socket of the pod would have taken the port of its listener"
         }
         NoticeKind::ProtocolRefused => {
             // A socket has no destination yet, and so no cluster.

@@ -4,7 +4,6 @@
 //! at the root of the tree (and at the root of pods, as soon as that is there); then pods are enrolled, for ever.
 
 use std::{
-    net::SocketAddr,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -25,6 +24,7 @@ use super::{
     cgroup_tree::{Tree, TreeWatch},
     cluster_watch::KnownPods,
     enrolment::{Enrolment, Settings, Tenants},
+    hosts::{self, Hosts},
     listener::{self, ListenerError},
     loader::{Kernel, KernelError, Pinning},
     namespace, report,
@@ -83,6 +83,8 @@ pub struct Options {
     pub pods: watch::Receiver<KnownPods>,
     /// The addresses of each cluster.
     pub clusters: Vec<ClusterAddresses>,
+    /// The machines of this node's cluster, from [`super::cluster_watch::watch_nodes`].
+    pub nodes: watch::Receiver<Hosts>,
     /// The proxy.
     pub accepted: mpsc::Sender<Accepted>,
     /// Becomes true once the programs are attached and every pod that was known then has its verdict, and its
@@ -113,14 +115,10 @@ pub async fn run(
     let host_namespace = namespace::own()
         .map_err(|source| InterceptionError::Io { action: "read /proc/self/ns/net", source })?;
     kernel.set_settings(listener::own_netns()?, ATTACH_LEVELS)?;
-    let configured = options
-        .clusters
-        .iter()
-        .flat_map(|cluster| cluster.configured.iter().map(|address| (*address, cluster.cluster)));
-    configured
-        .collect::<Vec<(SocketAddr, u32)>>()
-        .into_iter()
-        .try_for_each(|(address, cluster)| kernel.set_api_endpoint(address, cluster))?;
+    let configured = options.clusters.iter().flat_map(|cluster| {
+        cluster.configured.iter().map(|address| (*address, cluster.cluster)).collect::<Vec<_>>()
+    });
+    configured.into_iter().try_for_each(|(address, cluster)| kernel.set_api_endpoint(address, cluster))?;
     let sink = Sink { kernel: kernel.clone(), recorder: recorder.clone(), accepted: options.accepted };
     let settings = Settings { host_namespace, own_cgroup, sink };
     let (mut enrolment, tenants) = Enrolment::new(settings, cancellation.child_token());
@@ -132,7 +130,8 @@ pub async fn run(
     tracing::info!(cgroup = %mount.display(), "attached to the root of the tree");
 
     let part = cancellation.child_token();
-    let mut tasks = beside(&kernel, options.clusters, &tenants, &recorder, &part)?;
+    let mut tasks = beside(&kernel, &tenants, &recorder, &part)?;
+    follow_addresses(&mut tasks, &kernel, options.clusters, options.nodes, &part)?;
     let result = tokio::select! {
         result = enrol(&mut enrolment, (&mount, &watch), options.pods, &options.ready, &part) => result,
         Some(ended) = tasks.join_next(), if !tasks.is_empty() => Err(ended_early(ended)),
@@ -143,22 +142,49 @@ pub async fn run(
     if cancellation.is_cancelled() { Ok(()) } else { result }
 }
 
-/// Starts what runs beside enrolment: the API set, reports, the programs' log.
-fn beside(
+type Tasks = JoinSet<Result<&'static str, InterceptionError>>;
+
+/// Starts to keep the API set up to date.
+fn follow_addresses(
+    tasks: &mut Tasks,
     kernel: &Arc<Kernel>,
     clusters: Vec<ClusterAddresses>,
-    tenants: &Tenants,
-    recorder: &Recorder,
+    nodes: watch::Receiver<Hosts>,
     part: &CancellationToken,
-) -> Result<JoinSet<Result<&'static str, InterceptionError>>, InterceptionError> {
-    let mut tasks = JoinSet::new();
+) -> Result<(), InterceptionError> {
+    let local = hosts::local_addresses().map_err(|source| InterceptionError::Io {
+        action: "read the addresses of this machine's interfaces",
+        source,
+    })?;
+    let (publish, hosts) = watch::channel(Arc::new(hosts::with_local(&nodes.borrow(), local)));
     for cluster in clusters {
-        let (kernel, part) = (kernel.clone(), part.clone());
-        tasks.spawn(async move {
-            api_set::follow(cluster, kernel, part).await;
+        let following = api_set::follow(cluster, hosts.clone(), kernel.clone(), part.clone());
+        tasks.spawn(async {
+            following.await;
             Ok("following the API set")
         });
     }
+    let following = api_set::follow_kubelets(hosts, kernel.clone(), part.clone());
+    tasks.spawn(async {
+        following.await;
+        Ok("following the kubelets")
+    });
+    let following = hosts::follow(nodes, publish, part.clone());
+    tasks.spawn(async {
+        following.await;
+        Ok("following this machine's addresses")
+    });
+    Ok(())
+}
+
+/// Starts what else runs beside enrolment: reports, the programs' log.
+fn beside(
+    kernel: &Arc<Kernel>,
+    tenants: &Tenants,
+    recorder: &Recorder,
+    part: &CancellationToken,
+) -> Result<Tasks, InterceptionError> {
+    let mut tasks = JoinSet::new();
     if let Some(notices) =
         kernel.notices().map_err(|source| InterceptionError::Io { action: "wait for notices", source })?
     {

@@ -14,6 +14,7 @@ use weir_agent::{
     interception::{
         api_set::ClusterAddresses,
         cluster_watch::{ApiSet, KnownPod, KnownPods},
+        hosts::Hosts,
         loader::Pinning,
         pod::PodUid,
         run::{InterceptionError, Options, run},
@@ -82,6 +83,7 @@ impl Node {
             pinning: Pinning::Unpinned,
             pods: watched,
             clusters: vec![ClusterAddresses { cluster: 0, published: api_set, configured: vec![API4] }],
+            nodes: watch::channel(Hosts::default()).1,
             accepted: sender,
             ready,
         };

@@ -4,6 +4,7 @@
 #![expect(clippy::unwrap_used, reason = "what fails here fails the test, with its place")]
 
 mod enrolment;
+mod guards;
 mod pins;
 mod programs;
 mod world;

@@ -29,7 +29,7 @@ async fn pinned_programs_deny_while_no_agent_runs_and_go_with_uninstall() {
         return;
     }
     let bpffs = OwnBpffs::mount().unwrap();
-    let pins = bpffs.0.path().join("weir/v1");
+    let pins = bpffs.0.path().join("weir/v2");
     let cgroup = OwnCgroup::new("pins");
     let netns = OwnNetns::new();
     let dial = || dial(&cgroup.0, Some(&netns), Dial::Tcp(API4));
@@ -50,7 +50,7 @@ async fn pinned_programs_deny_while_no_agent_runs_and_go_with_uninstall() {
     second.classify(cgroup.id(), entry).unwrap();
     assert_eq!(dial(), Err(nix::Error::ENETUNREACH), "passes, and there is no route");
     let state = pinned_state(&pins).unwrap().unwrap();
-    assert_eq!(state.links.len(), programs::ALL.len(), "replaced in place, not attached twice");
+    assert_eq!(state.links.len(), programs::GUARD_AND_HOOKS.len(), "replaced in place, not attached twice");
     assert_eq!(state.counters.seen, 3, "each connection meets one set of programs");
     drop(second);
     assert_eq!(dial(), Err(nix::Error::ENETUNREACH), "a known pod keeps its verdict");
@@ -63,7 +63,7 @@ async fn pinned_programs_deny_while_no_agent_runs_and_go_with_uninstall() {
     third.forget_cgroup(cgroup.id()).unwrap();
     third.intact().unwrap();
     assert_eq!(dial(), Err(nix::Error::ECONNREFUSED));
-    assert!(attach::uninstall(&pins).unwrap() > programs::ALL.len());
+    assert!(attach::uninstall(&pins).unwrap() > programs::GUARD_AND_HOOKS.len());
     let error = third.intact().unwrap_err().to_string();
     assert!(error.contains("was removed while the agent runs"), "{error}");
     drop(third);

@@ -6,8 +6,9 @@ use std::{
 };
 
 use weir_agent::interception::{
+    counters::Counters,
     listener::{Listener, Namespace, own_netns},
-    loader::{Counters, Kernel, Pinning},
+    loader::{Kernel, Pinning},
 };
 use weir_common::kernel::{CgroupEntry, Class};
 

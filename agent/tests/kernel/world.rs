@@ -2,7 +2,7 @@
 
 use std::{
     io,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4},
     os::fd::{AsRawFd, FromRawFd, OwnedFd},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use nix::sys::socket::{SockaddrStorage, connect, getpeername, getsockname};
+use nix::sys::socket::{MsgFlags, SockaddrStorage, bind, connect, getpeername, getsockname, sendto};
 use weir_agent::interception::{
     cgroup,
     loader::{Kernel, KernelError, Pinning},
@@ -76,6 +76,28 @@ impl OwnNetns {
     pub(crate) fn pid(&self) -> u32 {
         self.0.id()
     }
+
+    /// Gives it an address, whose packets then stay in the namespace.
+    pub(crate) fn take_address(&self, address: IpAddr) {
+        let pid = self.pid().to_string();
+        let status = Command::new("nsenter")
+            .args(["-t", &pid, "-n", "ip", "address", "add", &address.to_string(), "dev", "lo"])
+            .status()
+            .unwrap();
+        assert!(status.success());
+    }
+
+    /// Does something in it, on a thread of its own.
+    pub(crate) fn within<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        let file = std::fs::File::open(format!("/proc/{}/ns/net", self.pid())).unwrap();
+        std::thread::scope(|scope| {
+            let work = || {
+                nix::sched::setns(&file, nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+                work()
+            };
+            scope.spawn(work).join().unwrap()
+        })
+    }
 }
 
 impl Drop for OwnNetns {
@@ -95,6 +117,12 @@ pub(crate) enum Dial {
     Mapped(SocketAddr),
     Mptcp(SocketAddr),
     Udp(SocketAddr),
+    /// A datagram without a connect.
+    SendTo(SocketAddr),
+    /// Takes an address, and does not connect.
+    Bind(SocketAddr),
+    /// A raw IPv4 packet with this protocol and this as fragment offset (units of eight bytes).
+    Raw(SocketAddr, u8, u16),
 }
 
 /// Dials from a child process that is in the cgroup (a cgroup holds whole processes), inside the namespace, and
@@ -133,22 +161,38 @@ fn in_child(procs: &std::fs::File, netns: Option<&std::fs::File>, dial: Dial) ->
     if let Some(netns) = netns {
         nix::sched::setns(netns, nix::sched::CloneFlags::CLONE_NEWNET)?;
     }
+    if let Dial::Raw(SocketAddr::V4(address), protocol, fragment) = dial {
+        let packet = raw_packet(address, protocol, fragment);
+        let socket = new_socket(libc::AF_INET, libc::SOCK_RAW, libc::IPPROTO_RAW)?;
+        let to = SockaddrStorage::from(SocketAddr::V4(address));
+        sendto(socket.as_raw_fd(), &packet, &to, MsgFlags::empty())?;
+        return Ok((address.into(), address.into()));
+    }
     let (address, kind, protocol) = match dial {
+        Dial::Raw(..) => return Err(nix::Error::EINVAL),
         Dial::Tcp(address) => (address, libc::SOCK_STREAM, 0),
         Dial::Mapped(address) => {
             let IpAddr::V4(ip) = address.ip() else { return Err(nix::Error::EINVAL) };
             (SocketAddr::new(ip.to_ipv6_mapped().into(), address.port()), libc::SOCK_STREAM, 0)
         }
         Dial::Mptcp(address) => (address, libc::SOCK_STREAM, libc::IPPROTO_MPTCP),
-        Dial::Udp(address) => (address, libc::SOCK_DGRAM, 0),
+        Dial::Udp(address) | Dial::SendTo(address) => (address, libc::SOCK_DGRAM, 0),
+        Dial::Bind(address) => (address, libc::SOCK_STREAM, 0),
     };
     let family = if address.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
-    // SAFETY: takes numbers only; the descriptor is new and ours.
-    let socket = unsafe {
-        let fd = nix::Error::result(libc::socket(family, kind, protocol))?;
-        OwnedFd::from_raw_fd(fd)
-    };
-    connect(socket.as_raw_fd(), &SockaddrStorage::from(address))?;
+    let socket = new_socket(family, kind, protocol)?;
+    let to = SockaddrStorage::from(address);
+    match dial {
+        Dial::SendTo(_) => {
+            sendto(socket.as_raw_fd(), b"x", &to, MsgFlags::empty())?;
+            return Ok((address, address));
+        }
+        Dial::Bind(_) => {
+            bind(socket.as_raw_fd(), &to)?;
+            return Ok((address, address));
+        }
+        _ => connect(socket.as_raw_fd(), &to)?,
+    }
     let name = |storage: SockaddrStorage| -> Result<SocketAddr, nix::Error> {
         match (storage.as_sockaddr_in(), storage.as_sockaddr_in6()) {
             (Some(v4), _) => Ok(SocketAddr::new(v4.ip().into(), v4.port())),
@@ -157,6 +201,25 @@ fn in_child(procs: &std::fs::File, netns: Option<&std::fs::File>, dial: Dial) ->
         }
     };
     Ok((name(getsockname(socket.as_raw_fd())?)?, name(getpeername(socket.as_raw_fd())?)?))
+}
+
+fn new_socket(family: i32, kind: i32, protocol: i32) -> nix::Result<OwnedFd> {
+    // SAFETY: takes numbers only; the descriptor is new and ours.
+    unsafe { Ok(OwnedFd::from_raw_fd(nix::Error::result(libc::socket(family, kind, protocol))?)) }
+}
+
+/// An IPv4 packet to this address; the kernel fills in length, checksum and source (raw(7)).
+fn raw_packet(to: SocketAddrV4, protocol: u8, fragment: u16) -> Vec<u8> {
+    let mut packet = vec![0; 40];
+    packet[0] = 0x45;
+    packet[6..8].copy_from_slice(&fragment.to_be_bytes());
+    packet[8] = 64;
+    packet[9] = protocol;
+    packet[16..20].copy_from_slice(&to.ip().octets());
+    packet[22..24].copy_from_slice(&to.port().to_be_bytes());
+    // The length in a UDP header; without a checksum it is whole.
+    packet[25] = 20;
+    packet
 }
 
 /// Loads the programs, or says why this machine cannot: `None` skips the test, loudly; under CI=true it fails.

@@ -1,0 +1,174 @@
+//! The host's ends of a pod's network interfaces: where a guard sees whatever leaves the pod, also what no socket of
+//! it sends (packet sockets, tun devices, nested network namespaces).
+//!
+//! Bridge, ptp and the VPC CNI all give a pod one end of a veth pair. Interfaces without an end of their own on the
+//! host (ipvlan, macvlan, a network card moved into the pod) are named: their pods lack this guard.
+
+use std::{fs::File, io};
+
+use netlink_packet_route::{
+    RouteNetlinkMessage,
+    link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage},
+};
+use netlink_sys::protocols::NETLINK_ROUTE;
+
+use super::{namespace, netlink::Netlink};
+
+/// The host's end of a veth pair.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct HostEnd {
+    /// Index of the interface in the host's network namespace.
+    pub(super) index: u32,
+    /// Its name there.
+    pub(super) name: String,
+}
+
+/// How a pod's interfaces can be guarded.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Interfaces {
+    /// Those with an end on the host.
+    pub(super) guardable: Vec<HostEnd>,
+    /// Names in the pod of those without one that reach beyond the pod all the same.
+    pub(super) unguarded: Vec<String>,
+}
+
+/// What matters of an interface.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Link {
+    index: u32,
+    name: String,
+    /// None: a device of the machine, or `lo`.
+    kind: Option<InfoKind>,
+    loopback: bool,
+    /// Index of the other end (veth) or of the device below (ipvlan, macvlan, vlan).
+    other: Option<u32>,
+}
+
+/// The interfaces of the pod whose network namespace this is; call it in the host's.
+///
+/// # Errors
+/// The namespace cannot be entered, or the kernel does not answer.
+pub(super) fn of_pod(pod: &File) -> io::Result<Interfaces> {
+    let links = namespace::within(pod, links)??;
+    let host = Netlink::open(NETLINK_ROUTE)?;
+    let mut interfaces = Interfaces::default();
+    for link in links {
+        match link.role() {
+            Role::Internal => {}
+            Role::Veth(other) => match link_at(&host, other)?.filter(|end| end.is_other_end_of(&link)) {
+                Some(end) => interfaces.guardable.push(HostEnd { index: end.index, name: end.name }),
+                // Its other end is in another namespace: whatever it sends comes through that one's interfaces.
+                None => {}
+            },
+            Role::Direct => interfaces.unguarded.push(link.name),
+        }
+    }
+    Ok(interfaces)
+}
+
+/// What an interface is to a guard.
+enum Role {
+    /// Sends nothing beyond the pod by itself.
+    Internal,
+    /// One end of a pair; the index of the other.
+    Veth(u32),
+    /// Reaches beyond the pod without an end on the host.
+    Direct,
+}
+
+impl Link {
+    fn role(&self) -> Role {
+        match (&self.kind, self.other) {
+            _ if self.loopback => Role::Internal,
+            (Some(InfoKind::Veth), Some(other)) => Role::Veth(other),
+            (None | Some(InfoKind::IpVlan | InfoKind::IpVtap | InfoKind::MacVlan | InfoKind::MacVtap), _) => {
+                Role::Direct
+            }
+            // A VLAN of a device outside is as direct as that device; tunnels, bridges, dummies and tun devices send
+            // through one of the others.
+            (Some(InfoKind::Vlan), _) => Role::Direct,
+            _ => Role::Internal,
+        }
+    }
+
+    fn is_other_end_of(&self, link: &Self) -> bool {
+        self.kind == Some(InfoKind::Veth) && self.other == Some(link.index)
+    }
+}
+
+/// All interfaces of this thread's network namespace.
+fn links() -> io::Result<Vec<Link>> {
+    let mut links = Vec::new();
+    Netlink::open(NETLINK_ROUTE)?.dump(RouteNetlinkMessage::GetLink(LinkMessage::default()), |answer| {
+        links.extend(link(answer));
+    })?;
+    Ok(links)
+}
+
+/// The interface with this index; none if there is none (any more).
+fn link_at(netlink: &Netlink, index: u32) -> io::Result<Option<Link>> {
+    let mut question = LinkMessage::default();
+    question.header.index = index;
+    let mut found = None;
+    match netlink.request(RouteNetlinkMessage::GetLink(question), None, |answer| found = link(answer)) {
+        Ok(()) => Ok(found),
+        Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+fn link(message: RouteNetlinkMessage) -> Option<Link> {
+    let RouteNetlinkMessage::NewLink(message) = message else { return None };
+    let mut link = Link {
+        index: message.header.index,
+        name: String::new(),
+        kind: None,
+        loopback: message.header.flags.contains(netlink_packet_route::link::LinkFlags::Loopback),
+        other: None,
+    };
+    for attribute in message.attributes {
+        match attribute {
+            LinkAttribute::IfName(name) => link.name = name,
+            LinkAttribute::Link(other) => link.other = Some(other),
+            LinkAttribute::LinkInfo(infos) => {
+                link.kind = infos.into_iter().find_map(|info| match info {
+                    LinkInfo::Kind(kind) => Some(kind),
+                    _ => None,
+                });
+            }
+            _ => {}
+        }
+    }
+    Some(link)
+}
+
+#[cfg(test)]
+mod tests {
+    use netlink_packet_route::link::InfoKind;
+
+    use super::{Link, Role};
+
+    fn link(kind: Option<InfoKind>, other: Option<u32>) -> Link {
+        Link { index: 2, name: "eth0".to_owned(), kind, loopback: false, other }
+    }
+
+    #[test]
+    fn only_a_veth_has_an_end_on_the_host() {
+        assert!(matches!(link(Some(InfoKind::Veth), Some(7)).role(), Role::Veth(7)));
+        for kind in [InfoKind::IpVlan, InfoKind::MacVlan, InfoKind::Vlan] {
+            assert!(matches!(link(Some(kind), Some(7)).role(), Role::Direct));
+        }
+        assert!(matches!(link(None, None).role(), Role::Direct), "a network card");
+        assert!(matches!(link(Some(InfoKind::Dummy), None).role(), Role::Internal));
+        assert!(matches!(Link { loopback: true, ..link(None, None) }.role(), Role::Internal));
+    }
+
+    #[test]
+    fn a_pair_is_known_by_both_ends() {
+        let pod = link(Some(InfoKind::Veth), Some(7));
+        let host = Link { index: 7, other: Some(2), ..pod.clone() };
+        assert!(host.is_other_end_of(&pod));
+        assert!(!Link { other: Some(3), ..host.clone() }.is_other_end_of(&pod));
+        assert!(!Link { kind: None, ..host }.is_other_end_of(&pod));
+    }
+}

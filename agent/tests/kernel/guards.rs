@@ -1,0 +1,186 @@
+//! The guards: what comes past the connect hooks, each seen from the far side as well, which shares the pod's network
+//! namespace here but not its cgroup.
+
+use std::{
+    io::Read as _,
+    net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket},
+    sync::Arc,
+    time::Duration,
+};
+
+use weir_agent::interception::{
+    listener::{Listener, Namespace, own_netns},
+    loader::{Kernel, Pinning},
+};
+use weir_common::kernel::{CgroupEntry, Class, KUBELET};
+
+use crate::world::{API4, Dial, OwnCgroup, OwnNetns, dial, load};
+
+const UDP: u8 = 17;
+const GRE: u8 = 47;
+const REFUSED: nix::Error = nix::Error::ECONNREFUSED;
+
+struct Scene {
+    kernel: Arc<Kernel>,
+    cgroup: OwnCgroup,
+    netns: OwnNetns,
+}
+
+impl Scene {
+    fn new(name: &str) -> Option<Self> {
+        let kernel = load(Pinning::Unpinned)?;
+        let (cgroup, netns) = (OwnCgroup::new(name), OwnNetns::new());
+        netns.take_address(API4.ip());
+        kernel.set_api_endpoint(API4, 0).unwrap();
+        kernel.attach(&cgroup.0).unwrap();
+        Some(Self { kernel, cgroup, netns })
+    }
+
+    fn classify(&self, class: Class, listener: Option<&Listener>) {
+        let entry = CgroupEntry {
+            listener_netns: listener.map_or(0, Listener::netns),
+            class: class as u32,
+            listener_port: listener.map_or(0, |listener| u32::from(listener.port())),
+        };
+        self.kernel.classify(self.cgroup.id(), entry).unwrap();
+    }
+
+    fn dial(&self, how: Dial) -> Result<(), nix::Error> {
+        dial(&self.cgroup.0, Some(&self.netns), how).map(|_| ())
+    }
+
+    fn listener(&self) -> Listener {
+        Listener::in_netns(Namespace::of_process(self.netns.pid()).unwrap()).unwrap()
+    }
+}
+
+#[tokio::test]
+async fn datagrams_and_raw_packets_to_an_api_server_do_not_leave_an_enrolled_pod() {
+    let Some(scene) = Scene::new("guard-raw") else { return };
+    let far = scene.netns.within(|| UdpSocket::bind(API4).unwrap());
+    far.set_nonblocking(true).unwrap();
+    let arrived = || {
+        let mut byte = [0; 64];
+        let mut count = 0;
+        while far.recv(&mut byte).is_ok() {
+            count += 1;
+        }
+        count
+    };
+    let ways = [Dial::Udp(API4), Dial::SendTo(API4), Dial::Raw(API4, UDP, 0)];
+    scene.classify(Class::Unselected, None);
+    for way in ways {
+        scene.dial(way).unwrap();
+    }
+    assert_eq!(arrived(), 2, "the far side hears what is sent (a connect sends nothing)");
+    for class in [Class::Enrolled, Class::Container] {
+        scene.classify(class, None);
+        assert_eq!(ways.map(|way| scene.dial(way)), [Err(REFUSED), Err(REFUSED), Err(nix::Error::EPERM)]);
+        // Whose port cannot be told: a later fragment, and a protocol without ports.
+        assert_eq!(scene.dial(Dial::Raw(API4, UDP, 185)), Err(nix::Error::EPERM));
+        assert_eq!(scene.dial(Dial::Raw(API4, GRE, 0)), Err(nix::Error::EPERM));
+        assert_eq!(arrived(), 0, "{class:?}");
+    }
+    assert_eq!(scene.kernel.counters().unwrap().guard_dropped, 6);
+    let pod = scene.kernel.pod_counters(scene.cgroup.id()).unwrap().unwrap();
+    assert_eq!((pod.guard_dropped, pod.protocol_refused), (6, 0), "counted for the pod");
+    // Other ports of the same address, and other addresses, are nobody's business.
+    let other = SocketAddr::new(API4.ip(), 53);
+    scene.dial(Dial::SendTo(other)).unwrap();
+    scene.dial(Dial::Raw(other, UDP, 0)).unwrap();
+    // Once enrolled with a listener, datagrams are refused for their protocol.
+    let listener = scene.listener();
+    scene.classify(Class::Enrolled, Some(&listener));
+    assert_eq!([Dial::Udp(API4), Dial::SendTo(API4)].map(|way| scene.dial(way)), [Err(REFUSED); 2]);
+    assert_eq!(scene.kernel.counters().unwrap().protocol_refused, 2);
+}
+
+#[tokio::test]
+async fn a_connection_from_before_enrolment_is_stalled() {
+    let Some(scene) = Scene::new("guard-old") else { return };
+    let far = scene.netns.within(|| TcpListener::bind(API4).unwrap());
+    scene.classify(Class::Unselected, None);
+    // A process of the cgroup connects, says one thing, and after a sign on its standard input another.
+    let script = format!(
+        "exec 3<>/dev/tcp/{}/{} && echo first >&3 && read line && echo second >&3 && read line",
+        API4.ip(),
+        API4.port()
+    );
+    let mut client = std::process::Command::new("nsenter")
+        .args(["-t", &scene.netns.pid().to_string(), "-n", "sh", "-c"])
+        .arg(format!("echo 0 > {}/cgroup.procs && exec bash -c '{script}'", scene.cgroup.0.display()))
+        .stdin(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let (mut stream, _) = far.accept().unwrap();
+    let mut line = [0; 6];
+    stream.read_exact(&mut line).unwrap();
+    assert_eq!(&line, b"first\n");
+    scene.classify(Class::Enrolled, None);
+    let mut sign = client.stdin.take().unwrap();
+    std::io::Write::write_all(&mut sign, b"go on\n").unwrap();
+    let dropped = || scene.kernel.counters().unwrap().guard_dropped > 0;
+    wait(dropped);
+    stream.set_nonblocking(true).unwrap();
+    let mut rest = [0; 1];
+    assert_eq!(stream.read(&mut rest).unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
+    client.kill().unwrap();
+    client.wait().unwrap();
+}
+
+fn wait(holds: impl Fn() -> bool) {
+    let deadline = std::time::Instant::now() + Duration::from_secs(20);
+    while !holds() {
+        assert!(std::time::Instant::now() < deadline, "nothing was dropped");
+        std::thread::yield_now();
+    }
+}
+
+#[tokio::test]
+async fn nobody_in_the_pod_takes_the_port_of_its_listener() {
+    let Some(scene) = Scene::new("guard-bind") else { return };
+    let listener = scene.listener();
+    scene.classify(Class::Enrolled, Some(&listener));
+    let port = listener.port();
+    drop(listener);
+    let addresses = [SocketAddr::from((Ipv4Addr::LOCALHOST, port)), SocketAddr::from(([0; 16], port))];
+    for address in addresses {
+        assert_eq!(scene.dial(Dial::Bind(address)), Err(nix::Error::EADDRINUSE), "{address}");
+    }
+    scene.dial(Dial::Bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))).unwrap();
+    assert_eq!(scene.kernel.counters().unwrap().bind_refused, 2);
+    let elsewhere = OwnNetns::new();
+    dial(&scene.cgroup.0, Some(&elsewhere), Dial::Bind(addresses[0])).unwrap();
+    scene.classify(Class::Unselected, None);
+    scene.dial(Dial::Bind(addresses[0])).unwrap();
+}
+
+#[tokio::test]
+async fn an_enrolled_pod_reaches_no_kubelet_and_keeps_its_own_loopback() {
+    let Some(scene) = Scene::new("guard-kubelet") else { return };
+    let kubelet = SocketAddr::new(API4.ip(), 10250);
+    let local = SocketAddr::from((Ipv4Addr::LOCALHOST, 10250));
+    for address in [kubelet, local] {
+        scene.kernel.set_api_endpoint(address, KUBELET).unwrap();
+    }
+    let _servers = scene.netns.within(|| [kubelet, local].map(|address| TcpListener::bind(address).unwrap()));
+    let listener = scene.listener();
+    scene.classify(Class::Unselected, None);
+    scene.dial(Dial::Tcp(kubelet)).unwrap();
+    scene.classify(Class::Enrolled, Some(&listener));
+    assert_eq!(scene.dial(Dial::Tcp(kubelet)), Err(REFUSED));
+    assert_eq!(scene.dial(Dial::Raw(kubelet, 6, 0)), Err(nix::Error::EPERM));
+    scene.dial(Dial::Tcp(local)).unwrap();
+    assert_eq!(scene.kernel.counters().unwrap().denied_kubelet, 1);
+
+    // In the host's network namespace the loopback address is the node's, by all of its names.
+    let host = own_netns().unwrap();
+    scene.kernel.set_settings(host, 1).unwrap();
+    let in_host = |address: Ipv4Addr| {
+        dial(&scene.cgroup.0, None, Dial::Tcp(SocketAddr::from((address, 10250)))).map(|_| ())
+    };
+    for address in [Ipv4Addr::LOCALHOST, Ipv4Addr::new(127, 5, 5, 5), Ipv4Addr::UNSPECIFIED] {
+        assert_eq!(in_host(address), Err(REFUSED), "{address}");
+    }
+    assert_eq!(scene.kernel.counters().unwrap().denied_kubelet, 4, "by the hook, not for lack of a server");
+}

@@ -1,0 +1,249 @@
+//! Where an IP packet goes, read from its first bytes: what the guards judge by.
+//!
+//! Sans-IO and without memory of its own: the kernel programs read from a socket buffer, tests and fuzzing from a
+//! slice. A packet whose port cannot be told (a later fragment, a protocol without ports, a header that ends too
+//! early) has port [`PORT_UNKNOWN`]: the guards take that for any port. Only what cannot open a conversation with
+//! an API server is left out: ICMP other than echo requests, which neighbour discovery and path MTU need.
+
+use crate::kernel::Address;
+
+/// Stands for every port: the packet does not say which.
+pub const PORT_UNKNOWN: u32 = 0;
+
+/// Most IPv6 extension headers that are passed over; behind more of them the port counts as unknown.
+const EXTENSIONS_MAX: u32 = 8;
+
+const TCP: u8 = 6;
+const UDP: u8 = 17;
+const DCCP: u8 = 33;
+const SCTP: u8 = 132;
+const UDP_LITE: u8 = 136;
+const ICMP: u8 = 1;
+const ICMP6: u8 = 58;
+/// Type of an echo request in ICMP.
+const ECHO: u8 = 8;
+/// Type of an echo request in ICMPv6.
+const ECHO6: u8 = 128;
+/// Extension headers (RFC 8200): hop-by-hop options, routing, fragment, authentication, destination options,
+/// and those of RFC 7045's list that have the common length field.
+const HOP_BY_HOP: u8 = 0;
+const ROUTING: u8 = 43;
+const FRAGMENT: u8 = 44;
+const AUTHENTICATION: u8 = 51;
+const DESTINATION_OPTIONS: u8 = 60;
+const MOBILITY: u8 = 135;
+const HIP: u8 = 139;
+const SHIM6: u8 = 140;
+
+/// Bytes of a packet from its network header on.
+pub trait Packet {
+    /// `N` bytes at this offset; none if the packet ends before.
+    fn bytes<const N: usize>(&self, offset: u32) -> Option<[u8; N]>;
+}
+
+impl Packet for &[u8] {
+    fn bytes<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
+        let start = usize::try_from(offset).ok()?;
+        self.get(start..start.checked_add(N)?)?.try_into().ok()
+    }
+}
+
+/// Where a packet goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Destination {
+    /// To this address; the port (host order) is found out by [`port`] only if the address is of interest.
+    Address {
+        /// Network order; IPv4 as v4-mapped IPv6.
+        address: Address,
+        /// Where to read on.
+        transport: Transport,
+    },
+    /// The header names only the next station of its way (IPv6 routing header): it may go anywhere.
+    Hidden,
+    /// No IP packet, or none that could open a conversation.
+    None,
+}
+
+/// The header behind the network header.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Transport {
+    /// IP protocol number; 255 (reserved) where a fragment hides it.
+    protocol: u8,
+    /// Offset from the network header, bytes.
+    offset: u32,
+}
+
+/// Protocol number that no packet can bear (reserved by IANA).
+const RESERVED: u8 = 255;
+
+/// Reads the network header.
+#[inline(always)]
+pub fn destination(packet: &impl Packet) -> Destination {
+    match packet.bytes::<1>(0) {
+        Some([first]) if first >> 4 == 4 => destination4(packet, first),
+        Some([first]) if first >> 4 == 6 => destination6(packet),
+        _ => Destination::None,
+    }
+}
+
+#[inline(always)]
+fn destination4(packet: &impl Packet, first: u8) -> Destination {
+    // Version and length, service, total length, id, fragment, time to live, protocol, checksum, source, destination.
+    let Some(header) = packet.bytes::<20>(0) else { return Destination::None };
+    let fragment_offset = u16::from_be_bytes([header[6], header[7]]) & 0x1fff;
+    let transport = Transport {
+        protocol: if fragment_offset == 0 { header[9] } else { RESERVED },
+        offset: u32::from(first & 0xf) * 4,
+    };
+    let address = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, header[16], header[17], header[18], header[19]];
+    Destination::Address { address, transport }
+}
+
+#[inline(always)]
+fn destination6(packet: &impl Packet) -> Destination {
+    // Version, class and label, payload length, next header, hop limit, source, destination.
+    let (Some([mut next]), Some(address)) = (packet.bytes::<1>(6), packet.bytes::<16>(24)) else {
+        return Destination::None;
+    };
+    let mut offset = 40;
+    for _ in 0..EXTENSIONS_MAX {
+        let length = match next {
+            HOP_BY_HOP | DESTINATION_OPTIONS | MOBILITY | HIP | SHIM6 | AUTHENTICATION | FRAGMENT => 4,
+            ROUTING => return Destination::Hidden,
+            _ => 0,
+        };
+        if length == 0 {
+            return Destination::Address { address, transport: Transport { protocol: next, offset } };
+        }
+        let Some(header) = packet.bytes::<4>(offset) else { break };
+        if next == FRAGMENT && u16::from_be_bytes([header[2], header[3]]) & 0xfff8 != 0 {
+            break;
+        }
+        offset += match next {
+            FRAGMENT => 8,
+            AUTHENTICATION => (u32::from(header[1]) + 2) * 4,
+            _ => (u32::from(header[1]) + 1) * 8,
+        };
+        next = header[0];
+    }
+    Destination::Address { address, transport: Transport { protocol: RESERVED, offset } }
+}
+
+/// The port of a packet, host order; [`PORT_UNKNOWN`] if it does not say; none if it is of a kind that cannot open a
+/// conversation.
+#[inline(always)]
+pub fn port(packet: &impl Packet, transport: Transport) -> Option<u32> {
+    match transport.protocol {
+        TCP | UDP | UDP_LITE | SCTP | DCCP => match packet.bytes::<2>(transport.offset + 2) {
+            Some(port) => Some(u32::from(u16::from_be_bytes(port))),
+            None => Some(PORT_UNKNOWN),
+        },
+        ICMP | ICMP6 => {
+            let echo = if transport.protocol == ICMP { ECHO } else { ECHO6 };
+            match packet.bytes::<1>(transport.offset) {
+                Some([kind]) if kind != echo => None,
+                _ => Some(PORT_UNKNOWN),
+            }
+        }
+        _ => Some(PORT_UNKNOWN),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Destination, PORT_UNKNOWN, Packet as _, destination, port};
+
+    const MAPPED: [u8; 16] = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 192, 0, 2, 1];
+    const ADDRESS6: [u8; 16] = [0x20, 1, 0xd, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1];
+
+    fn packet4(protocol: u8, fragment: u16, options: usize, transport: &[u8]) -> Vec<u8> {
+        let mut packet = vec![0; 20 + options];
+        packet[0] = 0x40 | u8::try_from((20 + options) / 4).expect("a length");
+        packet[6..8].copy_from_slice(&fragment.to_be_bytes());
+        packet[9] = protocol;
+        packet[16..20].copy_from_slice(&[192, 0, 2, 1]);
+        packet.extend_from_slice(transport);
+        packet
+    }
+
+    fn packet6(next: u8, rest: &[u8]) -> Vec<u8> {
+        let mut packet = vec![0; 40];
+        packet[0] = 0x60;
+        packet[6] = next;
+        packet[24..40].copy_from_slice(&ADDRESS6);
+        packet.extend_from_slice(rest);
+        packet
+    }
+
+    /// The address, and the port if the packet could open a conversation.
+    fn read(packet: &[u8]) -> Option<([u8; 16], Option<u32>)> {
+        match destination(&packet) {
+            Destination::Address { address, transport } => Some((address, port(&packet, transport))),
+            Destination::Hidden | Destination::None => None,
+        }
+    }
+
+    /// Source port 1, destination port 443.
+    const PORTS: [u8; 4] = [0, 1, 1, 187];
+
+    #[test]
+    fn every_protocol_with_ports_is_read_behind_options_as_well() {
+        for protocol in [6, 17, 33, 132, 136] {
+            for options in [0, 4, 40] {
+                assert_eq!(read(&packet4(protocol, 0, options, &PORTS)), Some((MAPPED, Some(443))));
+            }
+            assert_eq!(read(&packet6(protocol, &PORTS)), Some((ADDRESS6, Some(443))));
+        }
+    }
+
+    #[test]
+    fn what_does_not_say_its_port_counts_for_every_port() {
+        let unknown = Some((MAPPED, Some(PORT_UNKNOWN)));
+        assert_eq!(read(&packet4(6, 0x2001, 0, &PORTS)), unknown, "a later fragment");
+        assert_eq!(read(&packet4(1, 1, 0, &[0; 8])), unknown, "a later fragment, of whatever it is");
+        assert_eq!(read(&packet4(6, 0x2000, 0, &PORTS)), Some((MAPPED, Some(443))), "the first fragment");
+        assert_eq!(read(&packet4(6, 0, 0, &PORTS[..3])), unknown, "too short");
+        for protocol in [4, 41, 47, 50, 255] {
+            assert_eq!(read(&packet4(protocol, 0, 0, &PORTS)), unknown, "{protocol}");
+        }
+        let fragment = [6, 0, 0, 8, 0, 0, 0, 0, 0, 1, 1, 187];
+        assert_eq!(read(&packet6(44, &fragment)), Some((ADDRESS6, Some(PORT_UNKNOWN))));
+    }
+
+    #[test]
+    fn an_echo_request_counts_and_other_icmp_does_not() {
+        assert_eq!(read(&packet4(1, 0, 0, &[8, 0])), Some((MAPPED, Some(PORT_UNKNOWN))));
+        assert_eq!(read(&packet4(1, 0, 0, &[3, 4])), Some((MAPPED, None)), "fragmentation needed");
+        assert_eq!(read(&packet6(58, &[128, 0])), Some((ADDRESS6, Some(PORT_UNKNOWN))));
+        assert_eq!(read(&packet6(58, &[135, 0])), Some((ADDRESS6, None)), "neighbour solicitation");
+    }
+
+    #[test]
+    fn extension_headers_hide_neither_port_nor_protocol() {
+        let hop_by_hop = [60, 0, 0, 0, 0, 0, 0, 0];
+        let options = [51, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+        let authentication = [44, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+        let first_fragment = [6, 0, 0, 1, 0, 0, 0, 0];
+        let rest = [&hop_by_hop[..], &options, &authentication, &first_fragment, &PORTS].concat();
+        assert_eq!(read(&packet6(0, &rest)), Some((ADDRESS6, Some(443))));
+        let endless = [[60, 0, 0, 0, 0, 0, 0, 0]; 12].concat();
+        assert_eq!(read(&packet6(60, &endless)), Some((ADDRESS6, Some(PORT_UNKNOWN))));
+    }
+
+    #[test]
+    fn a_routing_header_hides_where_it_goes() {
+        let rest = [6, 2, 0, 1, 0, 0, 0, 0];
+        assert_eq!(destination(&&packet6(43, &rest)[..]), Destination::Hidden);
+        let behind = [&[43, 0, 0, 0, 0, 0, 0, 0][..], &rest].concat();
+        assert_eq!(destination(&&packet6(60, &behind)[..]), Destination::Hidden);
+    }
+
+    #[test]
+    fn what_is_no_whole_ip_header_goes_nowhere() {
+        for bytes in [&[][..], &[0x45; 19], &[0x60; 39], &[0x55; 60]] {
+            assert_eq!(destination(&bytes), Destination::None);
+        }
+        assert_eq!((&[1_u8, 2][..]).bytes::<2>(1), None);
+        assert_eq!((&[1_u8, 2][..]).bytes::<2>(u32::MAX), None);
+    }
+}

@@ -1,0 +1,185 @@
+//! The guards: packets to the API set that came past the other hooks, whatever made them.
+//!
+//! `cgroup_skb/egress` judges by the socket's cgroup (raw sockets, sockets that changed hands, connections from
+//! before enrolment); the program at the host's end of a pod's interface by the pod behind it (packet sockets, tun
+//! devices, nested network namespaces). Legitimate connections of an enrolled pod bear the listener's address and
+//! meet neither.
+
+use aya_ebpf::{
+    bindings::{__sk_buff, TC_ACT_SHOT, TC_ACT_UNSPEC, bpf_hdr_start_off::BPF_HDR_START_NET, bpf_sock},
+    helpers::generated::{
+        bpf_ktime_get_boot_ns, bpf_sk_ancestor_cgroup_id, bpf_sk_cgroup_id, bpf_sk_fullsock,
+        bpf_skb_load_bytes_relative,
+    },
+};
+use weir_common::{
+    kernel::{ApiEndpoint, Class, Counter, FlowRecord, NoticeKind, REPORT_INTERVAL_NS},
+    packet::{self, Destination, PORT_UNKNOWN, Packet},
+    verdict::guard_passes,
+};
+
+use crate::{API_SET, INTERFACES, PROCEED, REJECT, REPORTED, class, socket};
+
+/// EtherTypes that carry an IP packet further in, where its destination is not read: VLAN and double VLAN tags,
+/// MPLS, PPPoE. Pods have no use for them, so the guard at an interface lets none through.
+const WRAPPING: [u16; 5] = [0x8100, 0x88a8, 0x8847, 0x8848, 0x8864];
+
+/// A socket buffer, read from its network header on.
+struct Buffer(*mut __sk_buff);
+
+impl Packet for Buffer {
+    #[inline(always)]
+    fn bytes<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
+        let mut bytes = [0_u8; N];
+        // SAFETY: the context is valid while the program runs; the helper writes N bytes or fails.
+        let result = unsafe {
+            bpf_skb_load_bytes_relative(
+                self.0.cast(),
+                offset,
+                bytes.as_mut_ptr().cast(),
+                N as u32,
+                BPF_HDR_START_NET,
+            )
+        };
+        (result == 0).then_some(bytes)
+    }
+}
+
+/// The entry of the API set that a packet goes to, and its cluster; a hidden destination counts as one.
+#[inline(always)]
+fn target(buffer: &Buffer) -> Option<(ApiEndpoint, u32)> {
+    let (address, transport) = match packet::destination(buffer) {
+        Destination::Address { address, transport } => (address, transport),
+        Destination::Hidden => return Some((socket::NO_ENDPOINT, 0)),
+        Destination::None => return None,
+    };
+    let any = ApiEndpoint { address, port: PORT_UNKNOWN };
+    // SAFETY: values are single words.
+    let cluster = *unsafe { API_SET.get(&any) }?;
+    match packet::port(buffer, transport)? {
+        PORT_UNKNOWN => Some((any, cluster)),
+        port => {
+            let endpoint = ApiEndpoint { address, port };
+            // SAFETY: as above.
+            unsafe { API_SET.get(&endpoint) }.map(|cluster| (endpoint, *cluster))
+        }
+    }
+}
+
+#[inline(always)]
+pub(crate) fn egress(skb: *mut __sk_buff) -> i32 {
+    let Some((original, cluster)) = target(&Buffer(skb)) else { return PROCEED };
+    // SAFETY: the context is valid while the program runs; the helper takes null.
+    let sock: *mut bpf_sock = unsafe {
+        let sock = (*skb).__bindgen_anon_2.sk;
+        if sock.is_null() { sock } else { bpf_sk_fullsock(sock) }
+    };
+    if sock.is_null() {
+        // The kernel runs this hook for full sockets only; should that change, nothing unjudged passes.
+        class::count(Counter::GuardDropped, 0);
+        return REJECT;
+    }
+    let nearest = class::nearest_of(|level| {
+        // SAFETY: not null, and the verifier knows it for a full socket.
+        unsafe { bpf_sk_ancestor_cgroup_id(sock.cast(), level) }
+    });
+    // SAFETY: as above.
+    let state = unsafe { socket::storage(sock.cast(), None) };
+    // A socket from before the programs were attached has no storage: its cgroup alone decides.
+    let host_netns = match &state {
+        Some(state) => class::in_host_netns(state.flow.netns),
+        None => true,
+    };
+    if !host_netns && socket::is_loopback(&original.address) {
+        // The loopback address of a pod's own network namespace is no server of the node.
+        return PROCEED;
+    }
+    let passes = match nearest {
+        Some(nearest) => match Class::from_number(nearest.entry.class) {
+            Some(class) => guard_passes(Some(class), host_netns),
+            None => false,
+        },
+        None => guard_passes(None, host_netns),
+    };
+    if passes {
+        return PROCEED;
+    }
+    let pod_cgroup = match nearest {
+        Some(nearest) => nearest.id,
+        None => 0,
+    };
+    class::count(Counter::GuardDropped, pod_cgroup);
+    let (netns, tgid, uid) = match &state {
+        Some(state) => (state.flow.netns, state.flow.tgid, state.flow.uid),
+        None => (0, 0, 0),
+    };
+    // SAFETY: as above.
+    let (cgroup, protocol) = unsafe { (bpf_sk_cgroup_id(sock.cast()), (*sock).protocol) };
+    if let Some(now) = may_report(cgroup) {
+        let flow = FlowRecord {
+            original,
+            cluster,
+            cgroup,
+            pod_cgroup,
+            netns,
+            connected_boottime_ns: now,
+            tgid,
+            uid,
+        };
+        class::report(NoticeKind::GuardDropped, protocol, &flow);
+    }
+    REJECT
+}
+
+#[inline(always)]
+pub(crate) fn interface(skb: *mut __sk_buff) -> i32 {
+    // SAFETY: the context is valid while the program runs.
+    let (index, ether_type) = unsafe { ((*skb).ingress_ifindex, u16::from_be((*skb).protocol as u16)) };
+    let wrapped = WRAPPING.contains(&ether_type);
+    let found = if wrapped { Some((socket::NO_ENDPOINT, 0)) } else { target(&Buffer(skb)) };
+    let Some((original, cluster)) = found else { return TC_ACT_UNSPEC };
+    // SAFETY: values are single words.
+    let pod_cgroup = match unsafe { INTERFACES.get(&index) } {
+        Some(cgroup) => *cgroup,
+        None => 0,
+    };
+    // Unlike a socket, an interface has one owner: only what is said of that very pod counts, and a pod that is not
+    // known (any more) gets nothing through.
+    if let Some(entry) = class::entry(pod_cgroup)
+        && let Some(class) = Class::from_number(entry.class)
+        && guard_passes(Some(class), false)
+    {
+        return TC_ACT_UNSPEC;
+    }
+    class::count(Counter::InterfaceDropped, pod_cgroup);
+    if let Some(now) = may_report(u64::from(index)) {
+        let flow = FlowRecord {
+            original,
+            cluster,
+            cgroup: pod_cgroup,
+            pod_cgroup,
+            netns: 0,
+            connected_boottime_ns: now,
+            tgid: 0,
+            uid: 0,
+        };
+        class::report(NoticeKind::InterfaceDropped, u32::from(ether_type), &flow);
+    }
+    TC_ACT_SHOT as i32
+}
+
+/// Now, if nothing was reported under this key for a while.
+#[inline(always)]
+fn may_report(key: u64) -> Option<u64> {
+    // SAFETY: no arguments.
+    let now = unsafe { bpf_ktime_get_boot_ns() };
+    // SAFETY: values are single words.
+    if let Some(last) = unsafe { REPORTED.get(&key) }
+        && now.wrapping_sub(*last) < REPORT_INTERVAL_NS
+    {
+        return None;
+    }
+    // That it does not fit only means that the next packet may be reported as well.
+    let _ = REPORTED.insert(&key, &now, 0);
+    Some(now)
+}
