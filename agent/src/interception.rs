@@ -28,3 +28,4 @@ pub mod pod;
 pub mod process;
 mod report;
 pub mod run;
+mod sockets;

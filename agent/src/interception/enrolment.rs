@@ -26,6 +26,7 @@ use super::{
     listener::{Listener, ListenerError, Namespace},
     loader::KernelError,
     namespace::{self, NamespaceId},
+    sockets,
 };
 use crate::config::Mode;
 
@@ -235,8 +236,13 @@ impl Enrolment {
             former.retain(|end| !pod.guarded.contains(end));
             kernel.forget_interfaces(&former)?;
         }
+        let file = match &namespace.0 {
+            Namespace::Own => None,
+            Namespace::Of(file) => Some(file.try_clone().map_err(EnrolError::Interfaces)?),
+        };
         let listener = blocking(move || Listener::in_netns(namespace.0)).await??;
         kernel.classify(folder.cgroup, entry(Class::Enrolled, Some(&listener)))?;
+        end_direct_connections(&self.settings.sink, folder, &pod.tenant, file).await?;
         tracing::info!(pod = %name(&pod.tenant.borrow()), port = listener.port(), "pod is enrolled");
         let end = self.cancellation.child_token();
         let serve = accept::serve(listener, pod.tenant.subscribe(), self.settings.sink.clone(), end.clone());
@@ -280,6 +286,45 @@ async fn guard_interfaces(
         sink.recorder.finding(None, Some(&tenant.unproven(None)), "unguardedInterface", &message);
     }
     Ok(found.guardable)
+}
+
+/// Ends the pod's connections to the API set from before it was enrolled. The guard stalls them already; ended, the
+/// client connects anew and is redirected.
+async fn end_direct_connections(
+    sink: &Sink,
+    folder: &PodFolder,
+    tenant: &watch::Sender<Arc<Tenant>>,
+    namespace: Option<std::fs::File>,
+) -> Result<(), EnrolError> {
+    let servers = sink.kernel.api_endpoints()?;
+    let path = folder.path.clone();
+    let ended = blocking(move || {
+        // In the host's network namespace are others' connections as well.
+        let own = namespace.is_none().then(|| sockets::cgroups_of(&path));
+        sockets::destroy(namespace.as_ref(), |connection| {
+            let its_own = match &own {
+                None => true,
+                Some(own) => connection.cgroup.is_some_and(|cgroup| own.contains(&cgroup)),
+            };
+            its_own && servers.contains_key(&connection.peer)
+        })
+    })
+    .await?;
+    match ended {
+        Ok(0) => {}
+        Ok(count) => {
+            let tenant = tenant.borrow().clone();
+            tracing::info!(pod = %name(&tenant), count, "ended connections from before the enrolment");
+            let message =
+                format!("ended {count} connections to API servers that the pod made before it was enrolled");
+            sink.recorder.finding(None, Some(&tenant.unproven(None)), "directConnectionsEnded", &message);
+        }
+        // Stalled they are harmless; only their clients wait longer.
+        Err(error) => {
+            tracing::warn!(pod = %name(&tenant.borrow()), %error, "cannot end connections from before the enrolment; they are stalled (does the kernel have CONFIG_INET_DIAG_DESTROY?)");
+        }
+    }
+    Ok(())
 }
 
 /// Why one pod cannot be enrolled now.

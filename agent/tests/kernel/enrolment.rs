@@ -3,6 +3,8 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
+    io::{Read as _, Write as _},
+    net::{SocketAddr, TcpListener, TcpStream},
     sync::Arc,
     time::Duration,
 };
@@ -176,5 +178,33 @@ async fn a_pod_in_the_hosts_network_is_known_by_its_cgroup() {
         assert_eq!(accepted.caller.pod.as_ref().unwrap().uid, uid);
     }
     drop(pods);
+    node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_pod_connected_before_it_was_enrolled_is_ended_and_nothing_else() {
+    let Some(node) = Node::start("before") else { return };
+    let uid = "0b5e2f6a-3c1d-4e5f-8a9b-0c1d2e3f4a5b";
+    let pod = node.kubepods.below(&format!("pod{uid}"));
+    let sandbox = OwnNetns::new();
+    sandbox.take_address(API4.ip());
+    pod.take(sandbox.pid());
+    node.know(&[known(uid, None, false)]);
+    let mut ready = node.ready.clone();
+    ready.wait_for(|ready| *ready).await.unwrap();
+    let other = SocketAddr::new(API4.ip(), 80);
+    let [api, other] = [API4, other].map(|address| {
+        let server = sandbox.within(|| TcpListener::bind(address).unwrap());
+        let client = sandbox.within(|| TcpStream::connect(address).unwrap());
+        (server, client)
+    });
+    node.know(&[known(uid, Some(Mode::Enforce), false)]);
+    // It blocks until the connection is ended.
+    let error = tokio::task::spawn_blocking(move || (&api.1).read(&mut [0]).unwrap_err()).await.unwrap();
+    assert_eq!(error.kind(), std::io::ErrorKind::ConnectionAborted);
+    (&other.1).write_all(b"x").unwrap();
+    let (mut accepted, _) = other.0.accept().unwrap();
+    accepted.read_exact(&mut [0]).unwrap();
+    drop((sandbox, pod));
     node.stop().await;
 }
