@@ -55,11 +55,12 @@ pub(super) fn of_pod(pod: &File) -> io::Result<Interfaces> {
     for link in links {
         match link.role() {
             Role::Internal => {}
-            Role::Veth(other) => match link_at(&host, other)?.filter(|end| end.is_other_end_of(&link)) {
-                Some(end) => interfaces.guardable.push(HostEnd { index: end.index, name: end.name }),
-                // Its other end is in another namespace: whatever it sends comes through that one's interfaces.
-                None => {}
-            },
+            Role::Veth(other) => {
+                // Without one here its other end is in another namespace, and what it sends comes through that one's
+                // interfaces.
+                let end = link_at(&host, other)?.filter(|end| end.is_other_end_of(&link));
+                interfaces.guardable.extend(end.map(|end| HostEnd { index: end.index, name: end.name }));
+            }
             Role::Direct => interfaces.unguarded.push(link.name),
         }
     }
