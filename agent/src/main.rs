@@ -14,7 +14,7 @@ use weir_agent::{
     config::{self, Config},
     doctor::{self, DoctorOptions},
     exec::{self, ExecOptions},
-    interception::{attach, loader, pinned},
+    interception::{attach, cgroup, loader, pinned, quarantine},
 };
 
 /// Makes the pods of a Kubernetes node act through a recording gateway.
@@ -75,6 +75,18 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Cut a pod of this node off: its new connections, to anywhere, are refused at once, its open ones ended.
+    Quarantine {
+        /// The pod, as NAMESPACE/NAME or by UID (see `status`).
+        #[arg(value_name = "POD")]
+        pod: String,
+        /// Let it connect again.
+        #[arg(long)]
+        lift: bool,
+        /// As JSON.
+        #[arg(long)]
+        json: bool,
+    },
     /// Remove every pin: the kernel programs detach, and nothing is intercepted any more.
     Uninstall,
 }
@@ -86,6 +98,7 @@ fn main() -> ExitCode {
             finish(run(&config))
         }
         Command::Status { json } => finish(status(json)),
+        Command::Quarantine { pod, lift, json } => finish(set_quarantine(&pod, lift, json)),
         Command::Uninstall => finish(uninstall()),
         Command::Exec { config, kubeconfig, journal, quiet, command } => {
             log_to_stderr("warn", false);
@@ -140,6 +153,24 @@ fn status(json: bool) -> anyhow::Result<()> {
         println!("{}", serde_json::to_string_pretty(&state)?);
     } else {
         println!("{state}");
+    }
+    Ok(())
+}
+
+#[expect(clippy::print_stdout, reason = "says what was done")]
+fn set_quarantine(pod: &str, lift: bool, json: bool) -> anyhow::Result<()> {
+    let pins = loader::pin_folder();
+    let done = if lift {
+        quarantine::lift(&pins, pod)?
+    } else {
+        quarantine::begin(&pins, &cgroup::mount_point()?, pod)?
+    };
+    if json {
+        println!("{}", serde_json::to_string_pretty(&done)?);
+    } else if lift {
+        println!("{} is out of quarantine", done.pod);
+    } else {
+        println!("{} is in quarantine; {} open connections were ended", done.pod, done.connections_ended);
     }
     Ok(())
 }

@@ -186,10 +186,12 @@ pub mod maps {
     pub const INTERFACES: &str = "INTERFACES";
     /// Hash of the ids of the cgroups in quarantine (`u64`) → since when, in ns since boot (`u64`).
     pub const QUARANTINE: &str = "QUARANTINE";
+    /// Hash of cgroup id (`u64`) → [`PodName`](super::PodName): for people, the programs do not read it.
+    pub const PODS: &str = "PODS";
     /// LRU hash of cgroup id or interface index (`u64`) → time of a guard's last notice, in ns since boot (`u64`).
     pub const REPORTED: &str = "REPORTED";
     /// All of them.
-    pub const ALL: [&str; 11] = [
+    pub const ALL: [&str; 12] = [
         API_SET,
         CGROUPS,
         FLOWS,
@@ -200,6 +202,7 @@ pub mod maps {
         POD_COUNTERS,
         INTERFACES,
         QUARANTINE,
+        PODS,
         REPORTED,
     ];
 }
@@ -368,6 +371,19 @@ pub enum Counter {
 /// Number of [`Counter`]s.
 pub const COUNTERS: u32 = 15;
 
+/// Names of the pod that a cgroup is of, UTF-8, filled up with zeros. A Kubernetes namespace has up to 63 bytes, a
+/// pod's name up to 253, a UID 36.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PodName {
+    /// Namespace.
+    pub namespace: [u8; 64],
+    /// Name.
+    pub name: [u8; 256],
+    /// UID.
+    pub uid: [u8; 64],
+}
+
 /// The counters of one pod, indexed by [`Counter`].
 pub type PodCounters = [u64; COUNTERS as usize];
 
@@ -380,11 +396,12 @@ const _: () = {
     assert!(size_of::<Notice>() == 72);
     assert!(size_of::<SocketState>() == 72);
     assert!(size_of::<Settings>() == 16);
+    assert!(size_of::<PodName>() == 384);
 };
 
 #[cfg(feature = "user")]
 mod pod {
-    use super::{ApiEndpoint, CgroupEntry, FlowKey, FlowRecord, Notice, Settings};
+    use super::{ApiEndpoint, CgroupEntry, FlowKey, FlowRecord, Notice, PodName, Settings};
     // SAFETY: all are repr(C), made of integers only, and without padding (the sizes are asserted above).
     unsafe impl aya::Pod for ApiEndpoint {}
     // SAFETY: as above.
@@ -397,4 +414,6 @@ mod pod {
     unsafe impl aya::Pod for Notice {}
     // SAFETY: as above.
     unsafe impl aya::Pod for Settings {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for PodName {}
 }

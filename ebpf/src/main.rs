@@ -26,7 +26,7 @@ use aya_ebpf::{
 };
 use weir_common::kernel::{
     API_ENDPOINTS_MAX, ApiEndpoint, CGROUPS_MAX, COUNTERS as COUNTERS_MAX, CgroupEntry, FLOWS_MAX, FlowKey,
-    FlowRecord, INTERFACES_MAX, NOTICES_BYTES, PodCounters, REPORTED_MAX, Settings, SocketState,
+    FlowRecord, INTERFACES_MAX, NOTICES_BYTES, PodCounters, PodName, REPORTED_MAX, Settings, SocketState,
 };
 
 // Not allocated ahead: small clusters need a hundredth of it.
@@ -58,6 +58,10 @@ static INTERFACES: HashMap<u32, u64> = HashMap::with_max_entries(INTERFACES_MAX,
 
 #[map]
 static QUARANTINE: HashMap<u64, u64> = HashMap::with_max_entries(CGROUPS_MAX, 0);
+
+// Not read here: it keeps the names with what they name, whatever becomes of the agent.
+#[map]
+static PODS: HashMap<u64, PodName> = HashMap::with_max_entries(CGROUPS_MAX, BPF_F_NO_PREALLOC);
 
 #[map]
 static REPORTED: LruHashMap<u64, u64> = LruHashMap::with_max_entries(REPORTED_MAX, 0);

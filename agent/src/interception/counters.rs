@@ -6,7 +6,10 @@ use aya::{
 };
 use weir_common::kernel::{COUNTERS, Counter, PodCounters, maps};
 
-use super::loader::{Kernel, KernelError, lock};
+use super::{
+    loader::{Kernel, KernelError},
+    maps::lock,
+};
 
 /// Sums of the kernel's counters over all CPUs.
 #[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]

@@ -14,7 +14,7 @@ use tokio::{sync::watch, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 use weir_common::{
     event::Pod,
-    kernel::{CgroupEntry, Class},
+    kernel::{CgroupEntry, Class, PodName},
 };
 
 use super::{
@@ -52,6 +52,8 @@ pub(super) struct Enrolment {
     attached: HashSet<u64>,
     /// Other cgroups that are classified.
     runtimes: HashSet<u64>,
+    /// Cgroups in quarantine that are reported.
+    quarantined: HashSet<u64>,
     /// Whether entries of a former process have been looked through.
     reconciled: bool,
     tenants: watch::Sender<Arc<HashMap<u64, Arc<Tenant>>>>,
@@ -88,6 +90,7 @@ impl Enrolment {
             pods: HashMap::new(),
             attached: HashSet::new(),
             runtimes: HashSet::new(),
+            quarantined: HashSet::new(),
             reconciled: false,
             tenants,
             serving: JoinSet::new(),
@@ -118,8 +121,32 @@ impl Enrolment {
                 self.reconciled = true;
             }
         }
+        self.report_quarantine()?;
         self.publish();
         Ok(waiting)
+    }
+
+    /// Records which pods were put into quarantine, or let out, since the last time.
+    fn report_quarantine(&mut self) -> Result<(), KernelError> {
+        let sink = &self.settings.sink;
+        let now = sink.kernel.quarantined()?;
+        for (cgroups, finding, message) in [
+            (
+                now.difference(&self.quarantined),
+                "quarantined",
+                "the pod is in quarantine: it connects nowhere until `weir-agent quarantine --lift`",
+            ),
+            (self.quarantined.difference(&now), "quarantineLifted", "the pod is out of quarantine"),
+        ] {
+            for pod in cgroups.filter_map(|cgroup| self.pods.get(cgroup)) {
+                let tenant = pod.tenant.borrow().clone();
+                tracing::warn!(pod = %name(&tenant), message);
+                sink.recorder.finding(None, Some(&tenant.unproven(None)), finding, message);
+            }
+        }
+        // One that is not known yet is reported when it is.
+        self.quarantined = now.into_iter().filter(|cgroup| self.pods.contains_key(cgroup)).collect();
+        Ok(())
     }
 
     /// Checks that the programs are still pinned.
@@ -199,6 +226,7 @@ impl Enrolment {
         let changed = self.pods.get(&folder.cgroup).is_none_or(|pod| pod.class != class);
         if changed {
             // An enrolled pod is denied until its listener is there; another one's listener ends after its entry.
+            kernel.name_pod(folder.cgroup, pod_name(known))?;
             kernel.classify(folder.cgroup, entry(class, None))?;
             let host_network = known.host_network;
             let (sender, _) = watch::channel(tenant.clone());
@@ -367,6 +395,21 @@ fn tenant(folder: &PodFolder, known: &KnownPod) -> Tenant {
             intent: known.intent.clone(),
         }),
         containers: known.containers.clone(),
+    }
+}
+
+/// The names as the kernel's map has them.
+fn pod_name(known: &KnownPod) -> PodName {
+    fn filled<const N: usize>(text: &str) -> [u8; N] {
+        let mut bytes = [0; N];
+        let length = text.len().min(N);
+        bytes[..length].copy_from_slice(&text.as_bytes()[..length]);
+        bytes
+    }
+    PodName {
+        namespace: filled(&known.namespace),
+        name: filled(&known.name),
+        uid: filled(known.uid.as_str()),
     }
 }
 

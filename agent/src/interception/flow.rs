@@ -7,7 +7,10 @@ use aya::maps::{MapData, RingBuf};
 use tokio::io::{Interest, unix::AsyncFd};
 use weir_common::kernel::{FlowKey, FlowRecord, Notice};
 
-use super::loader::{Kernel, address, notice, socket_address};
+use super::{
+    loader::Kernel,
+    maps::{address, notice, socket_address},
+};
 
 /// Oldest flow that may still be accepted. What a connection that never arrived has left must not vouch for a
 /// later one from the same port; one that has waited longer in the listener's queue has lost its client.

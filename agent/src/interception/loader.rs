@@ -1,14 +1,12 @@
-//! The kernel programs and maps: loading them, checking their layouts, writing and reading the maps.
+//! The kernel programs and maps: loading them and checking their layouts.
 //!
-//! What is attached where is in `attach`, flows are in `flow`. Which pods and addresses there are is not known
-//! here.
+//! What is attached where is in `attach`, what the maps say in `maps`, flows are in `flow`. Which pods and addresses
+//! there are is not known here.
 
 use std::{
-    collections::HashMap as StdHashMap,
     fmt, fs, io,
-    net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
-    sync::{Mutex, PoisonError},
+    sync::Mutex,
 };
 
 use aya::{
@@ -17,17 +15,15 @@ use aya::{
     programs::{Program, ProgramError},
 };
 use weir_common::kernel::{
-    Address, ApiEndpoint, CgroupEntry, Class, FlowKey, FlowRecord, LAYOUT_VERSION, Notice, PodCounters,
-    Settings, maps, programs,
+    ApiEndpoint, CgroupEntry, FlowKey, FlowRecord, LAYOUT_VERSION, PodCounters, PodName, Settings, maps,
+    programs,
 };
-use weir_common::packet::PORT_UNKNOWN;
 
 use super::{
     attach,
     attach::AttachError,
-    counters::{Counters, read_counters},
     debug_log,
-    interface::HostEnd,
+    maps::{absent_is_fine, lock},
 };
 
 /// The mount point of the BPF file system.
@@ -117,14 +113,15 @@ pub fn pin_folder() -> PathBuf {
 
 /// The programs and maps in the kernel. Dropped, it detaches what is not pinned.
 pub struct Kernel {
-    api_set: Mutex<HashMap<MapData, ApiEndpoint, u32>>,
-    cgroups: Mutex<HashMap<MapData, u64, CgroupEntry>>,
+    pub(super) api_set: Mutex<HashMap<MapData, ApiEndpoint, u32>>,
+    pub(super) cgroups: Mutex<HashMap<MapData, u64, CgroupEntry>>,
     pub(super) flows: Mutex<HashMap<MapData, FlowKey, FlowRecord>>,
-    counters: PerCpuArray<MapData, u64>,
+    pub(super) counters: PerCpuArray<MapData, u64>,
     pub(super) pod_counters: Mutex<PerCpuHashMap<MapData, u64, PodCounters>>,
-    interfaces: Mutex<HashMap<MapData, u32, u64>>,
-    quarantine: HashMap<MapData, u64, u64>,
-    settings: Mutex<Array<MapData, Settings>>,
+    pub(super) interfaces: Mutex<HashMap<MapData, u32, u64>>,
+    pub(super) quarantine: Mutex<HashMap<MapData, u64, u64>>,
+    pub(super) pods: Mutex<HashMap<MapData, u64, PodName>>,
+    pub(super) settings: Mutex<Array<MapData, Settings>>,
     notices: Mutex<Option<RingBuf<MapData>>>,
     pub(super) attached: Mutex<attach::Attached>,
     debug_log: Mutex<Option<debug_log::Copying>>,
@@ -167,7 +164,8 @@ impl Kernel {
             counters: map(&mut ebpf, maps::COUNTERS)?,
             pod_counters: Mutex::new(map(&mut ebpf, maps::POD_COUNTERS)?),
             interfaces: Mutex::new(map(&mut ebpf, maps::INTERFACES)?),
-            quarantine: map(&mut ebpf, maps::QUARANTINE)?,
+            quarantine: Mutex::new(map(&mut ebpf, maps::QUARANTINE)?),
+            pods: Mutex::new(map(&mut ebpf, maps::PODS)?),
             settings: Mutex::new(map(&mut ebpf, maps::SETTINGS)?),
             notices: Mutex::new(Some(map(&mut ebpf, maps::NOTICES)?)),
             attached: Mutex::new(attach::Attached::new(ebpf, pins)),
@@ -195,43 +193,6 @@ impl Kernel {
         Ok(attach::lock(&self.attached).attach(cgroup, &programs::HOOKS)?)
     }
 
-    /// Guards the host's end of a pod's interface. The pod may be known or not; what the map of cgroups says of it
-    /// counts.
-    ///
-    /// # Errors
-    /// The map is full, or the kernel refuses.
-    pub(super) fn guard_interface(&self, end: &HostEnd, cgroup: u64) -> Result<(), KernelError> {
-        lock(&self.interfaces)
-            .insert(end.index, cgroup, 0)
-            .map_err(|source| KernelError::Map { map: maps::INTERFACES, source })?;
-        Ok(attach::lock(&self.attached).guard_interface(end)?)
-    }
-
-    /// Forgets the interfaces of a pod that is gone; the guards have gone with them.
-    ///
-    /// # Errors
-    /// The kernel refuses, or a pin cannot be removed.
-    pub(super) fn forget_interfaces(&self, ends: &[HostEnd]) -> Result<(), KernelError> {
-        ends.iter().try_for_each(|end| {
-            absent_is_fine(lock(&self.interfaces).remove(&end.index), maps::INTERFACES)?;
-            Ok(attach::lock(&self.attached).unguard_interface(end.index)?)
-        })
-    }
-
-    /// Forgets the interfaces, of a former process too, of pods that are not among these cgroups.
-    ///
-    /// # Errors
-    /// The kernel refuses, or a pin cannot be removed.
-    pub(super) fn keep_interfaces(
-        &self,
-        cgroups: &std::collections::HashSet<u64>,
-    ) -> Result<(), KernelError> {
-        let known = lock(&self.interfaces).iter().collect::<Result<Vec<_>, _>>();
-        let known = known.map_err(|source| KernelError::Map { map: maps::INTERFACES, source })?;
-        let stale = known.into_iter().filter(|(_, cgroup)| !cgroups.contains(cgroup));
-        let stale: Vec<_> = stale.map(|(index, _)| HostEnd { index, name: String::new() }).collect();
-        self.forget_interfaces(&stale)
-    }
     /// Checks that what this process has pinned is still pinned.
     ///
     /// # Errors
@@ -246,109 +207,6 @@ impl Kernel {
     /// The folder of pins cannot be read or changed.
     pub fn prune_links(&self) -> Result<(), KernelError> {
         Ok(attach::lock(&self.attached).prune()?)
-    }
-
-    /// Tells the programs in which network namespace the host is (0: no connection passes for being there), and
-    /// on how many levels of the cgroup tree they meet a pod's connection.
-    ///
-    /// # Errors
-    /// The kernel refuses.
-    pub fn set_settings(&self, host_netns: u64, attach_levels: u32) -> Result<(), KernelError> {
-        let quarantined = self.quarantine.keys().count();
-        let quarantined = u32::try_from(quarantined).unwrap_or(u32::MAX);
-        let settings = Settings { host_netns, attach_levels, quarantined };
-        lock(&self.settings)
-            .set(0, settings, 0)
-            .map_err(|source| KernelError::Map { map: maps::SETTINGS, source })
-    }
-
-    /// Adds an address to the API set: an API server's of the cluster with this index, or a kubelet's
-    /// ([`KUBELET`](weir_common::kernel::KUBELET)).
-    ///
-    /// # Errors
-    /// The map is full, or the kernel refuses.
-    pub fn set_api_endpoint(&self, address: SocketAddr, cluster: u32) -> Result<(), KernelError> {
-        let endpoint = endpoint(address);
-        let any = ApiEndpoint { port: PORT_UNKNOWN, ..endpoint };
-        let mut set = lock(&self.api_set);
-        // The guards look for the address first: at no moment is an endpoint known to the hooks alone.
-        [any, endpoint]
-            .iter()
-            .try_for_each(|key| set.insert(key, cluster, 0))
-            .map_err(|source| KernelError::Map { map: maps::API_SET, source })
-    }
-
-    /// Takes an address out of the API set.
-    ///
-    /// # Errors
-    /// The kernel refuses. That it was not there is no error.
-    pub fn remove_api_endpoint(&self, address: SocketAddr) -> Result<(), KernelError> {
-        let endpoint = endpoint(address);
-        let mut set = lock(&self.api_set);
-        absent_is_fine(set.remove(&endpoint), maps::API_SET)?;
-        let keys = set.keys().collect::<Result<Vec<_>, _>>();
-        let keys = keys.map_err(|source| KernelError::Map { map: maps::API_SET, source })?;
-        if keys.iter().any(|key| key.address == endpoint.address && key.port != PORT_UNKNOWN) {
-            return Ok(());
-        }
-        absent_is_fine(set.remove(&ApiEndpoint { port: PORT_UNKNOWN, ..endpoint }), maps::API_SET)
-    }
-
-    /// The API set: addresses and cluster indices (or [`KUBELET`](weir_common::kernel::KUBELET)).
-    ///
-    /// # Errors
-    /// The kernel refuses.
-    pub fn api_endpoints(&self) -> Result<StdHashMap<SocketAddr, u32>, KernelError> {
-        api_endpoints(&lock(&self.api_set))
-    }
-
-    /// Says what a cgroup is. For [`Class::Enrolled`] the listener must be listening before this is called.
-    ///
-    /// # Errors
-    /// The map is full, or the kernel refuses.
-    pub fn classify(&self, cgroup: u64, entry: CgroupEntry) -> Result<(), KernelError> {
-        self.count_pod(cgroup)?;
-        lock(&self.cgroups)
-            .insert(cgroup, entry, 0)
-            .map_err(|source| KernelError::Map { map: maps::CGROUPS, source })
-    }
-
-    /// Forgets a cgroup.
-    ///
-    /// # Errors
-    /// The kernel refuses. That it was not there is no error.
-    pub fn forget_cgroup(&self, cgroup: u64) -> Result<(), KernelError> {
-        absent_is_fine(lock(&self.cgroups).remove(&cgroup), maps::CGROUPS)?;
-        absent_is_fine(lock(&self.pod_counters).remove(&cgroup), maps::POD_COUNTERS)
-    }
-
-    /// All classified cgroups.
-    ///
-    /// # Errors
-    /// The kernel refuses.
-    pub fn cgroups(&self) -> Result<StdHashMap<u64, CgroupEntry>, KernelError> {
-        lock(&self.cgroups)
-            .iter()
-            .collect::<Result<_, _>>()
-            .map_err(|source| KernelError::Map { map: maps::CGROUPS, source })
-    }
-
-    /// The ids of the enrolled cgroups.
-    ///
-    /// # Errors
-    /// The kernel refuses.
-    pub fn enrolled(&self) -> Result<std::collections::HashSet<u64>, KernelError> {
-        let enrolled = |entry: &CgroupEntry| entry.class == Class::Enrolled as u32;
-        let cgroups = self.cgroups()?.into_iter();
-        Ok(cgroups.filter(|(_, entry)| enrolled(entry)).map(|(cgroup, _)| cgroup).collect())
-    }
-
-    /// The counters, summed over all CPUs.
-    ///
-    /// # Errors
-    /// The kernel refuses.
-    pub fn counters(&self) -> Result<Counters, KernelError> {
-        read_counters(&self.counters)
     }
 
     /// Takes the ring buffer of notices; once.
@@ -390,6 +248,7 @@ fn prepare_pins(folder: &Path) -> Result<PathBuf, KernelError> {
         (maps::POD_COUNTERS, size_of::<u64>(), size_of::<PodCounters>()),
         (maps::INTERFACES, size_of::<u32>(), size_of::<u64>()),
         (maps::QUARANTINE, size_of::<u64>(), size_of::<u64>()),
+        (maps::PODS, size_of::<u64>(), size_of::<PodName>()),
     ] {
         let path = maps.join(name);
         if !path.exists() {
@@ -427,55 +286,4 @@ fn map<M: TryFrom<Map, Error = MapError>>(ebpf: &mut Ebpf, name: &'static str) -
         .take_map(name)
         .ok_or_else(|| KernelError::Layout { name, problem: "the object has no such map".to_owned() })?;
     M::try_from(map).map_err(|source| KernelError::Map { map: name, source })
-}
-
-pub(super) fn absent_is_fine(result: Result<(), MapError>, map: &'static str) -> Result<(), KernelError> {
-    match result {
-        Err(MapError::KeyNotFound) => Ok(()),
-        Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
-        result => result.map_err(|source| KernelError::Map { map, source }),
-    }
-}
-
-/// The addresses of the API set, without the entries that stand for every port of one.
-pub(super) fn api_endpoints(
-    set: &HashMap<MapData, ApiEndpoint, u32>,
-) -> Result<StdHashMap<SocketAddr, u32>, KernelError> {
-    set.iter()
-        .filter(|entry| !matches!(entry, Ok((endpoint, _)) if endpoint.port == PORT_UNKNOWN))
-        .map(|entry| entry.map(|(endpoint, cluster)| (socket_address(&endpoint), cluster)))
-        .collect::<Result<_, _>>()
-        .map_err(|source| KernelError::Map { map: maps::API_SET, source })
-}
-
-/// A map is never left half-changed by a panic: each change is one system call.
-pub(super) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// An address as the maps have it.
-pub(super) fn address(ip: IpAddr) -> Address {
-    match ip {
-        IpAddr::V4(ip) => ip.to_ipv6_mapped().octets(),
-        IpAddr::V6(ip) => ip.octets(),
-    }
-}
-
-fn endpoint(address_and_port: SocketAddr) -> ApiEndpoint {
-    ApiEndpoint { address: address(address_and_port.ip()), port: u32::from(address_and_port.port()) }
-}
-
-/// An address of the maps; v4-mapped ones as IPv4.
-pub(super) fn socket_address(endpoint: &ApiEndpoint) -> SocketAddr {
-    let ip = std::net::Ipv6Addr::from(endpoint.address).to_canonical();
-    SocketAddr::new(ip, u16::try_from(endpoint.port).unwrap_or_default())
-}
-
-/// A notice from the ring buffer, if it has the size of one.
-pub(super) fn notice(bytes: &[u8]) -> Option<Notice> {
-    if bytes.len() != size_of::<Notice>() {
-        return None;
-    }
-    // SAFETY: the length is that of a notice, whose fields are integers: every bit pattern is valid.
-    Some(unsafe { bytes.as_ptr().cast::<Notice>().read_unaligned() })
 }

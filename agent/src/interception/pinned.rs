@@ -7,13 +7,13 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use aya::maps::{HashMap, Map, MapData, MapError, PerCpuArray};
-use weir_common::kernel::{ApiEndpoint, CgroupEntry, Class, KUBELET, maps};
+use aya::maps::{HashMap, Map, MapData, MapError, PerCpuArray, PerCpuHashMap};
+use weir_common::kernel::{ApiEndpoint, CgroupEntry, Class, KUBELET, PodCounters, PodName, maps};
 
 use super::{
     attach,
-    counters::{Counters, read_counters},
-    loader::{self, KernelError},
+    counters::{Counters, read_counters, read_pod_counters},
+    loader::KernelError,
 };
 
 /// The state of the pins, for `weir-agent status`; none if nothing is pinned.
@@ -32,6 +32,26 @@ pub struct PinnedState {
     pub kubelets: Vec<SocketAddr>,
     /// Cgroups per class.
     pub cgroups: BTreeMap<String, usize>,
+    /// The pods of this node that are classified.
+    pub pods: Vec<PodState>,
+}
+
+/// One pod.
+#[derive(Clone, Debug, serde::Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PodState {
+    /// `NAMESPACE/NAME`.
+    pub pod: String,
+    /// UID.
+    pub uid: String,
+    /// How its connections to the API set are treated.
+    pub class: String,
+    /// Port of its listener; 0: none, so it is denied if it is enrolled.
+    pub listener_port: u32,
+    /// Whether it is in quarantine.
+    pub quarantined: bool,
+    /// What was counted of it.
+    pub counters: Counters,
 }
 
 impl fmt::Display for PinnedState {
@@ -46,6 +66,18 @@ impl fmt::Display for PinnedState {
         }
         for address in &self.kubelets {
             writeln!(formatter, "kubelet         {address}")?;
+        }
+        for pod in &self.pods {
+            let state = if pod.quarantined { "in quarantine" } else { &pod.class };
+            let counters = &pod.counters;
+            let denied = counters.denied_no_listener + counters.denied_kubelet + counters.denied_quarantined;
+            writeln!(
+                formatter,
+                "pod             {} {state}: {} redirected, {denied} denied, {} dropped",
+                pod.pod,
+                counters.redirected,
+                counters.guard_dropped + counters.interface_dropped
+            )?;
         }
         let counters = &self.counters;
         writeln!(
@@ -81,7 +113,7 @@ pub fn pinned_state(folder: &Path) -> Result<Option<PinnedState>, KernelError> {
     let counters: PerCpuArray<MapData, u64> = pinned_map(&pinned, maps::COUNTERS)?;
     let api_set: HashMap<MapData, ApiEndpoint, u32> = pinned_map(&pinned, maps::API_SET)?;
     let classified: HashMap<MapData, u64, CgroupEntry> = pinned_map(&pinned, maps::CGROUPS)?;
-    let known = loader::api_endpoints(&api_set)?;
+    let known = super::maps::api_endpoints(&api_set)?;
     let of_kind = |kubelet: bool| {
         let mut addresses: Vec<_> = known
             .iter()
@@ -95,10 +127,7 @@ pub fn pinned_state(folder: &Path) -> Result<Option<PinnedState>, KernelError> {
     let mut cgroups = BTreeMap::new();
     for entry in classified.iter() {
         let (_, entry) = entry.map_err(|source| KernelError::Map { map: maps::CGROUPS, source })?;
-        let class = Class::from_number(entry.class);
-        *cgroups
-            .entry(class.map_or_else(|| entry.class.to_string(), |class| format!("{class:?}")))
-            .or_default() += 1;
+        *cgroups.entry(class(entry.class)).or_default() += 1;
     }
     Ok(Some(PinnedState {
         folder: folder.to_owned(),
@@ -107,10 +136,52 @@ pub fn pinned_state(folder: &Path) -> Result<Option<PinnedState>, KernelError> {
         api_endpoints,
         kubelets,
         cgroups,
+        pods: pods(&pinned, &classified)?,
     }))
 }
 
-fn pinned_map<M: TryFrom<Map, Error = MapError>>(
+fn pods(
+    folder: &Path,
+    classified: &HashMap<MapData, u64, CgroupEntry>,
+) -> Result<Vec<PodState>, KernelError> {
+    let names: HashMap<MapData, u64, PodName> = pinned_map(folder, maps::PODS)?;
+    let quarantine: HashMap<MapData, u64, u64> = pinned_map(folder, maps::QUARANTINE)?;
+    let counters: PerCpuHashMap<MapData, u64, PodCounters> = pinned_map(folder, maps::POD_COUNTERS)?;
+    let mut pods = Vec::new();
+    for entry in names.iter() {
+        let (cgroup, name) = entry.map_err(|source| KernelError::Map { map: maps::PODS, source })?;
+        // Gone between two reads.
+        let Ok(entry) = classified.get(&cgroup, 0) else { continue };
+        pods.push(PodState {
+            pod: pod(&name),
+            uid: text(&name.uid),
+            class: class(entry.class),
+            listener_port: entry.listener_port,
+            quarantined: quarantine.get(&cgroup, 0).is_ok(),
+            counters: read_pod_counters(&counters, cgroup)?.unwrap_or_default(),
+        });
+    }
+    pods.sort_by(|one, other| one.pod.cmp(&other.pod));
+    Ok(pods)
+}
+
+fn class(number: u32) -> String {
+    Class::from_number(number).map_or_else(|| number.to_string(), |class| format!("{class:?}"))
+}
+
+/// `NAMESPACE/NAME`.
+pub(super) fn pod(name: &PodName) -> String {
+    format!("{}/{}", text(&name.namespace), text(&name.name))
+}
+
+/// A name without the zeros that fill it up.
+pub(super) fn text(bytes: &[u8]) -> String {
+    let end = bytes.iter().position(|byte| *byte == 0).unwrap_or(bytes.len());
+    String::from_utf8_lossy(&bytes[..end]).into_owned()
+}
+
+/// A pinned map.
+pub(super) fn pinned_map<M: TryFrom<Map, Error = MapError>>(
     folder: &Path,
     name: &'static str,
 ) -> Result<M, KernelError> {

@@ -18,13 +18,16 @@ use weir_agent::{
         cluster_watch::{ApiSet, KnownPod, KnownPods},
         hosts::Hosts,
         loader::Pinning,
+        pinned::pinned_state,
         pod::PodUid,
+        quarantine,
         run::{InterceptionError, Options, run},
     },
     proxy::Accepted,
     recording::{Recorder, RecorderOptions},
 };
 
+use crate::pins::OwnBpffs;
 use crate::world::{API4, API6, Dial, OwnCgroup, OwnNetns, dial, eventually, is, load};
 
 const CONTAINER: &str = "4f1c0c9a7f0e4d7b8a6f5e4d3c2b1a09f8e7d6c5b4a392817060504030201000";
@@ -60,6 +63,10 @@ struct Node {
 
 impl Node {
     fn start(name: &str) -> Option<Self> {
+        Self::pinned(name, Pinning::Unpinned)
+    }
+
+    fn pinned(name: &str, pinning: Pinning) -> Option<Self> {
         load(Pinning::Unpinned)?;
         let root = OwnCgroup::new(name);
         let kubepods = root.below("kubepods");
@@ -82,7 +89,7 @@ impl Node {
         let cancellation = CancellationToken::new();
         let options = Options {
             cgroup_root: Some(root.0.clone()),
-            pinning: Pinning::Unpinned,
+            pinning,
             pods: watched,
             clusters: vec![ClusterAddresses { cluster: 0, published: api_set, configured: vec![API4] }],
             nodes: watch::channel(Hosts::default()).1,
@@ -206,5 +213,67 @@ async fn what_a_pod_connected_before_it_was_enrolled_is_ended_and_nothing_else()
     let (mut accepted, _) = other.0.accept().unwrap();
     accepted.read_exact(&mut [0]).unwrap();
     drop((sandbox, pod));
+    node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pod_in_quarantine_connects_nowhere_until_it_is_lifted_also_across_agents() {
+    if load(Pinning::Unpinned).is_none() {
+        return;
+    }
+    let bpffs = OwnBpffs::mount().unwrap();
+    let pins = bpffs.0.path().join("weir/v2");
+    let node = Node::pinned("quarantine", Pinning::Pinned(pins.clone())).unwrap();
+    let uids = ["0b5e2f6a-3c1d-4e5f-8a9b-0c1d2e3f4a5b", "1b5e2f6a-3c1d-4e5f-8a9b-0c1d2e3f4a5b"];
+    let pods = uids.map(|uid| node.kubepods.below(&format!("pod{uid}")));
+    let sandboxes = [OwnNetns::new(), OwnNetns::new()];
+    let other = SocketAddr::new(API4.ip(), 80);
+    for (pod, sandbox) in pods.iter().zip(&sandboxes) {
+        sandbox.take_address(API4.ip());
+        pod.take(sandbox.pid());
+    }
+    node.know(&uids.map(|uid| known(uid, None, false)));
+    let mut ready = node.ready.clone();
+    ready.wait_for(|ready| *ready).await.unwrap();
+    let _servers = sandboxes.each_ref().map(|sandbox| sandbox.within(|| TcpListener::bind(other).unwrap()));
+    let client = |index: usize| dial(&pods[index].0, Some(&sandboxes[index]), Dial::Tcp(other)).map(|_| ());
+    // One that is open: a process of the pod that waits.
+    let script =
+        format!("exec 3<>/dev/tcp/{}/{} && echo open && read line <&3; echo ended", other.ip(), other.port());
+    let mut open = std::process::Command::new("nsenter")
+        .args(["-t", &sandboxes[0].pid().to_string(), "-n", "sh", "-c"])
+        .arg(format!("echo 0 > {}/cgroup.procs && exec bash -c '{script}'", pods[0].0.display()))
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let mut said = open.stdout.take().unwrap();
+    said.read_exact(&mut [0; 5]).unwrap();
+
+    let pod = format!("agents/pod-{}", uids[0]);
+    let nobody = quarantine::begin(&pins, &node.root.0, "agents/nobody").unwrap_err().to_string();
+    assert!(nobody.contains("no pod agents/nobody"), "{nobody}");
+    let begun = quarantine::begin(&pins, &node.root.0, &pod).unwrap();
+    assert_eq!((begun.pod.as_str(), begun.uid.as_str()), (pod.as_str(), uids[0]));
+    assert_eq!(begun.connections_ended, 1);
+    assert_eq!(client(0), Err(nix::Error::ECONNREFUSED));
+    client(1).unwrap();
+    let mut rest = String::new();
+    said.read_to_string(&mut rest).unwrap();
+    assert_eq!(rest, "ended\n");
+    open.wait().unwrap();
+    let state = pinned_state(&pins).unwrap().unwrap();
+    let states: Vec<_> = state.pods.iter().map(|pod| (pod.uid.as_str(), pod.quarantined)).collect();
+    assert_eq!(states, [(uids[0], true), (uids[1], false)]);
+    assert_eq!(state.pods[0].counters.denied_quarantined, 1);
+
+    // Another agent takes over what is pinned.
+    let second = load(Pinning::Pinned(pins.clone())).unwrap();
+    second.set_settings(0, 2).unwrap();
+    assert_eq!(client(0), Err(nix::Error::ECONNREFUSED));
+    drop(second);
+    quarantine::lift(&pins, uids[0]).unwrap();
+    client(0).unwrap();
+    drop((sandboxes, pods));
     node.stop().await;
 }

@@ -6,10 +6,10 @@ use weir_common::kernel::{CgroupEntry, Class, programs};
 use crate::world::{API4, Dial, OwnCgroup, OwnNetns, dial, eventually, is, load};
 
 /// A bpf file system of the test's own.
-struct OwnBpffs(tempfile::TempDir);
+pub(crate) struct OwnBpffs(pub(crate) tempfile::TempDir);
 
 impl OwnBpffs {
-    fn mount() -> nix::Result<Self> {
+    pub(crate) fn mount() -> nix::Result<Self> {
         let folder = tempfile::tempdir().unwrap();
         let flags = nix::mount::MsFlags::empty();
         nix::mount::mount(Some("bpf"), folder.path(), Some("bpf"), flags, None::<&str>)?;

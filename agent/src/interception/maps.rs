@@ -1,0 +1,235 @@
+//! What the agent writes into the kernel's maps and reads from them: the API set, cgroups and their pods, interfaces.
+//! Each change is one system call; what follows from it is the programs' matter.
+
+use std::{
+    collections::{HashMap as StdHashMap, HashSet},
+    net::{IpAddr, SocketAddr},
+    sync::{Mutex, PoisonError},
+};
+
+use aya::maps::{HashMap, MapData, MapError};
+use weir_common::{
+    kernel::{Address, ApiEndpoint, CgroupEntry, Class, Notice, PodName, Settings, maps},
+    packet::PORT_UNKNOWN,
+};
+
+use super::{
+    attach,
+    counters::{Counters, read_counters},
+    interface::HostEnd,
+    loader::{Kernel, KernelError},
+    quarantine,
+};
+
+impl Kernel {
+    /// Tells the programs in which network namespace the host is (0: no connection passes for being there), and
+    /// on how many levels of the cgroup tree they meet a pod's connection.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn set_settings(&self, host_netns: u64, attach_levels: u32) -> Result<(), KernelError> {
+        let quarantined = quarantine::length(&lock(&self.quarantine))?;
+        let settings = Settings { host_netns, attach_levels, quarantined };
+        lock(&self.settings)
+            .set(0, settings, 0)
+            .map_err(|source| KernelError::Map { map: maps::SETTINGS, source })
+    }
+
+    /// Adds an address to the API set: an API server's of the cluster with this index, or a kubelet's
+    /// ([`KUBELET`](weir_common::kernel::KUBELET)).
+    ///
+    /// # Errors
+    /// The map is full, or the kernel refuses.
+    pub fn set_api_endpoint(&self, address: SocketAddr, cluster: u32) -> Result<(), KernelError> {
+        let endpoint = endpoint(address);
+        let any = ApiEndpoint { port: PORT_UNKNOWN, ..endpoint };
+        let mut set = lock(&self.api_set);
+        // The guards look for the address first: at no moment is an endpoint known to the hooks alone.
+        [any, endpoint]
+            .iter()
+            .try_for_each(|key| set.insert(key, cluster, 0))
+            .map_err(|source| KernelError::Map { map: maps::API_SET, source })
+    }
+
+    /// Takes an address out of the API set.
+    ///
+    /// # Errors
+    /// The kernel refuses. That it was not there is no error.
+    pub fn remove_api_endpoint(&self, address: SocketAddr) -> Result<(), KernelError> {
+        let endpoint = endpoint(address);
+        let mut set = lock(&self.api_set);
+        absent_is_fine(set.remove(&endpoint), maps::API_SET)?;
+        let keys = set.keys().collect::<Result<Vec<_>, _>>();
+        let keys = keys.map_err(|source| KernelError::Map { map: maps::API_SET, source })?;
+        if keys.iter().any(|key| key.address == endpoint.address && key.port != PORT_UNKNOWN) {
+            return Ok(());
+        }
+        absent_is_fine(set.remove(&ApiEndpoint { port: PORT_UNKNOWN, ..endpoint }), maps::API_SET)
+    }
+
+    /// The API set: addresses and cluster indices (or [`KUBELET`](weir_common::kernel::KUBELET)).
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn api_endpoints(&self) -> Result<StdHashMap<SocketAddr, u32>, KernelError> {
+        api_endpoints(&lock(&self.api_set))
+    }
+
+    /// Says what a cgroup is. For [`Class::Enrolled`] the listener must be listening before this is called.
+    ///
+    /// # Errors
+    /// The map is full, or the kernel refuses.
+    pub fn classify(&self, cgroup: u64, entry: CgroupEntry) -> Result<(), KernelError> {
+        self.count_pod(cgroup)?;
+        lock(&self.cgroups)
+            .insert(cgroup, entry, 0)
+            .map_err(|source| KernelError::Map { map: maps::CGROUPS, source })
+    }
+
+    /// Notes the names of the pod that a cgroup is of, for `status` and `quarantine`.
+    ///
+    /// # Errors
+    /// The map is full, or the kernel refuses.
+    pub(super) fn name_pod(&self, cgroup: u64, name: PodName) -> Result<(), KernelError> {
+        lock(&self.pods)
+            .insert(cgroup, name, 0)
+            .map_err(|source| KernelError::Map { map: maps::PODS, source })
+    }
+
+    /// The cgroups in quarantine.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub(super) fn quarantined(&self) -> Result<HashSet<u64>, KernelError> {
+        lock(&self.quarantine)
+            .keys()
+            .collect::<Result<_, _>>()
+            .map_err(|source| KernelError::Map { map: maps::QUARANTINE, source })
+    }
+
+    /// Forgets a cgroup.
+    ///
+    /// # Errors
+    /// The kernel refuses. That it was not there is no error.
+    pub fn forget_cgroup(&self, cgroup: u64) -> Result<(), KernelError> {
+        absent_is_fine(lock(&self.cgroups).remove(&cgroup), maps::CGROUPS)?;
+        absent_is_fine(lock(&self.quarantine).remove(&cgroup), maps::QUARANTINE)?;
+        absent_is_fine(lock(&self.pods).remove(&cgroup), maps::PODS)?;
+        absent_is_fine(lock(&self.pod_counters).remove(&cgroup), maps::POD_COUNTERS)
+    }
+
+    /// All classified cgroups.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn cgroups(&self) -> Result<StdHashMap<u64, CgroupEntry>, KernelError> {
+        lock(&self.cgroups)
+            .iter()
+            .collect::<Result<_, _>>()
+            .map_err(|source| KernelError::Map { map: maps::CGROUPS, source })
+    }
+
+    /// The ids of the enrolled cgroups.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn enrolled(&self) -> Result<HashSet<u64>, KernelError> {
+        let enrolled = |entry: &CgroupEntry| entry.class == Class::Enrolled as u32;
+        let cgroups = self.cgroups()?.into_iter();
+        Ok(cgroups.filter(|(_, entry)| enrolled(entry)).map(|(cgroup, _)| cgroup).collect())
+    }
+
+    /// The counters, summed over all CPUs.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn counters(&self) -> Result<Counters, KernelError> {
+        read_counters(&self.counters)
+    }
+
+    /// Guards the host's end of a pod's interface. The pod may be known or not; what the map of cgroups says of it
+    /// counts.
+    ///
+    /// # Errors
+    /// The map is full, or the kernel refuses.
+    pub(super) fn guard_interface(&self, end: &HostEnd, cgroup: u64) -> Result<(), KernelError> {
+        lock(&self.interfaces)
+            .insert(end.index, cgroup, 0)
+            .map_err(|source| KernelError::Map { map: maps::INTERFACES, source })?;
+        Ok(attach::lock(&self.attached).guard_interface(end)?)
+    }
+
+    /// Forgets the interfaces of a pod that is gone; the guards have gone with them.
+    ///
+    /// # Errors
+    /// The kernel refuses, or a pin cannot be removed.
+    pub(super) fn forget_interfaces(&self, ends: &[HostEnd]) -> Result<(), KernelError> {
+        ends.iter().try_for_each(|end| {
+            absent_is_fine(lock(&self.interfaces).remove(&end.index), maps::INTERFACES)?;
+            Ok(attach::lock(&self.attached).unguard_interface(end.index)?)
+        })
+    }
+
+    /// Forgets the interfaces, of a former process too, of pods that are not among these cgroups.
+    ///
+    /// # Errors
+    /// The kernel refuses, or a pin cannot be removed.
+    pub(super) fn keep_interfaces(&self, cgroups: &HashSet<u64>) -> Result<(), KernelError> {
+        let known = lock(&self.interfaces).iter().collect::<Result<Vec<_>, _>>();
+        let known = known.map_err(|source| KernelError::Map { map: maps::INTERFACES, source })?;
+        let stale = known.into_iter().filter(|(_, cgroup)| !cgroups.contains(cgroup));
+        let stale: Vec<_> = stale.map(|(index, _)| HostEnd { index, name: String::new() }).collect();
+        self.forget_interfaces(&stale)
+    }
+}
+
+pub(super) fn absent_is_fine(result: Result<(), MapError>, map: &'static str) -> Result<(), KernelError> {
+    match result {
+        Err(MapError::KeyNotFound) => Ok(()),
+        Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
+        result => result.map_err(|source| KernelError::Map { map, source }),
+    }
+}
+
+/// The addresses of the API set, without the entries that stand for every port of one.
+pub(super) fn api_endpoints(
+    set: &HashMap<MapData, ApiEndpoint, u32>,
+) -> Result<StdHashMap<SocketAddr, u32>, KernelError> {
+    set.iter()
+        .filter(|entry| !matches!(entry, Ok((endpoint, _)) if endpoint.port == PORT_UNKNOWN))
+        .map(|entry| entry.map(|(endpoint, cluster)| (socket_address(&endpoint), cluster)))
+        .collect::<Result<_, _>>()
+        .map_err(|source| KernelError::Map { map: maps::API_SET, source })
+}
+
+/// A map is never left half-changed by a panic: each change is one system call.
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// An address as the maps have it.
+pub(super) fn address(ip: IpAddr) -> Address {
+    match ip {
+        IpAddr::V4(ip) => ip.to_ipv6_mapped().octets(),
+        IpAddr::V6(ip) => ip.octets(),
+    }
+}
+
+fn endpoint(address_and_port: SocketAddr) -> ApiEndpoint {
+    ApiEndpoint { address: address(address_and_port.ip()), port: u32::from(address_and_port.port()) }
+}
+
+/// An address of the maps; v4-mapped ones as IPv4.
+pub(super) fn socket_address(endpoint: &ApiEndpoint) -> SocketAddr {
+    let ip = std::net::Ipv6Addr::from(endpoint.address).to_canonical();
+    SocketAddr::new(ip, u16::try_from(endpoint.port).unwrap_or_default())
+}
+
+/// A notice from the ring buffer, if it has the size of one.
+pub(super) fn notice(bytes: &[u8]) -> Option<Notice> {
+    if bytes.len() != size_of::<Notice>() {
+        return None;
+    }
+    // SAFETY: the length is that of a notice, whose fields are integers: every bit pattern is valid.
+    Some(unsafe { bytes.as_ptr().cast::<Notice>().read_unaligned() })
+}
