@@ -14,6 +14,7 @@ mod cgroup_tree;
 pub mod cluster_access;
 pub mod cluster_watch;
 pub mod counters;
+mod coverage;
 mod debug_log;
 pub mod enrolment;
 pub mod flow;

@@ -40,7 +40,7 @@ use http::{
 };
 use weir_common::{
     attributes::Attributes,
-    event::{BodySummary, Caller, Channel, Kind, RequestOpened},
+    event::{BodySummary, Caller, Channel, Coverage, Kind, RequestOpened},
 };
 
 use self::{
@@ -370,6 +370,11 @@ impl Recorder {
         let caller = caller.map(|caller| Box::new(self.masker(cluster).caller(caller)));
         let (name, message) = (name.to_owned(), message.to_owned());
         self.agent_event(cluster, Kind::Finding { name, message, caller });
+    }
+
+    /// Records what the kernel counted against what was proxied.
+    pub fn coverage(&self, coverage: Coverage) {
+        self.agent_event(None, Kind::Coverage(Box::new(coverage)));
     }
 
     fn agent_event(&self, cluster: Option<usize>, kind: Kind) {

@@ -130,6 +130,54 @@ pub enum Kind {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         caller: Option<Box<Caller>>,
     },
+    /// What the kernel saw of each pod since the last event of this kind, against what reached the proxy: the proof that
+    /// nothing went past. Written also when nothing happened.
+    Coverage(Box<Coverage>),
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks for this signature")]
+fn is_zero(number: &u64) -> bool {
+    *number == 0
+}
+
+/// Connections to API servers, as counted in the kernel and in the agent.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Coverage {
+    /// How long ago counting began, ms: since the last event of this kind, or the agent's start.
+    pub interval_ms: u64,
+    /// The pods that connected to anything of the API set; others did not.
+    pub pods: Vec<PodCoverage>,
+    /// Pods that are left out, since there are too many for one event.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub pods_left_out: u64,
+}
+
+/// The same for one pod.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PodCoverage {
+    /// Namespace.
+    pub namespace: String,
+    /// Name.
+    pub name: String,
+    /// UID.
+    pub uid: String,
+    /// How its connections are treated: `enrolled`, `observed`, `unselected`.
+    pub class: String,
+    /// Connects to the API set that the hooks saw.
+    pub seen: u64,
+    /// Connects that were redirected to the listener.
+    pub redirected: u64,
+    /// Connections that the listener accepted and handed to the proxy. Fewer than were redirected: clients that gave
+    /// up, or found no listener since the agent was away.
+    pub proxied: u64,
+    /// Connects that went where they were meant to: none, for an enrolled pod.
+    pub passed: u64,
+    /// Connects that were denied.
+    pub denied: u64,
+    /// Packets that a guard dropped.
+    pub dropped: u64,
 }
 
 /// The epoch before this one.
@@ -404,6 +452,7 @@ impl Kind {
             Self::ConnectionRefused { .. } => "connectionRefused",
             Self::Gap { .. } => "gap",
             Self::Finding { .. } => "finding",
+            Self::Coverage(_) => "coverage",
         }
     }
 }

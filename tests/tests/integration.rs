@@ -154,6 +154,18 @@ fn kubectl_in_a_pod_says_the_same_with_weir_and_everything_is_recorded() {
     // What the pod did before the agent ran is in the audit log alone, so only the other direction holds here.
     let coverage = Coverage::compare(&audit, &events, &pod.uid);
     assert!(coverage.unaudited.is_empty(), "{:?}", coverage.unaudited);
+    let counted = events.iter().filter_map(|event| match &event.kind {
+        Kind::Coverage(coverage) => coverage.pods.iter().find(|counted| counted.uid == pod.uid),
+        _ => None,
+    });
+    let [mut seen, mut proxied] = [0, 0];
+    for counted in counted {
+        assert_eq!((counted.class.as_str(), counted.passed, counted.dropped), ("enrolled", 0, 0));
+        assert_eq!(counted.seen, counted.redirected, "nothing was denied");
+        (seen, proxied) = (seen + counted.seen, proxied + counted.proxied);
+    }
+    assert!(seen > 0);
+    assert_eq!(seen, proxied, "what the kernel saw of the pod reached the proxy");
     let verified = verify(&scene.journal());
     assert!(verified.status.success(), "{:?}", shown(&verified));
 }
@@ -316,4 +328,57 @@ fn a_mistake_in_the_configuration_is_named_with_its_place() {
         },
         certificate.to_str().unwrap(),
     );
+}
+
+#[test]
+fn a_pod_in_quarantine_is_cut_off_and_comes_back_when_it_is_lifted() {
+    let Some(mut scene) = Scene::new() else { return };
+    scene.namespace("it-quarantine", true);
+    let pod = scene.testbed.run_pod(&PodSpec::idle("it-quarantine", "caller")).unwrap();
+    let mut agent = scene.agent(TrustSource::ClusterSigner);
+    let weir_agent = |arguments: &[&str]| {
+        let binary = agent::built_binary("weir-agent").unwrap();
+        shown(&command::output(Command::new(binary).args(arguments)).unwrap())
+    };
+    let ask = || shown(&pod.exec(&["kubectl", "get", "namespace", "default", "-o", "name"]).unwrap());
+    let mut watching = pod
+        .exec_command()
+        .args(["kubectl", "get", "configmaps", "-n", "it-quarantine", "-w"])
+        .spawn()
+        .unwrap();
+    let opened = scene.event(
+        "the watch in the journal",
+        |event| matches!(&event.kind, Kind::RequestOpened(opened) if opened.attributes.verb == "watch"),
+    );
+    let (code, out, err) = weir_agent(&["quarantine", "it-quarantine/caller"]);
+    assert_eq!(code, Some(0), "{err}");
+    assert!(out.starts_with("it-quarantine/caller is in quarantine; "), "{out}");
+    let closed = scene.event("the end of the watch", |event| {
+        event.request == opened.request && matches!(event.kind, Kind::RequestClosed(_))
+    });
+    let Kind::RequestClosed(closed) = closed.kind else { unreachable!("chosen as such") };
+    assert_eq!(closed.outcome, Outcome::ClientAborted);
+    watching.wait().unwrap();
+    let (code, _, err) = ask();
+    assert_eq!(code, Some(1), "{err}");
+    assert!(err.contains("refused"), "{err}");
+    scene.event(
+        "the quarantine",
+        |event| matches!(&event.kind, Kind::Finding { name, .. } if name == "quarantined"),
+    );
+    scene.event("the refused connection", |event| {
+        matches!(&event.kind, Kind::ConnectionRefused { reason, .. } if reason.contains("quarantine"))
+    });
+    // It outlives the agent.
+    agent.crash().unwrap();
+    let agent = scene.agent(TrustSource::ClusterSigner);
+    assert_eq!(ask().0, Some(1));
+    let (code, status, _) = weir_agent(&["status"]);
+    assert_eq!(code, Some(0));
+    assert!(status.contains("it-quarantine/caller in quarantine"), "{status}");
+    assert_eq!(weir_agent(&["quarantine", "--lift", "it-quarantine/caller"]).0, Some(0));
+    assert_eq!(ask().0, Some(0), "{}", agent.last_lines());
+    let (code, _, err) = weir_agent(&["quarantine", "it-quarantine/absent"]);
+    assert_eq!(code, Some(1));
+    assert!(err.contains("no pod it-quarantine/absent is known on this node"), "{err}");
 }

@@ -1,7 +1,14 @@
 //! Accepting: a connection gets through only if the kernel vouches for it, and for the pod that the listener
 //! serves. What does not is closed and recorded. What the connection says is the proxy's matter.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 
 use tokio::{
     net::TcpStream,
@@ -34,10 +41,11 @@ pub struct Sink {
     pub accepted: mpsc::Sender<Accepted>,
 }
 
-/// Accepts connections of one tenant until cancelled; then the sockets are closed, which refuses new ones.
+/// Accepts connections of one tenant until cancelled, and counts those that get to the proxy in `proxied`; then the sockets are closed, which refuses new ones.
 pub async fn serve(
     listener: Listener,
     tenant: watch::Receiver<Arc<Tenant>>,
+    proxied: Arc<AtomicU64>,
     sink: Sink,
     cancellation: CancellationToken,
 ) {
@@ -63,7 +71,8 @@ pub async fn serve(
         match result {
             Ok((stream, client)) => {
                 let tenant = tenant.borrow().clone();
-                let arrived = Arrived { stream, client, netns: listener.netns(), permit };
+                let (netns, proxied) = (listener.netns(), proxied.clone());
+                let arrived = Arrived { stream, client, netns, permit, proxied };
                 handling.spawn(handle(arrived, tenant, sink.clone(), refused.clone()));
             }
             // The client gave up before it was accepted.
@@ -89,6 +98,7 @@ struct Arrived {
     client: SocketAddr,
     netns: u64,
     permit: Option<OwnedSemaphorePermit>,
+    proxied: Arc<AtomicU64>,
 }
 
 struct Refusal {
@@ -98,7 +108,7 @@ struct Refusal {
 }
 
 async fn handle(arrived: Arrived, tenant: Arc<Tenant>, sink: Sink, refused: mpsc::Sender<Refusal>) {
-    let Arrived { stream, client, netns, permit } = arrived;
+    let Arrived { stream, client, netns, permit, proxied } = arrived;
     let flow = match stream.local_addr() {
         Ok(local) => sink.kernel.take_flow(netns, client, local),
         Err(_) => None,
@@ -121,7 +131,9 @@ async fn handle(arrived: Arrived, tenant: Arc<Tenant>, sink: Sink, refused: mpsc
     let cluster = usize::try_from(flow.record.cluster).unwrap_or(usize::MAX);
     let accepted = Accepted { stream, original_destination: flow.original, cluster, caller };
     // Fails only if the proxy has ended: then the connection ends, too.
-    let _ = sink.accepted.send(accepted).await;
+    if sink.accepted.send(accepted).await.is_ok() {
+        proxied.fetch_add(1, Ordering::Relaxed);
+    }
     drop(permit);
 }
 

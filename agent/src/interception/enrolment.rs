@@ -7,10 +7,14 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
 };
 
-use tokio::{sync::watch, task::JoinSet};
+use tokio::{sync::watch, task::JoinSet, time::Instant};
 use tokio_util::sync::CancellationToken;
 use weir_common::{
     event::Pod,
@@ -22,6 +26,7 @@ use super::{
     caller::Tenant,
     cgroup_tree::{PodFolder, Tree},
     cluster_watch::{KnownPod, KnownPods},
+    coverage::{Counted, Ledger},
     interface::{self, HostEnd},
     listener::{Listener, ListenerError, Namespace},
     loader::KernelError,
@@ -29,6 +34,9 @@ use super::{
     sockets,
 };
 use crate::config::Mode;
+
+/// How often coverage is recorded.
+const COVERAGE_INTERVAL: Duration = Duration::from_secs(60);
 
 /// The classified pods by cgroup id, for who reports about them.
 pub type Tenants = watch::Receiver<Arc<HashMap<u64, Arc<Tenant>>>>;
@@ -52,6 +60,9 @@ pub(super) struct Enrolment {
     attached: HashSet<u64>,
     /// Other cgroups that are classified.
     runtimes: HashSet<u64>,
+    /// What was counted when coverage was last recorded.
+    ledger: Ledger,
+    coverage_recorded: Instant,
     /// Cgroups in quarantine that are reported.
     quarantined: HashSet<u64>,
     /// Whether entries of a former process have been looked through.
@@ -66,6 +77,8 @@ struct Enrolled {
     host_network: bool,
     tenant: watch::Sender<Arc<Tenant>>,
     listening: Option<Listening>,
+    /// Connections that reached the proxy.
+    proxied: Arc<AtomicU64>,
     /// The host's ends of its interfaces, which are guarded.
     guarded: Vec<HostEnd>,
 }
@@ -90,6 +103,8 @@ impl Enrolment {
             pods: HashMap::new(),
             attached: HashSet::new(),
             runtimes: HashSet::new(),
+            ledger: Ledger::default(),
+            coverage_recorded: Instant::now(),
             quarantined: HashSet::new(),
             reconciled: false,
             tenants,
@@ -122,6 +137,9 @@ impl Enrolment {
             }
         }
         self.report_quarantine()?;
+        if self.coverage_recorded.elapsed() >= COVERAGE_INTERVAL {
+            self.record_coverage()?;
+        }
         self.publish();
         Ok(waiting)
     }
@@ -149,6 +167,28 @@ impl Enrolment {
         Ok(())
     }
 
+    /// Records what the kernel counted of each pod against what reached the proxy, since the last time.
+    fn record_coverage(&mut self) -> Result<(), KernelError> {
+        let sink = &self.settings.sink;
+        let mut counted = HashMap::with_capacity(self.pods.len());
+        for (cgroup, pod) in &self.pods {
+            let Some(kernel) = sink.kernel.pod_counters(*cgroup)? else { continue };
+            let class = match pod.class {
+                Class::Enrolled => "enrolled",
+                Class::Observed => "observed",
+                _ => "unselected",
+            };
+            let proxied = pod.proxied.load(Ordering::Relaxed);
+            let pod = pod.tenant.borrow().pod.clone().unwrap_or_default();
+            counted.insert(*cgroup, Counted { pod, class, kernel, proxied });
+        }
+        let interval = self.coverage_recorded.elapsed().as_millis();
+        self.coverage_recorded = Instant::now();
+        let coverage = self.ledger.take(u64::try_from(interval).unwrap_or(u64::MAX), counted);
+        sink.recorder.coverage(coverage);
+        Ok(())
+    }
+
     /// Checks that the programs are still pinned.
     pub(super) fn intact(&self) -> Result<(), KernelError> {
         self.settings.sink.kernel.intact()
@@ -156,8 +196,14 @@ impl Enrolment {
 
     /// Ends every listener; the maps stay, so that enrolled pods are denied from here on.
     pub(super) async fn end(mut self) {
-        self.pods.clear();
+        for pod in self.pods.values_mut() {
+            pod.listening = None;
+        }
         while self.serving.join_next().await.is_some() {}
+        // After the last connection, so that the agent's last minute is covered as well.
+        if let Err(error) = self.record_coverage() {
+            tracing::warn!(%error, "cannot record the coverage of the last minute");
+        }
     }
 
     /// Attaches to new roots of pods, and marks them and other runtimes' cgroups: below them nothing passes
@@ -230,10 +276,22 @@ impl Enrolment {
             kernel.classify(folder.cgroup, entry(class, None))?;
             let host_network = known.host_network;
             let (sender, _) = watch::channel(tenant.clone());
-            self.pods.insert(
+            let former = self.pods.insert(
                 folder.cgroup,
-                Enrolled { class, host_network, tenant: sender, listening: None, guarded: Vec::new() },
+                Enrolled {
+                    class,
+                    host_network,
+                    tenant: sender,
+                    listening: None,
+                    proxied: Arc::default(),
+                    guarded: Vec::new(),
+                },
             );
+            if let (Some(former), Some(pod)) = (former, self.pods.get_mut(&folder.cgroup)) {
+                // Only the verdict is new.
+                (pod.proxied, pod.guarded) = (former.proxied.clone(), former.guarded.clone());
+            }
+            self.ledger.begin(folder.cgroup, kernel.pod_counters(folder.cgroup)?.unwrap_or_default());
             tracing::info!(pod = %name(&tenant), class = ?class, "pod is classified");
         }
         let Some(pod) = self.pods.get_mut(&folder.cgroup) else { return Ok(false) };
@@ -273,8 +331,8 @@ impl Enrolment {
         end_direct_connections(&self.settings.sink, folder, &pod.tenant, file).await?;
         tracing::info!(pod = %name(&pod.tenant.borrow()), port = listener.port(), "pod is enrolled");
         let end = self.cancellation.child_token();
-        let serve = accept::serve(listener, pod.tenant.subscribe(), self.settings.sink.clone(), end.clone());
-        self.serving.spawn(serve);
+        let (tenant, proxied) = (pod.tenant.subscribe(), pod.proxied.clone());
+        self.serving.spawn(accept::serve(listener, tenant, proxied, self.settings.sink.clone(), end.clone()));
         // Ends the listener of a former sandbox, if there was one.
         pod.listening = Some(Listening { namespace: namespace.1, end });
         Ok(false)

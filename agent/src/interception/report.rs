@@ -30,6 +30,8 @@ use crate::{
     recording::Recorder,
 };
 
+/// Most pods whose notices are counted apart.
+const REPORTED_PODS_MAX: usize = 4096;
 /// How often the environments of enrolled pods' processes are looked at. A process's environment changes with the
 /// program it becomes, so each is looked at again every time.
 const ENVIRONMENTS_CHECK: Duration = Duration::from_secs(2);
@@ -47,7 +49,8 @@ pub(super) async fn notices(
     recorder: Recorder,
     cancellation: CancellationToken,
 ) -> Result<&'static str, InterceptionError> {
-    let mut refusals = Refusals::new(Instant::now());
+    // Bounded for each pod apart: the noise of one must not hide what another does.
+    let mut refusals: HashMap<u64, Refusals> = HashMap::new();
     loop {
         let notice = tokio::select! {
             () = cancellation.cancelled() => break,
@@ -55,7 +58,14 @@ pub(super) async fn notices(
                 .map_err(|source| InterceptionError::Io { action: "read the kernel's notices", source })?,
         };
         let Some(kind) = NoticeKind::from_number(notice.kind) else { continue };
-        let (admitted, left_out) = refusals.admit(Instant::now());
+        let now = Instant::now();
+        if refusals.len() >= REPORTED_PODS_MAX {
+            for (_, pod) in refusals.drain() {
+                pod.end(&recorder);
+            }
+        }
+        let pod = refusals.entry(notice.flow.pod_cgroup).or_insert_with(|| Refusals::new(now));
+        let (admitted, left_out) = pod.admit(now);
         if let Some(left_out) = left_out {
             Refusals::left_out(left_out, &recorder);
         }
@@ -66,7 +76,7 @@ pub(super) async fn notices(
             record(kind, &notice, cluster, &caller, &recorder);
         }
     }
-    refusals.end(&recorder);
+    refusals.values().for_each(|pod| pod.end(&recorder));
     Ok("reading the kernel's notices")
 }
 
