@@ -8,6 +8,7 @@
 pub mod accept;
 pub mod api_set;
 pub mod attach;
+mod bpf;
 pub mod caller;
 pub mod cgroup;
 mod cgroup_tree;

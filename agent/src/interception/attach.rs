@@ -1,16 +1,13 @@
 //! Attaching the programs to cgroups, and keeping them attached: pins, replacement in place, removal.
 //!
-//! aya 0.14 cannot replace the program of a cgroup link; the one bpf(2) call for that is here.
+//! What someone else detaches is noticed by asking the kernel, not by looking at pins, and attached again.
 
 use std::{
-    ffi::CString,
+    collections::{BTreeMap, BTreeSet},
     fs::{self, File},
     io,
     mem::ManuallyDrop,
-    os::{
-        fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
-        unix::{ffi::OsStrExt, fs::MetadataExt},
-    },
+    os::{fd::AsFd, unix::fs::MetadataExt},
     path::{Path, PathBuf},
     sync::{Mutex, MutexGuard, PoisonError},
 };
@@ -19,7 +16,8 @@ use aya::{
     Ebpf,
     pin::PinError,
     programs::{
-        CgroupAttachMode, CgroupSkbAttachType, LinkOrder, Program, ProgramError, TcAttachType,
+        CgroupAttachMode, CgroupSkbAttachType, LinkOrder, Program, ProgramError, SchedClassifier,
+        TcAttachType,
         links::{FdLink, LinkError},
         tc::{self, SchedClassifierLink, TcAttachOptions, TcError},
     },
@@ -27,12 +25,10 @@ use aya::{
 };
 use weir_common::kernel::programs;
 
-use super::interface::HostEnd;
-
-/// `BPF_OBJ_GET` of `enum bpf_cmd`, linux/bpf.h.
-const BPF_OBJ_GET: libc::c_long = 7;
-/// `BPF_LINK_UPDATE` of `enum bpf_cmd`, linux/bpf.h.
-const BPF_LINK_UPDATE: libc::c_long = 29;
+use super::{
+    bpf::{attached_programs, link_update, open_pin},
+    interface::HostEnd,
+};
 
 /// Why programs cannot be attached, kept or removed.
 #[derive(Debug, thiserror::Error)]
@@ -93,10 +89,10 @@ pub enum AttachError {
         #[source]
         source: PinError,
     },
-    /// A pin of this process is gone: its program is detached, or soon will be.
-    #[error("the pin {} was removed while the agent runs, and with it the interception; was weir-agent uninstall run, or the bpf file system unmounted?", path.display())]
+    /// The pins are gone: nothing would outlive this process.
+    #[error("{} was removed while the agent runs, and with it the interception; was weir-agent uninstall run, or the bpf file system unmounted?", path.display())]
     Gone {
-        /// The pin.
+        /// Their folder.
         path: PathBuf,
     },
     /// A pin cannot be read or removed.
@@ -112,6 +108,29 @@ pub enum AttachError {
 
 /// How the pins of the guards of interfaces begin.
 const INTERFACE_PIN: &str = "interface-";
+
+/// Whether the kernel has links for programs at interfaces (tcx, 6.6).
+fn links_for_interfaces() -> bool {
+    KernelVersion::current().is_ok_and(|version| version >= KernelVersion::new(6, 6, 0))
+}
+
+/// `enum bpf_attach_type`, linux/bpf.h.
+fn attach_kind(program: &str) -> u32 {
+    match program {
+        programs::EGRESS => 1,
+        programs::SOCK_CREATE => 2,
+        programs::SOCK_OPS => 3,
+        programs::BIND4 => 8,
+        programs::BIND6 => 9,
+        programs::CONNECT4 => 10,
+        programs::CONNECT6 => 11,
+        programs::SENDMSG4 => 14,
+        programs::SENDMSG6 => 15,
+        programs::GETPEERNAME4 => 29,
+        programs::GETPEERNAME6 => 30,
+        _ => 0,
+    }
+}
 
 fn interface_pin(index: u32) -> String {
     format!("{INTERFACE_PIN}{index}")
@@ -129,10 +148,26 @@ pub(super) struct Attached {
     own_filters: Vec<SchedClassifierLink>,
     /// The same where they stay.
     filters: Vec<ManuallyDrop<SchedClassifierLink>>,
-    /// Ids of the cgroups that this process has attached to.
-    cgroups: Vec<u64>,
-    /// The pins of the links that this process has made or taken over.
-    pinned: Vec<PathBuf>,
+    /// The cgroups that this process has attached to, by id.
+    cgroups: BTreeMap<u64, Target>,
+    /// Names of the guarded interfaces by index.
+    interfaces: BTreeMap<u32, String>,
+}
+
+/// A cgroup and what belongs there.
+#[derive(Clone, Debug)]
+struct Target {
+    folder: PathBuf,
+    programs: &'static [&'static str],
+}
+
+/// What a look at the kernel has shown.
+#[derive(Debug, Default)]
+pub struct Inspection {
+    /// Programs that someone had detached and that are attached again, in words.
+    pub repaired: Vec<String>,
+    /// Programs of others beside ours, by id, in words.
+    pub foreign: BTreeSet<(u32, String)>,
 }
 
 /// A panic while attaching leaves links that are whole each.
@@ -148,13 +183,17 @@ impl Attached {
             links: Vec::new(),
             own_filters: Vec::new(),
             filters: Vec::new(),
-            cgroups: Vec::new(),
-            pinned: Vec::new(),
+            cgroups: BTreeMap::new(),
+            interfaces: BTreeMap::new(),
         }
     }
 
     /// Attaches these programs to the cgroup in their order, or replaces the pinned ones.
-    pub(super) fn attach(&mut self, cgroup: &Path, programs: &[&'static str]) -> Result<(), AttachError> {
+    pub(super) fn attach(
+        &mut self,
+        cgroup: &Path,
+        programs: &'static [&'static str],
+    ) -> Result<(), AttachError> {
         let at = |source| AttachError::Cgroup { path: cgroup.to_owned(), source };
         let folder = File::open(cgroup).map_err(at)?;
         let id = folder.metadata().map_err(at)?.ino();
@@ -165,7 +204,7 @@ impl Attached {
                 self.keep(link, pin)?;
             }
         }
-        self.cgroups.push(id);
+        self.cgroups.insert(id, Target { folder: cgroup.to_owned(), programs });
         Ok(())
     }
 
@@ -174,13 +213,14 @@ impl Attached {
         let program = programs::INTERFACE;
         let failed = |source| AttachError::Interface { name: end.name.clone(), source };
         let pin = self.pin(&interface_pin(end.index))?;
+        self.interfaces.insert(end.index, end.name.clone());
         if self.replaced(pin.as_deref(), program)? {
             return Ok(());
         }
         let Some(Program::SchedClassifier(classifier)) = self.ebpf.program_mut(program) else {
             return Err(AttachError::Link { program, source: LinkError::InvalidLink });
         };
-        if KernelVersion::current().is_ok_and(|version| version >= KernelVersion::new(6, 6, 0)) {
+        if links_for_interfaces() {
             let order = TcAttachOptions::TcxOrder(LinkOrder::first());
             let id =
                 classifier.attach_with_options(&end.name, TcAttachType::Ingress, order).map_err(failed)?;
@@ -207,8 +247,8 @@ impl Attached {
 
     /// Forgets the guard of an interface that is gone.
     pub(super) fn unguard_interface(&mut self, index: u32) -> Result<(), AttachError> {
+        self.interfaces.remove(&index);
         let Some(path) = self.pin(&interface_pin(index))? else { return Ok(()) };
-        self.pinned.retain(|pinned| *pinned != path);
         match fs::remove_file(&path) {
             Err(source) if source.kind() != io::ErrorKind::NotFound => {
                 Err(AttachError::Remove { path, source })
@@ -233,13 +273,12 @@ impl Attached {
             return Ok(());
         };
         // The pin keeps it from here on.
-        link.pin(&path).map_err(|source| AttachError::Pin { path: path.clone(), source })?;
-        self.pinned.push(path);
+        link.pin(&path).map_err(|source| AttachError::Pin { path, source })?;
         Ok(())
     }
 
     /// Puts this process's program into a link that is pinned already. A pin whose cgroup is gone is removed.
-    fn replaced(&mut self, pin: Option<&Path>, program: &'static str) -> Result<bool, AttachError> {
+    fn replaced(&self, pin: Option<&Path>, program: &'static str) -> Result<bool, AttachError> {
         let Some(pin) = pin.filter(|pin| pin.exists()) else { return Ok(false) };
         let update = |source| AttachError::Update { path: pin.to_owned(), source };
         let fd = self
@@ -249,10 +288,7 @@ impl Attached {
             .ok_or_else(|| update(io::Error::other("the program is not loaded")))?;
         let link = open_pin(pin).map_err(update)?;
         match link_update(&link, fd.as_fd()) {
-            Ok(()) => {
-                self.pinned.push(pin.to_owned());
-                Ok(true)
-            }
+            Ok(()) => Ok(true),
             Err(error) if error.raw_os_error() == Some(libc::ENOLINK) => {
                 fs::remove_file(pin)
                     .map_err(|source| AttachError::Remove { path: pin.to_owned(), source })?;
@@ -288,12 +324,87 @@ impl Attached {
         }
     }
 
-    /// Whether every pin of this process is still there. A process that has lost one must not go on as if its
-    /// programs were in force.
-    pub(super) fn intact(&self) -> Result<(), AttachError> {
-        match self.pinned.iter().find(|path| !path.exists()) {
-            None => Ok(()),
-            Some(path) => Err(AttachError::Gone { path: path.clone() }),
+    /// Asks the kernel whether everything is attached, and attaches what is not. That the maps are no longer pinned is an
+    /// error: then `uninstall` was run, and this process must not go on as if it were in force.
+    pub(super) fn inspect(&mut self) -> Result<Inspection, AttachError> {
+        if let Some(pins) = &self.pins
+            && !pins.join("maps").exists()
+        {
+            return Err(AttachError::Gone { path: pins.join("maps") });
+        }
+        let mut found = Inspection::default();
+        for (id, target) in self.cgroups.clone() {
+            // A cgroup that is gone takes its links along.
+            let Ok(folder) = File::open(&target.folder) else { continue };
+            if !folder.metadata().is_ok_and(|metadata| metadata.ino() == id) {
+                continue;
+            }
+            for program in target.programs {
+                self.inspect_program(program, id, (&folder, &target.folder), &mut found)?;
+            }
+        }
+        for (index, name) in self.interfaces.clone() {
+            self.inspect_interface(&HostEnd { index, name }, &mut found)?;
+        }
+        Ok(found)
+    }
+
+    fn inspect_program(
+        &mut self,
+        program: &'static str,
+        id: u64,
+        (folder, path): (&File, &Path),
+        found: &mut Inspection,
+    ) -> Result<(), AttachError> {
+        let at = |source| AttachError::Cgroup { path: path.to_owned(), source };
+        let Some((own, kind)) = self.id_and_kind(program) else { return Ok(()) };
+        let attached = attached_programs(folder, kind).map_err(at)?;
+        let others = attached.iter().filter(|other| **other != own);
+        found.foreign.extend(others.map(|other| (*other, format!("beside {program} at {}", path.display()))));
+        let pin = self.pin(&format!("{id}-{program}"))?;
+        if attached.contains(&own) && pin.as_ref().is_none_or(|pin| pin.exists()) {
+            return Ok(());
+        }
+        self.remove_pin(pin.as_deref())?;
+        let link = self.link(program, folder, path)?;
+        self.keep(link, pin)?;
+        found.repaired.push(format!("{program} at {}", path.display()));
+        Ok(())
+    }
+
+    fn inspect_interface(&mut self, end: &HostEnd, found: &mut Inspection) -> Result<(), AttachError> {
+        let there = nix::net::if_::if_nametoindex(end.name.as_str()).is_ok_and(|index| index == end.index);
+        // Filters of older kernels are not asked for: they go only with the interface, or by a privileged hand.
+        if !there || !links_for_interfaces() {
+            return Ok(());
+        }
+        let Some((own, _)) = self.id_and_kind(programs::INTERFACE) else { return Ok(()) };
+        let attached = SchedClassifier::query_tcx(&end.name, TcAttachType::Ingress);
+        let pin = self.pin(&interface_pin(end.index))?;
+        let pinned = pin.as_ref().is_none_or(|pin| pin.exists());
+        // An interface that goes at this moment cannot be asked.
+        let Ok((_, attached)) = attached else { return Ok(()) };
+        if pinned && attached.iter().any(|program| program.id() == own) {
+            return Ok(());
+        }
+        self.remove_pin(pin.as_deref())?;
+        self.guard_interface(end)?;
+        found.repaired.push(format!("{} at the interface {}", programs::INTERFACE, end.name));
+        Ok(())
+    }
+
+    /// The id of a loaded program, and its number of `enum bpf_attach_type` (0 where it has none).
+    fn id_and_kind(&self, name: &str) -> Option<(u32, u32)> {
+        let program = self.ebpf.program(name)?;
+        Some((program.info().ok()?.id(), attach_kind(name)))
+    }
+
+    fn remove_pin(&self, pin: Option<&Path>) -> Result<(), AttachError> {
+        match pin.map(fs::remove_file) {
+            Some(Err(source)) if source.kind() != io::ErrorKind::NotFound => {
+                Err(AttachError::Remove { path: pin.unwrap_or(Path::new("")).to_owned(), source })
+            }
+            _ => Ok(()),
         }
     }
 
@@ -305,7 +416,7 @@ impl Attached {
                 continue;
             }
             let id = name.split('-').next().and_then(|id| id.parse::<u64>().ok());
-            if id.is_none_or(|id| !self.cgroups.contains(&id)) {
+            if id.is_none_or(|id| !self.cgroups.contains_key(&id)) {
                 let path = pins.join("links").join(&name);
                 fs::remove_file(&path).map_err(|source| AttachError::Remove { path, source })?;
             }
@@ -362,44 +473,4 @@ pub fn uninstall(pins: &Path) -> Result<usize, AttachError> {
         }
     }
     Ok(removed)
-}
-
-/// Opens a pinned link. aya's own type hides the descriptor that the update needs.
-fn open_pin(path: &Path) -> io::Result<OwnedFd> {
-    /// `struct { pathname, bpf_fd, file_flags }` of `union bpf_attr`.
-    #[repr(C)]
-    struct ObjectGet {
-        path: u64,
-        fd: u32,
-        flags: u32,
-    }
-    let path = CString::new(path.as_os_str().as_bytes())?;
-    let attributes = ObjectGet { path: path.as_ptr() as u64, fd: 0, flags: 0 };
-    // SAFETY: the attributes are valid for this command, their size is given, and the path outlives the call.
-    let fd =
-        unsafe { libc::syscall(libc::SYS_bpf, BPF_OBJ_GET, &raw const attributes, size_of::<ObjectGet>()) };
-    match RawFd::try_from(fd) {
-        // SAFETY: the kernel has just opened this descriptor for us, and nobody else knows it.
-        Ok(fd) if fd >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
-        _ => Err(io::Error::last_os_error()),
-    }
-}
-
-/// Replaces the program of a link; connections meet the old one or the new one, never none.
-fn link_update(link: &OwnedFd, program: BorrowedFd<'_>) -> io::Result<()> {
-    /// `struct { link_fd, new_prog_fd, flags, old_prog_fd }` of `union bpf_attr`.
-    #[repr(C)]
-    struct LinkUpdate {
-        link: RawFd,
-        program: RawFd,
-        flags: u32,
-        old_program: u32,
-    }
-    let attributes =
-        LinkUpdate { link: link.as_raw_fd(), program: program.as_raw_fd(), flags: 0, old_program: 0 };
-    // SAFETY: the attributes are valid for this command and their size is given; the call keeps no pointer.
-    let result = unsafe {
-        libc::syscall(libc::SYS_bpf, BPF_LINK_UPDATE, &raw const attributes, size_of::<LinkUpdate>())
-    };
-    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }

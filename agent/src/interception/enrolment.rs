@@ -6,7 +6,7 @@
 //! vanished from its list: a verdict ends with the pod's cgroup.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{BTreeSet, HashMap, HashSet},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -60,6 +60,8 @@ pub(super) struct Enrolment {
     attached: HashSet<u64>,
     /// Other cgroups that are classified.
     runtimes: HashSet<u64>,
+    /// Programs of others that are reported.
+    foreign: BTreeSet<(u32, String)>,
     /// What was counted when coverage was last recorded.
     ledger: Ledger,
     coverage_recorded: Instant,
@@ -103,6 +105,7 @@ impl Enrolment {
             pods: HashMap::new(),
             attached: HashSet::new(),
             runtimes: HashSet::new(),
+            foreign: BTreeSet::new(),
             ledger: Ledger::default(),
             coverage_recorded: Instant::now(),
             quarantined: HashSet::new(),
@@ -189,9 +192,26 @@ impl Enrolment {
         Ok(())
     }
 
-    /// Checks that the programs are still pinned.
-    pub(super) fn intact(&self) -> Result<(), KernelError> {
-        self.settings.sink.kernel.intact()
+    /// Attaches what someone has detached, and says so; says as well which programs of others are beside ours.
+    pub(super) fn inspect(&mut self) -> Result<(), KernelError> {
+        let sink = &self.settings.sink;
+        let found = sink.kernel.inspect()?;
+        for program in found.repaired {
+            tracing::error!(program, "was detached by someone and is attached again");
+            let message = format!(
+                "{program} was detached by someone, and is attached again; who else is privileged on this node?"
+            );
+            sink.recorder.finding(None, None, "programDetached", &message);
+        }
+        for (id, place) in found.foreign.difference(&self.foreign) {
+            tracing::warn!(id, place, "a program of someone else is attached");
+            let message = format!(
+                "a program of someone else (id {id}, see `bpftool prog show id {id}`) is attached {place}: it may refuse or rewrite connections before or after Weir does"
+            );
+            sink.recorder.finding(None, None, "foreignProgram", &message);
+        }
+        self.foreign = found.foreign;
+        Ok(())
     }
 
     /// Ends every listener; the maps stay, so that enrolled pods are denied from here on.

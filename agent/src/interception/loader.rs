@@ -20,8 +20,7 @@ use weir_common::kernel::{
 };
 
 use super::{
-    attach,
-    attach::AttachError,
+    attach::{self, AttachError, Inspection},
     debug_log,
     maps::{absent_is_fine, lock},
 };
@@ -193,12 +192,13 @@ impl Kernel {
         Ok(attach::lock(&self.attached).attach(cgroup, &programs::HOOKS)?)
     }
 
-    /// Checks that what this process has pinned is still pinned.
+    /// Asks the kernel whether everything is attached as this process has attached it, and attaches what someone has
+    /// detached. Returns what that was, and the programs of others beside ours.
     ///
     /// # Errors
-    /// Someone has removed a pin: the programs are no longer in force.
-    pub fn intact(&self) -> Result<(), KernelError> {
-        Ok(attach::lock(&self.attached).intact()?)
+    /// Everything is unpinned (`uninstall` was run), or the kernel refuses.
+    pub fn inspect(&self) -> Result<Inspection, KernelError> {
+        Ok(attach::lock(&self.attached).inspect()?)
     }
 
     /// Removes pinned links of cgroups that this process has not attached to: cgroups that are gone.

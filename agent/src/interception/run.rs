@@ -219,8 +219,8 @@ async fn enrol(
         let known = pods.borrow_and_update().clone();
         let tree = Tree::read(mount, |folder| watch.watch(folder));
         let waiting = enrolment.apply(tree, &known).await?;
-        // After the removal of pins nothing is intercepted: the agent ends, and whoever started it starts it anew.
-        enrolment.intact()?;
+        // After `uninstall` nothing is intercepted: the agent ends, and whoever started it starts it anew.
+        enrolment.inspect()?;
         ready.send_if_modified(|ready| known.is_some() && !std::mem::replace(ready, true));
         let now = Instant::now();
         waiting_since = waiting.then(|| waiting_since.unwrap_or(now));
