@@ -28,6 +28,7 @@ mod namespace;
 mod netlink;
 pub mod pinned;
 pub mod pod;
+mod pod_network;
 pub mod process;
 pub mod quarantine;
 mod report;

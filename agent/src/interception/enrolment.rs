@@ -27,11 +27,11 @@ use super::{
     cgroup_tree::{PodFolder, Tree},
     cluster_watch::{KnownPod, KnownPods},
     coverage::{Counted, Ledger},
-    interface::{self, HostEnd},
-    listener::{Listener, ListenerError, Namespace},
+    interface::HostEnd,
+    listener::{Listener, Namespace},
     loader::KernelError,
     namespace::{self, NamespaceId},
-    sockets,
+    pod_network::{EnrolError, blocking, end_direct_connections, guard_interfaces, name},
 };
 use crate::config::Mode;
 
@@ -280,6 +280,40 @@ impl Enrolment {
         kernel.prune_links()
     }
 
+    /// Writes a pod's verdict, which is new to it.
+    fn classify(
+        &mut self,
+        folder: &PodFolder,
+        known: &KnownPod,
+        class: Class,
+        tenant: &Arc<Tenant>,
+    ) -> Result<(), KernelError> {
+        let kernel = &self.settings.sink.kernel;
+        // An enrolled pod is denied until its listener is there; another one's listener ends after its entry.
+        kernel.name_pod(folder.cgroup, pod_name(known))?;
+        kernel.classify(folder.cgroup, entry(class, None))?;
+        let host_network = known.host_network;
+        let (sender, _) = watch::channel(tenant.clone());
+        let former = self.pods.insert(
+            folder.cgroup,
+            Enrolled {
+                class,
+                host_network,
+                tenant: sender,
+                listening: None,
+                proxied: Arc::default(),
+                guarded: Vec::new(),
+            },
+        );
+        if let (Some(former), Some(pod)) = (former, self.pods.get_mut(&folder.cgroup)) {
+            // Only the verdict is new.
+            (pod.proxied, pod.guarded) = (former.proxied.clone(), former.guarded.clone());
+        }
+        self.ledger.begin(folder.cgroup, kernel.pod_counters(folder.cgroup)?.unwrap_or_default());
+        tracing::info!(pod = %name(tenant), class = ?class, "pod is classified");
+        Ok(())
+    }
+
     /// One pod: returns whether it waits for its network namespace.
     async fn pod(&mut self, folder: &PodFolder, known: &KnownPod) -> Result<bool, EnrolError> {
         let tenant = Arc::new(tenant(folder, known));
@@ -289,30 +323,8 @@ impl Enrolment {
             Some(Mode::Enforce) => Class::Enrolled,
         };
         let kernel = self.settings.sink.kernel.clone();
-        let changed = self.pods.get(&folder.cgroup).is_none_or(|pod| pod.class != class);
-        if changed {
-            // An enrolled pod is denied until its listener is there; another one's listener ends after its entry.
-            kernel.name_pod(folder.cgroup, pod_name(known))?;
-            kernel.classify(folder.cgroup, entry(class, None))?;
-            let host_network = known.host_network;
-            let (sender, _) = watch::channel(tenant.clone());
-            let former = self.pods.insert(
-                folder.cgroup,
-                Enrolled {
-                    class,
-                    host_network,
-                    tenant: sender,
-                    listening: None,
-                    proxied: Arc::default(),
-                    guarded: Vec::new(),
-                },
-            );
-            if let (Some(former), Some(pod)) = (former, self.pods.get_mut(&folder.cgroup)) {
-                // Only the verdict is new.
-                (pod.proxied, pod.guarded) = (former.proxied.clone(), former.guarded.clone());
-            }
-            self.ledger.begin(folder.cgroup, kernel.pod_counters(folder.cgroup)?.unwrap_or_default());
-            tracing::info!(pod = %name(&tenant), class = ?class, "pod is classified");
+        if self.pods.get(&folder.cgroup).is_none_or(|pod| pod.class != class) {
+            self.classify(folder, known, class, &tenant)?;
         }
         let Some(pod) = self.pods.get_mut(&folder.cgroup) else { return Ok(false) };
         pod.tenant.send_if_modified(|current| {
@@ -371,87 +383,6 @@ impl Enrolment {
     }
 }
 
-/// Guards the host's ends of a pod's interfaces, and reports those that have none.
-async fn guard_interfaces(
-    sink: &Sink,
-    cgroup: u64,
-    tenant: &watch::Sender<Arc<Tenant>>,
-    namespace: &std::fs::File,
-) -> Result<Vec<HostEnd>, EnrolError> {
-    let file = namespace.try_clone().map_err(EnrolError::Interfaces)?;
-    let found = blocking(move || interface::of_pod(&file)).await?.map_err(EnrolError::Interfaces)?;
-    for end in &found.guardable {
-        sink.kernel.guard_interface(end, cgroup)?;
-    }
-    let tenant = tenant.borrow().clone();
-    for interface in found.unguarded {
-        let message = format!(
-            "interface {interface} of the pod has no end on the host that can be guarded: a process with NET_RAW could reach an API server through it; drop that capability, or use a bridge, ptp or VPC CNI network"
-        );
-        tracing::warn!(pod = %name(&tenant), interface, "interface cannot be guarded");
-        sink.recorder.finding(None, Some(&tenant.unproven(None)), "unguardedInterface", &message);
-    }
-    Ok(found.guardable)
-}
-
-/// Ends the pod's connections to the API set from before it was enrolled. The guard stalls them already; ended, the
-/// client connects anew and is redirected.
-async fn end_direct_connections(
-    sink: &Sink,
-    folder: &PodFolder,
-    tenant: &watch::Sender<Arc<Tenant>>,
-    namespace: Option<std::fs::File>,
-) -> Result<(), EnrolError> {
-    let servers = sink.kernel.api_endpoints()?;
-    let path = folder.path.clone();
-    let ended = blocking(move || {
-        // In the host's network namespace are others' connections as well.
-        let own = namespace.is_none().then(|| sockets::cgroups_of(&path));
-        sockets::destroy(namespace.as_ref(), |connection| {
-            let its_own = match &own {
-                None => true,
-                Some(own) => connection.cgroup.is_some_and(|cgroup| own.contains(&cgroup)),
-            };
-            its_own && servers.contains_key(&connection.peer)
-        })
-    })
-    .await?;
-    match ended {
-        Ok(0) => {}
-        Ok(count) => {
-            let tenant = tenant.borrow().clone();
-            tracing::info!(pod = %name(&tenant), count, "ended connections from before the enrolment");
-            let message =
-                format!("ended {count} connections to API servers that the pod made before it was enrolled");
-            sink.recorder.finding(None, Some(&tenant.unproven(None)), "directConnectionsEnded", &message);
-        }
-        // Stalled they are harmless; only their clients wait longer.
-        Err(error) => {
-            tracing::warn!(pod = %name(&tenant.borrow()), %error, "cannot end connections from before the enrolment; they are stalled (does the kernel have CONFIG_INET_DIAG_DESTROY?)");
-        }
-    }
-    Ok(())
-}
-
-/// Why one pod cannot be enrolled now.
-#[derive(Debug, thiserror::Error)]
-enum EnrolError {
-    #[error(transparent)]
-    Kernel(#[from] KernelError),
-    #[error(transparent)]
-    Listener(#[from] ListenerError),
-    #[error("cannot read the pod's network interfaces")]
-    Interfaces(#[source] std::io::Error),
-    #[error("a task panicked")]
-    Task(#[from] tokio::task::JoinError),
-}
-
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> T + Send + 'static,
-) -> Result<T, tokio::task::JoinError> {
-    tokio::task::spawn_blocking(work).await
-}
-
 fn entry(class: Class, listener: Option<&Listener>) -> CgroupEntry {
     CgroupEntry {
         listener_netns: listener.map_or(0, Listener::netns),
@@ -489,8 +420,4 @@ fn pod_name(known: &KnownPod) -> PodName {
         name: filled(&known.name),
         uid: filled(known.uid.as_str()),
     }
-}
-
-fn name(tenant: &Tenant) -> String {
-    tenant.pod.as_ref().map(|pod| format!("{}/{}", pod.namespace, pod.name)).unwrap_or_default()
 }
