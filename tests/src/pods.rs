@@ -42,7 +42,9 @@ impl<'a> PodSpec<'a> {
         Self { namespace, name, labels: &[], service_account: "default", host_network: false, script }
     }
 
-    fn manifest(&self) -> Value {
+    /// The pod's object.
+    #[must_use]
+    pub fn manifest(&self) -> Value {
         json!({
             "apiVersion": "v1",
             "kind": "Pod",

@@ -21,6 +21,8 @@ use weir_tests::{
     wait_until,
 };
 
+#[path = "integration/enrolment.rs"]
+mod enrolment;
 #[path = "integration/exec.rs"]
 mod exec;
 
