@@ -57,6 +57,9 @@ pub enum EnvelopeError {
         /// How many.
         trailing: usize,
     },
+    /// Another encoding of the envelope than the one its encoder makes.
+    #[error("envelope is not in its one encoding; something other than a Weir agent wrote it")]
+    NotCanonical,
     /// The envelope is longer than a frame may carry.
     #[error("envelope is longer than {ENVELOPE_BYTES_MAX} bytes")]
     TooLong,
@@ -84,7 +87,7 @@ impl Envelope {
     /// Decodes an envelope that fills `bytes`.
     ///
     /// # Errors
-    /// The codec is not known, or the bytes are not exactly one envelope.
+    /// The codec is not known, the bytes are not exactly one envelope, or [`Self::encode`] writes it differently.
     pub fn decode(codec: u8, bytes: &[u8]) -> Result<Self, EnvelopeError> {
         if codec != CODEC_BINCODE_STANDARD {
             return Err(EnvelopeError::UnknownCodec { codec });
@@ -96,6 +99,13 @@ impl Envelope {
             bincode::decode_from_slice::<Self, _>(bytes, CONFIGURATION).map_err(EnvelopeError::Invalid)?;
         if used != bytes.len() {
             return Err(EnvelopeError::Trailing { trailing: bytes.len() - used });
+        }
+        // bincode reads a number in more bytes than it needs. No Merkle root covers the envelope: with one encoding
+        // only, equal envelopes are equal bytes.
+        let mut encoded = Vec::with_capacity(bytes.len());
+        envelope.encode(&mut encoded)?;
+        if encoded != bytes {
+            return Err(EnvelopeError::NotCanonical);
         }
         Ok(envelope)
     }
@@ -158,5 +168,15 @@ mod tests {
             envelope.encode(&mut bytes).unwrap();
             prop_assert_eq!(Envelope::decode(CODEC_BINCODE_STANDARD, &bytes).unwrap(), envelope);
         }
+    }
+
+    #[test]
+    fn a_number_in_more_bytes_than_it_needs_is_refused() {
+        let mut bytes = Vec::new();
+        Envelope::default().encode(&mut bytes).unwrap();
+        // The first field's length, 0, as a 16-bit number behind bincode's mark for one.
+        let long = [&[251, 0, 0], &bytes[1..]].concat();
+        let refused = Envelope::decode(CODEC_BINCODE_STANDARD, &long);
+        assert!(matches!(refused, Err(EnvelopeError::NotCanonical)), "{refused:?}");
     }
 }
