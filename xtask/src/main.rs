@@ -6,6 +6,7 @@
 
 mod build_ebpf;
 mod demo;
+mod fuzz;
 mod test;
 mod testbed;
 mod tidy;
@@ -29,6 +30,8 @@ enum Command {
     BuildEbpf(build_ebpf::Options),
     /// The whole story on this machine: set-up, a pod at work, its record replayed, verified and compared.
     Demo(demo::Arguments),
+    /// Run the fuzz targets of `tests/fuzz`, all or one.
+    Fuzz(fuzz::Arguments),
     /// A one-node Kubernetes cluster of real components on this machine.
     Testbed(testbed::Arguments),
     /// Check what keeps the tree in order: layers, file sizes, headers, lints.
@@ -59,6 +62,7 @@ fn run(command: Command) -> Result<()> {
     match command {
         Command::BuildEbpf(options) => build_ebpf::run(root, options).map(drop),
         Command::Demo(arguments) => demo::run(root, &arguments),
+        Command::Fuzz(arguments) => fuzz::run(root, &arguments),
         Command::Testbed(arguments) => testbed::run(&arguments),
         Command::Tidy => tidy::run(root),
         Command::Deny => test::deny(root),

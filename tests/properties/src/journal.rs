@@ -1,0 +1,142 @@
+//! Properties of the journal's parsers: frames, segments, envelopes and checkpoints.
+//!
+//! The `sealed` ones put right checksums over the input first: without that a fuzzer never comes past them.
+
+use weir_common::{
+    checkpoint::{Checkpoint, NoteSigner, NoteVerifier},
+    envelope::{CODEC_BINCODE_STANDARD, Envelope},
+    frame::{self, FRAME_HEADER_BYTES, FRAME_MAGIC, FRAME_VERSION},
+    merkle::leaf_hash,
+    segment::{SEGMENT_HEADER_BYTES, SegmentHeader, SegmentReader},
+};
+
+/// An envelope that is accepted is the one encoding of what it says: it is not under the Merkle root, so nothing
+/// else would tell two encodings apart.
+pub fn envelope(bytes: &[u8]) {
+    if let Ok(envelope) = Envelope::decode(CODEC_BINCODE_STANDARD, bytes) {
+        let mut again = Vec::new();
+        let length = envelope.encode(&mut again).expect("what was decoded fits its limit");
+        assert_eq!(length, again.len(), "the length told is the length written");
+        assert_eq!(again, bytes, "an envelope was accepted and is encoded differently");
+    }
+}
+
+/// A frame that is accepted is encoded to the same bytes again.
+pub fn frame(bytes: &[u8]) {
+    if let Ok((decoded, length)) = frame::decode(bytes) {
+        assert!(length >= FRAME_HEADER_BYTES && length <= bytes.len(), "length {length} of {}", bytes.len());
+        let mut again = Vec::new();
+        let leaf = frame::encode(
+            &mut again,
+            decoded.frame_type,
+            decoded.sequence,
+            decoded.commit,
+            &decoded.envelope,
+            decoded.value,
+        )
+        .expect("what was decoded fits its limits");
+        assert_eq!(leaf, decoded.leaf_hash);
+        assert_eq!(again, bytes[..length], "a frame was accepted and is encoded differently");
+    }
+}
+
+/// [`frame`] on the input with magic, version and right checksums.
+pub fn sealed_frame(bytes: &[u8]) {
+    let mut bytes = bytes.to_vec();
+    if let Some(start) = bytes.first_chunk_mut::<5>() {
+        start[..4].copy_from_slice(&FRAME_MAGIC);
+        start[4] = FRAME_VERSION;
+        seal(&mut bytes, 0);
+    }
+    frame(&bytes);
+}
+
+/// Reading a segment ends, goes forward only, tells how the segment ended, and gives only frames that stand there.
+pub fn segment(bytes: &[u8]) {
+    if let Ok(header) = SegmentHeader::decode(bytes) {
+        let again = header.encode().expect("what was decoded fits its limits");
+        assert_eq!(SegmentHeader::decode(&again).expect("an encoded header is valid"), header);
+        let first = header.first_sequence;
+        for successor in [None, Some(first), Some(first.saturating_add(2))] {
+            read(bytes, successor);
+        }
+    }
+}
+
+/// [`segment`] on a valid header with the input behind it, every frame in it with right checksums.
+pub fn sealed_segment(bytes: &[u8]) {
+    let header = SegmentHeader {
+        index: 0,
+        first_sequence: 0,
+        first_commit: 1,
+        created_unix_us: 0,
+        epoch: "01890a5d-ac96-774b-bcce-b302099a8057".parse().expect("is a UUID"),
+        node: "node".to_owned(),
+    };
+    let mut sealed = header.encode().expect("is short").to_vec();
+    sealed.extend_from_slice(bytes);
+    let mut offset = SEGMENT_HEADER_BYTES;
+    while let Some(rest) = sealed.get(offset..).filter(|rest| rest.len() >= FRAME_HEADER_BYTES) {
+        offset += if rest.starts_with(&FRAME_MAGIC) { seal(&mut sealed, offset) } else { 1 };
+    }
+    segment(&sealed);
+}
+
+fn read(bytes: &[u8], successor: Option<u64>) {
+    let mut reader = SegmentReader::new(bytes, successor).expect("its header was valid");
+    let mut past = SEGMENT_HEADER_BYTES;
+    let mut items = 0;
+    for item in reader.by_ref() {
+        items += 1;
+        assert!(items <= bytes.len(), "more items than bytes: the reader does not go forward");
+        if let Ok(located) = item {
+            assert!(located.offset >= past, "frame at {} overlaps one before {past}", located.offset);
+            let (there, length) = frame::decode(&bytes[located.offset..]).expect("a frame given can be read");
+            assert_eq!(there, located.frame);
+            past = located.offset + length;
+        }
+    }
+    assert!(reader.tail().is_some(), "an exhausted reader says how the segment ended");
+    assert!(reader.next().is_none(), "an exhausted reader stays so");
+}
+
+/// A checkpoint that is accepted begins with its own canonical text; no key verifies what it did not sign.
+pub fn checkpoint(bytes: &[u8]) {
+    let Ok(text) = std::str::from_utf8(bytes) else { return };
+    if let Ok(parsed) = Checkpoint::parse(text) {
+        assert!(text.starts_with(&parsed.text()), "a checkpoint was accepted and is written differently");
+        assert_eq!(Checkpoint::parse(&parsed.text()).expect("its own text is valid"), parsed);
+    }
+    let signer = NoteSigner::from_seed("weir/node", &[7; 32]).expect("is a valid name");
+    if let Ok(parsed) = Checkpoint::parse_unverified(text) {
+        let verified = Checkpoint::verify(&parsed.sign(&signer), signer.verifier());
+        assert_eq!(verified.expect("its own signature verifies"), parsed);
+    }
+    // Nobody signed anything with this key.
+    let stranger = NoteSigner::from_seed("weir/node", &[8; 32]).expect("is a valid name");
+    assert!(Checkpoint::verify(text, stranger.verifier()).is_err(), "verified without a signature");
+    if let Ok(verifier) = NoteVerifier::parse(text) {
+        assert_eq!(verifier.to_string(), text.trim(), "a key was accepted and is written differently");
+    }
+}
+
+/// Puts right hashes and checksums into the frame at `offset`, as far as its lengths lie within `bytes`; returns
+/// how many bytes it covers, at least 1.
+fn seal(bytes: &mut [u8], offset: usize) -> usize {
+    let frame = &mut bytes[offset..];
+    if frame.len() < FRAME_HEADER_BYTES {
+        return 1;
+    }
+    let length =
+        |at: usize| u32::from_le_bytes([frame[at], frame[at + 1], frame[at + 2], frame[at + 3]]) as usize;
+    let (value_at, end) = (FRAME_HEADER_BYTES + length(8), FRAME_HEADER_BYTES + length(8) + length(12));
+    if let Some(body) = frame.get(FRAME_HEADER_BYTES..end) {
+        let checksum = crc32c::crc32c(body);
+        let leaf = leaf_hash(&frame[value_at..end]);
+        frame[32..64].copy_from_slice(&leaf);
+        frame[64..68].copy_from_slice(&checksum.to_le_bytes());
+    }
+    let checksum = crc32c::crc32c(&frame[..68]);
+    frame[68..72].copy_from_slice(&checksum.to_le_bytes());
+    if end <= frame.len() { end } else { FRAME_HEADER_BYTES }
+}
