@@ -4,7 +4,7 @@
 //! network, so that nothing passes unrecorded. Every task's end is waited for; an unexpected end ends the agent, which
 //! leaves the kernel denying.
 
-use std::time::Duration;
+use std::{path::PathBuf, time::Duration};
 
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
@@ -19,9 +19,10 @@ use crate::{
         api_set::ClusterAddresses,
         cluster_access::ClusterAccessError,
         cluster_watch::{self, ApiSet, ClusterWatch, KnownPods},
+        handover,
         hosts::Hosts,
         loader::Pinning,
-        run::{self as interception, InterceptionError},
+        run::{self as interception, Ended, InterceptionError},
     },
     proxy::{self, Drained, Proxy, ProxyOptions},
     recording::{Recorder, RecorderOptions, RecordingError},
@@ -111,6 +112,7 @@ async fn run_recorded(
         pods,
         clusters: addresses(config, api_sets),
         nodes,
+        handover: Some(PathBuf::from(handover::STANDARD)),
         accepted,
         ready: settled,
     };
@@ -127,12 +129,19 @@ async fn run_recorded(
             return Ok(signal);
         }
     };
+    let mut handed_over = false;
     let ending = loop {
         tokio::select! {
             signal = signals.next() => break Ok(signal),
             Some(connection) = connections.recv() => proxy.serve(connection),
             Ok(()) = ready.changed() => tracing::info!("ready"),
-            ended = &mut intercepted => break Err(early(ended)),
+            ended = &mut intercepted => match ended {
+                Ok(Ended::HandedOver) => {
+                    handed_over = true;
+                    break Ok("handover");
+                }
+                ended => break Err(early(ended)),
+            },
             Some(ended) = parts.join_next() => {
                 break Err(AppError::PartEnded { part: ended.unwrap_or("a part that panicked") });
             }
@@ -142,7 +151,11 @@ async fn run_recorded(
     let limit = if let Ok(signal) = &ending {
         let limit = config.limits.drain;
         tracing::info!(signal, drain_seconds = limit.as_secs(), active = proxy.active(), "draining");
-        serve_until(intercepted, &mut connections, |connection| proxy.serve(connection)).await?;
+        if handed_over {
+            serve_until(std::future::ready(()), &mut connections, |connection| proxy.serve(connection)).await;
+        } else {
+            serve_until(intercepted, &mut connections, |connection| proxy.serve(connection)).await?;
+        }
         limit
     } else {
         // Nothing can be waited for any more; what is open is cut, and its record says so.
@@ -174,8 +187,8 @@ async fn serve_until<T, E>(
     ended
 }
 
-fn early(ended: Result<(), InterceptionError>) -> AppError {
-    ended.map_or_else(AppError::from, |()| AppError::PartEnded { part: "the interception" })
+fn early(ended: Result<Ended, InterceptionError>) -> AppError {
+    ended.map_or_else(AppError::from, |_| AppError::PartEnded { part: "the interception" })
 }
 
 fn addresses(config: &Config, api_sets: Vec<watch::Receiver<ApiSet>>) -> Vec<ClusterAddresses> {

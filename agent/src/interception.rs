@@ -19,6 +19,7 @@ mod coverage;
 mod debug_log;
 pub mod enrolment;
 pub mod flow;
+pub mod handover;
 pub mod hosts;
 mod interface;
 pub mod listener;

@@ -38,6 +38,8 @@ pub struct AgentProcess {
     config: PathBuf,
     log: PathBuf,
     ended: bool,
+    /// Whether another one has taken over its pins.
+    succeeded: bool,
 }
 
 /// How the agent gets a serving certificate.
@@ -140,7 +142,14 @@ impl AgentProcess {
             .process_group(0)
             .spawn()
             .with_context(|| format!("cannot start {}", binary.display()))?;
-        Ok(Self { child, binary, config: config.to_owned(), log: log.to_owned(), ended: false })
+        Ok(Self {
+            child,
+            binary,
+            config: config.to_owned(),
+            log: log.to_owned(),
+            ended: false,
+            succeeded: false,
+        })
     }
 
     /// Waits for the log line that says so, and for `weir-agent status` to answer.
@@ -219,6 +228,16 @@ impl AgentProcess {
         Ok(status)
     }
 
+    /// Waits until it has ended because another one took over, whose the pins are now.
+    ///
+    /// # Errors
+    /// When the deadline is over; the error has its last lines.
+    pub fn wait_for_succession(&mut self) -> Result<ExitStatus> {
+        self.succeeded = true;
+        let ended = self.wait_for_end();
+        ended.map_err(|error| self.explained(&error))
+    }
+
     /// Sends SIGTERM and waits for the end. Pins stay, as on a node.
     ///
     /// # Errors
@@ -253,7 +272,9 @@ impl Drop for AgentProcess {
             // It has ended by itself; what counts is that its pins go.
             self.ended = true;
         }
-        let _ = output(Command::new(&self.binary).arg("uninstall"));
+        if !self.succeeded {
+            let _ = output(Command::new(&self.binary).arg("uninstall"));
+        }
     }
 }
 

@@ -25,6 +25,8 @@ use weir_tests::{
 mod enrolment;
 #[path = "integration/exec.rs"]
 mod exec;
+#[path = "integration/upgrade.rs"]
+mod upgrade;
 
 /// A node has one agent.
 static ONE_AGENT: Mutex<()> = Mutex::new(());

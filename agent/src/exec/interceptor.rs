@@ -95,7 +95,7 @@ impl Interceptor {
         let tenant = Tenant { cgroup: id, folder: cgroup.path().to_owned(), ..Tenant::default() };
         let (keep, tenant) = watch::channel(Arc::new(tenant));
         let sink = Sink { kernel: Arc::clone(&kernel), recorder: recorder.clone(), accepted: sender };
-        let accepting = accept::serve(listener, tenant, Arc::default(), sink, stop.clone());
+        let accepting = accept::serve(Arc::new(listener), tenant, Arc::default(), sink, stop.clone());
         tasks.spawn(async move {
             accepting.await;
             drop(keep);

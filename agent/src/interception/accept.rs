@@ -43,7 +43,7 @@ pub struct Sink {
 
 /// Accepts connections of one tenant until cancelled, and counts those that get to the proxy in `proxied`; then the sockets are closed, which refuses new ones.
 pub async fn serve(
-    listener: Listener,
+    listener: Arc<Listener>,
     tenant: watch::Receiver<Arc<Tenant>>,
     proxied: Arc<AtomicU64>,
     sink: Sink,

@@ -359,15 +359,19 @@ impl Attached {
         let at = |source| AttachError::Cgroup { path: path.to_owned(), source };
         let Some((own, kind)) = self.id_and_kind(program) else { return Ok(()) };
         let attached = attached_programs(folder, kind).map_err(at)?;
-        let others = attached.iter().filter(|other| **other != own);
-        found.foreign.extend(others.map(|other| (*other, format!("beside {program} at {}", path.display()))));
         let pin = self.pin(&format!("{id}-{program}"))?;
         if attached.contains(&own) && pin.as_ref().is_none_or(|pin| pin.exists()) {
+            let others = attached.iter().filter(|other| **other != own);
+            let beside = |other: &u32| (*other, format!("{other} beside {program} at {}", path.display()));
+            found.foreign.extend(others.map(beside));
             return Ok(());
         }
-        self.remove_pin(pin.as_deref())?;
-        let link = self.link(program, folder, path)?;
-        self.keep(link, pin)?;
+        // A link that is still there but runs another program (of a successor that failed, say) is put right in place.
+        if !self.replaced(pin.as_deref(), program)? {
+            self.remove_pin(pin.as_deref())?;
+            let link = self.link(program, folder, path)?;
+            self.keep(link, pin)?;
+        }
         found.repaired.push(format!("{program} at {}", path.display()));
         Ok(())
     }
@@ -387,7 +391,7 @@ impl Attached {
         if pinned && attached.iter().any(|program| program.id() == own) {
             return Ok(());
         }
-        self.remove_pin(pin.as_deref())?;
+        // Replaced in place if the link is still there.
         self.guard_interface(end)?;
         found.repaired.push(format!("{} at the interface {}", programs::INTERFACE, end.name));
         Ok(())

@@ -27,6 +27,7 @@ use super::{
     cgroup_tree::{PodFolder, Tree},
     cluster_watch::{KnownPod, KnownPods},
     coverage::{Counted, Ledger},
+    handover::Passed,
     interface::HostEnd,
     listener::{Listener, Namespace},
     loader::KernelError,
@@ -60,6 +61,8 @@ pub(super) struct Enrolment {
     attached: HashSet<u64>,
     /// Other cgroups that are classified.
     runtimes: HashSet<u64>,
+    /// Listeners of the agent that ran before, by cgroup, which are not served yet.
+    adopted: HashMap<u64, Passed>,
     /// Programs of others that are reported.
     foreign: BTreeSet<(u32, String)>,
     /// What was counted when coverage was last recorded.
@@ -87,6 +90,8 @@ struct Enrolled {
 
 struct Listening {
     namespace: NamespaceId,
+    /// Kept to be shared with a successor.
+    listener: Arc<Listener>,
     end: CancellationToken,
 }
 
@@ -97,7 +102,11 @@ impl Drop for Listening {
 }
 
 impl Enrolment {
-    pub(super) fn new(settings: Settings, cancellation: CancellationToken) -> (Self, Tenants) {
+    pub(super) fn new(
+        settings: Settings,
+        adopted: Vec<Passed>,
+        cancellation: CancellationToken,
+    ) -> (Self, Tenants) {
         let (tenants, receiver) = watch::channel(Arc::default());
         let enrolment = Self {
             settings,
@@ -105,6 +114,7 @@ impl Enrolment {
             pods: HashMap::new(),
             attached: HashSet::new(),
             runtimes: HashSet::new(),
+            adopted: adopted.into_iter().map(|passed| (passed.cgroup, passed)).collect(),
             foreign: BTreeSet::new(),
             ledger: Ledger::default(),
             coverage_recorded: Instant::now(),
@@ -196,22 +206,39 @@ impl Enrolment {
     pub(super) fn inspect(&mut self) -> Result<(), KernelError> {
         let sink = &self.settings.sink;
         let found = sink.kernel.inspect()?;
-        for program in found.repaired {
-            tracing::error!(program, "was detached by someone and is attached again");
+        if !found.repaired.is_empty() {
+            let programs = found.repaired.join(", ");
+            tracing::error!(programs, "were detached or replaced by someone, and are attached again");
             let message = format!(
-                "{program} was detached by someone, and is attached again; who else is privileged on this node?"
+                "detached or replaced by someone, and attached again: {programs}; who else is privileged on this node?"
             );
             sink.recorder.finding(None, None, "programDetached", &message);
         }
-        for (id, place) in found.foreign.difference(&self.foreign) {
-            tracing::warn!(id, place, "a program of someone else is attached");
+        let new: Vec<_> = found.foreign.difference(&self.foreign).map(|(_, place)| place.as_str()).collect();
+        if !new.is_empty() {
+            let programs = new.join(", ");
+            tracing::warn!(programs, "programs of someone else are attached");
             let message = format!(
-                "a program of someone else (id {id}, see `bpftool prog show id {id}`) is attached {place}: it may refuse or rewrite connections before or after Weir does"
+                "programs of someone else (see `bpftool prog show id ID`) are attached: {programs}; they may refuse or rewrite connections before or after Weir does"
             );
             sink.recorder.finding(None, None, "foreignProgram", &message);
         }
         self.foreign = found.foreign;
         Ok(())
+    }
+
+    /// The listeners, for a successor. What is not listed it makes anew.
+    pub(super) fn share(&self) -> Vec<Passed> {
+        let listening = self.pods.iter().filter_map(|(cgroup, pod)| Some((*cgroup, pod.listening.as_ref()?)));
+        listening
+            .filter_map(|(cgroup, listening)| {
+                let sockets = listening.listener.share();
+                let sockets = sockets.inspect_err(|error| {
+                    tracing::error!(%error, "cannot share a listener; are there too many open files?");
+                });
+                Some(Passed { cgroup, namespace: listening.namespace, sockets: sockets.ok()? })
+            })
+            .collect()
     }
 
     /// Ends every listener; the maps stay, so that enrolled pods are denied from here on.
@@ -267,8 +294,8 @@ impl Enrolment {
     }
 
     /// Entries that a former process has left in pinned maps, of cgroups that are no more.
-    fn forget_strangers(&self, tree: &Tree) -> Result<(), KernelError> {
-        let kernel = &self.settings.sink.kernel;
+    fn forget_strangers(&mut self, tree: &Tree) -> Result<(), KernelError> {
+        let kernel = self.settings.sink.kernel.clone();
         let mut there: HashSet<u64> = tree.pods.iter().map(|folder| folder.cgroup).collect();
         there.extend(tree.roots.iter().map(|(_, id)| *id));
         there.extend(&tree.runtimes);
@@ -276,6 +303,7 @@ impl Enrolment {
         for cgroup in kernel.cgroups()?.into_keys().filter(|cgroup| !there.contains(cgroup)) {
             kernel.forget_cgroup(cgroup)?;
         }
+        self.adopted.retain(|cgroup, _| there.contains(cgroup));
         kernel.keep_interfaces(&there)?;
         kernel.prune_links()
     }
@@ -291,7 +319,13 @@ impl Enrolment {
         let kernel = &self.settings.sink.kernel;
         // An enrolled pod is denied until its listener is there; another one's listener ends after its entry.
         kernel.name_pod(folder.cgroup, pod_name(known))?;
-        kernel.classify(folder.cgroup, entry(class, None))?;
+        // With a listener that is handed over, it is redirected to that all the time.
+        if class != Class::Enrolled {
+            self.adopted.remove(&folder.cgroup);
+        }
+        if !self.adopted.contains_key(&folder.cgroup) {
+            kernel.classify(folder.cgroup, entry(class, None))?;
+        }
         let host_network = known.host_network;
         let (sender, _) = watch::channel(tenant.clone());
         let former = self.pods.insert(
@@ -358,15 +392,20 @@ impl Enrolment {
             Namespace::Own => None,
             Namespace::Of(file) => Some(file.try_clone().map_err(EnrolError::Interfaces)?),
         };
-        let listener = blocking(move || Listener::in_netns(namespace.0)).await??;
+        let adopted = self.adopted.remove(&folder.cgroup).filter(|passed| passed.namespace == namespace.1);
+        let listener = Arc::new(match adopted {
+            Some(passed) => Listener::of_sockets(passed.sockets)?,
+            None => blocking(move || Listener::in_netns(namespace.0)).await??,
+        });
         kernel.classify(folder.cgroup, entry(Class::Enrolled, Some(&listener)))?;
         end_direct_connections(&self.settings.sink, folder, &pod.tenant, file).await?;
         tracing::info!(pod = %name(&pod.tenant.borrow()), port = listener.port(), "pod is enrolled");
         let end = self.cancellation.child_token();
         let (tenant, proxied) = (pod.tenant.subscribe(), pod.proxied.clone());
-        self.serving.spawn(accept::serve(listener, tenant, proxied, self.settings.sink.clone(), end.clone()));
+        let serve = accept::serve(listener.clone(), tenant, proxied, self.settings.sink.clone(), end.clone());
+        self.serving.spawn(serve);
         // Ends the listener of a former sandbox, if there was one.
-        pod.listening = Some(Listening { namespace: namespace.1, end });
+        pod.listening = Some(Listening { namespace: namespace.1, listener, end });
         Ok(false)
     }
 

@@ -5,13 +5,13 @@ use std::{
     fs::File,
     io,
     net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener as StdListener},
-    os::fd::{AsRawFd, OwnedFd},
+    os::fd::{AsFd as _, AsRawFd, OwnedFd, RawFd},
     path::PathBuf,
 };
 
 use nix::sys::socket::{
-    AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage, bind, getsockname, listen, setsockopt,
-    socket, sockopt,
+    AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage, bind, getsockname, getsockopt, listen,
+    setsockopt, socket, sockopt,
 };
 use tokio::net::{TcpListener, TcpStream};
 
@@ -78,12 +78,34 @@ pub struct Listener {
     netns: u64,
 }
 
-/// The sockets as the thread brings them back.
-struct Sockets {
+/// The sockets on their way from the thread that made them, or between two agents.
+#[derive(Debug)]
+pub(super) struct Sockets {
     ipv4: StdListener,
     ipv6: Option<StdListener>,
     port: u16,
     netns: u64,
+}
+
+impl Sockets {
+    /// Takes listening sockets, IPv4 first, from another agent; what they are is asked of the kernel.
+    pub(super) fn of_descriptors(descriptors: Vec<OwnedFd>) -> Result<Self, ListenerError> {
+        let missing = || ListenerError::Socket {
+            action: "find the listener in what was passed",
+            source: io::ErrorKind::InvalidData.into(),
+        };
+        let mut descriptors = descriptors.into_iter();
+        let ipv4 = descriptors.next().ok_or_else(missing)?;
+        let listens = getsockopt(&ipv4, sockopt::AcceptConn).unwrap_or(false);
+        let port = port(&ipv4).ok().filter(|_| listens).ok_or_else(missing)?;
+        let netns = cookie(&ipv4)?;
+        Ok(Self { ipv4: ipv4.into(), ipv6: descriptors.next().map(StdListener::from), port, netns })
+    }
+
+    /// Their descriptors, as [`Self::of_descriptors`] takes them.
+    pub(super) fn descriptors(&self) -> Vec<RawFd> {
+        [Some(&self.ipv4), self.ipv6.as_ref()].into_iter().flatten().map(AsRawFd::as_raw_fd).collect()
+    }
 }
 
 impl Listener {
@@ -97,6 +119,11 @@ impl Listener {
             Namespace::Own => sockets()?,
             Namespace::Of(file) => namespace::within(&file, sockets).map_err(ListenerError::Enter)??,
         };
+        Self::of_sockets(sockets)
+    }
+
+    /// Listens with sockets that listen already. Must be called in a tokio runtime.
+    pub(super) fn of_sockets(sockets: Sockets) -> Result<Self, ListenerError> {
         let wrap = |listener: StdListener| {
             listener
                 .set_nonblocking(true)
@@ -108,6 +135,17 @@ impl Listener {
             ipv6: sockets.ipv6.map(wrap).transpose()?,
             port: sockets.port,
             netns: sockets.netns,
+        })
+    }
+
+    /// Its sockets once more, for another agent: both then accept from the same queue.
+    pub(super) fn share(&self) -> io::Result<Sockets> {
+        let share = |listener: &TcpListener| listener.as_fd().try_clone_to_owned().map(StdListener::from);
+        Ok(Sockets {
+            ipv4: share(&self.ipv4)?,
+            ipv6: self.ipv6.as_ref().map(share).transpose()?,
+            port: self.port,
+            netns: self.netns,
         })
     }
 

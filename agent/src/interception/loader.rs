@@ -156,7 +156,7 @@ impl Kernel {
             load_program(&mut ebpf, program)?;
         }
         let log = debug_log::take(&mut ebpf);
-        let kernel = Self {
+        Ok(Self {
             api_set: Mutex::new(map(&mut ebpf, maps::API_SET)?),
             cgroups: Mutex::new(map(&mut ebpf, maps::CGROUPS)?),
             flows: Mutex::new(map(&mut ebpf, maps::FLOWS)?),
@@ -169,10 +169,7 @@ impl Kernel {
             notices: Mutex::new(Some(map(&mut ebpf, maps::NOTICES)?)),
             attached: Mutex::new(attach::Attached::new(ebpf, pins)),
             debug_log: Mutex::new(log),
-        };
-        // Connections of a former process's listeners are dead; what they left must not vouch for a new one.
-        kernel.forget_flows()?;
-        Ok(kernel)
+        })
     }
 
     /// Attaches guard and hooks to a cgroup v2 folder. Where they are pinned and attached already, the running
@@ -219,7 +216,12 @@ impl Kernel {
         lock(&self.debug_log).take()
     }
 
-    fn forget_flows(&self) -> Result<(), KernelError> {
+    /// Forgets the flows of a former process: its listeners are dead, and what they left must not vouch for a connection
+    /// to a new one. Not to be called where listeners were handed over.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub(super) fn forget_flows(&self) -> Result<(), KernelError> {
         let mut flows = lock(&self.flows);
         let stale = flows.keys().collect::<Result<Vec<_>, _>>();
         let stale = stale.map_err(|source| KernelError::Map { map: maps::FLOWS, source })?;

@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use tokio::time::Instant;
+use tokio::{sync::watch, time::Instant};
 use tokio_util::sync::CancellationToken;
 use weir_common::{
     event::Caller,
@@ -47,13 +47,23 @@ pub(super) async fn notices(
     mut notices: Notices,
     tenants: Tenants,
     recorder: Recorder,
+    mut frozen: watch::Receiver<bool>,
     cancellation: CancellationToken,
 ) -> Result<&'static str, InterceptionError> {
     // Bounded for each pod apart: the noise of one must not hide what another does.
     let mut refusals: HashMap<u64, Refusals> = HashMap::new();
     loop {
+        if *frozen.borrow_and_update() {
+            // Two readers would take notices from each other.
+            tokio::select! {
+                () = cancellation.cancelled() => break,
+                Ok(()) = frozen.changed() => {}
+            }
+            continue;
+        }
         let notice = tokio::select! {
             () = cancellation.cancelled() => break,
+            Ok(()) = frozen.changed() => continue,
             notice = notices.next() => notice
                 .map_err(|source| InterceptionError::Io { action: "read the kernel's notices", source })?,
         };

@@ -24,6 +24,7 @@ use super::{
     cgroup_tree::{Tree, TreeWatch},
     cluster_watch::KnownPods,
     enrolment::{Enrolment, Settings, Tenants},
+    handover::{self, HandoverError, Taken},
     hosts::{self, Hosts},
     listener::{self, ListenerError},
     loader::{Kernel, KernelError, Pinning},
@@ -53,6 +54,9 @@ pub enum InterceptionError {
     /// The host's network namespace.
     #[error(transparent)]
     Listener(#[from] ListenerError),
+    /// The agent before or after this one.
+    #[error(transparent)]
+    Handover(#[from] HandoverError),
     /// A file of the kernel's.
     #[error("cannot {action}")]
     Io {
@@ -85,6 +89,8 @@ pub struct Options {
     pub clusters: Vec<ClusterAddresses>,
     /// The machines of this node's cluster, from [`super::cluster_watch::watch_nodes`].
     pub nodes: watch::Receiver<Hosts>,
+    /// Where listeners are taken from the agent that runs, and given to the one that follows; none: neither.
+    pub handover: Option<PathBuf>,
     /// The proxy.
     pub accepted: mpsc::Sender<Accepted>,
     /// Becomes true once the programs are attached and every pod that was known then has its verdict, and its
@@ -92,7 +98,16 @@ pub struct Options {
     pub ready: watch::Sender<bool>,
 }
 
-/// Intercepts until cancelled. On return listeners are closed and pins stay: enrolled pods are denied until the
+/// How interception ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// As it was told to.
+    Cancelled,
+    /// A successor has taken over: what is served still may drain.
+    HandedOver,
+}
+
+/// Intercepts until cancelled or until a successor has taken over. On return listeners are closed and pins stay: enrolled pods are denied until the
 /// next agent is there.
 ///
 /// # Errors
@@ -101,12 +116,19 @@ pub async fn run(
     options: Options,
     recorder: Recorder,
     cancellation: CancellationToken,
-) -> Result<(), InterceptionError> {
+) -> Result<Ended, InterceptionError> {
     let mount = match options.cgroup_root {
         Some(mount) => mount,
         None => cgroup::mount_point()?,
     };
+    let mut taken = match &options.handover {
+        Some(path) => handover::take(path).await?,
+        None => None,
+    };
     let kernel = Arc::new(Kernel::load(options.pinning)?);
+    if taken.is_none() {
+        kernel.forget_flows()?;
+    }
     let own_cgroup = own_cgroup()?;
     if let Some(own) = own_cgroup {
         let entry = CgroupEntry { listener_netns: 0, class: Class::Agent as u32, listener_port: 0 };
@@ -121,7 +143,8 @@ pub async fn run(
     configured.into_iter().try_for_each(|(address, cluster)| kernel.set_api_endpoint(address, cluster))?;
     let sink = Sink { kernel: kernel.clone(), recorder: recorder.clone(), accepted: options.accepted };
     let settings = Settings { host_namespace, own_cgroup, sink };
-    let (mut enrolment, tenants) = Enrolment::new(settings, cancellation.child_token());
+    let listeners = taken.as_mut().map(|taken| std::mem::take(&mut taken.listeners)).unwrap_or_default();
+    let (mut enrolment, tenants) = Enrolment::new(settings, listeners, cancellation.child_token());
     // The pods that are there are known as pods before anything is attached above them.
     let watch = tree_watch()?;
     let tree = Tree::read(&mount, |folder| watch.watch(folder));
@@ -130,16 +153,76 @@ pub async fn run(
     tracing::info!(cgroup = %mount.display(), "attached to the root of the tree");
 
     let part = cancellation.child_token();
-    let mut tasks = beside(&kernel, &tenants, &recorder, &part)?;
+    // While a successor takes over, what the kernel reports is for it to read.
+    let (frozen, is_frozen) = watch::channel(false);
+    let mut tasks = beside(&kernel, &tenants, &recorder, is_frozen, &part)?;
     follow_addresses(&mut tasks, &kernel, options.clusters, options.nodes, &part)?;
+    let mut succession =
+        Succession { taken, path: options.handover, requests: None, frozen, part: part.clone() };
     let result = tokio::select! {
-        result = enrol(&mut enrolment, (&mount, &watch), options.pods, &options.ready, &part) => result,
+        result = enrol(&mut enrolment, (&mount, &watch), options.pods, &options.ready, &mut succession) => result,
         Some(ended) = tasks.join_next(), if !tasks.is_empty() => Err(ended_early(ended)),
     };
     part.cancel();
     enrolment.end().await;
     while tasks.join_next().await.is_some() {}
-    if cancellation.is_cancelled() { Ok(()) } else { result }
+    if cancellation.is_cancelled() { Ok(Ended::Cancelled) } else { result }
+}
+
+/// The agents before and after this one.
+struct Succession {
+    /// What was taken from the one before, until all of it is served.
+    taken: Option<Taken>,
+    path: Option<PathBuf>,
+    /// What successors ask, once this agent is ready for one.
+    requests: Option<mpsc::Receiver<handover::Request>>,
+    frozen: watch::Sender<bool>,
+    part: CancellationToken,
+}
+
+impl Succession {
+    /// This agent serves all there is: the former one may go, the next one may come.
+    async fn ready(&mut self) -> Result<(), HandoverError> {
+        if let Some(taken) = self.taken.take() {
+            taken.complete().await?;
+            tracing::info!("took over from the agent that ran before");
+        }
+        if let Some(path) = &self.path {
+            let server = handover::Server::bind(path)?;
+            let (sender, requests) = mpsc::channel(1);
+            tokio::spawn(server.serve(sender, self.part.clone()));
+            self.requests = Some(requests);
+        }
+        Ok(())
+    }
+
+    /// The next request of a successor; waits for ever while none can come.
+    async fn request(&mut self) -> handover::Request {
+        match &mut self.requests {
+            Some(requests) => match requests.recv().await {
+                Some(request) => request,
+                None => std::future::pending().await,
+            },
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Shares the listeners and changes nothing until the successor is complete; returns whether it is.
+    async fn hand_over(&self, enrolment: &Enrolment, request: handover::Request) -> bool {
+        self.frozen.send_replace(true);
+        let mut completed = false;
+        if request.passed.send(enrolment.share()).is_ok() {
+            completed = tokio::select! {
+                () = self.part.cancelled() => false,
+                completed = request.completed => completed.is_ok(),
+            };
+        }
+        if !completed {
+            self.frozen.send_replace(false);
+            tracing::warn!("the successor did not take over; this agent goes on");
+        }
+        completed
+    }
 }
 
 type Tasks = JoinSet<Result<&'static str, InterceptionError>>;
@@ -182,13 +265,14 @@ fn beside(
     kernel: &Arc<Kernel>,
     tenants: &Tenants,
     recorder: &Recorder,
+    frozen: watch::Receiver<bool>,
     part: &CancellationToken,
 ) -> Result<Tasks, InterceptionError> {
     let mut tasks = JoinSet::new();
     if let Some(notices) =
         kernel.notices().map_err(|source| InterceptionError::Io { action: "wait for notices", source })?
     {
-        tasks.spawn(report::notices(notices, tenants.clone(), recorder.clone(), part.clone()));
+        tasks.spawn(report::notices(notices, tenants.clone(), recorder.clone(), frozen, part.clone()));
     }
     if let Some(log) = kernel.take_debug_log() {
         let part = part.clone();
@@ -211,8 +295,9 @@ async fn enrol(
     (mount, watch): (&Path, &TreeWatch),
     mut pods: watch::Receiver<KnownPods>,
     ready: &watch::Sender<bool>,
-    cancellation: &CancellationToken,
-) -> Result<(), InterceptionError> {
+    succession: &mut Succession,
+) -> Result<Ended, InterceptionError> {
+    let cancellation = succession.part.clone();
     let mut waiting_since = None;
     let mut watched = true;
     loop {
@@ -221,12 +306,20 @@ async fn enrol(
         let waiting = enrolment.apply(tree, &known).await?;
         // After `uninstall` nothing is intercepted: the agent ends, and whoever started it starts it anew.
         enrolment.inspect()?;
-        ready.send_if_modified(|ready| known.is_some() && !std::mem::replace(ready, true));
+        if known.is_some() && !*ready.borrow() {
+            succession.ready().await?;
+            ready.send_replace(true);
+        }
         let now = Instant::now();
         waiting_since = waiting.then(|| waiting_since.unwrap_or(now));
         let soon = waiting_since.is_some_and(|since| now - since < WAITING_MAX);
         tokio::select! {
-            () = cancellation.cancelled() => return Ok(()),
+            () = cancellation.cancelled() => return Ok(Ended::Cancelled),
+            request = succession.request() => {
+                if succession.hand_over(enrolment, request).await {
+                    return Ok(Ended::HandedOver);
+                }
+            }
             () = watch.changed() => waiting_since = None,
             changed = pods.changed(), if watched => match changed {
                 Ok(()) => waiting_since = None,

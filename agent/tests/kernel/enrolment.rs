@@ -21,7 +21,7 @@ use weir_agent::{
         pinned::pinned_state,
         pod::PodUid,
         quarantine,
-        run::{InterceptionError, Options, run},
+        run::{Ended, InterceptionError, Options, run},
     },
     proxy::Accepted,
     recording::{Recorder, RecorderOptions},
@@ -57,7 +57,7 @@ struct Node {
     ready: watch::Receiver<bool>,
     recorder: Recorder,
     cancellation: CancellationToken,
-    running: tokio::task::JoinHandle<Result<(), InterceptionError>>,
+    running: tokio::task::JoinHandle<Result<Ended, InterceptionError>>,
     _journal: tempfile::TempDir,
 }
 
@@ -93,6 +93,7 @@ impl Node {
             pods: watched,
             clusters: vec![ClusterAddresses { cluster: 0, published: api_set, configured: vec![API4] }],
             nodes: watch::channel(Hosts::default()).1,
+            handover: None,
             accepted: sender,
             ready,
         };

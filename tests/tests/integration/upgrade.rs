@@ -1,0 +1,154 @@
+//! Hot upgrade: an agent follows another under load, and no pod notices.
+
+use std::{
+    io::{BufRead as _, BufReader, Write as _},
+    process::Stdio,
+};
+
+use weir_common::event::{Kind, Outcome};
+use weir_tests::{AgentProcess, PodSpec, agent, agent::TrustSource, wait_until};
+
+use super::{DEADLINE, Scene, verify};
+
+/// Calls in a row that must have succeeded after an upgrade.
+const CALLS_AFTER: usize = 10;
+
+#[test]
+fn an_upgrade_refuses_no_connection_and_cuts_no_stream() {
+    let Some(mut scene) = Scene::new() else { return };
+    scene.namespace("it-upgrade", true);
+    let pod = scene.testbed.run_pod(&PodSpec::idle("it-upgrade", "caller")).unwrap();
+    let other = scene.testbed.run_pod(&PodSpec::idle("it-upgrade", "other")).unwrap();
+    let mut configuration =
+        agent::configuration(&scene.testbed, &scene.journal(), TrustSource::ClusterSigner);
+    configuration["limits"] = serde_json::json!({"drainSeconds": 120});
+    let path = scene.scratch.path().join("agent.yaml");
+    agent::write_configuration(&configuration, &path).unwrap();
+    let start = |name: &str| AgentProcess::start(&path, &scene.scratch.path().join(name)).unwrap();
+    let mut current = start("agent-0.log");
+
+    // One call after the other; each prints its exit code.
+    let calls = "while [ ! -e /tmp/stop ]; do kubectl get namespace default -o name >/dev/null 2>/tmp/error; echo $?; done; cat /tmp/error";
+    let mut calling = pod.exec_command().args(["sh", "-c", calls]).stdout(Stdio::piped()).spawn().unwrap();
+    let mut codes = BufReader::new(calling.stdout.take().unwrap()).lines();
+    let mut call = |when: &str| assert_eq!(codes.next().unwrap().unwrap(), "0", "{when}");
+    // A stream of the pod itself: what goes in comes out, before and after.
+    let echo = ["kubectl", "exec", "-i", "-n", "it-upgrade", &other.name, "--", "cat"];
+    let mut session = {
+        let mut command = scene.testbed.kubectl_command();
+        command.args(["exec", "-i", "-n", "it-upgrade", &pod.name, "--"]).args(echo);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap()
+    };
+    let mut to_session = session.stdin.take().unwrap();
+    let mut from_session = BufReader::new(session.stdout.take().unwrap()).lines();
+    let mut say = |line: &str| {
+        writeln!(to_session, "{line}").unwrap();
+        assert_eq!(from_session.next().unwrap().unwrap(), line);
+    };
+    call("before");
+    say("before the upgrade");
+
+    let mut first = None;
+    for upgrade in 1..=2 {
+        let log = format!("agent-{upgrade}.log");
+        let next = start(&log);
+        let former = std::mem::replace(&mut current, next);
+        for _ in 0..CALLS_AFTER {
+            call(&format!("during upgrade {upgrade}: {}", current.last_lines()));
+        }
+        say(&format!("after upgrade {upgrade}"));
+        if upgrade == 2 {
+            // It serves no stream, and so has nothing to drain.
+            let mut former = former;
+            assert!(former.wait_for_succession().unwrap().success(), "{}", former.last_lines());
+        } else {
+            first = Some(former);
+        }
+    }
+    pod.shell("touch /tmp/stop").unwrap();
+    for code in codes.by_ref() {
+        let code = code.unwrap();
+        assert!(code == "0" || code.is_empty(), "{code}");
+    }
+    calling.wait().unwrap();
+    drop(to_session);
+    assert!(session.wait().unwrap().success());
+    let mut first = first.unwrap();
+    assert!(first.wait_for_succession().unwrap().success(), "{}", first.last_lines());
+    assert!(current.terminate().unwrap().success(), "{}", current.last_lines());
+
+    check_records(&scene);
+}
+
+/// Three epochs, and one exec stream that ended where it began.
+fn check_records(scene: &Scene) {
+    let events = scene.events();
+    let epochs: std::collections::BTreeSet<_> = events.iter().map(|event| &event.epoch).collect();
+    assert_eq!(epochs.len(), 3, "each process has its own epoch");
+    let exec = events
+        .iter()
+        .find(|event| matches!(&event.kind, Kind::RequestOpened(opened) if opened.attributes.subresource == "exec"))
+        .unwrap();
+    let closed = events.iter().find_map(|event| match &event.kind {
+        Kind::RequestClosed(closed) if event.request == exec.request => Some((closed.outcome, &event.epoch)),
+        _ => None,
+    });
+    assert_eq!(
+        closed,
+        Some((Outcome::Complete, &exec.epoch)),
+        "the first agent served the stream to its end"
+    );
+    let refused = events.iter().filter(|event| matches!(event.kind, Kind::ConnectionRefused { .. })).count();
+    assert_eq!(refused, 0);
+    let verified = verify(&scene.journal());
+    assert!(verified.status.success(), "{:?}", super::shown(&verified));
+}
+
+#[test]
+fn a_successor_that_fails_leaves_the_running_agent_in_charge() {
+    let Some(mut scene) = Scene::new() else { return };
+    scene.namespace("it-successor", true);
+    let pod = scene.testbed.run_pod(&PodSpec::idle("it-successor", "caller")).unwrap();
+    let mut running = scene.agent(TrustSource::ClusterSigner);
+    let ask = || super::shown(&pod.exec(&["kubectl", "get", "namespace", "default", "-o", "name"]).unwrap());
+    assert_eq!(ask().0, Some(0));
+    // It takes the listeners, reaches no API server, and dies.
+    let broken = scene.scratch.path().join("broken.yaml");
+    let mut configuration =
+        agent::configuration(&scene.testbed, &scene.journal(), TrustSource::ClusterSigner);
+    let kubeconfig = scene.scratch.path().join("broken.kubeconfig");
+    let file = configuration["clusters"][0]["kubeconfig"].as_str().unwrap().to_owned();
+    let text = std::fs::read_to_string(file).unwrap();
+    let mut changed = String::new();
+    for line in text.lines() {
+        let server = line.trim_start().starts_with("server:");
+        changed.push_str(if server { "    server: https://127.0.0.1:9" } else { line });
+        changed.push('\n');
+    }
+    std::fs::write(&kubeconfig, changed).unwrap();
+    configuration["clusters"][0]["kubeconfig"] = kubeconfig.to_str().unwrap().into();
+    agent::write_configuration(&configuration, &broken).unwrap();
+    let binary = agent::built_binary("weir-agent").unwrap();
+    let mut successor = std::process::Command::new(binary)
+        .args(["run", "--config"])
+        .arg(&broken)
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    wait_until("the handover to begin", DEADLINE, || {
+        Ok(running.log()?.contains("a successor takes over").then_some(()))
+    })
+    .unwrap();
+    assert_eq!(ask().0, Some(0), "while the successor is there");
+    successor.kill().unwrap();
+    successor.wait().unwrap();
+    wait_until("the running agent to go on", DEADLINE, || {
+        Ok(running.log()?.contains("this agent goes on").then_some(()))
+    })
+    .unwrap();
+    assert_eq!(ask().0, Some(0));
+    let late = scene.testbed.run_pod(&PodSpec::idle("it-successor", "late")).unwrap();
+    let out = late.exec(&["kubectl", "get", "namespace", "default", "-o", "name"]).unwrap();
+    assert!(out.status.success(), "{}", running.last_lines());
+    assert!(running.terminate().unwrap().success(), "{}", running.last_lines());
+}
