@@ -3,10 +3,12 @@
 //! Commands in a pod are started by `kubectl exec` of the host, which goes to the API server directly; what the pod
 //! itself does goes through whatever its connections go through. Nothing here knows Weir.
 
+use std::fs::File;
+use std::path::Path;
 use std::process::{Command, Output};
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
 use crate::command::{output, run};
@@ -162,6 +164,20 @@ impl Pod<'_> {
     /// When its exit code is not 0.
     pub fn shell(&self, script: &str) -> Result<String> {
         run(self.exec_command().args(["sh", "-c", script]))
+    }
+
+    /// Copies a program of the host to a path in the pod.
+    ///
+    /// # Errors
+    /// When it cannot be read, or the pod has no room for it.
+    pub fn install(&self, program: &Path, to: &str) -> Result<()> {
+        let file = File::open(program).with_context(|| format!("cannot open {}", program.display()))?;
+        let mut command = self.testbed.kubectl_command();
+        command.args(["exec", "-i", "-n", &self.namespace, &self.name, "--", "sh", "-c"]);
+        command.arg(format!("cat > {to} && chmod +x {to}"));
+        let output = command.stdin(file).output().context("cannot start kubectl")?;
+        ensure!(output.status.success(), "kubectl exec: {}", String::from_utf8_lossy(&output.stderr));
+        Ok(())
     }
 
     /// Deletes the pod and waits until it is gone.

@@ -23,6 +23,8 @@ use weir_tests::{
 
 #[path = "integration/enrolment.rs"]
 mod enrolment;
+#[path = "integration/escape.rs"]
+mod escape;
 #[path = "integration/exec.rs"]
 mod exec;
 #[path = "integration/upgrade.rs"]

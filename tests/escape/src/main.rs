@@ -1,0 +1,56 @@
+//! Tries one way to reach an address, and says what came of it in one word and an errno: `connected`, `sent`, `refused`,
+//! `timedOut`, `failed`. Whether a byte arrived is for the far side to say, not for this program.
+//!
+//! Static, so that it runs in any container. `--cgroup`, `--netns` and `--late` put it where only a privileged process
+//! can put itself: into a cgroup, into a process's network namespace, and there only after its socket is made.
+
+mod packet;
+mod sockets;
+mod watch;
+
+use std::{net::SocketAddrV4, process::ExitCode, time::Duration};
+
+/// How long a connection may take.
+pub(crate) const TIMEOUT: Duration = Duration::from_secs(2);
+
+/// What came of an attempt.
+pub(crate) type Outcome = Result<&'static str, nix::Error>;
+
+#[expect(clippy::print_stdout, reason = "the verdict is what the program is for")]
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let (mut place, mut words) = (sockets::Place::default(), Vec::new());
+    let mut rest = arguments.iter();
+    while let Some(argument) = rest.next() {
+        match argument.as_str() {
+            "--cgroup" => place.cgroup = rest.next().cloned(),
+            "--netns" => place.netns = rest.next().cloned(),
+            "--late" => place.late = true,
+            word => words.push(word.to_owned()),
+        }
+    }
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    let outcome = match words[..] {
+        ["watch", interface, network] => return watch::run(interface, network),
+        [way, target] => match target.parse::<SocketAddrV4>() {
+            Ok(target) => attempt(way, target, &place),
+            Err(_) => Err(nix::Error::EDESTADDRREQ),
+        },
+        _ => Err(nix::Error::EINVAL),
+    };
+    match outcome {
+        Ok(word) => println!("{word}"),
+        Err(nix::Error::ETIMEDOUT | nix::Error::EINPROGRESS | nix::Error::EAGAIN) => println!("timedOut"),
+        Err(nix::Error::ECONNREFUSED) => println!("refused"),
+        Err(errno) => println!("failed {errno:?}"),
+    }
+    ExitCode::SUCCESS
+}
+
+fn attempt(way: &str, target: SocketAddrV4, place: &sockets::Place) -> Outcome {
+    match way {
+        "raw" | "raw-protocol" | "raw-fragment" | "raw-gre" => packet::raw(way, target, place),
+        "frame" | "frame-fragment" | "frame-vlan" | "frame-double-vlan" => packet::frame(way, target),
+        _ => sockets::attempt(way, target, place),
+    }
+}

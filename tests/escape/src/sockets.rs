@@ -1,0 +1,264 @@
+//! Ways through ordinary sockets.
+
+use std::{
+    fs::File,
+    io::Write as _,
+    net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream},
+    os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd},
+    thread,
+};
+
+use nix::{
+    cmsg_space,
+    sched::{CloneFlags, setns, unshare},
+    sys::{
+        socket::{
+            ControlMessage, ControlMessageOwned, MsgFlags, SockaddrStorage, bind, connect, getsockopt,
+            recvmsg, sendmsg, sendto, setsockopt,
+            sockopt::{Mark, ReusePort, SendTimeout, SocketError},
+        },
+        time::{TimeVal, TimeValLike as _},
+    },
+};
+
+use crate::{Outcome, TIMEOUT};
+
+/// `TCP_FASTOPEN_CONNECT`, linux/tcp.h.
+const TCP_FASTOPEN_CONNECT: libc::c_int = 30;
+/// Connections at once.
+const CONCURRENT: usize = 2000;
+/// How many of them wait at a time.
+const THREADS: usize = 50;
+
+/// Where the process goes before it tries.
+#[derive(Debug, Default)]
+pub(crate) struct Place {
+    /// A cgroup v2 folder.
+    pub(crate) cgroup: Option<String>,
+    /// Process whose network namespace is entered.
+    pub(crate) netns: Option<String>,
+    /// The cgroup is entered only after the socket is made.
+    pub(crate) late: bool,
+}
+
+impl Place {
+    /// Enters what is to be entered before the socket is made.
+    pub(crate) fn enter(&self) -> nix::Result<()> {
+        if let Some(pid) = &self.netns {
+            let file = File::open(format!("/proc/{pid}/ns/net")).map_err(|_| nix::Error::ESRCH)?;
+            setns(&file, CloneFlags::CLONE_NEWNET)?;
+        }
+        if self.late { Ok(()) } else { self.enter_cgroup() }
+    }
+
+    fn enter_cgroup(&self) -> nix::Result<()> {
+        let Some(cgroup) = &self.cgroup else { return Ok(()) };
+        let opened = File::options().write(true).open(format!("{cgroup}/cgroup.procs"));
+        opened.and_then(|mut procs| procs.write_all(b"0")).map_err(|_| nix::Error::EACCES)
+    }
+}
+
+pub(crate) fn attempt(way: &str, target: SocketAddrV4, place: &Place) -> Outcome {
+    place.enter()?;
+    let to = SocketAddr::V4(target);
+    match way {
+        "nested" => {
+            unshare(CloneFlags::CLONE_NEWNET)?;
+            return tcp(to, |_| Ok(()));
+        }
+        "nested-user" => {
+            unshare(CloneFlags::CLONE_NEWUSER | CloneFlags::CLONE_NEWNET)?;
+            return tcp(to, |_| Ok(()));
+        }
+        "passed" => return passed(to, place),
+        "concurrent" => return concurrent(to),
+        "steal" => return steal(target),
+        _ => {}
+    }
+    let (family, kind, protocol) = match way {
+        "mptcp" => (libc::AF_INET, libc::SOCK_STREAM, libc::IPPROTO_MPTCP),
+        "sctp" => (libc::AF_INET, libc::SOCK_STREAM, libc::IPPROTO_SCTP),
+        "dccp" => (libc::AF_INET, libc::SOCK_DCCP, libc::IPPROTO_DCCP),
+        "mapped" => (libc::AF_INET6, libc::SOCK_STREAM, 0),
+        "udp" | "udp-sendto" | "udp-mapped-sendto" => {
+            let family = if way == "udp-mapped-sendto" { libc::AF_INET6 } else { libc::AF_INET };
+            (family, libc::SOCK_DGRAM, 0)
+        }
+        _ => (libc::AF_INET, libc::SOCK_STREAM, 0),
+    };
+    let socket = new_socket(family, kind, protocol)?;
+    if place.late {
+        place.enter_cgroup()?;
+    }
+    let to = if family == libc::AF_INET6 {
+        SocketAddr::new(target.ip().to_ipv6_mapped().into(), target.port())
+    } else {
+        to
+    };
+    through(way, &socket, to)
+}
+
+/// What is done with a socket that is there.
+fn through(way: &str, socket: &OwnedFd, to: SocketAddr) -> Outcome {
+    let (fd, address) = (socket.as_raw_fd(), SockaddrStorage::from(to));
+    match way {
+        "bound" => bind(fd, &SockaddrStorage::from(SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0))))?,
+        "mark" => setsockopt(socket, Mark, &77)?,
+        "device" => set_option(fd, libc::SOL_SOCKET, libc::SO_BINDTODEVICE, b"eth0\0")?,
+        "fastopen-connect" => {
+            set_option(fd, libc::IPPROTO_TCP, TCP_FASTOPEN_CONNECT, &1_i32.to_ne_bytes())?;
+            connect_timed(socket, &address)?;
+            sendto(fd, b"x", &address, MsgFlags::empty())?;
+            return Ok("connected");
+        }
+        "fastopen" => {
+            timeout(socket)?;
+            sendto(
+                fd,
+                b"x",
+                &address,
+                MsgFlags::from_bits_retain(libc::MSG_FASTOPEN) | MsgFlags::MSG_NOSIGNAL,
+            )?;
+            return Ok("connected");
+        }
+        "udp-sendto" | "udp-mapped-sendto" => {
+            sendto(fd, b"x", &address, MsgFlags::empty())?;
+            return Ok("sent");
+        }
+        "udp" => {
+            connect(fd, &address)?;
+            nix::unistd::write(socket, b"x")?;
+            return Ok("sent");
+        }
+        "nonblocking" => return non_blocking(socket, &address),
+        "unspec" | "elsewhere" => {
+            // First to a server of our own, then away from it.
+            let own = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).map_err(|_| nix::Error::EADDRINUSE)?;
+            let own = own.local_addr().map_err(|_| nix::Error::EADDRINUSE)?;
+            connect(fd, &SockaddrStorage::from(own))?;
+            disconnect(fd)?;
+        }
+        _ => {}
+    }
+    connect_timed(socket, &address)?;
+    Ok("connected")
+}
+
+fn tcp(to: SocketAddr, prepare: impl Fn(&OwnedFd) -> nix::Result<()>) -> Outcome {
+    let socket = new_socket(libc::AF_INET, libc::SOCK_STREAM, 0)?;
+    prepare(&socket)?;
+    connect_timed(&socket, &SockaddrStorage::from(to))?;
+    Ok("connected")
+}
+
+fn timeout(socket: &OwnedFd) -> nix::Result<()> {
+    setsockopt(socket, SendTimeout, &TimeVal::milliseconds(TIMEOUT.as_millis() as i64))
+}
+
+fn connect_timed(socket: &OwnedFd, address: &SockaddrStorage) -> nix::Result<()> {
+    timeout(socket)?;
+    connect(socket.as_raw_fd(), address)
+}
+
+fn non_blocking(socket: &OwnedFd, address: &SockaddrStorage) -> Outcome {
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+    use std::os::fd::AsFd as _;
+    nix::fcntl::fcntl(socket, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK))?;
+    match connect(socket.as_raw_fd(), address) {
+        Err(nix::Error::EINPROGRESS) => {}
+        result => return result.map(|()| "connected"),
+    }
+    let mut waiting = [PollFd::new(socket.as_fd(), PollFlags::POLLOUT)];
+    let limit = PollTimeout::try_from(TIMEOUT).unwrap_or(PollTimeout::MAX);
+    if poll(&mut waiting, limit)? == 0 {
+        return Err(nix::Error::ETIMEDOUT);
+    }
+    match getsockopt(socket, SocketError)? {
+        0 => Ok("connected"),
+        errno => Err(nix::Error::from_raw(errno)),
+    }
+}
+
+/// A socket that a process outside the cgroup has made comes over a unix socket; it is connected from inside.
+fn passed(to: SocketAddr, place: &Place) -> Outcome {
+    let outside = new_socket(libc::AF_INET, libc::SOCK_STREAM, 0)?;
+    let (ours, theirs) = nix::sys::socket::socketpair(
+        nix::sys::socket::AddressFamily::Unix,
+        nix::sys::socket::SockType::Datagram,
+        None,
+        nix::sys::socket::SockFlag::SOCK_CLOEXEC,
+    )?;
+    let descriptors = [outside.as_raw_fd()];
+    let rights = [ControlMessage::ScmRights(&descriptors)];
+    sendmsg::<()>(ours.as_raw_fd(), &[std::io::IoSlice::new(b"x")], &rights, MsgFlags::empty(), None)?;
+    drop(outside);
+    place.enter_cgroup()?;
+    let (mut byte, mut space) = ([0], cmsg_space!(RawFd));
+    let mut parts = [std::io::IoSliceMut::new(&mut byte)];
+    let received =
+        recvmsg::<()>(theirs.as_raw_fd(), &mut parts, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC)?;
+    for control in received.cmsgs()? {
+        if let ControlMessageOwned::ScmRights(descriptors) = control
+            && let Some(descriptor) = descriptors.first()
+        {
+            // SAFETY: the kernel has just installed this descriptor for us, and nobody else knows it.
+            let socket = unsafe { OwnedFd::from_raw_fd(*descriptor) };
+            connect_timed(&socket, &SockaddrStorage::from(to))?;
+            return Ok("connected");
+        }
+    }
+    Err(nix::Error::EBADF)
+}
+
+/// Many at once: `connected` if all were.
+fn concurrent(to: SocketAddr) -> Outcome {
+    let workers: Vec<_> = (0..THREADS)
+        .map(|_| {
+            thread::spawn(move || {
+                let mut open = Vec::new();
+                for _ in 0..CONCURRENT / THREADS {
+                    open.push(TcpStream::connect(to));
+                }
+                open.into_iter().find_map(Result::err)
+            })
+        })
+        .collect();
+    let failed = workers.into_iter().find_map(|worker| worker.join().unwrap_or(None));
+    match failed {
+        None => Ok("connected"),
+        Some(error) => Err(nix::Error::from_raw(error.raw_os_error().unwrap_or(libc::EIO))),
+    }
+}
+
+/// Tries to share or take the port of a listener that is there.
+fn steal(listener: SocketAddrV4) -> Outcome {
+    let socket = new_socket(libc::AF_INET, libc::SOCK_STREAM, 0)?;
+    setsockopt(&socket, ReusePort, &true)?;
+    bind(socket.as_raw_fd(), &SockaddrStorage::from(SocketAddr::V4(listener)))?;
+    nix::sys::socket::listen(&socket, nix::sys::socket::Backlog::new(8)?)?;
+    Ok("stolen")
+}
+
+fn new_socket(family: i32, kind: i32, protocol: i32) -> nix::Result<OwnedFd> {
+    // SAFETY: takes numbers only; the descriptor is new and ours.
+    unsafe {
+        let descriptor = libc::socket(family, kind | libc::SOCK_CLOEXEC, protocol);
+        Ok(OwnedFd::from_raw_fd(nix::Error::result(descriptor)?))
+    }
+}
+
+fn set_option(fd: RawFd, level: i32, name: i32, value: &[u8]) -> nix::Result<()> {
+    // SAFETY: the value and its length are given, and the call keeps no pointer.
+    let result =
+        unsafe { libc::setsockopt(fd, level, name, value.as_ptr().cast(), value.len() as libc::socklen_t) };
+    nix::Error::result(result).map(drop)
+}
+
+/// Connects to `AF_UNSPEC`.
+fn disconnect(fd: RawFd) -> nix::Result<()> {
+    let unspecified = libc::sockaddr { sa_family: libc::AF_UNSPEC as libc::sa_family_t, sa_data: [0; 14] };
+    // SAFETY: the address is valid and its size is given.
+    let result =
+        unsafe { libc::connect(fd, &raw const unspecified, size_of::<libc::sockaddr>() as libc::socklen_t) };
+    nix::Error::result(result).map(drop)
+}

@@ -1,0 +1,380 @@
+//! Every way we know by which a process of an enrolled pod could reach the API server or a kubelet around Weir, tried
+//! from a real pod, while a packet socket watches the bridge that all pods are attached to: there, behind the guards of
+//! the pods' interfaces, no packet of a pod may show that goes to either of them. The same watch sees those packets
+//! while no agent runs, so it is no blind one.
+
+use std::{
+    io::{BufRead as _, BufReader},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    sync::{Arc, Mutex},
+};
+
+use nix::sys::signal::Signal;
+use serde_json::Value;
+use weir_tests::{Pod, PodSpec, agent::TrustSource, command, wait_until};
+
+use super::{DEADLINE, Scene};
+
+const PROGRAM: &str = "/tmp/weir-escape";
+const BRIDGE: &str = "weirtb0";
+const BRIDGE_ADDRESS: &str = "10.244.0.1";
+const POD_NETWORK: &str = "10.244.0.0";
+const SERVICE: &str = "10.96.0.1:443";
+
+/// What may come of a way while an agent serves the pod.
+enum Expected {
+    /// The listener has it.
+    Proxied,
+    /// An error at once.
+    Refused,
+    /// Nobody tells the sender; nothing arrives.
+    Dropped,
+    /// Whatever the kernel makes of it.
+    Any,
+}
+
+use Expected::{Any, Dropped, Proxied, Refused};
+
+/// From an ordinary container: its capabilities are the runtime's default, NET_RAW among them.
+const WAYS: [(&str, Target, Expected); 33] = [
+    ("tcp", Target::Service, Proxied),
+    ("bound", Target::Service, Proxied),
+    ("nonblocking", Target::Service, Proxied),
+    ("fastopen", Target::Service, Proxied),
+    ("fastopen-connect", Target::Service, Proxied),
+    ("mapped", Target::Service, Proxied),
+    ("unspec", Target::Service, Proxied),
+    ("mark", Target::Service, Any),
+    ("device", Target::Service, Any),
+    ("mptcp", Target::Service, Refused),
+    ("sctp", Target::Service, Refused),
+    ("dccp", Target::Service, Refused),
+    ("udp", Target::Service, Refused),
+    ("udp-sendto", Target::Service, Refused),
+    ("udp-mapped-sendto", Target::Service, Refused),
+    ("raw", Target::Service, Refused),
+    ("raw-protocol", Target::Service, Refused),
+    ("raw-fragment", Target::Service, Refused),
+    ("raw-gre", Target::Service, Refused),
+    ("frame", Target::Service, Dropped),
+    ("frame-fragment", Target::Service, Dropped),
+    ("frame-vlan", Target::Service, Dropped),
+    ("frame-double-vlan", Target::Service, Dropped),
+    ("concurrent", Target::Service, Proxied),
+    ("nested", Target::Service, Refused),
+    ("nested-user", Target::Service, Refused),
+    ("tcp", Target::Endpoint, Proxied),
+    ("raw", Target::Endpoint, Refused),
+    ("frame", Target::Endpoint, Dropped),
+    ("tcp", Target::Kubelet, Refused),
+    ("mapped", Target::Kubelet, Refused),
+    ("raw", Target::Kubelet, Refused),
+    ("frame", Target::Kubelet, Dropped),
+];
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Target {
+    Service,
+    Endpoint,
+    Kubelet,
+}
+
+struct Attack<'a> {
+    pod: &'a Pod<'a>,
+    program: PathBuf,
+    endpoint: String,
+    kubelet: String,
+    watch: Watch,
+}
+
+impl<'a> Attack<'a> {
+    fn new(scene: &'a Scene, pod: &'a Pod<'a>) -> Self {
+        let program = program();
+        pod.install(&program, PROGRAM).unwrap();
+        let json = |arguments: &[&str]| -> Value {
+            serde_json::from_str(&scene.testbed.kubectl(arguments).unwrap()).unwrap()
+        };
+        let label = "kubernetes.io/service-name=kubernetes";
+        let slices = json(&["get", "endpointslices", "-n", "default", "-l", label, "-o", "json"]);
+        let slice = &slices["items"][0];
+        let address = slice["endpoints"][0]["addresses"][0].as_str().unwrap();
+        let nodes = json(&["get", "nodes", "-o", "json"]);
+        let port = &nodes["items"][0]["status"]["daemonEndpoints"]["kubeletEndpoint"]["Port"];
+        Self {
+            pod,
+            watch: Watch::start(&program),
+            program,
+            endpoint: format!("{address}:{}", slice["ports"][0]["port"]),
+            kubelet: format!("{BRIDGE_ADDRESS}:{port}"),
+        }
+    }
+
+    fn address(&self, target: Target) -> &str {
+        match target {
+            Target::Service => SERVICE,
+            Target::Endpoint => &self.endpoint,
+            Target::Kubelet => &self.kubelet,
+        }
+    }
+
+    /// Tries a way from the pod; gives what the client saw and what the far side did.
+    fn try_way(&self, way: &str, target: Target) -> (String, Vec<String>) {
+        let out = self.pod.exec(&[PROGRAM, way, self.address(target)]).unwrap();
+        assert!(out.status.success(), "{way}: {}", String::from_utf8_lossy(&out.stderr));
+        (String::from_utf8(out.stdout).unwrap().trim().to_owned(), self.direct())
+    }
+
+    /// The same from a process of the host that goes where `place` says.
+    fn try_from(&self, place: &[&str], way: &str) -> (String, Vec<String>) {
+        let out = command::run(Command::new(&self.program).args(place).args([way, SERVICE])).unwrap();
+        (out.trim().to_owned(), self.direct())
+    }
+
+    /// The packets to an API server or kubelet that the far side saw since the last time.
+    fn direct(&self) -> Vec<String> {
+        // What the pod sends now comes after all that it has sent before.
+        let seen = self.watch.until_marker(|address| {
+            self.pod.exec(&[PROGRAM, "udp-sendto", address]).unwrap();
+        });
+        let guarded = [SERVICE, &self.endpoint, &self.kubelet];
+        let is_direct = |packet: &String| {
+            let words: Vec<&str> = packet.split(' ').collect();
+            let [_, to, _, port] = words[..] else { return true };
+            guarded.iter().any(|guarded| {
+                let (address, guarded_port) = guarded.rsplit_once(':').unwrap();
+                to == address && (port == guarded_port || port == "0")
+            })
+        };
+        seen.into_iter().filter(is_direct).collect()
+    }
+}
+
+/// The watcher and what it has seen.
+struct Watch {
+    process: Child,
+    seen: Arc<Mutex<Vec<String>>>,
+    markers: std::cell::Cell<u16>,
+}
+
+impl Watch {
+    fn start(program: &Path) -> Self {
+        let mut process = Command::new(program)
+            .args(["watch", BRIDGE, POD_NETWORK])
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(process.stdout.take().unwrap()).lines();
+        assert_eq!(lines.next().unwrap().unwrap(), "watching");
+        let seen: Arc<Mutex<Vec<String>>> = Arc::default();
+        let collected = seen.clone();
+        std::thread::spawn(move || {
+            for line in lines.map_while(Result::ok) {
+                collected.lock().unwrap().push(line);
+            }
+        });
+        Self { process, seen, markers: 20_000.into() }
+    }
+
+    /// Has a marker sent, waits until it is seen, and takes what was seen before it.
+    fn until_marker(&self, send: impl Fn(&str)) -> Vec<String> {
+        let port = self.markers.get() + 1;
+        self.markers.set(port);
+        let marker = format!(" {BRIDGE_ADDRESS} 17 {port}");
+        wait_until("the marker at the far side", DEADLINE, || {
+            send(&format!("{BRIDGE_ADDRESS}:{port}"));
+            let mut seen = self.seen.lock().unwrap();
+            let at = seen.iter().position(|line| line.ends_with(&marker));
+            Ok(at.map(|at| seen.drain(..=at).collect()))
+        })
+        .unwrap()
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+/// The program that tries, built static: the image has no libraries.
+fn program() -> PathBuf {
+    let triple = format!("{}-unknown-linux-gnu", std::env::consts::ARCH);
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+    let target = root.join("target/escape");
+    let mut build = Command::new(env!("CARGO"));
+    build
+        .args(["build", "--quiet", "--locked", "-p", "weir-escape", "--target", &triple, "--target-dir"])
+        .arg(&target)
+        .env("RUSTFLAGS", "-C target-feature=+crt-static -C strip=symbols")
+        .current_dir(root);
+    command::run(&mut build).unwrap();
+    target.join(triple).join("debug/weir-escape")
+}
+
+#[test]
+fn no_process_of_an_enrolled_pod_reaches_an_api_server_or_kubelet_around_weir() {
+    let Some(mut scene) = Scene::new() else { return };
+    scene.namespace("it-escape", true);
+    let pod = scene.testbed.run_pod(&PodSpec::idle("it-escape", "caller")).unwrap();
+    let attack = Attack::new(&scene, &pod);
+
+    // Without an agent the far side sees them: the watch is not blind. (Not the fragments: connection tracking at the
+    // bridge waits for the rest of their packet.)
+    for way in ["tcp", "udp-sendto", "raw", "raw-protocol", "raw-gre", "frame"] {
+        let (said, direct) = attack.try_way(way, Target::Service);
+        assert!(!direct.is_empty(), "{way} ({said}) was not seen");
+    }
+    for way in ["tcp", "frame"] {
+        let (said, direct) = attack.try_way(way, Target::Kubelet);
+        assert!(!direct.is_empty(), "{way} to the kubelet ({said}) was not seen");
+    }
+
+    let mut agent = scene.agent(TrustSource::ClusterSigner);
+    let mut failed = Vec::new();
+    for (way, target, expected) in &WAYS {
+        let (said, direct) = attack.try_way(way, *target);
+        let as_expected = match expected {
+            Proxied => said == "connected",
+            Refused => said == "refused" || said.starts_with("failed"),
+            Dropped => said == "sent",
+            Any => true,
+        };
+        println!("{way} to the {target:?}: {said}");
+        if !as_expected || !direct.is_empty() {
+            failed.push(format!("{way} to the {target:?}: {said}; the far side saw {direct:?}"));
+        }
+    }
+    assert!(failed.is_empty(), "{failed:#?}\n{}", agent.last_lines());
+
+    // Stopped, it holds up what is redirected; nothing goes another way. Dead, it refuses.
+    for (signal, allowed) in [(Signal::SIGSTOP, "connected"), (Signal::SIGKILL, "refused")] {
+        agent.signal(signal).unwrap();
+        if signal == Signal::SIGKILL {
+            agent.wait_for_end().unwrap();
+        }
+        for (way, expected) in
+            [("tcp", allowed), ("udp-sendto", "refused"), ("raw", "failed EPERM"), ("frame", "sent")]
+        {
+            let (said, direct) = attack.try_way(way, Target::Service);
+            assert_eq!((said.as_str(), direct.len()), (expected, 0), "{way} after {signal}: {direct:?}");
+        }
+        let (said, direct) = attack.try_way("tcp", Target::Kubelet);
+        assert_eq!((said.as_str(), direct.len()), ("refused", 0), "{direct:?}");
+    }
+}
+
+#[test]
+fn no_place_that_a_privileged_process_puts_itself_into_leads_around_weir() {
+    let Some(mut scene) = Scene::new() else { return };
+    scene.namespace("it-places", true);
+    let pod = scene.testbed.run_pod(&PodSpec::idle("it-places", "caller")).unwrap();
+    let other = scene.testbed.run_pod(&PodSpec::idle("it-places", "other")).unwrap();
+    let attack = Attack::new(&scene, &pod);
+    let agent = scene.agent(TrustSource::ClusterSigner);
+    let [(own, pid), (_, other_pid)] = [&pod, &other].map(place);
+    let root = own.ancestors().find(|folder| !folder.join("cgroup.events").exists()).unwrap().to_owned();
+    let (child, sibling) =
+        (Folder::new(own.join("child")), Folder::new(root.join("docker-weir-escape.scope")));
+    let (own, pid, other_pid) = (own.to_str().unwrap(), pid.as_str(), other_pid.as_str());
+    let (child, sibling) = (child.path(), sibling.path());
+    // The socket is of the host's cgroup and made before the move, or passed: the calling task counts.
+    for (name, place, way, expected) in [
+        ("made before the move", &["--netns", pid, "--cgroup", own, "--late"][..], "tcp", "connected"),
+        ("passed", &["--netns", pid, "--cgroup", own, "--late"], "passed", "connected"),
+        ("passed from the host's network", &["--cgroup", own, "--late"], "passed", "refused"),
+        ("child cgroup", &["--netns", pid, "--cgroup", child], "tcp", "connected"),
+        ("sibling cgroup", &["--netns", pid, "--cgroup", sibling], "tcp", "refused"),
+        ("left the cgroup", &["--netns", pid], "tcp", "refused"),
+        ("left the cgroup, raw", &["--netns", pid], "raw", "failed EPERM"),
+        ("another pod's network", &["--netns", other_pid, "--cgroup", own], "tcp", "refused"),
+        ("another pod's network, raw", &["--netns", other_pid, "--cgroup", own], "raw", "failed EPERM"),
+    ] {
+        let (said, direct) = attack.try_from(place, way);
+        assert_eq!(said, expected, "{name}: {}", agent.last_lines());
+        assert!(direct.is_empty(), "{name}: the far side saw {direct:?}");
+    }
+    // The listener's port is neither shared nor taken, and dialled directly it closes.
+    let status = agent.status().unwrap();
+    let uid = pod.uid.as_str();
+    let state = status["pods"].as_array().unwrap().iter().find(|state| state["uid"] == uid).unwrap();
+    let listener = format!("127.0.0.1:{}", state["listenerPort"]);
+    let say = |way: &str| {
+        let out = pod.exec(&[PROGRAM, way, &listener]).unwrap();
+        String::from_utf8(out.stdout).unwrap().trim().to_owned()
+    };
+    assert_eq!(say("steal"), "failed EADDRINUSE");
+    assert_eq!(say("tcp"), "connected");
+    scene.event("the direct dial", |event| {
+        matches!(&event.kind, weir_common::event::Kind::ConnectionRefused { reason, .. }
+            if reason.contains("past the kernel's redirect"))
+    });
+}
+
+/// A container's cgroup, and one of its processes.
+fn place(pod: &Pod<'_>) -> (PathBuf, String) {
+    let found = command::run(Command::new("find").args([
+        "/sys/fs/cgroup",
+        "-maxdepth",
+        "6",
+        "-type",
+        "d",
+        "-name",
+        &format!("*{}*", pod.container),
+        "-path",
+        "*kubepods*",
+    ]))
+    .unwrap();
+    let is_v2 = |folder: &&str| Path::new(folder).join("cgroup.events").exists();
+    let folder = PathBuf::from(found.lines().find(is_v2).unwrap());
+    let processes = std::fs::read_to_string(folder.join("cgroup.procs")).unwrap();
+    (folder, processes.lines().next().unwrap().to_owned())
+}
+
+/// A cgroup of the test's own.
+struct Folder(PathBuf);
+
+impl Folder {
+    fn new(path: PathBuf) -> Self {
+        std::fs::create_dir(&path).unwrap();
+        Self(path)
+    }
+
+    fn path(&self) -> &str {
+        self.0.to_str().unwrap()
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir(&self.0);
+    }
+}
+
+#[test]
+fn what_is_not_enrolled_sees_no_change() {
+    let Some(mut scene) = Scene::new() else { return };
+    scene.namespace("it-bystander", false);
+    let pod = scene.testbed.run_pod(&PodSpec::idle("it-bystander", "caller")).unwrap();
+    let attack = Attack::new(&scene, &pod);
+    let look = || {
+        let ways = ["tcp", "mapped", "udp-sendto", "raw", "mptcp"];
+        let seen = ways.map(|way| {
+            let (said, direct) = attack.try_way(way, Target::Service);
+            (way, said, direct.is_empty())
+        });
+        let kubelet = attack.try_way("tcp", Target::Kubelet).0;
+        let host = attack.try_from(&[], "tcp").0;
+        let answer = pod.exec(&["kubectl", "get", "namespace", "default", "-o", "name"]).unwrap();
+        (seen, kubelet, host, super::shown(&answer))
+    };
+    let before = look();
+    assert!(before.0.iter().all(|(_, _, none_seen)| !none_seen), "{before:?}");
+    let mut agent = scene.agent(TrustSource::ClusterSigner);
+    assert_eq!(look(), before, "while it runs");
+    agent.crash().unwrap();
+    assert_eq!(look(), before, "after it was killed");
+    agent.uninstall().unwrap();
+    assert_eq!(look(), before, "after everything is gone");
+}
