@@ -12,6 +12,7 @@ use anyhow::{Context, Result, bail};
 use sha2::{Digest, Sha256};
 
 use crate::command::{find_in_path, run};
+use crate::packages;
 use crate::progress::Progress;
 
 /// Names a folder of ready binaries to use instead of building.
@@ -265,16 +266,7 @@ fn install_packages(progress: Progress) -> Result<()> {
     if missing.is_empty() {
         return Ok(());
     }
-    let names = missing.join(" ");
-    if find_in_path("apt-get").is_none() {
-        bail!("these Debian packages (or what your system calls them) are missing: {names}; install them");
-    }
-    progress.step(&format!("install {names}"), || {
-        run(Command::new("apt-get").args(["update", "-q"]))?;
-        let mut command = Command::new("apt-get");
-        command.args(["install", "-q", "-y", "--no-install-recommends"]).args(&missing);
-        run(command.env("DEBIAN_FRONTEND", "noninteractive")).map(|_| ())
-    })
+    progress.step(&format!("install {}", missing.join(" ")), || packages::install(&missing))
 }
 
 #[cfg(test)]

@@ -10,6 +10,7 @@ pub mod certificates;
 pub mod command;
 pub mod components;
 pub mod coverage;
+pub mod packages;
 pub mod pods;
 pub mod process;
 pub mod progress;

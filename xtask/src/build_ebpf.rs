@@ -15,6 +15,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
+use weir_tests::packages;
 
 /// Name of the object below the target folder; `agent/build.rs` looks for it there.
 const OBJECT: &str = "bpf/weir-ebpf.o";
@@ -245,25 +246,9 @@ fn can_apt_get() -> bool {
     root && output(Command::new("apt-get").arg("--version")).is_some()
 }
 
-fn apt_get(packages: &[&str]) -> Result<()> {
-    eprintln!("kernel programs: installing {}", packages.join(" "));
-    let install = || {
-        Command::new("apt-get")
-            .args(["install", "--yes", "--no-install-recommends", "--quiet"])
-            .args(packages)
-            .env("DEBIAN_FRONTEND", "noninteractive")
-            .stdout(Stdio::null())
-            .status()
-            .is_ok_and(|status| status.success())
-    };
-    // Fresh images come without package lists.
-    let update = || Command::new("apt-get").args(["update", "--quiet"]).stdout(Stdio::null()).status();
-    ensure!(
-        install() || (update().is_ok() && install()),
-        "apt-get cannot install {}; see its output above",
-        packages.join(" ")
-    );
-    Ok(())
+fn apt_get(names: &[&str]) -> Result<()> {
+    eprintln!("kernel programs: installing {} (once)", names.join(" "));
+    packages::install(names)
 }
 
 /// What a command prints, if it succeeds.
