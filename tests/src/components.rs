@@ -21,6 +21,12 @@ pub const BINARIES_VARIABLE: &str = "WEIR_TESTBED_BIN";
 /// Version of Kubernetes in `tests/testbed/kubernetes/go.mod`; the binaries report it.
 pub const KUBERNETES_VERSION: &str = "v1.36.3";
 
+/// The Go that the modules' `go.mod` names.
+const GO_MINOR: u32 = 26;
+
+/// The first Go that understands such a line, and fetches the version it names if it is older itself.
+const GO_FETCHING_MINOR: u32 = 21;
+
 /// One Go module under `tests/testbed` and what is built from it.
 #[derive(Debug)]
 pub struct GoModule {
@@ -152,7 +158,7 @@ impl Components {
 /// What [`Components::build`] would do, one line each; empty when everything is there.
 ///
 /// # Errors
-/// When the state of the cache cannot be read.
+/// When the state of the cache cannot be read, or something is to be built and there is no Go for it.
 pub fn plan() -> Result<Vec<String>> {
     let mut lines = Vec::new();
     let packages = missing_packages();
@@ -162,6 +168,7 @@ pub fn plan() -> Result<Vec<String>> {
     let folder = binary_folder()?;
     for module in GO_MODULES {
         if !module.is_built(&folder)? {
+            go()?;
             let names: Vec<&str> = module.binaries.iter().map(|(name, _)| *name).collect();
             lines.push(format!("build with Go: {} (about {} min)", names.join(", "), module.minutes));
         }
@@ -232,11 +239,7 @@ impl GoModule {
     }
 
     fn build(&self, folder: &Path, progress: Progress) -> Result<()> {
-        let go = find_in_path("go")
-            .or_else(|| Some(PathBuf::from("/usr/local/go/bin/go")).filter(|go| go.is_file()));
-        let Some(go) = go else {
-            bail!("go is not in PATH; install Go 1.24 or newer (it fetches the version that go.mod names)");
-        };
+        let go = go()?;
         fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
         for (name, package) in self.binaries {
             progress.step(&format!("build {name}"), || {
@@ -252,6 +255,26 @@ impl GoModule {
         }
         fs::write(self.stamp_file(folder), self.stamp()?).context("cannot write the stamp of a build")
     }
+}
+
+/// The Go that builds: an error here costs a second, in the middle of the builds it costs half an hour.
+fn go() -> Result<PathBuf> {
+    let mend =
+        format!("install Go 1.{GO_MINOR} or newer (https://go.dev/dl) and put its bin folder into PATH");
+    let go =
+        find_in_path("go").or_else(|| Some(PathBuf::from("/usr/local/go/bin/go")).filter(|go| go.is_file()));
+    let Some(go) = go else { bail!("go is not in PATH, nor in /usr/local/go; {mend}") };
+    let version = run(Command::new(&go).arg("version"))?;
+    if go_minor(&version).is_some_and(|minor| minor < GO_FETCHING_MINOR) {
+        bail!("{} is too old ({}); {mend}", go.display(), version.trim());
+    }
+    Ok(go)
+}
+
+/// 26 of `go version go1.26.8 linux/amd64`; a development version has none.
+fn go_minor(version: &str) -> Option<u32> {
+    let number = version.strip_prefix("go version go1.")?;
+    number.split(|character: char| !character.is_ascii_digit()).next()?.parse().ok()
 }
 
 fn missing_packages() -> Vec<&'static str> {
@@ -279,5 +302,25 @@ mod tests {
         let go_mod = fs::read_to_string(module.source().join("go.mod")).unwrap();
         assert!(go_mod.contains(&format!("k8s.io/kubernetes {KUBERNETES_VERSION}\n")));
         assert!(module.linker_flags.contains(KUBERNETES_VERSION));
+    }
+
+    #[test]
+    fn the_go_that_is_asked_for_is_the_one_of_every_module() {
+        for module in GO_MODULES {
+            let go_mod = fs::read_to_string(module.source().join("go.mod")).unwrap();
+            assert!(go_mod.contains(&format!("\ngo 1.{GO_MINOR}.")), "{}", module.folder);
+        }
+    }
+
+    #[test]
+    fn versions_of_go_are_read() {
+        for (text, minor) in [
+            ("go version go1.26.8 linux/amd64\n", Some(26)),
+            ("go version go1.19 linux/amd64", Some(19)),
+            ("go version go1.27rc1 linux/arm64", Some(27)),
+            ("go version devel go1.27-1234 linux/amd64", None),
+        ] {
+            assert_eq!(go_minor(text), minor, "{text}");
+        }
     }
 }

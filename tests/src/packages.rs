@@ -29,7 +29,9 @@ const UNKNOWN: [&str; 2] = ["Unable to locate package", "has no installation can
 pub fn install(packages: &[&str]) -> Result<()> {
     let names = packages.join(" ");
     let Some(apt) = find_in_path("apt-get") else {
-        bail!("missing: {names} (Debian's names; there is no apt-get here); install what your system calls them");
+        bail!(
+            "missing: {names} (Debian's names; there is no apt-get here); install what your system calls them"
+        );
     };
     if !nix::unistd::geteuid().is_root() {
         bail!("missing Debian packages, and only root can install them: sudo apt-get install {names}");

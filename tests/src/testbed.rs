@@ -40,6 +40,9 @@ const FAILURE_LINES: usize = 10;
 /// a crash and not yet recorded, and containerd's shims, which inherit it.
 const MARK: &str = "WEIR_TESTBED_FOLDER";
 
+/// Where a kernel with BTF shows its types.
+const TYPE_INFORMATION: &str = "/sys/kernel/btf/vmlinux";
+
 /// Another `up` or `down` is over by then.
 const LOCK_DEADLINE: Duration = Duration::from_secs(300);
 
@@ -68,6 +71,31 @@ impl Testbed {
     /// When neither XDG_STATE_HOME nor HOME is set.
     pub fn default_folder() -> Result<PathBuf> {
         base_folder("XDG_STATE_HOME", ".local/state").map(|folder| folder.join("weir-testbed"))
+    }
+
+    /// Refuses a machine on which [`Testbed::up`] cannot work, without changing it. For callers that build for half an
+    /// hour first.
+    ///
+    /// # Errors
+    /// What is missing or in the way, with the mend.
+    pub fn check_machine(folder: &Path) -> Result<()> {
+        require_root()?;
+        if !Path::new(TYPE_INFORMATION).is_file() {
+            bail!(
+                "the kernel has no type information ({TYPE_INFORMATION}), which the kernel programs need; boot \
+                 one of Debian's or any other built with CONFIG_DEBUG_INFO_BTF=y"
+            );
+        }
+        if !state::is_cgroup2_mounted()? {
+            bail!(
+                "cgroup v2 is not mounted; boot with systemd, or: \
+                 mkdir -p /sys/fs/cgroup/unified && mount -t cgroup2 none /sys/fs/cgroup/unified"
+            );
+        }
+        if Self::status(folder)?.is_none() {
+            node::refuse_foreign_node(&cgroup_mounts()?)?;
+        }
+        Ok(())
     }
 
     /// Starts a testbed in `folder`, or attaches to the one that runs there. Builds what is missing.

@@ -44,7 +44,9 @@ pub(crate) struct Arguments {
 pub(crate) fn run(root: &Path, arguments: &Arguments) -> Result<()> {
     interrupt_on_signals()?;
     let begin = Instant::now();
+    // Before anything is built: what cannot work is said now, not in half an hour.
     agent::refuse_beside_another()?;
+    Testbed::check_machine(&Testbed::default_folder()?)?;
     show_plan()?;
     if !arguments.yes && std::io::stdin().is_terminal() && !confirmed()? {
         bail!("nothing was done");

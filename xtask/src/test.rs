@@ -10,7 +10,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
-use weir_tests::{Testbed, progress::Progress, wait::interrupt_on_signals};
+use weir_tests::{Testbed, components, progress::Progress, wait::interrupt_on_signals};
 
 /// The version of cargo-deny that is installed where none is there.
 const CARGO_DENY_VERSION: &str = "0.20.2";
@@ -29,6 +29,11 @@ struct Suite {
 pub(crate) fn run(root: &Path, long: bool) -> Result<()> {
     // Ctrl-C ends the suite that runs, and with it the run: what is up goes down first.
     interrupt_on_signals()?;
+    // What cannot work is said now, not after half an hour of builds.
+    Testbed::check_machine(&Testbed::default_folder()?)?;
+    for line in components::plan()? {
+        println!("first: {line}");
+    }
     let xtask = std::env::current_exe().context("cannot find this program's own path")?;
     // The Go builds cost minutes on a fresh machine and share nothing with the Rust ones: side by side.
     let mut testbed = Background::start(Command::new(&xtask).args(["testbed", "build"]).current_dir(root))?;

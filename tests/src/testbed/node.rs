@@ -201,11 +201,15 @@ pub(super) fn wait_for_node(start: &Start<'_>) -> Result<()> {
 
 /// Refuses a machine that already is a node: its firewall chains and cgroups could not be told from ours.
 pub(super) fn refuse_foreign_node(cgroup_mounts: &[std::path::PathBuf]) -> Result<()> {
-    let rules = run(&mut command("iptables-save", &["-t", "nat"]))?;
-    if rules.contains(":KUBE-") {
-        bail!(
-            "this machine has firewall chains of a Kubernetes node (iptables -t nat -S); run the testbed elsewhere"
-        );
+    // Asked before packages are installed, too; what has iptables chains can hardly lack the tool.
+    if let Some(save) = find_in_path("iptables-save") {
+        let rules = run(&mut command(save, &["-t", "nat"]))?;
+        if rules.contains(":KUBE-") {
+            bail!(
+                "this machine has firewall chains of a Kubernetes node (iptables -t nat -S); run the testbed \
+                 elsewhere"
+            );
+        }
     }
     for mount in cgroup_mounts {
         let kubepods = mount.join("kubepods");

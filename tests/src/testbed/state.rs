@@ -123,10 +123,19 @@ pub(super) fn is_bpf_mounted() -> Result<bool> {
 /// # Errors
 /// When /proc is not mounted.
 pub fn cgroup_mounts() -> Result<Vec<PathBuf>> {
+    mounts_of(&["cgroup", "cgroup2"])
+}
+
+/// Whether cgroup v2 is mounted, alone or beside v1.
+pub(super) fn is_cgroup2_mounted() -> Result<bool> {
+    Ok(!mounts_of(&["cgroup2"])?.is_empty())
+}
+
+fn mounts_of(types: &[&str]) -> Result<Vec<PathBuf>> {
     let mounts = fs::read_to_string("/proc/self/mounts").context("cannot read /proc/self/mounts")?;
     let fields = mounts.lines().map(|line| line.split(' ').collect::<Vec<_>>());
     Ok(fields
-        .filter(|fields| fields.len() > 2 && matches!(fields[2], "cgroup" | "cgroup2"))
+        .filter(|fields| fields.len() > 2 && types.contains(&fields[2]))
         .map(|fields| Path::new(fields[1]).to_owned())
         .collect())
 }
