@@ -242,7 +242,7 @@ impl GoModule {
         let go = go()?;
         fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
         for (name, package) in self.binaries {
-            progress.step(&format!("build {name}"), || {
+            progress.step(&format!("build {name} ({})", place(name)), || {
                 // Under another name first: an interrupted build must not leave half a binary to be taken for one.
                 let part = folder.join(format!(".{name}.part"));
                 let mut command = Command::new(&go);
@@ -255,6 +255,14 @@ impl GoModule {
         }
         fs::write(self.stamp_file(folder), self.stamp()?).context("cannot write the stamp of a build")
     }
+}
+
+/// How far the builds are with `binary`, for example `3 of 10`.
+fn place(binary: &str) -> String {
+    let names: Vec<&str> =
+        GO_MODULES.iter().flat_map(|module| module.binaries).map(|(name, _)| *name).collect();
+    let number = names.iter().position(|name| *name == binary).map_or(0, |index| index + 1);
+    format!("{number} of {}", names.len())
 }
 
 /// The Go that builds: an error here costs a second, in the middle of the builds it costs half an hour.

@@ -94,11 +94,17 @@ fn confirmed() -> Result<bool> {
     Ok(matches!(answer.trim().to_lowercase().as_str(), "" | "y" | "yes"))
 }
 
-/// Go and Rust side by side: both use their caches, and neither keeps two cores busy all the time.
+/// Go and Rust side by side: both use their caches, and neither keeps two cores busy all the time. A failure is said at
+/// once, since the other side may take minutes yet.
 fn build(root: &Path, progress: Progress) -> Result<()> {
+    let tell = |side: &str, error: &anyhow::Error| {
+        progress.say(&format!(
+            "error: the {side} builds failed: {error:#}\nwaiting for the others to end (Ctrl-C ends them)"
+        ));
+    };
     std::thread::scope(|scope| {
-        let go = scope.spawn(|| Components::build(progress));
-        let rust = build_rust(root, progress);
+        let go = scope.spawn(|| Components::build(progress).inspect_err(|error| tell("Go", error)));
+        let rust = build_rust(root, progress).inspect_err(|error| tell("Rust", error));
         let go = go.join().map_err(|_| anyhow::anyhow!("the Go builds panicked"))?;
         rust?;
         go.map(|_| ())

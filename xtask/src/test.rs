@@ -39,6 +39,7 @@ pub(crate) fn run(root: &Path, long: bool) -> Result<()> {
     let mut testbed = Background::start(Command::new(&xtask).args(["testbed", "build"]).current_dir(root))?;
     let mut used = Vec::new();
     for suite in before_testbed(root, &xtask) {
+        testbed.check("testbed build")?;
         used.push(suite.run(long)?);
     }
     let started = Instant::now();
@@ -122,6 +123,11 @@ struct Background(Child);
 impl Background {
     fn start(command: &mut Command) -> Result<Self> {
         Ok(Self(command.spawn().with_context(|| format!("cannot start {command:?}"))?))
+    }
+
+    /// Fails if it has failed by now.
+    fn check(&mut self, name: &str) -> Result<()> {
+        if self.0.try_wait()?.is_some() { self.wait(name) } else { Ok(()) }
     }
 
     fn wait(&mut self, name: &str) -> Result<()> {
