@@ -95,7 +95,13 @@ fn main() -> ExitCode {
     match Arguments::parse().command {
         Command::Run { config, log_json } => {
             log_to_stderr("info", log_json);
-            finish(run(&config))
+            let result = run(&config);
+            // Whoever collects JSON would lose, or choke on, a line that is none: the reason why the agent ended.
+            if let (true, Err(error)) = (log_json, &result) {
+                tracing::error!("{}", doctor::chain(error.as_ref()));
+                return ExitCode::FAILURE;
+            }
+            finish(result)
         }
         Command::Status { json } => finish(status(json)),
         Command::Quarantine { pod, lift, json } => finish(set_quarantine(&pod, lift, json)),
@@ -142,6 +148,7 @@ fn run(path: &Path) -> anyhow::Result<()> {
 
 #[expect(clippy::print_stdout, reason = "the state is what the command is for")]
 fn status(json: bool) -> anyhow::Result<()> {
+    require_root("status")?;
     let folder = loader::pin_folder();
     let Some(state) = pinned::pinned_state(&folder)? else {
         anyhow::bail!(
@@ -159,6 +166,7 @@ fn status(json: bool) -> anyhow::Result<()> {
 
 #[expect(clippy::print_stdout, reason = "says what was done")]
 fn set_quarantine(pod: &str, lift: bool, json: bool) -> anyhow::Result<()> {
+    require_root("quarantine")?;
     let pins = loader::pin_folder();
     let done = if lift {
         quarantine::lift(&pins, pod)?
@@ -177,8 +185,18 @@ fn set_quarantine(pod: &str, lift: bool, json: bool) -> anyhow::Result<()> {
 
 #[expect(clippy::print_stdout, reason = "says what was done")]
 fn uninstall() -> anyhow::Result<()> {
+    require_root("uninstall")?;
     let removed = attach::uninstall(&loader::pin_folder())?;
     println!("removed {removed} pins; pods reach their API servers directly from now on");
+    Ok(())
+}
+
+/// To anybody else the bpf file system looks empty, which must not be taken for "nothing is in force".
+fn require_root(command: &str) -> anyhow::Result<()> {
+    anyhow::ensure!(
+        nix::unistd::geteuid().is_root(),
+        "{command} needs root to reach the kernel's pins; run it with sudo"
+    );
     Ok(())
 }
 

@@ -287,7 +287,10 @@ pub enum TrustError {
         name: String,
     },
     /// What an authority handed out would be refused by the clients.
-    #[error("clients that dial {name} and trust {origin} would refuse the certificate")]
+    #[error(
+        "clients that dial {name} and trust {origin} would refuse the certificate; is that CA the one in the pods' \
+         kube-root-ca.crt, and did it (or an intermediate of it) sign?"
+    )]
     NotTrusted {
         /// The name or address.
         name: String,

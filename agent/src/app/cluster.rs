@@ -131,7 +131,7 @@ async fn serving_certificate(
                 cluster = cluster.name,
                 error = %Causes(&error),
                 retry_in_ms = pause.as_millis(),
-                "no certificate that pods would trust"
+                "no certificate that pods would trust; enrolled pods are refused until there is one"
             ),
         }
         tokio::time::sleep(pause).await;

@@ -14,7 +14,8 @@ use std::{
 pub enum RecordingError {
     /// The journal has reached its limit.
     #[error(
-        "journal {path} is full ({bytes_max} bytes); raise journal.bytesMax, or remove epoch folders that are shipped"
+        "journal {path} is full ({bytes_max} bytes); copy all but its newest epoch folder elsewhere and remove them, \
+         and recording goes on by itself; or raise journal.bytesMax and restart the agent"
     )]
     Full {
         /// The journal's folder.

@@ -295,7 +295,11 @@ impl Journal {
             let path = self.epoch.folder.join(CHECKPOINT_FILE);
             if let Err(error) = self.disk.replace(&path, note.as_bytes()) {
                 // The log has it as well, so nothing is lost by it.
-                tracing::warn!(path = %path.display(), %error, "checkpoint file cannot be replaced");
+                tracing::warn!(
+                    path = %path.display(),
+                    %error,
+                    "checkpoint file cannot be replaced; the journal itself has the checkpoint"
+                );
             }
         }
         Ok(())
@@ -366,7 +370,11 @@ impl Journal {
     fn fail(&mut self, error: RecordingError) -> RecordingError {
         if self.failure.is_none() {
             let source = std::error::Error::source(&error).map(ToString::to_string);
-            tracing::error!(%error, source, "recording stopped; requests are refused");
+            tracing::error!(
+                %error,
+                source,
+                "recording stopped; requests are refused until the journal can be written again, which is tried by itself"
+            );
         }
         self.failure = Some((error.clone(), Instant::now()));
         error

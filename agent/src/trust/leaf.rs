@@ -188,7 +188,7 @@ impl Renewal {
                         error = &error as &dyn std::error::Error,
                         valid_for_s = left.as_secs(),
                         retry_in_s = pause.as_secs(),
-                        "cannot renew the serving certificate"
+                        "cannot renew the serving certificate; pods are served until it ends, then they refuse it"
                     );
                     renew_at = SystemTime::now() + pause.mul_f64(1.0 + 0.2 * jitter);
                     pause = (pause * 2).min(RETRY_LONGEST);
