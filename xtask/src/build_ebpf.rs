@@ -221,8 +221,9 @@ fn linker(toolchain: &Toolchain) -> Result<PathBuf> {
         .args(["install", "bpf-linker", "--version", BPF_LINKER_VERSION, "--locked"])
         .args(["--no-default-features", "--features", "llvm-22", "--root"])
         .arg(&tools)
+        // One for llvm-sys, one for bpf-linker itself, which else takes whatever llvm-config is in PATH, if any.
         .env("LLVM_SYS_221_PREFIX", DEBIAN_LLVM)
-        .env("RUSTFLAGS", format!("-Lnative={DEBIAN_LLVM}/lib"))
+        .env("LLVM_PREFIX", DEBIAN_LLVM)
         .env("CARGO_TARGET_DIR", tools.join("build"))
         .status()
         .context("cannot start cargo to install bpf-linker")?;
