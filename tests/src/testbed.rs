@@ -366,7 +366,10 @@ fn lock() -> Result<Flock<fs::File>> {
 
 fn require_root() -> Result<()> {
     if !nix::unistd::geteuid().is_root() {
-        bail!("the testbed needs root for network namespaces, mounts and cgroups; run it with `sudo -E`");
+        bail!(
+            "the testbed needs root for network namespaces, mounts and cgroups; run the command as root: \
+             sudo -E env \"PATH=$PATH\" cargo xtask …"
+        );
     }
     Ok(())
 }

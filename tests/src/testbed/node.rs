@@ -199,22 +199,23 @@ pub(super) fn wait_for_node(start: &Start<'_>) -> Result<()> {
     })
 }
 
+/// What to do about a node that is here already.
+const MEND: &str = "if it is a testbed of another folder or user, `cargo xtask testbed down --dir DIR` ends it; else use \
+                    another machine";
+
 /// Refuses a machine that already is a node: its firewall chains and cgroups could not be told from ours.
 pub(super) fn refuse_foreign_node(cgroup_mounts: &[std::path::PathBuf]) -> Result<()> {
     // Asked before packages are installed, too; what has iptables chains can hardly lack the tool.
     if let Some(save) = find_in_path("iptables-save") {
         let rules = run(&mut command(save, &["-t", "nat"]))?;
         if rules.contains(":KUBE-") {
-            bail!(
-                "this machine has firewall chains of a Kubernetes node (iptables -t nat -S); run the testbed \
-                 elsewhere"
-            );
+            bail!("this machine has firewall chains of a Kubernetes node (iptables -t nat -S); {MEND}");
         }
     }
     for mount in cgroup_mounts {
         let kubepods = mount.join("kubepods");
         if kubepods.exists() {
-            bail!("{} exists: this machine runs pods already; run the testbed elsewhere", kubepods.display());
+            bail!("{} exists: this machine runs pods already; {MEND}", kubepods.display());
         }
     }
     if Path::new("/sys/class/net").join(BRIDGE).exists() {
