@@ -7,6 +7,7 @@
 mod build_ebpf;
 mod demo;
 mod fuzz;
+mod kernels;
 mod test;
 mod testbed;
 mod tidy;
@@ -43,6 +44,9 @@ enum Command {
         /// Full counts where a suite has fewer by default.
         #[arg(long)]
         long: bool,
+        /// Only the kernel tests, on older kernels under qemu; a part of the whole.
+        #[arg(long, conflicts_with = "long")]
+        kernels: bool,
     },
 }
 
@@ -66,6 +70,7 @@ fn run(command: Command) -> Result<()> {
         Command::Testbed(arguments) => testbed::run(&arguments),
         Command::Tidy => tidy::run(root),
         Command::Deny => test::deny(root),
-        Command::Test { long } => test::run(root, long),
+        Command::Test { kernels: true, .. } => kernels::run(root),
+        Command::Test { long, .. } => test::run(root, long),
     }
 }

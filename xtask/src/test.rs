@@ -83,6 +83,7 @@ fn before_testbed(root: &Path, xtask: &Path) -> Vec<Suite> {
         ),
         suite("deny", 300, xtask, &["deny"]),
         suite("unit", 900, cargo, &["test", "--workspace", "--exclude", "weir-tests", "--locked"]),
+        suite("kernels (qemu)", 300, xtask, &["test", "--kernels"]),
         // Integration tests and the demo run these as the real binaries.
         suite("binaries", 300, cargo, &["build", "--locked", "-p", "weir-agent", "-p", "weir"]),
     ]
