@@ -83,6 +83,10 @@ pub(super) fn check_target(
     if authority.as_str().contains('@') {
         return Err(Refusal::MalformedHost { problem: "given with user information" });
     }
+    let port = authority.as_str().get(authority.host().len()..).unwrap_or_default();
+    if !matches!(port, "" | ":") && authority.port_u16().is_none() {
+        return Err(Refusal::MalformedHost { problem: "given with a port that is none" });
+    }
     let port_agrees = authority.port_u16().is_none_or(|port| port == dialled.port());
     if !port_agrees || !names.agrees(authority.host(), dialled) {
         return Err(Refusal::Misdirected { host: authority.to_string() });
@@ -242,6 +246,9 @@ mod tests {
                 r#"421 "evil.example" is not a name of the cluster that this connection was made to; use the name or address in the kubeconfig, or add it to the cluster's names in weir's configuration"#
             ]],
         );
+        check(host("10.96.0.1:"), expect!["forward to 10.96.0.1:"]);
+        check(host("10.96.0.1:&443"), expect!["400 the request's host is given with a port that is none"]);
+        check(host("10.96.0.1:65536"), expect!["400 the request's host is given with a port that is none"]);
         check(host("u@api.example"), expect!["400 the request's host is given with user information"]);
         check(host(""), expect!["400 the request's host is malformed"]);
     }
