@@ -195,10 +195,16 @@ impl Walk<'_> {
         let Value::Object(operation) = operation else { return self.leaves(operation) };
         let path = operation.get("path").and_then(Value::as_str).unwrap_or_default();
         let metadata = path.starts_with("/metadata") && !path.contains(LAST_APPLIED_ESCAPED);
-        match operation.get_mut("value") {
-            Some(value) if metadata => self.value(value, sensitivity),
-            Some(value) => self.leaves(value),
-            None => {}
+        let value = operation.get_mut("value").map(Value::take);
+        // Nothing says that it is an operation: a list of objects that the API server will refuse looks the same.
+        self.object(operation, sensitivity);
+        if let Some(mut value) = value {
+            if metadata {
+                self.value(&mut value, sensitivity)
+            } else {
+                self.leaves(&mut value)
+            }
+            operation.insert("value".to_owned(), value);
         }
     }
 
@@ -371,6 +377,18 @@ mod tests {
             "application/merge-patch+json",
             r#"{"stringData":{"a":"CANARY"}}"#,
             expect![[r#"1 masked {"stringData":{"a":"weir:masked:le16:903554d12c313c30"}}"#]],
+        );
+    }
+
+    #[test]
+    fn a_list_of_objects_where_a_patch_would_stand_is_masked() {
+        check(
+            Sensitivity::Secrets,
+            JSON,
+            r#"[{"kind":"Secret","data":{"a":"BASE64"}},{"op":"add","path":"/metadata","stringData":{"a":"CANARY"}}]"#,
+            expect![[
+                r#"2 masked [{"data":{"a":"weir:masked:le16:903554d12c313c30"},"kind":"Secret"},{"op":"add","path":"/metadata","stringData":{"a":"weir:masked:le16:903554d12c313c30"}}]"#
+            ]],
         );
     }
 
