@@ -12,6 +12,8 @@ use std::{
 pub use selector::LabelSelector;
 
 mod raw;
+#[cfg(test)]
+mod reference;
 mod selector;
 
 /// The `apiVersion` that this agent reads.
@@ -148,6 +150,7 @@ pub struct Enrolment {
 
 /// What enrolment does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub enum Mode {
     /// Redirect; no way around.
@@ -309,6 +312,30 @@ limits: {drainSeconds: 10, responseBytesMax: 4096, sessionIdleTimeoutSeconds: 60
                 "configuration weir.yaml: clusters[0].trust.mountedCa.certificate: cannot open /nowhere/ca.crt: No such file or directory (os error 2); is it mounted?"
             ],
         );
+    }
+
+    #[test]
+    fn two_clusters_with_one_address_or_name_are_refused_by_name() {
+        let second = |own: &str| {
+            let cluster = format!(
+                "- {{name: staging, inCluster: true, trust: {{clusterSigner: {{}}}}, {own}}}\nenrolment:"
+            );
+            WHOLE.replace("enrolment:", &cluster)
+        };
+        refused(
+            &second("addresses: ['10.0.0.9:443', '[::ffff:10.96.0.1]:443']"),
+            expect![[
+                r#"configuration weir.yaml: clusters[1].addresses[1]: [::ffff:10.96.0.1]:443 is also an address of cluster "production"; keep one"#
+            ]],
+        );
+        refused(
+            &second("hostNames: [API.example.test.]"),
+            expect![[
+                r#"configuration weir.yaml: clusters[1].hostNames[0]: "API.example.test." is also a host name of cluster "production"; keep one"#
+            ]],
+        );
+        Config::parse(Path::new("weir.yaml"), &second("addresses: ['10.96.0.1:6443']"), "here")
+            .expect("other port");
     }
 
     #[test]

@@ -6,6 +6,7 @@
 
 mod build_ebpf;
 mod demo;
+mod docs;
 mod fuzz;
 mod kernels;
 mod test;
@@ -31,6 +32,8 @@ enum Command {
     BuildEbpf(build_ebpf::Options),
     /// The whole story on this machine: set-up, a pod at work, its record replayed, verified and compared.
     Demo(demo::Arguments),
+    /// Write the documentation that is generated from types: docs/configuration.md and its JSON schema.
+    Docs,
     /// Run the fuzz targets of `tests/fuzz`, all or one.
     Fuzz(fuzz::Arguments),
     /// A one-node Kubernetes cluster of real components on this machine.
@@ -66,6 +69,7 @@ fn run(command: Command) -> Result<()> {
     match command {
         Command::BuildEbpf(options) => build_ebpf::run(root, options).map(drop),
         Command::Demo(arguments) => demo::run(root, &arguments),
+        Command::Docs => docs::run(root),
         Command::Fuzz(arguments) => fuzz::run(root, &arguments),
         Command::Testbed(arguments) => testbed::run(&arguments),
         Command::Tidy => tidy::run(root),

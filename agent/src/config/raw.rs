@@ -1,4 +1,7 @@
 //! The configuration as it is written, and its validation. Nothing outside [`super`] sees these types.
+//!
+//! `docs/configuration.md` is generated from these types ([`super::reference`]): their comments are written for who
+//! writes the file, and bounds stand here once, for the validation and for the schema.
 
 use std::{fs::File, net::SocketAddr, path::PathBuf, time::Duration};
 
@@ -19,30 +22,56 @@ fn invalid<T>(key: impl Into<String>, problem: impl Into<String>) -> Result<T, I
     Err(Invalid { key: key.into(), problem: problem.into() })
 }
 
+/// Longest time to drain.
+const DRAIN_SECONDS_MAX: u64 = 3600;
+/// Shortest idle time of a session.
+const SESSION_IDLE_TIMEOUT_SECONDS_MIN: u64 = 1;
+
+/// The configuration of a node's agent.
 #[derive(Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, rename_all = "camelCase")]
 pub(super) struct AgentConfiguration {
+    /// Version of this format: `weir.dev/v1alpha1`.
+    #[cfg_attr(test, schemars(extend("const" = API_VERSION)))]
     api_version: String,
+    /// `AgentConfiguration`.
+    #[cfg_attr(test, schemars(extend("const" = KIND)))]
     kind: String,
+    /// Name of the node whose pods are watched. Without it: `$NODE_NAME`, which the DaemonSet sets, else the host name.
     node: Option<String>,
+    /// Tenant, in every event.
     tenant: Option<String>,
+    /// Where records are kept on the node.
     #[serde(default)]
     journal: RawJournal,
+    /// The clusters that this node's pods act on: their own, and others. Names, addresses and host names are each of one
+    /// cluster only.
+    #[cfg_attr(test, schemars(length(min = 1, max = CLUSTERS_MAX)))]
     #[serde(default)]
     clusters: Vec<RawCluster>,
+    /// Which pods are enrolled; the first entry that selects a pod decides. Pods that none selects are left alone.
+    #[cfg_attr(test, schemars(length(min = 1)))]
     #[serde(default)]
     enrolment: Vec<RawEnrolment>,
+    /// Annotations of pods that are recorded as the session's intent, such as a job's URL.
     #[serde(default)]
     intent_annotations: Vec<String>,
+    /// Mount point of cgroup v2. Without it: the first one in `/proc/self/mountinfo`.
     cgroup_root: Option<PathBuf>,
+    /// Limits of the running agent.
     #[serde(default)]
     limits: RawLimits,
 }
 
 #[derive(Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, rename_all = "camelCase", default)]
 struct RawJournal {
+    /// Folder, an absolute path; made if absent.
     directory: PathBuf,
+    /// Most bytes of all segments together. A full journal refuses mutations, so that nothing goes on unrecorded.
+    #[cfg_attr(test, schemars(range(min = JOURNAL_BYTES_MIN)))]
     bytes_max: u64,
 }
 
@@ -53,53 +82,79 @@ impl Default for RawJournal {
 }
 
 #[derive(Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, rename_all = "camelCase")]
 struct RawCluster {
+    /// Name in records; unique.
+    #[cfg_attr(test, schemars(length(min = 1)))]
     name: String,
+    /// The agent reaches it with the service account of its own pod. Either this or `kubeconfig`.
     #[serde(default)]
     in_cluster: bool,
+    /// The agent reaches it with this kubeconfig file. Either this or `inCluster`.
     kubeconfig: Option<PathBuf>,
+    /// File of the CA (PEM) to verify its API server with. Without it: the one of `inCluster` or `kubeconfig`.
     certificate_authority: Option<PathBuf>,
+    /// Addresses (`IP:PORT`, `[IPv6]:PORT`) beside those that the cluster publishes in `default/kubernetes`.
     #[serde(default)]
     addresses: Vec<SocketAddr>,
+    /// Names under which pods may ask for it, beside `kubernetes.default.svc` and its shorter forms.
     #[serde(default)]
     host_names: Vec<String>,
+    /// Where the certificate comes from that pods are shown; exactly one of its keys.
     trust: RawTrust,
 }
 
 #[derive(Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, rename_all = "camelCase")]
 struct RawTrust {
+    /// `{}`: the cluster's own `kubernetes.io/kubelet-serving` signer, where it chains to the CA that pods trust.
     cluster_signer: Option<Nothing>,
+    /// A CA, or an intermediate, that chains to the one that pods trust.
     mounted_ca: Option<RawMountedCa>,
 }
 
 /// `{}`: a choice without settings.
 #[derive(Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 struct Nothing {}
 
 #[derive(Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, rename_all = "camelCase")]
 struct RawMountedCa {
+    /// File of its certificates (PEM), the issuing one first.
     certificate: PathBuf,
+    /// File of its private key (PEM).
     key: PathBuf,
 }
 
 #[derive(Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, rename_all = "camelCase")]
 struct RawEnrolment {
     // Both are required: an absent selector that meant "everything" would be one typo away.
+    /// Labels of the pod's namespace; `{}` selects every namespace.
     namespace_selector: LabelSelector,
+    /// Labels of the pod; `{}` selects every pod.
     pod_selector: LabelSelector,
+    /// What enrolment does. Without it: `enforce`.
     mode: Option<Mode>,
 }
 
 #[derive(Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, rename_all = "camelCase", default)]
 struct RawLimits {
+    /// Seconds that open requests and streams may go on after SIGTERM.
+    #[cfg_attr(test, schemars(range(max = DRAIN_SECONDS_MAX)))]
     drain_seconds: u64,
+    /// Most bytes of a read's response that are recorded, per request; beyond it the length and a mark.
     response_bytes_max: usize,
+    /// Seconds without a request after which a session ends.
+    #[cfg_attr(test, schemars(range(min = SESSION_IDLE_TIMEOUT_SECONDS_MIN)))]
     session_idle_timeout_seconds: u64,
 }
 
@@ -141,11 +196,12 @@ impl AgentConfiguration {
 
 impl RawLimits {
     fn validate(self) -> Result<Limits, Invalid> {
-        if self.drain_seconds > 3600 {
-            return invalid("limits.drainSeconds", "must be at most 3600");
+        if self.drain_seconds > DRAIN_SECONDS_MAX {
+            return invalid("limits.drainSeconds", format!("must be at most {DRAIN_SECONDS_MAX}"));
         }
-        if self.session_idle_timeout_seconds == 0 {
-            return invalid("limits.sessionIdleTimeoutSeconds", "must be at least 1");
+        if self.session_idle_timeout_seconds < SESSION_IDLE_TIMEOUT_SECONDS_MIN {
+            let problem = format!("must be at least {SESSION_IDLE_TIMEOUT_SECONDS_MIN}");
+            return invalid("limits.sessionIdleTimeoutSeconds", problem);
         }
         Ok(Limits {
             drain: Duration::from_secs(self.drain_seconds),
@@ -177,6 +233,7 @@ fn clusters(raw: Vec<RawCluster>) -> Result<Vec<Cluster>, Invalid> {
             .certificate_authority
             .map(|path| readable(format!("{key}.certificateAuthority"), path))
             .transpose()?;
+        claimed_once(&key, &cluster.addresses, &cluster.host_names, &clusters)?;
         clusters.push(Cluster {
             name: cluster.name,
             access,
@@ -187,6 +244,32 @@ fn clusters(raw: Vec<RawCluster>) -> Result<Vec<Cluster>, Invalid> {
         });
     }
     Ok(clusters)
+}
+
+/// An address or name of two clusters would leave open which of them a connection is for.
+fn claimed_once(
+    key: &str,
+    addresses: &[SocketAddr],
+    host_names: &[String],
+    others: &[Cluster],
+) -> Result<(), Invalid> {
+    let canonical = |address: &SocketAddr| (address.ip().to_canonical(), address.port());
+    for (index, address) in addresses.iter().enumerate() {
+        let same = |other: &&Cluster| other.addresses.iter().any(|own| canonical(own) == canonical(address));
+        if let Some(other) = others.iter().find(same) {
+            let problem = format!("{address} is also an address of cluster {:?}; keep one", other.name);
+            return invalid(format!("{key}.addresses[{index}]"), problem);
+        }
+    }
+    let plain = |name: &str| name.trim_end_matches('.').to_ascii_lowercase();
+    for (index, name) in host_names.iter().enumerate() {
+        let same = |other: &&Cluster| other.host_names.iter().any(|own| plain(own) == plain(name));
+        if let Some(other) = others.iter().find(same) {
+            let problem = format!("{name:?} is also a host name of cluster {:?}; keep one", other.name);
+            return invalid(format!("{key}.hostNames[{index}]"), problem);
+        }
+    }
+    Ok(())
 }
 
 impl RawTrust {

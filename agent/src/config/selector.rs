@@ -7,6 +7,7 @@ use serde::Deserialize;
 
 /// A label selector.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, rename_all = "camelCase")]
 pub struct LabelSelector {
     /// Labels that must be there with these values.
@@ -19,6 +20,7 @@ pub struct LabelSelector {
 
 /// A requirement on one label.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, rename_all = "camelCase")]
 pub struct Requirement {
     /// The label.
@@ -32,6 +34,7 @@ pub struct Requirement {
 
 /// The operators of Kubernetes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub enum Operator {
     /// The label is there, with one of the values.
     In,
