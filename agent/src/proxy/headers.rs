@@ -83,11 +83,9 @@ pub(super) fn check_target(
     if authority.as_str().contains('@') {
         return Err(Refusal::MalformedHost { problem: "given with user information" });
     }
-    let port = authority.as_str().get(authority.host().len()..).unwrap_or_default();
-    if !matches!(port, "" | ":") && authority.port_u16().is_none() {
-        return Err(Refusal::MalformedHost { problem: "given with a port that is none" });
-    }
-    let port_agrees = authority.port_u16().is_none_or(|port| port == dialled.port());
+    let port =
+        port(&authority).ok_or(Refusal::MalformedHost { problem: "given with a port that is none" })?;
+    let port_agrees = port.is_none_or(|port| port == dialled.port());
     if !port_agrees || !names.agrees(authority.host(), dialled) {
         return Err(Refusal::Misdirected { host: authority.to_string() });
     }
@@ -113,6 +111,17 @@ fn authority(head: &Parts) -> Result<Authority, Refusal> {
         (None, Some(host)) => Ok(host),
         (None, None) => Err(Refusal::MalformedHost { problem: "missing" }),
     }
+}
+
+/// The port of an authority, where it has one; none at all if anything else stands behind the host: the http crate
+/// passes over it.
+fn port(authority: &Authority) -> Option<Option<u16>> {
+    let rest = authority.as_str().strip_prefix(authority.host())?;
+    if matches!(rest, "" | ":") {
+        return Some(None);
+    }
+    let digits = rest.strip_prefix(':').filter(|port| port.bytes().all(|byte| byte.is_ascii_digit()))?;
+    digits.parse().ok().map(Some)
 }
 
 /// Checks what a request says about its caller.
@@ -248,6 +257,9 @@ mod tests {
         );
         check(host("10.96.0.1:"), expect!["forward to 10.96.0.1:"]);
         check(host("10.96.0.1:&443"), expect!["400 the request's host is given with a port that is none"]);
+        for odd in ["10.96.0.1:+443", "[::ffff:10.0.0.5]x:6443", "[::ffff:10.0.0.5]6443"] {
+            check(host(odd), expect!["400 the request's host is given with a port that is none"]);
+        }
         check(host("10.96.0.1:65536"), expect!["400 the request's host is given with a port that is none"]);
         check(host("u@api.example"), expect!["400 the request's host is given with user information"]);
         check(host(""), expect!["400 the request's host is malformed"]);
