@@ -81,6 +81,9 @@ impl File {
         if !document.is_mapping() {
             return Err(syntax("its top level is not a mapping".to_owned()));
         }
+        if has_tag(&document) {
+            return Err(syntax("it has a YAML tag, which a kubeconfig does not need; remove it".to_owned()));
+        }
         normalise_booleans(&mut document);
         Ok(Self { path, content, document })
     }
@@ -260,6 +263,16 @@ fn non_empty(value: Option<&Value>) -> Option<String> {
 fn decode(data: &str) -> Option<Vec<u8>> {
     let joined: String = data.chars().filter(|character| !matches!(character, '\r' | '\n')).collect();
     STANDARD.decode(joined).ok()
+}
+
+/// Whether anything in it has a tag of its own: readers differ in what they make of one.
+fn has_tag(value: &Value) -> bool {
+    match value {
+        Value::Tagged(_) => true,
+        Value::Sequence(items) => items.iter().any(has_tag),
+        Value::Mapping(mapping) => mapping.iter().any(|(key, value)| has_tag(key) || has_tag(value)),
+        _ => false,
+    }
 }
 
 /// Turns YAML 1.1 booleans, which this parser reads as strings, into booleans where client-go wants them.
@@ -476,6 +489,8 @@ mod tests {
         assert!(!error.contains("s3cret"), "{error}");
         let error = File::parse("/k".into(), "just text".to_owned()).err().expect("refused").to_string();
         assert_eq!(error, "/k is not a kubeconfig: its top level is not a mapping");
+        let error = File::parse("/k".into(), "users: [!x {}]".to_owned()).err().expect("refused").to_string();
+        assert!(error.ends_with("it has a YAML tag, which a kubeconfig does not need; remove it"), "{error}");
     }
 
     #[test]
