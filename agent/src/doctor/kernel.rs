@@ -6,7 +6,7 @@ use std::{fs, path::Path};
 
 use super::{Check, Need};
 use crate::{
-    exec::cgroup::find_mount,
+    interception::cgroup::find_mount,
     interception::loader::{Kernel, Pinning},
 };
 

@@ -18,6 +18,8 @@ use nix::{
 };
 use tokio::time::Instant;
 
+use crate::interception::cgroup::{Mount, find_mount};
+
 /// Start of the names of such cgroups; the process id follows.
 const NAME_PREFIX: &str = "weir-exec-";
 /// How long what is left of the command may take to end by itself after SIGTERM.
@@ -52,45 +54,6 @@ pub enum CgroupError {
         /// The cgroup.
         path: PathBuf,
     },
-}
-
-/// Where the v2 tree is mounted.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Mount {
-    /// Mount point.
-    pub path: PathBuf,
-    /// Which cgroup of the tree is mounted there; `/` but in containers.
-    pub root: PathBuf,
-    /// Whether v1 controllers are mounted beside it.
-    pub hybrid: bool,
-}
-
-/// Finds the v2 tree in the text of `/proc/self/mountinfo` (proc(5)): the mount nearest to the tree's root.
-pub fn find_mount(mountinfo: &str) -> Option<Mount> {
-    let mut found: Option<Mount> = None;
-    let mut v1 = false;
-    for line in mountinfo.lines() {
-        let Some((before, after)) = line.split_once(" - ") else { continue };
-        let kind = after.split(' ').next().unwrap_or_default();
-        v1 |= kind == "cgroup";
-        let mut fields = before.split(' ').skip(3);
-        let (Some(root), Some(point)) = (fields.next(), fields.next()) else { continue };
-        let root = PathBuf::from(unescape(root));
-        if kind == "cgroup2"
-            && found.as_ref().is_none_or(|best| root.as_os_str().len() < best.root.as_os_str().len())
-        {
-            found = Some(Mount { path: unescape(point).into(), root, hybrid: false });
-        }
-    }
-    found.map(|mount| Mount { hybrid: v1, ..mount })
-}
-
-/// Blanks, tabs, line breaks and backslashes stand in mountinfo as three octal digits.
-fn unescape(field: &str) -> String {
-    ["\\040", "\\011", "\\012", "\\134"]
-        .iter()
-        .zip([" ", "\t", "\n", "\\"])
-        .fold(field.to_owned(), |text, (code, plain)| text.replace(code, plain))
 }
 
 /// The folder of the v2 cgroup named in the text of `/proc/<pid>/cgroup`, below `mount`.
@@ -244,30 +207,9 @@ fn remove_tree(folder: &Path) -> io::Result<()> {
 mod tests {
     use super::*;
 
-    const HYBRID: &str = "\
-31 23 0:28 / /sys/fs/cgroup rw,relatime - tmpfs tmpfs rw,mode=755
-32 31 0:29 / /sys/fs/cgroup/cpu rw,relatime - cgroup cgroup rw,cpu
-41 31 0:38 / /sys/fs/cgroup/unified rw,relatime - cgroup2 cgroup2 rw
-";
-    const UNIFIED: &str = "\
-24 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw
-26 24 0:23 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate
-90 24 0:23 /kubepods/x /mnt/a\\040b rw - cgroup2 cgroup2 rw
-";
-
-    #[test]
-    fn the_v2_tree_is_found_in_unified_and_hybrid_mode() {
-        let mount = |path: &str, hybrid| Some(Mount { path: path.into(), root: "/".into(), hybrid });
-        assert_eq!(find_mount(HYBRID), mount("/sys/fs/cgroup/unified", true));
-        assert_eq!(find_mount(UNIFIED), mount("/sys/fs/cgroup", false));
-        assert_eq!(find_mount("24 1 8:1 / / rw - ext4 /dev/sda1 rw\n"), None);
-        assert_eq!(find_mount("garbage\n - \n"), None);
-        assert_eq!(unescape("/mnt/a\\040b"), "/mnt/a b");
-    }
-
     #[test]
     fn the_own_cgroup_is_found_below_the_mount() {
-        let mount = find_mount(UNIFIED).expect("found");
+        let mount = Mount { path: "/sys/fs/cgroup".into(), root: "/".into(), hybrid: false };
         let own = "1:cpu:/x\n0::/user.slice/session-1.scope\n";
         assert_eq!(folder_of(own, &mount), Some("/sys/fs/cgroup/user.slice/session-1.scope".into()));
         let container = Mount { root: "/kubepods/x".into(), ..mount };

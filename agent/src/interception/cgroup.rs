@@ -30,21 +30,50 @@ pub enum CgroupError {
 /// where it is beside v1.
 ///
 /// # Errors
-/// There is none.
+/// There is none, or only one of a part of the hierarchy, where nothing can be attached to its root.
 pub fn mount_point() -> Result<PathBuf, CgroupError> {
     let mounts = fs::read_to_string("/proc/self/mountinfo").map_err(CgroupError::Mounts)?;
-    in_mountinfo(&mounts).ok_or(CgroupError::NotMounted)
+    let whole = find_mount(&mounts).filter(|mount| mount.root == Path::new("/"));
+    Ok(whole.ok_or(CgroupError::NotMounted)?.path)
 }
 
-/// The first cgroup2 mount of the whole hierarchy; a bind mount of a part of it is none that can be used.
-fn in_mountinfo(mounts: &str) -> Option<PathBuf> {
-    mounts.lines().find_map(|line| {
-        // proc_pid_mountinfo(5): id, parent, device, root, mount point, …, "-", type, source, options.
-        let (fields, rest) = line.split_once(" - ")?;
-        let mut fields = fields.split(' ').skip(3);
-        let (root, mount) = (fields.next()?, fields.next()?);
-        (rest.split(' ').next() == Some("cgroup2") && root == "/").then(|| PathBuf::from(mount))
-    })
+/// Where the v2 tree is mounted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mount {
+    /// Mount point.
+    pub path: PathBuf,
+    /// Which cgroup of the tree is mounted there; `/` but in containers.
+    pub root: PathBuf,
+    /// Whether v1 controllers are mounted beside it.
+    pub hybrid: bool,
+}
+
+/// Finds the v2 tree in the text of `/proc/self/mountinfo` (proc(5)): the mount nearest to the tree's root.
+pub fn find_mount(mountinfo: &str) -> Option<Mount> {
+    let mut found: Option<Mount> = None;
+    let mut v1 = false;
+    for line in mountinfo.lines() {
+        let Some((before, after)) = line.split_once(" - ") else { continue };
+        let kind = after.split(' ').next().unwrap_or_default();
+        v1 |= kind == "cgroup";
+        let mut fields = before.split(' ').skip(3);
+        let (Some(root), Some(point)) = (fields.next(), fields.next()) else { continue };
+        let root = PathBuf::from(unescape(root));
+        if kind == "cgroup2"
+            && found.as_ref().is_none_or(|best| root.as_os_str().len() < best.root.as_os_str().len())
+        {
+            found = Some(Mount { path: unescape(point).into(), root, hybrid: false });
+        }
+    }
+    found.map(|mount| Mount { hybrid: v1, ..mount })
+}
+
+/// Blanks, tabs, line breaks and backslashes stand in mountinfo as three octal digits.
+fn unescape(field: &str) -> String {
+    ["\\040", "\\011", "\\012", "\\134"]
+        .iter()
+        .zip([" ", "\t", "\n", "\\"])
+        .fold(field.to_owned(), |text, (code, plain)| text.replace(code, plain))
 }
 
 /// The id of a cgroup, as the kernel programs see it: the inode of its folder (kernfs, 64-bit kernels).
@@ -76,23 +105,33 @@ pub fn processes(folder: &Path) -> Result<Vec<u32>, CgroupError> {
 
 #[cfg(test)]
 mod tests {
-    use std::path::PathBuf;
+    use super::{Mount, find_mount, unescape};
 
-    use super::in_mountinfo;
+    const HYBRID: &str = "\
+31 23 0:28 / /sys/fs/cgroup rw,relatime - tmpfs tmpfs rw,mode=755
+32 31 0:29 / /sys/fs/cgroup/cpu rw,relatime - cgroup cgroup rw,cpu
+41 31 0:38 / /sys/fs/cgroup/unified rw,relatime - cgroup2 cgroup2 rw
+";
+    const UNIFIED: &str = "\
+24 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw
+26 24 0:23 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate
+90 24 0:23 /kubepods/x /mnt/a\\040b rw - cgroup2 cgroup2 rw
+";
 
     #[test]
-    fn unified_and_hybrid_mounts_are_found() {
-        let unified = "24 30 0:22 / /sys/fs/cgroup rw,nosuid shared:9 - cgroup2 cgroup2 rw,nsdelegate";
-        assert_eq!(in_mountinfo(unified), Some(PathBuf::from("/sys/fs/cgroup")));
-        let hybrid = "30 24 0:25 / /sys/fs/cgroup ro - tmpfs tmpfs ro,mode=755\n\
-                      31 30 0:26 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n\
-                      32 30 0:27 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory";
-        assert_eq!(in_mountinfo(hybrid), Some(PathBuf::from("/sys/fs/cgroup/unified")));
+    fn the_v2_tree_is_found_in_unified_and_hybrid_mode() {
+        let mount = |path: &str, hybrid| Some(Mount { path: path.into(), root: "/".into(), hybrid });
+        assert_eq!(find_mount(HYBRID), mount("/sys/fs/cgroup/unified", true));
+        assert_eq!(find_mount(UNIFIED), mount("/sys/fs/cgroup", false));
+        assert_eq!(find_mount("24 1 8:1 / / rw - ext4 /dev/sda1 rw\n"), None);
+        assert_eq!(find_mount("garbage\n - \n"), None);
+        assert_eq!(unescape("/mnt/a\\040b"), "/mnt/a b");
     }
 
     #[test]
-    fn a_part_of_the_hierarchy_is_no_mount_point() {
-        let part = "24 30 0:22 /docker/abc /sys/fs/cgroup rw - cgroup2 cgroup2 rw";
-        assert_eq!(in_mountinfo(part), None);
+    fn of_parts_of_the_hierarchy_the_one_nearest_to_its_root_is_taken() {
+        let parts = "24 30 0:22 /docker/abc/d /a rw - cgroup2 cgroup2 rw\n25 30 0:22 /docker /b rw - cgroup2 cgroup2 rw";
+        let mount = find_mount(parts).expect("is found");
+        assert_eq!((mount.path, mount.root), ("/b".into(), "/docker".into()));
     }
 }
