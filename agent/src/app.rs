@@ -234,16 +234,15 @@ async fn start_proxy(
     }))
 }
 
-fn recorder_options(config: &Config) -> RecorderOptions {
+/// How `config` wants its clusters to be recorded.
+pub(crate) fn recorder_options(config: &Config) -> RecorderOptions {
+    let clusters = config.clusters.iter().map(|cluster| cluster.name.clone()).collect();
     RecorderOptions {
-        directory: config.journal.directory.clone(),
         journal_bytes_max: config.journal.bytes_max,
-        node: config.node.clone(),
         tenant: config.tenant.clone(),
-        clusters: config.clusters.iter().map(|cluster| cluster.name.clone()).collect(),
         response_bytes_max: config.limits.response_bytes_max,
         session_idle_timeout: config.limits.session_idle_timeout,
-        signing_key_file: None,
+        ..RecorderOptions::new(config.journal.directory.clone(), config.node.clone(), clusters)
     }
 }
 

@@ -22,6 +22,7 @@ use self::{
     upstream::UpstreamError,
 };
 use crate::{
+    app,
     config::{self, Config, ConfigError},
     proxy::{self, ClusterUpstream, Endpoints, Proxy, ProxyOptions},
     recording::{Recorder, RecorderOptions, RecordingError},
@@ -42,10 +43,6 @@ pub mod upstream;
 
 /// How long what is still open when the command has ended may take: answers nobody reads any more.
 const DRAIN_DEADLINE: Duration = Duration::from_secs(2);
-/// Most bytes of the journal, unless the configuration says otherwise.
-const JOURNAL_BYTES_MAX: u64 = 8 * 1024 * 1024 * 1024;
-/// Most recorded bytes of a read's response, unless the configuration says otherwise.
-const RESPONSE_BYTES_MAX: usize = 1024 * 1024;
 /// A session is the whole command, however long it pauses.
 const SESSION_IDLE_TIMEOUT: Duration = Duration::from_hours(24);
 
@@ -259,29 +256,17 @@ fn recorder_options(
 ) -> RecorderOptions {
     let clusters = targets.iter().map(|target| target.name().to_owned()).collect();
     let state_home = std::env::var("XDG_STATE_HOME").ok();
-    let directory = options.journal.clone();
-    match config {
-        Some(config) => RecorderOptions {
-            directory: directory.unwrap_or(config.journal.directory),
-            journal_bytes_max: config.journal.bytes_max,
-            node: config.node,
-            tenant: config.tenant,
-            clusters,
-            response_bytes_max: config.limits.response_bytes_max,
-            session_idle_timeout: SESSION_IDLE_TIMEOUT,
-            signing_key_file: None,
-        },
-        None => RecorderOptions {
-            directory: directory.unwrap_or_else(|| invoker.journal(state_home.as_deref())),
-            journal_bytes_max: JOURNAL_BYTES_MAX,
-            node: config::default_node(),
-            tenant: None,
-            clusters,
-            response_bytes_max: RESPONSE_BYTES_MAX,
-            session_idle_timeout: SESSION_IDLE_TIMEOUT,
-            signing_key_file: None,
-        },
+    let mut recorder = match config {
+        Some(config) => app::recorder_options(&config),
+        None => {
+            let directory = invoker.journal(state_home.as_deref());
+            RecorderOptions::new(directory, config::default_node(), Vec::new())
+        }
+    };
+    if let Some(directory) = &options.journal {
+        recorder.directory.clone_from(directory);
     }
+    RecorderOptions { clusters, session_idle_timeout: SESSION_IDLE_TIMEOUT, ..recorder }
 }
 
 impl Session {

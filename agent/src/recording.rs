@@ -59,6 +59,13 @@ use self::{
 };
 pub use self::{error::RecordingError, queue::COMMIT_BEHIND_MS, request::RequestRecord};
 
+/// Most bytes of a journal, unless it is configured.
+pub const JOURNAL_BYTES_MAX: u64 = 8 * 1024 * 1024 * 1024;
+/// Most bytes of a read's response that are recorded, unless it is configured.
+pub const RESPONSE_BYTES_MAX: usize = 1024 * 1024;
+/// A session ends after this time without a request, unless it is configured.
+pub const SESSION_IDLE_TIMEOUT: Duration = Duration::from_secs(1800);
+
 /// Most bytes of a mutating request's body that are recorded: above the API server's own limit of 3 MiB.
 const REQUEST_BYTES_MAX: usize = 4 * 1024 * 1024;
 
@@ -100,6 +107,22 @@ pub struct RecorderOptions {
     /// Ed25519 key (PKCS#8, PEM) that signs checkpoints; without one each epoch makes its own and publishes only
     /// its public half.
     pub signing_key_file: Option<PathBuf>,
+}
+
+impl RecorderOptions {
+    /// The defaults, for a journal in `directory` of what `node` does with `clusters`.
+    pub fn new(directory: PathBuf, node: String, clusters: Vec<String>) -> Self {
+        Self {
+            directory,
+            journal_bytes_max: JOURNAL_BYTES_MAX,
+            node,
+            tenant: None,
+            clusters,
+            response_bytes_max: RESPONSE_BYTES_MAX,
+            session_idle_timeout: SESSION_IDLE_TIMEOUT,
+            signing_key_file: None,
+        }
+    }
 }
 
 /// A request as the proxy knows it when it arrives.

@@ -11,6 +11,7 @@ use super::{
     API_VERSION, Access, CLUSTERS_MAX, Cluster, Config, Enrolment, JOURNAL_BYTES_MIN, Journal, KIND,
     LabelSelector, Limits, Mode, Trust,
 };
+use crate::recording::{JOURNAL_BYTES_MAX, RESPONSE_BYTES_MAX, SESSION_IDLE_TIMEOUT};
 
 /// A value that makes no sense: where, and why.
 pub(super) struct Invalid {
@@ -77,7 +78,7 @@ struct RawJournal {
 
 impl Default for RawJournal {
     fn default() -> Self {
-        Self { directory: "/var/lib/weir/journal".into(), bytes_max: 8 * 1024 * 1024 * 1024 }
+        Self { directory: "/var/lib/weir/journal".into(), bytes_max: JOURNAL_BYTES_MAX }
     }
 }
 
@@ -160,7 +161,11 @@ struct RawLimits {
 
 impl Default for RawLimits {
     fn default() -> Self {
-        Self { drain_seconds: 30, response_bytes_max: 1024 * 1024, session_idle_timeout_seconds: 1800 }
+        Self {
+            drain_seconds: 30,
+            response_bytes_max: RESPONSE_BYTES_MAX,
+            session_idle_timeout_seconds: SESSION_IDLE_TIMEOUT.as_secs(),
+        }
     }
 }
 
