@@ -158,6 +158,15 @@ impl Pod<'_> {
         output(self.exec_command().args(arguments))
     }
 
+    /// A command in the pod's container that is started by the container runtime alone: for when the API server is
+    /// away. `id` must differ from that of every other one that still runs.
+    #[must_use]
+    pub fn runtime_command(&self, id: &str) -> Command {
+        let mut command = self.testbed.ctr_command();
+        command.args(["tasks", "exec", "--exec-id", id, &self.container]);
+        command
+    }
+
     /// Runs a shell script in the pod and gives its output.
     ///
     /// # Errors

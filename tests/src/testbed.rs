@@ -4,6 +4,7 @@
 //! recorded there before it is made and is gone after `down`. One testbed per machine. What runs in the cluster is
 //! not this module's: see [`crate::pods`].
 
+mod api_server;
 mod control_plane;
 mod images;
 mod node;
@@ -25,6 +26,7 @@ use crate::process::RecordedProcess;
 use crate::progress::Progress;
 use crate::wait::wait_until;
 
+pub use api_server::ApiServerOutage;
 pub use control_plane::API_CLUSTER_IP;
 pub use images::{AGENT_IMAGE, PAUSE_IMAGE};
 pub use node::{BRIDGE, BRIDGE_ADDRESS, CONTAINERD_NAMESPACE, NODE_NAME, POD_RANGE};

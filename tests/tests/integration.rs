@@ -21,6 +21,8 @@ use weir_tests::{
     wait_until,
 };
 
+#[path = "integration/api_server_faults.rs"]
+mod api_server_faults;
 #[path = "integration/enrolment.rs"]
 mod enrolment;
 #[path = "integration/escape.rs"]
