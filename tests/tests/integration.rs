@@ -23,12 +23,16 @@ use weir_tests::{
 
 #[path = "integration/api_server_faults.rs"]
 mod api_server_faults;
+#[path = "integration/client.rs"]
+mod client;
 #[path = "integration/enrolment.rs"]
 mod enrolment;
 #[path = "integration/escape.rs"]
 mod escape;
 #[path = "integration/exec.rs"]
 mod exec;
+#[path = "integration/storage_faults.rs"]
+mod storage_faults;
 #[path = "integration/upgrade.rs"]
 mod upgrade;
 

@@ -124,6 +124,24 @@ async fn a_failed_write_poisons_the_segment_and_the_next_one_goes_on_without_a_h
 }
 
 #[tokio::test]
+async fn attempts_that_failed_do_not_make_the_next_segment_larger() {
+    let directory = TempDir::new().unwrap();
+    let disk = Arc::new(TestDisk::default());
+    let recorder = on(&disk, options(directory.path())).unwrap();
+    let length = |file: &std::path::PathBuf| std::fs::metadata(file).unwrap().len();
+    let first = length(&segments(recorder.folder())[0]);
+    disk.fail(Some(io::ErrorKind::StorageFull));
+    for _ in 0..5 {
+        assert!(post(&recorder, "{}").await.is_err());
+    }
+    disk.fail(None);
+    let record = post(&recorder, "{}").await.unwrap();
+    assert_eq!(length(segments(recorder.folder()).last().unwrap()), first);
+    drop(record);
+    recorder.stop("test").await.unwrap();
+}
+
+#[tokio::test]
 async fn a_journal_that_cannot_be_made_is_an_error_that_names_it() {
     let directory = TempDir::new().unwrap();
     let disk = Arc::new(TestDisk::default());

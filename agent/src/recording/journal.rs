@@ -65,6 +65,8 @@ pub(super) struct Journal {
     origin: Arc<Origin>,
     segment: Option<OpenSegment>,
     next_segment: u64,
+    /// How often a segment was made since recording last began: each is twice as large as the one before.
+    growth: u64,
     /// Number of the next event.
     sequence: u64,
     commit: u64,
@@ -105,6 +107,7 @@ impl Journal {
             origin,
             segment: None,
             next_segment: 0,
+            growth: 0,
             sequence: 0,
             // From 1, so that a reader can tell the first group of a segment from the one before it.
             commit: 1,
@@ -308,7 +311,7 @@ impl Journal {
     /// Ends the current segment and begins the next, with room for `needed` bytes of frames.
     fn rotate(&mut self, needed: u64) -> Result<(), RecordingError> {
         let left = self.bytes_max.saturating_sub(self.bytes_used);
-        let bytes = segment::size(self.tuning.segment_bytes_first, self.next_segment, needed).min(left);
+        let bytes = segment::size(self.tuning.segment_bytes_first, self.growth, needed).min(left);
         // A segment that holds nothing but its reserve is of no use either.
         let least = segment::smallest(needed.max(segment::SEGMENT_RESERVE_BYTES));
         if bytes < least {
@@ -326,8 +329,12 @@ impl Journal {
         let encoded = header.encode().map_err(|_| RecordingError::Node { node: header.node })?;
         // The number is spent even if this fails: a file that is half made must not be in the way.
         self.next_segment += 1;
+        // Should this fail, the next attempt wants as little as an epoch's first segment: what is free may never be
+        // enough for a larger one.
+        let growth = std::mem::take(&mut self.growth);
         let opened = OpenSegment::create(self.disk.as_ref(), &path, &encoded, bytes)
             .map_err(|error| RecordingError::storage(&path, error))?;
+        self.growth = growth + 1;
         self.bytes_used += bytes;
         if let Some(full) = self.segment.replace(opened) {
             match full.finish() {

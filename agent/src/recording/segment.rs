@@ -17,9 +17,10 @@ const SEGMENT_BYTES_MAX: u64 = 64 * 1024 * 1024;
 /// Bytes at the end of each segment that only the last words may take: that recording stopped, and why.
 pub(super) const SEGMENT_RESERVE_BYTES: u64 = 64 * 1024;
 
-/// Size of segment `index`, which must hold at least `needed` bytes of frames; `first` is that of segment 0.
-pub(super) fn size(first: u64, index: u64, needed: u64) -> u64 {
-    let grown = first << index.min(8);
+/// Size of the segment after `growth` others, which must hold at least `needed` bytes of frames; `first` is that of the
+/// first.
+pub(super) fn size(first: u64, growth: u64, needed: u64) -> u64 {
+    let grown = first << growth.min(8);
     grown.min(SEGMENT_BYTES_MAX).max(smallest(needed))
 }
 

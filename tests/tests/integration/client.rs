@@ -1,0 +1,208 @@
+//! A client inside a pod that sends exactly the bytes it is told. TLS is made here; the connection is that of the pod's
+//! own `nc`, so that it comes from the pod's cgroup and network namespace.
+
+use std::{
+    io::{self, Read, Write},
+    process::{Child, ChildStdin, ChildStdout, Stdio},
+    sync::Arc,
+};
+
+use rustls::{
+    ClientConfig, ClientConnection, RootCertStore, StreamOwned,
+    crypto::aws_lc_rs,
+    pki_types::{CertificateDer, ServerName, pem::PemObject as _},
+};
+use weir_tests::{Pod, Testbed, testbed::API_CLUSTER_IP};
+
+use super::random_text;
+
+/// Seconds after which `nc` ends, so that a server that waits for ever fails the test instead of stopping it.
+const CONNECTION_SECONDS: &str = "60";
+
+/// One connection.
+pub(super) struct RawClient {
+    stream: StreamOwned<ClientConnection, Pipe>,
+    nc: Child,
+}
+
+/// What the server said to one request.
+#[derive(Debug)]
+pub(super) struct Answer {
+    pub(super) status: u16,
+    pub(super) head: String,
+    pub(super) body: Vec<u8>,
+}
+
+struct Pipe {
+    to: Option<ChildStdin>,
+    from: ChildStdout,
+}
+
+impl Read for Pipe {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.from.read(buffer)
+    }
+}
+
+impl Write for Pipe {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.to.as_mut().map_or(Err(io::ErrorKind::BrokenPipe.into()), |to| to.write(bytes))
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.to.as_mut().map_or(Ok(()), Write::flush)
+    }
+}
+
+impl RawClient {
+    /// Connects to the API server's ClusterIP. `name` is verified, and sent as SNI where it is no address.
+    pub(super) fn connect(testbed: &Testbed, pod: &Pod<'_>, name: &str, alpn: &str) -> Self {
+        let mut roots = RootCertStore::empty();
+        let ca = testbed.layout().path("pki/ca.crt");
+        for certificate in CertificateDer::pem_file_iter(ca).unwrap() {
+            roots.add(certificate.unwrap()).unwrap();
+        }
+        let provider = Arc::new(aws_lc_rs::default_provider());
+        let mut config = ClientConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_root_certificates(roots)
+            .with_no_client_auth();
+        config.alpn_protocols = vec![alpn.as_bytes().to_vec()];
+        let name = ServerName::try_from(name.to_owned()).unwrap();
+        let tls = ClientConnection::new(Arc::new(config), name).unwrap();
+        let mut command = testbed.kubectl_command();
+        command.args(["exec", "-i", "-n", &pod.namespace, &pod.name, "--"]);
+        command.args(["timeout", CONNECTION_SECONDS, "nc", API_CLUSTER_IP, "443"]);
+        let mut nc = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let pipe = Pipe { to: nc.stdin.take(), from: nc.stdout.take().unwrap() };
+        Self { stream: StreamOwned::new(tls, pipe), nc }
+    }
+
+    /// An error means that the server has closed.
+    pub(super) fn send(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.stream.write_all(bytes)?;
+        self.stream.flush()
+    }
+
+    /// The next answer; none if the server closes without one.
+    pub(super) fn answer(&mut self) -> Option<Answer> {
+        let head = self.until(b"\r\n\r\n")?;
+        let head = String::from_utf8_lossy(&head).into_owned();
+        let status = head.split(' ').nth(1)?.parse().ok()?;
+        let lower = head.to_ascii_lowercase();
+        let length = lower.lines().find_map(|line| line.strip_prefix("content-length:"));
+        let body = match length {
+            Some(length) => self.exactly(length.trim().parse().ok()?)?,
+            None if lower.contains("transfer-encoding: chunked") => self.chunks()?,
+            None => Vec::new(),
+        };
+        Some(Answer { status, head, body })
+    }
+
+    /// Kind and stream of the next HTTP/2 frame, whose payload is passed over.
+    pub(super) fn frame(&mut self) -> Option<(u8, u32)> {
+        let head = self.exactly(9)?;
+        self.exactly(u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize)?;
+        Some((head[3], u32::from_be_bytes([head[5], head[6], head[7], head[8]])))
+    }
+
+    fn chunks(&mut self) -> Option<Vec<u8>> {
+        let mut body = Vec::new();
+        loop {
+            let line = self.until(b"\r\n")?;
+            let length = usize::from_str_radix(std::str::from_utf8(&line).ok()?.trim(), 16).ok()?;
+            body.extend(self.exactly(length)?);
+            self.exactly(2)?;
+            if length == 0 {
+                return Some(body);
+            }
+        }
+    }
+
+    fn until(&mut self, end: &[u8]) -> Option<Vec<u8>> {
+        let mut bytes = Vec::new();
+        while !bytes.ends_with(end) {
+            bytes.extend(self.exactly(1)?);
+        }
+        Some(bytes)
+    }
+
+    fn exactly(&mut self, count: usize) -> Option<Vec<u8>> {
+        let mut bytes = vec![0; count];
+        self.stream.read_exact(&mut bytes).ok()?;
+        Some(bytes)
+    }
+}
+
+impl Drop for RawClient {
+    fn drop(&mut self) {
+        let _ = self.nc.kill();
+        let _ = self.nc.wait();
+    }
+}
+
+/// The token of the pod's service account.
+pub(super) fn token(pod: &Pod<'_>) -> String {
+    let read = "cat /var/run/secrets/kubernetes.io/serviceaccount/token";
+    pod.shell(read).unwrap().trim().to_owned()
+}
+
+/// Requests of one pod over one connection.
+pub(super) struct Requests {
+    client: RawClient,
+    namespace: String,
+    token: String,
+}
+
+impl Requests {
+    pub(super) fn new(testbed: &Testbed, pod: &Pod<'_>) -> Self {
+        let client = RawClient::connect(testbed, pod, API_CLUSTER_IP, "http/1.1");
+        Self { client, namespace: pod.namespace.clone(), token: token(pod) }
+    }
+
+    fn request(&self, method: &str, path: &str, content_type: &str, body: &str) -> String {
+        let (token, length) = (&self.token, body.len());
+        format!(
+            "{method} {path} HTTP/1.1\r\nHost: {API_CLUSTER_IP}\r\nAuthorization: Bearer {token}\r\n\
+             Content-Type: {content_type}\r\nContent-Length: {length}\r\n\r\n{body}"
+        )
+    }
+
+    #[track_caller]
+    fn ask(&mut self, method: &str, path: &str, body: &str) -> Answer {
+        let request = self.request(method, path, "application/json", body);
+        self.client.send(request.as_bytes()).unwrap();
+        self.client.answer().expect("an answer")
+    }
+
+    #[track_caller]
+    pub(super) fn read(&mut self) -> Answer {
+        self.ask("GET", "/api/v1/namespaces/default", "")
+    }
+
+    #[track_caller]
+    pub(super) fn create(&mut self, name: &str, bytes: usize) -> Answer {
+        let path = format!("/api/v1/namespaces/{}/configmaps", self.namespace);
+        let object = serde_json::json!({
+            "apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name}, "data": {"value": random_text(bytes)},
+        });
+        self.ask("POST", &path, &object.to_string())
+    }
+
+    /// Changes an object that [`Self::create`] made, once for each marker; all requests are sent before the first answer is
+    /// waited for.
+    #[track_caller]
+    pub(super) fn mark(&mut self, name: &str, markers: std::ops::Range<usize>) {
+        let path = format!("/api/v1/namespaces/{}/configmaps/{name}", self.namespace);
+        let change = |marker| {
+            let change = serde_json::json!({"data": {"marker": format!("marker-{marker}")}});
+            self.request("PATCH", &path, "application/merge-patch+json", &change.to_string())
+        };
+        let requests: String = markers.clone().map(change).collect();
+        self.client.send(requests.as_bytes()).unwrap();
+        for _ in markers {
+            assert_eq!(self.client.answer().expect("an answer").status, 200);
+        }
+    }
+}

@@ -1,0 +1,139 @@
+//! A journal that cannot be written: a full file system, and one that the kernel made read-only.
+
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use weir_common::event::Kind;
+use weir_tests::{Pod, PodSpec, agent::TrustSource, audit, command, wait_until};
+
+use super::{
+    DEADLINE, Scene,
+    client::{Answer, Requests},
+    shown, verify,
+};
+
+/// Most objects of 200 kB that it may take to fill a journal of some MiB.
+const OBJECTS_MAX: usize = 100;
+
+/// A file system that is there as long as this value.
+struct Mounted(PathBuf);
+
+impl Mounted {
+    #[track_caller]
+    fn new(arguments: &[&str], source: &Path, at: &Path) -> Self {
+        std::fs::create_dir_all(at).unwrap();
+        command::run(Command::new("mount").args(arguments).arg(source).arg(at)).unwrap();
+        Self(at.to_owned())
+    }
+
+    #[track_caller]
+    fn remount(&self, options: &str) {
+        command::run(Command::new("mount").arg("-o").arg(format!("remount,{options}")).arg(&self.0)).unwrap();
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let _ = command::output(Command::new("umount").arg(&self.0));
+    }
+}
+
+/// Checks that an answer is the `Status` of a journal that does not accept.
+#[track_caller]
+fn check_refused(answer: &Answer, reason: &str) {
+    let status: serde_json::Value = serde_json::from_slice(&answer.body).unwrap();
+    assert_eq!((answer.status, status["kind"].as_str()), (503, Some("Status")), "{status}");
+    assert_eq!(status["reason"], "ServiceUnavailable");
+    let message = status["message"].as_str().unwrap();
+    assert!(message.starts_with("the request cannot be recorded, so it is not forwarded: "), "{message}");
+    assert!(message.contains(reason), "{message}");
+}
+
+/// The API server's own word on whether it got a request that changes this object's collection.
+fn created(scene: &Scene, pod: &Pod<'_>) -> usize {
+    let entries = audit::finished_by_pod(&scene.testbed.layout().audit_log(), &pod.uid).unwrap();
+    entries.iter().filter(|entry| entry.verb == "create").count()
+}
+
+#[test]
+fn a_full_file_system_refuses_requests_with_the_reason_until_there_is_room() {
+    let Some(mut scene) = Scene::new() else { return };
+    scene.namespace("it-full", true);
+    let pod = scene.testbed.run_pod(&PodSpec::idle("it-full", "caller")).unwrap();
+    let mounted = Mounted::new(&["-t", "tmpfs", "-o", "size=6m"], Path::new("none"), &scene.journal());
+    let mut agent = scene.agent(TrustSource::ClusterSigner);
+    let mut requests = Requests::new(&scene.testbed, &pod);
+    let mut accepted = 0;
+    let refused = loop {
+        assert!(accepted < OBJECTS_MAX, "6 MiB took {accepted} objects");
+        let answer = requests.create(&format!("filler-{accepted}"), 200_000);
+        if answer.status != 201 {
+            break answer;
+        }
+        accepted += 1;
+    };
+    assert!(accepted > 0);
+    check_refused(&refused, "no space left for journal");
+    check_refused(&requests.create("small", 10), "free space on its file system");
+    // What cannot be recorded is not forwarded, reads neither.
+    check_refused(&requests.read(), "no space left for journal");
+    assert_eq!(created(&scene, &pod), accepted, "a refused request reached the API server");
+    assert!(
+        agent.log().unwrap().contains("recording stopped; requests are refused"),
+        "{}",
+        agent.last_lines()
+    );
+    // The last words of the segment say it, where they still found room.
+    let stopped = |event: &weir_common::event::Event| matches!(&event.kind, Kind::Gap { reason, .. } if reason.starts_with("recording stopped: no space left"));
+    assert!(scene.events().iter().any(stopped));
+
+    mounted.remount("size=16m");
+    let answer = wait_until("requests to be accepted again", DEADLINE, || {
+        let answer = requests.create("after", 10);
+        Ok((answer.status != 503).then_some(answer))
+    })
+    .unwrap();
+    assert_eq!(answer.status, 201, "{}", answer.head);
+    assert_eq!(requests.read().status, 200);
+    assert!(agent.log().unwrap().contains("recording goes on"), "{}", agent.last_lines());
+    scene.event("a record of what was lost", |event| {
+        matches!(&event.kind, Kind::Gap { reason, events: Some(_), .. } if reason.contains("could not be written"))
+    });
+    assert!(agent.terminate().unwrap().success(), "{}", agent.last_lines());
+    let verified = verify(&scene.journal());
+    assert!(verified.status.success(), "{:?}", shown(&verified));
+}
+
+#[test]
+fn a_file_system_that_turns_read_only_refuses_requests_and_says_what_to_do() {
+    let Some(mut scene) = Scene::new() else { return };
+    scene.namespace("it-read-only", true);
+    let pod = scene.testbed.run_pod(&PodSpec::idle("it-read-only", "caller")).unwrap();
+    let image = scene.scratch.path().join("journal.ext4");
+    std::fs::File::create(&image).unwrap().set_len(64 << 20).unwrap();
+    command::run(Command::new("mkfs.ext4").arg("-q").arg(&image)).unwrap();
+    let mounted = Mounted::new(&["-o", "loop"], &image, &scene.journal());
+    let mut agent = scene.agent(TrustSource::ClusterSigner);
+    let mut requests = Requests::new(&scene.testbed, &pod);
+    assert_eq!(requests.create("before", 10).status, 201);
+    // As ext4 does by itself when it finds its disk damaged.
+    mounted.remount("abort");
+    // A read may have been accepted before the journal knew; a mutation may not.
+    check_refused(&requests.create("after", 10), "read-only file system; mount it writable");
+    check_refused(&requests.read(), "read-only file system; mount it writable");
+    assert_eq!(created(&scene, &pod), 1, "a refused request reached the API server");
+    let log = agent.log().unwrap();
+    assert!(log.contains("recording stopped; requests are refused"), "{}", agent.last_lines());
+    assert!(log.contains("mount it writable"), "{}", agent.last_lines());
+    assert!(!agent.terminate().unwrap().success(), "its last words are not on disk");
+
+    // An aborted ext4 becomes writable by a new mount alone.
+    drop(mounted);
+    let _mounted = Mounted::new(&["-o", "loop"], &image, &scene.journal());
+    let _agent = scene.agent(TrustSource::ClusterSigner);
+    assert_eq!(Requests::new(&scene.testbed, &pod).create("again", 10).status, 201);
+    let verified = verify(&scene.journal());
+    assert!(verified.status.success(), "{:?}", shown(&verified));
+}
