@@ -1,0 +1,60 @@
+//! `weir-agent doctor` where something is missing: exit code 1, the thing and the mend. What it says of a node where all is
+//! well, and of an API server that is away, is in `api_server_faults`.
+
+use std::{path::Path, process::Command};
+
+use serde_json::{Value, json};
+use weir_tests::{agent, command};
+
+use super::shown;
+
+/// Runs `doctor --json` without any capability, whoever runs the test.
+fn doctor(configuration: &Path) -> (Option<i32>, Vec<Value>) {
+    let binary = agent::built_binary("weir-agent").unwrap();
+    let mut command = if nix::unistd::geteuid().is_root() {
+        let mut command = Command::new("setpriv");
+        command.arg("--bounding-set=-all").arg(binary);
+        command
+    } else {
+        Command::new(binary)
+    };
+    let ended = command::output(command.args(["doctor", "--json", "--config"]).arg(configuration)).unwrap();
+    let (code, out, err) = shown(&ended);
+    let report: Value = serde_json::from_str(&out).unwrap_or_else(|error| panic!("{error}: {out}{err}"));
+    assert_eq!(report["ok"], false, "{out}");
+    (code, report["checks"].as_array().unwrap().clone())
+}
+
+#[track_caller]
+fn check(checks: &[Value], name: &str, found: &str, mend: &str) {
+    let check =
+        checks.iter().find(|check| check["name"] == name).unwrap_or_else(|| panic!("no {name}: {checks:?}"));
+    assert_eq!((&check["ok"], &check["need"]), (&json!(false), &json!("must")), "{check}");
+    let has = |field: &str, part: &str| check[field].as_str().is_some_and(|text| text.contains(part));
+    assert!(has("found", found) && has("mend", mend), "{check}");
+}
+
+#[test]
+fn doctor_names_a_missing_right_and_a_missing_ca_with_the_mend() {
+    let scratch = tempfile::tempdir().unwrap();
+    let kubeconfig = scratch.path().join("kubeconfig");
+    std::fs::write(&kubeconfig, "").unwrap();
+    let configuration = json!({
+        "apiVersion": "weir.dev/v1alpha1",
+        "kind": "AgentConfiguration",
+        "journal": {"directory": scratch.path().join("journal")},
+        "clusters": [{
+            "name": "testbed",
+            "kubeconfig": kubeconfig,
+            "trust": {"mountedCa": {"certificate": "/absent/ca.crt", "key": "/absent/ca.key"}},
+        }],
+        "enrolment": [{"namespaceSelector": {}, "podSelector": {}, "mode": "enforce"}],
+    });
+    let path = scratch.path().join("agent.yaml");
+    agent::write_configuration(&configuration, &path).unwrap();
+    let (code, checks) = doctor(&path);
+    assert_eq!(code, Some(1));
+    check(&checks, "capabilities", "CAP_BPF", "run as root");
+    let missing = "clusters[0].trust.mountedCa.certificate: cannot open /absent/ca.crt";
+    check(&checks, "config", missing, "is it mounted?");
+}
