@@ -37,6 +37,8 @@ pub mod invoker;
 pub mod journal;
 pub mod kubeconfig;
 mod kubeconfig_file;
+#[doc(hidden)]
+pub mod probe;
 pub mod proxy_environment;
 pub mod signals;
 pub mod upstream;

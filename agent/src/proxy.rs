@@ -10,6 +10,8 @@ mod body;
 mod headers;
 mod pipeline;
 mod pool;
+#[doc(hidden)]
+pub mod probe;
 mod quota;
 #[cfg(test)]
 mod rig;

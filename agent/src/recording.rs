@@ -17,6 +17,8 @@ mod fixture;
 mod gzip;
 mod journal;
 mod mask;
+#[doc(hidden)]
+pub mod probe;
 mod queue;
 mod request;
 mod segment;

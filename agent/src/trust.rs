@@ -15,6 +15,8 @@ use rustls::{
 pub mod authority;
 pub mod cluster_signer;
 pub mod leaf;
+#[doc(hidden)]
+pub mod probe;
 
 pub use authority::Authority;
 pub use leaf::{Renewal, serve};

@@ -4,22 +4,32 @@
 //! `tests/fuzz` call them, and so does `cargo test` on the committed corpus and mutations of it. Nothing here may
 //! do input or output, or depend on the clock.
 
+pub mod agent;
 pub mod journal;
 pub mod kernel;
+pub mod masks;
 pub mod record;
 
 /// A property and the folder of its corpus.
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets; each has a corpus folder and a fuzz target of its name.
-pub const TARGETS: [Target; 9] = [
+pub const TARGETS: [Target; 17] = [
     ("attributes", record::attributes),
+    ("body", masks::body),
+    ("certificates", agent::certificates),
+    ("cgroup_path", agent::cgroup_path),
     ("checkpoint", journal::checkpoint),
+    ("configuration", agent::configuration),
+    ("credentials", masks::credentials),
     ("envelope", journal::envelope),
     ("event", record::event),
     ("frame", journal::frame),
+    ("kubeconfig", agent::kubeconfig),
     ("packet", kernel::packet),
+    ("request_head", agent::request_head),
     ("sealed_frame", journal::sealed_frame),
-    ("segment", journal::segment),
     ("sealed_segment", journal::sealed_segment),
+    ("secret_body", masks::secret_body),
+    ("segment", journal::segment),
 ];
