@@ -33,6 +33,8 @@ mod enrolment;
 mod escape;
 #[path = "integration/exec.rs"]
 mod exec;
+#[path = "integration/http_attacks.rs"]
+mod http_attacks;
 #[path = "integration/storage_faults.rs"]
 mod storage_faults;
 #[path = "integration/upgrade.rs"]
