@@ -25,6 +25,8 @@ use weir_tests::{
 mod api_server_faults;
 #[path = "integration/client.rs"]
 mod client;
+#[path = "integration/client_faults.rs"]
+mod client_faults;
 #[path = "integration/doctor.rs"]
 mod doctor;
 #[path = "integration/enrolment.rs"]
