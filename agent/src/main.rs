@@ -14,7 +14,7 @@ use weir_agent::{
     config::{self, Config},
     doctor::{self, DoctorOptions},
     exec::{self, ExecOptions},
-    interception::{attach, cgroup, loader, pinned, quarantine},
+    interception::{attach, cgroup, handover, loader, pinned, quarantine},
 };
 
 /// Makes the pods of a Kubernetes node act through a recording gateway.
@@ -88,7 +88,11 @@ enum Command {
         json: bool,
     },
     /// Remove every pin: the kernel programs detach, and nothing is intercepted any more.
-    Uninstall,
+    Uninstall {
+        /// Also while an agent runs, which then ends.
+        #[arg(long)]
+        force: bool,
+    },
 }
 
 fn main() -> ExitCode {
@@ -105,7 +109,7 @@ fn main() -> ExitCode {
         }
         Command::Status { json } => finish(status(json)),
         Command::Quarantine { pod, lift, json } => finish(set_quarantine(&pod, lift, json)),
-        Command::Uninstall => finish(uninstall()),
+        Command::Uninstall { force } => finish(uninstall(force)),
         Command::Exec { config, kubeconfig, journal, quiet, command } => {
             log_to_stderr("warn", false);
             execute(&ExecOptions { config, kubeconfig, journal, quiet, command })
@@ -140,8 +144,18 @@ fn examine(options: &DoctorOptions, json: bool) -> ExitCode {
     ExitCode::from(report.exit_code())
 }
 
+/// Every connection of every pod is an open file, and the soft limit that processes inherit is that of interactive ones.
+fn raise_open_files() -> anyhow::Result<()> {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
+    tracing::info!(open_files = hard, "limit of open files raised");
+    Ok(())
+}
+
 fn run(path: &Path) -> anyhow::Result<()> {
     let config = Config::load(path, &config::default_node())?;
+    raise_open_files()?;
     tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(app::run(config))?;
     Ok(())
 }
@@ -184,8 +198,13 @@ fn set_quarantine(pod: &str, lift: bool, json: bool) -> anyhow::Result<()> {
 }
 
 #[expect(clippy::print_stdout, reason = "says what was done")]
-fn uninstall() -> anyhow::Result<()> {
+fn uninstall(force: bool) -> anyhow::Result<()> {
     require_root("uninstall")?;
+    if !force && handover::an_agent_runs(Path::new(handover::STANDARD)) {
+        anyhow::bail!(
+            "an agent runs on this node, and its pods would go unrecorded; stop it first, or give --force"
+        );
+    }
     let removed = attach::uninstall(&loader::pin_folder())?;
     println!("removed {removed} pins; pods reach their API servers directly from now on");
     Ok(())

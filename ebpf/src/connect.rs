@@ -130,7 +130,7 @@ fn judge(ctx: &SockAddrContext, address: Address, call: Call) -> Answer {
     let key = if local { ApiEndpoint { address: LOOPBACK, ..original } } else { original };
     // SAFETY: values are single words.
     let found = (unsafe { API_SET.get(&key) }).copied();
-    let may_be_quarantined = settings.quarantined != 0 && !local;
+    let may_be_quarantined = settings.quarantined != 0;
     if found.is_none() && !may_be_quarantined {
         return elsewhere(ctx, &original, call);
     }
@@ -145,7 +145,8 @@ fn judge(ctx: &SockAddrContext, address: Address, call: Call) -> Answer {
         None => (0, 0, 0, 0),
     };
     // SAFETY: values are single words.
-    let quarantined = may_be_quarantined && unsafe { QUARANTINE.get(&pod_cgroup) }.is_some();
+    let quarantined =
+        may_be_quarantined && (!local || host_netns) && unsafe { QUARANTINE.get(&pod_cgroup) }.is_some();
     // The loopback address of a pod's own network namespace is no server of the node.
     let cluster = match found {
         Some(cluster) if !local || host_netns => cluster,

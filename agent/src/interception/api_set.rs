@@ -110,13 +110,13 @@ impl Part {
     fn write(&mut self, current: &HashSet<SocketAddr>) {
         let now = Instant::now();
         self.retained.publish(current.iter().copied(), now);
-        let added = current.iter().try_for_each(|address| self.kernel.set_api_endpoint(*address, self.value));
-        let mut expired = || {
-            let mut expired = self.retained.expire(now).into_iter();
-            expired.try_for_each(|address| self.kernel.remove_api_endpoint(address))
-        };
-        if let Err(error) = added.and_then(|()| expired()) {
-            tracing::error!(cluster = self.value, %error, "cannot update the API set");
+        let added = current.iter().map(|address| self.kernel.set_api_endpoint(*address, self.value));
+        let expired = self.retained.expire(now).into_iter();
+        let removed = expired.map(|address| self.kernel.remove_api_endpoint(address));
+        // One that fails must not leave the others out.
+        for error in added.chain(removed).filter_map(Result::err) {
+            let error = &error as &dyn std::error::Error;
+            tracing::error!(cluster = self.value, error, "cannot update the API set");
         }
     }
 }

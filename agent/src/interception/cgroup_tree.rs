@@ -52,32 +52,46 @@ pub(super) struct Tree {
 impl Tree {
     /// Reads the tree below a cgroup v2 mount. `watch` is called for each folder before it is listed, so that
     /// nothing made in between is missed. Folders that vanish meanwhile are left out.
-    pub(super) fn read(mount: &Path, mut watch: impl FnMut(&Path)) -> Self {
+    ///
+    /// # Errors
+    /// A folder cannot be listed (too many open files, say): what was not seen must not be taken for gone.
+    pub(super) fn read(mount: &Path, mut watch: impl FnMut(&Path)) -> io::Result<Self> {
         let mut tree = Self::default();
-        tree.look_for_roots(mount, 0, &mut watch);
+        tree.look_for_roots(mount, 0, &mut watch)?;
         for (root, _) in tree.roots.clone() {
-            tree.look_for_pods(&root, 0, &mut watch);
+            tree.look_for_pods(&root, 0, &mut watch)?;
         }
-        tree
+        Ok(tree)
     }
 
-    fn look_for_roots(&mut self, folder: &Path, depth: usize, watch: &mut impl FnMut(&Path)) {
+    fn look_for_roots(
+        &mut self,
+        folder: &Path,
+        depth: usize,
+        watch: &mut impl FnMut(&Path),
+    ) -> io::Result<()> {
         watch(folder);
-        for path in folders(folder) {
+        for path in folders(folder)? {
             let Some(name) = path.file_name().and_then(OsStr::to_str) else { continue };
             if pod::is_kubepods_root(name) || name.ends_with("-kubepods.slice") {
                 self.roots.extend(cgroup::id(&path).map(|id| (path.clone(), id)));
             } else if is_runtime(name) {
                 self.runtimes.extend(cgroup::id(&path));
             } else if depth + 1 < ROOT_DEPTH_MAX {
-                self.look_for_roots(&path, depth + 1, watch);
+                self.look_for_roots(&path, depth + 1, watch)?;
             }
         }
+        Ok(())
     }
 
-    fn look_for_pods(&mut self, folder: &Path, depth: usize, watch: &mut impl FnMut(&Path)) {
+    fn look_for_pods(
+        &mut self,
+        folder: &Path,
+        depth: usize,
+        watch: &mut impl FnMut(&Path),
+    ) -> io::Result<()> {
         watch(folder);
-        for path in folders(folder) {
+        for path in folders(folder)? {
             match pod::parse(&path) {
                 Some(found) => {
                     if let Ok(cgroup) = cgroup::id(&path) {
@@ -86,10 +100,11 @@ impl Tree {
                         self.pods.push(PodFolder { uid: found.pod, path, cgroup });
                     }
                 }
-                None if depth + 1 < POD_DEPTH_MAX => self.look_for_pods(&path, depth + 1, watch),
+                None if depth + 1 < POD_DEPTH_MAX => self.look_for_pods(&path, depth + 1, watch)?,
                 None => {}
             }
         }
+        Ok(())
     }
 }
 
@@ -98,12 +113,23 @@ fn is_runtime(name: &str) -> bool {
         || name.ends_with(".scope") && RUNTIME_SCOPES.iter().any(|prefix| name.starts_with(prefix))
 }
 
-fn folders(folder: &Path) -> Vec<PathBuf> {
-    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
-    entries
-        .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
-        .map(|entry| entry.path())
-        .collect()
+/// The folders in one; none if it is gone.
+fn folders(folder: &Path) -> io::Result<Vec<PathBuf>> {
+    let gone = |error: &io::Error| matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENODEV));
+    let mut folders = Vec::new();
+    let entries = match fs::read_dir(folder) {
+        Err(error) if gone(&error) => return Ok(folders),
+        entries => entries?,
+    };
+    for entry in entries {
+        match entry.and_then(|entry| Ok((entry.file_type()?, entry.path()))) {
+            Ok((kind, path)) if kind.is_dir() => folders.push(path),
+            Ok(_) => {}
+            Err(error) if gone(&error) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(folders)
 }
 
 /// Hears of folders made and removed.
@@ -175,7 +201,7 @@ mod tests {
             let mount = tempfile::tempdir().expect("a folder");
             std::fs::create_dir_all(mount.path().join(&pod).join(ID)).expect("folders");
             std::fs::create_dir_all(mount.path().join("system.slice/docker-abc.scope")).expect("folders");
-            let tree = Tree::read(mount.path(), |_| {});
+            let tree = Tree::read(mount.path(), |_| {}).expect("a tree");
             let pods: Vec<_> = tree.pods.iter().map(|pod| (pod.uid.as_str(), pod.path.clone())).collect();
             assert_eq!(pods, [(UID, mount.path().join(&pod))]);
             let roots: Vec<_> = tree.roots.into_iter().map(|(path, _)| path).collect();
@@ -198,13 +224,22 @@ mod tests {
         }
     }
 
+    #[test]
+    fn a_folder_that_cannot_be_listed_is_no_empty_one() {
+        let mount = tempfile::tempdir().expect("a folder");
+        std::fs::write(mount.path().join("kubepods"), "").expect("a file");
+        assert!(super::folders(&mount.path().join("gone")).expect("gone is empty").is_empty());
+        assert!(super::folders(&mount.path().join("kubepods")).is_err());
+    }
+
     #[tokio::test]
     async fn a_new_folder_is_heard_of() {
         let mount = tempfile::tempdir().expect("a folder");
         let watch = TreeWatch::new().expect("inotify");
-        Tree::read(mount.path(), |folder| watch.watch(folder));
+        Tree::read(mount.path(), |folder| watch.watch(folder)).expect("a tree");
         std::fs::create_dir(mount.path().join("kubepods")).expect("a folder");
         watch.changed().await;
-        assert_eq!(Tree::read(mount.path(), |folder| watch.watch(folder)).roots.len(), 1);
+        let tree = Tree::read(mount.path(), |folder| watch.watch(folder)).expect("a tree");
+        assert_eq!(tree.roots.len(), 1);
     }
 }

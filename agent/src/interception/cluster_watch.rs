@@ -111,6 +111,7 @@ impl ClusterWatch {
 
     fn judge(&self, pods: &Objects<Pod>, namespaces: &Objects<Namespace>) -> HashMap<PodUid, Arc<KnownPod>> {
         let mut known = HashMap::with_capacity(pods.current.len());
+        let mut hashes = Vec::new();
         for pod in pods.current.values() {
             // A pod whose namespace is not known yet has no verdict yet: it stays out, which denies it.
             let namespace = pod.namespace().unwrap_or_default();
@@ -122,9 +123,13 @@ impl ClusterWatch {
             let Some(found) = self.known_pod(pod, namespace, &namespace_labels) else { continue };
             let found = Arc::new(found);
             if let Some(hash) = &found.static_hash {
-                known.insert(hash.clone(), found.clone());
+                hashes.push((hash.clone(), found.clone()));
             }
             known.insert(found.uid.clone(), found);
+        }
+        for (hash, found) in hashes {
+            // An annotation must not take the place of the pod that bears this as its UID.
+            known.entry(hash).or_insert(found);
         }
         known
     }
@@ -197,7 +202,7 @@ pub async fn watch_nodes(client: Client, publish: watch::Sender<Hosts>) {
     let strip = |node: &mut Node| {
         // Most of an object, and of no use here: with thousands of nodes it would be the most of the agent's memory.
         node.managed_fields_mut().clear();
-        node.annotations_mut().clear();
+        node.annotations_mut().retain(|name, _| hosts::is_address_annotation(name));
         node.labels_mut().clear();
         if let Some(status) = &mut node.status {
             status.images = None;
@@ -237,7 +242,11 @@ fn host(node: &Node) -> Host {
     Host {
         addresses: addresses
             .filter_map(|address| address.address.parse().ok())
-            .chain(ranges.filter_map(hosts::gateway))
+            .chain(ranges.flat_map(hosts::gateways))
+            .chain(node.annotations().values().filter_map(|value| {
+                // With or without the length of a prefix.
+                value.split('/').next()?.parse().ok()
+            }))
             .collect(),
         kubelet_port: port.filter(|port| *port != 0).unwrap_or(hosts::KUBELET_PORT),
     }

@@ -32,7 +32,7 @@ use super::{
     listener::{Listener, Namespace},
     loader::KernelError,
     namespace::{self, NamespaceId},
-    pod_network::{EnrolError, blocking, end_direct_connections, guard_interfaces, name},
+    pod_network::{EnrolError, blocking, end_direct_connections, guard_interfaces, guard_stranger, name},
 };
 use crate::config::Mode;
 
@@ -63,6 +63,8 @@ pub(super) struct Enrolment {
     runtimes: HashSet<u64>,
     /// Listeners of the agent that ran before, by cgroup, which are not served yet.
     adopted: HashMap<u64, Passed>,
+    /// Guarded interfaces of pods that had no verdict when they were first seen, by cgroup.
+    strangers: HashMap<u64, Vec<HostEnd>>,
     /// Programs of others that are reported.
     foreign: BTreeSet<(u32, String)>,
     /// What was counted when coverage was last recorded.
@@ -115,6 +117,7 @@ impl Enrolment {
             attached: HashSet::new(),
             runtimes: HashSet::new(),
             adopted: adopted.into_iter().map(|passed| (passed.cgroup, passed)).collect(),
+            strangers: HashMap::new(),
             foreign: BTreeSet::new(),
             ledger: Ledger::default(),
             coverage_recorded: Instant::now(),
@@ -133,6 +136,15 @@ impl Enrolment {
         self.containers(&tree)?;
         self.remove_gone(&tree)?;
         let mut waiting = false;
+        let has_verdict =
+            |folder: &&PodFolder| known.as_ref().is_some_and(|known| known.contains_key(&folder.uid));
+        for folder in tree.pods.iter().filter(|folder| !has_verdict(folder)) {
+            // A known one keeps its verdict while the API server is away.
+            if !self.pods.contains_key(&folder.cgroup) && !self.strangers.contains_key(&folder.cgroup) {
+                let ends = guard_stranger(&self.settings.sink, folder, self.settings.host_namespace).await;
+                self.strangers.extend(ends.map(|ends| (folder.cgroup, ends)));
+            }
+        }
         if let Some(known) = known {
             for folder in &tree.pods {
                 let Some(pod) = known.get(&folder.uid) else { continue };
@@ -160,6 +172,7 @@ impl Enrolment {
     /// Records which pods were put into quarantine, or let out, since the last time.
     fn report_quarantine(&mut self) -> Result<(), KernelError> {
         let sink = &self.settings.sink;
+        sink.kernel.recount_quarantine()?;
         let now = sink.kernel.quarantined()?;
         for (cgroups, finding, message) in [
             (
@@ -281,6 +294,9 @@ impl Enrolment {
 
     fn remove_gone(&mut self, tree: &Tree) -> Result<(), KernelError> {
         let there: HashSet<u64> = tree.pods.iter().map(|folder| folder.cgroup).collect();
+        for (_, ends) in self.strangers.extract_if(|cgroup, _| !there.contains(cgroup)) {
+            self.settings.sink.kernel.forget_interfaces(&ends)?;
+        }
         let gone: Vec<u64> = self.pods.keys().copied().filter(|cgroup| !there.contains(cgroup)).collect();
         for cgroup in gone {
             self.settings.sink.kernel.forget_cgroup(cgroup)?;
@@ -339,6 +355,16 @@ impl Enrolment {
                 guarded: Vec::new(),
             },
         );
+        if former.as_ref().is_some_and(|former| former.class == Class::Enrolled) {
+            tracing::warn!(pod = %name(tenant), class = ?class, "pod is no longer enrolled");
+            let message = "the pod's labels or its namespace's changed, and it is no longer enrolled: what it does from here on is not recorded";
+            self.settings.sink.recorder.finding(
+                None,
+                Some(&tenant.unproven(None)),
+                "notEnrolledAnyMore",
+                message,
+            );
+        }
         if let (Some(former), Some(pod)) = (former, self.pods.get_mut(&folder.cgroup)) {
             // Only the verdict is new.
             (pod.proxied, pod.guarded) = (former.proxied.clone(), former.guarded.clone());
@@ -383,10 +409,11 @@ impl Enrolment {
             return Ok(false);
         }
         if let Namespace::Of(file) = &namespace.0 {
+            // The former ones stay guarded until the pod is gone: which namespace is the pod's is read from processes
+            // that the pod makes.
             let guarded = guard_interfaces(&self.settings.sink, folder.cgroup, &pod.tenant, file).await?;
-            let mut former = std::mem::replace(&mut pod.guarded, guarded);
-            former.retain(|end| !pod.guarded.contains(end));
-            kernel.forget_interfaces(&former)?;
+            pod.guarded.retain(|end| !guarded.contains(end));
+            pod.guarded.extend(guarded);
         }
         let file = match &namespace.0 {
             Namespace::Own => None,

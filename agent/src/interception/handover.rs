@@ -135,6 +135,13 @@ pub(super) async fn take(path: &Path) -> Result<Option<Taken>, HandoverError> {
     tokio::task::spawn_blocking(move || take_blocking(&path)).await?
 }
 
+/// Whether an agent runs that would hand over.
+pub fn an_agent_runs(path: &Path) -> bool {
+    let Ok(connection) = unix_socket(SockFlag::empty()) else { return false };
+    let Ok(address) = UnixAddr::new(path) else { return false };
+    connect(connection.as_raw_fd(), &address).is_ok()
+}
+
 fn take_blocking(path: &Path) -> Result<Option<Taken>, HandoverError> {
     let connection = unix_socket(SockFlag::empty())?;
     let address = UnixAddr::new(path).map_err(io::Error::from)?;

@@ -71,6 +71,8 @@ pub(super) async fn follow(
 /// As of `getifaddrs`.
 pub(super) fn local_addresses() -> std::io::Result<BTreeSet<IpAddr>> {
     let interfaces = nix::ifaddrs::getifaddrs()?;
+    // kube-proxy's dummy interface bears every ClusterIP: those are no addresses of this machine.
+    let interfaces = interfaces.filter(|interface| interface.interface_name != "kube-ipvs0");
     let addresses = interfaces.filter_map(|interface| {
         let address = interface.address?;
         let v4 = address.as_sockaddr_in().map(|v4| IpAddr::V4(v4.ip()));
@@ -109,27 +111,42 @@ pub(super) fn kubelets(hosts: &[Host]) -> HashSet<SocketAddr> {
     hosts.iter().flat_map(of_host).collect()
 }
 
-/// The address that bridges of most CNIs take of a range of pod addresses: the first. None if it is no range.
-pub(super) fn gateway(range: &str) -> Option<IpAddr> {
-    let (address, length) = range.split_once('/')?;
-    let length: u32 = length.parse().ok()?;
-    match address.parse().ok()? {
-        IpAddr::V4(address) => {
-            let mask = u32::MAX.checked_shl(32_u32.checked_sub(length)?).unwrap_or(0);
-            Some(Ipv4Addr::from((u32::from(address) & mask).checked_add(1)?).into())
-        }
-        IpAddr::V6(address) => {
-            let mask = u128::MAX.checked_shl(128_u32.checked_sub(length)?).unwrap_or(0);
-            Some(Ipv6Addr::from((u128::from(address) & mask).checked_add(1)?).into())
-        }
+/// The addresses that CNIs give the machine in its own range of pod addresses: the range's own address (Flannel's tunnel)
+/// and the first one (bridges). None if it is no range.
+pub(super) fn gateways(range: &str) -> Vec<IpAddr> {
+    fn of(range: &str) -> Option<[IpAddr; 2]> {
+        let (address, length) = range.split_once('/')?;
+        let length: u32 = length.parse().ok()?;
+        Some(match address.parse().ok()? {
+            IpAddr::V4(address) => {
+                let mask = u32::MAX.checked_shl(32_u32.checked_sub(length)?).unwrap_or(0);
+                let first = u32::from(address) & mask;
+                [first, first.saturating_add(1)].map(|address| Ipv4Addr::from(address).into())
+            }
+            IpAddr::V6(address) => {
+                let mask = u128::MAX.checked_shl(128_u32.checked_sub(length)?).unwrap_or(0);
+                let first = u128::from(address) & mask;
+                [first, first.saturating_add(1)].map(|address| Ipv6Addr::from(address).into())
+            }
+        })
     }
+    of(range).into_iter().flatten().collect()
+}
+
+/// Whether an annotation of a Node object names an address of the machine: tunnels of Calico and Cilium.
+pub(super) fn is_address_annotation(name: &str) -> bool {
+    let calico = name.strip_prefix("projectcalico.org/");
+    calico.is_some_and(|name| {
+        name.ends_with("TunnelAddr") || name.ends_with("InterfaceAddr") || name.ends_with("Address")
+    }) || name.starts_with("network.cilium.io/ipv")
+        || name == "flannel.alpha.coreos.com/public-ip"
 }
 
 #[cfg(test)]
 mod tests {
     use std::{collections::HashSet, net::IpAddr};
 
-    use super::{Host, aliases, gateway, kubelets, with_local};
+    use super::{Host, aliases, gateways, is_address_annotation, kubelets, with_local};
 
     fn host(addresses: &[&str], kubelet_port: u16) -> Host {
         Host {
@@ -164,22 +181,33 @@ mod tests {
     }
 
     #[test]
-    fn the_gateway_of_a_range_is_its_first_address() {
+    fn a_machine_has_the_first_two_addresses_of_its_range() {
         for (range, expected) in [
-            ("10.244.3.0/24", Some("10.244.3.1")),
-            ("10.244.3.7/24", Some("10.244.3.1")),
-            ("0.0.0.0/0", Some("0.0.0.1")),
-            ("255.255.255.255/32", None),
-            ("fd00:10:244:1::/64", Some("fd00:10:244:1::1")),
-            ("10.244.3.0/33", None),
-            ("10.244.3.0", None),
-            ("x/24", None),
+            ("10.244.3.0/24", &["10.244.3.0", "10.244.3.1"][..]),
+            ("10.244.3.7/24", &["10.244.3.0", "10.244.3.1"]),
+            ("0.0.0.0/0", &["0.0.0.0", "0.0.0.1"]),
+            ("255.255.255.255/32", &["255.255.255.255", "255.255.255.255"]),
+            ("fd00:10:244:1::/64", &["fd00:10:244:1::", "fd00:10:244:1::1"]),
+            ("10.244.3.0/33", &[]),
+            ("10.244.3.0", &[]),
+            ("x/24", &[]),
         ] {
-            assert_eq!(
-                gateway(range),
-                expected.map(|address| address.parse::<IpAddr>().expect("one")),
-                "{range}"
-            );
+            let expected: Vec<IpAddr> =
+                expected.iter().map(|address| address.parse().expect("an address")).collect();
+            assert_eq!(gateways(range), expected, "{range}");
+        }
+    }
+
+    #[test]
+    fn tunnels_of_calico_and_cilium_are_addresses_of_the_machine() {
+        for (name, expected) in [
+            ("projectcalico.org/IPv4VXLANTunnelAddr", true),
+            ("projectcalico.org/IPv4WireguardInterfaceAddr", true),
+            ("network.cilium.io/ipv4-cilium-host", true),
+            ("projectcalico.org/WireguardPublicKey", false),
+            ("node.alpha.kubernetes.io/ttl", false),
+        ] {
+            assert_eq!(is_address_annotation(name), expected, "{name}");
         }
     }
 }

@@ -96,6 +96,21 @@ impl Kernel {
             .map_err(|source| KernelError::Map { map: maps::PODS, source })
     }
 
+    /// Puts right how many cgroups are in quarantine, should an agent's start and the command have overtaken each other.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub(super) fn recount_quarantine(&self) -> Result<(), KernelError> {
+        let failed = |source| KernelError::Map { map: maps::SETTINGS, source };
+        let quarantined = quarantine::length(&lock(&self.quarantine))?;
+        let mut settings = lock(&self.settings);
+        let current = settings.get(&0, 0).map_err(failed)?;
+        if current.quarantined == quarantined {
+            return Ok(());
+        }
+        settings.set(0, Settings { quarantined, ..current }, 0).map_err(failed)
+    }
+
     /// The cgroups in quarantine.
     ///
     /// # Errors

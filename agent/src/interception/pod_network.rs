@@ -12,6 +12,7 @@ use super::{
     interface::{self, HostEnd},
     listener::ListenerError,
     loader::KernelError,
+    namespace::{self, NamespaceId},
     sockets,
 };
 
@@ -36,6 +37,36 @@ pub(super) async fn guard_interfaces(
         sink.recorder.finding(None, Some(&tenant.unproven(None)), "unguardedInterface", &message);
     }
     Ok(found.guardable)
+}
+
+/// Guards the interfaces of a pod that has no verdict yet: its sockets are denied, and so must be what passes them. None
+/// if it has none yet.
+pub(super) async fn guard_stranger(
+    sink: &Sink,
+    folder: &PodFolder,
+    host: NamespaceId,
+) -> Option<Vec<HostEnd>> {
+    let path = folder.path.clone();
+    let found = blocking(move || {
+        let namespace = namespace::of_pod(&path, host)?;
+        Some(interface::of_pod(&namespace.file))
+    });
+    let guarded = found.await.ok()??.map_err(EnrolError::Interfaces).and_then(|found| {
+        found.guardable.iter().try_for_each(|end| sink.kernel.guard_interface(end, folder.cgroup))?;
+        Ok(found.guardable)
+    });
+    match guarded {
+        Ok(ends) => (!ends.is_empty()).then_some(ends),
+        Err(error) => {
+            let error = &error as &dyn std::error::Error;
+            tracing::warn!(
+                pod = folder.uid.as_str(),
+                error,
+                "cannot guard the interface of a pod that is not known yet"
+            );
+            None
+        }
+    }
 }
 
 /// Ends the pod's connections to the API set from before it was enrolled. The guard stalls them already; ended, the

@@ -69,7 +69,7 @@ pub fn begin(pins: &Path, cgroup_root: &Path, pod: &str) -> Result<Quarantined, 
     }
     count(pins, &map)?;
     // After the map: what connects meanwhile is refused or ended.
-    let tree = Tree::read(cgroup_root, |_| {});
+    let tree = Tree::read(cgroup_root, |_| {}).map_err(QuarantineError::Sockets)?;
     for folder in tree.pods.iter().filter(|folder| cgroups.contains(&folder.cgroup)) {
         quarantined.connections_ended += end_connections(folder).map_err(QuarantineError::Sockets)?;
     }

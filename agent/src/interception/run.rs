@@ -147,7 +147,8 @@ pub async fn run(
     let (mut enrolment, tenants) = Enrolment::new(settings, listeners, cancellation.child_token());
     // The pods that are there are known as pods before anything is attached above them.
     let watch = tree_watch()?;
-    let tree = Tree::read(&mount, |folder| watch.watch(folder));
+    let tree = Tree::read(&mount, |folder| watch.watch(folder))
+        .map_err(|source| InterceptionError::Io { action: "read the cgroup tree", source })?;
     enrolment.apply(tree, &None).await?;
     kernel.attach(&mount)?;
     tracing::info!(cgroup = %mount.display(), "attached to the root of the tree");
@@ -302,8 +303,13 @@ async fn enrol(
     let mut watched = true;
     loop {
         let known = pods.borrow_and_update().clone();
-        let tree = Tree::read(mount, |folder| watch.watch(folder));
-        let waiting = enrolment.apply(tree, &known).await?;
+        let waiting = match Tree::read(mount, |folder| watch.watch(folder)) {
+            Ok(tree) => enrolment.apply(tree, &known).await?,
+            Err(error) => {
+                tracing::error!(%error, "cannot read the cgroup tree; what is enrolled stays so, new pods stay denied");
+                false
+            }
+        };
         // After `uninstall` nothing is intercepted: the agent ends, and whoever started it starts it anew.
         enrolment.inspect()?;
         if known.is_some() && !*ready.borrow() {

@@ -16,6 +16,8 @@ const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 const REMOTE_PREFIX: &str = "x-remote-";
 const IMPERSONATE_PREFIX: &str = "impersonate-";
 
+/// What `Connection` may say; an empty word between commas is none.
+const CONNECTION_TOKENS: [&str; 6] = ["", "close", "keep-alive", "te", "upgrade", "http2-settings"];
 /// Headers about one connection, not about the message (RFC 9110 §7.6.1), and `Expect`, which Weir answers itself.
 const HOP_BY_HOP: [HeaderName; 8] = [
     header::CONNECTION,
@@ -78,6 +80,12 @@ pub(super) fn check_target(
         || upgrade_protocol(head).is_some_and(|protocol| protocol.eq_ignore_ascii_case("h2c"))
     {
         return Err(Refusal::Unsupported { what: "an upgrade to h2c" });
+    }
+    // What it names is removed on the way, and so would be in the record but not in what the API server sees.
+    if connection_tokens(&head.headers)
+        .any(|token| !CONNECTION_TOKENS.iter().any(|known| token.eq_ignore_ascii_case(known)))
+    {
+        return Err(Refusal::Unsupported { what: "a Connection header that names other headers" });
     }
     let authority = authority(head)?;
     if authority.as_str().contains('@') {

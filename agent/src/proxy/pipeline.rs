@@ -129,7 +129,7 @@ async fn record(
         .recorder
         .open(&connection.caller, connection.cluster_index, request_head, body, durability)
         .await
-        .map_err(|error| Refusal::NotRecorded { cause: error.to_string() })
+        .map_err(|error| Refusal::NotRecorded { cause: error.for_client() })
 }
 
 async fn forward(

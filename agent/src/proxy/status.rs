@@ -64,8 +64,8 @@ pub(super) enum Refusal {
     /// The journal does not accept.
     #[error("the request cannot be recorded, so it is not forwarded: {cause}")]
     NotRecorded {
-        /// Why, in recording's words.
-        cause: String,
+        /// Why, in recording's words for clients.
+        cause: &'static str,
     },
     /// The API server cannot be reached.
     #[error("the API server of cluster {cluster:?} cannot be reached: {cause}")]

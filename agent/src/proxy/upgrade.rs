@@ -54,7 +54,7 @@ enum StreamError {
     Client(io::Error),
     #[error("the API server's side failed: {0}")]
     Server(io::Error),
-    #[error("the stream cannot be recorded, so it is cut: {0}")]
+    #[error("the stream cannot be recorded, so it is cut: {}", .0.for_client())]
     Recording(RecordingError),
 }
 

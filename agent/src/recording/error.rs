@@ -85,6 +85,21 @@ pub enum RecordingError {
 }
 
 impl RecordingError {
+    /// What the client reads of it: what is wrong, without what only the node's operator should know.
+    pub fn for_client(&self) -> &'static str {
+        match self {
+            Self::Full { .. } => "the journal is full; its operator must make room",
+            Self::NoSpace { .. } => "no space left for the journal; free space on its file system",
+            Self::ReadOnly { .. } => "the journal is on a read-only file system; mount it writable",
+            Self::Denied { .. } | Self::Storage { .. } | Self::Locked { .. } => {
+                "the journal cannot be written"
+            }
+            Self::Key { .. } | Self::Node { .. } | Self::Thread(_) => "recording is not set up",
+            Self::TooLong { .. } => "an event of it is longer than a journal frame may be",
+            Self::Closed => "recording has stopped; the agent is shutting down",
+        }
+    }
+
     /// Names what the system said about `path`.
     pub(super) fn storage(path: &Path, source: io::Error) -> Self {
         let path = path.to_owned();

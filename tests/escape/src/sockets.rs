@@ -131,6 +131,7 @@ fn through(way: &str, socket: &OwnedFd, to: SocketAddr) -> Outcome {
             return Ok("sent");
         }
         "nonblocking" => return non_blocking(socket, &address),
+        "io-uring" => return io_uring(socket, &address),
         "unspec" | "elsewhere" => {
             // First to a server of our own, then away from it.
             let own = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).map_err(|_| nix::Error::EADDRINUSE)?;
@@ -158,6 +159,24 @@ fn timeout(socket: &OwnedFd) -> nix::Result<()> {
 fn connect_timed(socket: &OwnedFd, address: &SockaddrStorage) -> nix::Result<()> {
     timeout(socket)?;
     connect(socket.as_raw_fd(), address)
+}
+
+/// The kernel connects on behalf of a ring, without a system call of this thread for it.
+fn io_uring(socket: &OwnedFd, address: &SockaddrStorage) -> Outcome {
+    use io_uring::{IoUring, opcode, types};
+    use nix::sys::socket::SockaddrLike as _;
+    let failed = |error: std::io::Error| nix::Error::from_raw(error.raw_os_error().unwrap_or(libc::EIO));
+    let mut ring = IoUring::new(4).map_err(failed)?;
+    let connect =
+        opcode::Connect::new(types::Fd(socket.as_raw_fd()), address.as_ptr(), address.len()).build();
+    // SAFETY: socket and address live until the ring's only entry is complete, which is waited for below.
+    unsafe { ring.submission().push(&connect) }.map_err(|_| nix::Error::EBUSY)?;
+    ring.submit_and_wait(1).map_err(failed)?;
+    match ring.completion().next().map(|done| done.result()) {
+        Some(0) => Ok("connected"),
+        Some(result) => Err(nix::Error::from_raw(-result)),
+        None => Err(nix::Error::EIO),
+    }
 }
 
 fn non_blocking(socket: &OwnedFd, address: &SockaddrStorage) -> Outcome {

@@ -15,6 +15,13 @@ pub(crate) fn run(interface: &str, network: &str) -> ExitCode {
     }
 }
 
+/// The IPv4 packet in what a packet socket gives: the kernel takes the first VLAN tag off, a second one stands before.
+fn untagged(bytes: &[u8]) -> Option<&[u8]> {
+    let tagged = bytes.len() >= 4 && bytes[2..4] == [8, 0] && bytes[0] >> 4 != 4;
+    let packet = if tagged { &bytes[4..] } else { bytes };
+    (packet.len() >= 20 && packet[0] >> 4 == 4).then_some(packet)
+}
+
 fn watch(interface: &str, network: &str) -> nix::Result<()> {
     let network: Ipv4Addr = network.parse().map_err(|_| nix::Error::EINVAL)?;
     let socket = socket(libc::AF_PACKET, libc::SOCK_DGRAM, i32::from(ALL.to_be()))?;
@@ -43,10 +50,7 @@ fn watch(interface: &str, network: &str) -> nix::Result<()> {
     loop {
         let length = nix::unistd::read(&socket, &mut packet)?;
         // As a packet socket of this kind gives it: from the IP header on.
-        let Some(packet) = packet.get(..length).filter(|packet| packet.len() >= 20 && packet[0] >> 4 == 4)
-        else {
-            continue;
-        };
+        let Some(packet) = packet.get(..length).and_then(untagged) else { continue };
         let from = &packet[12..16];
         if from[..3] != network.octets()[..3] || from[3] == 1 {
             continue;

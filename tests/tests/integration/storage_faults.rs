@@ -75,10 +75,10 @@ fn a_full_file_system_refuses_requests_with_the_reason_until_there_is_room() {
         accepted += 1;
     };
     assert!(accepted > 0);
-    check_refused(&refused, "no space left for journal");
+    check_refused(&refused, "no space left for the journal");
     check_refused(&requests.create("small", 10), "free space on its file system");
     // What cannot be recorded is not forwarded, reads neither.
-    check_refused(&requests.read(), "no space left for journal");
+    check_refused(&requests.read(), "no space left for the journal");
     assert_eq!(created(&scene, &pod), accepted, "a refused request reached the API server");
     assert!(
         agent.log().unwrap().contains("recording stopped; requests are refused"),
