@@ -57,11 +57,11 @@ enum Toolchain {
 
 /// Builds the kernel programs and returns the path of the object.
 pub(crate) fn run(root: &Path, options: Options) -> Result<PathBuf> {
-    let target = env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), |path| root.join(path));
+    let target = target(root);
     let object = target.join(OBJECT);
     let stamp = object.with_extension("inputs");
     let inputs = fingerprint(root, options)?;
-    if !options.force && object.is_file() && fs::read_to_string(&stamp).is_ok_and(|old| old == inputs) {
+    if !options.force && is_current(&object, &inputs) {
         eprintln!("kernel programs: unchanged, {}", object.display());
         return Ok(object);
     }
@@ -86,6 +86,37 @@ pub(crate) fn run(root: &Path, options: Options) -> Result<PathBuf> {
     fs::write(&stamp, inputs).with_context(|| format!("cannot write {}", stamp.display()))?;
     eprintln!("kernel programs: {}", object.display());
     Ok(object)
+}
+
+/// What [`run`] would install first, one line each; empty when it has all it needs.
+pub(crate) fn plan(root: &Path) -> Result<Vec<String>> {
+    let inputs = fingerprint(root, Options::default())?;
+    if is_current(&target(root).join(OBJECT), &inputs) {
+        return Ok(Vec::new());
+    }
+    let toolchain = find_toolchain();
+    let packages = match &toolchain {
+        None => &DEBIAN_PACKAGES[..],
+        Some(toolchain) if find_linker(toolchain)?.is_none() && !has_llvm() => &DEBIAN_PACKAGES[2..],
+        Some(_) => &[],
+    };
+    let mut lines = Vec::new();
+    if !packages.is_empty() {
+        lines.push(format!("install Debian packages: {} (about 1.5 GB on disk)", packages.join(" ")));
+    }
+    if find_linker(&toolchain.unwrap_or(Toolchain::Debian))?.is_none() {
+        lines.push(format!("build bpf-linker {BPF_LINKER_VERSION} (about 2 min)"));
+    }
+    Ok(lines)
+}
+
+fn target(root: &Path) -> PathBuf {
+    env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), |path| root.join(path))
+}
+
+/// Whether the object was made from `inputs`.
+fn is_current(object: &Path, inputs: &str) -> bool {
+    object.is_file() && fs::read_to_string(object.with_extension("inputs")).is_ok_and(|old| old == inputs)
 }
 
 impl Toolchain {
@@ -154,13 +185,17 @@ fn hash_path(path: &Path, hasher: &mut DefaultHasher) -> Result<()> {
     Ok(())
 }
 
-fn toolchain() -> Result<Toolchain> {
+fn find_toolchain() -> Option<Toolchain> {
     let nightly = output(Command::new("rustup").args(["run", "nightly", "rustc", "--print", "sysroot"]));
     if nightly.is_some_and(|sysroot| has_core(&sysroot)) {
-        return Ok(Toolchain::RustupNightly);
+        return Some(Toolchain::RustupNightly);
     }
-    if debian_compiler() {
-        return Ok(Toolchain::Debian);
+    debian_compiler().then_some(Toolchain::Debian)
+}
+
+fn toolchain() -> Result<Toolchain> {
+    if let Some(found) = find_toolchain() {
+        return Ok(found);
     }
     let packages = DEBIAN_PACKAGES.join(" ");
     if can_apt_get() {
@@ -192,20 +227,32 @@ fn has_core(sysroot: &str) -> bool {
     Path::new(sysroot).join("lib/rustlib/src/rust/library/core/Cargo.toml").is_file()
 }
 
-/// Finds bpf-linker, or installs it into our cache.
-fn linker(toolchain: &Toolchain) -> Result<PathBuf> {
-    let tools = cache()?.join("tools");
-    let cached = tools.join("bin/bpf-linker");
-    let works = |path: &Path| output(Command::new(path).arg("--version")).is_some();
+/// Ours, or with a nightly the one in PATH.
+fn find_linker(toolchain: &Toolchain) -> Result<Option<PathBuf>> {
+    let cached = cache()?.join("tools/bin/bpf-linker");
     if works(&cached) {
-        return Ok(cached);
+        return Ok(Some(cached));
     }
     let on_path = Path::new("bpf-linker");
-    if matches!(toolchain, Toolchain::RustupNightly) && works(on_path) {
-        return Ok(on_path.to_owned());
+    Ok((matches!(toolchain, Toolchain::RustupNightly) && works(on_path)).then(|| on_path.to_owned()))
+}
+
+fn works(program: &Path) -> bool {
+    output(Command::new(program).arg("--version")).is_some()
+}
+
+fn has_llvm() -> bool {
+    Path::new(DEBIAN_LLVM).join("bin/llvm-config").is_file()
+}
+
+/// Finds bpf-linker, or installs it into our cache.
+fn linker(toolchain: &Toolchain) -> Result<PathBuf> {
+    if let Some(found) = find_linker(toolchain)? {
+        return Ok(found);
     }
-    let llvm_config = Path::new(DEBIAN_LLVM).join("bin/llvm-config");
-    if !llvm_config.is_file() {
+    let tools = cache()?.join("tools");
+    let cached = tools.join("bin/bpf-linker");
+    if !has_llvm() {
         if !can_apt_get() {
             bail!(
                 "bpf-linker is missing, and so is the LLVM to build it with; install one of them:\n  \

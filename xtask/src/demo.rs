@@ -47,7 +47,7 @@ pub(crate) fn run(root: &Path, arguments: &Arguments) -> Result<()> {
     // Before anything is built: what cannot work is said now, not in half an hour.
     agent::refuse_beside_another()?;
     Testbed::check_machine(&Testbed::default_folder()?)?;
-    show_plan()?;
+    show_plan(root)?;
     if !arguments.yes && std::io::stdin().is_terminal() && !confirmed()? {
         bail!("nothing was done");
     }
@@ -64,14 +64,15 @@ pub(crate) fn run(root: &Path, arguments: &Arguments) -> Result<()> {
     Ok(())
 }
 
-fn show_plan() -> Result<()> {
+fn show_plan(root: &Path) -> Result<()> {
+    let mut missing = components::plan()?;
+    missing.extend(build_ebpf::plan(root)?);
     println!("The plan:");
-    let missing = components::plan()?;
     for line in &missing {
         println!("  - {line}");
     }
     if missing.is_empty() {
-        println!("  - nothing to install, no Go component to build");
+        println!("  - nothing to install, no Go component and no tool to build");
     }
     println!(
         "  - build the kernel programs and the Rust binaries (about 10 min if nothing is built, else seconds)"

@@ -12,6 +12,8 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use weir_tests::{Testbed, components, progress::Progress, wait::interrupt_on_signals};
 
+use crate::build_ebpf;
+
 /// The version of cargo-deny that is installed where none is there.
 const CARGO_DENY_VERSION: &str = "0.20.2";
 
@@ -31,7 +33,7 @@ pub(crate) fn run(root: &Path, long: bool) -> Result<()> {
     interrupt_on_signals()?;
     // What cannot work is said now, not after half an hour of builds.
     Testbed::check_machine(&Testbed::default_folder()?)?;
-    for line in components::plan()? {
+    for line in components::plan()?.into_iter().chain(build_ebpf::plan(root)?) {
         println!("first: {line}");
     }
     let xtask = std::env::current_exe().context("cannot find this program's own path")?;
