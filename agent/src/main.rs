@@ -166,7 +166,8 @@ fn status(json: bool) -> anyhow::Result<()> {
     let folder = loader::pin_folder();
     let Some(state) = pinned::pinned_state(&folder)? else {
         anyhow::bail!(
-            "nothing is pinned under {}; is `weir-agent run` running on this node?",
+            "nothing is pinned under {}, so nothing is intercepted and pods reach their API servers directly; is \
+             `weir-agent run` running on this node?",
             folder.display()
         );
     };
