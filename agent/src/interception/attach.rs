@@ -14,6 +14,7 @@ use std::{
 
 use aya::{
     Ebpf,
+    maps::{HashMap, MapData},
     pin::PinError,
     programs::{
         CgroupAttachMode, CgroupSkbAttachType, LinkOrder, Program, ProgramError, SchedClassifier,
@@ -23,11 +24,12 @@ use aya::{
     },
     util::KernelVersion,
 };
-use weir_common::kernel::programs;
+use weir_common::kernel::{maps, programs};
 
 use super::{
-    bpf::{attached_programs, link_update, open_pin},
+    bpf::{attach_kind, attached_programs, link_update, open_pin},
     interface::HostEnd,
+    pinned::pinned_map,
 };
 
 /// Why programs cannot be attached, kept or removed.
@@ -114,21 +116,15 @@ fn links_for_interfaces() -> bool {
     KernelVersion::current().is_ok_and(|version| version >= KernelVersion::new(6, 6, 0))
 }
 
-/// `enum bpf_attach_type`, linux/bpf.h.
-fn attach_kind(program: &str) -> u32 {
-    match program {
-        programs::EGRESS => 1,
-        programs::SOCK_CREATE => 2,
-        programs::SOCK_OPS => 3,
-        programs::BIND4 => 8,
-        programs::BIND6 => 9,
-        programs::CONNECT4 => 10,
-        programs::CONNECT6 => 11,
-        programs::SENDMSG4 => 14,
-        programs::SENDMSG6 => 15,
-        programs::GETPEERNAME4 => 29,
-        programs::GETPEERNAME6 => 30,
-        _ => 0,
+/// Removes the guard of an interface on a kernel that has no links for it; that there is none is no error.
+fn remove_filter(interface: &str) -> Result<(), TcError> {
+    match tc::qdisc_detach_program(interface, TcAttachType::Ingress, programs::INTERFACE) {
+        Err(TcError::IoError(error)) if error.kind() != io::ErrorKind::NotFound => Err(error.into()),
+        Err(error @ TcError::NetlinkError(_)) => {
+            tracing::debug!(interface, error = &error as &dyn std::error::Error, "no guard to remove");
+            Ok(())
+        }
+        _ => Ok(()),
     }
 }
 
@@ -229,12 +225,13 @@ impl Attached {
             return self.keep(link, pin);
         }
         // Before links for interfaces: a filter that stays on the interface until it is removed, or the interface
-        // is. A former process's is removed after this one is there.
+        // is. A former one, of another process as well, goes first: by its name both would go.
         match tc::qdisc_add_clsact(&end.name) {
             Ok(()) | Err(TcError::AlreadyAttached) => {}
             Err(TcError::NetlinkError(error)) if error.raw_os_error() == Some(libc::EEXIST) => {}
             Err(error) => return Err(failed(error.into())),
         }
+        remove_filter(&end.name).map_err(|error| failed(error.into()))?;
         let id = classifier.attach(&end.name, TcAttachType::Ingress).map_err(failed)?;
         let filter = classifier.take_link(id).map_err(failed)?;
         if self.pins.is_some() {
@@ -429,6 +426,25 @@ impl Attached {
     }
 }
 
+/// Removes the guards of interfaces that no pin keeps; the pinned map says where they are.
+fn remove_filters(pins: &Path) {
+    let interfaces: Result<HashMap<MapData, u32, u64>, _> = pinned_map(&pins.join("maps"), maps::INTERFACES);
+    let Ok(interfaces) = interfaces else { return };
+    for index in interfaces.keys().flatten() {
+        // One that is gone took its guard along.
+        let Ok(name) = nix::net::if_::if_indextoname(index) else { continue };
+        let Ok(name) = name.into_string() else { continue };
+        if let Err(error) = remove_filter(&name) {
+            let error = &error as &dyn std::error::Error;
+            tracing::warn!(
+                interface = name,
+                error,
+                "a guard stays; remove it with tc filter delete dev NAME ingress"
+            );
+        }
+    }
+}
+
 /// The names of the pinned links in a folder of pins.
 pub(super) fn pinned_links(pins: &Path) -> Result<Vec<String>, AttachError> {
     let path = pins.join("links");
@@ -454,6 +470,9 @@ pub fn uninstall(pins: &Path) -> Result<usize, AttachError> {
         let path = path.to_owned();
         move |source| AttachError::Remove { path, source }
     };
+    if !links_for_interfaces() {
+        remove_filters(pins);
+    }
     let mut removed = 0;
     // Links first, so that no program runs on maps that are half gone.
     for folder in [pins.join("links"), pins.join("maps")] {

@@ -11,6 +11,8 @@ use std::{
     path::Path,
 };
 
+use weir_common::kernel::programs;
+
 /// `BPF_OBJ_GET` of `enum bpf_cmd`, linux/bpf.h.
 const BPF_OBJ_GET: libc::c_long = 7;
 /// `BPF_PROG_QUERY` of `enum bpf_cmd`, linux/bpf.h.
@@ -19,6 +21,24 @@ const BPF_PROG_QUERY: libc::c_long = 16;
 const BPF_LINK_UPDATE: libc::c_long = 29;
 /// Most programs of one kind at one cgroup (`BPF_CGROUP_MAX_PROGS`).
 const PROGRAMS_MAX: usize = 64;
+
+/// The number of a program's kind in `enum bpf_attach_type`, linux/bpf.h; 0 where it has none of a cgroup.
+pub(super) fn attach_kind(program: &str) -> u32 {
+    match program {
+        programs::EGRESS => 1,
+        programs::SOCK_CREATE => 2,
+        programs::SOCK_OPS => 3,
+        programs::BIND4 => 8,
+        programs::BIND6 => 9,
+        programs::CONNECT4 => 10,
+        programs::CONNECT6 => 11,
+        programs::SENDMSG4 => 14,
+        programs::SENDMSG6 => 15,
+        programs::GETPEERNAME4 => 29,
+        programs::GETPEERNAME6 => 30,
+        _ => 0,
+    }
+}
 
 /// The ids of the programs that are attached to a cgroup itself; `kind` is a number of `enum bpf_attach_type`,
 /// linux/bpf.h.

@@ -4,7 +4,7 @@
 use std::{
     collections::{BTreeMap, HashMap},
     io::{Read as _, Write as _},
-    net::{SocketAddr, TcpListener, TcpStream},
+    net::{SocketAddr, TcpListener, TcpStream, UdpSocket},
     sync::Arc,
     time::Duration,
 };
@@ -15,6 +15,7 @@ use weir_agent::{
     config::Mode,
     interception::{
         api_set::ClusterAddresses,
+        attach,
         cluster_watch::{ApiSet, KnownPod, KnownPods},
         hosts::Hosts,
         loader::Pinning,
@@ -277,4 +278,70 @@ async fn a_pod_in_quarantine_connects_nowhere_until_it_is_lifted_also_across_age
     client(0).unwrap();
     drop((sandboxes, pods));
     node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_leaves_by_a_pods_interface_is_guarded_until_uninstalled_whoever_sends_it() {
+    if load(Pinning::Unpinned).is_none() {
+        return;
+    }
+    let bpffs = OwnBpffs::mount().unwrap();
+    let pins = bpffs.0.path().join("weir/v2");
+    let node = Node::pinned("interface", Pinning::Pinned(pins.clone())).unwrap();
+    let uid = "0b5e2f6a-3c1d-4e5f-8a9b-0c1d2e3f4a5b";
+    let pod = node.kubepods.below(&format!("pod{uid}"));
+    let sandbox = OwnNetns::new();
+    // Of a network that nobody is in (RFC 5737), this machine included.
+    let server: SocketAddr = "198.51.100.1:443".parse().unwrap();
+    sandbox.join("weir-test0", server.ip(), "198.51.100.2".parse().unwrap());
+    pod.take(sandbox.pid());
+    let [api, other] =
+        [server, SocketAddr::new(server.ip(), 444)].map(|address| UdpSocket::bind(address).unwrap());
+    api.set_nonblocking(true).unwrap();
+    // The sender is of no cgroup that has hooks: only the interface sees it.
+    let arrives = || {
+        sandbox.within(|| {
+            let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+            socket.send_to(b"x", server).unwrap();
+            socket.send_to(b"x", other.local_addr().unwrap()).unwrap();
+        });
+        // What was sent before has arrived by now, if it ever does.
+        other.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+        other.recv(&mut [0]).expect("the other port is nobody's business");
+        let mut arrived = false;
+        while api.recv(&mut [0]).is_ok() {
+            arrived = true;
+        }
+        arrived
+    };
+    node.published.send_if_modified(|set| set.endpoints.insert(server));
+    while !pinned_state(&pins)
+        .is_ok_and(|state| state.is_some_and(|state| state.api_endpoints.contains(&server)))
+    {
+        tokio::task::yield_now().await;
+    }
+    node.know(&[known(uid, None, false)]);
+    let mut ready = node.ready.clone();
+    ready.wait_for(|ready| *ready).await.unwrap();
+    assert!(arrives(), "unselected: passes");
+    node.know(&[known(uid, Some(Mode::Enforce), false)]);
+    let counted = || {
+        let state = pinned_state(&pins).unwrap().unwrap();
+        state.pods.iter().find(|pod| pod.uid == uid).map(|pod| pod.listener_port != 0)
+    };
+    while counted() != Some(true) {
+        tokio::task::yield_now().await;
+    }
+    assert!(!arrives(), "enrolled: dropped");
+    assert_eq!(pinned_state(&pins).unwrap().unwrap().counters.interface_dropped, 1);
+    drop(pod);
+    node.stop().await;
+    assert!(!arrives(), "no agent runs");
+    attach::uninstall(&pins).unwrap();
+    // The kernel frees an unpinned link a little later.
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
+    while !arrives() {
+        assert!(tokio::time::Instant::now() < deadline, "a guard is left behind");
+        tokio::task::yield_now().await;
+    }
 }

@@ -87,6 +87,22 @@ impl OwnNetns {
         assert!(status.success());
     }
 
+    /// Joins it to this machine by a veth pair, as a CNI does: this machine's end has the first address, of a /24.
+    pub(crate) fn join(&self, interface: &str, ours: IpAddr, theirs: IpAddr) {
+        let pid = self.pid().to_string();
+        let (ours, theirs) = (format!("{ours}/24"), format!("{theirs}/24"));
+        let inside = ["nsenter", "-t", &pid, "-n", "ip"];
+        for command in [
+            &["ip", "link", "add", interface, "type", "veth", "peer", "name", "eth0", "netns", &pid][..],
+            &["ip", "address", "add", &ours, "dev", interface],
+            &["ip", "link", "set", interface, "up"],
+            &[&inside[..], &["address", "add", &theirs, "dev", "eth0"]].concat(),
+            &[&inside[..], &["link", "set", "eth0", "up"]].concat(),
+        ] {
+            assert!(Command::new(command[0]).args(&command[1..]).status().unwrap().success(), "{command:?}");
+        }
+    }
+
     /// Does something in it, on a thread of its own.
     pub(crate) fn within<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
         let file = std::fs::File::open(format!("/proc/{}/ns/net", self.pid())).unwrap();
