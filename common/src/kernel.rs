@@ -233,35 +233,12 @@ pub mod programs {
     pub const EGRESS: &str = "weir_egress";
     /// The guard at the host's end of a pod's interface, for what no cgroup hook sees (packet sockets).
     pub const INTERFACE: &str = "weir_interface";
-    /// Those of a root of pods, one link each, in the order in which they are attached: what publishes flows before
-    /// what redirects.
-    pub const HOOKS: [&str; 10] = [
-        SOCK_OPS,
-        SOCK_CREATE,
-        GETPEERNAME4,
-        GETPEERNAME6,
-        BIND4,
-        BIND6,
-        SENDMSG4,
-        SENDMSG6,
-        CONNECT4,
-        CONNECT6,
-    ];
-    /// Those of the root of the tree: the guard is there before anything else is.
-    pub const GUARD_AND_HOOKS: [&str; 11] = [
-        EGRESS,
-        SOCK_OPS,
-        SOCK_CREATE,
-        GETPEERNAME4,
-        GETPEERNAME6,
-        BIND4,
-        BIND6,
-        SENDMSG4,
-        SENDMSG6,
-        CONNECT4,
-        CONNECT6,
-    ];
-    /// All of them.
+    /// Those of the root of the tree, one link each, in the order in which they are attached: the guard before anything
+    /// else, and what publishes flows before what redirects.
+    pub const GUARD_AND_HOOKS: &[&str] = ALL.split_at(ALL.len() - 1).0;
+    /// Those of a root of pods, in the same order.
+    pub const HOOKS: &[&str] = GUARD_AND_HOOKS.split_at(1).1;
+    /// All of them: the guard at sockets, the hooks, the guard at interfaces.
     pub const ALL: [&str; 12] = [
         EGRESS,
         SOCK_OPS,

@@ -152,7 +152,8 @@ impl Enrolment {
                     Ok(waits) => waiting |= waits,
                     // One pod's trouble must not keep the others from being enrolled; it stays denied.
                     Err(error) => {
-                        tracing::error!(pod = %pod.name, namespace = %pod.namespace, %error, "cannot enrol");
+                        let error = &error as &dyn std::error::Error;
+                        tracing::error!(pod = %pod.name, namespace = %pod.namespace, error, "cannot enrol; the pod stays denied, and is tried again");
                     }
                 }
             }

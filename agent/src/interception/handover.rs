@@ -81,7 +81,9 @@ pub enum HandoverError {
         source: io::Error,
     },
     /// The talk with the other agent broke.
-    #[error("the handover from the running agent broke off")]
+    #[error(
+        "the handover from the running agent broke off; is it stopped or stuck? end it, then start this one again"
+    )]
     Broken(#[from] io::Error),
     /// A socket that was passed is no listener.
     #[error(transparent)]

@@ -41,6 +41,14 @@ pub enum KernelError {
         "this binary was built without the kernel programs; run cargo xtask build-ebpf first, then build it again"
     )]
     NotBuilt,
+    /// The kernel programs that this binary holds are not those of its source.
+    #[error(
+        "the kernel programs of this binary have no {name}: they are older than it; run cargo xtask build-ebpf, then build it again"
+    )]
+    Stale {
+        /// The map or program.
+        name: &'static str,
+    },
     /// The object cannot be loaded.
     #[error(
         "cannot load the kernel programs; is this root (CAP_BPF, CAP_NET_ADMIN, CAP_PERFMON), and the kernel 5.18 or later?"
@@ -64,7 +72,7 @@ pub enum KernelError {
         #[source]
         source: MapError,
     },
-    /// The object lacks a map or program, or its layout differs.
+    /// A pinned map has another layout.
     #[error(
         "{name} is not what this agent expects ({problem}); pins of another version are removed by weir-agent uninstall"
     )]
@@ -178,7 +186,7 @@ impl Kernel {
     /// # Errors
     /// The folder is no cgroup v2, or the kernel refuses.
     pub fn attach(&self, cgroup: &Path) -> Result<(), KernelError> {
-        Ok(attach::lock(&self.attached).attach(cgroup, &programs::GUARD_AND_HOOKS)?)
+        Ok(attach::lock(&self.attached).attach(cgroup, programs::GUARD_AND_HOOKS)?)
     }
 
     /// The same without the guard, for a cgroup below one that has it.
@@ -186,7 +194,7 @@ impl Kernel {
     /// # Errors
     /// As [`Self::attach`].
     pub fn attach_hooks(&self, cgroup: &Path) -> Result<(), KernelError> {
-        Ok(attach::lock(&self.attached).attach(cgroup, &programs::HOOKS)?)
+        Ok(attach::lock(&self.attached).attach(cgroup, programs::HOOKS)?)
     }
 
     /// Asks the kernel whether everything is attached as this process has attached it, and attaches what someone has
@@ -279,13 +287,11 @@ fn load_program(ebpf: &mut Ebpf, name: &'static str) -> Result<(), KernelError> 
         Some(Program::SockOps(program)) => program.load().map_err(failed),
         Some(Program::CgroupSkb(program)) => program.load().map_err(failed),
         Some(Program::SchedClassifier(program)) => program.load().map_err(failed),
-        _ => Err(KernelError::Layout { name, problem: "the object has no such program".to_owned() }),
+        _ => Err(KernelError::Stale { name }),
     }
 }
 
 fn map<M: TryFrom<Map, Error = MapError>>(ebpf: &mut Ebpf, name: &'static str) -> Result<M, KernelError> {
-    let map = ebpf
-        .take_map(name)
-        .ok_or_else(|| KernelError::Layout { name, problem: "the object has no such map".to_owned() })?;
+    let map = ebpf.take_map(name).ok_or_else(|| KernelError::Stale { name })?;
     M::try_from(map).map_err(|source| KernelError::Map { map: name, source })
 }

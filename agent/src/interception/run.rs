@@ -107,8 +107,8 @@ pub enum Ended {
     HandedOver,
 }
 
-/// Intercepts until cancelled or until a successor has taken over. On return listeners are closed and pins stay: enrolled pods are denied until the
-/// next agent is there.
+/// Intercepts until cancelled or until a successor has taken over. On return listeners are closed and pins stay: enrolled
+/// pods are denied until the next agent is there, unless it is the successor.
 ///
 /// # Errors
 /// Interception cannot start, or a part of it has ended.
@@ -300,6 +300,7 @@ async fn enrol(
 ) -> Result<Ended, InterceptionError> {
     let cancellation = succession.part.clone();
     let mut waiting_since = None;
+    let mut inspected = None;
     let mut watched = true;
     loop {
         let known = pods.borrow_and_update().clone();
@@ -310,8 +311,11 @@ async fn enrol(
                 false
             }
         };
-        // After `uninstall` nothing is intercepted: the agent ends, and whoever started it starts it anew.
-        enrolment.inspect()?;
+        if inspected.is_none_or(|inspected: Instant| inspected.elapsed() >= RESCAN) {
+            // After `uninstall` nothing is intercepted: the agent ends, and whoever started it starts it anew.
+            enrolment.inspect()?;
+            inspected = Some(Instant::now());
+        }
         if known.is_some() && !*ready.borrow() {
             succession.ready().await?;
             ready.send_replace(true);
