@@ -52,6 +52,8 @@ impl Direction {
 enum StreamError {
     #[error("the client's side failed: {0}")]
     Client(io::Error),
+    #[error("the client went away before the stream ended")]
+    ClientGone,
     #[error("the API server's side failed: {0}")]
     Server(io::Error),
     #[error("the stream cannot be recorded, so it is cut: {}", .0.for_client())]
@@ -61,7 +63,7 @@ enum StreamError {
 impl StreamError {
     fn outcome(&self) -> Outcome {
         match self {
-            Self::Client(_) => Outcome::ClientAborted,
+            Self::Client(_) | Self::ClientGone => Outcome::ClientAborted,
             Self::Server(_) => Outcome::UpstreamFailed,
             Self::Recording(_) => Outcome::Refused,
         }
@@ -96,12 +98,20 @@ pub(super) async fn run(
 async fn join(client: Upgraded, server: Upgraded, record: &RequestRecord) -> Result<(), StreamError> {
     let (client_reader, client_writer) = tokio::io::split(TokioIo::new(client));
     let (server_reader, server_writer) = tokio::io::split(TokioIo::new(server));
-    let one_ended = AtomicBool::new(false);
+    let ends = Ends::default();
     tokio::try_join!(
-        pump(client_reader, server_writer, Direction::ClientToServer, record, &one_ended),
-        pump(server_reader, client_writer, Direction::ServerToClient, record, &one_ended),
+        pump(client_reader, server_writer, Direction::ClientToServer, record, &ends),
+        pump(server_reader, client_writer, Direction::ServerToClient, record, &ends),
     )?;
-    Ok(())
+    if ends.client_gone.into_inner() { Err(StreamError::ClientGone) } else { Ok(()) }
+}
+
+/// How the two directions have ended so far.
+#[derive(Debug, Default)]
+struct Ends {
+    one_ended: AtomicBool,
+    /// The client's end came first, and without TLS's close_notify, as when its process dies.
+    client_gone: AtomicBool,
 }
 
 /// Passes bytes one way until their end, then closes that half.
@@ -110,21 +120,29 @@ async fn pump(
     mut writer: impl AsyncWrite + Unpin,
     direction: Direction,
     record: &RequestRecord,
-    one_ended: &AtomicBool,
+    ends: &Ends,
 ) -> Result<(), StreamError> {
     // A side that has sent its end may close altogether: what the other still sends is then lost to nobody.
-    let settle = |error: StreamError| if one_ended.load(Ordering::Relaxed) { Ok(()) } else { Err(error) };
+    let settle =
+        |error: StreamError| if ends.one_ended.load(Ordering::Relaxed) { Ok(()) } else { Err(error) };
     let mut buffer = BytesMut::new();
+    let mut said_so = true;
     loop {
         buffer.reserve(PIECE_BYTES_MAX);
         let read = match reader.read_buf(&mut (&mut buffer).limit(PIECE_BYTES_MAX)).await {
             Ok(read) => read,
-            // An end without TLS's close_notify, as when the peer's process dies.
-            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => 0,
+            // The other half goes on: what is on its way to a peer that shut down like this may still arrive.
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+                said_so = false;
+                0
+            }
             Err(error) => return settle(direction.read_error(error)),
         };
         if read == 0 {
-            let first = !one_ended.swap(true, Ordering::Relaxed);
+            let first = !ends.one_ended.swap(true, Ordering::Relaxed);
+            if first && !said_so && direction == Direction::ClientToServer {
+                ends.client_gone.store(true, Ordering::Relaxed);
+            }
             return match writer.shutdown().await {
                 Err(error) if first && error.kind() != io::ErrorKind::NotConnected => {
                     Err(direction.write_error(error))
