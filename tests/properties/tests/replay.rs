@@ -12,8 +12,9 @@ use std::{
 use rand::{Rng as _, SeedableRng as _, rngs::StdRng, seq::SliceRandom as _};
 use weir_properties::TARGETS;
 
-/// Mutations of each target's corpus.
+/// Mutations of each target's corpus, and with `WEIR_TEST_LONG`.
 const MUTATIONS: usize = 3000;
+const MUTATIONS_LONG: usize = 100_000;
 /// Most changes that make one mutation.
 const CHANGES_MAX: usize = 4;
 
@@ -53,10 +54,12 @@ fn every_property_holds_for_mutations_of_its_corpus() {
         Err(_) => rand::random(),
     };
     println!("WEIR_FUZZ_SEED={seed}");
+    let long = std::env::var_os("WEIR_TEST_LONG").is_some();
+    let mutations = if long { MUTATIONS_LONG } else { MUTATIONS };
     for (target, property) in TARGETS {
         let mut random = StdRng::seed_from_u64(seed);
         let corpus: Vec<Vec<u8>> = corpus(target).into_iter().map(|(_, bytes)| bytes).collect();
-        for round in 0..MUTATIONS {
+        for round in 0..mutations {
             let bytes = mutated(&mut random, &corpus);
             let held = catch_unwind(AssertUnwindSafe(|| property(&bytes)));
             assert!(

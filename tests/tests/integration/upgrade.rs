@@ -10,8 +10,9 @@ use weir_tests::{AgentProcess, PodSpec, agent, agent::TrustSource, wait_until};
 
 use super::{DEADLINE, Scene, verify};
 
-/// Calls in a row that must have succeeded after an upgrade.
+/// Calls in a row that must have succeeded after an upgrade, and with `WEIR_TEST_LONG`.
 const CALLS_AFTER: usize = 10;
+const CALLS_AFTER_LONG: usize = 500;
 
 #[test]
 fn an_upgrade_refuses_no_connection_and_cuts_no_stream() {
@@ -48,12 +49,14 @@ fn an_upgrade_refuses_no_connection_and_cuts_no_stream() {
     call("before");
     say("before the upgrade");
 
+    let long = std::env::var_os("WEIR_TEST_LONG").is_some();
+    let calls_after = if long { CALLS_AFTER_LONG } else { CALLS_AFTER };
     let mut first = None;
     for upgrade in 1..=2 {
         let log = format!("agent-{upgrade}.log");
         let next = start(&log);
         let former = std::mem::replace(&mut current, next);
-        for _ in 0..CALLS_AFTER {
+        for _ in 0..calls_after {
             call(&format!("during upgrade {upgrade}: {}", current.last_lines()));
         }
         say(&format!("after upgrade {upgrade}"));
