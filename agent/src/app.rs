@@ -4,7 +4,7 @@
 //! network, so that nothing passes unrecorded. Every task's end is waited for; an unexpected end ends the agent, which
 //! leaves the kernel denying.
 
-use std::{path::PathBuf, time::Duration};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
@@ -21,11 +21,13 @@ use crate::{
         cluster_watch::{self, ApiSet, ClusterWatch, KnownPods},
         handover,
         hosts::Hosts,
-        loader::Pinning,
+        loader::{self, Pinning},
+        observed::Observed,
         run::{self as interception, Ended, InterceptionError},
     },
     proxy::{self, Drained, Proxy, ProxyOptions},
     recording::{Recorder, RecorderOptions, RecordingError},
+    telemetry::{self, Telemetry},
     trust::TrustError,
 };
 
@@ -105,6 +107,8 @@ async fn run_recorded(
     let (publish_nodes, nodes) = watch::channel(Hosts::default());
     let (accepted, mut connections) = mpsc::channel(ACCEPTED_MAX);
     let (settled, mut ready) = watch::channel(false);
+    let observed: Arc<Observed> = Arc::default();
+    let telemetry = Arc::new(Telemetry::new(recorder.clone(), observed.clone(), loader::pin_folder()));
     // In force first, with nothing known: the clusters may be away for long.
     let options = interception::Options {
         cgroup_root: config.cgroup_root.clone(),
@@ -115,11 +119,13 @@ async fn run_recorded(
         handover: Some(PathBuf::from(handover::STANDARD)),
         accepted,
         ready: settled,
+        observed,
     };
     let intercepted = interception::run(options, recorder.clone(), stop.clone());
     tokio::pin!(intercepted);
     // What runs as long as the agent does; the set aborts what is left when it is dropped.
     let mut parts: JoinSet<&'static str> = JoinSet::new();
+    let metrics = Monitoring::start(config, &telemetry);
     let proxy = tokio::select! {
         proxy = start_proxy(config, recorder, (publish_pods, publish_nodes), publish_sets, &mut parts) => proxy?,
         ended = &mut intercepted => return Err(early(ended)),
@@ -129,42 +135,47 @@ async fn run_recorded(
             return Ok(signal);
         }
     };
+    telemetry.serves(proxy.clone());
     let mut handed_over = false;
     let ending = loop {
         tokio::select! {
             signal = signals.next() => break Ok(signal),
             Some(connection) = connections.recv() => proxy.serve(connection),
             Ok(()) = ready.changed() => tracing::info!("ready"),
-            ended = &mut intercepted => match ended {
-                Ok(Ended::HandedOver) => {
-                    handed_over = true;
-                    break Ok("handover");
-                }
-                ended => break Err(early(ended)),
-            },
+            ended = &mut intercepted => {
+                handed_over = matches!(ended, Ok(Ended::HandedOver));
+                break if handed_over { Ok("handover") } else { Err(early(ended)) };
+            }
             Some(ended) = parts.join_next() => {
                 break Err(AppError::PartEnded { part: ended.unwrap_or("a part that panicked") });
             }
         }
     };
     stop.cancel();
-    let limit = if let Ok(signal) = &ending {
-        let limit = config.limits.drain;
-        tracing::info!(signal, drain_seconds = limit.as_secs(), active = proxy.active(), "draining");
-        if handed_over {
-            serve_until(std::future::ready(()), &mut connections, |connection| proxy.serve(connection)).await;
-        } else {
-            serve_until(intercepted, &mut connections, |connection| proxy.serve(connection)).await?;
-        }
-        limit
-    } else {
+    telemetry.ends();
+    let Ok(signal) = &ending else {
         // Nothing can be waited for any more; what is open is cut, and its record says so.
-        Duration::ZERO
+        drain(&proxy, Duration::ZERO).await;
+        return ending;
     };
+    let limit = config.limits.drain;
+    tracing::info!(signal, drain_seconds = limit.as_secs(), active = proxy.active(), "draining");
+    let serve = |connection| proxy.serve(connection);
+    if handed_over {
+        // The successor answers from now on.
+        metrics.stop().await;
+        serve_until(std::future::ready(()), &mut connections, serve).await;
+    } else {
+        serve_until(intercepted, &mut connections, serve).await?;
+    }
+    drain(&proxy, limit).await;
+    ending
+}
+
+async fn drain(proxy: &Proxy, limit: Duration) {
     if let Drained::Cut(count) = proxy.drain(limit).await {
         tracing::warn!(count, "connections were cut; their records say so");
     }
-    ending
 }
 
 /// Waits for `ending` while serving what still comes, and then what is left: whoever ends may be waiting for room in
@@ -243,6 +254,36 @@ pub(crate) fn recorder_options(config: &Config) -> RecorderOptions {
         response_bytes_max: config.limits.response_bytes_max,
         session_idle_timeout: config.limits.session_idle_timeout,
         ..RecorderOptions::new(config.journal.directory.clone(), config.node.clone(), clusters)
+    }
+}
+
+/// The server for monitoring, if there is to be one. Nothing waits for it: no pod is refused for its sake.
+struct Monitoring(Option<(CancellationToken, tokio::task::JoinHandle<()>)>);
+
+impl Monitoring {
+    fn start(config: &Config, telemetry: &Arc<Telemetry>) -> Self {
+        Self(config.metrics.map(|address| {
+            let stop = CancellationToken::new();
+            let serving = telemetry::server::serve(address, telemetry.clone(), stop.clone());
+            (stop, tokio::spawn(serving))
+        }))
+    }
+
+    /// Gives the address free.
+    async fn stop(mut self) {
+        if let Some((stop, serving)) = self.0.take() {
+            stop.cancel();
+            // It ends at once; should it have panicked, nothing is left to end.
+            let _ = serving.await;
+        }
+    }
+}
+
+impl Drop for Monitoring {
+    fn drop(&mut self) {
+        if let Some((stop, _)) = &self.0 {
+            stop.cancel();
+        }
     }
 }
 

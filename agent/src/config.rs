@@ -84,6 +84,8 @@ pub struct Config {
     pub intent_annotations: Vec<String>,
     /// Mount point of cgroup v2; found in `/proc/self/mountinfo` if absent.
     pub cgroup_root: Option<PathBuf>,
+    /// Where metrics and health are served; nowhere if absent.
+    pub metrics: Option<SocketAddr>,
     /// Limits.
     pub limits: Limits,
 }
@@ -234,6 +236,7 @@ enrolment:
   podSelector: {matchExpressions: [{key: role, operator: NotIn, values: [system]}]}
   mode: observe
 intentAnnotations: [ci.example/job-url]
+metrics: {address: '127.0.0.1:9155'}
 limits: {drainSeconds: 10, responseBytesMax: 4096, sessionIdleTimeoutSeconds: 60}
 ";
 
@@ -249,6 +252,7 @@ limits: {drainSeconds: 10, responseBytesMax: 4096, sessionIdleTimeoutSeconds: 60
         assert_eq!((config.node.as_str(), config.tenant.as_deref()), ("node-1", Some("acme")));
         assert_eq!(config.clusters[0].addresses.len(), 2);
         assert_eq!(config.enrolment[0].mode, Mode::Observe);
+        assert_eq!(config.metrics, Some(([127, 0, 0, 1], 9155).into()));
         assert_eq!(config.limits.drain.as_secs(), 10);
     }
 
@@ -259,6 +263,10 @@ limits: {drainSeconds: 10, responseBytesMax: 4096, sessionIdleTimeoutSeconds: 60
         assert_eq!(config.node, "here");
         assert_eq!(config.journal.directory, Path::new("/var/lib/weir/journal"));
         assert_eq!(config.enrolment[0].mode, Mode::Enforce);
+        assert_eq!(config.metrics, None);
+        let text = format!("{text}\nmetrics: {{}}");
+        let config = Config::parse(Path::new("weir.yaml"), &text, "here").expect("is valid");
+        assert_eq!(config.metrics, Some(([127, 0, 0, 1], 9155).into()));
     }
 
     #[test]
@@ -266,7 +274,7 @@ limits: {drainSeconds: 10, responseBytesMax: 4096, sessionIdleTimeoutSeconds: 60
         refused(
             &WHOLE.replace("tenant", "tenent"),
             expect![
-                "configuration weir.yaml: unknown field `tenent`, expected one of `apiVersion`, `kind`, `node`, `tenant`, `journal`, `clusters`, `enrolment`, `intentAnnotations`, `cgroupRoot`, `limits` at line 5 column 1"
+                "configuration weir.yaml: unknown field `tenent`, expected one of `apiVersion`, `kind`, `node`, `tenant`, `journal`, `clusters`, `enrolment`, `intentAnnotations`, `cgroupRoot`, `metrics`, `limits` at line 5 column 1"
             ],
         );
     }
@@ -276,7 +284,7 @@ limits: {drainSeconds: 10, responseBytesMax: 4096, sessionIdleTimeoutSeconds: 60
         refused(
             &WHOLE.replace("drainSeconds: 10", "drainSeconds: soon"),
             expect![[
-                r#"configuration weir.yaml: limits.drainSeconds: invalid type: string "soon", expected u64 at line 18 column 24"#
+                r#"configuration weir.yaml: limits.drainSeconds: invalid type: string "soon", expected u64 at line 19 column 24"#
             ]],
         );
     }
@@ -311,6 +319,14 @@ limits: {drainSeconds: 10, responseBytesMax: 4096, sessionIdleTimeoutSeconds: 60
             expect![
                 "configuration weir.yaml: clusters[0].trust.mountedCa.certificate: cannot open /nowhere/ca.crt: No such file or directory (os error 2); is it mounted?"
             ],
+        );
+    }
+
+    #[test]
+    fn metrics_on_no_port_are_refused_because_nobody_would_find_them() {
+        refused(
+            &WHOLE.replace("127.0.0.1:9155", "127.0.0.1:0"),
+            expect!["configuration weir.yaml: metrics.address: has port 0; name the port to be asked at"],
         );
     }
 

@@ -27,6 +27,7 @@ pub mod loader;
 mod maps;
 mod namespace;
 mod netlink;
+pub mod observed;
 pub mod pinned;
 pub mod pod;
 mod pod_network;

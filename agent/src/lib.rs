@@ -2,7 +2,7 @@
 //!
 //! A connection's way: [`interception`] (kernel hooks, in-pod listeners, flow lookup) hands an accepted
 //! connection to [`proxy`] (TLS with a certificate from [`trust`], HTTP, upstream), which records through
-//! [`recording`] (sessions, masks, journal).
+//! [`recording`] (sessions, masks, journal). [`telemetry`] shows how all of them do.
 
 pub mod app;
 pub mod config;
@@ -11,4 +11,5 @@ pub mod exec;
 pub mod interception;
 pub mod proxy;
 pub mod recording;
+pub mod telemetry;
 pub mod trust;

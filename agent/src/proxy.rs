@@ -8,6 +8,7 @@
 
 mod body;
 mod headers;
+mod measures;
 mod pipeline;
 mod pool;
 #[doc(hidden)]
@@ -22,18 +23,26 @@ mod tests;
 mod upgrade;
 mod upstream;
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use rustls::pki_types::ServerName;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use weir_common::event::Caller;
 
-pub use self::upstream::{Endpoints, upstream_tls};
 use self::{
     headers::HostNames,
+    measures::Measures,
     pool::Pool,
     quota::{Bound, Quotas},
     upstream::Dialler,
+};
+pub use self::{
+    measures::{Measured, Verdict},
+    upstream::{Endpoints, upstream_tls},
 };
 use crate::{recording::Recorder, trust::ServingCertificate};
 
@@ -146,6 +155,7 @@ struct Cluster {
     names: HostNames,
     serving: ServingCertificate,
     pool: Pool,
+    measures: Measures,
 }
 
 /// What all connections have in common.
@@ -203,6 +213,7 @@ impl Proxy {
                     cut.clone(),
                 )),
                 name: cluster.name,
+                measures: Measures::default(),
             })
             .collect();
         let quotas = Quotas::new(
@@ -234,6 +245,14 @@ impl Proxy {
     /// Number of connections and upgraded streams that are being served.
     pub fn active(&self) -> usize {
         self.shared.tasks.len()
+    }
+
+    /// What is counted of each cluster, and the end of its certificate's validity.
+    pub fn measured(&self) -> Vec<(&str, Measured, SystemTime)> {
+        let clusters = self.shared.clusters.iter();
+        clusters
+            .map(|cluster| (cluster.name.as_str(), cluster.measures.read(), cluster.serving.not_after()))
+            .collect()
     }
 
     /// Takes no new requests, lets running ones end until `deadline` has passed, then cuts what is left. Stop the

@@ -17,6 +17,7 @@ mod fixture;
 mod gzip;
 mod journal;
 mod mask;
+mod measures;
 #[doc(hidden)]
 pub mod probe;
 mod queue;
@@ -53,13 +54,19 @@ use self::{
     epoch::Epoch,
     journal::{Journal, Tuning},
     mask::Masker,
+    measures::Measures,
     queue::Queue,
     request::Level,
     session::{Belonging, Sessions},
     worker::{Context, Workers},
     writer::Status,
 };
-pub use self::{error::RecordingError, queue::COMMIT_BEHIND_MS, request::RequestRecord};
+pub use self::{
+    error::RecordingError,
+    measures::{Measured, SYNC_BOUNDS},
+    queue::COMMIT_BEHIND_MS,
+    request::RequestRecord,
+};
 
 /// Most bytes of a journal, unless it is configured.
 pub const JOURNAL_BYTES_MAX: u64 = 8 * 1024 * 1024 * 1024;
@@ -164,6 +171,7 @@ struct Inner {
     origin: Arc<Origin>,
     queue: Arc<Queue>,
     status: Arc<Status>,
+    measures: Arc<Measures>,
     workers: Arc<Workers>,
     /// By cluster; the last one is for events of the agent itself.
     maskers: Vec<Arc<Masker>>,
@@ -229,12 +237,14 @@ impl Recorder {
         let (queue, status) = (Arc::new(Queue::default()), Arc::new(Status::default()));
         let thread = |error| RecordingError::Thread(Arc::new(error));
         let workers = Arc::new(Workers::start().map_err(thread)?);
+        let measures = Arc::clone(journal.measures());
         let writer = writer::start(journal, Arc::clone(&queue), Arc::clone(&status)).map_err(thread)?;
         let sessions = Sessions::new(options.session_idle_timeout);
         let inner = Inner {
             origin,
             queue,
             status,
+            measures,
             workers,
             maskers,
             sessions: Mutex::new(SessionTable { sessions, losses: 0 }),
@@ -253,6 +263,13 @@ impl Recorder {
     /// Why recording is not possible just now; none while all is well.
     pub fn failure(&self) -> Option<RecordingError> {
         self.inner.status.failure()
+    }
+
+    /// What is counted of recording.
+    pub fn measured(&self) -> Measured {
+        let inner = &self.inner;
+        let failure = inner.status.failure().map(|failure| failure.for_client());
+        inner.measures.read(inner.queue.backlog_bytes(), failure)
     }
 
     /// Records that a request arrived (with its session and invocation, if they are new) and returns its record.
@@ -386,12 +403,14 @@ impl Recorder {
 
     /// Records a connection that never became a request.
     pub fn connection_refused(&self, cluster: Option<usize>, caller: Option<&Arc<Caller>>, reason: &str) {
+        self.inner.measures.connection_refused();
         let caller = caller.map(|caller| Box::new(self.masker(cluster).caller(caller)));
         self.agent_event(cluster, Kind::ConnectionRefused { reason: reason.to_owned(), caller });
     }
 
     /// Records something an operator should know; `name` is stable, `message` says the mend.
     pub fn finding(&self, cluster: Option<usize>, caller: Option<&Arc<Caller>>, name: &str, message: &str) {
+        self.inner.measures.finding(name);
         let caller = caller.map(|caller| Box::new(self.masker(cluster).caller(caller)));
         let (name, message) = (name.to_owned(), message.to_owned());
         self.agent_event(cluster, Kind::Finding { name, message, caller });

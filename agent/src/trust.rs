@@ -30,12 +30,16 @@ const CLUSTER_DNS_NAMES: [&str; 4] =
 #[derive(Clone, Debug)]
 pub struct ServingCertificate {
     current: Arc<arc_swap::ArcSwap<rustls::ServerConfig>>,
+    not_after: Arc<arc_swap::ArcSwap<SystemTime>>,
 }
 
 impl ServingCertificate {
-    /// Wraps the first configuration.
-    pub fn new(config: Arc<rustls::ServerConfig>) -> Self {
-        Self { current: Arc::new(arc_swap::ArcSwap::new(config)) }
+    /// Wraps the first configuration, whose certificate is valid until `not_after`.
+    pub fn new(config: Arc<rustls::ServerConfig>, not_after: SystemTime) -> Self {
+        Self {
+            current: Arc::new(arc_swap::ArcSwap::new(config)),
+            not_after: Arc::new(arc_swap::ArcSwap::from_pointee(not_after)),
+        }
     }
 
     /// The configuration for the next handshake.
@@ -43,9 +47,15 @@ impl ServingCertificate {
         self.current.load_full()
     }
 
+    /// End of the validity of the certificate in place.
+    pub fn not_after(&self) -> SystemTime {
+        **self.not_after.load()
+    }
+
     /// Puts a renewed certificate in place; running connections keep theirs.
-    pub fn replace(&self, config: Arc<rustls::ServerConfig>) {
+    pub fn replace(&self, config: Arc<rustls::ServerConfig>, not_after: SystemTime) {
         self.current.store(config);
+        self.not_after.store(Arc::new(not_after));
     }
 }
 

@@ -37,6 +37,8 @@ mod escape;
 mod exec;
 #[path = "integration/http_attacks.rs"]
 mod http_attacks;
+#[path = "integration/monitoring.rs"]
+mod monitoring;
 #[path = "integration/storage_faults.rs"]
 mod storage_faults;
 #[path = "integration/upgrade.rs"]

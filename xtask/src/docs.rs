@@ -7,7 +7,7 @@ use std::{path::Path, process::Command};
 use anyhow::{Result, bail};
 
 /// Below which tests compare a generated file, as `cargo test` filters them.
-const TESTS: &str = "config::reference::";
+const TESTS: &str = "::reference::";
 
 /// Writes the files anew.
 ///

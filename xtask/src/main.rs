@@ -32,7 +32,7 @@ enum Command {
     BuildEbpf(build_ebpf::Options),
     /// The whole story on this machine: set-up, a pod at work, its record replayed, verified and compared.
     Demo(demo::Arguments),
-    /// Write the documentation that is generated from types: docs/configuration.md and its JSON schema.
+    /// Write the documentation that is generated from types: docs/configuration.md with its JSON schema, docs/metrics.md.
     Docs,
     /// Run the fuzz targets of `tests/fuzz`, all or one.
     Fuzz(fuzz::Arguments),

@@ -3,7 +3,12 @@
 //! `docs/configuration.md` is generated from these types ([`super::reference`]): their comments are written for who
 //! writes the file, and bounds stand here once, for the validation and for the schema.
 
-use std::{fs::File, net::SocketAddr, path::PathBuf, time::Duration};
+use std::{
+    fs::File,
+    net::{Ipv4Addr, SocketAddr},
+    path::PathBuf,
+    time::Duration,
+};
 
 use serde::Deserialize;
 
@@ -25,6 +30,8 @@ fn invalid<T>(key: impl Into<String>, problem: impl Into<String>) -> Result<T, I
 
 /// Longest time to drain.
 const DRAIN_SECONDS_MAX: u64 = 3600;
+/// Port of metrics and health, unless another is configured.
+const METRICS_PORT: u16 = 9155;
 /// Shortest idle time of a session.
 const SESSION_IDLE_TIMEOUT_SECONDS_MIN: u64 = 1;
 
@@ -60,9 +67,36 @@ pub(super) struct AgentConfiguration {
     intent_annotations: Vec<String>,
     /// Mount point of cgroup v2. Without it: the first one in `/proc/self/mountinfo`.
     cgroup_root: Option<PathBuf>,
+    /// Metrics and health over plain HTTP: `/metrics`, `/healthz`, `/readyz`. Without it nothing is served. `{}` serves them
+    /// on the default address.
+    metrics: Option<RawMetrics>,
     /// Limits of the running agent.
     #[serde(default)]
     limits: RawLimits,
+}
+
+#[derive(Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields, rename_all = "camelCase", default)]
+struct RawMetrics {
+    /// Address (`IP:PORT`, `[IPv6]:PORT`) in the network namespace of the agent, which is the host's. Whoever reaches it
+    /// may ask; names of pods are among the answers.
+    address: SocketAddr,
+}
+
+impl Default for RawMetrics {
+    fn default() -> Self {
+        Self { address: (Ipv4Addr::LOCALHOST, METRICS_PORT).into() }
+    }
+}
+
+impl RawMetrics {
+    fn validate(self) -> Result<SocketAddr, Invalid> {
+        if self.address.port() == 0 {
+            return invalid("metrics.address", "has port 0; name the port to be asked at");
+        }
+        Ok(self.address)
+    }
 }
 
 #[derive(Deserialize)]
@@ -194,6 +228,7 @@ impl AgentConfiguration {
             enrolment: enrolment(self.enrolment)?,
             intent_annotations: self.intent_annotations,
             cgroup_root: self.cgroup_root,
+            metrics: self.metrics.map(RawMetrics::validate).transpose()?,
             limits: self.limits.validate()?,
         })
     }

@@ -94,7 +94,12 @@ impl Interceptor {
         let (sender, mut accepted) = mpsc::channel(ACCEPTED_MAX);
         let tenant = Tenant { cgroup: id, folder: cgroup.path().to_owned(), ..Tenant::default() };
         let (keep, tenant) = watch::channel(Arc::new(tenant));
-        let sink = Sink { kernel: Arc::clone(&kernel), recorder: recorder.clone(), accepted: sender };
+        let sink = Sink {
+            kernel: Arc::clone(&kernel),
+            recorder: recorder.clone(),
+            accepted: sender,
+            observed: Arc::default(),
+        };
         let accepting = accept::serve(Arc::new(listener), tenant, Arc::default(), sink, stop.clone());
         tasks.spawn(async move {
             accepting.await;

@@ -18,7 +18,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{caller::Tenant, flow::Flow, listener::Listener, loader::Kernel};
+use super::{caller::Tenant, flow::Flow, listener::Listener, loader::Kernel, observed::Observed};
 use crate::{proxy::Accepted, recording::Recorder};
 
 /// Most connections of one listener that are between `accept` and the proxy; more wait in the kernel.
@@ -39,6 +39,8 @@ pub struct Sink {
     pub recorder: Recorder,
     /// The proxy; bounded, so that a slow proxy slows down accepting.
     pub accepted: mpsc::Sender<Accepted>,
+    /// What is counted of them.
+    pub observed: Arc<Observed>,
 }
 
 /// Accepts connections of one tenant until cancelled, and counts those that get to the proxy in `proxied`; then the sockets are closed, which refuses new ones.
@@ -122,6 +124,7 @@ async fn handle(arrived: Arrived, tenant: Arc<Tenant>, sink: Sink, refused: mpsc
     };
     if let Some(reason) = reason {
         drop(stream);
+        sink.observed.closed();
         // The accept loop takes these; at its end it takes all that are left.
         let _ = refused.send(Refusal { tenant, flow, reason }).await;
         return;
@@ -133,6 +136,7 @@ async fn handle(arrived: Arrived, tenant: Arc<Tenant>, sink: Sink, refused: mpsc
     // Fails only if the proxy has ended: then the connection ends, too.
     if sink.accepted.send(accepted).await.is_ok() {
         proxied.fetch_add(1, Ordering::Relaxed);
+        sink.observed.proxied();
     }
     drop(permit);
 }

@@ -304,6 +304,7 @@ impl Enrolment {
             if let Some(pod) = self.pods.remove(&cgroup) {
                 self.settings.sink.kernel.forget_interfaces(&pod.guarded)?;
                 let tenant = pod.tenant.borrow().clone();
+                self.settings.sink.observed.forget(tenant.pod.as_ref().map_or("", |pod| &pod.uid));
                 tracing::info!(pod = %name(&tenant), "pod is gone");
             }
         }
@@ -352,7 +353,7 @@ impl Enrolment {
                 host_network,
                 tenant: sender,
                 listening: None,
-                proxied: Arc::default(),
+                proxied: self.settings.sink.observed.counter_of(known.uid.as_str()),
                 guarded: Vec::new(),
             },
         );

@@ -28,7 +28,9 @@ use super::{
     hosts::{self, Hosts},
     listener::{self, ListenerError},
     loader::{Kernel, KernelError, Pinning},
-    namespace, report,
+    namespace,
+    observed::Observed,
+    report,
 };
 use crate::{proxy::Accepted, recording::Recorder};
 
@@ -96,6 +98,8 @@ pub struct Options {
     /// Becomes true once the programs are attached and every pod that was known then has its verdict, and its
     /// listener if it runs.
     pub ready: watch::Sender<bool>,
+    /// What others read of it meanwhile.
+    pub observed: Arc<Observed>,
 }
 
 /// How interception ended.
@@ -141,7 +145,13 @@ pub async fn run(
         cluster.configured.iter().map(|address| (*address, cluster.cluster)).collect::<Vec<_>>()
     });
     configured.into_iter().try_for_each(|(address, cluster)| kernel.set_api_endpoint(address, cluster))?;
-    let sink = Sink { kernel: kernel.clone(), recorder: recorder.clone(), accepted: options.accepted };
+    let observed = options.observed;
+    let sink = Sink {
+        kernel: kernel.clone(),
+        recorder: recorder.clone(),
+        accepted: options.accepted,
+        observed: observed.clone(),
+    };
     let settings = Settings { host_namespace, own_cgroup, sink };
     let listeners = taken.as_mut().map(|taken| std::mem::take(&mut taken.listeners)).unwrap_or_default();
     let (mut enrolment, tenants) = Enrolment::new(settings, listeners, cancellation.child_token());
@@ -159,7 +169,7 @@ pub async fn run(
     let mut tasks = beside(&kernel, &tenants, &recorder, is_frozen, &part)?;
     follow_addresses(&mut tasks, &kernel, options.clusters, options.nodes, &part)?;
     let mut succession =
-        Succession { taken, path: options.handover, requests: None, frozen, part: part.clone() };
+        Succession { taken, path: options.handover, requests: None, frozen, observed, part: part.clone() };
     let result = tokio::select! {
         result = enrol(&mut enrolment, (&mount, &watch), options.pods, &options.ready, &mut succession) => result,
         Some(ended) = tasks.join_next(), if !tasks.is_empty() => Err(ended_early(ended)),
@@ -178,6 +188,7 @@ struct Succession {
     /// What successors ask, once this agent is ready for one.
     requests: Option<mpsc::Receiver<handover::Request>>,
     frozen: watch::Sender<bool>,
+    observed: Arc<Observed>,
     part: CancellationToken,
 }
 
@@ -186,6 +197,7 @@ impl Succession {
     async fn ready(&mut self) -> Result<(), HandoverError> {
         if let Some(taken) = self.taken.take() {
             taken.complete().await?;
+            self.observed.taken();
             tracing::info!("took over from the agent that ran before");
         }
         if let Some(path) = &self.path {
@@ -218,7 +230,10 @@ impl Succession {
                 completed = request.completed => completed.is_ok(),
             };
         }
-        if !completed {
+        if completed {
+            self.observed.given();
+        } else {
+            self.observed.broken_off();
             self.frozen.send_replace(false);
             tracing::warn!("the successor did not take over; this agent goes on");
         }
@@ -318,6 +333,7 @@ async fn enrol(
         }
         if known.is_some() && !*ready.borrow() {
             succession.ready().await?;
+            succession.observed.settle();
             ready.send_replace(true);
         }
         let now = Instant::now();

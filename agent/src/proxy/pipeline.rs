@@ -16,6 +16,7 @@ use weir_common::{attributes::Attributes, event::Outcome};
 use super::{
     body::{self, Held, ResponseBody, Tapped},
     headers::{self, Forwarded},
+    measures::Verdict,
     pool::Lease,
     server::Connection,
     status::Refusal,
@@ -37,7 +38,10 @@ pub(super) async fn answer(
     let recorded = record(&connection, &head, &attributes, &held).await;
     let record = match recorded {
         Ok(record) => Arc::new(record),
-        Err(refusal) => return Ok(refusal.response(None)),
+        Err(refusal) => {
+            connection.cluster().measures.request(refusal.verdict());
+            return Ok(refusal.response(None));
+        }
     };
     let mut guard = CutGuard { connection: &connection, record: &record, armed: true };
     let forwarded = match checked {
@@ -47,6 +51,8 @@ pub(super) async fn answer(
         Err(refusal) => Err(refusal),
     };
     guard.armed = false;
+    let verdict = forwarded.as_ref().map_or_else(Refusal::verdict, |_| Verdict::Forwarded);
+    connection.cluster().measures.request(verdict);
     Ok(forwarded.unwrap_or_else(|refusal| refuse(&refusal, &record)))
 }
 

@@ -114,7 +114,10 @@ impl Rig {
             endpoints: Endpoints::Listed(Arc::clone(&endpoints)),
             server_name: ServerName::try_from(NAME).expect("a name"),
             tls: Arc::clone(&tls),
-            serving: ServingCertificate::new(with_alpn(&server_tls, &["h2", "http/1.1"])),
+            serving: ServingCertificate::new(
+                with_alpn(&server_tls, &["h2", "http/1.1"]),
+                std::time::SystemTime::UNIX_EPOCH,
+            ),
         };
         let proxy = Proxy::new(ProxyOptions { clusters: vec![cluster], recorder: recorder.clone(), limits });
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");

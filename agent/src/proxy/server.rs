@@ -96,6 +96,7 @@ async fn try_serve(shared: &Arc<Shared>, accepted: Accepted) -> Result<(), Conne
     let Accepted { stream, original_destination, cluster: cluster_index, caller } = accepted;
     let cluster =
         shared.clusters.get(cluster_index).ok_or(ConnectionError::UnknownCluster { index: cluster_index })?;
+    cluster.measures.connection();
     let place: Place = shared.quotas.place(&caller).ok_or(ConnectionError::TooManyConnections)?;
     // Only slower without it.
     let _ = stream.set_nodelay(true);

@@ -8,7 +8,7 @@ use bytes::Bytes;
 use http::{HeaderValue, Response, StatusCode, header};
 use serde_json::json;
 
-use super::body::ResponseBody;
+use super::{body::ResponseBody, measures::Verdict};
 
 /// Seconds after which a client should try again, where trying again can help.
 const RETRY_AFTER_S: u32 = 1;
@@ -102,6 +102,23 @@ impl Refusal {
             Self::BodyTimeout { .. } => StatusCode::REQUEST_TIMEOUT,
             Self::NotRecorded { .. } | Self::Unreachable { .. } => StatusCode::SERVICE_UNAVAILABLE,
             Self::UpstreamFailed { .. } => StatusCode::BAD_GATEWAY,
+        }
+    }
+
+    /// What it is counted as.
+    pub(super) fn verdict(&self) -> Verdict {
+        match self {
+            Self::Unsupported { .. } => Verdict::Unsupported,
+            Self::MalformedHost { .. } => Verdict::MalformedHost,
+            Self::Misdirected { .. } => Verdict::Misdirected,
+            Self::Impersonation => Verdict::Impersonation,
+            Self::BodyTooLarge { .. } => Verdict::BodyTooLarge,
+            Self::TooManyBodies => Verdict::TooManyBodies,
+            Self::BodyTimeout { .. } => Verdict::BodyTimeout,
+            Self::BodyAborted => Verdict::BodyAborted,
+            Self::NotRecorded { .. } => Verdict::NotRecorded,
+            Self::Unreachable { .. } => Verdict::Unreachable,
+            Self::UpstreamFailed { .. } => Verdict::UpstreamFailed,
         }
     }
 

@@ -25,6 +25,7 @@ use super::{
     entry::{Append, Entry, Ids, Origin, unix_us},
     epoch::{CHECKPOINT_FILE, Epoch},
     error::RecordingError,
+    measures::Measures,
     segment::{self, OpenSegment},
 };
 
@@ -78,6 +79,7 @@ pub(super) struct Journal {
     /// Events that were lost since the last gap record.
     lost: u64,
     frames: Vec<u8>,
+    measures: Arc<Measures>,
 }
 
 /// What a group adds: taken over only when it is durable.
@@ -116,10 +118,16 @@ impl Journal {
             failure: None,
             lost: 0,
             frames: Vec::new(),
+            measures: Arc::default(),
         };
         journal.measure()?;
         journal.rotate(0)?;
         Ok(journal)
+    }
+
+    /// What is counted of it.
+    pub(super) fn measures(&self) -> &Arc<Measures> {
+        &self.measures
     }
 
     /// Why recording is not possible just now.
@@ -130,6 +138,7 @@ impl Journal {
     /// Counts events that were lost before they reached the journal.
     pub(super) fn lose(&mut self, events: u64) {
         self.lost += events;
+        self.measures.lost(events);
     }
 
     /// When the next checkpoint is due; none if the last one covers everything.
@@ -143,7 +152,8 @@ impl Journal {
         let entries = || appends.iter().flat_map(|append| &append.entries);
         let result = self.try_commit(&mut entries(), false);
         if result.is_err() {
-            self.lost += entries().count() as u64;
+            self.measures.failed();
+            self.lose(entries().count() as u64);
         }
         result
     }
@@ -280,7 +290,11 @@ impl Journal {
     /// Writes `self.frames` and, if that held, takes over what they add.
     fn write(&mut self, draft: Draft) -> Result<(), RecordingError> {
         let Some(segment) = &mut self.segment else { return Err(RecordingError::Closed) };
-        if let Err(error) = segment.commit(&self.frames) {
+        let committed = segment.commit(&self.frames);
+        if let Ok(sync) = &committed {
+            self.measures.written(draft.sequence - self.sequence, self.frames.len() as u64, *sync);
+        }
+        if let Err(error) = committed {
             let error = RecordingError::storage(&self.epoch.folder, error);
             // Never written to again. Cutting off the failed write may fail as well: readers then see that the
             // next segment has its numbers again.

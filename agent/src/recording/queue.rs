@@ -67,6 +67,11 @@ impl Queue {
         }
     }
 
+    /// Bytes that wait for the writer.
+    pub(super) fn backlog_bytes(&self) -> usize {
+        self.lock().bytes
+    }
+
     fn has_room(state: &State, bytes: usize) -> bool {
         state.bytes == 0 || state.bytes + bytes <= QUEUE_BYTES_MAX
     }

@@ -2,7 +2,11 @@
 //!
 //! Knows sizes and offsets, not what is written. The layout is in `weir_common::segment`.
 
-use std::{io, path::Path};
+use std::{
+    io,
+    path::Path,
+    time::{Duration, Instant},
+};
 
 use weir_common::segment::SEGMENT_HEADER_BYTES;
 
@@ -56,13 +60,14 @@ impl OpenSegment {
         self.bytes.saturating_sub(self.offset + reserve)
     }
 
-    /// Writes frames durably.
-    pub(super) fn commit(&mut self, frames: &[u8]) -> io::Result<()> {
+    /// Writes frames durably; returns how long it took to make them so.
+    pub(super) fn commit(&mut self, frames: &[u8]) -> io::Result<Duration> {
         debug_assert!(frames.len() as u64 <= self.room(true));
         self.file.write_at(self.offset, frames)?;
+        let written = Instant::now();
         self.file.sync()?;
         self.offset += frames.len() as u64;
-        Ok(())
+        Ok(written.elapsed())
     }
 
     /// Gives back the space that is not used; returns how much. What a failed write left is cut away too.

@@ -144,7 +144,7 @@ pub async fn serve(
 ) -> Result<(ServingCertificate, Renewal), TrustError> {
     let wanted = names.borrow_and_update().clone();
     let leaf = authority.issue(&wanted).await?;
-    let serving = ServingCertificate::new(leaf.server_config());
+    let serving = ServingCertificate::new(leaf.server_config(), leaf.not_after);
     let renewal = Renewal { authority, serving: serving.clone(), names, not_after: leaf.not_after };
     Ok((serving, renewal))
 }
@@ -176,7 +176,7 @@ impl Renewal {
             let jitter = rand::thread_rng().gen_range(0.0..1.0);
             match self.authority.issue(&names).await {
                 Ok(leaf) => {
-                    self.serving.replace(leaf.server_config());
+                    self.serving.replace(leaf.server_config(), leaf.not_after);
                     self.not_after = leaf.not_after;
                     renew_at = renewal_time(SystemTime::now(), self.not_after, jitter);
                     pause = RETRY_FIRST;

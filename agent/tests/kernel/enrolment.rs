@@ -97,6 +97,7 @@ impl Node {
             handover: None,
             accepted: sender,
             ready,
+            observed: Arc::default(),
         };
         let running = tokio::spawn(run(options, recorder.clone(), cancellation.clone()));
         Some(Self {

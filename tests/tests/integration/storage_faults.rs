@@ -18,18 +18,18 @@ use super::{
 const OBJECTS_MAX: usize = 100;
 
 /// A file system that is there as long as this value.
-struct Mounted(PathBuf);
+pub(super) struct Mounted(PathBuf);
 
 impl Mounted {
     #[track_caller]
-    fn new(arguments: &[&str], source: &Path, at: &Path) -> Self {
+    pub(super) fn new(arguments: &[&str], source: &Path, at: &Path) -> Self {
         std::fs::create_dir_all(at).unwrap();
         command::run(Command::new("mount").args(arguments).arg(source).arg(at)).unwrap();
         Self(at.to_owned())
     }
 
     #[track_caller]
-    fn remount(&self, options: &str) {
+    pub(super) fn remount(&self, options: &str) {
         command::run(Command::new("mount").arg("-o").arg(format!("remount,{options}")).arg(&self.0)).unwrap();
     }
 }

@@ -1,0 +1,102 @@
+//! What the interception lets others know while it runs, for metrics and readiness. On a connection's way it costs two
+//! atomic additions.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+};
+
+/// See the module.
+#[derive(Debug, Default)]
+pub struct Observed {
+    settled: AtomicBool,
+    proxied: AtomicU64,
+    closed: AtomicU64,
+    handovers_taken: AtomicU64,
+    handovers_given: AtomicU64,
+    handovers_broken_off: AtomicU64,
+    /// Connections that reached the proxy, by the pod's UID. Locked when pods come and go, and to be read.
+    pods: Mutex<HashMap<String, Arc<AtomicU64>>>,
+}
+
+/// The same as numbers, since this process started.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Numbers {
+    /// Connections that arrived with a flow record of the listener's pod and reached the proxy.
+    pub proxied: u64,
+    /// Connections that arrived without one, and were closed.
+    pub closed: u64,
+    /// Whether the listeners of the agent before were taken (once at most).
+    pub handovers_taken: u64,
+    /// Whether they were given to the one after (once at most).
+    pub handovers_given: u64,
+    /// Successors that did not take over after all.
+    pub handovers_broken_off: u64,
+}
+
+fn add(counter: &AtomicU64) {
+    counter.fetch_add(1, Ordering::Relaxed);
+}
+
+impl Observed {
+    /// Whether every pod that was known once has its verdict, and its listener if it runs.
+    pub fn is_settled(&self) -> bool {
+        self.settled.load(Ordering::Relaxed)
+    }
+
+    /// The numbers.
+    pub fn read(&self) -> Numbers {
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        Numbers {
+            proxied: read(&self.proxied),
+            closed: read(&self.closed),
+            handovers_taken: read(&self.handovers_taken),
+            handovers_given: read(&self.handovers_given),
+            handovers_broken_off: read(&self.handovers_broken_off),
+        }
+    }
+
+    /// Connections of a pod that reached the proxy.
+    pub fn proxied_of(&self, uid: &str) -> u64 {
+        let pods = self.pods.lock().unwrap_or_else(PoisonError::into_inner);
+        pods.get(uid).map(|proxied| proxied.load(Ordering::Relaxed)).unwrap_or_default()
+    }
+
+    /// The counter of a pod, for its listener.
+    pub(super) fn counter_of(&self, uid: &str) -> Arc<AtomicU64> {
+        let mut pods = self.pods.lock().unwrap_or_else(PoisonError::into_inner);
+        pods.entry(uid.to_owned()).or_default().clone()
+    }
+
+    /// The pod is gone.
+    pub(super) fn forget(&self, uid: &str) {
+        self.pods.lock().unwrap_or_else(PoisonError::into_inner).remove(uid);
+    }
+
+    pub(super) fn settle(&self) {
+        self.settled.store(true, Ordering::Relaxed);
+    }
+
+    pub(super) fn proxied(&self) {
+        add(&self.proxied);
+    }
+
+    pub(super) fn closed(&self) {
+        add(&self.closed);
+    }
+
+    pub(super) fn taken(&self) {
+        add(&self.handovers_taken);
+    }
+
+    pub(super) fn given(&self) {
+        add(&self.handovers_given);
+    }
+
+    pub(super) fn broken_off(&self) {
+        add(&self.handovers_broken_off);
+    }
+}

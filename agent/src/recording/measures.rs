@@ -1,0 +1,174 @@
+//! What recording counts of itself, for metrics. Counting is atomic additions; nothing waits for who reads.
+
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+/// Upper bounds of the classes that the durations of fdatasync are counted in; longer ones are in a last class.
+pub const SYNC_BOUNDS: [Duration; 12] = [
+    Duration::from_micros(100),
+    Duration::from_micros(250),
+    Duration::from_micros(500),
+    Duration::from_micros(1000),
+    Duration::from_micros(2500),
+    Duration::from_millis(5),
+    Duration::from_millis(10),
+    Duration::from_millis(25),
+    Duration::from_millis(50),
+    Duration::from_millis(100),
+    Duration::from_millis(250),
+    Duration::from_millis(1000),
+];
+
+/// Findings that are counted from 0 on, so that the first one is seen as an increase; others are counted from their
+/// first on.
+const FINDINGS: [&str; 11] = [
+    "canaryFailed",
+    "canaryRecovered",
+    "directConnectionsEnded",
+    "foreignProgram",
+    "notEnrolledAnyMore",
+    "programDetached",
+    "proxyEnvironment",
+    "quarantineLifted",
+    "quarantined",
+    "unguardedInterface",
+    "wouldRedirect",
+];
+
+/// What is counted where it happens.
+#[derive(Debug)]
+pub(super) struct Measures {
+    events: AtomicU64,
+    bytes: AtomicU64,
+    lost: AtomicU64,
+    failed: AtomicU64,
+    syncs: [AtomicU64; SYNC_BOUNDS.len() + 1],
+    sync_ns: AtomicU64,
+    connections_refused: AtomicU64,
+    /// Findings are rare, and their names are literals of this program: a handful.
+    findings: Mutex<BTreeMap<String, u64>>,
+}
+
+/// The same as numbers, since this process started.
+#[derive(Clone, Debug)]
+pub struct Measured {
+    /// Events that are on disk.
+    pub events: u64,
+    /// Bytes of their frames.
+    pub bytes: u64,
+    /// Events that were lost; a gap record says so.
+    pub lost: u64,
+    /// Groups that could not be written.
+    pub failed: u64,
+    /// How many fdatasync took up to each of [`SYNC_BOUNDS`] (and longer than the one before), and longer than all.
+    pub syncs: [u64; SYNC_BOUNDS.len() + 1],
+    /// How long they took together.
+    pub sync_time: Duration,
+    /// Connections that never became a request.
+    pub connections_refused: u64,
+    /// Findings by name.
+    pub findings: BTreeMap<String, u64>,
+    /// Bytes that wait for the disk.
+    pub backlog_bytes: usize,
+    /// Why recording is not possible just now, in words that may be shown.
+    pub failure: Option<&'static str>,
+}
+
+impl Default for Measures {
+    fn default() -> Self {
+        Self {
+            events: AtomicU64::default(),
+            bytes: AtomicU64::default(),
+            lost: AtomicU64::default(),
+            failed: AtomicU64::default(),
+            syncs: Default::default(),
+            sync_ns: AtomicU64::default(),
+            connections_refused: AtomicU64::default(),
+            findings: Mutex::new(FINDINGS.iter().map(|name| ((*name).to_owned(), 0)).collect()),
+        }
+    }
+}
+
+impl Measures {
+    /// A group is on disk.
+    pub(super) fn written(&self, events: u64, bytes: u64, sync: Duration) {
+        self.events.fetch_add(events, Ordering::Relaxed);
+        self.bytes.fetch_add(bytes, Ordering::Relaxed);
+        let class = SYNC_BOUNDS.iter().position(|bound| sync <= *bound).unwrap_or(SYNC_BOUNDS.len());
+        self.syncs[class].fetch_add(1, Ordering::Relaxed);
+        let sync_ns = u64::try_from(sync.as_nanos()).unwrap_or(u64::MAX);
+        self.sync_ns.fetch_add(sync_ns, Ordering::Relaxed);
+    }
+
+    /// A group is not.
+    pub(super) fn failed(&self) {
+        self.failed.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(super) fn lost(&self, events: u64) {
+        self.lost.fetch_add(events, Ordering::Relaxed);
+    }
+
+    pub(super) fn connection_refused(&self) {
+        self.connections_refused.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(super) fn finding(&self, name: &str) {
+        let mut findings = self.findings.lock().unwrap_or_else(PoisonError::into_inner);
+        match findings.get_mut(name) {
+            Some(count) => *count += 1,
+            None => drop(findings.insert(name.to_owned(), 1)),
+        }
+    }
+
+    /// The numbers, but for what others know.
+    pub(super) fn read(&self, backlog_bytes: usize, failure: Option<&'static str>) -> Measured {
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        Measured {
+            events: read(&self.events),
+            bytes: read(&self.bytes),
+            lost: read(&self.lost),
+            failed: read(&self.failed),
+            syncs: std::array::from_fn(|class| read(&self.syncs[class])),
+            sync_time: Duration::from_nanos(read(&self.sync_ns)),
+            connections_refused: read(&self.connections_refused),
+            findings: self.findings.lock().unwrap_or_else(PoisonError::into_inner).clone(),
+            backlog_bytes,
+            failure,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::{Measures, SYNC_BOUNDS};
+
+    #[test]
+    fn each_sync_is_counted_in_the_class_that_it_fits() {
+        let measures = Measures::default();
+        for micros in [1, 100, 101, 2_000_000] {
+            measures.written(2, 10, Duration::from_micros(micros));
+        }
+        let read = measures.read(0, None);
+        assert_eq!((read.syncs[0], read.syncs[1], read.syncs[SYNC_BOUNDS.len()]), (2, 1, 1));
+        assert_eq!((read.events, read.bytes), (8, 40));
+        assert_eq!(read.sync_time, Duration::from_micros(2_000_202));
+    }
+
+    #[test]
+    fn a_finding_is_counted_under_its_name() {
+        let measures = Measures::default();
+        measures.finding("programDetached");
+        measures.finding("new");
+        let read = measures.read(0, None).findings;
+        assert_eq!((read["programDetached"], read["new"], read["canaryFailed"]), (1, 1, 0));
+    }
+}

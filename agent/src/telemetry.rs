@@ -1,0 +1,74 @@
+//! What an operator's monitoring sees: metrics, and whether the agent is alive and ready, over HTTP.
+//!
+//! `families` says which metrics there are and reads them when they are asked for, `exposition` writes them in the
+//! format that Prometheus reads, `server` answers. What is counted is counted where it happens; nothing here is on a
+//! connection's way.
+
+use std::{
+    path::PathBuf,
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use crate::{interception::observed::Observed, proxy::Proxy, recording::Recorder};
+
+mod exposition;
+mod families;
+#[cfg(test)]
+mod reference;
+pub mod server;
+
+/// Where the numbers come from.
+#[derive(Debug)]
+pub struct Telemetry {
+    recorder: Recorder,
+    observed: Arc<Observed>,
+    /// Folder of pins: the kernel's counters are read from the maps themselves.
+    pins: PathBuf,
+    /// There is none before every cluster has been reached.
+    proxy: OnceLock<Proxy>,
+    ending: AtomicBool,
+}
+
+impl Telemetry {
+    /// Of an agent that has just started.
+    pub fn new(recorder: Recorder, observed: Arc<Observed>, pins: PathBuf) -> Self {
+        Self { recorder, observed, pins, proxy: OnceLock::new(), ending: AtomicBool::new(false) }
+    }
+
+    /// The proxy serves from now on.
+    pub fn serves(&self, proxy: Proxy) {
+        // There is one proxy in an agent's life.
+        let _ = self.proxy.set(proxy);
+    }
+
+    /// The agent takes no new connections from now on.
+    pub fn ends(&self) {
+        self.ending.store(true, Ordering::Relaxed);
+    }
+
+    /// Why the agent is not ready, each with what it means for pods; empty if it is.
+    pub fn unready(&self) -> Vec<String> {
+        let mut reasons = Vec::new();
+        if self.ending.load(Ordering::Relaxed) {
+            reasons.push("the agent ends: it serves what is open and takes nothing new".to_owned());
+        }
+        if self.proxy.get().is_none() {
+            reasons.push(
+                "not every cluster has been reached and given a serving certificate yet; enrolled pods are refused"
+                    .to_owned(),
+            );
+        }
+        if !self.observed.is_settled() {
+            reasons.push(
+                "the pods of this node are not known or not enrolled yet; new ones are refused".to_owned(),
+            );
+        }
+        if let Some(failure) = self.recorder.measured().failure {
+            reasons.push(format!("recording stopped: {failure}; requests that must be recorded are refused"));
+        }
+        reasons
+    }
+}

@@ -1,0 +1,132 @@
+//! What monitoring sees of a node: metrics that agree with what the pods did, health and readiness.
+
+use std::{
+    collections::BTreeMap,
+    io::{Read as _, Write as _},
+    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
+    path::Path,
+    time::{Duration, SystemTime},
+};
+
+use weir_tests::{AgentProcess, PodSpec, agent, agent::TrustSource, wait_until};
+
+use super::{DEADLINE, Scene, client::Requests, storage_faults::Mounted};
+
+/// How long an answer may take; far longer than it takes.
+const ANSWER_DEADLINE: Duration = Duration::from_secs(10);
+/// Every family there is, as operators read of it.
+const DOCUMENTATION: &str = include_str!("../../../docs/metrics.md");
+
+/// An agent's address for monitoring.
+struct Monitored(SocketAddr);
+
+impl Monitored {
+    /// Starts an agent that serves metrics on a port that is free.
+    fn start(scene: &Scene) -> (AgentProcess, Self) {
+        let free = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap();
+        let mut configuration =
+            agent::configuration(&scene.testbed, &scene.journal(), TrustSource::ClusterSigner);
+        configuration["metrics"] = serde_json::json!({"address": free.to_string()});
+        let path = scene.scratch.path().join("agent.yaml");
+        agent::write_configuration(&configuration, &path).unwrap();
+        let agent = AgentProcess::start(&path, &scene.scratch.path().join("agent.log")).unwrap();
+        (agent, Self(free))
+    }
+
+    /// Status and body.
+    fn get(&self, path: &str) -> anyhow::Result<(u16, String)> {
+        let mut stream = TcpStream::connect_timeout(&self.0, ANSWER_DEADLINE)?;
+        stream.set_read_timeout(Some(ANSWER_DEADLINE))?;
+        write!(stream, "GET {path} HTTP/1.1\r\nHost: {}\r\nConnection: close\r\n\r\n", self.0)?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+        Ok((head.split(' ').nth(1).unwrap().parse()?, body.to_owned()))
+    }
+
+    /// The series by name and labels, as they stand there.
+    fn metrics(&self) -> BTreeMap<String, f64> {
+        let (status, text) = self.get("/metrics").unwrap();
+        assert_eq!(status, 200, "{text}");
+        let series = text.lines().filter(|line| !line.starts_with('#'));
+        series
+            .map(|line| line.rsplit_once(' ').unwrap())
+            .map(|(name, value)| (name.to_owned(), value.parse().unwrap()))
+            .collect()
+    }
+}
+
+#[test]
+fn metrics_prove_that_what_the_kernel_saw_of_a_pod_was_proxied() {
+    let Some(mut scene) = Scene::new() else { return };
+    scene.namespace("it-metrics", true);
+    let pod = scene.testbed.run_pod(&PodSpec::idle("it-metrics", "caller")).unwrap();
+    let (agent, monitored) = Monitored::start(&scene);
+    for _ in 0..3 {
+        let out = pod.exec(&["kubectl", "get", "namespace", "default", "-o", "name"]).unwrap();
+        assert!(out.status.success(), "{}", agent.last_lines());
+    }
+    assert_eq!(monitored.get("/healthz").unwrap(), (200, "ok\n".to_owned()));
+    assert_eq!(monitored.get("/readyz").unwrap(), (200, "ready\n".to_owned()));
+    let metrics = monitored.metrics();
+    let uid = &pod.uid;
+    let of_pod = |name: &str, verdict: &str| {
+        metrics[&format!("{name}{{namespace=\"it-metrics\",pod=\"caller\",uid=\"{uid}\"{verdict}}}")]
+    };
+    let redirected = of_pod("weir_pod_connections_total", ",verdict=\"redirected\"");
+    assert!(redirected >= 3.0, "{metrics:#?}");
+    assert_eq!(of_pod("weir_pod_connections_proxied_total", ""), redirected);
+    assert_eq!(of_pod("weir_pod_connections_seen_total", ""), redirected);
+    assert_eq!(of_pod("weir_pod_connections_total", ",verdict=\"passed\""), 0.0);
+    assert!(metrics["weir_proxy_requests_total{cluster=\"testbed\",verdict=\"forwarded\"}"] >= 3.0);
+    assert!(metrics["weir_journal_events_total"] >= 6.0);
+    assert_eq!(metrics["weir_journal_recording"], 1.0);
+    assert_eq!(metrics["weir_ready"], 1.0);
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap();
+    assert!(metrics["weir_certificate_expiry_timestamp_seconds{cluster=\"testbed\"}"] > now.as_secs_f64());
+    // What operators read about is there, and has a value.
+    for name in DOCUMENTATION
+        .lines()
+        .filter_map(|line| line.strip_prefix("| `weir_"))
+        .map(|row| row.split('`').next().unwrap())
+    {
+        let name = format!("weir_{name}");
+        assert!(
+            metrics.keys().any(|series| series.starts_with(&name)),
+            "{name} is not exposed: {metrics:#?}"
+        );
+    }
+}
+
+#[test]
+fn readiness_and_metrics_say_when_recording_stopped() {
+    let Some(mut scene) = Scene::new() else { return };
+    scene.namespace("it-unready", true);
+    let pod = scene.testbed.run_pod(&PodSpec::idle("it-unready", "caller")).unwrap();
+    let mounted = Mounted::new(&["-t", "tmpfs", "-o", "size=6m"], Path::new("none"), &scene.journal());
+    let (_agent, monitored) = Monitored::start(&scene);
+    assert_eq!(monitored.get("/readyz").unwrap().0, 200);
+    let mut requests = Requests::new(&scene.testbed, &pod);
+    let mut filled = 0;
+    while requests.create(&format!("filler-{filled}"), 200_000).status == 201 {
+        filled += 1;
+        assert!(filled < 100, "6 MiB took {filled} objects");
+    }
+    let (status, reasons) = monitored.get("/readyz").unwrap();
+    assert_eq!(status, 503);
+    assert!(reasons.contains("recording stopped: no space left for the journal"), "{reasons}");
+    assert_eq!(monitored.get("/healthz").unwrap().0, 200, "a restart would not help");
+    let metrics = monitored.metrics();
+    assert_eq!((metrics["weir_journal_recording"], metrics["weir_ready"]), (0.0, 0.0));
+    assert!(metrics["weir_proxy_requests_total{cluster=\"testbed\",verdict=\"not_recorded\"}"] >= 1.0);
+    assert!(
+        metrics["weir_journal_write_failures_total"] >= 1.0
+            && metrics["weir_journal_events_lost_total"] >= 1.0
+    );
+    mounted.remount("size=16m");
+    wait_until("recording to go on", DEADLINE, || {
+        requests.create("after", 10);
+        Ok((monitored.get("/readyz")?.0 == 200).then_some(()))
+    })
+    .unwrap();
+}
