@@ -1,10 +1,14 @@
 //! `weir-agent run`: the only place where the parts are wired together.
 //!
-//! The order is the promise: the journal accepts and the kernel programs are in force before anything waits for the
-//! network, so that nothing passes unrecorded. Every task's end is waited for; an unexpected end ends the agent, which
-//! leaves the kernel denying.
+//! The order is the promise: the kernel programs are in force before anything else can fail, and the journal accepts before
+//! anything waits for the network, so that nothing passes unrecorded. Every task's end is waited for; an unexpected end
+//! ends the agent, which leaves the kernel denying.
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
@@ -19,6 +23,7 @@ use crate::{
         api_set::ClusterAddresses,
         cluster_access::ClusterAccessError,
         cluster_watch::{self, ApiSet, ClusterWatch, KnownPods},
+        guard::{self, InForce},
         handover,
         hosts::Hosts,
         loader::{self, Pinning},
@@ -81,8 +86,10 @@ pub enum AppError {
 /// It cannot start, or a part of it failed for good.
 pub async fn run(config: Config) -> Result<(), AppError> {
     let mut signals = Signals::new()?;
+    // With nothing known but addresses: the clusters may be away for long, and the journal may be damaged.
+    let in_force = guard::begin(&guard_options(&config), Path::new(handover::STANDARD))?;
     let recorder = Recorder::start(recorder_options(&config))?;
-    let outcome = run_recorded(&config, &recorder, &mut signals).await;
+    let outcome = run_recorded(&config, in_force, &recorder, &mut signals).await;
     let reason = match &outcome {
         Ok(signal) => (*signal).to_owned(),
         Err(error) => error.to_string(),
@@ -97,6 +104,7 @@ pub async fn run(config: Config) -> Result<(), AppError> {
 /// Everything between the first and the last record; returns the signal that ended it.
 async fn run_recorded(
     config: &Config,
+    in_force: Option<InForce>,
     recorder: &Recorder,
     signals: &mut Signals,
 ) -> Result<&'static str, AppError> {
@@ -109,10 +117,8 @@ async fn run_recorded(
     let (settled, mut ready) = watch::channel(false);
     let observed: Arc<Observed> = Arc::default();
     let telemetry = Arc::new(Telemetry::new(recorder.clone(), observed.clone(), loader::pin_folder()));
-    // In force first, with nothing known: the clusters may be away for long.
     let options = interception::Options {
-        cgroup_root: config.cgroup_root.clone(),
-        pinning: Pinning::standard(),
+        guard: guard_options(config),
         pods,
         clusters: addresses(config, api_sets),
         nodes,
@@ -121,7 +127,7 @@ async fn run_recorded(
         ready: settled,
         observed,
     };
-    let intercepted = interception::run(options, recorder.clone(), stop.clone());
+    let intercepted = interception::run(options, in_force, recorder.clone(), stop.clone());
     tokio::pin!(intercepted);
     // What runs as long as the agent does; the set aborts what is left when it is dropped.
     let mut parts: JoinSet<&'static str> = JoinSet::new();
@@ -243,6 +249,20 @@ async fn start_proxy(
         recorder: recorder.clone(),
         limits: proxy::Limits::default(),
     }))
+}
+
+/// What `config` says of what must be in force before anything else.
+pub fn guard_options(config: &Config) -> guard::Options {
+    let clusters = config.clusters.iter().map(|cluster| guard::ConfiguredCluster {
+        name: cluster.name.clone(),
+        addresses: cluster.addresses.clone(),
+    });
+    guard::Options {
+        cgroup_root: config.cgroup_root.clone(),
+        pinning: Pinning::standard(),
+        clusters: Some(clusters.collect()),
+        state_directory: config.state_directory.clone(),
+    }
 }
 
 /// How `config` wants its clusters to be recorded.

@@ -24,6 +24,8 @@ pub const KIND: &str = "AgentConfiguration";
 pub const CONFIG_BYTES_MAX: u64 = 1024 * 1024;
 /// Most clusters in one configuration.
 pub const CLUSTERS_MAX: usize = 64;
+/// Folder of what must outlive a reboot, where the configuration names none.
+pub const STATE_DIRECTORY: &str = "/var/lib/weir";
 /// Least size of a journal: below it a few requests would fill it.
 pub const JOURNAL_BYTES_MIN: u64 = 64 * 1024 * 1024;
 
@@ -76,6 +78,8 @@ pub struct Config {
     pub tenant: Option<String>,
     /// The journal.
     pub journal: Journal,
+    /// Folder of what else must outlive a reboot: the API set; made if absent.
+    pub state_directory: PathBuf,
     /// The clusters, in the order of their indices.
     pub clusters: Vec<Cluster>,
     /// Which pods are enrolled; the first entry that selects a pod decides.
@@ -262,6 +266,7 @@ limits: {drainSeconds: 10, responseBytesMax: 4096, sessionIdleTimeoutSeconds: 60
         let config = Config::parse(Path::new("weir.yaml"), text, "here").expect("is valid");
         assert_eq!(config.node, "here");
         assert_eq!(config.journal.directory, Path::new("/var/lib/weir/journal"));
+        assert_eq!(config.state_directory, Path::new("/var/lib/weir"));
         assert_eq!(config.enrolment[0].mode, Mode::Enforce);
         assert_eq!(config.metrics, None);
         let text = format!("{text}\nmetrics: {{}}");
@@ -274,8 +279,16 @@ limits: {drainSeconds: 10, responseBytesMax: 4096, sessionIdleTimeoutSeconds: 60
         refused(
             &WHOLE.replace("tenant", "tenent"),
             expect![
-                "configuration weir.yaml: unknown field `tenent`, expected one of `apiVersion`, `kind`, `node`, `tenant`, `journal`, `clusters`, `enrolment`, `intentAnnotations`, `cgroupRoot`, `metrics`, `limits` at line 5 column 1"
+                "configuration weir.yaml: unknown field `tenent`, expected one of `apiVersion`, `kind`, `node`, `tenant`, `journal`, `stateDirectory`, `clusters`, `enrolment`, `intentAnnotations`, `cgroupRoot`, `metrics`, `limits` at line 5 column 1"
             ],
+        );
+    }
+
+    #[test]
+    fn folders_that_depend_on_where_the_agent_is_started_are_refused() {
+        refused(
+            &WHOLE.replace("tenant: acme", "stateDirectory: state"),
+            expect!["configuration weir.yaml: stateDirectory: must be an absolute path"],
         );
     }
 

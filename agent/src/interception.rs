@@ -2,7 +2,8 @@
 //!
 //! [`loader`] puts the programs into the kernel and writes their maps, [`attach`] keeps them attached, [`listener`]
 //! listens in other network namespaces, [`accept`] lets through what [`flow`], [`caller`] and [`process`] vouch for,
-//! [`cluster_watch`] and [`pod`] which pods there are. [`run`] puts it all to work on a node. What a connection says is
+//! [`cluster_watch`] and [`pod`] which pods there are. [`guard`] puts in force what must be so before anything else,
+//! with what [`stored_set`] remembers; [`run`] puts it all to work on a node. What a connection says is
 //! not read here.
 
 pub mod accept;
@@ -19,6 +20,7 @@ mod coverage;
 mod debug_log;
 pub mod enrolment;
 pub mod flow;
+pub mod guard;
 pub mod handover;
 pub mod hosts;
 mod interface;
@@ -36,3 +38,4 @@ pub mod quarantine;
 mod report;
 pub mod run;
 mod sockets;
+pub mod stored_set;

@@ -14,7 +14,11 @@ use weir_agent::{
     config::{self, Config},
     doctor::{self, DoctorOptions},
     exec::{self, ExecOptions},
-    interception::{attach, cgroup, handover, loader, pinned, quarantine},
+    interception::{
+        attach, cgroup,
+        guard::{self, Guarded},
+        handover, loader, pinned, quarantine,
+    },
 };
 
 /// Makes the pods of a Kubernetes node act through a recording gateway.
@@ -35,6 +39,13 @@ enum Command {
         /// Log as JSON, one object a line.
         #[arg(long)]
         log_json: bool,
+    },
+    /// Keep pods from the API servers until the agent runs: for the start of a node, before its kubelet. Changes nothing
+    /// where an agent runs.
+    Guard {
+        /// Configuration file; without one, the addresses that an agent has stored in /var/lib/weir count.
+        #[arg(long, value_name = "FILE")]
+        config: Option<PathBuf>,
     },
     /// Run one command and record its Kubernetes API calls; no cluster install, no change to the command.
     Exec {
@@ -107,6 +118,10 @@ fn main() -> ExitCode {
             }
             finish(result)
         }
+        Command::Guard { config } => {
+            log_to_stderr("warn", false);
+            finish(put_guard_in_force(config.as_deref()))
+        }
         Command::Status { json } => finish(status(json)),
         Command::Quarantine { pod, lift, json } => finish(set_quarantine(&pod, lift, json)),
         Command::Uninstall { force } => finish(uninstall(force)),
@@ -157,6 +172,36 @@ fn run(path: &Path) -> anyhow::Result<()> {
     let config = Config::load(path, &config::default_node())?;
     raise_open_files()?;
     tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(app::run(config))?;
+    Ok(())
+}
+
+#[expect(clippy::print_stdout, reason = "says what was done")]
+fn put_guard_in_force(config: Option<&Path>) -> anyhow::Result<()> {
+    require_root("guard")?;
+    let options = match config {
+        Some(path) => app::guard_options(&Config::load(path, &config::default_node())?),
+        None => guard::Options {
+            cgroup_root: None,
+            pinning: loader::Pinning::standard(),
+            clusters: None,
+            state_directory: config::STATE_DIRECTORY.into(),
+        },
+    };
+    match guard::once(&options, Path::new(handover::STANDARD))? {
+        Guarded::AgentRuns => println!("an agent runs on this node: nothing to do"),
+        Guarded::InForce { api_servers: 0, .. } => {
+            println!(
+                "in force, but no address of an API server is known: pods are kept from none until an agent has run"
+            );
+            eprintln!(
+                "weir-agent: nothing is stored in {} yet, as before an agent has reached a cluster; name                  clusters[].addresses in a configuration, and give --config",
+                options.state_directory.display()
+            );
+        }
+        Guarded::InForce { api_servers, kubelets } => println!(
+            "in force: pods are kept from {api_servers} addresses of API servers and {kubelets} of kubelets until an agent runs"
+        ),
+    }
     Ok(())
 }
 

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
@@ -81,6 +81,7 @@ pub fn configuration(testbed: &Testbed, journal: &Path, trust: TrustSource) -> V
         "kind": "AgentConfiguration",
         "node": NODE_NAME,
         "journal": {"directory": journal},
+        "stateDirectory": journal.with_file_name("state"),
         "clusters": [{
             "name": "testbed",
             "kubeconfig": testbed.layout().kubeconfig("agent"),
@@ -263,6 +264,52 @@ impl AgentProcess {
     /// When the command fails.
     pub fn uninstall(&self) -> Result<()> {
         run(Command::new(&self.binary).arg("uninstall")).map(|_| ())
+    }
+}
+
+/// What `weir-agent guard` has put in force; removed when this value goes, unless an agent has taken it over.
+#[derive(Debug)]
+pub struct Guard {
+    binary: PathBuf,
+    succeeded: bool,
+}
+
+/// Runs `weir-agent guard --config CONFIG`, as a node does before its kubelet, and gives what it says.
+///
+/// # Errors
+/// When it fails; the error has what it wrote.
+pub fn guard(config: &Path) -> Result<String> {
+    run(Command::new(built_binary("weir-agent")?).args(["guard", "--config"]).arg(config))
+}
+
+impl Guard {
+    /// Runs [`guard`].
+    ///
+    /// # Errors
+    /// As there, and when it says that nothing is in force.
+    pub fn put_in_force(config: &Path) -> Result<Self> {
+        let this = Self { binary: built_binary("weir-agent")?, succeeded: false };
+        let said = guard(config)?;
+        ensure!(said.starts_with("in force: pods are kept from "), "weir-agent guard says {said:?}");
+        Ok(this)
+    }
+
+    /// Starts an agent that takes over what is in force, without waiting for it.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn succeed(mut self, config: &Path, log: &Path) -> Result<AgentProcess> {
+        let agent = AgentProcess::spawn(config, log)?;
+        self.succeeded = true;
+        Ok(agent)
+    }
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        if !self.succeeded {
+            let _ = output(Command::new(&self.binary).arg("uninstall"));
+        }
     }
 }
 

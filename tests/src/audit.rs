@@ -26,6 +26,8 @@ pub struct AuditEntry {
     pub request_uri: String,
     /// User name.
     pub user: String,
+    /// Where it came from: what `X-Forwarded-For` says, then the address of the connection itself.
+    pub source_ips: Vec<String>,
     /// UID of the pod whose token made the request.
     pub pod_uid: Option<String>,
     /// Resource with subresource, for example `pods/exec`; empty for non-resource requests.
@@ -63,6 +65,8 @@ struct Line {
     verb: String,
     #[serde(default, rename = "requestURI")]
     request_uri: String,
+    #[serde(default, rename = "sourceIPs")]
+    source_ips: Vec<String>,
     #[serde(default)]
     user: Value,
     #[serde(default)]
@@ -96,6 +100,7 @@ impl From<Line> for AuditEntry {
             stage: line.stage,
             verb: line.verb,
             request_uri: line.request_uri,
+            source_ips: line.source_ips,
             user: text(&line.user["username"]),
             pod_uid: line.user["extra"][POD_UID][0].as_str().map(str::to_owned),
             resource,
@@ -108,7 +113,7 @@ impl From<Line> for AuditEntry {
 mod tests {
     use super::*;
 
-    const LINE: &str = r#"{"kind":"Event","apiVersion":"audit.k8s.io/v1","level":"Metadata","auditID":"a-1","stage":"ResponseComplete","requestURI":"/api/v1/namespaces/a/pods/p/exec?command=id","verb":"get","user":{"username":"system:serviceaccount:a:s","extra":{"authentication.kubernetes.io/pod-uid":["u-1"]}},"objectRef":{"resource":"pods","namespace":"a","name":"p","apiVersion":"v1","subresource":"exec"},"responseStatus":{"metadata":{},"code":101}}"#;
+    const LINE: &str = r#"{"kind":"Event","apiVersion":"audit.k8s.io/v1","level":"Metadata","auditID":"a-1","stage":"ResponseComplete","requestURI":"/api/v1/namespaces/a/pods/p/exec?command=id","verb":"get","sourceIPs":["10.0.0.9","10.0.0.1"],"user":{"username":"system:serviceaccount:a:s","extra":{"authentication.kubernetes.io/pod-uid":["u-1"]}},"objectRef":{"resource":"pods","namespace":"a","name":"p","apiVersion":"v1","subresource":"exec"},"responseStatus":{"metadata":{},"code":101}}"#;
 
     #[test]
     fn an_entry_names_the_pod_whose_token_made_the_request() {
@@ -116,6 +121,7 @@ mod tests {
         assert_eq!(entries.len(), 1);
         assert_eq!(entries[0].pod_uid.as_deref(), Some("u-1"));
         assert_eq!((entries[0].resource.as_str(), entries[0].status), ("pods/exec", Some(101)));
+        assert_eq!(entries[0].source_ips, ["10.0.0.9", "10.0.0.1"]);
     }
 
     #[test]

@@ -152,6 +152,7 @@ mod tests {
             audit_id: id.to_owned(),
             stage: "ResponseComplete".to_owned(),
             verb: "get".to_owned(),
+            source_ips: Vec::new(),
             request_uri: "/api".to_owned(),
             user: "u".to_owned(),
             pod_uid: Some("pod-1".to_owned()),

@@ -35,10 +35,14 @@ mod enrolment;
 mod escape;
 #[path = "integration/exec.rs"]
 mod exec;
+#[path = "integration/guard.rs"]
+mod guard;
 #[path = "integration/http_attacks.rs"]
 mod http_attacks;
 #[path = "integration/monitoring.rs"]
 mod monitoring;
+#[path = "integration/starting.rs"]
+mod starting;
 #[path = "integration/storage_faults.rs"]
 mod storage_faults;
 #[path = "integration/upgrade.rs"]
@@ -348,6 +352,8 @@ fn a_mistake_in_the_configuration_is_named_with_its_place() {
         },
         certificate.to_str().unwrap(),
     );
+    // What is in force stays so, whatever the agent stumbles over.
+    command::run(Command::new(agent::built_binary("weir-agent").unwrap()).arg("uninstall")).unwrap();
 }
 
 #[test]

@@ -14,7 +14,7 @@ use serde::Deserialize;
 
 use super::{
     API_VERSION, Access, CLUSTERS_MAX, Cluster, Config, Enrolment, JOURNAL_BYTES_MIN, Journal, KIND,
-    LabelSelector, Limits, Mode, Trust,
+    LabelSelector, Limits, Mode, STATE_DIRECTORY, Trust,
 };
 use crate::recording::{JOURNAL_BYTES_MAX, RESPONSE_BYTES_MAX, SESSION_IDLE_TIMEOUT};
 
@@ -53,6 +53,10 @@ pub(super) struct AgentConfiguration {
     /// Where records are kept on the node.
     #[serde(default)]
     journal: RawJournal,
+    /// Folder of what else must outlive a reboot, an absolute path; made if absent. `api-set.json` in it has the addresses
+    /// from which `weir-agent guard` and an agent that starts keep pods before they have reached a cluster.
+    #[serde(default = "state_directory")]
+    state_directory: PathBuf,
     /// The clusters that this node's pods act on: their own, and others. Names, addresses and host names are each of one
     /// cluster only.
     #[cfg_attr(test, schemars(length(min = 1, max = CLUSTERS_MAX)))]
@@ -108,6 +112,10 @@ struct RawJournal {
     /// Most bytes of all segments together. A full journal refuses mutations, so that nothing goes on unrecorded.
     #[cfg_attr(test, schemars(range(min = JOURNAL_BYTES_MIN)))]
     bytes_max: u64,
+}
+
+fn state_directory() -> PathBuf {
+    STATE_DIRECTORY.into()
 }
 
 impl Default for RawJournal {
@@ -217,6 +225,9 @@ impl AgentConfiguration {
         if !self.journal.directory.is_absolute() {
             return invalid("journal.directory", "must be an absolute path");
         }
+        if !self.state_directory.is_absolute() {
+            return invalid("stateDirectory", "must be an absolute path");
+        }
         if self.journal.bytes_max < JOURNAL_BYTES_MIN {
             return invalid("journal.bytesMax", format!("must be at least {JOURNAL_BYTES_MIN}"));
         }
@@ -224,6 +235,7 @@ impl AgentConfiguration {
             node: self.node.unwrap_or_else(|| default_node.to_owned()),
             tenant: self.tenant,
             journal: Journal { directory: self.journal.directory, bytes_max: self.journal.bytes_max },
+            state_directory: self.state_directory,
             clusters: clusters(self.clusters)?,
             enrolment: enrolment(self.enrolment)?,
             intent_annotations: self.intent_annotations,

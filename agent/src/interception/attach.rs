@@ -29,7 +29,7 @@ use weir_common::kernel::{maps, programs};
 use super::{
     bpf::{attach_kind, attached_programs, link_update, open_pin},
     interface::HostEnd,
-    pinned::pinned_map,
+    pinned::{is_attached_by, pinned_links, pinned_map},
 };
 
 /// Why programs cannot be attached, kept or removed.
@@ -154,8 +154,11 @@ pub(super) struct Attached {
 #[derive(Clone, Debug)]
 struct Target {
     folder: PathBuf,
-    programs: &'static [&'static str],
+    programs: Programs,
 }
+
+/// Names of programs, in the order in which they are attached.
+type Programs = &'static [&'static str];
 
 /// What a look at the kernel has shown.
 #[derive(Debug, Default)]
@@ -185,17 +188,29 @@ impl Attached {
     }
 
     /// Attaches these programs to the cgroup in their order, or replaces the pinned ones.
-    pub(super) fn attach(
+    pub(super) fn attach(&mut self, cgroup: &Path, programs: Programs) -> Result<(), AttachError> {
+        self.attach_if(cgroup, programs, |_, _, _| true)
+    }
+
+    /// The same with those alone that are not attached there by a pinned link, whoever made it.
+    pub(super) fn attach_missing(&mut self, cgroup: &Path, programs: Programs) -> Result<(), AttachError> {
+        self.attach_if(cgroup, programs, |pin, folder, program| {
+            !pin.is_some_and(|pin| is_attached_by(pin, folder, attach_kind(program)))
+        })
+    }
+
+    fn attach_if(
         &mut self,
         cgroup: &Path,
-        programs: &'static [&'static str],
+        programs: Programs,
+        is_wanted: impl Fn(Option<&Path>, &File, &str) -> bool,
     ) -> Result<(), AttachError> {
         let at = |source| AttachError::Cgroup { path: cgroup.to_owned(), source };
         let folder = File::open(cgroup).map_err(at)?;
         let id = folder.metadata().map_err(at)?.ino();
         for program in programs {
             let pin = self.pin(&format!("{id}-{program}"))?;
-            if !self.replaced(pin.as_deref(), program)? {
+            if is_wanted(pin.as_deref(), &folder, program) && !self.replaced(pin.as_deref(), program)? {
                 let link = self.link(program, &folder, cgroup)?;
                 self.keep(link, pin)?;
             }
@@ -443,22 +458,6 @@ fn remove_filters(pins: &Path) {
             );
         }
     }
-}
-
-/// The names of the pinned links in a folder of pins.
-pub(super) fn pinned_links(pins: &Path) -> Result<Vec<String>, AttachError> {
-    let path = pins.join("links");
-    let failed = |source| AttachError::Remove { path: path.clone(), source };
-    let entries = match fs::read_dir(&path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        entries => entries.map_err(failed)?,
-    };
-    let mut names = Vec::new();
-    for entry in entries {
-        names.push(entry.map_err(failed)?.file_name().to_string_lossy().into_owned());
-    }
-    names.sort();
-    Ok(names)
 }
 
 /// Removes every pin in a folder of pins: the programs detach (the kernel does that a moment later), the maps go. Returns how many there were.

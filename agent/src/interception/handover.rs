@@ -263,6 +263,10 @@ async fn hand_over(connection: OwnedFd, requests: &mpsc::Sender<Request>) -> Res
         (connection, hello)
     })
     .await?;
+    if matches!(&hello, Err(error) if error.kind() == io::ErrorKind::UnexpectedEof) {
+        // Somebody only looks whether an agent runs.
+        return Ok(false);
+    }
     let Message::Hello { version, layout, pid } = hello?.0 else {
         return Err(io::Error::from(io::ErrorKind::InvalidData).into());
     };

@@ -121,6 +121,7 @@ pub fn pin_folder() -> PathBuf {
 /// The programs and maps in the kernel. Dropped, it detaches what is not pinned.
 pub struct Kernel {
     pub(super) api_set: Mutex<HashMap<MapData, ApiEndpoint, u32>>,
+    pub(super) api_set_changed: tokio::sync::Notify,
     pub(super) cgroups: Mutex<HashMap<MapData, u64, CgroupEntry>>,
     pub(super) flows: Mutex<HashMap<MapData, FlowKey, FlowRecord>>,
     pub(super) counters: PerCpuArray<MapData, u64>,
@@ -166,6 +167,7 @@ impl Kernel {
         let log = debug_log::take(&mut ebpf);
         Ok(Self {
             api_set: Mutex::new(map(&mut ebpf, maps::API_SET)?),
+            api_set_changed: tokio::sync::Notify::new(),
             cgroups: Mutex::new(map(&mut ebpf, maps::CGROUPS)?),
             flows: Mutex::new(map(&mut ebpf, maps::FLOWS)?),
             counters: map(&mut ebpf, maps::COUNTERS)?,
@@ -189,7 +191,15 @@ impl Kernel {
         Ok(attach::lock(&self.attached).attach(cgroup, programs::GUARD_AND_HOOKS)?)
     }
 
-    /// The same without the guard, for a cgroup below one that has it.
+    /// The same, but programs that are pinned and attached already stay, whoever has loaded them.
+    ///
+    /// # Errors
+    /// As [`Self::attach`].
+    pub fn attach_missing(&self, cgroup: &Path) -> Result<(), KernelError> {
+        Ok(attach::lock(&self.attached).attach_missing(cgroup, programs::GUARD_AND_HOOKS)?)
+    }
+
+    /// As [`Self::attach`], without the guard: for a cgroup below one that has it.
     ///
     /// # Errors
     /// As [`Self::attach`].

@@ -44,11 +44,16 @@ impl Kernel {
         let endpoint = endpoint(address);
         let any = ApiEndpoint { port: PORT_UNKNOWN, ..endpoint };
         let mut set = lock(&self.api_set);
+        let is_new = set.get(&endpoint, 0).ok() != Some(cluster);
         // The guards look for the address first: at no moment is an endpoint known to the hooks alone.
         [any, endpoint]
             .iter()
             .try_for_each(|key| set.insert(key, cluster, 0))
-            .map_err(|source| KernelError::Map { map: maps::API_SET, source })
+            .map_err(|source| KernelError::Map { map: maps::API_SET, source })?;
+        if is_new {
+            self.api_set_changed.notify_one();
+        }
+        Ok(())
     }
 
     /// Takes an address out of the API set.
@@ -59,12 +64,18 @@ impl Kernel {
         let endpoint = endpoint(address);
         let mut set = lock(&self.api_set);
         absent_is_fine(set.remove(&endpoint), maps::API_SET)?;
+        self.api_set_changed.notify_one();
         let keys = set.keys().collect::<Result<Vec<_>, _>>();
         let keys = keys.map_err(|source| KernelError::Map { map: maps::API_SET, source })?;
         if keys.iter().any(|key| key.address == endpoint.address && key.port != PORT_UNKNOWN) {
             return Ok(());
         }
         absent_is_fine(set.remove(&ApiEndpoint { port: PORT_UNKNOWN, ..endpoint }), maps::API_SET)
+    }
+
+    /// Waits until this process has changed the API set; a change since the last time counts. For one caller.
+    pub(super) async fn api_set_changed(&self) {
+        self.api_set_changed.notified().await;
     }
 
     /// The API set: addresses and cluster indices (or [`KUBELET`](weir_common::kernel::KUBELET)).

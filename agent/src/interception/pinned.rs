@@ -3,15 +3,21 @@
 use std::{
     collections::BTreeMap,
     fmt,
+    fs::{self, File},
+    io,
     net::SocketAddr,
     path::{Path, PathBuf},
 };
 
-use aya::maps::{HashMap, Map, MapData, MapError, PerCpuArray, PerCpuHashMap};
+use aya::{
+    maps::{HashMap, Map, MapData, MapError, PerCpuArray, PerCpuHashMap},
+    programs::links::{FdLink, PinnedLink},
+};
 use weir_common::kernel::{ApiEndpoint, CgroupEntry, Class, KUBELET, PodCounters, PodName, maps};
 
 use super::{
-    attach,
+    attach::AttachError,
+    bpf::attached_programs,
     counters::{Counters, read_counters, read_pod_counters},
     loader::KernelError,
 };
@@ -101,6 +107,29 @@ impl fmt::Display for PinnedState {
     }
 }
 
+/// The names of the pinned links in a folder of pins.
+pub(super) fn pinned_links(pins: &Path) -> Result<Vec<String>, AttachError> {
+    let path = pins.join("links");
+    let failed = |source| AttachError::Remove { path: path.clone(), source };
+    let entries = match fs::read_dir(&path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries.map_err(failed)?,
+    };
+    let mut names = Vec::new();
+    for entry in entries {
+        names.push(entry.map_err(failed)?.file_name().to_string_lossy().into_owned());
+    }
+    names.sort();
+    Ok(names)
+}
+
+/// Whether a pinned link attaches its program to this cgroup; `kind` is a number of `enum bpf_attach_type`.
+pub(super) fn is_attached_by(pin: &Path, cgroup: &File, kind: u32) -> bool {
+    let link = PinnedLink::from_pin(pin).map(FdLink::from);
+    let Ok(program) = link.and_then(|link| link.info()).map(|info| info.program_id()) else { return false };
+    attached_programs(cgroup, kind).is_ok_and(|attached| attached.contains(&program))
+}
+
 /// Reads what is pinned, without a process of the agent.
 ///
 /// # Errors
@@ -131,7 +160,7 @@ pub fn pinned_state(folder: &Path) -> Result<Option<PinnedState>, KernelError> {
     }
     Ok(Some(PinnedState {
         folder: folder.to_owned(),
-        links: attach::pinned_links(folder)?,
+        links: pinned_links(folder)?,
         counters: read_counters(&counters)?,
         api_endpoints,
         kubelets,

@@ -40,9 +40,12 @@ pub struct PodCgroup {
     pub container: Option<String>,
 }
 
+/// Names of the root of all pods' cgroups, with the driver `cgroupfs` and with `systemd`.
+pub const KUBEPODS_ROOTS: [&str; 2] = ["kubepods", "kubepods.slice"];
+
 /// Whether the name of a folder is that of the root of all pods.
 pub fn is_kubepods_root(name: &str) -> bool {
-    name == "kubepods" || name == "kubepods.slice"
+    KUBEPODS_ROOTS.contains(&name)
 }
 
 /// Reads a cgroup's path, absolute or relative to the mount; none if it is not a pod's or below one.

@@ -1,7 +1,7 @@
 //! Interception on a node: everything of this folder put to work for `weir-agent run`.
 //!
-//! The agent's own cgroup is classified first, so that it can never lock itself out; then the programs are attached
-//! at the root of the tree (and at the root of pods, as soon as that is there); then pods are enrolled, for ever.
+//! What [`guard`] does comes first; then the programs are attached at the root of pods, as soon as that is there; then
+//! pods are enrolled, for ever.
 
 use std::{
     path::{Path, PathBuf},
@@ -15,22 +15,22 @@ use tokio::{
     time::Instant,
 };
 use tokio_util::sync::CancellationToken;
-use weir_common::kernel::{CgroupEntry, Class};
 
 use super::{
     accept::Sink,
     api_set::{self, ClusterAddresses},
-    cgroup::{self, CgroupError},
+    cgroup::CgroupError,
     cgroup_tree::{Tree, TreeWatch},
     cluster_watch::KnownPods,
     enrolment::{Enrolment, Settings, Tenants},
+    guard::{self, InForce},
     handover::{self, HandoverError, Taken},
     hosts::{self, Hosts},
-    listener::{self, ListenerError},
-    loader::{Kernel, KernelError, Pinning},
+    listener::ListenerError,
+    loader::{Kernel, KernelError},
     namespace,
     observed::Observed,
-    report,
+    report, stored_set,
 };
 use crate::{proxy::Accepted, recording::Recorder};
 
@@ -41,8 +41,6 @@ const RESCAN_WAITING: Duration = Duration::from_millis(10);
 /// How long a pod may make the agent look that often; after that (a sandbox that does not start) it is looked at
 /// with the others.
 const WAITING_MAX: Duration = Duration::from_secs(30);
-/// Levels of the tree on which a pod's connection meets the programs: the root of pods, and the root.
-const ATTACH_LEVELS: u32 = 2;
 
 /// Why interception cannot start or go on.
 #[derive(Debug, thiserror::Error)]
@@ -81,10 +79,8 @@ pub enum InterceptionError {
 /// What interception on a node needs.
 #[derive(Debug)]
 pub struct Options {
-    /// Mount point of cgroup v2; found if none is given.
-    pub cgroup_root: Option<PathBuf>,
-    /// Where programs and maps are pinned.
-    pub pinning: Pinning,
+    /// What must be in force before anything else.
+    pub guard: guard::Options,
     /// This node's pods, from [`super::cluster_watch::ClusterWatch::watch_pods`].
     pub pods: watch::Receiver<KnownPods>,
     /// The addresses of each cluster.
@@ -112,39 +108,31 @@ pub enum Ended {
 }
 
 /// Intercepts until cancelled or until a successor has taken over. On return listeners are closed and pins stay: enrolled
-/// pods are denied until the next agent is there, unless it is the successor.
+/// pods are denied until the next agent is there, unless it is the successor. `in_force` is what [`guard::begin`] gave;
+/// without it the guard is put in force here, once the agent that runs waits to be taken over from.
 ///
 /// # Errors
 /// Interception cannot start, or a part of it has ended.
 pub async fn run(
     options: Options,
+    in_force: Option<InForce>,
     recorder: Recorder,
     cancellation: CancellationToken,
 ) -> Result<Ended, InterceptionError> {
-    let mount = match options.cgroup_root {
-        Some(mount) => mount,
-        None => cgroup::mount_point()?,
-    };
     let mut taken = match &options.handover {
         Some(path) => handover::take(path).await?,
         None => None,
     };
-    let kernel = Arc::new(Kernel::load(options.pinning)?);
+    let in_force = match in_force {
+        Some(in_force) => in_force,
+        None => guard::agent_in_force(&options.guard)?,
+    };
+    let InForce { kernel, mount, own_cgroup, stored } = in_force;
     if taken.is_none() {
         kernel.forget_flows()?;
     }
-    let own_cgroup = own_cgroup()?;
-    if let Some(own) = own_cgroup {
-        let entry = CgroupEntry { listener_netns: 0, class: Class::Agent as u32, listener_port: 0 };
-        kernel.classify(own, entry)?;
-    }
     let host_namespace = namespace::own()
         .map_err(|source| InterceptionError::Io { action: "read /proc/self/ns/net", source })?;
-    kernel.set_settings(listener::own_netns()?, ATTACH_LEVELS)?;
-    let configured = options.clusters.iter().flat_map(|cluster| {
-        cluster.configured.iter().map(|address| (*address, cluster.cluster)).collect::<Vec<_>>()
-    });
-    configured.into_iter().try_for_each(|(address, cluster)| kernel.set_api_endpoint(address, cluster))?;
     let observed = options.observed;
     let sink = Sink {
         kernel: kernel.clone(),
@@ -155,18 +143,24 @@ pub async fn run(
     let settings = Settings { host_namespace, own_cgroup, sink };
     let listeners = taken.as_mut().map(|taken| std::mem::take(&mut taken.listeners)).unwrap_or_default();
     let (mut enrolment, tenants) = Enrolment::new(settings, listeners, cancellation.child_token());
-    // The pods that are there are known as pods before anything is attached above them.
+    // This process's programs take the place of a former one's, at the root first, which has the guard.
+    kernel.attach(&mount)?;
     let watch = tree_watch()?;
     let tree = Tree::read(&mount, |folder| watch.watch(folder))
         .map_err(|source| InterceptionError::Io { action: "read the cgroup tree", source })?;
     enrolment.apply(tree, &None).await?;
-    kernel.attach(&mount)?;
-    tracing::info!(cgroup = %mount.display(), "attached to the root of the tree");
 
     let part = cancellation.child_token();
     // While a successor takes over, what the kernel reports is for it to read.
     let (frozen, is_frozen) = watch::channel(false);
     let mut tasks = beside(&kernel, &tenants, &recorder, is_frozen, &part)?;
+    let names = options.guard.clusters.into_iter().flatten().map(|cluster| cluster.name).collect();
+    let storing =
+        stored_set::follow(kernel.clone(), names, options.guard.state_directory, stored, part.clone());
+    tasks.spawn(async {
+        storing.await;
+        Ok("storing the API set")
+    });
     follow_addresses(&mut tasks, &kernel, options.clusters, options.nodes, &part)?;
     let mut succession =
         Succession { taken, path: options.handover, requests: None, frozen, observed, part: part.clone() };
@@ -364,17 +358,6 @@ fn tree_watch() -> Result<TreeWatch, InterceptionError> {
         action: "watch the cgroup tree; is fs.inotify.max_user_instances used up",
         source,
     })
-}
-
-/// The agent's own cgroup; none where it runs in the root cgroup, which holds everything else as well.
-fn own_cgroup() -> Result<Option<u64>, InterceptionError> {
-    let Some(path) = cgroup::of_process(std::process::id()) else { return Ok(None) };
-    let folder = cgroup::mount_point()?.join(path);
-    // Every cgroup but the root has this file (cgroup-v2.rst).
-    if !folder.join("cgroup.events").exists() {
-        return Ok(None);
-    }
-    Ok(Some(cgroup::id(&folder)?))
 }
 
 type Part = Result<Result<&'static str, InterceptionError>, tokio::task::JoinError>;

@@ -17,6 +17,7 @@ use weir_agent::{
         api_set::ClusterAddresses,
         attach,
         cluster_watch::{ApiSet, KnownPod, KnownPods},
+        guard::{self, ConfiguredCluster},
         hosts::Hosts,
         loader::Pinning,
         pinned::pinned_state,
@@ -59,7 +60,7 @@ struct Node {
     recorder: Recorder,
     cancellation: CancellationToken,
     running: tokio::task::JoinHandle<Result<Ended, InterceptionError>>,
-    _journal: tempfile::TempDir,
+    journal: tempfile::TempDir,
 }
 
 impl Node {
@@ -89,8 +90,12 @@ impl Node {
         let (ready, is_ready) = watch::channel(false);
         let cancellation = CancellationToken::new();
         let options = Options {
-            cgroup_root: Some(root.0.clone()),
-            pinning,
+            guard: guard::Options {
+                cgroup_root: Some(root.0.clone()),
+                pinning,
+                clusters: Some(vec![ConfiguredCluster { name: "cluster".to_owned(), addresses: vec![API4] }]),
+                state_directory: journal.path().join("state"),
+            },
             pods: watched,
             clusters: vec![ClusterAddresses { cluster: 0, published: api_set, configured: vec![API4] }],
             nodes: watch::channel(Hosts::default()).1,
@@ -99,7 +104,7 @@ impl Node {
             ready,
             observed: Arc::default(),
         };
-        let running = tokio::spawn(run(options, recorder.clone(), cancellation.clone()));
+        let running = tokio::spawn(run(options, None, recorder.clone(), cancellation.clone()));
         Some(Self {
             root,
             kubepods,
@@ -110,7 +115,7 @@ impl Node {
             recorder,
             cancellation,
             running,
-            _journal: journal,
+            journal,
         })
     }
 
@@ -173,6 +178,22 @@ async fn a_pod_is_denied_until_it_is_enrolled_and_then_known_by_name() {
     container.take(sandbox.pid());
     eventually("a new sandbox: arrives", client, Result::is_ok).await;
     drop((sandbox, container, pod, qos));
+    node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_cluster_publishes_is_stored_for_the_next_start() {
+    let Some(node) = Node::start("stored") else { return };
+    let file = node.journal.path().join("state/api-set.json");
+    let stored = |address: SocketAddr| {
+        std::fs::read_to_string(&file).is_ok_and(|text| text.contains(&format!("\"{address}\"")))
+    };
+    node.published.send_if_modified(|set| set.endpoints.insert(API6));
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
+    while !(stored(API4) && stored(API6)) {
+        assert!(tokio::time::Instant::now() < deadline, "{:?}", std::fs::read_to_string(&file));
+        tokio::task::yield_now().await;
+    }
     node.stop().await;
 }
 

@@ -12,11 +12,11 @@ use std::{
 
 use nix::sys::signal::Signal;
 use serde_json::Value;
-use weir_tests::{Pod, PodSpec, agent::TrustSource, command, wait_until};
+use weir_tests::{AgentProcess, Pod, PodSpec, agent::TrustSource, command, wait_until};
 
 use super::{DEADLINE, Scene};
 
-const PROGRAM: &str = "/tmp/weir-escape";
+pub(super) const PROGRAM: &str = "/tmp/weir-escape";
 const BRIDGE: &str = "weirtb0";
 const BRIDGE_ADDRESS: &str = "10.244.0.1";
 const POD_NETWORK: &str = "10.244.0.0";
@@ -88,7 +88,7 @@ const WAYS: [(&str, Target, Expected); 37] = [
 ];
 
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum Target {
+pub(super) enum Target {
     Service,
     Endpoint,
     /// Another address of the API server's machine.
@@ -96,8 +96,8 @@ enum Target {
     Kubelet,
 }
 
-struct Attack<'a> {
-    pod: &'a Pod<'a>,
+pub(super) struct Attack<'a> {
+    pub(super) pod: &'a Pod<'a>,
     program: PathBuf,
     endpoint: String,
     alias: String,
@@ -106,7 +106,7 @@ struct Attack<'a> {
 }
 
 impl<'a> Attack<'a> {
-    fn new(scene: &'a Scene, pod: &'a Pod<'a>) -> Self {
+    pub(super) fn new(scene: &'a Scene, pod: &'a Pod<'a>) -> Self {
         let program = program();
         pod.install(&program, PROGRAM).unwrap();
         let json = |arguments: &[&str]| -> Value {
@@ -131,7 +131,7 @@ impl<'a> Attack<'a> {
         }
     }
 
-    fn address(&self, target: Target) -> &str {
+    pub(super) fn address(&self, target: Target) -> &str {
         match target {
             Target::Service => SERVICE,
             Target::Endpoint => &self.endpoint,
@@ -140,21 +140,31 @@ impl<'a> Attack<'a> {
         }
     }
 
+    /// Waits until an agent knows the machine's other address.
+    pub(super) fn wait_until_known(&self, agent: &AgentProcess) {
+        wait_until("the agent to know the machine's other address", DEADLINE, || {
+            let status = agent.status()?;
+            let mut known = status["apiEndpoints"].as_array().into_iter().flatten();
+            Ok(known.any(|address| *address == self.alias.as_str()).then_some(()))
+        })
+        .unwrap();
+    }
+
     /// Tries a way from the pod; gives what the client saw and what the far side did.
-    fn try_way(&self, way: &str, target: Target) -> (String, Vec<String>) {
+    pub(super) fn try_way(&self, way: &str, target: Target) -> (String, Vec<String>) {
         let out = self.pod.exec(&[PROGRAM, way, self.address(target)]).unwrap();
         assert!(out.status.success(), "{way}: {}", String::from_utf8_lossy(&out.stderr));
         (String::from_utf8(out.stdout).unwrap().trim().to_owned(), self.direct())
     }
 
     /// The same from a process of the host that goes where `place` says.
-    fn try_from(&self, place: &[&str], way: &str) -> (String, Vec<String>) {
+    pub(super) fn try_from(&self, place: &[&str], way: &str) -> (String, Vec<String>) {
         let out = command::run(Command::new(&self.program).args(place).args([way, SERVICE])).unwrap();
         (out.trim().to_owned(), self.direct())
     }
 
     /// The packets to an API server or kubelet that the far side saw since the last time.
-    fn direct(&self) -> Vec<String> {
+    pub(super) fn direct(&self) -> Vec<String> {
         // What the pod sends now comes after all that it has sent before.
         let seen = self.watch.until_marker(|address| {
             self.pod.exec(&[PROGRAM, "udp-sendto", address]).unwrap();
@@ -268,12 +278,7 @@ fn no_process_of_an_enrolled_pod_reaches_an_api_server_or_kubelet_around_weir() 
     }
 
     let mut agent = scene.agent(TrustSource::ClusterSigner);
-    wait_until("the agent to know the machine's other address", DEADLINE, || {
-        let status = agent.status()?;
-        let mut known = status["apiEndpoints"].as_array().into_iter().flatten();
-        Ok(known.any(|address| *address == attack.alias.as_str()).then_some(()))
-    })
-    .unwrap();
+    attack.wait_until_known(&agent);
     let mut failed = Vec::new();
     for (way, target, expected) in &WAYS {
         let (said, direct) = attack.try_way(way, *target);

@@ -1,0 +1,158 @@
+//! What is in force before any cluster has been asked: the guard alone, and the API set that was stored.
+
+use std::{
+    collections::HashMap,
+    net::{Ipv4Addr, SocketAddr, TcpListener},
+    path::{Path, PathBuf},
+};
+
+use weir_agent::interception::{
+    guard::{self, ConfiguredCluster, Guarded, Options},
+    loader::Pinning,
+    pinned::pinned_state,
+};
+use weir_common::kernel::{CgroupEntry, Class, programs};
+
+use crate::pins::OwnBpffs;
+use crate::world::{API4, API6, Dial, OwnCgroup, OwnNetns, dial, load};
+
+const REFUSED: nix::Error = nix::Error::ECONNREFUSED;
+
+/// A node just after its boot.
+struct Node {
+    root: OwnCgroup,
+    state: tempfile::TempDir,
+    bpffs: OwnBpffs,
+}
+
+impl Node {
+    fn new(name: &str) -> Option<Self> {
+        load(Pinning::Unpinned)?;
+        let bpffs = OwnBpffs::mount().unwrap();
+        Some(Self { root: OwnCgroup::new(name), state: tempfile::tempdir().unwrap(), bpffs })
+    }
+
+    fn pins(&self) -> PathBuf {
+        self.bpffs.0.path().join("weir/v2")
+    }
+
+    fn store(&self, text: &str) {
+        std::fs::write(self.state.path().join("api-set.json"), text).unwrap();
+    }
+
+    fn options(&self, clusters: Option<&[(&str, SocketAddr)]>) -> Options {
+        let cluster = |(name, address): &(&str, SocketAddr)| ConfiguredCluster {
+            name: (*name).to_owned(),
+            addresses: vec![*address],
+        };
+        Options {
+            cgroup_root: Some(self.root.0.clone()),
+            pinning: Pinning::Pinned(self.pins()),
+            clusters: clusters.map(|clusters| clusters.iter().map(cluster).collect()),
+            state_directory: self.state.path().to_owned(),
+        }
+    }
+
+    /// No agent listens there.
+    fn handover(&self) -> PathBuf {
+        self.state.path().join("handover.sock")
+    }
+
+    fn guard(&self, clusters: Option<&[(&str, SocketAddr)]>) -> Guarded {
+        guard::once(&self.options(clusters), &self.handover()).unwrap()
+    }
+
+    fn in_kernel(&self) -> HashMap<SocketAddr, u32> {
+        load(Pinning::Pinned(self.pins())).unwrap().api_endpoints().unwrap()
+    }
+
+    fn below(&self, name: &str) -> OwnCgroup {
+        self.root.below(name)
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        for name in ["kubepods", "kubepods.slice"] {
+            let _ = std::fs::remove_dir(self.root.0.join(name));
+        }
+    }
+}
+
+fn tcp(cgroup: &Path, netns: Option<&OwnNetns>, address: SocketAddr) -> Result<(), nix::Error> {
+    dial(cgroup, netns, Dial::Tcp(address)).map(|_| ())
+}
+
+#[test]
+fn with_the_guard_alone_pods_of_every_kind_are_denied_and_the_host_passes() {
+    let Some(node) = Node::new("cold") else { return };
+    let server = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let local = server.local_addr().unwrap();
+    node.store(&format!(
+        r#"{{"version":1,"clusters":[{{"name":"a","addresses":["{API4}","{local}"]}}],"kubelets":["192.0.2.1:10250"]}}"#
+    ));
+    assert_eq!(node.guard(None), Guarded::InForce { api_servers: 2, kubelets: 1 });
+    let netns = OwnNetns::new();
+    // The kubelet comes after the guard, and its pods below whichever root it takes.
+    let system = node.below("system.slice");
+    for root in ["kubepods", "kubepods.slice"] {
+        let pod = node.below(&format!("{root}/pod0b5e2f6a-3c1d-4e5f-8a9b-0c1d2e3f4a5b"));
+        assert_eq!(tcp(&pod.0, Some(&netns), API4), Err(REFUSED), "{root}");
+        assert_eq!(tcp(&pod.0, None, local), Err(REFUSED), "{root}, in the host's network");
+    }
+    assert_eq!(tcp(&system.0, None, local), Ok(()));
+    assert_eq!(tcp(&system.0, Some(&netns), API4), Err(REFUSED), "no pod's cgroup, but no host's network");
+}
+
+#[test]
+fn the_guard_changes_nothing_that_is_in_force() {
+    let Some(node) = Node::new("twice") else { return };
+    let pods = node.below("kubepods");
+    let agent = load(Pinning::Pinned(node.pins())).unwrap();
+    agent.set_api_endpoint(API4, 0).unwrap();
+    agent.attach(&node.root.0).unwrap();
+    let pod = pods.below("pod0b5e2f6a-3c1d-4e5f-8a9b-0c1d2e3f4a5b");
+    let entry = CgroupEntry { listener_netns: 0, class: Class::Unselected as u32, listener_port: 0 };
+    agent.classify(pod.id(), entry).unwrap();
+    for _ in 0..2 {
+        assert_eq!(node.guard(Some(&[("a", API6)])), Guarded::InForce { api_servers: 2, kubelets: 0 });
+        let inspection = agent.inspect().unwrap();
+        assert!(inspection.repaired.is_empty(), "the agent's programs stay: {:?}", inspection.repaired);
+        assert!(inspection.foreign.is_empty(), "and are alone: {:?}", inspection.foreign);
+        assert_eq!(agent.cgroups().unwrap().get(&pod.id()), Some(&entry), "a known pod keeps its verdict");
+    }
+    // What is missing comes back, the rest stays.
+    let link = node.pins().join(format!("links/{}-{}", node.root.id(), programs::CONNECT4));
+    std::fs::remove_file(&link).unwrap();
+    node.guard(None);
+    assert!(link.exists());
+    assert!(!node.root.0.join("kubepods.slice").exists(), "the root of pods is there already");
+    let links = pinned_state(&node.pins()).unwrap().unwrap().links;
+    assert_eq!(links.len(), programs::GUARD_AND_HOOKS.len());
+    drop(pod);
+}
+
+#[test]
+fn what_was_stored_is_found_by_the_clusters_names_when_their_order_changes() {
+    let Some(node) = Node::new("names") else { return };
+    let _pods = node.below("kubepods");
+    let [own, other, gone]: [SocketAddr; 3] =
+        ["203.0.113.1:443", "203.0.113.2:443", "203.0.113.3:443"].map(|address| address.parse().unwrap());
+    node.store(&format!(
+        r#"{{"version":1,"clusters":[{{"name":"gone","addresses":["{gone}","{own}"]}},{{"name":"own","addresses":["{own}"]}},{{"name":"other","addresses":["{other}"]}}],"kubelets":[]}}"#
+    ));
+    node.guard(None);
+    assert_eq!(node.in_kernel(), HashMap::from([(gone, 0), (own, 1), (other, 2)]));
+    let begun = guard::begin(&node.options(Some(&[("other", API4), ("own", API6)])), &node.handover());
+    assert!(begun.unwrap().is_some());
+    assert_eq!(node.in_kernel(), HashMap::from([(other, 0), (API4, 0), (own, 1), (API6, 1)]));
+}
+
+#[test]
+fn a_damaged_file_leaves_the_configured_addresses() {
+    let Some(node) = Node::new("damaged") else { return };
+    let _pods = node.below("kubepods");
+    node.store("{");
+    assert_eq!(node.guard(Some(&[("a", API4)])), Guarded::InForce { api_servers: 1, kubelets: 0 });
+    assert_eq!(node.in_kernel(), HashMap::from([(API4, 0)]));
+}
