@@ -43,6 +43,8 @@ mod http_attacks;
 mod monitoring;
 #[path = "integration/starting.rs"]
 mod starting;
+#[path = "integration/pod_kinds.rs"]
+mod pod_kinds;
 #[path = "integration/storage_faults.rs"]
 mod storage_faults;
 #[path = "integration/upgrade.rs"]

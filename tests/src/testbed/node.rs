@@ -106,6 +106,8 @@ pub(super) fn start_containerd(start: &mut Start<'_>) -> Result<()> {
 pub(super) fn start_kubelet(start: &mut Start<'_>) -> Result<()> {
     let [kubelet_port] = free_ports(BRIDGE_ADDRESS)?;
     let root = start.layout.path("kubelet");
+    let static_pods = start.layout.path("static-pods");
+    fs::create_dir_all(&static_pods).with_context(|| format!("cannot make {}", static_pods.display()))?;
     for name in ["", "plugins", "pod-logs"] {
         fs::create_dir_all(root.join(name)).with_context(|| format!("cannot make {}", root.display()))?;
     }
@@ -143,6 +145,8 @@ pub(super) fn start_kubelet(start: &mut Start<'_>) -> Result<()> {
             "memory.available": "0%", "nodefs.available": "0%", "nodefs.inodesFree": "0%",
             "imagefs.available": "0%", "imagefs.inodesFree": "0%",
         },
+        "staticPodPath": static_pods,
+        "fileCheckFrequency": "1s",
         "syncFrequency": "5s",
         "nodeStatusUpdateFrequency": "2s",
         "maxPods": 64,
