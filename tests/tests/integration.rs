@@ -41,10 +41,10 @@ mod guard;
 mod http_attacks;
 #[path = "integration/monitoring.rs"]
 mod monitoring;
-#[path = "integration/starting.rs"]
-mod starting;
 #[path = "integration/pod_kinds.rs"]
 mod pod_kinds;
+#[path = "integration/starting.rs"]
+mod starting;
 #[path = "integration/storage_faults.rs"]
 mod storage_faults;
 #[path = "integration/upgrade.rs"]
