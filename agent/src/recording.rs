@@ -26,6 +26,7 @@ mod segment;
 mod session;
 #[cfg(test)]
 mod tests;
+mod throttle;
 mod worker;
 mod writer;
 
@@ -58,6 +59,7 @@ use self::{
     queue::Queue,
     request::Level,
     session::{Belonging, Sessions},
+    throttle::Throttle,
     worker::{Context, Workers},
     writer::Status,
 };
@@ -169,6 +171,7 @@ pub struct Recorder {
 #[derive(Debug)]
 struct Inner {
     origin: Arc<Origin>,
+    throttle: Throttle,
     queue: Arc<Queue>,
     status: Arc<Status>,
     measures: Arc<Measures>,
@@ -249,6 +252,7 @@ impl Recorder {
             maskers,
             sessions: Mutex::new(SessionTable { sessions, losses: 0 }),
             response_bytes_max: options.response_bytes_max,
+            throttle: Throttle::default(),
             folder,
             writer: Mutex::new(Some(writer)),
         };
@@ -401,23 +405,39 @@ impl Recorder {
         }
     }
 
-    /// Records a connection that never became a request.
+    /// Records a connection that never became a request. What one pod has of them beyond a rate is recorded as a number.
     pub fn connection_refused(&self, cluster: Option<usize>, caller: Option<&Arc<Caller>>, reason: &str) {
         self.inner.measures.connection_refused();
+        if !self.inner.throttle.admits(caller.map(Arc::as_ref), Instant::now()) {
+            return;
+        }
         let caller = caller.map(|caller| Box::new(self.masker(cluster).caller(caller)));
         self.agent_event(cluster, Kind::ConnectionRefused { reason: reason.to_owned(), caller });
     }
 
-    /// Records something an operator should know; `name` is stable, `message` says the mend.
+    /// Records something an operator should know; `name` is stable, `message` says the mend. Of one pod at the same rate.
     pub fn finding(&self, cluster: Option<usize>, caller: Option<&Arc<Caller>>, name: &str, message: &str) {
         self.inner.measures.finding(name);
+        if caller.is_some() && !self.inner.throttle.admits(caller.map(Arc::as_ref), Instant::now()) {
+            return;
+        }
         let caller = caller.map(|caller| Box::new(self.masker(cluster).caller(caller)));
         let (name, message) = (name.to_owned(), message.to_owned());
         self.agent_event(cluster, Kind::Finding { name, message, caller });
     }
 
-    /// Records what the kernel counted against what was proxied.
+    /// Records how many events were not recorded one by one.
+    fn record_throttled(&self) {
+        for (of, events) in self.inner.throttle.take(Instant::now()) {
+            let reason =
+                format!("refused connections and findings of {of} came too fast to be recorded one by one");
+            self.agent_event(None, Kind::Gap { reason, events: Some(events), bytes: None });
+        }
+    }
+
+    /// Records what the kernel counted against what was proxied, and what was not recorded one by one.
     pub fn coverage(&self, coverage: Coverage) {
+        self.record_throttled();
         self.agent_event(None, Kind::Coverage(Box::new(coverage)));
     }
 
@@ -432,6 +452,7 @@ impl Recorder {
     /// # Errors
     /// The last writes failed.
     pub async fn stop(&self, reason: &str) -> Result<(), RecordingError> {
+        self.record_throttled();
         let (inner, reason) = (Arc::clone(&self.inner), reason.to_owned());
         let stopped = tokio::task::spawn_blocking(move || {
             // First the workers: what they still hold goes into the queue.

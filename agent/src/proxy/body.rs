@@ -10,6 +10,7 @@ use std::{
 };
 
 use bytes::{Bytes, BytesMut};
+use http::request::Parts;
 use http_body::{Body, Frame, SizeHint};
 use http_body_util::BodyExt as _;
 use hyper::body::Incoming;
@@ -29,19 +30,33 @@ const HOLD_STEP_BYTES: usize = 64 * 1024;
 /// How much of a refused body is read and thrown away before the connection is closed on the client.
 const DISCARDED_BYTES_MAX: usize = 16 * 1024 * 1024;
 
+/// What a request that is open takes at least, whatever it is: its record, buffers and task. 24 MiB for a pod are thus some
+/// 2,700 open watches.
+const REQUEST_BYTES: usize = 8 * 1024;
+/// What a header takes beside its name and value (as HTTP/2 counts it, RFC 9113 §6.5.2).
+const HEADER_BYTES: usize = 32;
+
+/// Room for a request without its body, kept until the request is over; none if its pod or the agent has no more.
+pub(super) fn request_room(quota: &Arc<Quota>, head: &Parts) -> Option<HeldBytes> {
+    let headers = head.headers.iter().map(|(name, value)| name.as_str().len() + value.len() + HEADER_BYTES);
+    let uri = head.uri.path_and_query().map_or(0, |path| path.as_str().len());
+    quota.hold(REQUEST_BYTES + uri + headers.sum::<usize>())
+}
+
 /// A request's body, whole, with the room it takes in the quotas.
 #[derive(Debug, Default)]
 pub(super) struct Held {
     /// The body; empty if there is none.
     pub(super) bytes: Bytes,
-    room: Option<HeldBytes>,
+    _room: Option<HeldBytes>,
+    /// From [`request_room`].
+    pub(super) request_room: Option<HeldBytes>,
 }
 
 impl Held {
-    /// Gives the room back: the body has been forwarded.
-    pub(super) fn release(&mut self) {
-        self.bytes = Bytes::new();
-        self.room = None;
+    /// The body has been forwarded: gives its room back, and returns that of the request.
+    pub(super) fn forwarded(self) -> Option<HeldBytes> {
+        self.request_room
     }
 }
 
@@ -113,7 +128,7 @@ async fn collect(
         whole.extend_from_slice(&data);
     }
     let bytes = if whole.is_empty() { first } else { whole.freeze() };
-    Ok(Held { bytes, room: Some(room) })
+    Ok(Held { bytes, _room: Some(room), request_room: None })
 }
 
 /// Body of what the client gets.
@@ -140,17 +155,19 @@ pub(super) struct Tapped {
     lease: Option<Lease>,
     cut: CancellationToken,
     closed: bool,
+    _request_room: Option<HeldBytes>,
 }
 
 impl Tapped {
-    /// Taps `inner`; `lease` goes back to its pool when the body has ended.
+    /// Taps `inner`; `lease` goes back to its pool when the body has ended, `request_room` to the quotas.
     pub(super) fn new(
         inner: Incoming,
         record: Arc<RequestRecord>,
         lease: Lease,
         cut: CancellationToken,
+        request_room: Option<HeldBytes>,
     ) -> Self {
-        Self { inner, record, lease: Some(lease), cut, closed: false }
+        Self { inner, record, lease: Some(lease), cut, closed: false, _request_room: request_room }
     }
 
     fn close(&mut self, outcome: Outcome, reason: Option<&str>) {

@@ -18,6 +18,7 @@ use super::{
     headers::{self, Forwarded},
     measures::Verdict,
     pool::Lease,
+    quota::HeldBytes,
     server::Connection,
     status::Refusal,
     upgrade,
@@ -34,7 +35,12 @@ pub(super) async fn answer(
     let (head, body) = request.into_parts();
     let attributes = Attributes::parse(head.method.as_str(), head.uri.path(), head.uri.query());
 
-    let (held, checked) = check(&connection, &head, body).await;
+    let request_room = body::request_room(&connection.quota, &head);
+    let (mut held, checked) = match &request_room {
+        Some(_) => check(&connection, &head, body).await,
+        None => (Held::default(), Err(Refusal::TooManyBodies)),
+    };
+    held.request_room = request_room;
     let recorded = record(&connection, &head, &attributes, &held).await;
     let record = match recorded {
         Ok(record) => Arc::new(record),
@@ -157,9 +163,9 @@ async fn forward(
         pool.send(connection.original_destination, &connection.private, &outgoing).await
     };
     drop(outgoing);
-    held.release();
+    let request_room = held.forwarded();
     let (response, lease) = sent.map_err(|error| upstream_refusal(connection, error))?;
-    Ok(respond(connection, response, lease, streaming, record, client_upgrade))
+    Ok(respond(connection, response, (lease, request_room), streaming, record, client_upgrade))
 }
 
 fn outgoing(
@@ -184,7 +190,7 @@ fn outgoing(
 fn respond(
     connection: &Connection,
     mut response: Response<Incoming>,
-    lease: Lease,
+    (lease, request_room): (Lease, Option<HeldBytes>),
     streaming: bool,
     record: &Arc<RequestRecord>,
     client_upgrade: OnUpgrade,
@@ -196,15 +202,16 @@ fn respond(
     record.response_started(response.status(), response.headers(), streaming || upgraded);
     if !upgraded {
         let cut = connection.shared.cut.clone();
-        return response
-            .map(|inner| ResponseBody::Tapped(Tapped::new(inner, Arc::clone(record), lease, cut)));
+        return response.map(|inner| {
+            ResponseBody::Tapped(Tapped::new(inner, Arc::clone(record), lease, cut, request_room))
+        });
     }
     let server_upgrade = hyper::upgrade::on(&mut response);
     let (shared, record) = (&connection.shared, Arc::clone(record));
     let cut = shared.cut.clone();
     shared.tasks.spawn(async move {
         upgrade::run(client_upgrade, server_upgrade, record, cut).await;
-        drop(lease);
+        drop((lease, request_room));
     });
     response.map(|_| ResponseBody::Whole(None))
 }

@@ -49,8 +49,8 @@ pub(super) enum Refusal {
         /// The limit.
         bytes_max: usize,
     },
-    /// The pod or the agent holds too many bodies already.
-    #[error("too many request bodies are in flight; try again")]
+    /// The pod or the agent has too many requests, or bytes of them, in flight already.
+    #[error("too many requests are in flight; try again")]
     TooManyBodies,
     /// The body did not arrive in time.
     #[error("the request's body did not arrive within {seconds} seconds")]

@@ -396,6 +396,27 @@ async fn many_requests_at_once_share_few_connections() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn open_requests_of_a_pod_are_bounded_and_the_refused_one_is_recorded() {
+    let limits = super::Limits { held_bytes_per_pod_max: 20 * 1024, ..super::Limits::default() };
+    let rig = Rig::with_limits(&["h2"], limits).await;
+    let mut sender = rig.http2().await;
+    let mut watch = || sender.send_request(request(Request::get(format!("https://{NAME}/watch")), ""));
+    let mut open = Vec::new();
+    for _ in 0..2 {
+        let answer = soon(watch()).await.expect("an answer");
+        assert_eq!(answer.status(), StatusCode::OK);
+        open.push(answer);
+    }
+    let (code, reason, message) = status(soon(watch()).await.expect("an answer")).await;
+    assert_eq!((code, reason.as_str()), (429, "TooManyRequests"), "{message}");
+    drop(open.pop());
+    // The stream's reset is on its way.
+    soon(async { while soon(watch()).await.expect("an answer").status() != StatusCode::OK {} }).await;
+    drop((open, sender));
+    assert!(closed(&rig.events().await).iter().any(|(_, outcome)| *outcome == Outcome::Refused));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_drain_closes_what_is_idle_and_cuts_what_does_not_end() {
     let rig = Rig::new(&["h2", "http/1.1"]).await;
     let mut idle = rig.http1().await;
