@@ -131,7 +131,8 @@ struct RawCluster {
     /// Name in records; unique.
     #[cfg_attr(test, schemars(length(min = 1)))]
     name: String,
-    /// The agent reaches it with the service account of its own pod. Either this or `kubeconfig`.
+    /// The agent reaches it with the service account of its own pod, at `KUBERNETES_SERVICE_HOST`: set that to the API
+    /// server's own address, since a ClusterIP needs a kube-proxy, which may wait for the agent. Either this or `kubeconfig`.
     #[serde(default)]
     in_cluster: bool,
     /// The agent reaches it with this kubeconfig file. Either this or `inCluster`.

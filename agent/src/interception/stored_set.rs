@@ -160,8 +160,8 @@ impl StoredSet {
     fn write_to(&self, directory: &Path, path: &Path) -> io::Result<()> {
         let bytes = serde_json::to_vec(self)?;
         DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
-        // During a handover two agents write.
-        let folder = Flock::lock(File::open(directory)?, FlockArg::LockExclusive);
+        // During a handover two agents write. Whoever comes second fails and tries again: the other may be stopped.
+        let folder = Flock::lock(File::open(directory)?, FlockArg::LockExclusiveNonblock);
         let folder = folder.map_err(|(_, errno)| io::Error::from(errno))?;
         let part = path.with_extension("json.part");
         let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&part)?;
@@ -225,7 +225,7 @@ mod tests {
     use expect_test::{Expect, expect};
     use weir_common::kernel::KUBELET;
 
-    use super::{BYTES_MAX, NAME, StoredSet};
+    use super::{BYTES_MAX, Flock, FlockArg, NAME, StoredSet};
 
     fn set(names: &[&str], endpoints: &[(&str, u32)]) -> StoredSet {
         let endpoints = endpoints.iter().map(|(address, value)| (address.parse().expect("valid"), *value));
@@ -295,6 +295,20 @@ mod tests {
                 "STATE/api-set.json is damaged: it has more than 4194304 bytes; remove it, and the agent writes it anew once it has reached the API server"
             ],
         );
+    }
+
+    #[test]
+    fn while_another_agent_writes_nothing_is_changed_and_nobody_waits() {
+        let state = tempfile::tempdir().expect("a folder");
+        let (first, second) = (set(&["a"], &[("192.0.2.1:443", 0)]), set(&["a"], &[("192.0.2.2:443", 0)]));
+        first.write(state.path()).expect("is written");
+        let folder = std::fs::File::open(state.path()).expect("a folder");
+        let other = Flock::lock(folder, FlockArg::LockExclusiveNonblock).expect("is free");
+        second.write(state.path()).expect_err("is refused");
+        assert_eq!(StoredSet::read(state.path()).expect("is whole"), Some(first));
+        drop(other);
+        second.write(state.path()).expect("is written");
+        assert_eq!(StoredSet::read(state.path()).expect("is whole"), Some(second));
     }
 
     #[test]
