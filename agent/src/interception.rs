@@ -39,3 +39,4 @@ mod report;
 pub mod run;
 mod sockets;
 pub mod stored_set;
+pub mod usage;

@@ -5,8 +5,6 @@
 //! early) has port [`PORT_UNKNOWN`]: the guards take that for any port. Only what cannot open a conversation with
 //! an API server is left out: ICMP other than echo requests, which neighbour discovery and path MTU need.
 
-use crate::kernel::Address;
-
 /// Stands for every port: the packet does not say which.
 pub const PORT_UNKNOWN: u32 = 0;
 
@@ -39,12 +37,26 @@ const SHIM6: u8 = 140;
 pub trait Packet {
     /// `N` bytes at this offset; none if the packet ends before.
     fn bytes<const N: usize>(&self, offset: u32) -> Option<[u8; N]>;
+
+    /// `N` words of four bytes at this offset, as they are in memory; none if the packet ends before. Put together from
+    /// single bytes, an address would cost the kernel programs more than looking it up.
+    fn words<const N: usize>(&self, offset: u32) -> Option<[u32; N]>;
 }
 
 impl Packet for &[u8] {
     fn bytes<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
         let start = usize::try_from(offset).ok()?;
         self.get(start..start.checked_add(N)?)?.try_into().ok()
+    }
+
+    fn words<const N: usize>(&self, offset: u32) -> Option<[u32; N]> {
+        let start = usize::try_from(offset).ok()?;
+        let bytes = self.get(start..start.checked_add(N.checked_mul(4)?)?)?;
+        let mut words = [0; N];
+        for (word, bytes) in words.iter_mut().zip(bytes.chunks_exact(4)) {
+            *word = u32::from_ne_bytes(bytes.try_into().ok()?);
+        }
+        Some(words)
     }
 }
 
@@ -53,8 +65,8 @@ impl Packet for &[u8] {
 pub enum Destination {
     /// To this address; the port (host order) is found out by [`port`] only if the address is of interest.
     Address {
-        /// Network order; IPv4 as v4-mapped IPv6.
-        address: Address,
+        /// An [`Address`](crate::kernel::Address) by its four words in memory.
+        address: [u32; 4],
         /// Where to read on.
         transport: Transport,
     },
@@ -73,38 +85,42 @@ pub struct Transport {
     offset: u32,
 }
 
+/// The third word of a v4-mapped address, in memory order.
+const MAPPED: u32 = 0xffff_u32.to_be();
+
 /// Protocol number that no packet can bear (reserved by IANA).
 const RESERVED: u8 = 255;
 
 /// Reads the network header.
 #[inline(always)]
 pub fn destination(packet: &impl Packet) -> Destination {
-    match packet.bytes::<1>(0) {
-        Some([first]) if first >> 4 == 4 => destination4(packet, first),
-        Some([first]) if first >> 4 == 6 => destination6(packet),
+    // As much as the shorter of the two has, at once: each read of a socket buffer costs a call.
+    let Some(header) = packet.words::<5>(0) else { return Destination::None };
+    match header[0].to_ne_bytes()[0] >> 4 {
+        4 => destination4(header),
+        6 => destination6(packet, header[1].to_ne_bytes()[2]),
         _ => Destination::None,
     }
 }
 
 #[inline(always)]
-fn destination4(packet: &impl Packet, first: u8) -> Destination {
-    // Version and length, service, total length, id, fragment, time to live, protocol, checksum, source, destination.
-    let Some(header) = packet.bytes::<20>(0) else { return Destination::None };
-    let fragment_offset = u16::from_be_bytes([header[6], header[7]]) & 0x1fff;
+fn destination4(header: [u32; 5]) -> Destination {
+    // Version and length, service, total length; id, fragment; time to live, protocol, checksum; source; destination.
+    let [first, _, _, _] = header[0].to_ne_bytes();
+    let [_, _, high, low] = header[1].to_ne_bytes();
+    let [_, protocol, _, _] = header[2].to_ne_bytes();
+    let fragment_offset = u16::from_be_bytes([high, low]) & 0x1fff;
     let transport = Transport {
-        protocol: if fragment_offset == 0 { header[9] } else { RESERVED },
+        protocol: if fragment_offset == 0 { protocol } else { RESERVED },
         offset: u32::from(first & 0xf) * 4,
     };
-    let address = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, header[16], header[17], header[18], header[19]];
-    Destination::Address { address, transport }
+    Destination::Address { address: [0, 0, MAPPED, header[4]], transport }
 }
 
 #[inline(always)]
-fn destination6(packet: &impl Packet) -> Destination {
+fn destination6(packet: &impl Packet, mut next: u8) -> Destination {
     // Version, class and label, payload length, next header, hop limit, source, destination.
-    let (Some([mut next]), Some(address)) = (packet.bytes::<1>(6), packet.bytes::<16>(24)) else {
-        return Destination::None;
-    };
+    let Some(address) = packet.words::<4>(24) else { return Destination::None };
     let mut offset = 40;
     for _ in 0..EXTENSIONS_MAX {
         let length = match next {
@@ -178,7 +194,13 @@ mod tests {
     /// The address, and the port if the packet could open a conversation.
     fn read(packet: &[u8]) -> Option<([u8; 16], Option<u32>)> {
         match destination(&packet) {
-            Destination::Address { address, transport } => Some((address, port(&packet, transport))),
+            Destination::Address { address, transport } => {
+                let mut bytes = [0; 16];
+                for (to, word) in bytes.chunks_exact_mut(4).zip(address) {
+                    to.copy_from_slice(&word.to_ne_bytes());
+                }
+                Some((bytes, port(&packet, transport)))
+            }
             Destination::Hidden | Destination::None => None,
         }
     }
@@ -245,5 +267,8 @@ mod tests {
         }
         assert_eq!((&[1_u8, 2][..]).bytes::<2>(1), None);
         assert_eq!((&[1_u8, 2][..]).bytes::<2>(u32::MAX), None);
+        assert_eq!((&[1_u8, 2, 3, 4][..]).words::<1>(0), Some([u32::from_ne_bytes([1, 2, 3, 4])]));
+        assert_eq!((&[1_u8, 2, 3, 4][..]).words::<1>(1), None);
+        assert_eq!((&[1_u8, 2, 3, 4][..]).words::<1>(u32::MAX), None);
     }
 }

@@ -34,7 +34,8 @@ pub(crate) fn nearest() -> Option<Classified> {
 #[inline(always)]
 pub(crate) fn nearest_of(ancestor: impl Fn(i32) -> u64) -> Option<Classified> {
     let mut found = None;
-    for level in 0..LEVELS_MAX {
+    // Of the root nothing is ever said: it holds everything.
+    for level in 1..LEVELS_MAX {
         let id = ancestor(level);
         if id == 0 {
             break;
@@ -73,6 +74,7 @@ pub(crate) fn in_host_netns(netns: u64) -> bool {
 /// A flow record of the calling task, with the destination that it dialled.
 #[inline(always)]
 pub(crate) fn record(original: ApiEndpoint, cluster: u32, pod_cgroup: u64, netns: u64) -> FlowRecord {
+    let (tgid, uid) = process();
     FlowRecord {
         original,
         cluster,
@@ -82,23 +84,42 @@ pub(crate) fn record(original: ApiEndpoint, cluster: u32, pod_cgroup: u64, netns
         netns,
         // SAFETY: no arguments.
         connected_boottime_ns: unsafe { bpf_ktime_get_boot_ns() },
-        tgid: (bpf_get_current_pid_tgid() >> 32) as u32,
-        uid: bpf_get_current_uid_gid() as u32,
+        tgid,
+        uid,
     }
+}
+
+/// Thread group and user of the calling task.
+#[inline(always)]
+pub(crate) fn process() -> (u32, u32) {
+    ((bpf_get_current_pid_tgid() >> 32) as u32, bpf_get_current_uid_gid() as u32)
 }
 
 /// Adds one to a counter, and to that of the pod if the agent has made one.
 #[inline(always)]
 pub(crate) fn count(counter: Counter, pod_cgroup: u64) {
-    if let Some(value) = COUNTERS.get_ptr_mut(counter as u32) {
-        // SAFETY: the map has this entry, and this CPU's value is written by this CPU alone.
-        unsafe { *value = (*value).wrapping_add(1) };
+    count_all(&[counter], pod_cgroup);
+}
+
+/// The same for several counters at once.
+#[inline(always)]
+pub(crate) fn count_all<const N: usize>(counters: &[Counter; N], pod_cgroup: u64) {
+    for counter in counters {
+        if let Some(value) = COUNTERS.get_ptr_mut(*counter as u32) {
+            // SAFETY: the map has this entry, and this CPU's value is written by this CPU alone.
+            unsafe { *value = (*value).wrapping_add(1) };
+        }
     }
-    if let Some(values) = POD_COUNTERS.get_ptr_mut(&pod_cgroup) {
-        // SAFETY: the index is that of a counter, and so within the value, which is this CPU's own.
-        unsafe {
-            let value = addr_of_mut!((*values)[counter as usize]);
-            *value = (*value).wrapping_add(1);
+    // What is of no pod has none: no look-up for it.
+    if pod_cgroup != 0
+        && let Some(values) = POD_COUNTERS.get_ptr_mut(&pod_cgroup)
+    {
+        for counter in counters {
+            // SAFETY: the index is that of a counter, and so within the value, which is this CPU's own.
+            unsafe {
+                let value = addr_of_mut!((*values)[*counter as usize]);
+                *value = (*value).wrapping_add(1);
+            }
         }
     }
 }

@@ -3,32 +3,30 @@
 //! IPv4 is handled as v4-mapped IPv6 throughout, so that one key serves both families and a dial to
 //! `::ffff:a.b.c.d` on an IPv6 socket (which runs `connect6`) is the same connection.
 
-use core::{
-    mem::transmute,
-    ptr::{addr_of, addr_of_mut},
-};
+use core::ptr::{addr_of, addr_of_mut};
 
 use aya_ebpf::{
     EbpfContext, bindings::bpf_sock_addr, helpers::generated::bpf_get_netns_cookie, programs::SockAddrContext,
 };
 use weir_common::{
-    kernel::{Address, ApiEndpoint, Class, Counter, FlowRecord, KUBELET, NoticeKind, Phase, SocketState},
+    kernel::{ApiEndpoint, Class, Counter, FlowRecord, KUBELET, NoticeKind, Phase, SocketState},
     verdict::{Target, Verdict, verdict},
 };
 
-use crate::{API_SET, PROCEED, QUARANTINE, class, socket};
+use crate::{
+    API_SET, PROCEED, QUARANTINE, class,
+    socket::{self, MAPPED},
+};
 
 /// `ECONNREFUSED`: what clients know, and what they get while there is no listener anyway.
 const ECONNREFUSED: i32 = 111;
 /// `SOCK_STREAM`.
 const STREAM: u32 = 1;
-/// The third word of a v4-mapped address, in memory order.
-const MAPPED: u32 = 0xffff_u32.to_be();
 /// 127.0.0.1 in memory order.
 const LOOPBACK4: u32 = 0x7f00_0001_u32.to_be();
 
-/// 127.0.0.1 as the maps have it.
-const LOOPBACK: Address = words([0, 0, MAPPED, LOOPBACK4]);
+/// 127.0.0.1 as the maps have it, in words.
+const LOOPBACK: [u32; 4] = [0, 0, MAPPED, LOOPBACK4];
 
 /// Where the programs send a connection.
 enum Answer {
@@ -62,7 +60,7 @@ pub(crate) fn connect4(ctx: &SockAddrContext) -> i32 {
 #[inline(always)]
 pub(crate) fn connect6(ctx: &SockAddrContext) -> i32 {
     let address = address6(ctx.sock_addr);
-    match judge(ctx, words(address), Call::Connect) {
+    match judge(ctx, address, Call::Connect) {
         Answer::Leave => PROCEED,
         Answer::Redirect(port) => {
             let mapped = address[0] == 0 && address[1] == 0 && address[2] == MAPPED;
@@ -83,11 +81,11 @@ pub(crate) fn sendmsg4(ctx: &SockAddrContext) -> i32 {
 
 #[inline(always)]
 pub(crate) fn sendmsg6(ctx: &SockAddrContext) -> i32 {
-    sendmsg(ctx, words(address6(ctx.sock_addr)))
+    sendmsg(ctx, address6(ctx.sock_addr))
 }
 
 #[inline(always)]
-fn sendmsg(ctx: &SockAddrContext, address: Address) -> i32 {
+fn sendmsg(ctx: &SockAddrContext, address: [u32; 4]) -> i32 {
     match judge(ctx, address, Call::Send) {
         Answer::Leave => PROCEED,
         Answer::Redirect(_) | Answer::Deny => socket::reject(ECONNREFUSED),
@@ -97,7 +95,7 @@ fn sendmsg(ctx: &SockAddrContext, address: Address) -> i32 {
 #[inline(always)]
 pub(crate) fn getpeername4(ctx: &SockAddrContext) {
     if let Some(flow) = redirected(ctx) {
-        let [_, _, _, address] = unwords(flow.original.address);
+        let [_, _, _, address] = socket::words(flow.original.address);
         // SAFETY: as in `address4`.
         unsafe { addr_of_mut!((*ctx.sock_addr).user_ip4).write_volatile(address) };
         set_port(ctx.sock_addr, flow.original.port);
@@ -107,7 +105,7 @@ pub(crate) fn getpeername4(ctx: &SockAddrContext) {
 #[inline(always)]
 pub(crate) fn getpeername6(ctx: &SockAddrContext) {
     if let Some(flow) = redirected(ctx) {
-        set_address6(ctx.sock_addr, unwords(flow.original.address));
+        set_address6(ctx.sock_addr, socket::words(flow.original.address));
         set_port(ctx.sock_addr, flow.original.port);
     }
 }
@@ -122,12 +120,13 @@ fn redirected(ctx: &SockAddrContext) -> Option<&'static FlowRecord> {
 }
 
 #[inline(always)]
-fn judge(ctx: &SockAddrContext, address: Address, call: Call) -> Answer {
-    let original = ApiEndpoint { address, port: socket::port(ctx.sock_addr) };
+fn judge(ctx: &SockAddrContext, address: [u32; 4], call: Call) -> Answer {
+    let port = socket::port(ctx.sock_addr);
+    let original = ApiEndpoint { address: socket::address(address), port };
     let settings = class::settings();
-    let local = socket::is_loopback(&address);
+    let local = socket::is_loopback(address);
     // A server on 127.0.0.1 is reached by every address that stands for this machine.
-    let key = if local { ApiEndpoint { address: LOOPBACK, ..original } } else { original };
+    let key = ApiEndpoint { address: socket::address(if local { LOOPBACK } else { address }), port };
     // SAFETY: values are single words.
     let found = (unsafe { API_SET.get(&key) }).copied();
     let may_be_quarantined = settings.quarantined != 0;
@@ -154,14 +153,6 @@ fn judge(ctx: &SockAddrContext, address: Address, call: Call) -> Answer {
         _ => return elsewhere(ctx, &original, call),
     };
     let listener_here = listener_port != 0 && listener_netns == netns;
-    let flow = class::record(original, cluster, pod_cgroup, netns);
-    // SAFETY: as above.
-    let (kind, protocol) = unsafe {
-        (
-            addr_of!((*ctx.sock_addr).type_).read_volatile(),
-            addr_of!((*ctx.sock_addr).protocol).read_volatile(),
-        )
-    };
     // A number that no class has is a class of a newer agent: unknown, and denied.
     let class = Class::from_number(number);
     let target = if cluster == KUBELET { Target::Kubelet } else { Target::ApiServer };
@@ -170,20 +161,26 @@ fn judge(ctx: &SockAddrContext, address: Address, call: Call) -> Answer {
         (Some(_), None) => Verdict::DenyUnknown,
         _ => verdict(target, class, listener_here, host_netns),
     };
-    let mut initial = SocketState { flow, listener_port, phase: Phase::Made as u32 };
+    let flow = class::record(original, cluster, pod_cgroup, netns);
     // SAFETY: a socket address hook always has its socket.
-    let mut state = unsafe { socket::storage(sock(ctx), Some(&mut initial)) };
+    let mut state = unsafe { socket::storage(sock(ctx), None) };
+    // Outside every classified cgroup the programs are met once, and nothing is redirected: a socket that has no
+    // storage yet needs none.
+    if state.is_none() && nearest.is_some() {
+        let mut initial = SocketState { flow, listener_port, phase: Phase::Made as u32 };
+        // SAFETY: as above.
+        state = unsafe { socket::storage(sock(ctx), Some(&mut initial)) };
+    }
     if let Some(state) = &mut state
         && settings.attach_levels > 1
         && state.phase == Phase::Judged as u32
-        && state.flow.original == original
+        && same(&state.flow.original, &original)
         && state.flow.tgid == flow.tgid
     {
         // The hook of a cgroup further down has counted and reported this very connect.
         state.phase = Phase::Made as u32;
         return answer_again(verdict);
     }
-    class::count(Counter::Seen, pod_cgroup);
     #[cfg(feature = "debug-log")]
     aya_log_ebpf::info!(
         ctx,
@@ -195,7 +192,20 @@ fn judge(ctx: &SockAddrContext, address: Address, call: Call) -> Answer {
         netns,
         verdict as u32
     );
+    // SAFETY: the context is valid while the program runs.
+    let (kind, protocol) = unsafe {
+        (
+            addr_of!((*ctx.sock_addr).type_).read_volatile(),
+            addr_of!((*ctx.sock_addr).protocol).read_volatile(),
+        )
+    };
     decide(verdict, &flow, state, listener_port, (kind, protocol))
+}
+
+/// Whether two endpoints are the same, by words: by bytes it would be twice the program.
+#[inline(always)]
+fn same(one: &ApiEndpoint, other: &ApiEndpoint) -> bool {
+    one.port == other.port && socket::words(one.address) == socket::words(other.address)
 }
 
 /// Counts, reports, and notes the verdict with the socket.
@@ -226,7 +236,7 @@ fn decide(
             (Answer::Deny, Counter::DeniedQuarantined, Some(NoticeKind::DeniedQuarantined))
         }
     };
-    class::count(counter, flow.pod_cgroup);
+    class::count_all(&[Counter::Seen, counter], flow.pod_cgroup);
     if let Some(notice) = notice {
         class::report(notice, protocol, flow);
     }
@@ -279,7 +289,7 @@ fn forget_unless_redirected_by_child(ctx: &SockAddrContext, destination: &ApiEnd
         && state.phase == Phase::Redirected as u32
         && state.listener_port == destination.port
         && state.flow.tgid == tgid
-        && socket::is_loopback(&destination.address);
+        && socket::is_loopback(socket::words(destination.address));
     if !rewritten {
         state.phase = Phase::Made as u32;
     }
@@ -298,9 +308,9 @@ fn set_port(ctx: *mut bpf_sock_addr, port: u32) {
 }
 
 #[inline(always)]
-fn address4(ctx: *mut bpf_sock_addr) -> Address {
+fn address4(ctx: *mut bpf_sock_addr) -> [u32; 4] {
     // SAFETY: the context is valid while the program runs; the field is read whole.
-    words([0, 0, MAPPED, unsafe { addr_of!((*ctx).user_ip4).read_volatile() }])
+    [0, 0, MAPPED, unsafe { addr_of!((*ctx).user_ip4).read_volatile() }]
 }
 
 /// Word by word: the verifier knows no other access to this field on older kernels.
@@ -326,17 +336,4 @@ fn set_address6(ctx: *mut bpf_sock_addr, words: [u32; 4]) {
         addr_of_mut!((*ctx).user_ip6[2]).write_volatile(words[2]);
         addr_of_mut!((*ctx).user_ip6[3]).write_volatile(words[3]);
     }
-}
-
-/// Four words in memory order are the sixteen bytes in network order.
-#[inline(always)]
-const fn words(words: [u32; 4]) -> Address {
-    // SAFETY: same size, and every bit pattern is valid.
-    unsafe { transmute(words) }
-}
-
-#[inline(always)]
-const fn unwords(address: Address) -> [u32; 4] {
-    // SAFETY: same size, and every bit pattern is valid.
-    unsafe { transmute(address) }
 }

@@ -1,17 +1,15 @@
 //! `sock_ops`: publishes the flow of a redirected connection under its 4-tuple. The callback runs after the
 //! kernel has chosen the source port and before the SYN leaves, so the listener always finds the entry.
 
-use core::{mem::transmute, ptr::addr_of};
+use core::ptr::addr_of;
 
 use aya_ebpf::{bindings::BPF_SOCK_OPS_TCP_CONNECT_CB, programs::SockOpsContext};
-use weir_common::kernel::{Address, Counter, FlowKey, Phase};
+use weir_common::kernel::{Counter, FlowKey, Phase};
 
 use crate::{FLOWS, class, socket};
 
 /// `AF_INET`.
 const INET: u32 = 2;
-/// The third word of a v4-mapped address, in memory order.
-const MAPPED: u32 = 0xffff_u32.to_be();
 
 #[inline(always)]
 pub(crate) fn publish(ctx: &SockOpsContext) {
@@ -51,12 +49,15 @@ pub(crate) fn publish(ctx: &SockOpsContext) {
             ],
         )
     };
-    let (client, listener) =
-        if family == INET { ([0, 0, MAPPED, local4], [0, 0, MAPPED, remote4]) } else { (local6, remote6) };
+    let (client, listener) = if family == INET {
+        ([0, 0, socket::MAPPED, local4], [0, 0, socket::MAPPED, remote4])
+    } else {
+        (local6, remote6)
+    };
     let key = FlowKey {
         netns: state.flow.netns,
-        client: words(client),
-        listener: words(listener),
+        client: socket::address(client),
+        listener: socket::address(listener),
         client_port: ctx.local_port(),
         listener_port: u32::from_be(ctx.remote_port()),
     };
@@ -70,11 +71,4 @@ pub(crate) fn publish(ctx: &SockOpsContext) {
         }
         Err(_) => class::count(Counter::FlowsLost, state.flow.pod_cgroup),
     }
-}
-
-/// Four words in memory order are the sixteen bytes in network order.
-#[inline(always)]
-const fn words(words: [u32; 4]) -> Address {
-    // SAFETY: same size, and every bit pattern is valid.
-    unsafe { transmute(words) }
 }

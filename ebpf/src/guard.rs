@@ -5,6 +5,8 @@
 //! devices, nested network namespaces). Legitimate connections of an enrolled pod bear the listener's address and
 //! meet neither.
 
+use core::mem::{MaybeUninit, size_of};
+
 use aya_ebpf::{
     bindings::{__sk_buff, TC_ACT_SHOT, TC_ACT_UNSPEC, bpf_hdr_start_off::BPF_HDR_START_NET, bpf_sock},
     helpers::generated::{
@@ -27,21 +29,40 @@ const WRAPPING: [u16; 5] = [0x8100, 0x88a8, 0x8847, 0x8848, 0x8864];
 /// A socket buffer, read from its network header on.
 struct Buffer(*mut __sk_buff);
 
+impl Buffer {
+    /// A `T` at this offset, of whatever bytes are there.
+    ///
+    /// # Safety
+    /// Every bit pattern must be a valid `T`.
+    #[inline(always)]
+    unsafe fn read<T>(&self, offset: u32) -> Option<T> {
+        // Not zeroed: the compiler would call a function for it, and the helper fills it whole, or with zeros.
+        let mut value = MaybeUninit::<T>::uninit();
+        // SAFETY: the context is valid while the program runs; the helper writes the whole value, also where it fails.
+        unsafe {
+            let result = bpf_skb_load_bytes_relative(
+                self.0.cast(),
+                offset,
+                value.as_mut_ptr().cast(),
+                size_of::<T>() as u32,
+                BPF_HDR_START_NET,
+            );
+            (result == 0).then(|| value.assume_init())
+        }
+    }
+}
+
 impl Packet for Buffer {
     #[inline(always)]
     fn bytes<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
-        let mut bytes = [0_u8; N];
-        // SAFETY: the context is valid while the program runs; the helper writes N bytes or fails.
-        let result = unsafe {
-            bpf_skb_load_bytes_relative(
-                self.0.cast(),
-                offset,
-                bytes.as_mut_ptr().cast(),
-                N as u32,
-                BPF_HDR_START_NET,
-            )
-        };
-        (result == 0).then_some(bytes)
+        // SAFETY: bytes are valid whatever they are.
+        unsafe { self.read(offset) }
+    }
+
+    #[inline(always)]
+    fn words<const N: usize>(&self, offset: u32) -> Option<[u32; N]> {
+        // SAFETY: so are words.
+        unsafe { self.read(offset) }
     }
 }
 
@@ -49,7 +70,7 @@ impl Packet for Buffer {
 #[inline(always)]
 fn target(buffer: &Buffer) -> Option<(ApiEndpoint, u32)> {
     let (address, transport) = match packet::destination(buffer) {
-        Destination::Address { address, transport } => (address, transport),
+        Destination::Address { address, transport } => (socket::address(address), transport),
         Destination::Hidden => return Some((socket::NO_ENDPOINT, 0)),
         Destination::None => return None,
     };
@@ -90,7 +111,7 @@ pub(crate) fn egress(skb: *mut __sk_buff) -> i32 {
         Some(state) => class::in_host_netns(state.flow.netns),
         None => true,
     };
-    if !host_netns && socket::is_loopback(&original.address) {
+    if !host_netns && socket::is_loopback(socket::words(original.address)) {
         // The loopback address of a pod's own network namespace is no server of the node.
         return PROCEED;
     }

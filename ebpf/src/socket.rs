@@ -12,19 +12,27 @@ use aya_ebpf::{
     helpers::generated::{bpf_get_netns_cookie, bpf_set_retval, bpf_sk_storage_get},
     programs::{SockAddrContext, SockContext},
 };
-use weir_common::kernel::{Address, ApiEndpoint, Class, Counter, NoticeKind, Phase, SocketState};
+use weir_common::kernel::{Address, ApiEndpoint, Class, Counter, FlowRecord, NoticeKind, Phase, SocketState};
 
 use crate::{PROCEED, REJECT, SOCKETS, class};
 
+/// `IPPROTO_TCP`.
+const TCP: u32 = 6;
+/// `IPPROTO_UDP`.
+const UDP: u32 = 17;
 /// `IPPROTO_SCTP`.
 const SCTP: u32 = 132;
 /// `IPPROTO_MPTCP`.
 const MPTCP: u32 = 262;
 /// `EPROTONOSUPPORT`: clients fall back to TCP on it.
 const EPROTONOSUPPORT: i32 = 93;
+/// `ENOMEM`.
+const ENOMEM: i32 = 12;
 /// `EADDRINUSE`.
 const EADDRINUSE: i32 = 98;
 
+/// The third word of a v4-mapped address, in memory order.
+pub(crate) const MAPPED: u32 = 0xffff_u32.to_be();
 /// The last word of ::1, in memory order.
 pub(crate) const LOOPBACK6: u32 = 1_u32.to_be();
 
@@ -33,28 +41,50 @@ pub(crate) const NO_ENDPOINT: ApiEndpoint = ApiEndpoint { address: [0; 16], port
 
 /// `cgroup/sock_create`: refuses MPTCP and SCTP of enrolled cgroups, and leaves in the socket's storage in which
 /// network namespace and by whom it was made, which later hooks cannot find out on every kernel.
+///
+/// In the host's network namespace only sockets of other protocols get storage: the guard takes one without for a
+/// socket of the host's, and the storage is most of what this hook costs.
 #[inline(always)]
 pub(crate) fn created(ctx: &SockContext) -> i32 {
     // SAFETY: the context is valid while the program runs.
     let netns = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
     // SAFETY: as above.
     let protocol = unsafe { (*ctx.sock).protocol };
-    let nearest = class::nearest();
-    let (pod_cgroup, number) = match nearest {
-        Some(nearest) => (nearest.id, nearest.entry.class),
-        None => (0, 0),
-    };
-    let flow = class::record(NO_ENDPOINT, 0, pod_cgroup, netns);
-    if number == Class::Enrolled as u32 && (protocol == MPTCP || protocol == SCTP) {
-        class::count(Counter::ProtocolRefused, pod_cgroup);
-        class::report(NoticeKind::ProtocolRefused, protocol, &flow);
-        return reject(EPROTONOSUPPORT);
+    let plain = protocol == TCP || protocol == UDP;
+    if plain && class::in_host_netns(netns) {
+        return PROCEED;
     }
+    if protocol == MPTCP || protocol == SCTP {
+        let (pod_cgroup, number) = match class::nearest() {
+            Some(nearest) => (nearest.id, nearest.entry.class),
+            None => (0, 0),
+        };
+        if number == Class::Enrolled as u32 {
+            class::count(Counter::ProtocolRefused, pod_cgroup);
+            let flow = class::record(NO_ENDPOINT, 0, pod_cgroup, netns);
+            class::report(NoticeKind::ProtocolRefused, protocol, &flow);
+            return reject(EPROTONOSUPPORT);
+        }
+    }
+    let (tgid, uid) = class::process();
+    // What `connect` finds out is not looked for here: most sockets never go to the API set.
+    let flow = FlowRecord {
+        original: NO_ENDPOINT,
+        cluster: 0,
+        cgroup: 0,
+        pod_cgroup: 0,
+        netns,
+        connected_boottime_ns: 0,
+        tgid,
+        uid,
+    };
     let mut state = SocketState { flow, listener_port: 0, phase: Phase::Made as u32 };
-    // SAFETY: the context of this hook is the socket. Without memory for the storage the socket has none: hooks
-    // treat that like an unknown socket.
-    let _ = unsafe { storage(ctx.as_ptr(), Some(&mut state)) };
-    PROCEED
+    // SAFETY: the context of this hook is the socket.
+    match unsafe { storage(ctx.as_ptr(), Some(&mut state)) } {
+        Some(_) => PROCEED,
+        // The guard would take it for one of the host's.
+        None => reject(ENOMEM),
+    }
 }
 
 /// `cgroup/bind`: nobody in the pod takes the port of its listener, also while no agent is there to hold it.
@@ -122,12 +152,25 @@ pub(crate) unsafe fn storage(
     unsafe { state.cast::<SocketState>().as_mut() }
 }
 
+/// Four words in memory order are the sixteen bytes in network order.
+#[inline(always)]
+pub(crate) const fn address(words: [u32; 4]) -> Address {
+    // SAFETY: same size, and every bit pattern is valid.
+    unsafe { transmute(words) }
+}
+
+/// The other way about.
+#[inline(always)]
+pub(crate) const fn words(address: Address) -> [u32; 4] {
+    // SAFETY: same size, and every bit pattern is valid.
+    unsafe { transmute(address) }
+}
+
 /// Whether an address stays within the network namespace: 127.0.0.0/8, ::1, and the unspecified ones, which the kernel
 /// takes for loopback.
 #[inline(always)]
-pub(crate) fn is_loopback(address: &Address) -> bool {
-    // SAFETY: same size, and every bit pattern is valid.
-    let [first, second, third, last]: [u32; 4] = unsafe { transmute(*address) };
-    let mapped = third == 0xffff_u32.to_be() && (address[12] == 127 || last == 0);
+pub(crate) fn is_loopback(address: [u32; 4]) -> bool {
+    let [first, second, third, last] = address;
+    let mapped = third == MAPPED && (last.to_ne_bytes()[0] == 127 || last == 0);
     first == 0 && second == 0 && (mapped || (third == 0 && (last == LOOPBACK6 || last == 0)))
 }

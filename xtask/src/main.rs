@@ -4,6 +4,7 @@
 //! names with the mend.
 #![expect(clippy::print_stdout, reason = "a command line's results go to standard output")]
 
+mod bench;
 mod build_ebpf;
 mod demo;
 mod docs;
@@ -28,6 +29,8 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Measure on this machine: what the kernel programs cost a run, how long enrolment takes.
+    Bench(bench::Arguments),
     /// Build the kernel programs, making the toolchain for them if need be.
     BuildEbpf(build_ebpf::Options),
     /// The whole story on this machine: set-up, a pod at work, its record replayed, verified and compared.
@@ -67,6 +70,7 @@ fn main() -> ExitCode {
 fn run(command: Command) -> Result<()> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("xtask has no parent folder")?;
     match command {
+        Command::Bench(arguments) => bench::run(root, &arguments),
         Command::BuildEbpf(options) => build_ebpf::run(root, options).map(drop),
         Command::Demo(arguments) => demo::run(root, &arguments),
         Command::Docs => docs::run(root),

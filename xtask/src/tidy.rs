@@ -121,7 +121,7 @@ fn rust_file(path: &Path, text: &str, findings: &mut Vec<String>) {
 
 fn edges(name: &str, production: &str, findings: &mut Vec<String>) {
     let in_product = ["agent/", "common/", "review/"].iter().any(|folder| name.starts_with(folder))
-        && !name.contains("/tests/");
+        && !["/tests/", "/benches/"].iter().any(|folder| name.contains(folder));
     if !in_product {
         return;
     }

@@ -135,7 +135,7 @@ fn interface_pin(index: u32) -> String {
 /// The loaded programs and where they are attached.
 #[derive(Debug)]
 pub(super) struct Attached {
-    ebpf: Ebpf,
+    pub(super) ebpf: Ebpf,
     /// Folder of pins; none: links go with the process.
     pins: Option<PathBuf>,
     /// Links that are not pinned; dropped, they detach.

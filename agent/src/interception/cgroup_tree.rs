@@ -6,7 +6,10 @@
 use std::{
     ffi::OsStr,
     fs, io,
-    os::fd::{AsFd, AsRawFd, RawFd},
+    os::{
+        fd::{AsFd, AsRawFd, RawFd},
+        unix::fs::MetadataExt as _,
+    },
     path::{Path, PathBuf},
 };
 
@@ -36,6 +39,8 @@ pub(super) struct PodFolder {
     pub(super) path: PathBuf,
     /// The cgroup's id.
     pub(super) cgroup: u64,
+    /// Links of the folder: two, and one for each cgroup in it (kernfs). With a new sandbox it changes.
+    pub(super) links: u64,
 }
 
 /// What the tree holds.
@@ -94,10 +99,11 @@ impl Tree {
         for path in folders(folder)? {
             match pod::parse(&path) {
                 Some(found) => {
-                    if let Ok(cgroup) = cgroup::id(&path) {
-                        // To hear of its containers.
-                        watch(&path);
-                        self.pods.push(PodFolder { uid: found.pod, path, cgroup });
+                    // To hear of its containers; before it is looked at, so that a later one is heard of.
+                    watch(&path);
+                    if let Ok(metadata) = fs::metadata(&path) {
+                        let (cgroup, links) = (metadata.ino(), metadata.nlink());
+                        self.pods.push(PodFolder { uid: found.pod, path, cgroup, links });
                     }
                 }
                 None if depth + 1 < POD_DEPTH_MAX => self.look_for_pods(&path, depth + 1, watch)?,

@@ -18,7 +18,7 @@ use tokio::{sync::watch, task::JoinSet, time::Instant};
 use tokio_util::sync::CancellationToken;
 use weir_common::{
     event::Pod,
-    kernel::{CgroupEntry, Class, PodName},
+    kernel::{CgroupEntry, Class},
 };
 
 use super::{
@@ -32,12 +32,17 @@ use super::{
     listener::{Listener, Namespace},
     loader::KernelError,
     namespace::{self, NamespaceId},
+    pinned::pod_name,
     pod_network::{EnrolError, blocking, end_direct_connections, guard_interfaces, guard_stranger, name},
 };
 use crate::config::Mode;
 
 /// How often coverage is recorded.
 const COVERAGE_INTERVAL: Duration = Duration::from_secs(60);
+
+/// How long a pod's network namespace is taken for the one it was, unless its cgroup has changed. To look for it takes
+/// reading its processes: with each change of the tree for every pod of a full node, new pods would wait for that.
+const NAMESPACE_RECHECK: Duration = Duration::from_millis(500);
 
 /// The classified pods by cgroup id, for who reports about them.
 pub type Tenants = watch::Receiver<Arc<HashMap<u64, Arc<Tenant>>>>;
@@ -92,6 +97,8 @@ struct Enrolled {
 
 struct Listening {
     namespace: NamespaceId,
+    /// When the namespace was last found to be the pod's, and the links of the pod's folder then.
+    found: (Instant, u64),
     /// Kept to be shared with a successor.
     listener: Arc<Listener>,
     end: CancellationToken,
@@ -397,6 +404,13 @@ impl Enrolment {
         if class != Class::Enrolled {
             return Ok(false);
         }
+        let looked = Instant::now();
+        if let Some(Listening { found: (found, links), .. }) = &pod.listening
+            && *links == folder.links
+            && looked - *found < NAMESPACE_RECHECK
+        {
+            return Ok(false);
+        }
         let (host, path) = (self.settings.host_namespace, folder.path.clone());
         let namespace = if pod.host_network {
             (Namespace::Own, host)
@@ -407,7 +421,10 @@ impl Enrolment {
                 None => return Ok(true),
             }
         };
-        if pod.listening.as_ref().is_some_and(|listening| listening.namespace == namespace.1) {
+        if let Some(listening) = &mut pod.listening
+            && listening.namespace == namespace.1
+        {
+            listening.found = (looked, folder.links);
             return Ok(false);
         }
         if let Namespace::Of(file) = &namespace.0 {
@@ -434,7 +451,8 @@ impl Enrolment {
         let serve = accept::serve(listener.clone(), tenant, proxied, self.settings.sink.clone(), end.clone());
         self.serving.spawn(serve);
         // Ends the listener of a former sandbox, if there was one.
-        pod.listening = Some(Listening { namespace: namespace.1, listener, end });
+        pod.listening =
+            Some(Listening { namespace: namespace.1, found: (looked, folder.links), listener, end });
         Ok(false)
     }
 
@@ -472,20 +490,5 @@ fn tenant(folder: &PodFolder, known: &KnownPod) -> Tenant {
             intent: known.intent.clone(),
         }),
         containers: known.containers.clone(),
-    }
-}
-
-/// The names as the kernel's map has them.
-fn pod_name(known: &KnownPod) -> PodName {
-    fn filled<const N: usize>(text: &str) -> [u8; N] {
-        let mut bytes = [0; N];
-        let length = text.len().min(N);
-        bytes[..length].copy_from_slice(&text.as_bytes()[..length]);
-        bytes
-    }
-    PodName {
-        namespace: filled(&known.namespace),
-        name: filled(&known.name),
-        uid: filled(known.uid.as_str()),
     }
 }

@@ -86,6 +86,12 @@ impl Kernel {
         api_endpoints(&lock(&self.api_set))
     }
 
+    /// Whether an address belongs to the API set: one look-up, where reading the whole set takes two calls an entry. Not
+    /// if the kernel does not say.
+    pub(super) fn is_api_endpoint(&self, address: SocketAddr) -> bool {
+        lock(&self.api_set).get(&endpoint(address), 0).is_ok()
+    }
+
     /// Says what a cgroup is. For [`Class::Enrolled`] the listener must be listening before this is called.
     ///
     /// # Errors

@@ -18,8 +18,10 @@ use weir_common::kernel::{ApiEndpoint, CgroupEntry, Class, KUBELET, PodCounters,
 use super::{
     attach::AttachError,
     bpf::attached_programs,
+    cluster_watch::KnownPod,
     counters::{Counters, read_counters, read_pod_counters},
     loader::KernelError,
+    usage,
 };
 
 /// The state of the pins, for `weir-agent status`; none if nothing is pinned.
@@ -38,6 +40,8 @@ pub struct PinnedState {
     pub kubelets: Vec<SocketAddr>,
     /// Cgroups per class.
     pub cgroups: BTreeMap<String, usize>,
+    /// Kernel memory that each map takes, bytes.
+    pub map_bytes: BTreeMap<&'static str, u64>,
     /// The pods of this node that are classified.
     pub pods: Vec<PodState>,
 }
@@ -64,6 +68,8 @@ impl fmt::Display for PinnedState {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(formatter, "pinned under    {}", self.folder.display())?;
         writeln!(formatter, "programs        {}", self.links.len())?;
+        let map_bytes: u64 = self.map_bytes.values().sum();
+        writeln!(formatter, "map memory      {} KiB", map_bytes / 1024)?;
         for (class, count) in &self.cgroups {
             writeln!(formatter, "cgroups         {count} {class}")?;
         }
@@ -165,6 +171,7 @@ pub fn pinned_state(folder: &Path) -> Result<Option<PinnedState>, KernelError> {
         api_endpoints,
         kubelets,
         cgroups,
+        map_bytes: usage::map_bytes(&pinned)?,
         pods: pods(&pinned, &classified)?,
     }))
 }
@@ -196,6 +203,21 @@ fn pods(
 
 fn class(number: u32) -> String {
     Class::from_number(number).map_or_else(|| number.to_string(), |class| format!("{class:?}"))
+}
+
+/// The names as the kernel's map has them.
+pub(super) fn pod_name(known: &KnownPod) -> PodName {
+    fn filled<const N: usize>(text: &str) -> [u8; N] {
+        let mut bytes = [0; N];
+        let length = text.len().min(N);
+        bytes[..length].copy_from_slice(&text.as_bytes()[..length]);
+        bytes
+    }
+    PodName {
+        namespace: filled(&known.namespace),
+        name: filled(&known.name),
+        uid: filled(known.uid.as_str()),
+    }
 }
 
 /// `NAMESPACE/NAME`.

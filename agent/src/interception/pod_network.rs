@@ -77,8 +77,7 @@ pub(super) async fn end_direct_connections(
     tenant: &watch::Sender<Arc<Tenant>>,
     namespace: Option<File>,
 ) -> Result<(), EnrolError> {
-    let servers = sink.kernel.api_endpoints()?;
-    let path = folder.path.clone();
+    let (kernel, path) = (sink.kernel.clone(), folder.path.clone());
     let ended = blocking(move || {
         // In the host's network namespace are others' connections as well.
         let own = namespace.is_none().then(|| sockets::cgroups_of(&path));
@@ -87,7 +86,7 @@ pub(super) async fn end_direct_connections(
                 None => true,
                 Some(own) => connection.cgroup.is_some_and(|cgroup| own.contains(&cgroup)),
             };
-            its_own && servers.contains_key(&connection.peer)
+            its_own && kernel.is_api_endpoint(connection.peer)
         })
     })
     .await?;

@@ -1,9 +1,12 @@
 //! Pins: what outlives a process, what the next one takes over, and what uninstalling leaves.
 
 use weir_agent::interception::{attach, loader::Pinning, pinned::pinned_state};
-use weir_common::kernel::{CgroupEntry, Class, programs};
+use weir_common::kernel::{CgroupEntry, Class, FLOWS_MAX, FlowKey, FlowRecord, maps, programs};
 
 use crate::world::{API4, Dial, OwnCgroup, OwnNetns, dial, eventually, is, load};
+
+/// What the maps may take of the kernel's memory on a node with few pods, bytes.
+const MAP_BYTES_MAX: u64 = 20 * 1024 * 1024;
 
 /// A bpf file system of the test's own.
 pub(crate) struct OwnBpffs(pub(crate) tempfile::TempDir);
@@ -52,6 +55,10 @@ async fn pinned_programs_deny_while_no_agent_runs_and_go_with_uninstall() {
     let state = pinned_state(&pins).unwrap().unwrap();
     assert_eq!(state.links.len(), programs::GUARD_AND_HOOKS.len(), "replaced in place, not attached twice");
     assert_eq!(state.counters.seen, 3, "each connection meets one set of programs");
+    // What docs/performance.md says of them; the flow map is allocated whole.
+    let flows = u64::from(FLOWS_MAX) * (size_of::<FlowKey>() + size_of::<FlowRecord>()) as u64;
+    assert!(state.map_bytes[maps::FLOWS] >= flows, "{:?}", state.map_bytes);
+    assert!(state.map_bytes.values().sum::<u64>() < MAP_BYTES_MAX, "{:?}", state.map_bytes);
     drop(second);
     assert_eq!(dial(), Err(nix::Error::ENETUNREACH), "a known pod keeps its verdict");
 

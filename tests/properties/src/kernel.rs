@@ -11,7 +11,11 @@ pub fn packet(bytes: &[u8]) {
     let ours = destination(&bytes);
     let found = match ours {
         Destination::Address { address, transport } => {
-            Some((IpAddr::from(address).to_canonical(), port(&bytes, transport)))
+            let mut octets = [0; 16];
+            for (to, word) in octets.chunks_exact_mut(4).zip(address) {
+                to.copy_from_slice(&word.to_ne_bytes());
+            }
+            Some((IpAddr::from(octets).to_canonical(), port(&bytes, transport)))
         }
         Destination::Hidden => return,
         Destination::None => None,

@@ -1,0 +1,67 @@
+//! `cargo xtask bench`: figures of this machine, each beside what it is to be compared with, from one run.
+//!
+//! Nothing passes or fails here: a figure depends on the machine and on what else it does, so the load is printed as well.
+
+use std::{path::Path, process::Command};
+
+use anyhow::{Context as _, Result, bail};
+use clap::{Args, Subcommand};
+
+use crate::build_ebpf;
+
+/// Measure on this machine.
+#[derive(Debug, Args)]
+pub(crate) struct Arguments {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Debug, Subcommand)]
+enum What {
+    /// Time of the kernel programs per run, by the kernel's own count, beside that of empty ones. Needs root.
+    Hooks,
+    /// Time until a node of 250 pods is enrolled, and what becomes of 1,000 pods that connect at once. Needs root.
+    Enrolment,
+}
+
+/// Runs one.
+///
+/// # Errors
+/// It cannot be built or run; what it printed says why.
+pub(crate) fn run(root: &Path, arguments: &Arguments) -> Result<()> {
+    match arguments.what {
+        What::Hooks => {
+            build_ebpf::run(root, build_ebpf::Options::default())?;
+            // The programs are the kernel's; how the rest is compiled makes no difference, and a release build is long.
+            cargo_bench(root, "hooks")
+        }
+        What::Enrolment => {
+            build_ebpf::run(root, build_ebpf::Options::default())?;
+            enrolment(root)
+        }
+    }
+}
+
+fn cargo_bench(root: &Path, name: &str) -> Result<()> {
+    let mut command = Command::new("cargo");
+    command.args(["bench", "--locked", "--profile", "dev", "-p", "weir-agent", "--bench", name]);
+    let status = command.current_dir(root).status().context("cannot start cargo")?;
+    if !status.success() {
+        bail!("the bench {name} ended with {status}; is this root, and no agent on this machine?");
+    }
+    Ok(())
+}
+
+/// The kernel tests about many pods: they print what they measure. Not optimised, so that no release build is needed: a
+/// bound from above.
+fn enrolment(root: &Path) -> Result<()> {
+    println!("load {}", std::fs::read_to_string("/proc/loadavg").unwrap_or_default().trim());
+    let mut command = Command::new("cargo");
+    command.args(["test", "--locked", "-p", "weir-agent", "--test", "kernel", "--"]);
+    command.args(["scale::", "--nocapture", "--test-threads=1"]).env("WEIR_TEST_LONG", "1").env("CI", "true");
+    let status = command.current_dir(root).status().context("cannot start cargo")?;
+    if !status.success() {
+        bail!("the enrolment of many pods ended with {status}; what failed is above");
+    }
+    Ok(())
+}
