@@ -5,6 +5,7 @@ use std::{
     collections::{BTreeMap, HashMap},
     io::{Read as _, Write as _},
     net::{SocketAddr, TcpListener, TcpStream, UdpSocket},
+    path::Path,
     sync::Arc,
     time::Duration,
 };
@@ -34,7 +35,7 @@ use crate::world::{API4, API6, Dial, OwnCgroup, OwnNetns, dial, eventually, is, 
 
 const CONTAINER: &str = "4f1c0c9a7f0e4d7b8a6f5e4d3c2b1a09f8e7d6c5b4a392817060504030201000";
 
-fn known(uid: &str, mode: Option<Mode>, host_network: bool) -> KnownPod {
+pub(crate) fn known(uid: &str, mode: Option<Mode>, host_network: bool) -> KnownPod {
     KnownPod {
         uid: PodUid::new(uid).unwrap(),
         static_hash: None,
@@ -50,25 +51,68 @@ fn known(uid: &str, mode: Option<Mode>, host_network: bool) -> KnownPod {
 }
 
 /// A node: the tree, the agent's interception on it, and what it accepts.
-struct Node {
+pub(crate) struct Node {
     root: OwnCgroup,
-    kubepods: OwnCgroup,
+    pub(crate) kubepods: OwnCgroup,
     pods: watch::Sender<KnownPods>,
     published: watch::Sender<ApiSet>,
-    accepted: mpsc::Receiver<Accepted>,
-    ready: watch::Receiver<bool>,
+    pub(crate) accepted: mpsc::Receiver<Accepted>,
+    pub(crate) ready: watch::Receiver<bool>,
     recorder: Recorder,
     cancellation: CancellationToken,
     running: tokio::task::JoinHandle<Result<Ended, InterceptionError>>,
     journal: tempfile::TempDir,
 }
 
+/// An agent's interception that runs, and both ends of what it talks to.
+struct Agent {
+    pods: watch::Sender<KnownPods>,
+    published: watch::Sender<ApiSet>,
+    accepted: mpsc::Receiver<Accepted>,
+    ready: watch::Receiver<bool>,
+    cancellation: CancellationToken,
+    running: tokio::task::JoinHandle<Result<Ended, InterceptionError>>,
+}
+
+impl Agent {
+    fn start(
+        root: &OwnCgroup,
+        pinning: Pinning,
+        known: KnownPods,
+        recorder: &Recorder,
+        journal: &Path,
+    ) -> Self {
+        let (pods, watched) = watch::channel(known);
+        let (published, api_set) = watch::channel(ApiSet::default());
+        let (sender, accepted) = mpsc::channel(16);
+        let (ready, is_ready) = watch::channel(false);
+        let cancellation = CancellationToken::new();
+        let options = Options {
+            guard: guard::Options {
+                cgroup_root: Some(root.0.clone()),
+                pinning,
+                clusters: Some(vec![ConfiguredCluster { name: "cluster".to_owned(), addresses: vec![API4] }]),
+                state_directory: journal.join("state"),
+            },
+            pods: watched,
+            clusters: vec![ClusterAddresses { cluster: 0, published: api_set, configured: vec![API4] }],
+            nodes: watch::channel(Hosts::default()).1,
+            handover: None,
+            accepted: sender,
+            ready,
+            observed: Arc::default(),
+        };
+        let running = tokio::spawn(run(options, None, recorder.clone(), cancellation.clone()));
+        Self { pods, published, accepted, ready: is_ready, cancellation, running }
+    }
+}
+
 impl Node {
-    fn start(name: &str) -> Option<Self> {
+    pub(crate) fn start(name: &str) -> Option<Self> {
         Self::pinned(name, Pinning::Unpinned)
     }
 
-    fn pinned(name: &str, pinning: Pinning) -> Option<Self> {
+    pub(crate) fn pinned(name: &str, pinning: Pinning) -> Option<Self> {
         load(Pinning::Unpinned)?;
         let root = OwnCgroup::new(name);
         let kubepods = root.below("kubepods");
@@ -84,47 +128,36 @@ impl Node {
             signing_key_file: None,
         })
         .unwrap();
-        let (pods, watched) = watch::channel(None);
-        let (published, api_set) = watch::channel(ApiSet::default());
-        let (sender, accepted) = mpsc::channel(16);
-        let (ready, is_ready) = watch::channel(false);
-        let cancellation = CancellationToken::new();
-        let options = Options {
-            guard: guard::Options {
-                cgroup_root: Some(root.0.clone()),
-                pinning,
-                clusters: Some(vec![ConfiguredCluster { name: "cluster".to_owned(), addresses: vec![API4] }]),
-                state_directory: journal.path().join("state"),
-            },
-            pods: watched,
-            clusters: vec![ClusterAddresses { cluster: 0, published: api_set, configured: vec![API4] }],
-            nodes: watch::channel(Hosts::default()).1,
-            handover: None,
-            accepted: sender,
-            ready,
-            observed: Arc::default(),
-        };
-        let running = tokio::spawn(run(options, None, recorder.clone(), cancellation.clone()));
+        let agent = Agent::start(&root, pinning, None, &recorder, journal.path());
         Some(Self {
             root,
             kubepods,
-            pods,
-            published,
-            accepted,
-            ready: is_ready,
+            pods: agent.pods,
+            published: agent.published,
+            accepted: agent.accepted,
+            ready: agent.ready,
             recorder,
-            cancellation,
-            running,
+            cancellation: agent.cancellation,
+            running: agent.running,
             journal,
         })
     }
 
-    fn know(&self, pods: &[KnownPod]) {
+    /// Ends the agent and starts another, which knows the pods at once.
+    pub(crate) async fn restart(&mut self, pinning: Pinning, known: KnownPods) {
+        self.cancellation.cancel();
+        (&mut self.running).await.unwrap().unwrap();
+        let agent = Agent::start(&self.root, pinning, known, &self.recorder, self.journal.path());
+        (self.pods, self.published, self.accepted) = (agent.pods, agent.published, agent.accepted);
+        (self.ready, self.cancellation, self.running) = (agent.ready, agent.cancellation, agent.running);
+    }
+
+    pub(crate) fn know(&self, pods: &[KnownPod]) {
         let pods: HashMap<_, _> = pods.iter().map(|pod| (pod.uid.clone(), Arc::new(pod.clone()))).collect();
         self.pods.send_replace(Some(Arc::new(pods)));
     }
 
-    async fn stop(self) {
+    pub(crate) async fn stop(self) {
         self.cancellation.cancel();
         self.running.await.unwrap().unwrap();
         self.recorder.stop("test").await.unwrap();

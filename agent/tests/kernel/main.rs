@@ -8,4 +8,5 @@ mod enrolment;
 mod guards;
 mod pins;
 mod programs;
+mod scale;
 mod world;

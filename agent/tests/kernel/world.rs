@@ -116,10 +116,17 @@ impl OwnNetns {
     }
 }
 
-impl Drop for OwnNetns {
-    fn drop(&mut self) {
+impl OwnNetns {
+    /// Ends its process.
+    pub(crate) fn end(&mut self) {
         let _ = self.0.kill();
         let _ = self.0.wait();
+    }
+}
+
+impl Drop for OwnNetns {
+    fn drop(&mut self) {
+        self.end();
     }
 }
 
