@@ -5,6 +5,7 @@
 //! ends the agent, which leaves the kernel denying.
 
 use std::{
+    convert::Infallible,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -21,6 +22,7 @@ use crate::{
     config::Config,
     interception::{
         api_set::ClusterAddresses,
+        canary::Health,
         cluster_access::ClusterAccessError,
         cluster_watch::{self, ApiSet, ClusterWatch, KnownPods},
         guard::{self, InForce},
@@ -114,7 +116,7 @@ async fn run_recorded(
         config.clusters.iter().map(|_| watch::channel(ApiSet::default())).unzip();
     let (publish_nodes, nodes) = watch::channel(Hosts::default());
     let (accepted, mut connections) = mpsc::channel(ACCEPTED_MAX);
-    let (settled, mut ready) = watch::channel(false);
+    let (settled, ready) = watch::channel(false);
     let observed: Arc<Observed> = Arc::default();
     let telemetry = Arc::new(Telemetry::new(recorder.clone(), observed.clone(), loader::pin_folder()));
     let options = interception::Options {
@@ -125,7 +127,7 @@ async fn run_recorded(
         handover: Some(PathBuf::from(handover::STANDARD)),
         accepted,
         ready: settled,
-        observed,
+        observed: observed.clone(),
     };
     let intercepted = interception::run(options, in_force, recorder.clone(), stop.clone());
     tokio::pin!(intercepted);
@@ -142,12 +144,14 @@ async fn run_recorded(
         }
     };
     telemetry.serves(proxy.clone());
+    let announced = announce(ready, observed.watch_canary());
+    tokio::pin!(announced);
     let mut handed_over = false;
     let ending = loop {
         tokio::select! {
             signal = signals.next() => break Ok(signal),
             Some(connection) = connections.recv() => proxy.serve(connection),
-            Ok(()) = ready.changed() => tracing::info!("ready"),
+            never = &mut announced => match never {},
             ended = &mut intercepted => {
                 handed_over = matches!(ended, Ok(Ended::HandedOver));
                 break if handed_over { Ok("handover") } else { Err(early(ended)) };
@@ -182,6 +186,17 @@ async fn drain(proxy: &Proxy, limit: Duration) {
     if let Drained::Cut(count) = proxy.drain(limit).await {
         tracing::warn!(count, "connections were cut; their records say so");
     }
+}
+
+/// Says in the log when the agent is ready: every pod that was known has its verdict, and the kernel has refused one
+/// canary and redirected another.
+async fn announce(mut settled: watch::Receiver<bool>, mut canary: watch::Receiver<Health>) -> Infallible {
+    let is_settled = settled.wait_for(|settled| *settled).await.is_ok();
+    let passed = canary.wait_for(|health| *health == Health::Passed).await.is_ok();
+    if is_settled && passed {
+        tracing::info!("ready");
+    }
+    std::future::pending().await
 }
 
 /// Waits for `ending` while serving what still comes, and then what is left: whoever ends may be waiting for room in

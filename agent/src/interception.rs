@@ -11,6 +11,7 @@ pub mod api_set;
 pub mod attach;
 mod bpf;
 pub mod caller;
+pub mod canary;
 pub mod cgroup;
 mod cgroup_tree;
 pub mod cluster_access;

@@ -80,7 +80,7 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// Show what is in force in the kernel: programs, API set, cgroups by class, counters.
+    /// Show whether an agent is alive, and what is in force in the kernel: programs, API set, cgroups by class, counters.
     Status {
         /// As JSON.
         #[arg(long)]
@@ -216,10 +216,13 @@ fn status(json: bool) -> anyhow::Result<()> {
             folder.display()
         );
     };
+    let agent = handover::presence(Path::new(handover::STANDARD));
     if json {
-        println!("{}", serde_json::to_string_pretty(&state)?);
+        let mut value = serde_json::to_value(&state)?;
+        value["agent"] = serde_json::to_value(&agent)?;
+        println!("{}", serde_json::to_string_pretty(&value)?);
     } else {
-        println!("{state}");
+        println!("agent           {agent}\n{state}");
     }
     Ok(())
 }

@@ -12,7 +12,11 @@ use std::{
     },
 };
 
-use crate::{interception::observed::Observed, proxy::Proxy, recording::Recorder};
+use crate::{
+    interception::{canary::Health, observed::Observed},
+    proxy::Proxy,
+    recording::Recorder,
+};
 
 mod exposition;
 mod families;
@@ -65,6 +69,13 @@ impl Telemetry {
             reasons.push(
                 "the pods of this node are not known or not enrolled yet; new ones are refused".to_owned(),
             );
+        }
+        match self.observed.canary() {
+            Health::Passed => {}
+            Health::Unknown => reasons.push("no canary has been refused and redirected yet".to_owned()),
+            Health::Failed(reason) => {
+                reasons.push(format!("the canary failed, so what must be intercepted may not be: {reason}"));
+            }
         }
         if let Some(failure) = self.recorder.measured().failure {
             reasons.push(format!("recording stopped: {failure}; requests that must be recorded are refused"));

@@ -11,11 +11,13 @@
 //!                       ◀─ Goodbye
 //! ```
 //!
+//! `Ping` in the place of `Hello` is answered by `Pong`: that is how `weir-agent status` knows that an agent is alive.
+//!
 //! Both accept from the same sockets until the new one is complete; should it fail before, the running one goes on as
 //! if nothing had been. No key crosses the socket: each process has certificates and a journal epoch of its own.
 
 use std::{
-    fs, io,
+    fmt, fs, io,
     os::{
         fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd},
         unix::fs::{DirBuilderExt as _, PermissionsExt as _},
@@ -56,6 +58,8 @@ const MESSAGE_BYTES_MAX: usize = 4096;
 const LISTENERS_MAX: usize = 8192;
 /// How long one message may take.
 const MESSAGE_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long an agent may take to say that it is alive.
+const PING_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long the new agent may take from its welcome to being complete: it must reach the clusters first.
 const COMPLETE_TIMEOUT: Duration = Duration::from_secs(300);
 
@@ -102,6 +106,8 @@ enum Message {
     Listener { cgroup: u64, namespace: NamespaceId },
     Complete,
     Goodbye,
+    Ping,
+    Pong { pid: u32, version: String },
 }
 
 /// A listener on its way to another process.
@@ -142,6 +148,51 @@ pub fn an_agent_runs(path: &Path) -> bool {
     let Ok(connection) = unix_socket(SockFlag::empty()) else { return false };
     let Ok(address) = UnixAddr::new(path) else { return false };
     connect(connection.as_raw_fd(), &address).is_ok()
+}
+
+/// Whether an agent is alive on this node.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase", tag = "state")]
+pub enum Presence {
+    /// It answers.
+    Running {
+        /// Its process.
+        pid: u32,
+        /// Its version.
+        version: String,
+    },
+    /// It is there and does not answer: stopped, stuck, just handing over, or of another version.
+    Silent,
+    /// None, or one that has not enrolled the pods it found yet.
+    Absent,
+}
+
+impl fmt::Display for Presence {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Running { pid, version } => write!(formatter, "running, pid {pid}, version {version}"),
+            Self::Silent => {
+                formatter.write_str("there, and does not answer; is it stopped, stuck, or just handing over?")
+            }
+            Self::Absent => formatter.write_str(
+                "none that has enrolled its pods; those that are enrolled are denied the API until one has",
+            ),
+        }
+    }
+}
+
+/// Asks whether an agent is alive; waits two seconds for its answer.
+pub fn presence(path: &Path) -> Presence {
+    let Ok(connection) = unix_socket(SockFlag::empty()) else { return Presence::Absent };
+    let connected = UnixAddr::new(path).and_then(|address| connect(connection.as_raw_fd(), &address));
+    if connected.is_err() {
+        return Presence::Absent;
+    }
+    let asked = set_timeout(&connection, PING_TIMEOUT).and_then(|()| send(&connection, &Message::Ping, &[]));
+    match asked.and_then(|()| receive(&connection)) {
+        Ok((Message::Pong { pid, version }, _)) => Presence::Running { pid, version },
+        _ => Presence::Silent,
+    }
 }
 
 fn take_blocking(path: &Path) -> Result<Option<Taken>, HandoverError> {
@@ -263,12 +314,17 @@ async fn hand_over(connection: OwnedFd, requests: &mpsc::Sender<Request>) -> Res
         (connection, hello)
     })
     .await?;
-    if matches!(&hello, Err(error) if error.kind() == io::ErrorKind::UnexpectedEof) {
-        // Somebody only looks whether an agent runs.
-        return Ok(false);
-    }
-    let Message::Hello { version, layout, pid } = hello?.0 else {
-        return Err(io::Error::from(io::ErrorKind::InvalidData).into());
+    let (version, layout, pid) = match hello {
+        Ok((Message::Hello { version, layout, pid }, _)) => (version, layout, pid),
+        Ok((Message::Ping, _)) => {
+            let version = env!("CARGO_PKG_VERSION").to_owned();
+            send(&connection, &Message::Pong { pid: std::process::id(), version }, &[])?;
+            return Ok(false);
+        }
+        // Somebody looked whether an agent is here.
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(false),
+        Ok((other, _)) => return Err(unexpected(&other).into()),
+        Err(error) => return Err(error.into()),
     };
     if (version, layout) != (VERSION, LAYOUT_VERSION) {
         let reason = format!(
@@ -351,4 +407,56 @@ fn receive(connection: &OwnedFd) -> io::Result<(Message, Vec<OwnedFd>)> {
 
 fn unexpected(message: &Message) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, format!("the other agent answers {message:?}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsRawFd as _;
+
+    use nix::sys::socket::{Backlog, SockFlag, UnixAddr, bind, listen};
+    use tokio::sync::mpsc;
+    use tokio_util::sync::CancellationToken;
+
+    use super::{Presence, Server, presence, unix_socket};
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn an_agent_that_serves_successors_says_that_it_is_alive() {
+        if !nix::unistd::geteuid().is_root() {
+            assert!(std::env::var_os("CI").is_none(), "CI must run this as root");
+            eprintln!("skipped: needs root");
+            return;
+        }
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("handover.sock");
+        assert_eq!(presence(&path), Presence::Absent);
+        let (requests, mut received) = mpsc::channel(1);
+        let cancellation = CancellationToken::new();
+        let server = Server::bind(&path).expect("listens");
+        let serving = tokio::spawn(server.serve(requests, cancellation.clone()));
+        let ask = || {
+            let path = path.clone();
+            async move { tokio::task::spawn_blocking(move || presence(&path)).await.expect("ends") }
+        };
+        let running =
+            Presence::Running { pid: std::process::id(), version: env!("CARGO_PKG_VERSION").to_owned() };
+        assert_eq!(ask().await, running);
+        assert_eq!(ask().await, running, "and again");
+        assert!(received.try_recv().is_err(), "no handover has begun");
+        cancellation.cancel();
+        serving.await.expect("ends");
+        assert_eq!(ask().await, Presence::Absent);
+    }
+
+    #[test]
+    fn an_agent_that_does_not_answer_is_told_from_none() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("handover.sock");
+        let socket = unix_socket(SockFlag::empty()).expect("a socket");
+        bind(socket.as_raw_fd(), &UnixAddr::new(&path).expect("an address")).expect("binds");
+        listen(&socket, Backlog::MAXALLOWABLE).expect("listens");
+        let asking = std::thread::spawn(move || presence(&path));
+        let accepted = nix::sys::socket::accept(socket.as_raw_fd()).expect("is asked");
+        nix::unistd::close(accepted).expect("closes");
+        assert_eq!(asking.join().expect("ends"), Presence::Silent);
+    }
 }

@@ -9,6 +9,10 @@ use std::{
     },
 };
 
+use tokio::sync::watch;
+
+use super::{canary::Health, counters::Counters};
+
 /// See the module.
 #[derive(Debug, Default)]
 pub struct Observed {
@@ -18,6 +22,13 @@ pub struct Observed {
     handovers_taken: AtomicU64,
     handovers_given: AtomicU64,
     handovers_broken_off: AtomicU64,
+    canary: watch::Sender<Health>,
+    /// Its cgroup now, or the last time; what the kernel reports of that is no pod's.
+    canary_cgroup: AtomicU64,
+    canary_passed: AtomicU64,
+    canary_failed: AtomicU64,
+    canary_redirected: AtomicU64,
+    canary_denied: AtomicU64,
     /// Connections that reached the proxy, by the pod's UID. Locked when pods come and go, and to be read.
     pods: Mutex<HashMap<String, Arc<AtomicU64>>>,
 }
@@ -35,6 +46,14 @@ pub struct Numbers {
     pub handovers_given: u64,
     /// Successors that did not take over after all.
     pub handovers_broken_off: u64,
+    /// Checks with the canary that passed.
+    pub canary_passed: u64,
+    /// … that failed.
+    pub canary_failed: u64,
+    /// Connections of the canary that the kernel redirected.
+    pub canary_redirected: u64,
+    /// … that it denied.
+    pub canary_denied: u64,
 }
 
 fn add(counter: &AtomicU64) {
@@ -47,6 +66,44 @@ impl Observed {
         self.settled.load(Ordering::Relaxed)
     }
 
+    /// What the last check with the canary has shown.
+    pub fn canary(&self) -> Health {
+        self.canary.borrow().clone()
+    }
+
+    /// The same, as it changes.
+    pub fn watch_canary(&self) -> watch::Receiver<Health> {
+        self.canary.subscribe()
+    }
+
+    /// Whether a cgroup is the canary's.
+    pub(super) fn is_canary(&self, cgroup: u64) -> bool {
+        cgroup != 0 && self.canary_cgroup.load(Ordering::Relaxed) == cgroup
+    }
+
+    pub(super) fn canary_begins(&self, cgroup: u64) {
+        self.canary_cgroup.store(cgroup, Ordering::Relaxed);
+    }
+
+    /// What the kernel counted of one check.
+    pub(super) fn canary_counted(&self, counters: &Counters) {
+        self.canary_redirected.fetch_add(counters.redirected, Ordering::Relaxed);
+        self.canary_denied.fetch_add(counters.denied_no_listener, Ordering::Relaxed);
+    }
+
+    pub(super) fn checked(&self, health: Health) {
+        match health {
+            Health::Unknown => {}
+            Health::Passed => add(&self.canary_passed),
+            Health::Failed(_) => add(&self.canary_failed),
+        }
+        self.canary.send_if_modified(|current| {
+            let differs = *current != health;
+            *current = health;
+            differs
+        });
+    }
+
     /// The numbers.
     pub fn read(&self) -> Numbers {
         let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
@@ -56,6 +113,10 @@ impl Observed {
             handovers_taken: read(&self.handovers_taken),
             handovers_given: read(&self.handovers_given),
             handovers_broken_off: read(&self.handovers_broken_off),
+            canary_passed: read(&self.canary_passed),
+            canary_failed: read(&self.canary_failed),
+            canary_redirected: read(&self.canary_redirected),
+            canary_denied: read(&self.canary_denied),
         }
     }
 

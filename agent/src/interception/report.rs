@@ -22,6 +22,7 @@ use super::{
     flow::{Flow, Notices},
     loader::Kernel,
     namespace,
+    observed::Observed,
     process::{Proc, ProxyVariable},
     run::InterceptionError,
 };
@@ -47,6 +48,7 @@ pub(super) async fn notices(
     mut notices: Notices,
     tenants: Tenants,
     recorder: Recorder,
+    observed: Arc<Observed>,
     mut frozen: watch::Receiver<bool>,
     cancellation: CancellationToken,
 ) -> Result<&'static str, InterceptionError> {
@@ -68,6 +70,10 @@ pub(super) async fn notices(
                 .map_err(|source| InterceptionError::Io { action: "read the kernel's notices", source })?,
         };
         let Some(kind) = NoticeKind::from_number(notice.kind) else { continue };
+        // What it is refused is what it was sent for.
+        if observed.is_canary(notice.flow.pod_cgroup) {
+            continue;
+        }
         let now = Instant::now();
         if refusals.len() >= REPORTED_PODS_MAX {
             for (_, pod) in refusals.drain() {

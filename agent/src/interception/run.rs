@@ -19,6 +19,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     accept::Sink,
     api_set::{self, ClusterAddresses},
+    canary::Canary,
     cgroup::CgroupError,
     cgroup_tree::{Tree, TreeWatch},
     cluster_watch::KnownPods,
@@ -153,7 +154,10 @@ pub async fn run(
     let part = cancellation.child_token();
     // While a successor takes over, what the kernel reports is for it to read.
     let (frozen, is_frozen) = watch::channel(false);
-    let mut tasks = beside(&kernel, &tenants, &recorder, is_frozen, &part)?;
+    let canary = Canary::new(kernel.clone(), recorder.clone(), observed.clone(), &mount);
+    let canary = canary.run(options.ready.subscribe(), is_frozen.clone(), part.clone());
+    let mut tasks = beside(&kernel, &tenants, (&recorder, &observed), is_frozen, &part)?;
+    tasks.spawn(canary);
     let names = options.guard.clusters.into_iter().flatten().map(|cluster| cluster.name).collect();
     let storing =
         stored_set::follow(kernel.clone(), names, options.guard.state_directory, stored, part.clone());
@@ -274,7 +278,7 @@ fn follow_addresses(
 fn beside(
     kernel: &Arc<Kernel>,
     tenants: &Tenants,
-    recorder: &Recorder,
+    (recorder, observed): (&Recorder, &Arc<Observed>),
     frozen: watch::Receiver<bool>,
     part: &CancellationToken,
 ) -> Result<Tasks, InterceptionError> {
@@ -282,7 +286,14 @@ fn beside(
     if let Some(notices) =
         kernel.notices().map_err(|source| InterceptionError::Io { action: "wait for notices", source })?
     {
-        tasks.spawn(report::notices(notices, tenants.clone(), recorder.clone(), frozen, part.clone()));
+        tasks.spawn(report::notices(
+            notices,
+            tenants.clone(),
+            recorder.clone(),
+            observed.clone(),
+            frozen,
+            part.clone(),
+        ));
     }
     if let Some(log) = kernel.take_debug_log() {
         let part = part.clone();

@@ -8,6 +8,7 @@ use std::time::SystemTime;
 use super::Telemetry;
 use crate::{
     interception::{
+        canary::Health,
         counters::Counters,
         pinned::{PinnedState, PodState, pinned_state},
     },
@@ -193,9 +194,22 @@ static HANDOVERS: Family = counter(
     "Listeners taken from the agent before, given to the one after, or attempts that broke off.",
 );
 
+static CANARY: Family = gauge(
+    "weir_canary_passing",
+    &[],
+    "1 if the last canary was refused and redirected as it must be; 0 also before the first.",
+);
+static CANARY_CHECKS: Family =
+    counter("weir_canary_checks", &["result"], "Checks with the canary, one a minute, by how they ended.");
+static CANARY_CONNECTIONS: Family = counter(
+    "weir_canary_connections",
+    &["verdict"],
+    "Connects of the canary by what the hooks did with them: its share of weir_kernel_connections_total.",
+);
+
 /// All of them, in the order of the exposition.
 #[cfg(test)]
-pub(super) static ALL: [&Family; 35] = [
+pub(super) static ALL: [&Family; 38] = [
     &BUILD,
     &READY,
     &READABLE,
@@ -231,6 +245,9 @@ pub(super) static ALL: [&Family; 35] = [
     &REFUSALS,
     &FINDINGS,
     &HANDOVERS,
+    &CANARY,
+    &CANARY_CHECKS,
+    &CANARY_CONNECTIONS,
 ];
 
 type Gathered = Vec<(&'static Family, Vec<Sample>)>;
@@ -364,6 +381,20 @@ fn connections(telemetry: &Telemetry, out: &mut Gathered) {
         &ACCEPTED,
         vec![labelled(["proxied"], observed.proxied), labelled(["closed"], observed.closed)],
     ));
+    out.extend([
+        (&CANARY, number(u64::from(telemetry.observed.canary() == Health::Passed))),
+        (
+            &CANARY_CHECKS,
+            vec![labelled(["passed"], observed.canary_passed), labelled(["failed"], observed.canary_failed)],
+        ),
+        (
+            &CANARY_CONNECTIONS,
+            vec![
+                labelled(["redirected"], observed.canary_redirected),
+                labelled(["denied_no_listener"], observed.canary_denied),
+            ],
+        ),
+    ] as [(&'static Family, Vec<Sample>); 3]);
     let proxy = telemetry.proxy.get();
     let clusters = proxy.map(|proxy| proxy.measured()).unwrap_or_default();
     let [mut served, mut requests, mut certificates] = [const { Vec::new() }; 3];

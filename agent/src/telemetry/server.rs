@@ -1,7 +1,7 @@
 //! The HTTP server for monitoring: `GET /metrics`, `/healthz`, `/readyz`; plain HTTP/1.1, nothing else.
 //!
 //! Whoever reaches the address may ask, so each answer costs little, and how many ask at once, how much they send and
-//! how long they take is bounded. No answer holds a path of the node, an address or anything of a request.
+//! how long they take is bounded. No answer holds anything of a request.
 
 use std::{convert::Infallible, io, net::SocketAddr, sync::Arc, time::Duration};
 

@@ -17,10 +17,12 @@ use weir_agent::{
     interception::{
         api_set::ClusterAddresses,
         attach,
+        canary::Health,
         cluster_watch::{ApiSet, KnownPod, KnownPods},
         guard::{self, ConfiguredCluster},
         hosts::Hosts,
         loader::Pinning,
+        observed::Observed,
         pinned::pinned_state,
         pod::PodUid,
         quarantine,
@@ -59,6 +61,7 @@ pub(crate) struct Node {
     pub(crate) accepted: mpsc::Receiver<Accepted>,
     pub(crate) ready: watch::Receiver<bool>,
     recorder: Recorder,
+    observed: Arc<Observed>,
     cancellation: CancellationToken,
     running: tokio::task::JoinHandle<Result<Ended, InterceptionError>>,
     journal: tempfile::TempDir,
@@ -70,6 +73,7 @@ struct Agent {
     published: watch::Sender<ApiSet>,
     accepted: mpsc::Receiver<Accepted>,
     ready: watch::Receiver<bool>,
+    observed: Arc<Observed>,
     cancellation: CancellationToken,
     running: tokio::task::JoinHandle<Result<Ended, InterceptionError>>,
 }
@@ -87,6 +91,7 @@ impl Agent {
         let (sender, accepted) = mpsc::channel(16);
         let (ready, is_ready) = watch::channel(false);
         let cancellation = CancellationToken::new();
+        let observed: Arc<Observed> = Arc::default();
         let options = Options {
             guard: guard::Options {
                 cgroup_root: Some(root.0.clone()),
@@ -100,10 +105,10 @@ impl Agent {
             handover: None,
             accepted: sender,
             ready,
-            observed: Arc::default(),
+            observed: observed.clone(),
         };
         let running = tokio::spawn(run(options, None, recorder.clone(), cancellation.clone()));
-        Self { pods, published, accepted, ready: is_ready, cancellation, running }
+        Self { pods, published, accepted, ready: is_ready, observed, cancellation, running }
     }
 }
 
@@ -137,6 +142,7 @@ impl Node {
             accepted: agent.accepted,
             ready: agent.ready,
             recorder,
+            observed: agent.observed,
             cancellation: agent.cancellation,
             running: agent.running,
             journal,
@@ -150,6 +156,7 @@ impl Node {
         let agent = Agent::start(&self.root, pinning, known, &self.recorder, self.journal.path());
         (self.pods, self.published, self.accepted) = (agent.pods, agent.published, agent.accepted);
         (self.ready, self.cancellation, self.running) = (agent.ready, agent.cancellation, agent.running);
+        self.observed = agent.observed;
     }
 
     pub(crate) fn know(&self, pods: &[KnownPod]) {
@@ -399,4 +406,24 @@ async fn what_leaves_by_a_pods_interface_is_guarded_until_uninstalled_whoever_se
         assert!(tokio::time::Instant::now() < deadline, "a guard is left behind");
         tokio::task::yield_now().await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_program_of_another_that_refuses_first_fails_the_canary_until_it_is_gone() {
+    let Some(other) = load(Pinning::Unpinned) else { return };
+    let node = Node::start("canary-run").unwrap();
+    let mut canary = node.observed.watch_canary();
+    // Not Weir's of this node: it knows the address and nobody.
+    other.set_api_endpoint(API4, 0).unwrap();
+    other.attach(&node.root.0).unwrap();
+    node.know(&[]);
+    let failed = canary.wait_for(|health| matches!(health, Health::Failed(_))).await.unwrap().clone();
+    let findings = || node.recorder.measured().findings;
+    assert_eq!((findings()["canaryFailed"], findings()["canaryRecovered"]), (1, 0), "{failed:?}");
+    assert!(*node.ready.borrow(), "the pods are enrolled, and the agent is not ready all the same");
+    drop(other);
+    canary.wait_for(|health| *health == Health::Passed).await.unwrap();
+    assert_eq!((findings()["canaryFailed"], findings()["canaryRecovered"]), (1, 1));
+    assert_eq!(node.recorder.measured().connections_refused, 0, "what the canary is refused is no pod's");
+    node.stop().await;
 }

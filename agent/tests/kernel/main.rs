@@ -3,6 +3,7 @@
 //! says loudly that nothing was tested. Everything made here is removed by drop guards.
 #![expect(clippy::unwrap_used, reason = "what fails here fails the test, with its place")]
 
+mod canary;
 mod cold_start;
 mod enrolment;
 mod guards;

@@ -130,3 +130,44 @@ fn readiness_and_metrics_say_when_recording_stopped() {
     })
     .unwrap();
 }
+
+#[test]
+fn programs_that_someone_detaches_are_attached_again_and_the_agent_is_ready() {
+    let Some(mut scene) = Scene::new() else { return };
+    scene.namespace("it-detached", true);
+    let pod = scene.testbed.run_pod(&PodSpec::idle("it-detached", "caller")).unwrap();
+    let (mut agent, monitored) = Monitored::start(&scene);
+    let before = monitored.metrics();
+    assert_eq!(
+        (before["weir_canary_passing"], before["weir_findings_total{name=\"programDetached\"}"]),
+        (1.0, 0.0)
+    );
+    assert!(before["weir_canary_connections_total{verdict=\"redirected\"}"] >= 1.0, "{before:#?}");
+    let status = agent.status().unwrap();
+    assert_eq!(
+        (status["agent"]["state"].as_str(), status["agent"]["pid"].as_u64()),
+        (Some("running"), Some(agent.pid().into()))
+    );
+
+    // Everything at the root and at the pods' root, as a privileged hand would.
+    let links = Path::new(status["folder"].as_str().unwrap()).join("links");
+    let mut removed = 0;
+    for entry in std::fs::read_dir(&links).unwrap() {
+        std::fs::remove_file(entry.unwrap().path()).unwrap();
+        removed += 1;
+    }
+    assert!(removed > 20, "{removed}");
+    scene.event("the finding", |event| {
+        matches!(&event.kind, weir_common::event::Kind::Finding { name, .. } if name == "programDetached")
+    });
+    wait_until("the agent to be ready", DEADLINE, || Ok((monitored.get("/readyz")?.0 == 200).then_some(())))
+        .unwrap();
+    let out = pod.exec(&["kubectl", "get", "namespace", "default", "-o", "name"]).unwrap();
+    assert!(out.status.success(), "{}", agent.last_lines());
+    let after = monitored.metrics();
+    assert!(after["weir_findings_total{name=\"programDetached\"}"] >= 1.0, "{after:#?}");
+    assert_eq!(after["weir_canary_passing"], 1.0);
+
+    agent.crash().unwrap();
+    assert_eq!(agent.status().unwrap()["agent"]["state"], "absent");
+}
