@@ -19,7 +19,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    config::Config,
+    config::{Cluster, Config},
     interception::{
         api_set::ClusterAddresses,
         canary::Health,
@@ -112,8 +112,7 @@ async fn run_recorded(
 ) -> Result<&'static str, AppError> {
     let stop = CancellationToken::new();
     let (publish_pods, pods) = watch::channel(KnownPods::None);
-    let (publish_sets, api_sets): (Vec<_>, Vec<_>) =
-        config.clusters.iter().map(|_| watch::channel(ApiSet::default())).unzip();
+    let (publish, clusters) = addresses(config);
     let (publish_nodes, nodes) = watch::channel(Hosts::default());
     let (accepted, mut connections) = mpsc::channel(ACCEPTED_MAX);
     let (settled, ready) = watch::channel(false);
@@ -122,7 +121,8 @@ async fn run_recorded(
     let options = interception::Options {
         guard: guard_options(config),
         pods,
-        clusters: addresses(config, api_sets),
+        clusters,
+        name_servers: config.name_servers.clone(),
         nodes,
         handover: Some(PathBuf::from(handover::STANDARD)),
         accepted,
@@ -135,7 +135,7 @@ async fn run_recorded(
     let mut parts: JoinSet<&'static str> = JoinSet::new();
     let metrics = Monitoring::start(config, &telemetry);
     let proxy = tokio::select! {
-        proxy = start_proxy(config, recorder, (publish_pods, publish_nodes), publish_sets, &mut parts) => proxy?,
+        proxy = start_proxy(config, recorder, (publish_pods, publish_nodes), publish, &mut parts) => proxy?,
         ended = &mut intercepted => return Err(early(ended)),
         signal = signals.next() => {
             stop.cancel();
@@ -223,15 +223,21 @@ fn early(ended: Result<Ended, InterceptionError>) -> AppError {
     ended.map_or_else(AppError::from, |_| AppError::PartEnded { part: "the interception" })
 }
 
-fn addresses(config: &Config, api_sets: Vec<watch::Receiver<ApiSet>>) -> Vec<ClusterAddresses> {
-    (0u32..)
-        .zip(config.clusters.iter().zip(api_sets))
-        .map(|(index, (cluster, published))| ClusterAddresses {
+/// Where the clusters' addresses come from, and where that is published.
+fn addresses(config: &Config) -> (Vec<cluster::Publish>, Vec<ClusterAddresses>) {
+    let of_cluster = |(index, cluster): (u32, &Cluster)| {
+        let (publish_set, published) = watch::channel(ApiSet::default());
+        let (publish_proof, proof) = watch::channel(None);
+        let addresses = ClusterAddresses {
             cluster: index,
-            configured: cluster.addresses.clone(),
             published,
-        })
-        .collect()
+            configured: cluster.addresses.clone(),
+            names: cluster.endpoint_names.clone(),
+            proof,
+        };
+        ((publish_set, publish_proof), addresses)
+    };
+    (0..).zip(&config.clusters).map(of_cluster).unzip()
 }
 
 /// Connects to the clusters, starts to watch this node's pods, and makes the proxy.
@@ -239,10 +245,10 @@ async fn start_proxy(
     config: &Config,
     recorder: &Recorder,
     (publish_pods, publish_nodes): (watch::Sender<KnownPods>, watch::Sender<Hosts>),
-    publish_sets: Vec<watch::Sender<ApiSet>>,
+    publish: Vec<cluster::Publish>,
     parts: &mut JoinSet<&'static str>,
 ) -> Result<Proxy, AppError> {
-    let clusters = cluster::connect_all(config, publish_sets, parts).await?;
+    let clusters = cluster::connect_all(config, publish, parts).await?;
     // The node belongs to the first cluster: its pods, and the other nodes, are watched there.
     let client = clusters[0].access.client.clone();
     parts.spawn(async move {

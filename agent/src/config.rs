@@ -4,6 +4,7 @@
 //! configuration names are checked to exist here; what they hold is checked by who uses them ([`crate::trust`]).
 
 use std::{
+    fmt,
     net::SocketAddr,
     path::{Path, PathBuf},
     time::Duration,
@@ -26,6 +27,10 @@ pub const CONFIG_BYTES_MAX: u64 = 1024 * 1024;
 pub const CLUSTERS_MAX: usize = 64;
 /// Folder of what must outlive a reboot, where the configuration names none.
 pub const STATE_DIRECTORY: &str = "/var/lib/weir";
+/// Most host names among the addresses of one cluster: each is resolved again and again.
+pub const ENDPOINT_NAMES_MAX: usize = 16;
+/// Most name servers: every one is asked for every host name.
+pub const NAME_SERVERS_MAX: usize = 8;
 /// Least size of a journal: below it a few requests would fill it.
 pub const JOURNAL_BYTES_MIN: u64 = 64 * 1024 * 1024;
 
@@ -82,6 +87,8 @@ pub struct Config {
     pub state_directory: PathBuf,
     /// The clusters, in the order of their indices.
     pub clusters: Vec<Cluster>,
+    /// Who is asked for the host names of clusters; empty: those of `/etc/resolv.conf`.
+    pub name_servers: Vec<SocketAddr>,
     /// Which pods are enrolled; the first entry that selects a pod decides.
     pub enrolment: Vec<Enrolment>,
     /// Annotations of pods that are recorded as the session's intent.
@@ -114,10 +121,28 @@ pub struct Cluster {
     pub certificate_authority: Option<PathBuf>,
     /// Addresses beside those that the cluster itself publishes (`default/kubernetes`).
     pub addresses: Vec<SocketAddr>,
-    /// Names under which pods may ask for it, beside `kubernetes.default.svc` and its shorter forms.
+    /// Host names whose addresses, whatever they are at the time, are further ones.
+    pub endpoint_names: Vec<EndpointName>,
+    /// Names under which pods may ask for it, beside `kubernetes.default.svc` and its shorter forms; those of
+    /// `endpoint_names` are among them.
     pub host_names: Vec<String>,
     /// Where the serving certificate comes from.
     pub trust: Trust,
+}
+
+/// A host name and port where an API server is reached.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct EndpointName {
+    /// In lower case, without a dot at its end.
+    pub host: String,
+    /// Port, never 0.
+    pub port: u16,
+}
+
+impl fmt::Display for EndpointName {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "{}:{}", self.host, self.port)
+    }
 }
 
 /// How the agent itself reaches a cluster.
@@ -228,11 +253,12 @@ apiVersion: weir.dev/v1alpha1
 kind: AgentConfiguration
 node: node-1
 tenant: acme
+nameServers: [198.51.100.53, '[2001:db8::53]:5353']
 journal: {directory: /var/lib/weir/journal, bytesMax: 1073741824}
 clusters:
 - name: production
   inCluster: true
-  addresses: ['10.96.0.1:443', '[fd00::1]:443']
+  addresses: ['10.96.0.1:443', '[fd00::1]:443', 'ABC.eks.example.test.:443']
   hostNames: [api.example.test]
   trust: {clusterSigner: {}}
 enrolment:
@@ -255,6 +281,11 @@ limits: {drainSeconds: 10, responseBytesMax: 4096, sessionIdleTimeoutSeconds: 60
         let config = Config::parse(Path::new("weir.yaml"), WHOLE, "here").expect("is valid");
         assert_eq!((config.node.as_str(), config.tenant.as_deref()), ("node-1", Some("acme")));
         assert_eq!(config.clusters[0].addresses.len(), 2);
+        let names: Vec<_> = config.clusters[0].endpoint_names.iter().map(ToString::to_string).collect();
+        assert_eq!(names, ["abc.eks.example.test:443"]);
+        assert_eq!(config.clusters[0].host_names, ["api.example.test", "abc.eks.example.test"]);
+        let servers = ["198.51.100.53:53", "[2001:db8::53]:5353"];
+        assert_eq!(config.name_servers, servers.map(|server| server.parse().expect("an address")));
         assert_eq!(config.enrolment[0].mode, Mode::Observe);
         assert_eq!(config.metrics, Some(([127, 0, 0, 1], 9155).into()));
         assert_eq!(config.limits.drain.as_secs(), 10);
@@ -279,7 +310,7 @@ limits: {drainSeconds: 10, responseBytesMax: 4096, sessionIdleTimeoutSeconds: 60
         refused(
             &WHOLE.replace("tenant", "tenent"),
             expect![
-                "configuration weir.yaml: unknown field `tenent`, expected one of `apiVersion`, `kind`, `node`, `tenant`, `journal`, `stateDirectory`, `clusters`, `enrolment`, `intentAnnotations`, `cgroupRoot`, `metrics`, `limits` at line 5 column 1"
+                "configuration weir.yaml: unknown field `tenent`, expected one of `apiVersion`, `kind`, `node`, `tenant`, `journal`, `stateDirectory`, `clusters`, `nameServers`, `enrolment`, `intentAnnotations`, `cgroupRoot`, `metrics`, `limits` at line 5 column 1"
             ],
         );
     }
@@ -297,7 +328,7 @@ limits: {drainSeconds: 10, responseBytesMax: 4096, sessionIdleTimeoutSeconds: 60
         refused(
             &WHOLE.replace("drainSeconds: 10", "drainSeconds: soon"),
             expect![[
-                r#"configuration weir.yaml: limits.drainSeconds: invalid type: string "soon", expected u64 at line 19 column 24"#
+                r#"configuration weir.yaml: limits.drainSeconds: invalid type: string "soon", expected u64 at line 20 column 24"#
             ]],
         );
     }
@@ -363,8 +394,43 @@ limits: {drainSeconds: 10, responseBytesMax: 4096, sessionIdleTimeoutSeconds: 60
                 r#"configuration weir.yaml: clusters[1].hostNames[0]: "API.example.test." is also a host name of cluster "production"; keep one"#
             ]],
         );
+        refused(
+            &second("addresses: ['abc.EKS.example.test:6443']"),
+            expect![[
+                r#"configuration weir.yaml: clusters[1].addresses[0]: "abc.eks.example.test" is also a host name of cluster "production"; keep one"#
+            ]],
+        );
+        refused(
+            &second("hostNames: [abc.eks.example.test]"),
+            expect![[
+                r#"configuration weir.yaml: clusters[1].hostNames[0]: "abc.eks.example.test" is also a host name of cluster "production"; keep one"#
+            ]],
+        );
         Config::parse(Path::new("weir.yaml"), &second("addresses: ['10.96.0.1:6443']"), "here")
             .expect("other port");
+    }
+
+    #[test]
+    fn what_is_neither_an_address_nor_a_host_name_is_refused_by_name() {
+        for (address, why) in [
+            ("api.example.test", "has no port; say `IP:PORT`, `[IPv6]:PORT` or `HOST:PORT`"),
+            ("api.example.test:0", "has no port; say `IP:PORT`, `[IPv6]:PORT` or `HOST:PORT`"),
+            ("10.0.0.1", "has no port; say `IP:PORT`, `[IPv6]:PORT` or `HOST:PORT`"),
+            ("https://api.example.test:443", "is neither an address nor a host name"),
+            ("fd00::1:443", "is neither an address nor a host name"),
+            ("10.0.0.300:443", "is neither an address nor a host name"),
+        ] {
+            let text = WHOLE.replace("ABC.eks.example.test.:443", address);
+            let error = Config::parse(Path::new("weir.yaml"), &text, "here").expect_err("is refused");
+            let expected = format!("configuration weir.yaml: clusters[0].addresses[2]: {address:?} {why}");
+            assert_eq!(error.to_string(), expected);
+        }
+        refused(
+            &WHOLE.replace("198.51.100.53", "dns.example.test"),
+            expect![[
+                r#"configuration weir.yaml: nameServers[0]: "dns.example.test" is no address; say `IP` or `IP:PORT`, since names are what it is asked for"#
+            ]],
+        );
     }
 
     #[test]

@@ -2,11 +2,12 @@
 //!
 //! [`loader`] puts the programs into the kernel and writes their maps, [`attach`] keeps them attached, [`listener`]
 //! listens in other network namespaces, [`accept`] lets through what [`flow`], [`caller`] and [`process`] vouch for,
-//! [`cluster_watch`] and [`pod`] which pods there are. [`guard`] puts in force what must be so before anything else,
-//! with what [`stored_set`] remembers; [`run`] puts it all to work on a node. What a connection says is
+//! [`cluster_watch`] and [`pod`] which pods there are, [`api_set`] what is an API server. [`guard`] puts in force what must
+//! be so before anything else, with what [`stored_set`] remembers; [`run`] puts it all to work on a node. What a connection says is
 //! not read here.
 
 pub mod accept;
+pub mod answers;
 pub mod api_set;
 pub mod attach;
 mod bpf;
@@ -14,6 +15,7 @@ pub mod caller;
 pub mod canary;
 pub mod cgroup;
 mod cgroup_tree;
+mod claims;
 pub mod cluster_access;
 pub mod cluster_watch;
 pub mod counters;
@@ -35,8 +37,10 @@ pub mod pinned;
 pub mod pod;
 mod pod_network;
 pub mod process;
+pub mod proof;
 pub mod quarantine;
 mod report;
+mod resolution;
 pub mod run;
 mod sockets;
 pub mod stored_set;

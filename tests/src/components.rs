@@ -84,6 +84,7 @@ const PACKAGES: &[(&str, &[&str])] = &[
     ("runc", &["runc"]),
     ("containernetworking-plugins", &["/usr/lib/cni/bridge", "/opt/cni/bin/bridge"]),
     ("conntrack", &["conntrack"]),
+    ("dnsmasq-base", &["dnsmasq"]),
     ("iptables", &["iptables-save"]),
     ("iproute2", &["ip"]),
     ("mount", &["mount"]),

@@ -33,14 +33,20 @@ mod doctor;
 mod enrolment;
 #[path = "integration/escape.rs"]
 mod escape;
+#[path = "integration/escape6.rs"]
+mod escape6;
 #[path = "integration/exec.rs"]
 mod exec;
+#[path = "integration/far_side.rs"]
+mod far_side;
 #[path = "integration/guard.rs"]
 mod guard;
 #[path = "integration/http_attacks.rs"]
 mod http_attacks;
 #[path = "integration/monitoring.rs"]
 mod monitoring;
+#[path = "integration/names.rs"]
+mod names;
 #[path = "integration/pod_kinds.rs"]
 mod pod_kinds;
 #[path = "integration/starting.rs"]

@@ -21,9 +21,10 @@ const ARCHITECTURE_LINES_MAX: usize = 200;
 const EMPTY_NAMES: [&str; 6] = ["utils", "util", "helpers", "types", "manager", "misc"];
 
 /// A third-party library of the edges: the crate's name as imported, and where it may be imported.
-const EDGES: [(&str, &[&str]); 10] = [
+const EDGES: [(&str, &[&str]); 11] = [
     ("aya", &["agent/src/interception/", "agent/build.rs", "common/src/kernel.rs"]),
     ("aya_log", &["agent/src/interception/"]),
+    ("hickory_resolver", &["agent/src/interception/"]),
     ("kube", &["agent/src/interception/", "agent/src/trust/"]),
     ("k8s_openapi", &["agent/src/interception/", "agent/src/trust/"]),
     ("rcgen", &["agent/src/trust/", "agent/src/proxy/", "tests/src/"]),

@@ -15,6 +15,7 @@ use crate::{
     interception::{
         cluster_access::ClusterAccess,
         cluster_watch::{self, ApiSet},
+        proof::Proof,
     },
     proxy::{ClusterUpstream, Endpoints, upstream_tls},
     trust::{self, Authority, ServingNames, authority::MountedCa, cluster_signer::ClusterSigner},
@@ -31,10 +32,13 @@ pub(super) struct Connected {
     pub(super) upstream: ClusterUpstream,
 }
 
+/// Where a cluster's addresses are published, and how they prove to be its own.
+pub(super) type Publish = (watch::Sender<ApiSet>, watch::Sender<Option<Proof>>);
+
 /// Makes all clusters of the configuration ready, in their order. What must run on is spawned into `parts`.
 pub(super) async fn connect_all(
     config: &Config,
-    publish: Vec<watch::Sender<ApiSet>>,
+    publish: Vec<Publish>,
     parts: &mut JoinSet<&'static str>,
 ) -> Result<Vec<Connected>, AppError> {
     let mut connected = Vec::with_capacity(config.clusters.len());
@@ -47,11 +51,13 @@ pub(super) async fn connect_all(
 async fn connect(
     config: &Config,
     cluster: &Cluster,
-    publish: watch::Sender<ApiSet>,
+    (publish, proof): Publish,
     parts: &mut JoinSet<&'static str>,
 ) -> Result<Connected, AppError> {
     let access =
         ClusterAccess::load(&cluster.name, &cluster.access, cluster.certificate_authority.as_deref()).await?;
+    let tls = upstream_tls((*access.ca.roots()).clone(), None)?;
+    proof.send_replace(Some(tls.clone()));
     // Checked before the network is waited for: a CA that does not chain is a mistake in the configuration.
     let authority = Arc::new(authority(config, cluster, &access)?);
     let server_name = ServerName::try_from(access.host.trim_matches(['[', ']']).to_owned())
@@ -77,7 +83,7 @@ async fn connect(
         names: names.borrow().all().collect(),
         endpoints: Endpoints::Listed(endpoints),
         server_name,
-        tls: upstream_tls((*access.ca.roots()).clone(), None)?,
+        tls,
         serving,
     };
     Ok(Connected { access, upstream })

@@ -5,7 +5,7 @@
 
 use std::{
     fs::File,
-    net::{Ipv4Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     path::PathBuf,
     time::Duration,
 };
@@ -13,8 +13,8 @@ use std::{
 use serde::Deserialize;
 
 use super::{
-    API_VERSION, Access, CLUSTERS_MAX, Cluster, Config, Enrolment, JOURNAL_BYTES_MIN, Journal, KIND,
-    LabelSelector, Limits, Mode, STATE_DIRECTORY, Trust,
+    API_VERSION, Access, CLUSTERS_MAX, Cluster, Config, ENDPOINT_NAMES_MAX, EndpointName, Enrolment,
+    JOURNAL_BYTES_MIN, Journal, KIND, LabelSelector, Limits, Mode, NAME_SERVERS_MAX, STATE_DIRECTORY, Trust,
 };
 use crate::recording::{JOURNAL_BYTES_MAX, RESPONSE_BYTES_MAX, SESSION_IDLE_TIMEOUT};
 
@@ -62,6 +62,12 @@ pub(super) struct AgentConfiguration {
     #[cfg_attr(test, schemars(length(min = 1, max = CLUSTERS_MAX)))]
     #[serde(default)]
     clusters: Vec<RawCluster>,
+    /// Name servers (`IP`, `IP:PORT`, `[IPv6]:PORT`) that the agent asks for the host names of clusters: every one of them,
+    /// since they may answer differently. Without any: those of the node's `/etc/resolv.conf`. Where pods can ask others
+    /// (a public one, for an endpoint that is private and public), name those too.
+    #[cfg_attr(test, schemars(length(max = NAME_SERVERS_MAX)))]
+    #[serde(default)]
+    name_servers: Vec<String>,
     /// Which pods are enrolled; the first entry that selects a pod decides. Pods that none selects are left alone.
     #[cfg_attr(test, schemars(length(min = 1)))]
     #[serde(default)]
@@ -139,10 +145,13 @@ struct RawCluster {
     kubeconfig: Option<PathBuf>,
     /// File of the CA (PEM) to verify its API server with. Without it: the one of `inCluster` or `kubeconfig`.
     certificate_authority: Option<PathBuf>,
-    /// Addresses (`IP:PORT`, `[IPv6]:PORT`) beside those that the cluster publishes in `default/kubernetes`.
+    /// Addresses (`IP:PORT`, `[IPv6]:PORT`) and host names (`HOST:PORT`, such as an EKS endpoint's) beside those that the
+    /// cluster publishes in `default/kubernetes`. Host names are resolved again and again, and what they once meant stays
+    /// for hours.
     #[serde(default)]
-    addresses: Vec<SocketAddr>,
-    /// Names under which pods may ask for it, beside `kubernetes.default.svc` and its shorter forms.
+    addresses: Vec<String>,
+    /// Names under which pods may ask for it, beside `kubernetes.default.svc`, its shorter forms, and the host names among
+    /// `addresses`.
     #[serde(default)]
     host_names: Vec<String>,
     /// Where the certificate comes from that pods are shown; exactly one of its keys.
@@ -238,6 +247,7 @@ impl AgentConfiguration {
             journal: Journal { directory: self.journal.directory, bytes_max: self.journal.bytes_max },
             state_directory: self.state_directory,
             clusters: clusters(self.clusters)?,
+            name_servers: name_servers(&self.name_servers)?,
             enrolment: enrolment(self.enrolment)?,
             intent_annotations: self.intent_annotations,
             cgroup_root: self.cgroup_root,
@@ -286,41 +296,126 @@ fn clusters(raw: Vec<RawCluster>) -> Result<Vec<Cluster>, Invalid> {
             .certificate_authority
             .map(|path| readable(format!("{key}.certificateAuthority"), path))
             .transpose()?;
+        let (addresses, endpoint_names) = endpoints(&key, &cluster.addresses)?;
         claimed_once(&key, &cluster.addresses, &cluster.host_names, &clusters)?;
+        let mut host_names = cluster.host_names;
+        host_names.extend(endpoint_names.iter().map(|name| name.host.clone()));
         clusters.push(Cluster {
             name: cluster.name,
             access,
             certificate_authority,
-            addresses: cluster.addresses,
-            host_names: cluster.host_names,
+            addresses,
+            endpoint_names,
+            host_names,
             trust: cluster.trust.validate(&format!("{key}.trust"))?,
         });
     }
     Ok(clusters)
 }
 
+/// What stands under `addresses`.
+enum Endpoint {
+    Address(SocketAddr),
+    Name(EndpointName),
+}
+
+fn endpoint(text: &str) -> Result<Endpoint, &'static str> {
+    const NO_PORT: &str = "has no port; say `IP:PORT`, `[IPv6]:PORT` or `HOST:PORT`";
+    const NEITHER: &str = "is neither an address nor a host name";
+    let address = match text.parse::<SocketAddr>() {
+        Ok(address) if address.port() == 0 => return Err(NO_PORT),
+        Ok(address) => return Ok(Endpoint::Address(address)),
+        Err(_) => text.rsplit_once(':'),
+    };
+    let (host, port) = address.ok_or(NO_PORT)?;
+    let port = port.parse().ok().filter(|port| *port != 0).ok_or(NO_PORT)?;
+    let host = plain(host);
+    // A name whose last label is a number would be read as an IPv4 address (RFC 1123, 2.1).
+    let ends_in_number = host.rsplit('.').next().is_some_and(|label| label.parse::<u64>().is_ok());
+    match rustls::pki_types::DnsName::try_from(host.as_str()) {
+        Ok(_) if !ends_in_number => Ok(Endpoint::Name(EndpointName { host, port })),
+        _ => Err(NEITHER),
+    }
+}
+
+/// A host name in the form in which names are compared.
+fn plain(name: &str) -> String {
+    name.trim_end_matches('.').to_ascii_lowercase()
+}
+
+fn endpoints(key: &str, raw: &[String]) -> Result<(Vec<SocketAddr>, Vec<EndpointName>), Invalid> {
+    let (mut addresses, mut names) = (Vec::new(), Vec::new());
+    for (index, text) in raw.iter().enumerate() {
+        match endpoint(text) {
+            Ok(Endpoint::Address(address)) => addresses.push(address),
+            Ok(Endpoint::Name(name)) => names.push(name),
+            Err(problem) => {
+                return invalid(format!("{key}.addresses[{index}]"), format!("{text:?} {problem}"));
+            }
+        }
+    }
+    if names.len() > ENDPOINT_NAMES_MAX {
+        let problem = format!("has {} host names; at most {ENDPOINT_NAMES_MAX} are resolved", names.len());
+        return invalid(format!("{key}.addresses"), problem);
+    }
+    Ok((addresses, names))
+}
+
+/// The port of name servers (RFC 1035, 4.2).
+const DNS_PORT: u16 = 53;
+
+fn name_servers(raw: &[String]) -> Result<Vec<SocketAddr>, Invalid> {
+    if raw.len() > NAME_SERVERS_MAX {
+        let problem = format!("has {} entries; at most {NAME_SERVERS_MAX} are asked", raw.len());
+        return invalid("nameServers", problem);
+    }
+    let server = |(index, text): (usize, &String)| {
+        let alone = text.parse().map(|ip: IpAddr| SocketAddr::new(ip, DNS_PORT));
+        alone.or_else(|_| text.parse()).or_else(|_| {
+            let problem = "is no address; say `IP` or `IP:PORT`, since names are what it is asked for";
+            invalid(format!("nameServers[{index}]"), format!("{text:?} {problem}"))
+        })
+    };
+    raw.iter().enumerate().map(server).collect()
+}
+
 /// An address or name of two clusters would leave open which of them a connection is for.
 fn claimed_once(
     key: &str,
-    addresses: &[SocketAddr],
+    addresses: &[String],
     host_names: &[String],
     others: &[Cluster],
 ) -> Result<(), Invalid> {
+    let by_name = |place: String, name: &str| {
+        let same = |other: &&Cluster| other.host_names.iter().any(|own| plain(own) == plain(name));
+        match others.iter().find(same) {
+            Some(other) => {
+                let problem = format!("{name:?} is also a host name of cluster {:?}; keep one", other.name);
+                invalid(place, problem)
+            }
+            None => Ok(()),
+        }
+    };
     let canonical = |address: &SocketAddr| (address.ip().to_canonical(), address.port());
-    for (index, address) in addresses.iter().enumerate() {
-        let same = |other: &&Cluster| other.addresses.iter().any(|own| canonical(own) == canonical(address));
-        if let Some(other) = others.iter().find(same) {
-            let problem = format!("{address} is also an address of cluster {:?}; keep one", other.name);
-            return invalid(format!("{key}.addresses[{index}]"), problem);
+    for (index, text) in addresses.iter().enumerate() {
+        let place = format!("{key}.addresses[{index}]");
+        match endpoint(text) {
+            Ok(Endpoint::Address(address)) => {
+                let same = |other: &&Cluster| {
+                    other.addresses.iter().any(|own| canonical(own) == canonical(&address))
+                };
+                if let Some(other) = others.iter().find(same) {
+                    let problem =
+                        format!("{address} is also an address of cluster {:?}; keep one", other.name);
+                    return invalid(place, problem);
+                }
+            }
+            Ok(Endpoint::Name(name)) => by_name(place, &name.host)?,
+            Err(_) => {}
         }
     }
-    let plain = |name: &str| name.trim_end_matches('.').to_ascii_lowercase();
     for (index, name) in host_names.iter().enumerate() {
-        let same = |other: &&Cluster| other.host_names.iter().any(|own| plain(own) == plain(name));
-        if let Some(other) = others.iter().find(same) {
-            let problem = format!("{name:?} is also a host name of cluster {:?}; keep one", other.name);
-            return invalid(format!("{key}.hostNames[{index}]"), problem);
-        }
+        by_name(format!("{key}.hostNames[{index}]"), name)?;
     }
     Ok(())
 }

@@ -1,31 +1,43 @@
-//! The API set: which addresses are API servers, kept for a while after they are no longer published.
+//! The API set: which addresses are API servers, in the kernel's map.
 //!
-//! An address that the cluster takes away may still be dialled by clients that have it, and on a managed control
-//! plane may come back: for hours it still belongs to the cluster. Losing the watch changes nothing at all. Beside the
-//! published addresses, those by which the same machines are reached belong to it, and the kubelets of all machines.
+//! Beside what a cluster publishes and the configuration says, it has what host names stand for, the addresses by which
+//! the same machines are reached, and the kubelets of all machines. Whose an address is, and how long it stays, is in
+//! [`super::claims`]; losing a watch or a name server changes nothing at all.
 
 use std::{
     collections::{HashMap, HashSet},
     net::SocketAddr,
-    sync::Arc,
-    time::Duration,
+    sync::{Arc, Mutex},
 };
 
-use tokio::{sync::watch, time::Instant};
+use tokio::{
+    sync::{Notify, mpsc, watch},
+    task::JoinSet,
+    time::{Duration, Instant},
+};
 use tokio_util::sync::CancellationToken;
 
 use weir_common::kernel::KUBELET;
 
 use super::{
+    claims::Claims,
     cluster_watch::ApiSet,
     hosts::{self, Hosts},
-    loader::Kernel,
+    loader::{Kernel, KernelError},
+    maps::lock,
+    proof::{self, Proof},
 };
+use crate::{config::EndpointName, recording::Recorder};
 
-/// How long an address stays in the API set after it was last published.
-const RETENTION: Duration = Duration::from_secs(6 * 60 * 60);
 /// How often addresses are looked through for old ones.
 const RETENTION_CHECK: Duration = Duration::from_secs(10 * 60);
+/// Most addresses of one cluster that are asked for a proof at once.
+const PROOFS_MAX: usize = 16;
+/// How long an address that gave no proof is not suspected again: whoever forges answers holds up no more than one
+/// connection attempt of its neighbours in this time.
+const ACQUITTED_FOR: Duration = Duration::from_secs(10 * 60);
+/// Most addresses that are known to have given no proof; beyond it the record of all of them is dropped.
+const ACQUITTED_MAX: usize = 4096;
 
 /// Where the addresses of one cluster come from.
 #[derive(Debug)]
@@ -36,36 +48,186 @@ pub struct ClusterAddresses {
     pub published: watch::Receiver<ApiSet>,
     /// Addresses from the configuration, which stay for good.
     pub configured: Vec<SocketAddr>,
+    /// Host names from the configuration.
+    pub names: Vec<EndpointName>,
+    /// How an address proves to be one of this cluster's API servers, once its CA is read.
+    pub proof: watch::Receiver<Option<Proof>>,
 }
 
-/// Keeps one cluster's part of the kernel's API set up to date until cancelled.
-pub(super) async fn follow(
-    mut addresses: ClusterAddresses,
-    mut hosts: watch::Receiver<Hosts>,
+/// The API set in the kernel, and whose its addresses are.
+pub(super) struct Addresses {
     kernel: Arc<Kernel>,
+    recorder: Recorder,
+    claims: Mutex<Claims>,
+    /// What was last refused to each cluster: reported once.
+    refused: Mutex<HashMap<u32, HashSet<SocketAddr>>>,
+    /// Changes when an address has come in for certain.
+    grown: watch::Sender<()>,
+}
+
+impl Addresses {
+    /// Takes over what a former process had, and writes what the configuration says.
+    ///
+    /// # Errors
+    /// The kernel refuses: without the API set nothing would be denied.
+    pub(super) fn new(
+        kernel: Arc<Kernel>,
+        recorder: Recorder,
+        clusters: &[ClusterAddresses],
+    ) -> Result<Self, KernelError> {
+        let mut claims = Claims::default();
+        let now = Instant::now();
+        for (address, owner) in kernel.api_endpoints()? {
+            claims.adopt(owner, address, now);
+        }
+        for cluster in clusters {
+            for address in &cluster.configured {
+                kernel.set_api_endpoint(*address, cluster.cluster)?;
+            }
+            claims.publish(cluster.cluster, cluster.configured.iter().copied(), now);
+        }
+        let (claims, grown) = (Mutex::new(claims), watch::channel(()).0);
+        Ok(Self { kernel, recorder, claims, refused: Mutex::default(), grown })
+    }
+
+    /// Changes when an address has come in for certain.
+    pub(super) fn grown(&self) -> watch::Receiver<()> {
+        self.grown.subscribe()
+    }
+
+    /// Writes all that an owner publishes now; new addresses come in before old ones go.
+    fn publish(&self, owner: u32, current: HashSet<SocketAddr>) {
+        // Held until all is written: two owners must not overtake each other on the way to the kernel.
+        let mut claims = lock(&self.claims);
+        let changes = claims.publish(owner, current.iter().copied(), Instant::now());
+        let refused: HashMap<_, _> = changes.refused.into_iter().collect();
+        let own = current.iter().filter(|address| !refused.contains_key(*address));
+        // All of them, not only new ones: what was lost from the map is put back.
+        let added = own.map(|address| self.kernel.set_api_endpoint(*address, owner));
+        let removed = changes.removed.iter().map(|address| self.kernel.remove_api_endpoint(*address));
+        // One that fails must not leave the others out.
+        for error in added.chain(removed).filter_map(Result::err) {
+            let error = &error as &dyn std::error::Error;
+            tracing::error!(cluster = owner, error, "cannot update the API set");
+        }
+        drop(claims);
+        self.report(owner, &refused);
+        if !changes.added.is_empty() {
+            self.grown.send_replace(());
+        }
+    }
+
+    fn report(&self, owner: u32, refused: &HashMap<SocketAddr, u32>) {
+        let mut all = lock(&self.refused);
+        let known = all.entry(owner).or_default();
+        for (address, keeper) in refused.iter().filter(|(address, _)| !known.contains(*address)) {
+            tracing::error!(cluster = owner, %address, keeper, "two clusters publish one address; it stays with the first");
+            let keeper =
+                if *keeper == KUBELET { "the kubelets".to_owned() } else { format!("cluster {keeper}") };
+            let message = format!(
+                "{address} is also published by {keeper} (counted from 0, in the order of the configuration), to which connections to it go; give the clusters different addresses"
+            );
+            let cluster = usize::try_from(owner).ok().filter(|_| owner != KUBELET);
+            self.recorder.finding(cluster, None, "addressOfTwoClusters", &message);
+        }
+        *known = refused.keys().copied().collect();
+    }
+
+    /// Takes an address into the API set on suspicion; returns whether it was of nobody before.
+    fn suspect(&self, owner: u32, address: SocketAddr) -> bool {
+        let mut claims = lock(&self.claims);
+        if !claims.suspect(owner, address, Instant::now()) {
+            return false;
+        }
+        if let Err(error) = self.kernel.set_api_endpoint(address, owner) {
+            let error = &error as &dyn std::error::Error;
+            tracing::error!(cluster = owner, error, "cannot update the API set");
+        }
+        // What pods have open there is stalled, but not ended: a forgery must not cost them more.
+        true
+    }
+
+    /// Keeps it there, or takes it out again.
+    fn settle(&self, owner: u32, address: SocketAddr, proven: bool) {
+        let mut claims = lock(&self.claims);
+        if claims.settle(owner, address, proven, Instant::now())
+            && let Err(error) = self.kernel.remove_api_endpoint(address)
+        {
+            let error = &error as &dyn std::error::Error;
+            tracing::error!(cluster = owner, error, "cannot update the API set");
+        }
+        drop(claims);
+        if proven {
+            self.grown.send_replace(());
+        }
+    }
+}
+
+/// What is learnt of a cluster's host names.
+pub(super) struct Learnt {
+    /// What name servers say, to the agent itself.
+    pub(super) resolved: watch::Receiver<HashSet<SocketAddr>>,
+    /// What they say to anybody on this node.
+    pub(super) seen: mpsc::Receiver<(EndpointName, SocketAddr)>,
+    /// Has the agent ask the name servers now.
+    pub(super) ask: Arc<Notify>,
+}
+
+/// Keeps one cluster's part of the API set up to date until cancelled.
+pub(super) async fn follow(
+    mut cluster: ClusterAddresses,
+    mut learnt: Learnt,
+    mut hosts: watch::Receiver<Hosts>,
+    addresses: Arc<Addresses>,
     cancellation: CancellationToken,
 ) {
-    let mut part = Part::new(kernel, addresses.cluster);
     let mut check = tokio::time::interval(RETENTION_CHECK);
-    let mut watched = true;
+    let (mut watched, mut resolving) = (true, true);
+    let mut proofs = JoinSet::new();
+    let mut acquitted: HashMap<SocketAddr, Instant> = HashMap::new();
+    let mut stale = true;
     loop {
-        let published = addresses.published.borrow_and_update().clone();
-        let mut current: HashSet<SocketAddr> = published
-            .service
-            .iter()
-            .chain(&published.endpoints)
-            .chain(&addresses.configured)
-            .copied()
-            .collect();
-        let aliases = hosts::aliases(&current, &hosts.borrow_and_update());
-        current.extend(aliases);
-        part.write(&current);
+        if stale {
+            let published = cluster.published.borrow_and_update().clone();
+            let mut current = learnt.resolved.borrow_and_update().clone();
+            current.extend(published.service.iter().chain(&published.endpoints).chain(&cluster.configured));
+            let aliases = hosts::aliases(&current, &hosts.borrow_and_update());
+            current.extend(aliases);
+            addresses.publish(cluster.cluster, current);
+        }
+        stale = true;
         tokio::select! {
             () = cancellation.cancelled() => return,
             // Whoever watched may have ended: what is known stays.
-            changed = addresses.published.changed(), if watched => watched = changed.is_ok(),
+            changed = cluster.published.changed(), if watched => watched = changed.is_ok(),
+            changed = learnt.resolved.changed(), if resolving => resolving = changed.is_ok(),
             Ok(()) = hosts.changed() => {}
             _ = check.tick() => {}
+            Some((name, address)) = learnt.seen.recv() => {
+                stale = false;
+                let young = |acquitted: &Instant| acquitted.elapsed() < ACQUITTED_FOR;
+                if acquitted.get(&address).is_some_and(young) {
+                    continue;
+                }
+                if proofs.len() >= PROOFS_MAX {
+                    // What is genuine among so many, the name servers say to the agent as well.
+                    learnt.ask.notify_one();
+                } else if addresses.suspect(cluster.cluster, address) {
+                    tracing::info!(cluster = cluster.cluster, %name, %address, "somebody on this node was told a new address of this name");
+                    proofs.spawn(proof::given(cluster.proof.clone(), name, address));
+                    learnt.ask.notify_one();
+                }
+            }
+            Some(Ok((address, proven))) = proofs.join_next() => {
+                stale = false;
+                addresses.settle(cluster.cluster, address, proven);
+                if !proven {
+                    if acquitted.len() >= ACQUITTED_MAX {
+                        acquitted.clear();
+                    }
+                    acquitted.insert(address, Instant::now());
+                }
+            }
         }
     }
 }
@@ -73,90 +235,17 @@ pub(super) async fn follow(
 /// The same for the kubelets.
 pub(super) async fn follow_kubelets(
     mut hosts: watch::Receiver<Hosts>,
-    kernel: Arc<Kernel>,
+    addresses: Arc<Addresses>,
     cancellation: CancellationToken,
 ) {
-    let mut part = Part::new(kernel, KUBELET);
     let mut check = tokio::time::interval(RETENTION_CHECK);
     loop {
         let current = hosts::kubelets(&hosts.borrow_and_update());
-        part.write(&current);
+        addresses.publish(KUBELET, current);
         tokio::select! {
             () = cancellation.cancelled() => return,
             Ok(()) = hosts.changed() => {}
             _ = check.tick() => {}
         }
-    }
-}
-
-/// The entries of the kernel's API set with one value.
-struct Part {
-    kernel: Arc<Kernel>,
-    value: u32,
-    retained: Retained,
-}
-
-impl Part {
-    fn new(kernel: Arc<Kernel>, value: u32) -> Self {
-        let mut retained = Retained::default();
-        if let Ok(pinned) = kernel.api_endpoints() {
-            // Of a former process: kept as if published now.
-            let own = pinned.into_iter().filter(|(_, found)| *found == value);
-            retained.publish(own.map(|(address, _)| address), Instant::now());
-        }
-        Self { kernel, value, retained }
-    }
-
-    fn write(&mut self, current: &HashSet<SocketAddr>) {
-        let now = Instant::now();
-        self.retained.publish(current.iter().copied(), now);
-        let added = current.iter().map(|address| self.kernel.set_api_endpoint(*address, self.value));
-        let expired = self.retained.expire(now).into_iter();
-        let removed = expired.map(|address| self.kernel.remove_api_endpoint(address));
-        // One that fails must not leave the others out.
-        for error in added.chain(removed).filter_map(Result::err) {
-            let error = &error as &dyn std::error::Error;
-            tracing::error!(cluster = self.value, error, "cannot update the API set");
-        }
-    }
-}
-
-/// When each address was last published.
-#[derive(Debug, Default)]
-struct Retained(HashMap<SocketAddr, Instant>);
-
-impl Retained {
-    fn publish(&mut self, addresses: impl Iterator<Item = SocketAddr>, now: Instant) {
-        self.0.extend(addresses.map(|address| (address, now)));
-    }
-
-    /// Forgets and returns the addresses that were last published too long ago.
-    fn expire(&mut self, now: Instant) -> Vec<SocketAddr> {
-        let old = |published: &Instant| now.saturating_duration_since(*published) > RETENTION;
-        let expired: Vec<_> =
-            self.0.iter().filter(|(_, published)| old(published)).map(|(address, _)| *address).collect();
-        for address in &expired {
-            self.0.remove(address);
-        }
-        expired
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use tokio::time::Instant;
-
-    use super::{RETENTION, Retained};
-
-    #[test]
-    fn an_address_outlives_its_publication_for_hours() {
-        let (old, new) = (([192, 0, 2, 1], 443).into(), ([192, 0, 2, 2], 443).into());
-        let start = Instant::now();
-        let mut retained = Retained::default();
-        retained.publish([old, new].into_iter(), start);
-        retained.publish([new].into_iter(), start + RETENTION);
-        assert!(retained.expire(start + RETENTION).is_empty());
-        assert_eq!(retained.expire(start + RETENTION * 2), [old]);
-        assert!(retained.expire(start + RETENTION * 2).is_empty());
     }
 }

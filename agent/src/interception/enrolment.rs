@@ -444,7 +444,8 @@ impl Enrolment {
             None => blocking(move || Listener::in_netns(namespace.0)).await??,
         });
         kernel.classify(folder.cgroup, entry(Class::Enrolled, Some(&listener)))?;
-        end_direct_connections(&self.settings.sink, folder, &pod.tenant, file).await?;
+        let current = pod.tenant.borrow().clone();
+        end_direct_connections(&self.settings.sink, &current, file, "it was enrolled").await?;
         tracing::info!(pod = %name(&pod.tenant.borrow()), port = listener.port(), "pod is enrolled");
         let end = self.cancellation.child_token();
         let (tenant, proxied) = (pod.tenant.subscribe(), pod.proxied.clone());

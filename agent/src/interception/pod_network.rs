@@ -4,11 +4,13 @@
 use std::{fs::File, sync::Arc};
 
 use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 
 use super::{
     accept::Sink,
     caller::Tenant,
     cgroup_tree::PodFolder,
+    enrolment::Tenants,
     interface::{self, HostEnd},
     listener::ListenerError,
     loader::KernelError,
@@ -69,15 +71,15 @@ pub(super) async fn guard_stranger(
     }
 }
 
-/// Ends the pod's connections to the API set from before it was enrolled. The guard stalls them already; ended, the
-/// client connects anew and is redirected.
+/// Ends the pod's direct connections to the API set, which it has from before (`since` says what). The guard stalls them
+/// already; ended, the client connects anew and is redirected.
 pub(super) async fn end_direct_connections(
     sink: &Sink,
-    folder: &PodFolder,
-    tenant: &watch::Sender<Arc<Tenant>>,
+    tenant: &Arc<Tenant>,
     namespace: Option<File>,
+    since: &str,
 ) -> Result<(), EnrolError> {
-    let (kernel, path) = (sink.kernel.clone(), folder.path.clone());
+    let (kernel, path) = (sink.kernel.clone(), tenant.folder.clone());
     let ended = blocking(move || {
         // In the host's network namespace are others' connections as well.
         let own = namespace.is_none().then(|| sockets::cgroups_of(&path));
@@ -93,18 +95,55 @@ pub(super) async fn end_direct_connections(
     match ended {
         Ok(0) => {}
         Ok(count) => {
-            let tenant = tenant.borrow().clone();
-            tracing::info!(pod = %name(&tenant), count, "ended connections from before the enrolment");
+            tracing::info!(pod = %name(tenant), count, since, "ended direct connections to API servers");
             let message =
-                format!("ended {count} connections to API servers that the pod made before it was enrolled");
+                format!("ended {count} connections to API servers that the pod made before {since}");
             sink.recorder.finding(None, Some(&tenant.unproven(None)), "directConnectionsEnded", &message);
         }
         // Stalled they are harmless; only their clients wait longer.
         Err(error) => {
-            tracing::warn!(pod = %name(&tenant.borrow()), %error, "cannot end connections from before the enrolment; they are stalled (does the kernel have CONFIG_INET_DIAG_DESTROY?)");
+            tracing::warn!(pod = %name(tenant), %error, since, "cannot end direct connections to API servers; they are stalled (does the kernel have CONFIG_INET_DIAG_DESTROY?)");
         }
     }
     Ok(())
+}
+
+/// Does so for every enrolled pod whenever an address has come into the API set, until cancelled: one that was quicker
+/// than the agent to learn a new address must not keep what it has opened.
+pub(super) async fn end_direct_connections_of_all(
+    sink: Sink,
+    host: NamespaceId,
+    tenants: Tenants,
+    mut grown: watch::Receiver<()>,
+    cancellation: CancellationToken,
+) {
+    loop {
+        tokio::select! {
+            () = cancellation.cancelled() => return,
+            changed = grown.changed() => if changed.is_err() {
+                return cancellation.cancelled().await;
+            },
+        }
+        let all = tenants.borrow().clone();
+        let enrolled = match sink.kernel.enrolled() {
+            Ok(enrolled) => enrolled,
+            Err(error) => {
+                let error = &error as &dyn std::error::Error;
+                tracing::error!(error, "cannot end direct connections to new API servers; they are stalled");
+                continue;
+            }
+        };
+        for tenant in all.values().filter(|tenant| enrolled.contains(&tenant.cgroup)) {
+            let path = tenant.folder.clone();
+            let found = blocking(move || namespace::of_pod(&path, host)).await;
+            let namespace = found.ok().flatten().map(|found| found.file);
+            let since = "their address was known as an API server's";
+            if let Err(error) = end_direct_connections(&sink, tenant, namespace, since).await {
+                let error = &error as &dyn std::error::Error;
+                tracing::warn!(pod = %name(tenant), error, "cannot end direct connections to new API servers; they are stalled");
+            }
+        }
+    }
 }
 
 /// Why one pod cannot be enrolled now.

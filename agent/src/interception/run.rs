@@ -4,13 +4,15 @@
 //! pods are enrolled, for ever.
 
 use std::{
+    collections::HashSet,
+    net::SocketAddr,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
 };
 
 use tokio::{
-    sync::{mpsc, watch},
+    sync::{Notify, mpsc, watch},
     task::JoinSet,
     time::Instant,
 };
@@ -18,7 +20,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     accept::Sink,
-    api_set::{self, ClusterAddresses},
+    answers::{Answers, Interest},
+    api_set::{self, Addresses, ClusterAddresses, Learnt},
     canary::Canary,
     cgroup::CgroupError,
     cgroup_tree::{Tree, TreeWatch},
@@ -31,7 +34,9 @@ use super::{
     loader::{Kernel, KernelError},
     namespace,
     observed::Observed,
-    report, stored_set,
+    pod_network, report,
+    resolution::Resolution,
+    stored_set,
 };
 use crate::{proxy::Accepted, recording::Recorder};
 
@@ -42,6 +47,9 @@ const RESCAN_WAITING: Duration = Duration::from_millis(10);
 /// How long a pod may make the agent look that often; after that (a sandbox that does not start) it is looked at
 /// with the others.
 const WAITING_MAX: Duration = Duration::from_secs(30);
+/// Most addresses that pods were told and that were not looked at yet, of each cluster; beyond it the name servers are
+/// asked.
+const SEEN_MAX: usize = 64;
 
 /// Why interception cannot start or go on.
 #[derive(Debug, thiserror::Error)]
@@ -86,6 +94,8 @@ pub struct Options {
     pub pods: watch::Receiver<KnownPods>,
     /// The addresses of each cluster.
     pub clusters: Vec<ClusterAddresses>,
+    /// Who is asked for the clusters' host names; empty: those of `/etc/resolv.conf`.
+    pub name_servers: Vec<SocketAddr>,
     /// The machines of this node's cluster, from [`super::cluster_watch::watch_nodes`].
     pub nodes: watch::Receiver<Hosts>,
     /// Where listeners are taken from the agent that runs, and given to the one that follows; none: neither.
@@ -134,6 +144,7 @@ pub async fn run(
     }
     let host_namespace = namespace::own()
         .map_err(|source| InterceptionError::Io { action: "read /proc/self/ns/net", source })?;
+    let addresses = Arc::new(Addresses::new(kernel.clone(), recorder.clone(), &options.clusters)?);
     let observed = options.observed;
     let sink = Sink {
         kernel: kernel.clone(),
@@ -141,7 +152,7 @@ pub async fn run(
         accepted: options.accepted,
         observed: observed.clone(),
     };
-    let settings = Settings { host_namespace, own_cgroup, sink };
+    let settings = Settings { host_namespace, own_cgroup, sink: sink.clone() };
     let listeners = taken.as_mut().map(|taken| std::mem::take(&mut taken.listeners)).unwrap_or_default();
     let (mut enrolment, tenants) = Enrolment::new(settings, listeners, cancellation.child_token());
     // This process's programs take the place of a former one's, at the root first, which has the guard.
@@ -165,7 +176,19 @@ pub async fn run(
         storing.await;
         Ok("storing the API set")
     });
-    follow_addresses(&mut tasks, &kernel, options.clusters, options.nodes, &part)?;
+    let direct = pod_network::end_direct_connections_of_all(
+        sink,
+        host_namespace,
+        tenants,
+        addresses.grown(),
+        part.clone(),
+    );
+    tasks.spawn(async {
+        direct.await;
+        Ok("ending direct connections")
+    });
+    let clusters = follow_names(&mut tasks, options.clusters, &options.name_servers, &recorder, &part);
+    follow_addresses(&mut tasks, &addresses, clusters, options.nodes, &part)?;
     let mut succession =
         Succession { taken, path: options.handover, requests: None, frozen, observed, part: part.clone() };
     let result = tokio::select! {
@@ -244,8 +267,8 @@ type Tasks = JoinSet<Result<&'static str, InterceptionError>>;
 /// Starts to keep the API set up to date.
 fn follow_addresses(
     tasks: &mut Tasks,
-    kernel: &Arc<Kernel>,
-    clusters: Vec<ClusterAddresses>,
+    addresses: &Arc<Addresses>,
+    clusters: Vec<(ClusterAddresses, Learnt)>,
     nodes: watch::Receiver<Hosts>,
     part: &CancellationToken,
 ) -> Result<(), InterceptionError> {
@@ -254,14 +277,14 @@ fn follow_addresses(
         source,
     })?;
     let (publish, hosts) = watch::channel(Arc::new(hosts::with_local(&nodes.borrow(), local)));
-    for cluster in clusters {
-        let following = api_set::follow(cluster, hosts.clone(), kernel.clone(), part.clone());
+    for (cluster, learnt) in clusters {
+        let following = api_set::follow(cluster, learnt, hosts.clone(), addresses.clone(), part.clone());
         tasks.spawn(async {
             following.await;
             Ok("following the API set")
         });
     }
-    let following = api_set::follow_kubelets(hosts, kernel.clone(), part.clone());
+    let following = api_set::follow_kubelets(hosts, addresses.clone(), part.clone());
     tasks.spawn(async {
         following.await;
         Ok("following the kubelets")
@@ -272,6 +295,59 @@ fn follow_addresses(
         Ok("following this machine's addresses")
     });
     Ok(())
+}
+
+/// Starts to learn what the clusters' host names stand for.
+fn follow_names(
+    tasks: &mut Tasks,
+    clusters: Vec<ClusterAddresses>,
+    name_servers: &[SocketAddr],
+    recorder: &Recorder,
+    part: &CancellationToken,
+) -> Vec<(ClusterAddresses, Learnt)> {
+    let mut interests = Vec::new();
+    let mut learning = Vec::with_capacity(clusters.len());
+    for (index, cluster) in clusters.into_iter().enumerate() {
+        let (publish, resolved) = watch::channel(HashSet::new());
+        let (told, seen) = mpsc::channel(SEEN_MAX);
+        let ask = Arc::new(Notify::new());
+        let interested =
+            |name: &_| Interest { name: Clone::clone(name), seen: told.clone(), ask: ask.clone() };
+        interests.extend(cluster.names.iter().map(interested));
+        if !cluster.names.is_empty() {
+            let resolution = Resolution {
+                cluster: index,
+                names: cluster.names.clone(),
+                servers: name_servers.to_vec(),
+                ask: ask.clone(),
+                recorder: recorder.clone(),
+            };
+            let part = part.clone();
+            tasks.spawn(async {
+                resolution.follow(publish, part).await;
+                Ok("resolving host names")
+            });
+        }
+        learning.push((cluster, Learnt { resolved, seen, ask }));
+    }
+    if !interests.is_empty() {
+        let (recorder, part) = (recorder.clone(), part.clone());
+        tasks.spawn(async move {
+            let seen = match Answers::open() {
+                Ok(answers) => answers.follow(interests, part.clone()).await,
+                Err(error) => Err(error),
+            };
+            if let Err(error) = seen {
+                // The name servers are asked all the same.
+                let message = format!("the answers of name servers to pods cannot be seen ({error}); has the agent CAP_NET_RAW?");
+                tracing::error!(%error, "the answers of name servers to pods cannot be seen; has the agent CAP_NET_RAW?");
+                recorder.finding(None, None, "answersNotSeen", &message);
+                part.cancelled().await;
+            }
+            Ok("seeing the answers of name servers")
+        });
+    }
+    learning
 }
 
 /// Starts what else runs beside enrolment: reports, the programs' log.

@@ -4,11 +4,13 @@
 //! Static, so that it runs in any container. `--cgroup`, `--netns` and `--late` put it where only a privileged process
 //! can put itself: into a cgroup, into a process's network namespace, and there only after its socket is made.
 
+mod forge;
 mod packet;
 mod sockets;
+mod v6;
 mod watch;
 
-use std::{net::SocketAddrV4, process::ExitCode, time::Duration};
+use std::{net::SocketAddr, process::ExitCode, time::Duration};
 
 /// How long a connection may take.
 pub(crate) const TIMEOUT: Duration = Duration::from_secs(2);
@@ -32,8 +34,10 @@ fn main() -> ExitCode {
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     let outcome = match words[..] {
         ["watch", interface, network] => return watch::run(interface, network),
-        [way, target] => match target.parse::<SocketAddrV4>() {
-            Ok(target) => attempt(way, target, &place),
+        ["forge", name, address, to] => forge::answer(name, address, to),
+        [way, target] => match target.parse() {
+            Ok(SocketAddr::V4(target)) => attempt(way, target, &place),
+            Ok(SocketAddr::V6(target)) => v6::attempt(way, target, &place),
             Err(_) => Err(nix::Error::EDESTADDRREQ),
         },
         _ => Err(nix::Error::EINVAL),
@@ -47,7 +51,7 @@ fn main() -> ExitCode {
     ExitCode::SUCCESS
 }
 
-fn attempt(way: &str, target: SocketAddrV4, place: &sockets::Place) -> Outcome {
+fn attempt(way: &str, target: std::net::SocketAddrV4, place: &sockets::Place) -> Outcome {
     match way {
         "raw" | "raw-protocol" | "raw-fragment" | "raw-gre" => packet::raw(way, target, place),
         "frame" | "frame-fragment" | "frame-vlan" | "frame-double-vlan" => packet::frame(way, target),

@@ -13,7 +13,7 @@ use crate::{Outcome, sockets::Place};
 const ETHERTYPE_IPV4: u16 = 0x0800;
 const ETHERTYPE_VLAN: u16 = 0x8100;
 /// The pod's interface, as every CNI names it.
-const INTERFACE: &str = "eth0";
+pub(crate) const INTERFACE: &str = "eth0";
 
 /// Sends a packet over a raw socket.
 pub(crate) fn raw(way: &str, target: SocketAddrV4, place: &Place) -> Outcome {
@@ -47,11 +47,16 @@ pub(crate) fn frame(way: &str, target: SocketAddrV4) -> Outcome {
     }
     frame.extend(ETHERTYPE_IPV4.to_be_bytes());
     frame.extend(ip(target, own, 6, if way == "frame-fragment" { 185 } else { 0 }));
-    let socket = socket(libc::AF_PACKET, libc::SOCK_RAW, i32::from(ETHERTYPE_IPV4.to_be()))?;
+    send_frame(&frame, ETHERTYPE_IPV4)
+}
+
+/// Sends a frame over the pod's interface.
+pub(crate) fn send_frame(frame: &[u8], protocol: u16) -> Outcome {
+    let socket = socket(libc::AF_PACKET, libc::SOCK_RAW, i32::from(protocol.to_be()))?;
     let index = nix::net::if_::if_nametoindex(INTERFACE)?;
     let to = libc::sockaddr_ll {
         sll_family: libc::AF_PACKET as u16,
-        sll_protocol: ETHERTYPE_IPV4.to_be(),
+        sll_protocol: protocol.to_be(),
         sll_ifindex: i32::try_from(index).map_err(|_| nix::Error::ENODEV)?,
         sll_hatype: 0,
         sll_pkttype: 0,
@@ -78,7 +83,7 @@ pub(crate) fn socket(family: i32, kind: i32, protocol: i32) -> nix::Result<Owned
 }
 
 /// A TCP header that asks for a connection; its checksum is left open, since no answer is wanted.
-fn syn(port: u16) -> Vec<u8> {
+pub(crate) fn syn(port: u16) -> Vec<u8> {
     let mut header = vec![0; 20];
     header[0..2].copy_from_slice(&40_000_u16.to_be_bytes());
     header[2..4].copy_from_slice(&port.to_be_bytes());
@@ -104,11 +109,11 @@ fn ip(target: SocketAddrV4, source: Ipv4Addr, protocol: u8, fragment: u16) -> Ve
     packet
 }
 
-fn read(path: &str) -> nix::Result<String> {
+pub(crate) fn read(path: &str) -> nix::Result<String> {
     fs::read_to_string(path).map_err(|_| nix::Error::ENOENT)
 }
 
-fn hardware_address(text: &str) -> nix::Result<Vec<u8>> {
+pub(crate) fn hardware_address(text: &str) -> nix::Result<Vec<u8>> {
     let bytes: Option<Vec<u8>> =
         text.trim().split(':').map(|byte| u8::from_str_radix(byte, 16).ok()).collect();
     bytes.filter(|bytes| bytes.len() == 6).ok_or(nix::Error::ENODEV)

@@ -3,7 +3,7 @@
 use std::{
     fs::File,
     io::Write as _,
-    net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream},
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream},
     os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd},
     thread,
 };
@@ -99,9 +99,12 @@ pub(crate) fn attempt(way: &str, target: SocketAddrV4, place: &Place) -> Outcome
 }
 
 /// What is done with a socket that is there.
-fn through(way: &str, socket: &OwnedFd, to: SocketAddr) -> Outcome {
+pub(crate) fn through(way: &str, socket: &OwnedFd, to: SocketAddr) -> Outcome {
     let (fd, address) = (socket.as_raw_fd(), SockaddrStorage::from(to));
     match way {
+        "bound" if to.is_ipv6() => {
+            bind(fd, &SockaddrStorage::from(SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0))))?;
+        }
         "bound" => bind(fd, &SockaddrStorage::from(SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0))))?,
         "mark" => setsockopt(socket, Mark, &77)?,
         "device" => set_option(fd, libc::SOL_SOCKET, libc::SO_BINDTODEVICE, b"eth0\0")?,

@@ -1,7 +1,7 @@
-//! The far side: prints every packet from a /24 (but its first address, the gateway's) that an interface takes in, behind
+//! The far side: prints every packet from a /24 or /64 (but its first address, the gateway's) that an interface takes in, behind
 //! what guards that interface's ports. `SOURCE DESTINATION PROTOCOL PORT` a line; port 0 where there is none (a fragment, a protocol without ports).
 
-use std::{io::Write as _, net::Ipv4Addr, os::fd::AsRawFd as _, process::ExitCode};
+use std::{io::Write as _, net::IpAddr, os::fd::AsRawFd as _, process::ExitCode};
 
 use crate::packet::socket;
 
@@ -15,15 +15,53 @@ pub(crate) fn run(interface: &str, network: &str) -> ExitCode {
     }
 }
 
-/// The IPv4 packet in what a packet socket gives: the kernel takes the first VLAN tag off, a second one stands before.
+/// The IP packet in what a packet socket gives: the kernel takes the first VLAN tag off, a second one stands before.
 fn untagged(bytes: &[u8]) -> Option<&[u8]> {
     let tagged = bytes.len() >= 4 && bytes[2..4] == [8, 0] && bytes[0] >> 4 != 4;
     let packet = if tagged { &bytes[4..] } else { bytes };
-    (packet.len() >= 20 && packet[0] >> 4 == 4).then_some(packet)
+    (packet.len() >= 20).then_some(packet)
+}
+
+/// Source, destination, protocol and port of a packet.
+fn parts(packet: &[u8]) -> Option<(IpAddr, IpAddr, u8, u16)> {
+    let port = |protocol: u8, transport: usize| match packet.get(transport + 2..transport + 4) {
+        Some(port) if matches!(protocol, 6 | 17 | 33 | 132) => u16::from_be_bytes([port[0], port[1]]),
+        _ => 0,
+    };
+    match packet[0] >> 4 {
+        4 => {
+            let address =
+                |at: usize| IpAddr::from(<[u8; 4]>::try_from(&packet[at..at + 4]).unwrap_or_default());
+            let fragment = u16::from_be_bytes([packet[6], packet[7]]) & 0x1fff;
+            let port = if fragment == 0 { port(packet[9], usize::from(packet[0] & 0xf) * 4) } else { 0 };
+            Some((address(12), address(16), packet[9], port))
+        }
+        6 if packet.len() >= 40 => {
+            let address =
+                |at: usize| IpAddr::from(<[u8; 16]>::try_from(&packet[at..at + 16]).unwrap_or_default());
+            Some((address(8), address(24), packet[6], port(packet[6], 40)))
+        }
+        _ => None,
+    }
+}
+
+/// Whether an address is in the /24 or /64 of another one, and not the gateway's.
+fn is_within(address: IpAddr, network: IpAddr) -> bool {
+    match (address, network) {
+        (IpAddr::V4(address), IpAddr::V4(network)) => {
+            let (address, network) = (address.octets(), network.octets());
+            address[..3] == network[..3] && address[3] != 1
+        }
+        (IpAddr::V6(address), IpAddr::V6(network)) => {
+            let (address, network) = (address.segments(), network.segments());
+            address[..4] == network[..4] && address[4..] != [0, 0, 0, 1]
+        }
+        _ => false,
+    }
 }
 
 fn watch(interface: &str, network: &str) -> nix::Result<()> {
-    let network: Ipv4Addr = network.parse().map_err(|_| nix::Error::EINVAL)?;
+    let network: IpAddr = network.parse().map_err(|_| nix::Error::EINVAL)?;
     let socket = socket(libc::AF_PACKET, libc::SOCK_DGRAM, i32::from(ALL.to_be()))?;
     let index = nix::net::if_::if_nametoindex(interface)?;
     let at = libc::sockaddr_ll {
@@ -51,21 +89,11 @@ fn watch(interface: &str, network: &str) -> nix::Result<()> {
         let length = nix::unistd::read(&socket, &mut packet)?;
         // As a packet socket of this kind gives it: from the IP header on.
         let Some(packet) = packet.get(..length).and_then(untagged) else { continue };
-        let from = &packet[12..16];
-        if from[..3] != network.octets()[..3] || from[3] == 1 {
+        let Some((from, to, protocol, port)) = parts(packet) else { continue };
+        if !is_within(from, network) {
             continue;
         }
-        let to = Ipv4Addr::new(packet[16], packet[17], packet[18], packet[19]);
-        let transport = usize::from(packet[0] & 0xf) * 4;
-        let fragment = u16::from_be_bytes([packet[6], packet[7]]) & 0x1fff;
-        let port = match packet.get(transport + 2..transport + 4) {
-            Some(port) if fragment == 0 && matches!(packet[9], 6 | 17 | 33 | 132) => {
-                u16::from_be_bytes([port[0], port[1]])
-            }
-            _ => 0,
-        };
-        let from = Ipv4Addr::new(from[0], from[1], from[2], from[3]);
-        if writeln!(out, "{from} {to} {} {port}", packet[9]).is_err() {
+        if writeln!(out, "{from} {to} {protocol} {port}").is_err() {
             return Ok(());
         }
     }

@@ -8,7 +8,10 @@ use serde_yaml_ng::Value;
 use weir_agent::{
     config::{CLUSTERS_MAX, Config, JOURNAL_BYTES_MIN},
     exec,
-    interception::pod::{self, PodCgroup},
+    interception::{
+        answers,
+        pod::{self, PodCgroup},
+    },
     proxy,
     trust::{ClusterCa, ServingNames, authority::EphemeralCa},
 };
@@ -144,4 +147,19 @@ pub fn cgroup_path(bytes: &[u8]) {
     }
     let below = pod::parse(&path.join("kubepods/pod00/own")).expect("below a pod's is a pod's");
     assert_eq!((below.pod, below.container), (pod, container));
+}
+
+/// Any packet: what is taken for an answer is bounded, and names no address of this machine itself.
+pub fn answer(bytes: &[u8]) {
+    let Some(answer) = answers::answer(bytes) else { return };
+    assert!((1..=64).contains(&answer.addresses.len()));
+    assert!(answer.names.len() <= 32);
+    for name in &answer.names {
+        assert!(!name.ends_with('.') && !name.bytes().any(|byte| byte.is_ascii_uppercase()), "{name}");
+    }
+    for address in &answer.addresses {
+        assert!(
+            !address.to_canonical().is_loopback() && !address.is_unspecified() && !address.is_multicast()
+        );
+    }
 }

@@ -14,7 +14,8 @@ pub mod record;
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets; each has a corpus folder and a fuzz target of its name.
-pub const TARGETS: [Target; 17] = [
+pub const TARGETS: [Target; 18] = [
+    ("answer", agent::answer),
     ("attributes", record::attributes),
     ("body", masks::body),
     ("certificates", agent::certificates),

@@ -21,6 +21,10 @@ pub(super) const SERVICE_RANGE: &str = "10.96.0.0/16";
 /// ClusterIP of `default/kubernetes`: what in-cluster configuration dials, on port 443.
 pub const API_CLUSTER_IP: &str = "10.96.0.1";
 
+/// A further name in the API server's certificate, as that of a managed control plane: nobody resolves it but who wants
+/// to test that.
+pub const ENDPOINT_NAME: &str = "endpoint.weir.example";
+
 /// The API server answers `ok` to /readyz about 9 s after its start on two idle cores; builds may run beside it.
 const READY_DEADLINE: Duration = Duration::from_secs(120);
 
@@ -48,6 +52,7 @@ pub(super) fn write_credentials(start: &Start<'_>, server: &str) -> Result<()> {
         "kubernetes.default.svc",
         "kubernetes.default.svc.cluster.local",
         "localhost",
+        ENDPOINT_NAME,
         "127.0.0.1",
         BRIDGE_ADDRESS,
         API_CLUSTER_IP,

@@ -5,6 +5,7 @@
 
 use std::{
     io::{BufRead as _, BufReader},
+    net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::{Arc, Mutex},
@@ -25,7 +26,7 @@ const ALIAS: &str = "10.244.0.253";
 const SERVICE: &str = "10.96.0.1:443";
 
 /// What may come of a way while an agent serves the pod.
-enum Expected {
+pub(super) enum Expected {
     /// The listener has it.
     Proxied,
     /// This, in the program's words: an error at once.
@@ -39,9 +40,9 @@ enum Expected {
 use Expected::{Any, Dropped, Proxied, Says};
 
 /// By a hook of connect or sendmsg.
-const REFUSED: Expected = Says("refused");
+pub(super) const REFUSED: Expected = Says("refused");
 /// By the guard at the socket.
-const GUARDED: Expected = Says("failed EPERM");
+pub(super) const GUARDED: Expected = Says("failed EPERM");
 
 /// From an ordinary container: its capabilities are the runtime's default, NET_RAW among them.
 const WAYS: [(&str, Target, Expected); 37] = [
@@ -96,6 +97,31 @@ pub(super) enum Target {
     Kubelet,
 }
 
+/// Where the API server listens.
+pub(super) fn endpoint(scene: &Scene) -> SocketAddr {
+    let label = "kubernetes.io/service-name=kubernetes";
+    let slices = scene
+        .testbed
+        .kubectl(&["get", "endpointslices", "-n", "default", "-l", label, "-o", "json"])
+        .unwrap();
+    let slices: Value = serde_json::from_str(&slices).unwrap();
+    let slice = &slices["items"][0];
+    let address = slice["endpoints"][0]["addresses"][0].as_str().unwrap();
+    format!("{address}:{}", slice["ports"][0]["port"]).parse().unwrap()
+}
+
+impl Expected {
+    /// Whether this is what the program said.
+    pub(super) fn is(&self, said: &str) -> bool {
+        match self {
+            Proxied => said == "connected",
+            Says(expected) => said == *expected,
+            Dropped => said == "sent",
+            Any => true,
+        }
+    }
+}
+
 pub(super) struct Attack<'a> {
     pub(super) pod: &'a Pod<'a>,
     program: PathBuf,
@@ -109,24 +135,19 @@ impl<'a> Attack<'a> {
     pub(super) fn new(scene: &'a Scene, pod: &'a Pod<'a>) -> Self {
         let program = program();
         pod.install(&program, PROGRAM).unwrap();
-        let json = |arguments: &[&str]| -> Value {
-            serde_json::from_str(&scene.testbed.kubectl(arguments).unwrap()).unwrap()
-        };
-        let label = "kubernetes.io/service-name=kubernetes";
-        let slices = json(&["get", "endpointslices", "-n", "default", "-l", label, "-o", "json"]);
-        let slice = &slices["items"][0];
-        let address = slice["endpoints"][0]["addresses"][0].as_str().unwrap();
-        let alias = format!("{ALIAS}:{}", slice["ports"][0]["port"]);
+        let endpoint = endpoint(scene);
+        let alias = format!("{ALIAS}:{}", endpoint.port());
         command::run(Command::new("ip").args(["address", "replace", &format!("{ALIAS}/32"), "dev", BRIDGE]))
             .unwrap();
-        let nodes = json(&["get", "nodes", "-o", "json"]);
+        let nodes = scene.testbed.kubectl(&["get", "nodes", "-o", "json"]).unwrap();
+        let nodes: Value = serde_json::from_str(&nodes).unwrap();
         let port = &nodes["items"][0]["status"]["daemonEndpoints"]["kubeletEndpoint"]["Port"];
         Self {
             pod,
-            watch: Watch::start(&program),
+            watch: Watch::start(&program, BRIDGE, POD_NETWORK),
             program,
             alias,
-            endpoint: format!("{address}:{}", slice["ports"][0]["port"]),
+            endpoint: endpoint.to_string(),
             kubelet: format!("{BRIDGE_ADDRESS}:{port}"),
         }
     }
@@ -166,7 +187,7 @@ impl<'a> Attack<'a> {
     /// The packets to an API server or kubelet that the far side saw since the last time.
     pub(super) fn direct(&self) -> Vec<String> {
         // What the pod sends now comes after all that it has sent before.
-        let seen = self.watch.until_marker(|address| {
+        let seen = self.watch.until_marker(BRIDGE_ADDRESS.parse().unwrap(), |address| {
             self.pod.exec(&[PROGRAM, "udp-sendto", address]).unwrap();
         });
         let guarded = [SERVICE, &self.endpoint, &self.alias, &self.kubelet];
@@ -195,19 +216,16 @@ impl Drop for Attack<'_> {
 }
 
 /// The watcher and what it has seen.
-struct Watch {
+pub(super) struct Watch {
     process: Child,
     seen: Arc<Mutex<Vec<String>>>,
     markers: std::cell::Cell<u16>,
 }
 
 impl Watch {
-    fn start(program: &Path) -> Self {
-        let mut process = Command::new(program)
-            .args(["watch", BRIDGE, POD_NETWORK])
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
+    pub(super) fn start(program: &Path, interface: &str, network: &str) -> Self {
+        let mut process =
+            Command::new(program).args(["watch", interface, network]).stdout(Stdio::piped()).spawn().unwrap();
         let mut lines = BufReader::new(process.stdout.take().unwrap()).lines();
         assert_eq!(lines.next().unwrap().unwrap(), "watching");
         let seen: Arc<Mutex<Vec<String>>> = Arc::default();
@@ -221,12 +239,12 @@ impl Watch {
     }
 
     /// Has a marker sent, waits until it is seen, and takes what was seen before it.
-    fn until_marker(&self, send: impl Fn(&str)) -> Vec<String> {
+    pub(super) fn until_marker(&self, to: IpAddr, send: impl Fn(&str)) -> Vec<String> {
         let port = self.markers.get() + 1;
         self.markers.set(port);
-        let marker = format!(" {BRIDGE_ADDRESS} 17 {port}");
+        let marker = format!(" {to} 17 {port}");
         wait_until("the marker at the far side", DEADLINE, || {
-            send(&format!("{BRIDGE_ADDRESS}:{port}"));
+            send(&SocketAddr::new(to, port).to_string());
             let mut seen = self.seen.lock().unwrap();
             let at = seen.iter().position(|line| line.ends_with(&marker));
             Ok(at.map(|at| seen.drain(..=at).collect()))
@@ -243,7 +261,7 @@ impl Drop for Watch {
 }
 
 /// The program that tries, built static: the image has no libraries.
-fn program() -> PathBuf {
+pub(super) fn program() -> PathBuf {
     let triple = format!("{}-unknown-linux-gnu", std::env::consts::ARCH);
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
     let target = root.join("target/escape");
@@ -282,14 +300,8 @@ fn no_process_of_an_enrolled_pod_reaches_an_api_server_or_kubelet_around_weir() 
     let mut failed = Vec::new();
     for (way, target, expected) in &WAYS {
         let (said, direct) = attack.try_way(way, *target);
-        let as_expected = match expected {
-            Proxied => said == "connected",
-            Says(expected) => said == *expected,
-            Dropped => said == "sent",
-            Any => true,
-        };
         println!("{way} to the {target:?}: {said}");
-        if !as_expected || !direct.is_empty() {
+        if !expected.is(&said) || !direct.is_empty() {
             failed.push(format!("{way} to the {target:?}: {said}; the far side saw {direct:?}"));
         }
     }
@@ -360,7 +372,7 @@ fn no_place_that_a_privileged_process_puts_itself_into_leads_around_weir() {
 }
 
 /// A container's cgroup, and one of its processes.
-fn place(pod: &Pod<'_>) -> (PathBuf, String) {
+pub(super) fn place(pod: &Pod<'_>) -> (PathBuf, String) {
     let found = command::run(Command::new("find").args([
         "/sys/fs/cgroup",
         "-maxdepth",

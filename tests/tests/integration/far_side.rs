@@ -1,0 +1,185 @@
+//! A second machine on the pods' network, as a network namespace on their bridge: it has addresses of both families, at
+//! which a relay leads to the real API server (so that its certificate and answers are genuine) and notes who came; and a
+//! real name server, dnsmasq, whose records can be changed.
+
+use std::{
+    collections::BTreeSet,
+    fs::{self, File},
+    io,
+    net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream},
+    path::{Path, PathBuf},
+    process::{Child, Command},
+    sync::{Arc, Mutex},
+    thread,
+};
+
+use nix::{
+    sched::{CloneFlags, setns},
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use weir_tests::{Pod, command, testbed::ENDPOINT_NAME, wait_until};
+
+use super::{DEADLINE, escape};
+
+const NAMESPACE: &str = "weir-far-side";
+/// Its port of the bridge.
+pub(super) const INTERFACE: &str = "weirfar0";
+/// Addresses of the relay, and the first one's is the name server's as well. Not among those that the CNI gives away.
+pub(super) const FIRST: &str = "10.244.0.241";
+pub(super) const SECOND: &str = "10.244.0.242";
+pub(super) const V6: &str = "fd00:10:244::241";
+pub(super) const V6_NETWORK: &str = "fd00:10:244::";
+const BRIDGE: &str = "weirtb0";
+/// Longer than a test: the agent has no reason to ask again before.
+const RECORD_SECONDS: &str = "3600";
+
+pub(super) struct FarSide {
+    /// Who came to which address.
+    came: Arc<Mutex<BTreeSet<(IpAddr, IpAddr)>>>,
+    name_server: Option<Child>,
+    records: PathBuf,
+}
+
+impl FarSide {
+    /// `folder` is for the name server's files.
+    pub(super) fn new(api_server: SocketAddr, folder: &Path) -> Self {
+        remove();
+        ip(&["netns", "add", NAMESPACE]);
+        ip(&["link", "add", INTERFACE, "type", "veth", "peer", "name", "eth0", "netns", NAMESPACE]);
+        ip(&["link", "set", INTERFACE, "master", BRIDGE, "up"]);
+        for address in [FIRST, SECOND] {
+            ip(&["-n", NAMESPACE, "address", "add", &format!("{address}/24"), "dev", "eth0"]);
+        }
+        ip(&["-n", NAMESPACE, "address", "add", &format!("{V6}/64"), "dev", "eth0", "nodad"]);
+        ip(&["-n", NAMESPACE, "link", "set", "eth0", "up"]);
+        ip(&["-n", NAMESPACE, "link", "set", "lo", "up"]);
+        let came: Arc<Mutex<BTreeSet<_>>> = Arc::default();
+        let noted = came.clone();
+        let (listening, is_listening) = std::sync::mpsc::channel();
+        let (accepted, connections) = std::sync::mpsc::channel();
+        thread::spawn(move || {
+            enter().unwrap();
+            let listener = TcpListener::bind("[::]:443").unwrap();
+            listening.send(()).unwrap();
+            for client in listener.incoming().map_while(Result::ok) {
+                let ends = (client.peer_addr(), client.local_addr());
+                if let (Ok(from), Ok(to)) = ends {
+                    noted.lock().unwrap().insert((from.ip().to_canonical(), to.ip().to_canonical()));
+                }
+                if accepted.send(client).is_err() {
+                    return;
+                }
+            }
+        });
+        // From the host's namespace: to Weir, a namespace that it does not know is no other machine, but a way around.
+        thread::spawn(move || {
+            for client in connections {
+                thread::spawn(move || relay(client, api_server));
+            }
+        });
+        is_listening.recv().unwrap();
+        let mut far_side = Self { came, name_server: None, records: folder.join("records") };
+        far_side.record(FIRST);
+        far_side.start_name_server();
+        far_side
+    }
+
+    fn start_name_server(&mut self) {
+        let mut server = Command::new("ip");
+        server.args(["netns", "exec", NAMESPACE, "dnsmasq", "--keep-in-foreground", "--conf-file=/dev/null"]);
+        server.args([
+            "--no-resolv",
+            "--no-hosts",
+            "--bind-interfaces",
+            "--user=root",
+            "--pid-file",
+            "--port=53",
+        ]);
+        server.arg(format!("--listen-address={FIRST}")).arg(format!("--local-ttl={RECORD_SECONDS}"));
+        server.arg(format!("--addn-hosts={}", self.records.display()));
+        self.name_server = Some(server.spawn().unwrap());
+    }
+
+    /// Gives the endpoint's name another address.
+    pub(super) fn record(&self, address: &str) {
+        fs::write(&self.records, format!("{address} {ENDPOINT_NAME}\n")).unwrap();
+        if let Some(server) = &self.name_server {
+            let pid = Pid::from_raw(i32::try_from(server.id()).unwrap());
+            kill(pid, Signal::SIGHUP).unwrap();
+        }
+    }
+
+    pub(super) fn end_name_server(&mut self) {
+        if let Some(mut server) = self.name_server.take() {
+            let _ = server.kill();
+            let _ = server.wait();
+        }
+    }
+
+    /// Where the relay met this address since the last time.
+    pub(super) fn came_from(&self, address: IpAddr) -> Vec<IpAddr> {
+        let mut came = self.came.lock().unwrap();
+        let found = came.iter().filter(|(from, _)| *from == address).map(|(_, to)| *to).collect();
+        came.clear();
+        found
+    }
+}
+
+impl Drop for FarSide {
+    fn drop(&mut self) {
+        self.end_name_server();
+        remove();
+    }
+}
+
+/// A pod's addresses are the runtime's matter; an IPv6 one is added as a CNI would.
+pub(super) fn give_v6_address(pod: &Pod<'_>, address: &str) {
+    let (_, pid) = escape::place(pod);
+    let mut add = Command::new("nsenter");
+    add.args(["-t", &pid, "-n", "ip", "address", "add", &format!("{address}/64"), "dev", "eth0", "nodad"]);
+    command::run(&mut add).unwrap();
+}
+
+/// Waits until the name server tells this pod this address.
+pub(super) fn wait_for_record(pod: &Pod<'_>, address: &str) {
+    wait_until("the name server's new record", DEADLINE, || {
+        let said = pod.exec(&["nslookup", ENDPOINT_NAME, FIRST])?;
+        Ok(String::from_utf8_lossy(&said.stdout).contains(address).then_some(()))
+    })
+    .unwrap();
+}
+
+fn remove() {
+    let _ = command::output(Command::new("ip").args(["netns", "delete", NAMESPACE]));
+    let _ = command::output(Command::new("ip").args(["link", "delete", INTERFACE]));
+}
+
+fn ip(arguments: &[&str]) {
+    command::run(Command::new("ip").args(arguments)).unwrap();
+}
+
+fn enter() -> io::Result<()> {
+    setns(File::open(format!("/run/netns/{NAMESPACE}"))?, CloneFlags::CLONE_NEWNET)?;
+    Ok(())
+}
+
+fn relay(client: TcpStream, api_server: SocketAddr) {
+    let both = || -> io::Result<()> {
+        let server = TcpStream::connect(api_server)?;
+        let (mut up, mut down) = (client.try_clone()?, server.try_clone()?);
+        let upward = thread::spawn({
+            let mut server = server.try_clone()?;
+            move || {
+                let _ = io::copy(&mut up, &mut server);
+                let _ = server.shutdown(Shutdown::Write);
+            }
+        });
+        let mut client = client.try_clone()?;
+        let _ = io::copy(&mut down, &mut client);
+        let _ = client.shutdown(Shutdown::Both);
+        let _ = upward.join();
+        Ok(())
+    };
+    let _ = both();
+}
