@@ -171,12 +171,12 @@ impl Node {
         self.pods.send_replace(Some(Arc::new(pods)));
     }
 
-    pub(crate) async fn stop(self) {
+    /// Ends the agent. Gives its cgroups, for who still has some below them; they are removed in this order.
+    pub(crate) async fn stop(self) -> (OwnCgroup, OwnCgroup) {
         self.cancellation.cancel();
         self.running.await.unwrap().unwrap();
         self.recorder.stop("test").await.unwrap();
-        drop(self.kubepods);
-        drop(self.root);
+        (self.kubepods, self.root)
     }
 }
 
@@ -403,8 +403,7 @@ async fn what_leaves_by_a_pods_interface_is_guarded_until_uninstalled_whoever_se
     }
     assert!(!arrives(), "enrolled: dropped");
     assert_eq!(pinned_state(&pins).unwrap().unwrap().counters.interface_dropped, 1);
-    drop(pod);
-    node.stop().await;
+    let cgroups = node.stop().await;
     assert!(!arrives(), "no agent runs");
     attach::uninstall(&pins).unwrap();
     // The kernel frees an unpinned link a little later.
@@ -413,6 +412,12 @@ async fn what_leaves_by_a_pods_interface_is_guarded_until_uninstalled_whoever_se
         assert!(tokio::time::Instant::now() < deadline, "a guard is left behind");
         tokio::task::yield_now().await;
     }
+    // A cgroup is removed only once its processes have ended.
+    let root = cgroups.1.0.clone();
+    drop(sandbox);
+    drop(pod);
+    drop(cgroups);
+    assert!(!root.exists(), "{} is left behind", root.display());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
