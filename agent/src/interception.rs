@@ -42,6 +42,7 @@ pub mod quarantine;
 mod report;
 mod resolution;
 pub mod run;
+pub mod security;
 mod sockets;
 pub mod stored_set;
 pub mod usage;

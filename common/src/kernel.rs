@@ -233,6 +233,13 @@ pub mod programs {
     pub const EGRESS: &str = "weir_egress";
     /// The guard at the host's end of a pod's interface, for what no cgroup hook sees (packet sockets).
     pub const INTERFACE: &str = "weir_interface";
+    /// Where the kernel lets BPF programs decide (BPF LSM): keeps enrolled pods from packet sockets, whichever interface they
+    /// would use.
+    pub const LSM_SOCKET: &str = "weir_lsm_socket";
+    /// The same for bpf(2), with which a privileged pod could detach programs.
+    pub const LSM_BPF: &str = "weir_lsm_bpf";
+    /// What only adds to the guards, with the names of the kernel's hooks. Not in [`ALL`], which every kernel has.
+    pub const LSM: [(&str, &str); 2] = [(LSM_SOCKET, "socket_create"), (LSM_BPF, "bpf")];
     /// Those of the root of the tree, one link each, in the order in which they are attached: the guard before anything
     /// else, and what publishes flows before what redirects.
     pub const GUARD_AND_HOOKS: &[&str] = ALL.split_at(ALL.len() - 1).0;
@@ -277,6 +284,10 @@ pub enum NoticeKind {
     BindRefused = 8,
     /// A connection of a pod in quarantine was denied.
     DeniedQuarantined = 9,
+    /// A packet socket was refused; its family stands for the protocol.
+    PacketSocketRefused = 10,
+    /// A call of bpf(2) was refused; the command stands for the protocol.
+    BpfRefused = 11,
 }
 
 impl NoticeKind {
@@ -292,6 +303,8 @@ impl NoticeKind {
             7 => Some(Self::InterfaceDropped),
             8 => Some(Self::BindRefused),
             9 => Some(Self::DeniedQuarantined),
+            10 => Some(Self::PacketSocketRefused),
+            11 => Some(Self::BpfRefused),
             _ => None,
         }
     }

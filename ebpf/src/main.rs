@@ -7,7 +7,8 @@
 //! - `sock_ops` publishes a redirected connection's flow record before its SYN leaves;
 //! - `getpeername4`, `getpeername6` answer with the address that the client dialled;
 //! - `sock_create` marks sockets and refuses the protocols that cannot be redirected;
-//! - `egress` and `interface` guard: they drop packets to an API server that came past all of these.
+//! - `egress` and `interface` guard: they drop packets to an API server that came past all of these;
+//! - `lsm_socket`, `lsm_bpf` add to that where the kernel has BPF LSM.
 #![no_std]
 #![no_main]
 
@@ -15,14 +16,15 @@ mod class;
 mod connect;
 mod flow;
 mod guard;
+mod security;
 mod socket;
 
 use aya_ebpf::{
     bindings::BPF_F_NO_PREALLOC,
     btf_maps::SkStorage,
-    macros::{btf_map, cgroup_skb, cgroup_sock, cgroup_sock_addr, classifier, map, sock_ops},
+    macros::{btf_map, cgroup_skb, cgroup_sock, cgroup_sock_addr, classifier, lsm, map, sock_ops},
     maps::{Array, HashMap, LruHashMap, PerCpuArray, PerCpuHashMap, RingBuf},
-    programs::{SkBuffContext, SockAddrContext, SockContext, SockOpsContext, TcContext},
+    programs::{LsmContext, SkBuffContext, SockAddrContext, SockContext, SockOpsContext, TcContext},
 };
 use weir_common::kernel::{
     API_ENDPOINTS_MAX, ApiEndpoint, CGROUPS_MAX, COUNTERS as COUNTERS_MAX, CgroupEntry, FLOWS_MAX, FlowKey,
@@ -135,6 +137,16 @@ fn weir_egress(ctx: SkBuffContext) -> i32 {
 #[classifier]
 fn weir_interface(ctx: TcContext) -> i32 {
     guard::interface(ctx.skb.skb)
+}
+
+#[lsm(hook = "socket_create")]
+fn weir_lsm_socket(ctx: LsmContext) -> i32 {
+    security::socket_created(ctx.arg(0))
+}
+
+#[lsm(hook = "bpf")]
+fn weir_lsm_bpf(ctx: LsmContext) -> i32 {
+    security::bpf_called(ctx.arg(0))
 }
 
 /// The programs' licence: GPL-compatible, since some of the helpers they call ask for that.

@@ -188,13 +188,14 @@ fn init() -> String {
     let modules = MODULES.join(" ");
     format!(
         "#!/bin/bash
-export PATH=/bin HOME=/ CI=true RUST_BACKTRACE=0
+export PATH=/bin HOME=/ CI=true RUST_BACKTRACE=0 WEIR_TEST_BPF_LSM=1
 busybox mount -t proc proc /proc
 busybox mount -t sysfs sys /sys
 busybox mount -t devtmpfs dev /dev
 busybox mount -t tmpfs tmp /tmp
 busybox mount -t cgroup2 none /sys/fs/cgroup
 busybox mount -t bpf bpf /sys/fs/bpf
+busybox mount -t securityfs securityfs /sys/kernel/security
 busybox ln -s bash /bin/sh
 for program in cat; do busybox ln -s busybox /bin/$program; done
 for module in {modules}; do [ ! -e /modules/$module.ko ] || busybox insmod /modules/$module.ko; done
@@ -231,7 +232,7 @@ fn boot(kernel: &Path, image: &Path) -> Result<String> {
         .arg(&file)
         .arg("-initrd")
         .arg(image)
-        .args(["-append", "console=ttyS0 panic=-1 quiet"])
+        .args(["-append", "console=ttyS0 panic=-1 quiet lsm=lockdown,landlock,bpf"])
         .stdin(Stdio::null())
         .output()
         .context("cannot start qemu")?;

@@ -133,7 +133,10 @@ fn lsm(modules: &str, lockdown: &str) -> Check {
         (false, true) => format!("{modules}, with lockdown"),
         (false, false) => format!("not among {modules}"),
     };
-    let mend = "boot with bpf in lsm=… and without lockdown, if privileged pods are to be kept from detaching programs";
+    let mend = "boot with bpf in lsm=… and without lockdown, so that enrolled pods make no packet sockets and do not call bpf(2); without \
+                it a privileged pod can detach the programs (the agent attaches them again within a second, and says so), and one with \
+                NET_RAW on the host's network can send frames: keep privileged, hostPath and hostNetwork out of enrolled namespaces, and \
+                give their service accounts no rights of their own";
     Check::bad(name, Need::Should, found, mend)
 }
 

@@ -14,7 +14,6 @@ use std::{
 
 use aya::{
     Ebpf,
-    maps::{HashMap, MapData},
     pin::PinError,
     programs::{
         CgroupAttachMode, CgroupSkbAttachType, LinkOrder, Program, ProgramError, SchedClassifier,
@@ -24,12 +23,13 @@ use aya::{
     },
     util::KernelVersion,
 };
-use weir_common::kernel::{maps, programs};
+use weir_common::kernel::programs;
 
 use super::{
     bpf::{attach_kind, attached_programs, link_update, open_pin},
-    interface::HostEnd,
-    pinned::{is_attached_by, pinned_links, pinned_map},
+    interface::{HostEnd, remove_filter, remove_filters},
+    pinned::{is_attached_by, pinned_links},
+    security,
 };
 
 /// Why programs cannot be attached, kept or removed.
@@ -116,18 +116,6 @@ fn links_for_interfaces() -> bool {
     KernelVersion::current().is_ok_and(|version| version >= KernelVersion::new(6, 6, 0))
 }
 
-/// Removes the guard of an interface on a kernel that has no links for it; that there is none is no error.
-fn remove_filter(interface: &str) -> Result<(), TcError> {
-    match tc::qdisc_detach_program(interface, TcAttachType::Ingress, programs::INTERFACE) {
-        Err(TcError::IoError(error)) if error.kind() != io::ErrorKind::NotFound => Err(error.into()),
-        Err(error @ TcError::NetlinkError(_)) => {
-            tracing::debug!(interface, error = &error as &dyn std::error::Error, "no guard to remove");
-            Ok(())
-        }
-        _ => Ok(()),
-    }
-}
-
 fn interface_pin(index: u32) -> String {
     format!("{INTERFACE_PIN}{index}")
 }
@@ -137,9 +125,11 @@ fn interface_pin(index: u32) -> String {
 pub(super) struct Attached {
     pub(super) ebpf: Ebpf,
     /// Folder of pins; none: links go with the process.
-    pins: Option<PathBuf>,
+    pub(super) pins: Option<PathBuf>,
     /// Links that are not pinned; dropped, they detach.
-    links: Vec<FdLink>,
+    pub(super) links: Vec<FdLink>,
+    /// Whether this process has attached what `security` adds.
+    pub(super) security: bool,
     /// Guards of interfaces on kernels that have no links for them; dropped, they detach.
     own_filters: Vec<SchedClassifierLink>,
     /// The same where they stay.
@@ -180,6 +170,7 @@ impl Attached {
             ebpf,
             pins,
             links: Vec::new(),
+            security: false,
             own_filters: Vec::new(),
             filters: Vec::new(),
             cgroups: BTreeMap::new(),
@@ -428,7 +419,7 @@ impl Attached {
     pub(super) fn prune(&self) -> Result<(), AttachError> {
         let Some(pins) = &self.pins else { return Ok(()) };
         for name in pinned_links(pins)? {
-            if name.starts_with(INTERFACE_PIN) {
+            if name.starts_with(INTERFACE_PIN) || name.starts_with(security::PIN) {
                 continue;
             }
             let id = name.split('-').next().and_then(|id| id.parse::<u64>().ok());
@@ -438,25 +429,6 @@ impl Attached {
             }
         }
         Ok(())
-    }
-}
-
-/// Removes the guards of interfaces that no pin keeps; the pinned map says where they are.
-fn remove_filters(pins: &Path) {
-    let interfaces: Result<HashMap<MapData, u32, u64>, _> = pinned_map(&pins.join("maps"), maps::INTERFACES);
-    let Ok(interfaces) = interfaces else { return };
-    for index in interfaces.keys().flatten() {
-        // One that is gone took its guard along.
-        let Ok(name) = nix::net::if_::if_indextoname(index) else { continue };
-        let Ok(name) = name.into_string() else { continue };
-        if let Err(error) = remove_filter(&name) {
-            let error = &error as &dyn std::error::Error;
-            tracing::warn!(
-                interface = name,
-                error,
-                "a guard stays; remove it with tc filter delete dev NAME ingress"
-            );
-        }
     }
 }
 

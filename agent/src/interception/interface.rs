@@ -4,15 +4,23 @@
 //! Bridge, ptp and the VPC CNI all give a pod one end of a veth pair. Interfaces without an end of their own on the
 //! host (ipvlan, macvlan, a network card moved into the pod) are named: their pods lack this guard.
 
-use std::{fs::File, io};
+use std::{fs::File, io, path::Path};
 
+use aya::{
+    maps::{HashMap, MapData},
+    programs::{
+        TcAttachType,
+        tc::{self, TcError},
+    },
+};
 use netlink_packet_route::{
     RouteNetlinkMessage,
     link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage},
 };
 use netlink_sys::protocols::NETLINK_ROUTE;
+use weir_common::kernel::{maps, programs};
 
-use super::{namespace, netlink::Netlink};
+use super::{namespace, netlink::Netlink, pinned::pinned_map};
 
 /// The host's end of a veth pair.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -141,6 +149,37 @@ fn link(message: RouteNetlinkMessage) -> Option<Link> {
         }
     }
     Some(link)
+}
+
+/// Removes the guard of an interface on a kernel that has no links for it; that there is none is no error.
+pub(super) fn remove_filter(interface: &str) -> Result<(), TcError> {
+    match tc::qdisc_detach_program(interface, TcAttachType::Ingress, programs::INTERFACE) {
+        Err(TcError::IoError(error)) if error.kind() != io::ErrorKind::NotFound => Err(error.into()),
+        Err(error @ TcError::NetlinkError(_)) => {
+            tracing::debug!(interface, error = &error as &dyn std::error::Error, "no guard to remove");
+            Ok(())
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Removes the guards of interfaces that no pin keeps; the pinned map says where they are.
+pub(super) fn remove_filters(pins: &Path) {
+    let interfaces: Result<HashMap<MapData, u32, u64>, _> = pinned_map(&pins.join("maps"), maps::INTERFACES);
+    let Ok(interfaces) = interfaces else { return };
+    for index in interfaces.keys().flatten() {
+        // One that is gone took its guard along.
+        let Ok(name) = nix::net::if_::if_indextoname(index) else { continue };
+        let Ok(name) = name.into_string() else { continue };
+        if let Err(error) = remove_filter(&name) {
+            let error = &error as &dyn std::error::Error;
+            tracing::warn!(
+                interface = name,
+                error,
+                "a guard stays; remove it with tc filter delete dev NAME ingress"
+            );
+        }
+    }
 }
 
 #[cfg(test)]

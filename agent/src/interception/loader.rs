@@ -23,6 +23,7 @@ use super::{
     attach::{self, AttachError, Inspection},
     debug_log,
     maps::{absent_is_fine, lock},
+    security::Security,
 };
 
 /// The mount point of the BPF file system.
@@ -207,13 +208,24 @@ impl Kernel {
         Ok(attach::lock(&self.attached).attach(cgroup, programs::HOOKS)?)
     }
 
+    /// Attaches what a kernel with BPF LSM adds to the guards, for all cgroups at once; says why not where there is none.
+    ///
+    /// # Errors
+    /// A pin cannot be made or replaced.
+    pub fn attach_security(&self) -> Result<Security, KernelError> {
+        Ok(attach::lock(&self.attached).attach_security()?)
+    }
+
     /// Asks the kernel whether everything is attached as this process has attached it, and attaches what someone has
     /// detached. Returns what that was, and the programs of others beside ours.
     ///
     /// # Errors
     /// Everything is unpinned (`uninstall` was run), or the kernel refuses.
     pub fn inspect(&self) -> Result<Inspection, KernelError> {
-        Ok(attach::lock(&self.attached).inspect()?)
+        let mut attached = attach::lock(&self.attached);
+        let mut found = attached.inspect()?;
+        attached.inspect_security(&mut found)?;
+        Ok(found)
     }
 
     /// Removes pinned links of cgroups that this process has not attached to: cgroups that are gone.

@@ -21,7 +21,7 @@ use super::{
     cluster_watch::KnownPod,
     counters::{Counters, read_counters, read_pod_counters},
     loader::KernelError,
-    usage,
+    security, usage,
 };
 
 /// The state of the pins, for `weir-agent status`; none if nothing is pinned.
@@ -70,6 +70,9 @@ impl fmt::Display for PinnedState {
         writeln!(formatter, "programs        {}", self.links.len())?;
         let map_bytes: u64 = self.map_bytes.values().sum();
         writeln!(formatter, "map memory      {} KiB", map_bytes / 1024)?;
+        let security = self.links.iter().any(|link| link.starts_with(security::PIN));
+        let security = if security { "in force" } else { "absent: weir-agent doctor says why" };
+        writeln!(formatter, "BPF LSM         {security}")?;
         for (class, count) in &self.cgroups {
             writeln!(formatter, "cgroups         {count} {class}")?;
         }

@@ -127,6 +127,8 @@ fn record(
             recorder.connection_refused(None, Some(caller), &reason);
             return;
         }
+        NoticeKind::PacketSocketRefused => "refused by the kernel: an enrolled pod makes no packet sockets",
+        NoticeKind::BpfRefused => "refused by the kernel: an enrolled pod does not call bpf(2)",
         NoticeKind::WouldRedirect => {
             let message = "an observed pod connected to an API server; set its mode to enforce to record it";
             recorder.finding(cluster, Some(caller), "wouldRedirect", message);

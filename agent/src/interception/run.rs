@@ -36,6 +36,7 @@ use super::{
     observed::Observed,
     pod_network, report,
     resolution::Resolution,
+    security::Security,
     stored_set,
 };
 use crate::{proxy::Accepted, recording::Recorder};
@@ -156,7 +157,7 @@ pub async fn run(
     let listeners = taken.as_mut().map(|taken| std::mem::take(&mut taken.listeners)).unwrap_or_default();
     let (mut enrolment, tenants) = Enrolment::new(settings, listeners, cancellation.child_token());
     // This process's programs take the place of a former one's, at the root first, which has the guard.
-    kernel.attach(&mount)?;
+    attach(&kernel, &mount)?;
     let watch = tree_watch()?;
     let tree = Tree::read(&mount, |folder| watch.watch(folder))
         .map_err(|source| InterceptionError::Io { action: "read the cgroup tree", source })?;
@@ -199,6 +200,18 @@ pub async fn run(
     enrolment.end().await;
     while tasks.join_next().await.is_some() {}
     if cancellation.is_cancelled() { Ok(Ended::Cancelled) } else { result }
+}
+
+/// Puts this process's programs in force at the root of the tree.
+fn attach(kernel: &Kernel, mount: &Path) -> Result<(), KernelError> {
+    kernel.attach(mount)?;
+    match kernel.attach_security()? {
+        Security::InForce => tracing::info!("enrolled pods make no packet sockets and do not call bpf(2)"),
+        Security::Absent(reason) => {
+            tracing::info!(reason, "without BPF LSM; the guards at interfaces stand alone");
+        }
+    }
+    Ok(())
 }
 
 /// The agents before and after this one.

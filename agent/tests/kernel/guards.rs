@@ -11,6 +11,7 @@ use std::{
 use weir_agent::interception::{
     listener::{Listener, Namespace, own_netns},
     loader::{Kernel, Pinning},
+    security::Security,
 };
 use weir_common::kernel::{CgroupEntry, Class, KUBELET};
 
@@ -51,6 +52,25 @@ impl Scene {
 
     fn listener(&self) -> Listener {
         Listener::in_netns(Namespace::of_process(self.netns.pid()).unwrap()).unwrap()
+    }
+}
+
+#[test]
+fn what_bpf_lsm_adds_is_in_force_for_enrolled_pods_alone_and_said_to_be_absent_where_it_is() {
+    let Some(scene) = Scene::new("security") else { return };
+    let ways = [Dial::Packet, Dial::Bpf];
+    let refused = match scene.kernel.attach_security().unwrap() {
+        Security::InForce => Err(nix::Error::EPERM),
+        Security::Absent(reason) => {
+            assert!(std::env::var_os("WEIR_TEST_BPF_LSM").is_none(), "this kernel has BPF LSM: {reason}");
+            println!("without BPF LSM: {reason}");
+            Ok(())
+        }
+    };
+    for class in [Class::Unselected, Class::Observed, Class::Enrolled, Class::Unselected] {
+        scene.classify(class, None);
+        let expected = if class == Class::Enrolled { refused } else { Ok(()) };
+        assert_eq!(ways.map(|way| scene.dial(way)), [expected; 2], "{class:?}");
     }
 }
 

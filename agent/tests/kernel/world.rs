@@ -146,7 +146,14 @@ pub(crate) enum Dial {
     Bind(SocketAddr),
     /// A raw IPv4 packet with this protocol and this as fragment offset (units of eight bytes).
     Raw(SocketAddr, u8, u16),
+    /// Makes a packet socket, and sends nothing.
+    Packet,
+    /// A call of bpf(2) that changes nothing.
+    Bpf,
 }
+
+/// `BPF_PROG_GET_NEXT_ID` of `enum bpf_cmd`, linux/bpf.h.
+const BPF_PROG_GET_NEXT_ID: libc::c_long = 11;
 
 /// Dials from a child process that is in the cgroup (a cgroup holds whole processes), inside the namespace, and
 /// reports the errno or the own and the peer's address through a pipe.
@@ -184,6 +191,18 @@ fn in_child(procs: &std::fs::File, netns: Option<&std::fs::File>, dial: Dial) ->
     if let Some(netns) = netns {
         nix::sched::setns(netns, nix::sched::CloneFlags::CLONE_NEWNET)?;
     }
+    if let Dial::Packet = dial {
+        new_socket(libc::AF_PACKET, libc::SOCK_RAW, 0)?;
+        return Ok((API4, API4));
+    }
+    if let Dial::Bpf = dial {
+        let mut attributes = [0_u32; 4];
+        // SAFETY: the attributes are valid for this command, which reads one number and writes another within them.
+        let result = unsafe {
+            libc::syscall(libc::SYS_bpf, BPF_PROG_GET_NEXT_ID, &raw mut attributes, size_of_val(&attributes))
+        };
+        return nix::Error::result(result).map(|_| (API4, API4));
+    }
     if let Dial::Raw(SocketAddr::V4(address), protocol, fragment) = dial {
         let packet = raw_packet(address, protocol, fragment);
         let socket = new_socket(libc::AF_INET, libc::SOCK_RAW, libc::IPPROTO_RAW)?;
@@ -192,7 +211,7 @@ fn in_child(procs: &std::fs::File, netns: Option<&std::fs::File>, dial: Dial) ->
         return Ok((address.into(), address.into()));
     }
     let (address, kind, protocol) = match dial {
-        Dial::Raw(..) => return Err(nix::Error::EINVAL),
+        Dial::Raw(..) | Dial::Packet | Dial::Bpf => return Err(nix::Error::EINVAL),
         Dial::Tcp(address) => (address, libc::SOCK_STREAM, 0),
         Dial::Mapped(address) => {
             let IpAddr::V4(ip) = address.ip() else { return Err(nix::Error::EINVAL) };
