@@ -21,6 +21,7 @@ pub mod cluster_watch;
 pub mod counters;
 mod coverage;
 mod debug_log;
+mod enrolled;
 pub mod enrolment;
 pub mod flow;
 pub mod guard;

@@ -7,19 +7,14 @@
 
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::{Arc, atomic::Ordering},
     time::Duration,
 };
 
+use futures::{StreamExt as _, stream};
 use tokio::{sync::watch, task::JoinSet, time::Instant};
 use tokio_util::sync::CancellationToken;
-use weir_common::{
-    event::Pod,
-    kernel::{CgroupEntry, Class},
-};
+use weir_common::{event::Pod, kernel::Class};
 
 use super::{
     accept::{self, Sink},
@@ -27,19 +22,21 @@ use super::{
     cgroup_tree::{PodFolder, Tree},
     cluster_watch::{KnownPod, KnownPods},
     coverage::{Counted, Ledger},
+    enrolled::{Enrolled, Outcome, Step, entry},
     handover::Passed,
     interface::HostEnd,
-    listener::{Listener, Namespace},
     loader::KernelError,
-    namespace::{self, NamespaceId},
+    namespace::NamespaceId,
     pinned::pod_name,
-    pod_network::{EnrolError, blocking, end_direct_connections, guard_interfaces, guard_stranger, name},
+    pod_network::{EnrolError, guard_stranger, name},
 };
 use crate::config::Mode;
 
 /// How often coverage is recorded.
 const COVERAGE_INTERVAL: Duration = Duration::from_secs(60);
 
+/// Pods whose listeners are seen to at a time.
+const AT_ONCE: usize = 16;
 /// How long a pod's network namespace is taken for the one it was, unless its cgroup has changed. To look for it takes
 /// reading its processes: with each change of the tree for every pod of a full node, new pods would wait for that.
 const NAMESPACE_RECHECK: Duration = Duration::from_millis(500);
@@ -83,31 +80,10 @@ pub(super) struct Enrolment {
     serving: JoinSet<()>,
 }
 
-/// A pod whose cgroup is there and whose verdict is known.
-struct Enrolled {
-    class: Class,
-    host_network: bool,
-    tenant: watch::Sender<Arc<Tenant>>,
-    listening: Option<Listening>,
-    /// Connections that reached the proxy.
-    proxied: Arc<AtomicU64>,
-    /// The host's ends of its interfaces, which are guarded.
-    guarded: Vec<HostEnd>,
-}
-
-struct Listening {
-    namespace: NamespaceId,
-    /// When the namespace was last found to be the pod's, and the links of the pod's folder then.
-    found: (Instant, u64),
-    /// Kept to be shared with a successor.
-    listener: Arc<Listener>,
-    end: CancellationToken,
-}
-
-impl Drop for Listening {
-    fn drop(&mut self) {
-        self.end.cancel();
-    }
+/// One pod's trouble must not keep the others from being enrolled; it stays denied.
+fn cannot_enrol(pod: &KnownPod, error: &EnrolError) {
+    let error = error as &dyn std::error::Error;
+    tracing::error!(pod = %pod.name, namespace = %pod.namespace, error, "cannot enrol; the pod stays denied, and is tried again");
 }
 
 impl Enrolment {
@@ -145,24 +121,46 @@ impl Enrolment {
         let mut waiting = false;
         let has_verdict =
             |folder: &&PodFolder| known.as_ref().is_some_and(|known| known.contains_key(&folder.uid));
+        let (sink, host) = (self.settings.sink.clone(), self.settings.host_namespace);
+        let mut strangers = Vec::new();
         for folder in tree.pods.iter().filter(|folder| !has_verdict(folder)) {
             // A known one keeps its verdict while the API server is away.
             if !self.pods.contains_key(&folder.cgroup) && !self.strangers.contains_key(&folder.cgroup) {
-                let ends = guard_stranger(&self.settings.sink, folder, self.settings.host_namespace).await;
-                self.strangers.extend(ends.map(|ends| (folder.cgroup, ends)));
+                let (folder, sink) = (folder.clone(), sink.clone());
+                strangers.push(async move { (folder.cgroup, guard_stranger(&sink, &folder, host).await) });
             }
         }
+        let mut strangers = stream::iter(strangers).buffer_unordered(AT_ONCE);
+        while let Some((cgroup, ends)) = strangers.next().await {
+            self.strangers.extend(ends.map(|ends| (cgroup, ends)));
+        }
         if let Some(known) = known {
+            let mut steps = Vec::new();
             for folder in &tree.pods {
                 let Some(pod) = known.get(&folder.uid) else { continue };
-                match self.pod(folder, pod).await {
-                    Ok(waits) => waiting |= waits,
-                    // One pod's trouble must not keep the others from being enrolled; it stays denied.
+                match self.judge(folder, pod) {
+                    Ok(true) => steps.extend(self.step(folder)),
+                    Ok(false) => {}
+                    Err(error) => cannot_enrol(pod, &error),
+                }
+            }
+            let mut steps = stream::iter(steps)
+                .map(move |step: Step| step.take(sink.clone(), host))
+                .buffer_unordered(AT_ONCE);
+            while let Some((step, outcome)) = steps.next().await {
+                let Step { folder, pod, adopted, .. } = step;
+                self.adopted.extend(adopted.map(|adopted| (folder.cgroup, adopted)));
+                match outcome {
+                    Ok(Outcome::Waits) => waiting = true,
+                    Ok(Outcome::Listens) => self.serve(&pod),
+                    Ok(Outcome::Same) => {}
                     Err(error) => {
-                        let error = &error as &dyn std::error::Error;
-                        tracing::error!(pod = %pod.name, namespace = %pod.namespace, error, "cannot enrol; the pod stays denied, and is tried again");
+                        if let Some(known) = known.get(&folder.uid) {
+                            cannot_enrol(known, &error);
+                        }
                     }
                 }
+                self.pods.insert(folder.cgroup, pod);
             }
             if !self.reconciled {
                 self.forget_strangers(&tree)?;
@@ -383,15 +381,14 @@ impl Enrolment {
         Ok(())
     }
 
-    /// One pod: returns whether it waits for its network namespace.
-    async fn pod(&mut self, folder: &PodFolder, known: &KnownPod) -> Result<bool, EnrolError> {
+    /// Writes a pod's verdict; returns whether its listener must be seen to.
+    fn judge(&mut self, folder: &PodFolder, known: &KnownPod) -> Result<bool, EnrolError> {
         let tenant = Arc::new(tenant(folder, known));
         let class = match known.mode {
             None => Class::Unselected,
             Some(Mode::Observe) => Class::Observed,
             Some(Mode::Enforce) => Class::Enrolled,
         };
-        let kernel = self.settings.sink.kernel.clone();
         if self.pods.get(&folder.cgroup).is_none_or(|pod| pod.class != class) {
             self.classify(folder, known, class, &tenant)?;
         }
@@ -401,60 +398,25 @@ impl Enrolment {
             *current = tenant;
             differs
         });
-        if class != Class::Enrolled {
-            return Ok(false);
-        }
-        let looked = Instant::now();
-        if let Some(Listening { found: (found, links), .. }) = &pod.listening
-            && *links == folder.links
-            && looked - *found < NAMESPACE_RECHECK
-        {
-            return Ok(false);
-        }
-        let (host, path) = (self.settings.host_namespace, folder.path.clone());
-        let namespace = if pod.host_network {
-            (Namespace::Own, host)
-        } else {
-            match blocking(move || namespace::of_pod(&path, host)).await? {
-                Some(found) => (Namespace::Of(found.file), found.id),
-                // Between two sandboxes of a pod, the old one's listener is as good as none.
-                None => return Ok(true),
-            }
-        };
-        if let Some(listening) = &mut pod.listening
-            && listening.namespace == namespace.1
-        {
-            listening.found = (looked, folder.links);
-            return Ok(false);
-        }
-        if let Namespace::Of(file) = &namespace.0 {
-            // The former ones stay guarded until the pod is gone: which namespace is the pod's is read from processes
-            // that the pod makes.
-            let guarded = guard_interfaces(&self.settings.sink, folder.cgroup, &pod.tenant, file).await?;
-            pod.guarded.retain(|end| !guarded.contains(end));
-            pod.guarded.extend(guarded);
-        }
-        let file = match &namespace.0 {
-            Namespace::Own => None,
-            Namespace::Of(file) => Some(file.try_clone().map_err(EnrolError::Interfaces)?),
-        };
-        let adopted = self.adopted.remove(&folder.cgroup).filter(|passed| passed.namespace == namespace.1);
-        let listener = Arc::new(match adopted {
-            Some(passed) => Listener::of_sockets(passed.sockets)?,
-            None => blocking(move || Listener::in_netns(namespace.0)).await??,
+        let recent = pod.listening.as_ref().is_some_and(|listening| {
+            let (found, links) = listening.found;
+            links == folder.links && found.elapsed() < NAMESPACE_RECHECK
         });
-        kernel.classify(folder.cgroup, entry(Class::Enrolled, Some(&listener)))?;
-        let current = pod.tenant.borrow().clone();
-        end_direct_connections(&self.settings.sink, &current, file, "it was enrolled").await?;
-        tracing::info!(pod = %name(&pod.tenant.borrow()), port = listener.port(), "pod is enrolled");
-        let end = self.cancellation.child_token();
+        Ok(class == Class::Enrolled && !recent)
+    }
+
+    /// Takes a pod out of the table for as long as its listener is seen to.
+    fn step(&mut self, folder: &PodFolder) -> Option<Step> {
+        let pod = self.pods.remove(&folder.cgroup)?;
+        let adopted = self.adopted.remove(&folder.cgroup);
+        Some(Step { folder: folder.clone(), pod, adopted, end: self.cancellation.child_token() })
+    }
+
+    fn serve(&mut self, pod: &Enrolled) {
+        let Some(listening) = &pod.listening else { return };
         let (tenant, proxied) = (pod.tenant.subscribe(), pod.proxied.clone());
-        let serve = accept::serve(listener.clone(), tenant, proxied, self.settings.sink.clone(), end.clone());
-        self.serving.spawn(serve);
-        // Ends the listener of a former sandbox, if there was one.
-        pod.listening =
-            Some(Listening { namespace: namespace.1, found: (looked, folder.links), listener, end });
-        Ok(false)
+        let (listener, end) = (listening.listener.clone(), listening.end.clone());
+        self.serving.spawn(accept::serve(listener, tenant, proxied, self.settings.sink.clone(), end));
     }
 
     fn publish(&self) {
@@ -467,14 +429,6 @@ impl Enrolment {
             }
             changed
         });
-    }
-}
-
-fn entry(class: Class, listener: Option<&Listener>) -> CgroupEntry {
-    CgroupEntry {
-        listener_netns: listener.map_or(0, Listener::netns),
-        class: class as u32,
-        listener_port: listener.map_or(0, |listener| u32::from(listener.port())),
     }
 }
 

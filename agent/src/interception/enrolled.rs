@@ -1,0 +1,126 @@
+//! One pod that is known: its verdict, and the listener of an enrolled one, from its network namespace to the kernel's map.
+//! Which pods there are, and what becomes of what is accepted, is the matter of `enrolment`.
+
+use std::sync::{Arc, atomic::AtomicU64};
+
+use tokio::{sync::watch, time::Instant};
+use tokio_util::sync::CancellationToken;
+use weir_common::kernel::{CgroupEntry, Class};
+
+use super::{
+    accept::Sink,
+    caller::Tenant,
+    cgroup_tree::PodFolder,
+    handover::Passed,
+    interface::HostEnd,
+    listener::{Listener, Namespace},
+    namespace::{self, NamespaceId},
+    pod_network::{EnrolError, blocking, end_direct_connections, guard_interfaces, name},
+};
+
+/// A pod whose cgroup is there and whose verdict is known.
+pub(super) struct Enrolled {
+    pub(super) class: Class,
+    pub(super) host_network: bool,
+    pub(super) tenant: watch::Sender<Arc<Tenant>>,
+    pub(super) listening: Option<Listening>,
+    /// Connections that reached the proxy.
+    pub(super) proxied: Arc<AtomicU64>,
+    /// The host's ends of its interfaces, which are guarded.
+    pub(super) guarded: Vec<HostEnd>,
+}
+
+pub(super) struct Listening {
+    pub(super) namespace: NamespaceId,
+    /// When the namespace was last found to be the pod's, and the links of the pod's folder then.
+    pub(super) found: (Instant, u64),
+    /// Kept to be shared with a successor.
+    pub(super) listener: Arc<Listener>,
+    pub(super) end: CancellationToken,
+}
+
+impl Drop for Listening {
+    fn drop(&mut self) {
+        self.end.cancel();
+    }
+}
+
+/// One enrolled pod whose listener is seen to, beside those of others: most of it is waiting for threads that enter its
+/// network namespace.
+pub(super) struct Step {
+    pub(super) folder: PodFolder,
+    pub(super) pod: Enrolled,
+    pub(super) adopted: Option<Passed>,
+    /// Ends its listener.
+    pub(super) end: CancellationToken,
+}
+
+/// What came of it.
+pub(super) enum Outcome {
+    /// The pod waits for its network namespace.
+    Waits,
+    /// It has the listener that it had.
+    Same,
+    /// It has a new one.
+    Listens,
+}
+
+impl Step {
+    pub(super) async fn take(mut self, sink: Sink, host: NamespaceId) -> (Self, Result<Outcome, EnrolError>) {
+        let outcome = self.listen(&sink, host).await;
+        (self, outcome)
+    }
+
+    async fn listen(&mut self, sink: &Sink, host: NamespaceId) -> Result<Outcome, EnrolError> {
+        let (folder, pod) = (&self.folder, &mut self.pod);
+        let looked = (Instant::now(), folder.links);
+        let path = folder.path.clone();
+        let namespace = if pod.host_network {
+            (Namespace::Own, host)
+        } else {
+            match blocking(move || namespace::of_pod(&path, host)).await? {
+                Some(found) => (Namespace::Of(found.file), found.id),
+                // Between two sandboxes of a pod, the old one's listener is as good as none.
+                None => return Ok(Outcome::Waits),
+            }
+        };
+        if let Some(listening) = &mut pod.listening
+            && listening.namespace == namespace.1
+        {
+            listening.found = looked;
+            return Ok(Outcome::Same);
+        }
+        if let Namespace::Of(file) = &namespace.0 {
+            // The former ones stay guarded until the pod is gone: which namespace is the pod's is read from processes
+            // that the pod makes.
+            let guarded = guard_interfaces(sink, folder.cgroup, &pod.tenant, file).await?;
+            pod.guarded.retain(|end| !guarded.contains(end));
+            pod.guarded.extend(guarded);
+        }
+        let file = match &namespace.0 {
+            Namespace::Own => None,
+            Namespace::Of(file) => Some(file.try_clone().map_err(EnrolError::Interfaces)?),
+        };
+        let adopted = self.adopted.take().filter(|passed| passed.namespace == namespace.1);
+        let listener = Arc::new(match adopted {
+            Some(passed) => Listener::of_sockets(passed.sockets)?,
+            None => blocking(move || Listener::in_netns(namespace.0)).await??,
+        });
+        sink.kernel.classify(folder.cgroup, entry(Class::Enrolled, Some(&listener)))?;
+        let current = pod.tenant.borrow().clone();
+        end_direct_connections(sink, &current, file, "it was enrolled").await?;
+        tracing::info!(pod = %name(&pod.tenant.borrow()), port = listener.port(), "pod is enrolled");
+        // Ends the listener of a former sandbox, if there was one.
+        let end = self.end.clone();
+        pod.listening = Some(Listening { namespace: namespace.1, found: looked, listener, end });
+        Ok(Outcome::Listens)
+    }
+}
+
+pub(super) fn entry(class: Class, listener: Option<&Listener>) -> CgroupEntry {
+    CgroupEntry {
+        listener_netns: listener.map_or(0, Listener::netns),
+        class: class as u32,
+        listener_port: listener.map_or(0, |listener| u32::from(listener.port())),
+    }
+}
