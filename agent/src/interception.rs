@@ -46,4 +46,5 @@ pub mod run;
 pub mod security;
 mod sockets;
 pub mod stored_set;
+mod trouble;
 pub mod usage;

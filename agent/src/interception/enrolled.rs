@@ -66,6 +66,7 @@ pub(super) enum Outcome {
 }
 
 impl Step {
+    /// Takes it; gives the pod back, and a listener that was passed if it is not in use yet.
     pub(super) async fn take(mut self, sink: Sink, host: NamespaceId) -> (Self, Result<Outcome, EnrolError>) {
         let outcome = self.listen(&sink, host).await;
         (self, outcome)

@@ -28,7 +28,9 @@ use super::{
     loader::KernelError,
     namespace::NamespaceId,
     pinned::pod_name,
-    pod_network::{EnrolError, guard_stranger, name},
+    pod::PodUid,
+    pod_network::{guard_stranger, name},
+    trouble::Troubles,
 };
 use crate::config::Mode;
 
@@ -67,6 +69,8 @@ pub(super) struct Enrolment {
     adopted: HashMap<u64, Passed>,
     /// Guarded interfaces of pods that had no verdict when they were first seen, by cgroup.
     strangers: HashMap<u64, Vec<HostEnd>>,
+    /// What is said of pods that cannot be enrolled.
+    troubles: Troubles,
     /// Programs of others that are reported.
     foreign: BTreeSet<(u32, String)>,
     /// What was counted when coverage was last recorded.
@@ -78,12 +82,6 @@ pub(super) struct Enrolment {
     reconciled: bool,
     tenants: watch::Sender<Arc<HashMap<u64, Arc<Tenant>>>>,
     serving: JoinSet<()>,
-}
-
-/// One pod's trouble must not keep the others from being enrolled; it stays denied.
-fn cannot_enrol(pod: &KnownPod, error: &EnrolError) {
-    let error = error as &dyn std::error::Error;
-    tracing::error!(pod = %pod.name, namespace = %pod.namespace, error, "cannot enrol; the pod stays denied, and is tried again");
 }
 
 impl Enrolment {
@@ -101,6 +99,7 @@ impl Enrolment {
             runtimes: HashSet::new(),
             adopted: adopted.into_iter().map(|passed| (passed.cgroup, passed)).collect(),
             strangers: HashMap::new(),
+            troubles: Troubles::default(),
             foreign: BTreeSet::new(),
             ledger: Ledger::default(),
             coverage_recorded: Instant::now(),
@@ -118,50 +117,10 @@ impl Enrolment {
         while self.serving.try_join_next().is_some() {}
         self.containers(&tree)?;
         self.remove_gone(&tree)?;
+        self.guard_strangers(&tree, known).await;
         let mut waiting = false;
-        let has_verdict =
-            |folder: &&PodFolder| known.as_ref().is_some_and(|known| known.contains_key(&folder.uid));
-        let (sink, host) = (self.settings.sink.clone(), self.settings.host_namespace);
-        let mut strangers = Vec::new();
-        for folder in tree.pods.iter().filter(|folder| !has_verdict(folder)) {
-            // A known one keeps its verdict while the API server is away.
-            if !self.pods.contains_key(&folder.cgroup) && !self.strangers.contains_key(&folder.cgroup) {
-                let (folder, sink) = (folder.clone(), sink.clone());
-                strangers.push(async move { (folder.cgroup, guard_stranger(&sink, &folder, host).await) });
-            }
-        }
-        let mut strangers = stream::iter(strangers).buffer_unordered(AT_ONCE);
-        while let Some((cgroup, ends)) = strangers.next().await {
-            self.strangers.extend(ends.map(|ends| (cgroup, ends)));
-        }
         if let Some(known) = known {
-            let mut steps = Vec::new();
-            for folder in &tree.pods {
-                let Some(pod) = known.get(&folder.uid) else { continue };
-                match self.judge(folder, pod) {
-                    Ok(true) => steps.extend(self.step(folder)),
-                    Ok(false) => {}
-                    Err(error) => cannot_enrol(pod, &error),
-                }
-            }
-            let mut steps = stream::iter(steps)
-                .map(move |step: Step| step.take(sink.clone(), host))
-                .buffer_unordered(AT_ONCE);
-            while let Some((step, outcome)) = steps.next().await {
-                let Step { folder, pod, adopted, .. } = step;
-                self.adopted.extend(adopted.map(|adopted| (folder.cgroup, adopted)));
-                match outcome {
-                    Ok(Outcome::Waits) => waiting = true,
-                    Ok(Outcome::Listens) => self.serve(&pod),
-                    Ok(Outcome::Same) => {}
-                    Err(error) => {
-                        if let Some(known) = known.get(&folder.uid) {
-                            cannot_enrol(known, &error);
-                        }
-                    }
-                }
-                self.pods.insert(folder.cgroup, pod);
-            }
+            waiting = self.see_to(&tree, known).await;
             if !self.reconciled {
                 self.forget_strangers(&tree)?;
                 self.reconciled = true;
@@ -173,6 +132,57 @@ impl Enrolment {
         }
         self.publish();
         Ok(waiting)
+    }
+
+    /// Guards the interfaces of pods that have no verdict yet.
+    async fn guard_strangers(&mut self, tree: &Tree, known: &KnownPods) {
+        let has_verdict = |folder: &PodFolder| {
+            // A known one keeps its verdict while the API server is away.
+            self.pods.contains_key(&folder.cgroup)
+                || known.as_ref().is_some_and(|known| known.contains_key(&folder.uid))
+        };
+        let host = self.settings.host_namespace;
+        let mut new = Vec::new();
+        for folder in &tree.pods {
+            if !has_verdict(folder) && !self.strangers.contains_key(&folder.cgroup) {
+                let (folder, sink) = (folder.clone(), self.settings.sink.clone());
+                new.push(async move { (folder.cgroup, guard_stranger(&sink, &folder, host).await) });
+            }
+        }
+        let guarded: Vec<_> = stream::iter(new).buffer_unordered(AT_ONCE).collect().await;
+        self.strangers.extend(guarded.into_iter().filter_map(|(cgroup, ends)| Some((cgroup, ends?))));
+    }
+
+    /// Writes the verdicts of known pods, then sees to the listeners of those that are enrolled. One pod's trouble must not
+    /// keep the others from being enrolled; it stays denied. Returns whether one waits for its network namespace.
+    async fn see_to(&mut self, tree: &Tree, known: &HashMap<PodUid, Arc<KnownPod>>) -> bool {
+        let (sink, host) = (self.settings.sink.clone(), self.settings.host_namespace);
+        let mut steps = Vec::new();
+        for folder in &tree.pods {
+            let Some(pod) = known.get(&folder.uid) else { continue };
+            match self.judge(folder, pod) {
+                Ok(true) => steps.extend(self.step(folder).map(|step| step.take(sink.clone(), host))),
+                Ok(false) => self.troubles.over(folder.cgroup),
+                Err(error) => self.troubles.met(&tenant(folder, pod), &error.into(), &sink.recorder),
+            }
+        }
+        let mut steps = stream::iter(steps).buffer_unordered(AT_ONCE);
+        let mut waiting = false;
+        while let Some((step, outcome)) = steps.next().await {
+            let Step { folder, pod, adopted, .. } = step;
+            self.adopted.extend(adopted.map(|adopted| (folder.cgroup, adopted)));
+            match outcome {
+                Ok(Outcome::Waits) => waiting = true,
+                Ok(Outcome::Same) => self.troubles.over(folder.cgroup),
+                Ok(Outcome::Listens) => {
+                    self.troubles.over(folder.cgroup);
+                    self.serve(&pod);
+                }
+                Err(error) => self.troubles.met(&pod.tenant.borrow(), &error, &sink.recorder),
+            }
+            self.pods.insert(folder.cgroup, pod);
+        }
+        waiting
     }
 
     /// Records which pods were put into quarantine, or let out, since the last time.
@@ -300,6 +310,7 @@ impl Enrolment {
 
     fn remove_gone(&mut self, tree: &Tree) -> Result<(), KernelError> {
         let there: HashSet<u64> = tree.pods.iter().map(|folder| folder.cgroup).collect();
+        self.troubles.keep(&there);
         for (_, ends) in self.strangers.extract_if(|cgroup, _| !there.contains(cgroup)) {
             self.settings.sink.kernel.forget_interfaces(&ends)?;
         }
@@ -382,7 +393,7 @@ impl Enrolment {
     }
 
     /// Writes a pod's verdict; returns whether its listener must be seen to.
-    fn judge(&mut self, folder: &PodFolder, known: &KnownPod) -> Result<bool, EnrolError> {
+    fn judge(&mut self, folder: &PodFolder, known: &KnownPod) -> Result<bool, KernelError> {
         let tenant = Arc::new(tenant(folder, known));
         let class = match known.mode {
             None => Class::Unselected,

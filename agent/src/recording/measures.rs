@@ -27,9 +27,10 @@ pub const SYNC_BOUNDS: [Duration; 12] = [
 
 /// Findings that are counted from 0 on, so that the first one is seen as an increase; others are counted from their
 /// first on.
-const FINDINGS: [&str; 11] = [
+const FINDINGS: [&str; 12] = [
     "canaryFailed",
     "canaryRecovered",
+    "cannotEnrol",
     "directConnectionsEnded",
     "foreignProgram",
     "notEnrolledAnyMore",

@@ -288,6 +288,44 @@ async fn what_a_pod_connected_before_it_was_enrolled_is_ended_and_nothing_else()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pod_that_takes_every_port_stays_denied_and_is_reported_once_and_others_are_enrolled() {
+    let Some(node) = Node::start("trouble") else { return };
+    let mut ready = node.ready.clone();
+    let uids = ["0", "1", "2"].map(|first| format!("{first}b5e2f6a-3c1d-4e5f-8a9b-0c1d2e3f4a5b"));
+    let pods = uids.each_ref().map(|uid| node.kubepods.below(&format!("pod{uid}")));
+    let sandboxes = uids.each_ref().map(|_| OwnNetns::new());
+    let have_ports = |range: &str| {
+        // Of the namespace of the thread that writes it.
+        sandboxes[0].within(|| std::fs::write("/proc/sys/net/ipv4/ip_local_port_range", range)).unwrap();
+    };
+    have_ports("20000 20000");
+    let _only = sandboxes[0].within(|| TcpListener::bind("127.0.0.1:20000").unwrap());
+    for (pod, sandbox) in pods.iter().zip(&sandboxes) {
+        pod.take(sandbox.pid());
+    }
+    let client = |index: usize| dial(&pods[index].0, Some(&sandboxes[index]), Dial::Tcp(API4));
+    let pod = |index: usize| known(&uids[index], Some(Mode::Enforce), false);
+    let reported = |node: &Node| node.recorder.measured().findings["cannotEnrol"];
+    node.know(&[pod(0), pod(1)]);
+    ready.wait_for(|ready| *ready).await.unwrap();
+    client(1).unwrap();
+    assert_eq!(client(0), Err(nix::Error::ECONNREFUSED));
+    assert_eq!(reported(&node), 1);
+    node.know(&[pod(0), pod(1), pod(2)]);
+    eventually("a third one: arrives", || client(2), Result::is_ok).await;
+    // Two verdicts of one pod are of two passes: in the first of them pod 0 was tried again.
+    node.know(&[pod(0), pod(1), known(&uids[2], None, false)]);
+    eventually("unselected: passes", || client(2), is(nix::Error::ENETUNREACH)).await;
+    assert_eq!(client(0), Err(nix::Error::ECONNREFUSED));
+    assert_eq!(reported(&node), 1, "tried again, and said once");
+    have_ports("20000 30000");
+    eventually("with ports: arrives", || client(0), Result::is_ok).await;
+    assert_eq!(reported(&node), 1);
+    drop((sandboxes, pods));
+    node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_pod_in_quarantine_connects_nowhere_until_it_is_lifted_also_across_agents() {
     if load(Pinning::Unpinned).is_none() {
         return;

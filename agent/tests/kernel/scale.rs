@@ -45,6 +45,7 @@ async fn a_full_node_is_enrolled_again_when_its_agent_starts_anew() {
             let uid = format!("{number:08x}-3c1d-4e5f-8a9b-0c1d2e3f4a5b");
             let cgroup = node.kubepods.below(&format!("pod{uid}"));
             let sandbox = OwnNetns::new();
+            sandbox.pair(&format!("weir-full{number}"));
             cgroup.take(sandbox.pid());
             (uid, cgroup, sandbox)
         })
@@ -56,7 +57,9 @@ async fn a_full_node_is_enrolled_again_when_its_agent_starts_anew() {
         let started = Instant::now();
         node.restart(Pinning::Pinned(pins.clone()), all.clone()).await;
         node.ready.wait_for(|ready| *ready).await.unwrap();
-        println!("{agent}: {PODS} pods enrolled in {} ms", started.elapsed().as_millis());
+        let ms = started.elapsed().as_millis();
+        let load = std::fs::read_to_string("/proc/loadavg").unwrap();
+        println!("{agent}: {PODS} pods enrolled in {ms} ms; load {}", load.trim());
         let state = pinned_state(&pins).unwrap().unwrap();
         let listening = state.pods.iter().filter(|pod| pod.class == "Enrolled" && pod.listener_port != 0);
         assert_eq!(listening.count(), PODS, "{agent}");

@@ -103,6 +103,13 @@ impl OwnNetns {
         }
     }
 
+    /// Gives it one end of a veth pair, and this machine the other, both without an address: the guard needs no more.
+    pub(crate) fn pair(&self, interface: &str) {
+        let pid = self.pid().to_string();
+        let arguments = ["link", "add", interface, "type", "veth", "peer", "name", "eth0", "netns", &pid];
+        assert!(Command::new("ip").args(arguments).status().unwrap().success(), "{interface}");
+    }
+
     /// Does something in it, on a thread of its own.
     pub(crate) fn within<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
         let file = std::fs::File::open(format!("/proc/{}/ns/net", self.pid())).unwrap();
