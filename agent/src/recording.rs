@@ -415,12 +415,10 @@ impl Recorder {
         self.agent_event(cluster, Kind::ConnectionRefused { reason: reason.to_owned(), caller });
     }
 
-    /// Records something an operator should know; `name` is stable, `message` says the mend. Of one pod at the same rate.
+    /// Records something an operator should know; `name` is stable, `message` says the mend. Each is recorded: a pod must not
+    /// hide one of its own behind refused connections. Who calls this bounds how often.
     pub fn finding(&self, cluster: Option<usize>, caller: Option<&Arc<Caller>>, name: &str, message: &str) {
         self.inner.measures.finding(name);
-        if caller.is_some() && !self.inner.throttle.admits(caller.map(Arc::as_ref), Instant::now()) {
-            return;
-        }
         let caller = caller.map(|caller| Box::new(self.masker(cluster).caller(caller)));
         let (name, message) = (name.to_owned(), message.to_owned());
         self.agent_event(cluster, Kind::Finding { name, message, caller });
@@ -429,8 +427,7 @@ impl Recorder {
     /// Records how many events were not recorded one by one.
     fn record_throttled(&self) {
         for (of, events) in self.inner.throttle.take(Instant::now()) {
-            let reason =
-                format!("refused connections and findings of {of} came too fast to be recorded one by one");
+            let reason = format!("refused connections of {of} came too fast to be recorded one by one");
             self.agent_event(None, Kind::Gap { reason, events: Some(events), bytes: None });
         }
     }

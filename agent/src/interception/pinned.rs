@@ -13,7 +13,7 @@ use aya::{
     maps::{HashMap, Map, MapData, MapError, PerCpuArray, PerCpuHashMap},
     programs::links::{FdLink, PinnedLink},
 };
-use weir_common::kernel::{ApiEndpoint, CgroupEntry, Class, KUBELET, PodCounters, PodName, maps};
+use weir_common::kernel::{ApiEndpoint, CgroupEntry, Class, KUBELET, PodCounters, PodName, maps, programs};
 
 use super::{
     attach::AttachError,
@@ -70,7 +70,8 @@ impl fmt::Display for PinnedState {
         writeln!(formatter, "programs        {}", self.links.len())?;
         let map_bytes: u64 = self.map_bytes.values().sum();
         writeln!(formatter, "map memory      {} KiB", map_bytes / 1024)?;
-        let security = self.links.iter().any(|link| link.starts_with(security::PIN));
+        let pinned = |name| self.links.iter().any(|link| link.strip_prefix(security::PIN) == Some(name));
+        let security = programs::LSM.iter().all(|(name, _)| pinned(*name));
         let security = if security { "in force" } else { "absent: weir-agent doctor says why" };
         writeln!(formatter, "BPF LSM         {security}")?;
         for (class, count) in &self.cgroups {

@@ -14,6 +14,7 @@ use aya::{
 use weir_common::kernel::programs;
 
 use super::attach::{AttachError, Attached, Inspection};
+use crate::doctor;
 
 /// The security modules that decide on this kernel, in a line.
 const MODULES: &str = "/sys/kernel/security/lsm";
@@ -59,7 +60,7 @@ impl Attached {
         for (name, hook) in programs::LSM {
             let link = match load(&mut self.ebpf, name, hook) {
                 Ok(link) => link,
-                Err(error) => return Ok(Security::Absent(format!("{name}: {}", causes(&error)))),
+                Err(error) => return Ok(Security::Absent(format!("{name}: {}", doctor::chain(&error)))),
             };
             match &self.pins {
                 None => self.links.push(link),
@@ -82,12 +83,6 @@ impl Attached {
         }
         Ok(())
     }
-}
-
-/// An error with what is behind it.
-fn causes(error: &dyn std::error::Error) -> String {
-    let causes = std::iter::successors(Some(error), |error| error.source());
-    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
 
 fn pin_path(pins: &Path, name: &str) -> PathBuf {

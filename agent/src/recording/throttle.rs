@@ -1,4 +1,4 @@
-//! How many refused connections and findings of one pod are recorded one by one: none of them costs the pod much, and each would
+//! How many refused connections of one pod are recorded one by one: none of them costs the pod much, and each would
 //! cost the journal a frame. What comes faster is counted, and the count recorded. Sans-IO.
 
 use std::{

@@ -1,7 +1,7 @@
 //! Clients that go in the middle, and a watch that does not end.
 
 use weir_common::event::{Caller, Event, Kind, Outcome};
-use weir_tests::{PodSpec, agent::TrustSource, audit, testbed::API_CLUSTER_IP, wait_until};
+use weir_tests::{Pod, PodSpec, agent::TrustSource, audit, testbed::API_CLUSTER_IP, wait_until};
 
 use super::{
     DEADLINE, Scene,
@@ -19,6 +19,15 @@ fn broke_off(event: &Event) -> bool {
     }
 }
 
+/// A request that creates an object, up to the first of the thousand bytes of its body.
+fn half_a_request(pod: &Pod<'_>) -> String {
+    let (namespace, token) = (&pod.namespace, token(pod));
+    format!(
+        "POST /api/v1/namespaces/{namespace}/configmaps HTTP/1.1\r\nHost: {API_CLUSTER_IP}\r\n\
+         Authorization: Bearer {token}\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n{{"
+    )
+}
+
 #[test]
 fn a_request_whose_client_goes_in_the_middle_of_its_body_is_recorded_and_not_forwarded() {
     let Some(mut scene) = Scene::new() else { return };
@@ -26,12 +35,7 @@ fn a_request_whose_client_goes_in_the_middle_of_its_body_is_recorded_and_not_for
     let pod = scene.testbed.run_pod(&PodSpec::idle("it-gone", "caller")).unwrap();
     let _agent = scene.agent(TrustSource::ClusterSigner);
     let mut client = RawClient::connect(&scene.testbed, &pod, API_CLUSTER_IP, "http/1.1");
-    let token = token(&pod);
-    let head = format!(
-        "POST /api/v1/namespaces/it-gone/configmaps HTTP/1.1\r\nHost: {API_CLUSTER_IP}\r\n\
-         Authorization: Bearer {token}\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n{{"
-    );
-    client.send(head.as_bytes()).unwrap();
+    client.send(half_a_request(&pod).as_bytes()).unwrap();
     pod.shell("killall -9 nc").unwrap();
     drop(client);
     scene.event("the request that broke off", broke_off);
@@ -62,12 +66,7 @@ fn a_pod_that_is_deleted_in_the_middle_of_its_requests_leaves_closed_records_and
         pod.shell("kubectl get configmaps -n it-deleted -w -o name >/dev/null 2>&1 &").unwrap();
         pod.shell("kubectl exec -n it-deleted stays -- sleep 1000 >/dev/null 2>&1 &").unwrap();
         let mut client = RawClient::connect(&scene.testbed, &pod, API_CLUSTER_IP, "http/1.1");
-        let token = token(&pod);
-        let head = format!(
-            "POST /api/v1/namespaces/it-deleted/configmaps HTTP/1.1\r\nHost: {API_CLUSTER_IP}\r\n\
-             Authorization: Bearer {token}\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n{{"
-        );
-        client.send(head.as_bytes()).unwrap();
+        client.send(half_a_request(&pod).as_bytes()).unwrap();
         let uid = pod.uid.clone();
         let is_pod = |caller: &Caller| caller.pod.as_ref().is_some_and(|pod| pod.uid == uid);
         let session = scene.event(
