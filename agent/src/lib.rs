@@ -5,6 +5,7 @@
 //! [`recording`] (sessions, masks, journal). [`telemetry`] shows how all of them do.
 
 pub mod app;
+pub mod auth;
 pub mod config;
 pub mod doctor;
 pub mod exec;

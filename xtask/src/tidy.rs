@@ -21,7 +21,7 @@ const ARCHITECTURE_LINES_MAX: usize = 200;
 const EMPTY_NAMES: [&str; 6] = ["utils", "util", "helpers", "types", "manager", "misc"];
 
 /// A third-party library of the edges: the crate's name as imported, and where it may be imported.
-const EDGES: [(&str, &[&str]); 11] = [
+const EDGES: [(&str, &[&str]); 12] = [
     ("aya", &["agent/src/interception/", "agent/build.rs", "common/src/kernel.rs"]),
     ("aya_log", &["agent/src/interception/"]),
     ("hickory_resolver", &["agent/src/interception/"]),
@@ -30,6 +30,7 @@ const EDGES: [(&str, &[&str]); 11] = [
     ("rcgen", &["agent/src/trust/", "agent/src/proxy/", "tests/src/"]),
     ("prometheus_client", &["agent/src/telemetry/exposition.rs"]),
     ("bincode", &["common/src/envelope.rs"]),
+    ("cel", &["agent/src/auth/expression.rs", "agent/src/auth/syntax.rs", "agent/src/auth/value.rs"]),
     ("ed25519_dalek", &["common/src/checkpoint.rs", "agent/src/recording/"]),
     ("serde_yaml_ng", &["agent/src/config", "agent/src/exec", "agent/src/recording/", "tests/"]),
     ("x509_parser", &["agent/src/trust"]),

@@ -5,6 +5,7 @@
 //! do input or output, or depend on the clock.
 
 pub mod agent;
+pub mod auth;
 pub mod journal;
 pub mod kernel;
 pub mod masks;
@@ -14,7 +15,7 @@ pub mod record;
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets; each has a corpus folder and a fuzz target of its name.
-pub const TARGETS: [Target; 18] = [
+pub const TARGETS: [Target; 19] = [
     ("answer", agent::answer),
     ("attributes", record::attributes),
     ("body", masks::body),
@@ -25,6 +26,7 @@ pub const TARGETS: [Target; 18] = [
     ("credentials", masks::credentials),
     ("envelope", journal::envelope),
     ("event", record::event),
+    ("expression", auth::expression),
     ("frame", journal::frame),
     ("kubeconfig", agent::kubeconfig),
     ("packet", kernel::packet),
