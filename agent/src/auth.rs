@@ -4,6 +4,8 @@
 
 pub mod expression;
 #[cfg(test)]
+mod expression_cost_tests;
+#[cfg(test)]
 mod expression_tests;
 mod syntax;
 mod value;
