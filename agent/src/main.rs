@@ -9,8 +9,9 @@ use std::{
 };
 
 use clap::{Parser, Subcommand};
+use tracing_subscriber::{filter::filter_fn, layer::SubscriberExt as _, util::SubscriberInitExt as _};
 use weir_agent::{
-    app,
+    app, aws,
     config::{self, Config},
     doctor::{self, DoctorOptions},
     exec::{self, ExecOptions},
@@ -278,5 +279,11 @@ fn log_to_stderr(default: &str, json: bool) {
     let filter = tracing_subscriber::EnvFilter::try_from_env("WEIR_LOG")
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(default));
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
-    if json { builder.json().init() } else { builder.with_ansi(false).init() }
+    // What shows secrets below INFO is out of reach of WEIR_LOG.
+    let safe = filter_fn(aws::may_log);
+    if json {
+        builder.json().finish().with(safe).init();
+    } else {
+        builder.with_ansi(false).finish().with(safe).init();
+    }
 }

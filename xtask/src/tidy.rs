@@ -21,7 +21,11 @@ const ARCHITECTURE_LINES_MAX: usize = 200;
 const EMPTY_NAMES: [&str; 6] = ["utils", "util", "helpers", "types", "manager", "misc"];
 
 /// A third-party library of the edges: the crate's name as imported, and where it may be imported.
-const EDGES: [(&str, &[&str]); 12] = [
+const EDGES: [(&str, &[&str]); 16] = [
+    ("aws_config", &["agent/src/aws/sts.rs"]),
+    ("aws_credential_types", &["agent/src/aws/"]),
+    ("aws_sdk_sts", &["agent/src/aws/sts.rs"]),
+    ("aws_sigv4", &["agent/src/aws/eks_token.rs"]),
     ("aya", &["agent/src/interception/", "agent/build.rs", "common/src/kernel.rs"]),
     ("aya_log", &["agent/src/interception/"]),
     ("hickory_resolver", &["agent/src/interception/"]),

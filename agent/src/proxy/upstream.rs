@@ -319,8 +319,7 @@ pub fn upstream_tls(
         rustls::pki_types::PrivateKeyDer<'static>,
     )>,
 ) -> Result<Arc<rustls::ClientConfig>, ProxyError> {
-    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    let builder = rustls::ClientConfig::builder_with_provider(provider)
+    let builder = rustls::ClientConfig::builder_with_provider(crate::trust::leaf::crypto_provider())
         .with_safe_default_protocol_versions()
         .map_err(|source| ProxyError::UpstreamTls { source })?
         .with_root_certificates(roots);

@@ -14,7 +14,7 @@ use rcgen::{
     CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, KeyPair, KeyUsagePurpose, SanType,
 };
 use rustls::{
-    ServerConfig,
+    NamedGroup, ServerConfig,
     crypto::CryptoProvider,
     pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer},
 };
@@ -35,7 +35,11 @@ const LIFE_SHORTEST: Duration = Duration::from_secs(30);
 
 /// The one crypto provider of this program.
 pub fn crypto_provider() -> Arc<CryptoProvider> {
-    Arc::new(rustls::crypto::aws_lc_rs::default_provider())
+    let mut provider = rustls::crypto::aws_lc_rs::default_provider();
+    // The AWS SDK's features would put the hybrid group first in the whole program. Most of what Weir serves does not leave the
+    // node; who asks for that group alone still gets it.
+    provider.kx_groups.sort_by_key(|group| group.name() == NamedGroup::X25519MLKEM768);
+    Arc::new(provider)
 }
 
 pub(super) fn generate_key() -> Result<KeyPair, TrustError> {
@@ -209,6 +213,15 @@ fn renewal_time(now: SystemTime, not_after: SystemTime, jitter: f64) -> SystemTi
 mod tests {
     use super::*;
     use crate::trust::authority::EphemeralCa;
+
+    #[test]
+    fn no_feature_of_a_dependency_chooses_the_key_exchange() {
+        let names: Vec<NamedGroup> = crypto_provider().kx_groups.iter().map(|group| group.name()).collect();
+        assert_eq!(
+            (names.first(), names.last()),
+            (Some(&NamedGroup::X25519), Some(&NamedGroup::X25519MLKEM768))
+        );
+    }
 
     #[test]
     fn renewal_leaves_a_quarter_of_the_life_for_retries() {
