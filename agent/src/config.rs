@@ -10,8 +10,10 @@ use std::{
     time::Duration,
 };
 
+pub use authentication::{AUDIENCES_MAX, Authentication, Documents, ISSUERS_MAX, JwtIssuer, RULES_MAX};
 pub use selector::LabelSelector;
 
+mod authentication;
 mod raw;
 #[cfg(test)]
 mod reference;
@@ -128,6 +130,8 @@ pub struct Cluster {
     pub host_names: Vec<String>,
     /// Where the serving certificate comes from.
     pub trust: Trust,
+    /// Who is believed when they say who calls.
+    pub authentication: Authentication,
 }
 
 /// A host name and port where an API server is reached.

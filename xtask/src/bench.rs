@@ -18,6 +18,8 @@ pub(crate) struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum What {
+    /// Time to know whose a request is: a token that was verified before, and one rule. In the build that users run.
+    Auth,
     /// Time of the kernel programs per run, by the kernel's own count, beside that of empty ones. Needs root.
     Hooks,
     /// Time until a node of 250 pods is enrolled, and what becomes of 1,000 pods that connect at once. Needs root.
@@ -30,10 +32,11 @@ enum What {
 /// It cannot be built or run; what it printed says why.
 pub(crate) fn run(root: &Path, arguments: &Arguments) -> Result<()> {
     match arguments.what {
+        What::Auth => cargo_bench(root, "auth", "release"),
         What::Hooks => {
             build_ebpf::run(root, build_ebpf::Options::default())?;
             // The programs are the kernel's; how the rest is compiled makes no difference, and a release build is long.
-            cargo_bench(root, "hooks")
+            cargo_bench(root, "hooks", "dev")
         }
         What::Enrolment => {
             build_ebpf::run(root, build_ebpf::Options::default())?;
@@ -42,12 +45,12 @@ pub(crate) fn run(root: &Path, arguments: &Arguments) -> Result<()> {
     }
 }
 
-fn cargo_bench(root: &Path, name: &str) -> Result<()> {
+fn cargo_bench(root: &Path, name: &str, profile: &str) -> Result<()> {
     let mut command = Command::new("cargo");
-    command.args(["bench", "--locked", "--profile", "dev", "-p", "weir-agent", "--bench", name]);
+    command.args(["bench", "--locked", "--profile", profile, "-p", "weir-agent", "--bench", name]);
     let status = command.current_dir(root).status().context("cannot start cargo")?;
     if !status.success() {
-        bail!("the bench {name} ended with {status}; is this root, and no agent on this machine?");
+        bail!("the bench {name} ended with {status}; does it need root, or a machine without an agent?");
     }
     Ok(())
 }

@@ -21,7 +21,7 @@ const ARCHITECTURE_LINES_MAX: usize = 200;
 const EMPTY_NAMES: [&str; 6] = ["utils", "util", "helpers", "types", "manager", "misc"];
 
 /// A third-party library of the edges: the crate's name as imported, and where it may be imported.
-const EDGES: [(&str, &[&str]); 16] = [
+const EDGES: [(&str, &[&str]); 17] = [
     ("aws_config", &["agent/src/aws/sts.rs"]),
     ("aws_credential_types", &["agent/src/aws/"]),
     ("aws_sdk_sts", &["agent/src/aws/sts.rs"]),
@@ -33,6 +33,7 @@ const EDGES: [(&str, &[&str]); 16] = [
     ("k8s_openapi", &["agent/src/interception/", "agent/src/trust/"]),
     ("rcgen", &["agent/src/trust/", "agent/src/proxy/", "tests/src/"]),
     ("prometheus_client", &["agent/src/telemetry/exposition.rs"]),
+    ("openidconnect", &["agent/src/auth/keys.rs"]),
     ("bincode", &["common/src/envelope.rs"]),
     ("cel", &["agent/src/auth/expression.rs", "agent/src/auth/syntax.rs", "agent/src/auth/value.rs"]),
     ("ed25519_dalek", &["common/src/checkpoint.rs", "agent/src/recording/"]),

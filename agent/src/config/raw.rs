@@ -12,9 +12,11 @@ use std::{
 
 use serde::Deserialize;
 
+use super::authentication::RawAuthentication;
 use super::{
-    API_VERSION, Access, CLUSTERS_MAX, Cluster, Config, ENDPOINT_NAMES_MAX, EndpointName, Enrolment,
-    JOURNAL_BYTES_MIN, Journal, KIND, LabelSelector, Limits, Mode, NAME_SERVERS_MAX, STATE_DIRECTORY, Trust,
+    API_VERSION, Access, Authentication, CLUSTERS_MAX, Cluster, Config, ENDPOINT_NAMES_MAX, EndpointName,
+    Enrolment, JOURNAL_BYTES_MIN, Journal, KIND, LabelSelector, Limits, Mode, NAME_SERVERS_MAX,
+    STATE_DIRECTORY, Trust,
 };
 use crate::recording::{JOURNAL_BYTES_MAX, RESPONSE_BYTES_MAX, SESSION_IDLE_TIMEOUT};
 
@@ -24,7 +26,7 @@ pub(super) struct Invalid {
     pub(super) problem: String,
 }
 
-fn invalid<T>(key: impl Into<String>, problem: impl Into<String>) -> Result<T, Invalid> {
+pub(super) fn invalid<T>(key: impl Into<String>, problem: impl Into<String>) -> Result<T, Invalid> {
     Err(Invalid { key: key.into(), problem: problem.into() })
 }
 
@@ -156,6 +158,8 @@ struct RawCluster {
     host_names: Vec<String>,
     /// Where the certificate comes from that pods are shown; exactly one of its keys.
     trust: RawTrust,
+    /// Whose tokens are believed, in the shape of Kubernetes' `AuthenticationConfiguration`. See identity.md.
+    authentication: Option<RawAuthentication>,
 }
 
 #[derive(Deserialize)]
@@ -308,6 +312,10 @@ fn clusters(raw: Vec<RawCluster>) -> Result<Vec<Cluster>, Invalid> {
             endpoint_names,
             host_names,
             trust: cluster.trust.validate(&format!("{key}.trust"))?,
+            authentication: match cluster.authentication {
+                Some(raw) => raw.validate(&format!("{key}.authentication"))?,
+                None => Authentication::default(),
+            },
         });
     }
     Ok(clusters)

@@ -15,7 +15,7 @@ pub mod record;
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets; each has a corpus folder and a fuzz target of its name.
-pub const TARGETS: [Target; 19] = [
+pub const TARGETS: [Target; 21] = [
     ("answer", agent::answer),
     ("attributes", record::attributes),
     ("body", masks::body),
@@ -28,6 +28,7 @@ pub const TARGETS: [Target; 19] = [
     ("event", record::event),
     ("expression", auth::expression),
     ("frame", journal::frame),
+    ("key_set", auth::key_set),
     ("kubeconfig", agent::kubeconfig),
     ("packet", kernel::packet),
     ("request_head", agent::request_head),
@@ -35,4 +36,5 @@ pub const TARGETS: [Target; 19] = [
     ("sealed_segment", journal::sealed_segment),
     ("secret_body", masks::secret_body),
     ("segment", journal::segment),
+    ("token", auth::token),
 ];

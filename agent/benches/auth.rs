@@ -1,0 +1,127 @@
+//! What a request pays for being somebody's: a token that was verified before, and one rule over whose it is.
+//! `cargo xtask bench auth` runs it. Goal: 50 µs for both.
+#![expect(clippy::unwrap_used, reason = "what fails here fails the bench, with its place")]
+#![expect(clippy::print_stdout, reason = "the table is what the bench is for")]
+
+#[path = "../src/auth/signer.rs"]
+#[expect(dead_code, reason = "the bench needs a part of what the tests make")]
+mod signer;
+
+use std::{
+    hint::black_box,
+    sync::Arc,
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
+
+use bytes::Bytes;
+use futures::future::BoxFuture;
+use serde_json::json;
+use weir_agent::{
+    auth::{
+        expression::{Expression, Value, Variables},
+        fetch::{Fetch, FetchError},
+        issuers::{Issuers, Moment},
+    },
+    config::Config,
+};
+
+use crate::signer::Signer;
+
+/// Operations of a row.
+const OPERATIONS: u32 = 20_000;
+/// Groups of the caller: a person of a large company.
+const GROUPS: usize = 100;
+const CONFIGURATION: &str = "
+apiVersion: weir.dev/v1alpha1
+kind: AgentConfiguration
+clusters:
+- name: a
+  inCluster: true
+  trust: {clusterSigner: {}}
+  authentication:
+    jwt:
+    - issuer: {url: 'https://issuer.test', throughCluster: true, audiences: [weir]}
+      claimMappings:
+        username: {claim: sub, prefix: 'oidc:'}
+        groups: {claim: groups, prefix: 'oidc:'}
+enrolment: [{podSelector: {}, namespaceSelector: {}}]
+";
+const RULE: &str = "user.groups.exists(g, g == 'oidc:group-99') && claims.sub.startsWith('jane') && request.verb in \
+                    ['get', 'list'] && request.namespace == 'team-a'";
+
+/// An issuer's documents, in memory.
+#[derive(Debug)]
+struct Documents(serde_json::Value);
+
+impl Fetch for Documents {
+    fn fetch<'a>(&'a self, target: &'a str) -> BoxFuture<'a, Result<Bytes, FetchError>> {
+        let document = match target {
+            "/openid/v1/jwks" => self.0.clone(),
+            _ => json!({"issuer": "https://issuer.test", "jwks_uri": "https://issuer.test/keys"}),
+        };
+        Box::pin(async move { Ok(document.to_string().into()) })
+    }
+}
+
+fn row(name: &str, mut operation: impl FnMut()) {
+    operation();
+    let begun = Instant::now();
+    for _ in 0..OPERATIONS {
+        operation();
+    }
+    let each: Duration = begun.elapsed() / OPERATIONS;
+    println!("{name:<58} {:>9.2}", each.as_nanos() as f64 / 1000.0);
+}
+
+fn main() {
+    println!("load {}", std::fs::read_to_string("/proc/loadavg").unwrap().trim());
+    println!("{:<58} {:>9}", "operation", "mean/µs");
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let config = Config::parse("weir.yaml".as_ref(), CONFIGURATION, "node").unwrap();
+    let seconds = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
+    let groups: Vec<String> = (0..GROUPS).map(|index| format!("group-{index}")).collect();
+    let claims = json!({"iss": "https://issuer.test", "aud": "weir", "sub": "jane", "exp": seconds + 3600, "groups": groups});
+    for signer in [Signer::rs256(), Signer::es256()] {
+        let documents: Arc<dyn Fetch> = Arc::new(Documents(json!({"keys": [signer.public("k1")]})));
+        let issuers = Issuers::new(&config.clusters[0].authentication.jwt, &documents).unwrap();
+        let token = signer.token("k1", &claims);
+        let verified = runtime.block_on(issuers.verify(&token, Moment::now())).unwrap();
+        let bytes = token.len();
+        row(&format!("{} token of {bytes} bytes, verified before", signer.algorithm()), || {
+            black_box(runtime.block_on(issuers.verify(&token, Moment::now())).unwrap());
+        });
+        let tokens: Vec<String> = (0..64).map(|_| signer.token("k1", &claims)).collect();
+        let begun = Instant::now();
+        for token in &tokens {
+            // A memory of its own for each, so that none is known.
+            let issuers = Issuers::new(&config.clusters[0].authentication.jwt, &documents).unwrap();
+            black_box(runtime.block_on(issuers.verify(token, Moment::now())).unwrap());
+        }
+        let each = begun.elapsed() / u32::try_from(tokens.len()).unwrap();
+        println!(
+            "{:<58} {:>9.2}",
+            format!("{} token, first time, keys in memory", signer.algorithm()),
+            each.as_nanos() as f64 / 1000.0
+        );
+
+        let rule = Expression::compile(RULE, &["user", "claims", "request"]).unwrap();
+        let request = json!({"verb": "get", "resource": "pods", "namespace": "team-a", "path": "/api/v1/namespaces/team-a/pods"});
+        row(&format!("a rule over claims, request and {GROUPS} groups"), || {
+            let request = Value::from_json(&request).unwrap();
+            let variables = Variables::new()
+                .with("user", &verified.user_value)
+                .with("claims", &verified.claims_value)
+                .with("request", &request);
+            assert!(rule.boolean(&variables).unwrap());
+        });
+        row("both", || {
+            let verified = runtime.block_on(issuers.verify(&token, Moment::now())).unwrap();
+            let request = Value::from_json(&request).unwrap();
+            let variables = Variables::new()
+                .with("user", &verified.user_value)
+                .with("claims", &verified.claims_value)
+                .with("request", &request);
+            assert!(rule.boolean(&variables).unwrap());
+        });
+    }
+}
