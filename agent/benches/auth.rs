@@ -18,7 +18,7 @@ use futures::future::BoxFuture;
 use serde_json::json;
 use weir_agent::{
     auth::{
-        expression::{Expression, Value, Variables},
+        expression::{Expression, Value},
         fetch::{Fetch, FetchError},
         issuers::{Issuers, Moment},
     },
@@ -44,6 +44,7 @@ clusters:
       claimMappings:
         username: {claim: sub, prefix: 'oidc:'}
         groups: {claim: groups, prefix: 'oidc:'}
+  roles: []
 enrolment: [{podSelector: {}, namespaceSelector: {}}]
 ";
 const RULE: &str = "user.groups.exists(g, g == 'oidc:group-99') && claims.sub.startsWith('jane') && request.verb in \
@@ -108,19 +109,13 @@ fn main() {
         let request = json!({"verb": "get", "resource": "pods", "namespace": "team-a", "path": "/api/v1/namespaces/team-a/pods"});
         row(&format!("a rule over claims, request and {GROUPS} groups"), || {
             let request = Value::from_json(&request).unwrap();
-            let variables = Variables::new()
-                .with("user", &verified.user_value)
-                .with("claims", &verified.claims_value)
-                .with("request", &request);
+            let variables = verified.subject.variables().with("request", &request);
             assert!(rule.boolean(&variables).unwrap());
         });
         row("both", || {
             let verified = runtime.block_on(issuers.verify(&token, Moment::now())).unwrap();
             let request = Value::from_json(&request).unwrap();
-            let variables = Variables::new()
-                .with("user", &verified.user_value)
-                .with("claims", &verified.claims_value)
-                .with("request", &request);
+            let variables = verified.subject.variables().with("request", &request);
             assert!(rule.boolean(&variables).unwrap());
         });
     }

@@ -19,7 +19,8 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    config::{Cluster, Config},
+    auth::IssuersError,
+    config::{Cluster, Config, Source},
     interception::{
         api_set::ClusterAddresses,
         canary::Health,
@@ -38,7 +39,10 @@ use crate::{
     trust::TrustError,
 };
 
-mod cluster;
+pub(crate) mod cluster;
+mod reload;
+
+use self::reload::Reload;
 
 /// Connections between accept and proxy; beyond it accepting waits.
 const ACCEPTED_MAX: usize = 256;
@@ -58,6 +62,9 @@ pub enum AppError {
     /// A certificate.
     #[error(transparent)]
     Trust(#[from] TrustError),
+    /// Issuers of tokens.
+    #[error(transparent)]
+    Issuers(#[from] IssuersError),
     /// TLS towards an API server.
     #[error(transparent)]
     Proxy(#[from] proxy::ProxyError),
@@ -86,12 +93,12 @@ pub enum AppError {
 ///
 /// # Errors
 /// It cannot start, or a part of it failed for good.
-pub async fn run(config: Config) -> Result<(), AppError> {
+pub async fn run((source, config): (Source, Config)) -> Result<(), AppError> {
     let mut signals = Signals::new()?;
     // With nothing known but addresses: the clusters may be away for long, and the journal may be damaged.
     let in_force = guard::begin(&guard_options(&config), Path::new(handover::STANDARD))?;
     let recorder = Recorder::start(recorder_options(&config))?;
-    let outcome = run_recorded(&config, in_force, &recorder, &mut signals).await;
+    let outcome = run_recorded((source, &config), in_force, &recorder, &mut signals).await;
     let reason = match &outcome {
         Ok(signal) => (*signal).to_owned(),
         Err(error) => error.to_string(),
@@ -105,7 +112,7 @@ pub async fn run(config: Config) -> Result<(), AppError> {
 
 /// Everything between the first and the last record; returns the signal that ended it.
 async fn run_recorded(
-    config: &Config,
+    (source, config): (Source, &Config),
     in_force: Option<InForce>,
     recorder: &Recorder,
     signals: &mut Signals,
@@ -135,7 +142,7 @@ async fn run_recorded(
     let mut parts: JoinSet<&'static str> = JoinSet::new();
     let metrics = Monitoring::start(config, &telemetry);
     let proxy = tokio::select! {
-        proxy = start_proxy(config, recorder, (publish_pods, publish_nodes), publish, &mut parts) => proxy?,
+        proxy = start_proxy((source, config), (recorder, &observed), (publish_pods, publish_nodes), publish, &mut parts) => proxy?,
         ended = &mut intercepted => return Err(early(ended)),
         signal = signals.next() => {
             stop.cancel();
@@ -242,8 +249,8 @@ fn addresses(config: &Config) -> (Vec<cluster::Publish>, Vec<ClusterAddresses>) 
 
 /// Connects to the clusters, starts to watch this node's pods, and makes the proxy.
 async fn start_proxy(
-    config: &Config,
-    recorder: &Recorder,
+    (source, config): (Source, &Config),
+    (recorder, observed): (&Recorder, &Arc<Observed>),
     (publish_pods, publish_nodes): (watch::Sender<KnownPods>, watch::Sender<Hosts>),
     publish: Vec<cluster::Publish>,
     parts: &mut JoinSet<&'static str>,
@@ -255,18 +262,30 @@ async fn start_proxy(
         cluster_watch::watch_nodes(client, publish_nodes).await;
         "the watch of nodes"
     });
+    let (change_enrolment, enrolment) = watch::channel(config.enrolment.clone().into());
     let pods = ClusterWatch {
         client: clusters[0].access.client.clone(),
         node: config.node.clone(),
-        enrolment: config.enrolment.clone(),
+        enrolment,
         intent_annotations: config.intent_annotations.clone(),
     };
     parts.spawn(async move {
         pods.watch_pods(publish_pods).await;
         "the watch of pods"
     });
+    let (upstreams, live) = clusters.into_iter().map(|cluster| (cluster.upstream, cluster.live)).unzip();
+    let reload = Reload {
+        clusters: live,
+        enrolment: change_enrolment,
+        recorder: recorder.clone(),
+        observed: Arc::clone(observed),
+    };
+    parts.spawn(async move {
+        reload.follow(source).await;
+        "the reloading of the configuration"
+    });
     Ok(Proxy::new(ProxyOptions {
-        clusters: clusters.into_iter().map(|cluster| cluster.upstream).collect(),
+        clusters: upstreams,
         recorder: recorder.clone(),
         limits: proxy::Limits::default(),
     }))

@@ -19,7 +19,10 @@ mod sts_tests;
 
 use std::{
     fmt,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, SystemTime},
 };
 
@@ -108,6 +111,7 @@ struct Parts {
     assumed_role_arn: String,
     session_name: SessionName,
     end: SystemTime,
+    used: AtomicBool,
 }
 
 impl Bearer {
@@ -118,6 +122,7 @@ impl Bearer {
             assumed_role_arn: credentials.assumed_role_arn.clone(),
             session_name: role.session_name().clone(),
             end,
+            used: AtomicBool::new(false),
         }))
     }
 
@@ -143,6 +148,12 @@ impl Bearer {
     #[must_use]
     pub fn session_name(&self) -> &SessionName {
         &self.0.session_name
+    }
+
+    /// Whether this is the first time that it is asked, for what is recorded once.
+    #[must_use]
+    pub fn is_first_use(&self) -> bool {
+        !self.0.used.swap(true, Ordering::Relaxed)
     }
 
     /// From then on it must not be used.

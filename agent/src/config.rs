@@ -11,13 +11,18 @@ use std::{
 };
 
 pub use authentication::{AUDIENCES_MAX, Authentication, Documents, ISSUERS_MAX, JwtIssuer, RULES_MAX};
+pub use roles::Role;
 pub use selector::LabelSelector;
+pub use source::Source;
 
 mod authentication;
+pub mod aws_role;
 mod raw;
 #[cfg(test)]
 mod reference;
+pub mod roles;
 mod selector;
+pub mod source;
 
 /// The `apiVersion` that this agent reads.
 pub const API_VERSION: &str = "weir.dev/v1alpha1";
@@ -132,6 +137,10 @@ pub struct Cluster {
     pub trust: Trust,
     /// Who is believed when they say who calls.
     pub authentication: Authentication,
+    /// Who signs the certificates by which clients are known; none: they are not asked for one.
+    pub client_certificate_authority: Option<PathBuf>,
+    /// Who goes on as whom; none: everybody as they are.
+    pub roles: Option<Vec<Role>>,
 }
 
 /// A host name and port where an API server is reached.
@@ -211,13 +220,7 @@ impl Config {
     /// # Errors
     /// [`ConfigError`], with the place in the file and the mend.
     pub fn load(path: &Path, default_node: &str) -> Result<Self, ConfigError> {
-        let read = |source| ConfigError::Read { path: path.to_owned(), source };
-        let bytes = std::fs::metadata(path).map_err(read)?.len();
-        if bytes > CONFIG_BYTES_MAX {
-            return Err(ConfigError::TooLong { path: path.to_owned(), bytes });
-        }
-        let text = std::fs::read_to_string(path).map_err(read)?;
-        Self::parse(path, &text, default_node)
+        Self::parse(path, &read(path)?, default_node)
     }
 
     /// Validates `text`, which came from `path`.
@@ -233,6 +236,16 @@ impl Config {
             problem: invalid.problem,
         })
     }
+}
+
+/// The text of the file at `path`.
+fn read(path: &Path) -> Result<String, ConfigError> {
+    let failed = |source| ConfigError::Read { path: path.to_owned(), source };
+    let bytes = std::fs::metadata(path).map_err(failed)?.len();
+    if bytes > CONFIG_BYTES_MAX {
+        return Err(ConfigError::TooLong { path: path.to_owned(), bytes });
+    }
+    std::fs::read_to_string(path).map_err(failed)
 }
 
 /// The name of this node where the configuration has none: `$NODE_NAME` (set by the DaemonSet from

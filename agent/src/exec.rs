@@ -5,6 +5,7 @@
 
 use std::{ffi::OsString, path::PathBuf, sync::Arc, time::Duration};
 
+use arc_swap::ArcSwap;
 use nix::{sys::signal::SigSet, unistd::Uid};
 use rustls::pki_types::ServerName;
 use tokio::{sync::watch, task::JoinSet};
@@ -23,6 +24,7 @@ use self::{
 };
 use crate::{
     app,
+    auth::Policy,
     config::{self, Config, ConfigError},
     proxy::{self, ClusterUpstream, Endpoints, Proxy, ProxyOptions},
     recording::{Recorder, RecorderOptions, RecordingError},
@@ -235,12 +237,16 @@ async fn upstream(
     names.add_host(&target.server_name);
     let accepted_names = names.all().collect();
     let (never_changed, names) = watch::channel(names);
-    let (serving, renewal) = trust::serve(Arc::clone(authority), names).await?;
+    let (serving, renewal) = trust::serve(Arc::clone(authority), names, None).await?;
     renewals.spawn(async move {
         renewal.run().await;
         drop(never_changed);
     });
+    // Whoever runs the command acts with their own credential: there is nobody to be verified against.
+    let policy = Arc::new(ArcSwap::from_pointee(Policy::open(target.name().to_owned())));
     Ok(ClusterUpstream {
+        own_tls: None,
+        policy,
         name: target.name().to_owned(),
         names: accepted_names,
         endpoints: Endpoints::OriginalDestination,

@@ -10,6 +10,7 @@ pub mod aws;
 pub mod config;
 pub mod doctor;
 pub mod exec;
+pub mod explain;
 pub mod interception;
 pub mod proxy;
 pub mod recording;

@@ -12,9 +12,10 @@ use clap::{Parser, Subcommand};
 use tracing_subscriber::{filter::filter_fn, layer::SubscriberExt as _, util::SubscriberInitExt as _};
 use weir_agent::{
     app, aws,
-    config::{self, Config},
+    config::{self, Config, Source},
     doctor::{self, DoctorOptions},
     exec::{self, ExecOptions},
+    explain::{self, ExplainOptions, Explanation},
     interception::{
         attach, cgroup,
         guard::{self, Guarded},
@@ -87,6 +88,27 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Say which issuer, claims and rule would apply to a token or a pod, and why; exit 1 if the request would be refused.
+    Explain {
+        /// Configuration of `run`.
+        #[arg(long, value_name = "FILE")]
+        config: PathBuf,
+        /// Cluster that is asked [default: the first of the configuration].
+        #[arg(long, value_name = "NAME")]
+        cluster: Option<String>,
+        /// File with a bearer token.
+        #[arg(long, value_name = "FILE")]
+        token: Option<PathBuf>,
+        /// The pod that asks, as NAMESPACE/NAME [default: the one that the token names, if it does].
+        #[arg(long, value_name = "POD")]
+        pod: Option<String>,
+        /// What it asks.
+        #[arg(long, value_name = "REQUEST", default_value = "GET /api/v1/pods")]
+        request: String,
+        /// As JSON.
+        #[arg(long)]
+        json: bool,
+    },
     /// Cut a pod of this node off: its new connections, to anywhere, are refused at once, its open ones ended.
     Quarantine {
         /// The pod, as NAMESPACE/NAME or by UID (see `status`).
@@ -124,6 +146,10 @@ fn main() -> ExitCode {
             finish(put_guard_in_force(config.as_deref()))
         }
         Command::Status { json } => finish(status(json)),
+        Command::Explain { config, cluster, token, pod, request, json } => {
+            log_to_stderr("warn", false);
+            explain(&ExplainOptions { config, cluster, token, pod, request }, json)
+        }
         Command::Quarantine { pod, lift, json } => finish(set_quarantine(&pod, lift, json)),
         Command::Uninstall { force } => finish(uninstall(force)),
         Command::Exec { config, kubeconfig, journal, quiet, command } => {
@@ -160,6 +186,24 @@ fn examine(options: &DoctorOptions, json: bool) -> ExitCode {
     ExitCode::from(report.exit_code())
 }
 
+#[expect(clippy::print_stdout, reason = "the explanation is what the command is for")]
+fn explain(options: &ExplainOptions, json: bool) -> ExitCode {
+    let explained = || -> anyhow::Result<Explanation> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let explanation = runtime.block_on(explain::run(options))?;
+        match json {
+            true => println!("{}", serde_json::to_string_pretty(&explanation)?),
+            false => print!("{explanation}"),
+        }
+        Ok(explanation)
+    };
+    match explained() {
+        Ok(explanation) if explanation.refused.is_none() => ExitCode::SUCCESS,
+        Ok(_) => ExitCode::FAILURE,
+        Err(error) => finish(Err(error)),
+    }
+}
+
 /// Every connection of every pod is an open file, and the soft limit that processes inherit is that of interactive ones.
 fn raise_open_files() -> anyhow::Result<()> {
     use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -170,9 +214,9 @@ fn raise_open_files() -> anyhow::Result<()> {
 }
 
 fn run(path: &Path) -> anyhow::Result<()> {
-    let config = Config::load(path, &config::default_node())?;
+    let configured = Source::load(path, &config::default_node())?;
     raise_open_files()?;
-    tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(app::run(config))?;
+    tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(app::run(configured))?;
     Ok(())
 }
 

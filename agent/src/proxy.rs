@@ -14,6 +14,7 @@ mod pool;
 #[doc(hidden)]
 pub mod probe;
 mod quota;
+mod reported;
 #[cfg(test)]
 mod rig;
 mod server;
@@ -24,11 +25,13 @@ mod upgrade;
 mod upstream;
 
 use std::{
+    collections::BTreeMap,
     net::SocketAddr,
     sync::Arc,
     time::{Duration, SystemTime},
 };
 
+use arc_swap::ArcSwap;
 use rustls::pki_types::ServerName;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use weir_common::event::Caller;
@@ -38,13 +41,14 @@ use self::{
     measures::Measures,
     pool::Pool,
     quota::{Bound, Quotas},
+    reported::Reported,
     upstream::Dialler,
 };
 pub use self::{
     measures::{Measured, Verdict},
     upstream::{Endpoints, upstream_tls},
 };
-use crate::{recording::Recorder, trust::ServingCertificate};
+use crate::{auth::Policy, recording::Recorder, trust::ServingCertificate};
 
 /// How long cut tasks may take to close their records.
 const CUT_GRACE: Duration = Duration::from_secs(5);
@@ -60,6 +64,17 @@ pub struct Accepted {
     pub cluster: usize,
     /// Who connected.
     pub caller: Arc<Caller>,
+    /// What the pod and its namespace were labelled with at the time.
+    pub labels: Arc<Labels>,
+}
+
+/// Labels of a pod and of its namespace: what rules may ask for beside the caller. Not recorded.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Labels {
+    /// The pod's.
+    pub pod: BTreeMap<String, String>,
+    /// Its namespace's.
+    pub namespace: BTreeMap<String, String>,
 }
 
 /// What the proxy can fail at before it serves.
@@ -88,8 +103,12 @@ pub struct ClusterUpstream {
     pub server_name: ServerName<'static>,
     /// How it is verified, and Weir's client certificate if there is one; from [`upstream_tls`]. ALPN is set here.
     pub tls: Arc<rustls::ClientConfig>,
+    /// TLS with the agent's own client certificate, where the agent has one: for whom it impersonates.
+    pub own_tls: Option<Arc<rustls::ClientConfig>>,
     /// What clients are served with.
     pub serving: ServingCertificate,
+    /// Who may ask, and as whom; replaced as the configuration changes.
+    pub policy: Arc<ArcSwap<Policy>>,
 }
 
 /// Bounds of the proxy; the defaults are meant to be kept.
@@ -155,6 +174,9 @@ struct Cluster {
     names: HostNames,
     serving: ServingCertificate,
     pool: Pool,
+    /// Connections with the agent's own client certificate.
+    own: Option<Pool>,
+    policy: Arc<ArcSwap<Policy>>,
     measures: Measures,
 }
 
@@ -165,6 +187,7 @@ struct Shared {
     recorder: Recorder,
     limits: Limits,
     quotas: Arc<Quotas>,
+    reported: Reported,
     /// Client connections and upgraded streams.
     tasks: TaskTracker,
     /// Connections to API servers.
@@ -201,19 +224,26 @@ impl Proxy {
         let (upstream_tasks, cut) = (TaskTracker::new(), CancellationToken::new());
         let clusters = clusters
             .into_iter()
-            .map(|cluster| Cluster {
-                names: HostNames::new(&cluster.names),
-                serving: cluster.serving,
-                pool: Pool::new(Dialler::new(
-                    cluster.endpoints,
-                    cluster.server_name,
-                    &cluster.tls,
-                    limits.dial_timeout,
-                    upstream_tasks.clone(),
-                    cut.clone(),
-                )),
-                name: cluster.name,
-                measures: Measures::default(),
+            .map(|cluster| {
+                let pool = |tls: &rustls::ClientConfig| {
+                    Pool::new(Dialler::new(
+                        cluster.endpoints.clone(),
+                        cluster.server_name.clone(),
+                        tls,
+                        limits.dial_timeout,
+                        upstream_tasks.clone(),
+                        cut.clone(),
+                    ))
+                };
+                Cluster {
+                    pool: pool(&cluster.tls),
+                    own: cluster.own_tls.as_deref().map(pool),
+                    names: HostNames::new(&cluster.names),
+                    serving: cluster.serving,
+                    policy: cluster.policy,
+                    name: cluster.name,
+                    measures: Measures::default(),
+                }
             })
             .collect();
         let quotas = Quotas::new(
@@ -227,6 +257,7 @@ impl Proxy {
                 recorder,
                 limits,
                 quotas,
+                reported: Reported::default(),
                 tasks,
                 upstream_tasks,
                 draining,
@@ -266,6 +297,7 @@ impl Proxy {
         shared.cut.cancel();
         for cluster in &shared.clusters {
             cluster.pool.clear();
+            cluster.own.iter().for_each(Pool::clear);
         }
         shared.upstream_tasks.close();
         let ended = async { tokio::join!(shared.tasks.wait(), shared.upstream_tasks.wait()) };

@@ -44,7 +44,7 @@ use http::{
 };
 use weir_common::{
     attributes::Attributes,
-    event::{BodySummary, Caller, Channel, Coverage, Kind, RequestOpened},
+    event::{BodySummary, Caller, Channel, Coverage, Identity, IdentityMethod, Kind, RequestOpened},
 };
 
 use self::{
@@ -151,6 +151,8 @@ pub struct RequestHead<'a> {
     pub attributes: &'a Attributes,
     /// The protocol it asks to upgrade to.
     pub upgrade: Option<&'a str>,
+    /// Who it is for, where that is known.
+    pub identity: Option<&'a Identity>,
 }
 
 /// Whether a record must be on disk before the request goes on.
@@ -288,7 +290,7 @@ impl Recorder {
         body: Option<Unmasked>,
         durability: Durability,
     ) -> Result<RequestRecord, RecordingError> {
-        let belonging = self.belonging(caller, cluster, head.headers)?;
+        let belonging = self.belonging(caller, cluster, &head)?;
         let context = self.context(cluster, &belonging, head.attributes);
         let (content, summary) = match body {
             Some(body) if !body.0.is_empty() => {
@@ -304,6 +306,7 @@ impl Recorder {
             headers: context.masker.headers(head.headers),
             attributes: head.attributes.clone(),
             upgrade: head.upgrade.map(str::to_owned),
+            identity: head.identity.cloned().map(Box::new),
             body: summary,
         };
         let mut kinds = vec![Kind::RequestOpened(Box::new(opened))];
@@ -341,11 +344,14 @@ impl Recorder {
         &self,
         caller: &Arc<Caller>,
         cluster: usize,
-        headers: &HeaderMap,
+        head: &RequestHead<'_>,
     ) -> Result<Belonging, RecordingError> {
         let inner = &self.inner;
-        let claimed_user = caller.claimed_user.clone().or_else(|| session::claimed_user(headers));
-        let caller = Caller { claimed_user, ..Caller::clone(caller) };
+        let verified = head.identity.filter(|identity| identity.method != IdentityMethod::Unverified);
+        let user = verified.map(|identity| identity.user.username.clone());
+        let claimed = || caller.claimed_user.clone().or_else(|| session::claimed_user(head.headers));
+        let claimed_user = if user.is_none() { claimed() } else { None };
+        let caller = Caller { claimed_user, user, ..Caller::clone(caller) };
         let mut table = inner.sessions.lock().unwrap_or_else(PoisonError::into_inner);
         let losses = inner.status.losses();
         if table.losses != losses {

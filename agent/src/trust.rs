@@ -13,6 +13,7 @@ use rustls::{
 };
 
 pub mod authority;
+pub mod client;
 pub mod cluster_signer;
 pub mod leaf;
 #[doc(hidden)]
@@ -224,6 +225,14 @@ pub enum TrustError {
     CaBundleEmpty {
         /// Where it comes from.
         origin: String,
+    },
+    /// A CA bundle that clients' certificates cannot be verified with.
+    #[error("clients' certificates cannot be verified with the CA bundle {origin}: {reason}")]
+    ClientCa {
+        /// Where it comes from.
+        origin: String,
+        /// Why not.
+        reason: String,
     },
     /// The mounted CA's certificate file is not usable.
     #[error("{} is not a PEM file with the certificate of the CA that signs (first) and its intermediates: {reason}", path.display())]

@@ -12,6 +12,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::attributes::Attributes;
 
+mod identity;
+
+pub use identity::{ActsAs, Identity, IdentityMethod, RoleAssumed, UserInfo};
+
 /// Version of this schema, in every event.
 pub const SCHEMA_VERSION: u32 = 1;
 
@@ -90,6 +94,9 @@ pub enum Kind {
         /// Reason, as the client got it.
         reason: String,
     },
+    /// A session's requests go on in an AWS IAM role from here on, with these credentials: what CloudTrail and the
+    /// cluster's audit log say of them leads back here.
+    RoleAssumed(Box<RoleAssumed>),
     /// A piece of a body or stream.
     Content(Content),
     /// The answer's status and headers arrived.
@@ -215,6 +222,16 @@ pub struct Caller {
     /// a JWT, the common name of a client certificate.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub claimed_user: Option<String>,
+    /// User name that Weir has verified, as the configuration maps it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user: Option<String>,
+}
+
+impl Caller {
+    /// The user that Weir has verified, or else the one that the credential claims.
+    pub fn user_or_claim(&self) -> Option<&str> {
+        self.user.as_deref().or(self.claimed_user.as_deref())
+    }
 }
 
 /// A pod.
@@ -293,6 +310,10 @@ pub struct RequestOpened {
     /// The protocol it asks to upgrade to, if it does.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub upgrade: Option<String>,
+    /// Who it is for, as Weir has verified it, and as whom it goes on; none where that failed (the refusal says why)
+    /// and under `weir-agent exec`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub identity: Option<Box<Identity>>,
     /// How its body is recorded; none where there is no body.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub body: Option<BodySummary>,
@@ -446,6 +467,7 @@ impl Kind {
             Self::InvocationStarted { .. } => "invocationStarted",
             Self::RequestOpened(_) => "requestOpened",
             Self::RequestRefused { .. } => "requestRefused",
+            Self::RoleAssumed(_) => "roleAssumed",
             Self::Content(_) => "content",
             Self::ResponseStarted { .. } => "responseStarted",
             Self::RequestClosed(_) => "requestClosed",

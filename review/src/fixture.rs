@@ -237,6 +237,7 @@ pub(crate) fn request(method: &str, verb: &str, uri: &str, namespace: &str) -> R
             ..Attributes::default()
         },
         upgrade: None,
+        identity: None,
         body: None,
     }
 }

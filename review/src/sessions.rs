@@ -165,9 +165,9 @@ impl Summary {
 
     fn admitted(&self, filter: &Filter) -> bool {
         let caller = self.caller.as_deref();
-        let user = caller.and_then(|caller| caller.claimed_user.as_ref());
+        let user = caller.and_then(Caller::user_or_claim);
         let pod_namespace = caller.and_then(|caller| caller.pod.as_ref()).map(|pod| &pod.namespace);
-        filter.user.as_ref().is_none_or(|wanted| user == Some(wanted))
+        filter.user.as_ref().is_none_or(|wanted| user == Some(wanted.as_str()))
             && filter.cluster.as_ref().is_none_or(|wanted| self.cluster == *wanted)
             && filter
                 .namespace
@@ -269,7 +269,7 @@ pub(crate) fn print(out: &mut dyn Write, style: Style, list: &[Summary], outside
 }
 
 fn row(summary: &Summary) -> [String; 10] {
-    let user = summary.caller.as_ref().and_then(|caller| caller.claimed_user.as_deref()).unwrap_or("-");
+    let user = summary.caller.as_ref().and_then(|caller| caller.user_or_claim()).unwrap_or("-");
     [
         escaped(&summary.session).into_owned(),
         summary.started.clone(),

@@ -43,6 +43,8 @@ mod far_side;
 mod guard;
 #[path = "integration/http_attacks.rs"]
 mod http_attacks;
+#[path = "integration/identity.rs"]
+mod identity;
 #[path = "integration/monitoring.rs"]
 mod monitoring;
 #[path = "integration/names.rs"]

@@ -11,6 +11,8 @@ use tokio::{sync::watch, task::JoinSet};
 
 use super::AppError;
 use crate::{
+    auth::{Issuers, Policy, Rules, fetch::Fetch},
+    aws::Aws,
     config::{Cluster, Config, Trust},
     interception::{
         cluster_access::ClusterAccess,
@@ -18,7 +20,9 @@ use crate::{
         proof::Proof,
     },
     proxy::{ClusterUpstream, Endpoints, upstream_tls},
-    trust::{self, Authority, ServingNames, authority::MountedCa, cluster_signer::ClusterSigner},
+    trust::{
+        self, Authority, ServingNames, authority::MountedCa, client::ClientCa, cluster_signer::ClusterSigner,
+    },
 };
 
 /// First pause between attempts to reach a cluster.
@@ -30,6 +34,7 @@ const RETRY_LONGEST: Duration = Duration::from_secs(15);
 pub(super) struct Connected {
     pub(super) access: ClusterAccess,
     pub(super) upstream: ClusterUpstream,
+    pub(super) live: Live,
 }
 
 /// Where a cluster's addresses are published, and how they prove to be its own.
@@ -58,6 +63,7 @@ async fn connect(
         ClusterAccess::load(&cluster.name, &cluster.access, cluster.certificate_authority.as_deref()).await?;
     let tls = upstream_tls((*access.ca.roots()).clone(), None)?;
     proof.send_replace(Some(tls.clone()));
+    let clients = cluster.client_certificate_authority.as_deref().map(ClientCa::load).transpose()?;
     // Checked before the network is waited for: a CA that does not chain is a mistake in the configuration.
     let authority = Arc::new(authority(config, cluster, &access)?);
     let server_name = ServerName::try_from(access.host.trim_matches(['[', ']']).to_owned())
@@ -72,13 +78,25 @@ async fn connect(
     });
     let derived = Derived::new(cluster);
     let (names, endpoints) = derived.follow(published, parts).await?;
-    let (serving, renewal) = serving_certificate(cluster, &authority, &names).await;
+    let (serving, renewal) = serving_certificate(cluster, &authority, &names, clients.as_ref()).await;
     parts.spawn(async move {
         renewal.run().await;
         "the renewal of a certificate"
     });
     tracing::info!(cluster = cluster.name, authority = authority.describe(), "serving certificate issued");
+    let own_tls = access.certificate.as_ref().map(|certificate| {
+        let mut own = rustls::ClientConfig::clone(&tls);
+        own.client_auth_cert_resolver = Arc::clone(certificate);
+        Arc::new(own)
+    });
+    // Of this cluster alone: no credential of one cluster's is found for another.
+    let aws = Aws::new();
+    let policy =
+        Arc::new(ArcSwap::from_pointee(policy(&config.node, cluster, &access, (None, aws.clone()))?));
+    let live = Live { access: access.clone(), node: config.node.clone(), aws, policy: Arc::clone(&policy) };
     let upstream = ClusterUpstream {
+        policy,
+        own_tls,
         name: cluster.name.clone(),
         names: names.borrow().all().collect(),
         endpoints: Endpoints::Listed(endpoints),
@@ -86,7 +104,49 @@ async fn connect(
         tls,
         serving,
     };
-    Ok(Connected { access, upstream })
+    Ok(Connected { access, upstream, live })
+}
+
+/// What of a cluster changes while the agent runs.
+pub(super) struct Live {
+    access: ClusterAccess,
+    node: String,
+    aws: Aws,
+    policy: Arc<ArcSwap<Policy>>,
+}
+
+impl Live {
+    /// Makes the rules and issuers of `cluster`; gives what puts them in force, for requests from then on.
+    /// Issuers that are the same keep what is remembered of them: they may be out of reach just now.
+    pub(super) fn prepare(
+        &self,
+        cluster: &Cluster,
+        same_issuers: bool,
+    ) -> Result<impl FnOnce() + use<>, AppError> {
+        let issuers = if same_issuers { self.policy.load().issuers() } else { None };
+        let policy = policy(&self.node, cluster, &self.access, (issuers, self.aws.clone()))?;
+        let place = Arc::clone(&self.policy);
+        Ok(move || place.store(Arc::new(policy)))
+    }
+}
+
+/// Who may ask the cluster, and as whom.
+pub(crate) fn policy(
+    node: &str,
+    cluster: &Cluster,
+    access: &ClusterAccess,
+    (issuers, aws): (Option<Arc<Issuers>>, Aws),
+) -> Result<Policy, AppError> {
+    let Some(roles) = &cluster.roles else { return Ok(Policy::open(cluster.name.clone())) };
+    let issuers = match issuers {
+        Some(issuers) => issuers,
+        None => {
+            let through_cluster: Arc<dyn Fetch> = access.own.clone();
+            Arc::new(Issuers::new(&cluster.authentication.jwt, &through_cluster)?)
+        }
+    };
+    let rules = Rules { roles: roles.clone(), issuers, own: access.own.clone(), aws, node: node.to_owned() };
+    Ok(Policy::new(cluster.name.clone(), rules))
 }
 
 fn authority(config: &Config, cluster: &Cluster, access: &ClusterAccess) -> Result<Authority, AppError> {
@@ -128,10 +188,11 @@ async fn serving_certificate(
     cluster: &Cluster,
     authority: &Arc<Authority>,
     names: &watch::Receiver<ServingNames>,
+    clients: Option<&ClientCa>,
 ) -> (trust::ServingCertificate, trust::Renewal) {
     let mut pause = RETRY_FIRST;
     loop {
-        match trust::serve(authority.clone(), names.clone()).await {
+        match trust::serve(authority.clone(), names.clone(), clients.cloned()).await {
             Ok(served) => return served,
             Err(error) => tracing::error!(
                 cluster = cluster.name,

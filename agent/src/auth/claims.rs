@@ -3,10 +3,13 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use serde::Serialize;
 use serde_json::{Map, Value as Json};
+use weir_common::event::UserInfo;
 
-use super::expression::{Expression, ExpressionError, Value, Variables};
+use super::{
+    expression::{Expression, ExpressionError, Value, Variables},
+    rule::user_value,
+};
 
 /// The variable of expressions over claims.
 pub const CLAIMS: &str = "claims";
@@ -16,19 +19,6 @@ pub const USER: &str = "user";
 const CREDENTIAL_ID: &str = "authentication.kubernetes.io/credential-id";
 /// Most groups of a user.
 pub const GROUPS_MAX: usize = 2048;
-
-/// Who is calling, as Kubernetes' `UserInfo` has it. Holds no credential.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
-pub struct User {
-    /// Name, never empty.
-    pub username: String,
-    /// Identifies the user over time; empty if the issuer has none.
-    pub uid: String,
-    /// Groups.
-    pub groups: Vec<String>,
-    /// What else is known, by keys with a domain in front.
-    pub extra: BTreeMap<String, Vec<String>>,
-}
 
 /// Where one string comes from.
 #[derive(Clone, Debug)]
@@ -130,7 +120,7 @@ impl ClaimMappings {
     ///
     /// # Errors
     /// [`ClaimsError`]: a mapping has no value, or a rule does not hold.
-    pub fn user(&self, claims: &Map<String, Json>) -> Result<(User, Value), ClaimsError> {
+    pub fn user(&self, claims: &Map<String, Json>) -> Result<(UserInfo, Value), ClaimsError> {
         let json = Json::Object(claims.clone());
         let value = Value::from_json(&json).map_err(ClaimsError::Unreadable)?;
         let variables = Variables::new().with(CLAIMS, &value);
@@ -164,7 +154,7 @@ impl ClaimMappings {
                 extra.insert(key.clone(), values);
             }
         }
-        let user = User { username, uid, groups, extra };
+        let user = UserInfo { username, uid, groups, extra };
         self.claim_rules(claims, &variables)?;
         self.user_rules(&user)?;
         Ok((user, value))
@@ -203,11 +193,11 @@ impl ClaimMappings {
         Ok(())
     }
 
-    fn user_rules(&self, user: &User) -> Result<(), ClaimsError> {
+    fn user_rules(&self, user: &UserInfo) -> Result<(), ClaimsError> {
         if self.user_rules.is_empty() {
             return Ok(());
         }
-        let value = Value::of(user).map_err(ClaimsError::Unreadable)?;
+        let value = user_value(user).map_err(ClaimsError::Unreadable)?;
         let variables = Variables::new().with(USER, &value);
         self.user_rules.iter().try_for_each(|rule| rule.holds(&variables, "userValidationRules"))
     }

@@ -97,6 +97,17 @@ pub enum TokenError {
 }
 
 impl TokenError {
+    /// Whether the token is nobody's that this cluster knows: no JSON Web Token, or of another issuer. Whether it holds is not
+    /// known then.
+    pub fn is_foreign(&self) -> bool {
+        matches!(self, Self::NotJwt | Self::UnknownIssuer { .. })
+    }
+
+    /// Whether the same token may be believed later.
+    pub fn is_unavailable(&self) -> bool {
+        matches!(self, Self::IssuerUnavailable { .. })
+    }
+
     /// The status of the answer: 503 where the same token may be believed later, else 401.
     pub fn status(&self) -> StatusCode {
         match self {

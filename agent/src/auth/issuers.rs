@@ -13,12 +13,12 @@ use std::{
 use serde_json::{Map, Value as Json};
 
 use super::{
-    claims::{ClaimMappings, User},
+    claims::ClaimMappings,
     error::{TokenError, repeated},
-    expression::Value,
     fetch::{Fetch, HttpsFetch, system_roots},
     key_source::{KeySource, Location},
     keys::Fingerprint,
+    rule::Subject,
     token::{Token, TokenDigest},
 };
 use crate::config::{Documents, JwtIssuer};
@@ -71,15 +71,9 @@ pub enum IssuersError {
 /// A token that is believed.
 pub struct Verified {
     /// Whom it is of.
-    pub user: User,
-    /// Who has issued it.
-    pub issuer: String,
+    pub subject: Arc<Subject>,
     /// Its claims.
     pub claims: Map<String, Json>,
-    /// Its claims, as expressions read them.
-    pub claims_value: Value,
-    /// Whom it is of, as expressions read it.
-    pub user_value: Value,
     /// When it expires, in seconds since 1970.
     pub expires: i64,
     key: Fingerprint,
@@ -90,8 +84,8 @@ impl fmt::Debug for Verified {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut shown = formatter.debug_struct("Verified");
         shown
-            .field("user", &self.user.username)
-            .field("issuer", &self.issuer)
+            .field("user", &self.subject.user.username)
+            .field("issuer", &self.subject.issuer)
             .field("expires", &self.expires);
         shown.finish_non_exhaustive()
     }
@@ -102,6 +96,8 @@ struct Issuer {
     keys: Arc<KeySource>,
     audiences: Vec<String>,
     mappings: ClaimMappings,
+    /// Whether the cluster itself speaks.
+    of_cluster: bool,
 }
 
 /// The issuers of one cluster. Nothing of it is shared with another cluster's.
@@ -143,8 +139,12 @@ impl Issuers {
                 }
             };
             let keys = KeySource::new(issuer.url.clone(), location, fetch);
-            let known =
-                Issuer { keys, audiences: issuer.audiences.clone(), mappings: issuer.mappings.clone() };
+            let known = Issuer {
+                keys,
+                audiences: issuer.audiences.clone(),
+                mappings: issuer.mappings.clone(),
+                of_cluster: matches!(issuer.documents, Documents::Cluster),
+            };
             issuers.insert(issuer.url.clone(), known);
         }
         Ok(Self { issuers, memory: Mutex::default() })
@@ -180,16 +180,16 @@ impl Issuers {
             problem: problem.to_string(),
         };
         let (user, claims_value) = issuer.mappings.user(&claims).map_err(|error| refused(&error))?;
-        let user_value = Value::of(&user).map_err(|error| refused(&error))?;
-        let verified = Verified { user, issuer: name, claims, claims_value, user_value, expires, key };
-        let verified = Arc::new(verified);
+        let subject = Subject::of_token(name.clone(), issuer.of_cluster, user, claims_value);
+        let subject = Arc::new(subject.map_err(|error| refused(&error))?);
+        let verified = Arc::new(Verified { subject, claims, expires, key });
         self.memory().remember(digest, Arc::clone(&verified), bytes);
         Ok(verified)
     }
 
     fn remembered(&self, digest: &TokenDigest, wall: i64, steady: Instant) -> Option<Arc<Verified>> {
         let known = self.memory().find(digest)?;
-        let issuer = self.issuers.get(&known.issuer)?;
+        let issuer = self.issuers.get(known.subject.issuer.as_deref()?)?;
         let in_time = wall < known.expires.saturating_add(skew());
         (in_time && issuer.keys.believes(&known.key, steady)).then_some(known)
     }

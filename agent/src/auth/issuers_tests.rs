@@ -8,9 +8,9 @@ use std::{
 
 use expect_test::{Expect, expect};
 use serde_json::{Value, json};
+use weir_common::event::UserInfo;
 
 use super::{
-    claims::User,
     error::TokenError,
     fetch::Fetch,
     issuers::{CLOCK_SKEW, Issuers, Moment, VERIFIED_BYTES_MAX, VERIFIED_MAX},
@@ -30,7 +30,7 @@ fn configured(jwt: &str) -> Vec<JwtIssuer> {
     let text = format!(
         "{{apiVersion: weir.dev/v1alpha1, kind: AgentConfiguration, enrolment: [{{podSelector: {{}}, \
          namespaceSelector: {{}}}}], clusters: [{{name: a, inCluster: true, trust: {{clusterSigner: {{}}}}, \
-         authentication: {{jwt: {jwt}}}}}]}}"
+         authentication: {{jwt: {jwt}}}, roles: []}}]}}"
     );
     let config = Config::parse("weir.yaml".as_ref(), &text, "node").unwrap_or_else(|error| panic!("{error}"));
     config.clusters[0].authentication.jwt.clone()
@@ -94,9 +94,9 @@ impl Rig {
         self.check(token, &error, expected);
     }
 
-    async fn user(&self, other: &Value) -> User {
+    async fn user(&self, other: &Value) -> UserInfo {
         let verified = self.issuers.verify(&self.token(other), self.now).await;
-        verified.unwrap_or_else(|error| panic!("{error}")).user.clone()
+        verified.unwrap_or_else(|error| panic!("{error}")).subject.user.clone()
     }
 }
 
@@ -106,11 +106,14 @@ async fn a_token_names_its_user_and_is_verified_once() {
     let token = rig.token(&json!({}));
     let first = rig.issuers.verify(&token, rig.now).await.expect("is believed");
     assert_eq!(
-        (first.user.username.as_str(), first.user.groups.as_slice()),
+        (first.subject.user.username.as_str(), first.subject.user.groups.as_slice()),
         ("k8s:jane", &["k8s:dev".to_owned()][..])
     );
-    assert_eq!(first.user.extra["authentication.kubernetes.io/credential-id"], ["JTI=7"]);
-    assert_eq!((first.issuer.as_str(), first.claims["aud"].clone()), (CLUSTER, json!(["weir"])));
+    assert_eq!(first.subject.user.extra["authentication.kubernetes.io/credential-id"], ["JTI=7"]);
+    assert_eq!(
+        (first.subject.issuer.as_deref().unwrap_or_default(), first.claims["aud"].clone()),
+        (CLUSTER, json!(["weir"]))
+    );
     assert_eq!(rig.site.asked().len(), 2);
     let second = rig.issuers.verify(&token, rig.now).await.expect("is believed");
     assert!(Arc::ptr_eq(&first, &second));
@@ -329,7 +332,7 @@ async fn expressions_map_claims_and_rules_decide() {
     };
     let user = rig.user(&other(json!({"roles": ["a", "", "b"], "team": "blue"}))).await;
     expect![[r#"
-        User {
+        UserInfo {
             username: "oidc:jane@example.com",
             uid: "jane",
             groups: [

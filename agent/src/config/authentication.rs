@@ -447,7 +447,7 @@ mod tests {
         let text = format!(
             "{{apiVersion: weir.dev/v1alpha1, kind: AgentConfiguration, enrolment: [{{podSelector: {{}}, \
              namespaceSelector: {{}}}}], clusters: [{{name: a, inCluster: true, trust: {{clusterSigner: {{}}}}, \
-             authentication: {{jwt: {jwt}}}}}]}}"
+             authentication: {{jwt: {jwt}}}, roles: []}}]}}"
         );
         Config::parse("weir.yaml".as_ref(), &text, "node").map_err(|error| error.to_string())
     }

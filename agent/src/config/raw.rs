@@ -17,6 +17,7 @@ use super::{
     API_VERSION, Access, Authentication, CLUSTERS_MAX, Cluster, Config, ENDPOINT_NAMES_MAX, EndpointName,
     Enrolment, JOURNAL_BYTES_MIN, Journal, KIND, LabelSelector, Limits, Mode, NAME_SERVERS_MAX,
     STATE_DIRECTORY, Trust,
+    roles::{self, RawRole},
 };
 use crate::recording::{JOURNAL_BYTES_MAX, RESPONSE_BYTES_MAX, SESSION_IDLE_TIMEOUT};
 
@@ -160,6 +161,11 @@ struct RawCluster {
     trust: RawTrust,
     /// Whose tokens are believed, in the shape of Kubernetes' `AuthenticationConfiguration`. See identity.md.
     authentication: Option<RawAuthentication>,
+    /// File of the CA (PEM) whose client certificates are identities: the common name is the user, organizations are groups.
+    client_certificate_authority: Option<PathBuf>,
+    /// Who goes on as whom: the first rule that takes the caller's identity, and whose condition holds, decides; none: refused.
+    /// Without this key everything goes on with the caller's own credential, for the API server to judge.
+    roles: Option<Vec<RawRole>>,
 }
 
 #[derive(Deserialize)]
@@ -176,7 +182,7 @@ struct RawTrust {
 #[derive(Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
-struct Nothing {}
+pub(super) struct Nothing {}
 
 #[derive(Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
@@ -300,6 +306,10 @@ fn clusters(raw: Vec<RawCluster>) -> Result<Vec<Cluster>, Invalid> {
             .certificate_authority
             .map(|path| readable(format!("{key}.certificateAuthority"), path))
             .transpose()?;
+        if cluster.authentication.is_some() && cluster.roles.is_none() {
+            let problem = "is there, but no `roles` that would ask who calls; name at least one rule";
+            return invalid(format!("{key}.authentication"), problem);
+        }
         let (addresses, endpoint_names) = endpoints(&key, &cluster.addresses)?;
         claimed_once(&key, &cluster.addresses, &cluster.host_names, &clusters)?;
         let mut host_names = cluster.host_names;
@@ -316,6 +326,11 @@ fn clusters(raw: Vec<RawCluster>) -> Result<Vec<Cluster>, Invalid> {
                 Some(raw) => raw.validate(&format!("{key}.authentication"))?,
                 None => Authentication::default(),
             },
+            client_certificate_authority: cluster
+                .client_certificate_authority
+                .map(|path| readable(format!("{key}.clientCertificateAuthority"), path))
+                .transpose()?,
+            roles: cluster.roles.map(|raw| roles::roles(&format!("{key}.roles"), raw)).transpose()?,
         });
     }
     Ok(clusters)

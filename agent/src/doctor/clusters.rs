@@ -65,7 +65,9 @@ async fn trust_of(cluster: &Cluster, access: ClusterAccess, node: &str) -> Check
         }
     };
     let issued = match authority {
-        Ok(authority) => authority.issue(&ServingNames::of_own_cluster([])).await.map(|_leaf| authority),
+        Ok(authority) => {
+            authority.issue(&ServingNames::of_own_cluster([]), None).await.map(|_leaf| authority)
+        }
         Err(error) => Err(error),
     };
     match issued {

@@ -132,7 +132,8 @@ async fn handle(arrived: Arrived, tenant: Arc<Tenant>, sink: Sink, refused: mpsc
     let Some(flow) = flow else { return };
     let caller = tenant.caller(&flow).await;
     let cluster = usize::try_from(flow.record.cluster).unwrap_or(usize::MAX);
-    let accepted = Accepted { stream, original_destination: flow.original, cluster, caller };
+    let labels = Arc::clone(&tenant.labels);
+    let accepted = Accepted { stream, original_destination: flow.original, cluster, caller, labels };
     // Fails only if the proxy has ended: then the connection ends, too.
     if sink.accepted.send(accepted).await.is_ok() {
         proxied.fetch_add(1, Ordering::Relaxed);

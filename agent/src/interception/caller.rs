@@ -19,6 +19,7 @@ use super::{
     pod,
     process::{Connector, Proc},
 };
+use crate::proxy::Labels;
 
 /// Longest time that reading `/proc` may take: a process can make its own entries slow to read, by mapping its
 /// arguments from a file system that it serves itself.
@@ -39,6 +40,8 @@ pub struct Tenant {
     pub pod: Option<Pod>,
     /// Names of the pod's containers by runtime id, as far as they are known.
     pub containers: BTreeMap<String, String>,
+    /// What the pod and its namespace are labelled with.
+    pub labels: Arc<Labels>,
 }
 
 impl Tenant {
@@ -75,6 +78,7 @@ impl Tenant {
             netns: record.netns,
             dialled: flow.original.to_string(),
             claimed_user: None,
+            user: None,
         })
     }
 

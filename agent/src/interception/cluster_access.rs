@@ -1,13 +1,40 @@
 //! The agent's own way to a cluster: client, CA, and whether it answers.
 
-use std::{path::Path, time::Duration};
-
-use kube::{
-    Client, Config,
-    config::{KubeConfigOptions, Kubeconfig},
+use std::{
+    fmt,
+    future::{Ready, ready},
+    path::Path,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
 };
 
-use crate::{config::Access, trust::ClusterCa};
+use bytes::Bytes;
+use futures::{FutureExt as _, future::BoxFuture};
+use http::{HeaderValue, Request, Response, StatusCode, header::AUTHORIZATION};
+use http_body_util::{BodyExt as _, Collected, Empty, LengthLimitError, Limited};
+use k8s_openapi::api::{
+    authentication::v1::{BoundObjectReference, TokenRequest, TokenRequestSpec},
+    core::v1::ServiceAccount,
+};
+use kube::{
+    Api, Client, Config,
+    api::PostParams,
+    client::{Body, ConfigExt as _, middleware::AuthLayer},
+    config::{KubeConfigOptions, Kubeconfig},
+};
+use tower::{BoxError, Layer as _, Service, ServiceExt as _};
+use weir_common::event::Pod;
+use zeroize::Zeroizing;
+
+use crate::{
+    auth::{
+        OwnCredential,
+        fetch::{DOCUMENT_BYTES_MAX, FETCH_TIMEOUT, Fetch, FetchError},
+    },
+    config::Access,
+    trust::ClusterCa,
+};
 
 /// Longest time that one call of the agent's own client may take, watches apart.
 const READ_TIMEOUT: Duration = Duration::from_secs(30);
@@ -68,6 +95,120 @@ pub struct ClusterAccess {
     pub ca: ClusterCa,
     /// Host of its API server as the agent dials it.
     pub host: String,
+    /// What the agent shows it.
+    pub own: Arc<Own>,
+    /// The client certificate that the agent shows it, if it has one.
+    pub certificate: Option<Arc<dyn rustls::client::ResolvesClientCert>>,
+}
+
+/// The agent's own credential for one cluster. Its `Debug` shows nothing of it.
+pub struct Own {
+    client: Client,
+    authorization: Option<AuthLayer>,
+}
+
+impl fmt::Debug for Own {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.debug_struct("Own").finish_non_exhaustive()
+    }
+}
+
+/// Gives a request's headers back. kube keeps tokens fresh (files are read again, plugins run again) and gives them to
+/// requests alone; so one is made for this.
+#[derive(Clone)]
+struct Echo;
+
+impl Service<Request<Empty<Bytes>>> for Echo {
+    type Response = Response<()>;
+    type Error = BoxError;
+    type Future = Ready<Result<Response<()>, BoxError>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), BoxError>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: Request<Empty<Bytes>>) -> Self::Future {
+        let mut response = Response::new(());
+        *response.headers_mut() = request.into_parts().0.headers;
+        ready(Ok(response))
+    }
+}
+
+impl Fetch for Own {
+    fn fetch<'a>(&'a self, target: &'a str) -> BoxFuture<'a, Result<Bytes, FetchError>> {
+        let url = || target.to_owned();
+        async move {
+            let request = Request::get(target).body(Body::empty());
+            let request = request.map_err(|_| FetchError::Url { url: url() })?;
+            let read = async {
+                let answer = self.client.send(request).await;
+                let answer = answer
+                    .map_err(|error| FetchError::Unreachable { url: url(), cause: error.to_string() })?;
+                if answer.status() != StatusCode::OK {
+                    return Err(FetchError::Status { url: url(), status: answer.status() });
+                }
+                let body = Limited::new(answer.into_body(), DOCUMENT_BYTES_MAX).collect().await;
+                body.map(Collected::to_bytes).map_err(|error| match error.is::<LengthLimitError>() {
+                    true => FetchError::TooLong { url: url() },
+                    false => FetchError::Unreachable { url: url(), cause: error.to_string() },
+                })
+            };
+            match tokio::time::timeout(FETCH_TIMEOUT, read).await {
+                Ok(document) => document,
+                Err(_) => Err(FetchError::Timeout { url: url() }),
+            }
+        }
+        .boxed()
+    }
+}
+
+impl OwnCredential for Own {
+    fn authorization(&self) -> BoxFuture<'_, Result<Option<HeaderValue>, String>> {
+        let asked =
+            self.authorization.as_ref().map(|layer| layer.layer(Echo).oneshot(Request::new(Empty::new())));
+        async move {
+            match asked {
+                None => Ok(None),
+                Some(asked) => match asked.await {
+                    Ok(echoed) => Ok(echoed.headers().get(AUTHORIZATION).cloned()),
+                    Err(error) => Err(error.to_string()),
+                },
+            }
+        }
+        .boxed()
+    }
+
+    fn mint<'a>(
+        &'a self,
+        pod: &'a Pod,
+        audience: &'a str,
+    ) -> BoxFuture<'a, Result<Zeroizing<String>, String>> {
+        async move {
+            let accounts = Api::<ServiceAccount>::namespaced(self.client.clone(), &pod.namespace);
+            let request = TokenRequest {
+                spec: TokenRequestSpec {
+                    audiences: vec![audience.to_owned()],
+                    bound_object_ref: Some(BoundObjectReference {
+                        api_version: Some("v1".to_owned()),
+                        kind: Some("Pod".to_owned()),
+                        name: Some(pod.name.clone()),
+                        uid: Some(pod.uid.clone()),
+                    }),
+                    expiration_seconds: None,
+                },
+                ..TokenRequest::default()
+            };
+            let (account, options) = (&pod.service_account, PostParams::default());
+            let minted = accounts.create_token_request(account, &options, &request);
+            let minted = tokio::time::timeout(READ_TIMEOUT, minted)
+                .await
+                .map_err(|_| format!("no answer within {} s", READ_TIMEOUT.as_secs()))?
+                .map_err(|error| error.to_string())?;
+            let status = minted.status.ok_or("the answer to a TokenRequest has no status")?;
+            Ok(Zeroizing::new(status.token))
+        }
+        .boxed()
+    }
 }
 
 impl ClusterAccess {
@@ -85,11 +226,16 @@ impl ClusterAccess {
         config.read_timeout = None;
         let ca = ca(cluster, &config, ca_file)?;
         let host = config.cluster_url.host().unwrap_or_default().to_owned();
-        let client = Client::try_from(config).map_err(|error| ClusterAccessError::Client {
+        let failed = |error: kube::Error| ClusterAccessError::Client {
             cluster: cluster.to_owned(),
             message: error.to_string(),
-        })?;
-        Ok(Self { client, ca, host })
+        };
+        let authorization = config.auth_layer().map_err(failed)?;
+        let resolver = config.rustls_client_config().map_err(failed)?.client_auth_cert_resolver;
+        let certificate = resolver.has_certs().then_some(resolver);
+        let client = Client::try_from(config).map_err(failed)?;
+        let own = Arc::new(Own { client: client.clone(), authorization });
+        Ok(Self { client, ca, host, own, certificate })
     }
 
     /// Asks the API server for its version.

@@ -21,12 +21,16 @@ use kube::{
     runtime::{WatchStreamExt as _, watcher},
 };
 use tokio::sync::watch;
+use weir_common::event;
 
 use super::{
     hosts::{self, Host, Hosts},
     pod::PodUid,
 };
-use crate::config::{Enrolment, Mode};
+use crate::{
+    config::{Enrolment, Mode},
+    proxy::Labels,
+};
 
 /// A pod of this node as the API server describes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -49,6 +53,8 @@ pub struct KnownPod {
     pub containers: BTreeMap<String, String>,
     /// Configured annotations.
     pub intent: BTreeMap<String, String>,
+    /// Labels, its own and its namespace's.
+    pub labels: Arc<Labels>,
     /// What is to be done with it; none: not selected.
     pub mode: Option<Mode>,
 }
@@ -65,7 +71,7 @@ pub struct ClusterWatch {
     /// This node.
     pub node: String,
     /// Who is selected.
-    pub enrolment: Vec<Enrolment>,
+    pub enrolment: watch::Receiver<Arc<[Enrolment]>>,
     /// Annotations that are kept as intent.
     pub intent_annotations: Vec<String>,
 }
@@ -80,6 +86,8 @@ const CONFIG_MIRROR_ANNOTATION: &str = "kubernetes.io/config.mirror";
 enum Change {
     Pod(Box<watcher::Event<Pod>>),
     Namespace(Box<watcher::Event<Namespace>>),
+    /// The selectors are others.
+    Enrolment,
 }
 
 impl ClusterWatch {
@@ -90,13 +98,18 @@ impl ClusterWatch {
             events(Api::<Pod>::all(self.client.clone()), own).map(|event| Change::Pod(Box::new(event)));
         let namespaces = events(Api::<Namespace>::all(self.client.clone()), watcher::Config::default())
             .map(|event| Change::Namespace(Box::new(event)));
-        let mut changes = stream::select(pods.boxed(), namespaces.boxed());
+        let selectors = stream::unfold(self.enrolment.clone(), |mut selectors| async move {
+            selectors.changed().await.ok()?;
+            Some((Change::Enrolment, selectors))
+        });
+        let mut changes = stream::select(stream::select(pods.boxed(), namespaces.boxed()), selectors.boxed());
         let mut pods = Objects::default();
         let mut namespaces = Objects::default();
         while let Some(change) = changes.next().await {
             match change {
                 Change::Pod(event) => pods.apply(*event),
                 Change::Namespace(event) => namespaces.apply(*event),
+                Change::Enrolment => {}
             }
             if pods.complete && namespaces.complete {
                 let known = Arc::new(self.judge(&pods, &namespaces));
@@ -164,8 +177,8 @@ impl ClusterWatch {
                 Some((id.rsplit_once("://").map_or(id, |(_, id)| id).to_owned(), status.name.clone()))
             })
             .collect();
-        let mode = self
-            .enrolment
+        let selectors = self.enrolment.borrow();
+        let mode = selectors
             .iter()
             .find(|entry| entry.namespaces.matches(namespace_labels) && entry.pods.matches(pod.labels()))
             .map(|entry| entry.mode);
@@ -183,9 +196,54 @@ impl ClusterWatch {
                 .iter()
                 .filter_map(|name| Some((name.clone(), annotations.get(name)?.clone())))
                 .collect(),
+            labels: Arc::new(Labels { pod: pod.labels().clone(), namespace: namespace_labels.clone() }),
             mode,
         })
     }
+}
+
+/// Why a pod that was named cannot be looked at.
+#[derive(Debug, thiserror::Error)]
+pub enum PodLookupError {
+    /// Not `NAMESPACE/NAME`.
+    #[error("{text:?} is no pod; say NAMESPACE/NAME")]
+    Name {
+        /// What was given.
+        text: String,
+    },
+    /// The API server does not give it.
+    #[error("cannot read {what}: {message}")]
+    Read {
+        /// Pod or namespace.
+        what: String,
+        /// What the API server says.
+        message: String,
+    },
+}
+
+/// A pod that is named `NAMESPACE/NAME`, on whatever node, as the agent would know it.
+///
+/// # Errors
+/// It is not named so, or the API server does not give it.
+pub async fn look_up_pod(client: Client, named: &str) -> Result<(event::Pod, Labels), PodLookupError> {
+    let malformed = || PodLookupError::Name { text: named.to_owned() };
+    let (namespace, name) = named.split_once('/').ok_or_else(malformed)?;
+    let failed =
+        |what: String| move |error: kube::Error| PodLookupError::Read { what, message: error.to_string() };
+    let pods = Api::<Pod>::namespaced(client.clone(), namespace);
+    let pod = pods.get(name).await.map_err(failed(format!("pod {named}")))?;
+    let namespaces = Api::<Namespace>::all(client);
+    let labels = namespaces.get(namespace).await.map_err(failed(format!("namespace {namespace}")))?;
+    let spec = pod.spec.as_ref();
+    let described = event::Pod {
+        namespace: namespace.to_owned(),
+        name: name.to_owned(),
+        uid: pod.metadata.uid.clone().unwrap_or_default(),
+        service_account: spec.and_then(|spec| spec.service_account_name.clone()).unwrap_or_default(),
+        ip: pod.status.as_ref().and_then(|status| status.pod_ip.clone()),
+        intent: BTreeMap::new(),
+    };
+    Ok((described, Labels { pod: pod.labels().clone(), namespace: labels.labels().clone() }))
 }
 
 /// The addresses that are one cluster's API server.

@@ -456,5 +456,6 @@ fn tenant(folder: &PodFolder, known: &KnownPod) -> Tenant {
             intent: known.intent.clone(),
         }),
         containers: known.containers.clone(),
+        labels: known.labels.clone(),
     }
 }

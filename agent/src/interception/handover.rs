@@ -23,6 +23,7 @@ use std::{
         unix::fs::{DirBuilderExt as _, PermissionsExt as _},
     },
     path::{Path, PathBuf},
+    sync::Arc,
     time::Duration,
 };
 
@@ -48,12 +49,15 @@ use weir_common::kernel::LAYOUT_VERSION;
 use super::{
     listener::{ListenerError, Sockets},
     namespace::NamespaceId,
+    observed::Observed,
 };
 
 /// Version of the messages; another one is refused.
 const VERSION: u32 = 1;
 /// Largest message, bytes.
 const MESSAGE_BYTES_MAX: usize = 4096;
+/// Most characters of a problem that a message tells; they fit into one, whatever they are.
+const PROBLEM_CHARS_MAX: usize = 800;
 /// Most listeners that are taken.
 const LISTENERS_MAX: usize = 8192;
 /// How long one message may take.
@@ -100,14 +104,31 @@ pub enum HandoverError {
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 enum Message {
-    Hello { version: u32, layout: u32, pid: u32 },
-    Refused { reason: String },
-    Welcome { listeners: usize },
-    Listener { cgroup: u64, namespace: NamespaceId },
+    Hello {
+        version: u32,
+        layout: u32,
+        pid: u32,
+    },
+    Refused {
+        reason: String,
+    },
+    Welcome {
+        listeners: usize,
+    },
+    Listener {
+        cgroup: u64,
+        namespace: NamespaceId,
+    },
     Complete,
     Goodbye,
     Ping,
-    Pong { pid: u32, version: String },
+    Pong {
+        pid: u32,
+        version: String,
+        /// An agent of an earlier version says nothing of it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        configuration_problem: Option<String>,
+    },
 }
 
 /// A listener on its way to another process.
@@ -160,6 +181,9 @@ pub enum Presence {
         pid: u32,
         /// Its version.
         version: String,
+        /// Why its configuration file, as it is now, is not in force.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        configuration_problem: Option<String>,
     },
     /// It is there and does not answer: stopped, stuck, just handing over, or of another version.
     Silent,
@@ -170,7 +194,16 @@ pub enum Presence {
 impl fmt::Display for Presence {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Running { pid, version } => write!(formatter, "running, pid {pid}, version {version}"),
+            Self::Running { pid, version, configuration_problem } => {
+                write!(formatter, "running, pid {pid}, version {version}")?;
+                match configuration_problem {
+                    Some(problem) => write!(
+                        formatter,
+                        "\n                its configuration was changed and refused: {problem}"
+                    ),
+                    None => Ok(()),
+                }
+            }
             Self::Silent => {
                 formatter.write_str("there, and does not answer; is it stopped, stuck, or just handing over?")
             }
@@ -190,7 +223,9 @@ pub fn presence(path: &Path) -> Presence {
     }
     let asked = set_timeout(&connection, PING_TIMEOUT).and_then(|()| send(&connection, &Message::Ping, &[]));
     match asked.and_then(|()| receive(&connection)) {
-        Ok((Message::Pong { pid, version }, _)) => Presence::Running { pid, version },
+        Ok((Message::Pong { pid, version, configuration_problem }, _)) => {
+            Presence::Running { pid, version, configuration_problem }
+        }
         _ => Presence::Silent,
     }
 }
@@ -269,14 +304,19 @@ impl Server {
     }
 
     /// Serves successors, one after the other, until cancelled or until one has taken over.
-    pub(super) async fn serve(self, requests: mpsc::Sender<Request>, cancellation: CancellationToken) {
+    pub(super) async fn serve(
+        self,
+        requests: mpsc::Sender<Request>,
+        observed: Arc<Observed>,
+        cancellation: CancellationToken,
+    ) {
         loop {
             let connection = tokio::select! {
                 () = cancellation.cancelled() => break,
                 connection = self.accept() => connection,
             };
             let result = match connection {
-                Ok(connection) => hand_over(connection, &requests).await,
+                Ok(connection) => hand_over(connection, &requests, &observed).await,
                 Err(error) => Err(error.into()),
             };
             match result {
@@ -303,7 +343,11 @@ impl Server {
 }
 
 /// Returns whether the successor has taken over.
-async fn hand_over(connection: OwnedFd, requests: &mpsc::Sender<Request>) -> Result<bool, HandoverError> {
+async fn hand_over(
+    connection: OwnedFd,
+    requests: &mpsc::Sender<Request>,
+    observed: &Observed,
+) -> Result<bool, HandoverError> {
     let peer = getsockopt(&connection, PeerCredentials).map_err(io::Error::from)?;
     if peer.uid() != 0 {
         return Err(io::Error::from(io::ErrorKind::PermissionDenied).into());
@@ -318,7 +362,11 @@ async fn hand_over(connection: OwnedFd, requests: &mpsc::Sender<Request>) -> Res
         Ok((Message::Hello { version, layout, pid }, _)) => (version, layout, pid),
         Ok((Message::Ping, _)) => {
             let version = env!("CARGO_PKG_VERSION").to_owned();
-            send(&connection, &Message::Pong { pid: std::process::id(), version }, &[])?;
+            let configuration_problem = observed.configuration_problem();
+            let configuration_problem =
+                configuration_problem.map(|problem| problem.chars().take(PROBLEM_CHARS_MAX).collect());
+            let pong = Message::Pong { pid: std::process::id(), version, configuration_problem };
+            send(&connection, &pong, &[])?;
             return Ok(false);
         }
         // Somebody looked whether an agent is here.
@@ -411,13 +459,13 @@ fn unexpected(message: &Message) -> io::Error {
 
 #[cfg(test)]
 mod tests {
-    use std::os::fd::AsRawFd as _;
+    use std::{os::fd::AsRawFd as _, sync::Arc};
 
     use nix::sys::socket::{Backlog, SockFlag, UnixAddr, bind, listen};
     use tokio::sync::mpsc;
     use tokio_util::sync::CancellationToken;
 
-    use super::{Presence, Server, presence, unix_socket};
+    use super::{Observed, Presence, Server, presence, unix_socket};
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn an_agent_that_serves_successors_says_that_it_is_alive() {
@@ -432,15 +480,20 @@ mod tests {
         let (requests, mut received) = mpsc::channel(1);
         let cancellation = CancellationToken::new();
         let server = Server::bind(&path).expect("listens");
-        let serving = tokio::spawn(server.serve(requests, cancellation.clone()));
+        let observed = Arc::new(Observed::default());
+        let serving = tokio::spawn(server.serve(requests, observed.clone(), cancellation.clone()));
         let ask = || {
             let path = path.clone();
             async move { tokio::task::spawn_blocking(move || presence(&path)).await.expect("ends") }
         };
-        let running =
-            Presence::Running { pid: std::process::id(), version: env!("CARGO_PKG_VERSION").to_owned() };
-        assert_eq!(ask().await, running);
-        assert_eq!(ask().await, running, "and again");
+        let running = |configuration_problem| Presence::Running {
+            pid: std::process::id(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            configuration_problem,
+        };
+        assert_eq!(ask().await, running(None));
+        observed.configured(Some("clusters[0].roles: say one".to_owned()));
+        assert_eq!(ask().await, running(Some("clusters[0].roles: say one".to_owned())));
         assert!(received.try_recv().is_err(), "no handover has begun");
         cancellation.cancel();
         serving.await.expect("ends");

@@ -29,6 +29,10 @@ pub struct Observed {
     canary_failed: AtomicU64,
     canary_redirected: AtomicU64,
     canary_denied: AtomicU64,
+    configurations_taken: AtomicU64,
+    configurations_refused: AtomicU64,
+    /// Why the configuration file as it is now is not in force; none if it is.
+    configuration_problem: Mutex<Option<String>>,
     /// Connections that reached the proxy, by the pod's UID. Locked when pods come and go, and to be read.
     pods: Mutex<HashMap<String, Arc<AtomicU64>>>,
 }
@@ -54,6 +58,10 @@ pub struct Numbers {
     pub canary_redirected: u64,
     /// … that it denied.
     pub canary_denied: u64,
+    /// Changes of the configuration that were taken.
+    pub configurations_taken: u64,
+    /// … that were refused.
+    pub configurations_refused: u64,
 }
 
 fn add(counter: &AtomicU64) {
@@ -74,6 +82,17 @@ impl Observed {
     /// The same, as it changes.
     pub fn watch_canary(&self) -> watch::Receiver<Health> {
         self.canary.subscribe()
+    }
+
+    /// A changed configuration was taken, or refused for this reason.
+    pub fn configured(&self, problem: Option<String>) {
+        add(if problem.is_none() { &self.configurations_taken } else { &self.configurations_refused });
+        *self.configuration_problem.lock().unwrap_or_else(PoisonError::into_inner) = problem;
+    }
+
+    /// Why the configuration file as it is now is not in force; none if it is.
+    pub fn configuration_problem(&self) -> Option<String> {
+        self.configuration_problem.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Whether a cgroup is the canary's.
@@ -117,6 +136,8 @@ impl Observed {
             canary_failed: read(&self.canary_failed),
             canary_redirected: read(&self.canary_redirected),
             canary_denied: read(&self.canary_denied),
+            configurations_taken: read(&self.configurations_taken),
+            configurations_refused: read(&self.configurations_refused),
         }
     }
 

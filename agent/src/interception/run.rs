@@ -237,7 +237,7 @@ impl Succession {
         if let Some(path) = &self.path {
             let server = handover::Server::bind(path)?;
             let (sender, requests) = mpsc::channel(1);
-            tokio::spawn(server.serve(sender, self.part.clone()));
+            tokio::spawn(server.serve(sender, self.observed.clone(), self.part.clone()));
             self.requests = Some(requests);
         }
         Ok(())

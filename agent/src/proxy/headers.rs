@@ -14,7 +14,6 @@ pub(super) const AUDIT_ID: HeaderName = HeaderName::from_static("audit-id");
 const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 /// With which the API server would believe a front proxy; a client must not be able to speak as one.
 const REMOTE_PREFIX: &str = "x-remote-";
-const IMPERSONATE_PREFIX: &str = "impersonate-";
 
 /// What `Connection` may say; an empty word between commas is none.
 const CONNECTION_TOKENS: [&str; 6] = ["", "close", "keep-alive", "te", "upgrade", "http2-settings"];
@@ -130,14 +129,6 @@ fn port(authority: &Authority) -> Option<Option<u16>> {
     }
     let digits = rest.strip_prefix(':').filter(|port| port.bytes().all(|byte| byte.is_ascii_digit()))?;
     digits.parse().ok().map(Some)
-}
-
-/// Checks what a request says about its caller.
-pub(super) fn check_identity(headers: &HeaderMap) -> Result<(), Refusal> {
-    if headers.keys().any(|name| name.as_str().starts_with(IMPERSONATE_PREFIX)) {
-        return Err(Refusal::Impersonation);
-    }
-    Ok(())
 }
 
 /// The protocol a request asks to upgrade to. HTTP/1.1 only: HTTP/2 has no `Upgrade`, and extended CONNECT
@@ -361,15 +352,6 @@ mod tests {
                 x-stream-protocol-version: v4.channel.k8s.io
             "#]],
         );
-    }
-
-    #[test]
-    fn impersonation_is_refused_in_any_form() {
-        for name in ["Impersonate-User", "impersonate-group", "Impersonate-Uid", "Impersonate-Extra-Scopes"] {
-            let headers = head(Request::get("/").header(name, "x")).headers;
-            assert!(matches!(check_identity(&headers), Err(Refusal::Impersonation)), "{name}");
-        }
-        assert!(check_identity(&HeaderMap::new()).is_ok());
     }
 
     proptest! {

@@ -13,8 +13,14 @@ pub enum Verdict {
     MalformedHost,
     /// A host that is not the cluster's.
     Misdirected,
-    /// It asked to be someone else.
-    Impersonation,
+    /// Credentials that cannot be read in one way only.
+    MalformedIdentity,
+    /// It is not known who asks.
+    Unauthenticated,
+    /// No rule is for who asks, or one denies.
+    Forbidden,
+    /// Who asks, or the credential to go on with, cannot be had just now.
+    IdentityUnavailable,
     /// A body over the limit.
     BodyTooLarge,
     /// Too many bodies in flight.
@@ -33,12 +39,15 @@ pub enum Verdict {
 
 impl Verdict {
     /// All of them.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 15] = [
         Self::Forwarded,
         Self::Unsupported,
         Self::MalformedHost,
         Self::Misdirected,
-        Self::Impersonation,
+        Self::MalformedIdentity,
+        Self::Unauthenticated,
+        Self::Forbidden,
+        Self::IdentityUnavailable,
         Self::BodyTooLarge,
         Self::TooManyBodies,
         Self::BodyTimeout,
@@ -55,7 +64,10 @@ impl Verdict {
             Self::Unsupported => "unsupported",
             Self::MalformedHost => "malformed_host",
             Self::Misdirected => "misdirected",
-            Self::Impersonation => "impersonation",
+            Self::MalformedIdentity => "malformed_identity",
+            Self::Unauthenticated => "unauthenticated",
+            Self::Forbidden => "forbidden",
+            Self::IdentityUnavailable => "identity_unavailable",
             Self::BodyTooLarge => "body_too_large",
             Self::TooManyBodies => "too_many_bodies",
             Self::BodyTimeout => "body_timeout",

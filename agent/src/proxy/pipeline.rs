@@ -11,7 +11,10 @@ use http::{
     uri::{Authority, PathAndQuery},
 };
 use hyper::{body::Incoming, upgrade::OnUpgrade};
-use weir_common::{attributes::Attributes, event::Outcome};
+use weir_common::{
+    attributes::Attributes,
+    event::{Identity, Outcome},
+};
 
 use super::{
     body::{self, Held, ResponseBody, Tapped},
@@ -24,7 +27,10 @@ use super::{
     upgrade,
     upstream::{Outgoing, UpstreamError},
 };
-use crate::recording::{Durability, RequestHead, RequestRecord, Unmasked};
+use crate::{
+    auth::{Asked, Decision, Onward, Question},
+    recording::{Durability, RequestHead, RequestRecord, Unmasked},
+};
 
 /// Answers one request, whatever happens with it.
 pub(super) async fn answer(
@@ -36,12 +42,13 @@ pub(super) async fn answer(
     let attributes = Attributes::parse(head.method.as_str(), head.uri.path(), head.uri.query());
 
     let request_room = body::request_room(&connection.quota, &head);
-    let (mut held, checked) = match &request_room {
-        Some(_) => check(&connection, &head, body).await,
-        None => (Held::default(), Err(Refusal::TooManyBodies)),
+    let mut checked = match &request_room {
+        Some(_) => check(&connection, &head, &attributes, body).await,
+        None => Checked::refused(Refusal::TooManyBodies),
     };
-    held.request_room = request_room;
-    let recorded = record(&connection, &head, &attributes, &held).await;
+    checked.held.request_room = request_room;
+    let Checked { held, identity, outcome } = checked;
+    let recorded = record(&connection, &head, &attributes, &held, identity.as_ref()).await;
     let record = match recorded {
         Ok(record) => Arc::new(record),
         Err(refusal) => {
@@ -50,10 +57,8 @@ pub(super) async fn answer(
         }
     };
     let mut guard = CutGuard { connection: &connection, record: &record, armed: true };
-    let forwarded = match checked {
-        Ok(authority) => {
-            forward(&connection, head, &attributes, held, authority, &record, client_upgrade).await
-        }
+    let forwarded = match outcome {
+        Ok(onward) => forward(&connection, head, &attributes, (held, onward), &record, client_upgrade).await,
         Err(refusal) => Err(refusal),
     };
     guard.armed = false;
@@ -91,28 +96,62 @@ impl Drop for ArrivalGuard<'_> {
         if self.armed {
             let reason =
                 format!("{} {} ended in the middle of its body", self.head.method, self.head.uri.path());
-            let Connection { shared, cluster_index, caller, .. } = self.connection;
-            shared.recorder.connection_refused(Some(*cluster_index), Some(caller), &reason);
+            let Connection { shared, cluster_index, origin, .. } = self.connection;
+            shared.recorder.connection_refused(Some(*cluster_index), Some(origin.caller()), &reason);
         }
     }
 }
 
-/// Holds the body and checks the head. A refused request keeps its body for the record, unless its target is in
-/// doubt already: then nobody should send it.
-async fn check(connection: &Connection, head: &Parts, body: Incoming) -> (Held, Result<Authority, Refusal>) {
-    let authority =
-        match headers::check_target(head, &connection.cluster().names, connection.original_destination) {
-            Ok(authority) => authority,
-            Err(refusal) => return (Held::default(), Err(refusal)),
-        };
+/// What is known of a request before it is recorded.
+struct Checked {
+    held: Held,
+    /// Who it is for.
+    identity: Option<Identity>,
+    /// Where it goes, and how.
+    outcome: Result<(Authority, Onward), Refusal>,
+}
+
+impl Checked {
+    fn refused(refusal: Refusal) -> Self {
+        Self { held: Held::default(), identity: None, outcome: Err(refusal) }
+    }
+}
+
+/// Holds the body, checks the head, and finds out who asks. A refused request keeps its body for the record, unless its
+/// target is in doubt already: then nobody should send it.
+async fn check(connection: &Connection, head: &Parts, attributes: &Attributes, body: Incoming) -> Checked {
+    let cluster = connection.cluster();
+    let authority = match headers::check_target(head, &cluster.names, connection.original_destination) {
+        Ok(authority) => authority,
+        Err(refusal) => return Checked::refused(refusal),
+    };
     let limits = &connection.shared.limits;
     let mut guard = ArrivalGuard { connection, head, armed: true };
     let held = body::hold(body, &connection.quota, limits.body_bytes_max, limits.body_timeout).await;
+    let held = match held {
+        Ok(held) => held,
+        Err(refusal) => {
+            guard.armed = false;
+            return Checked::refused(refusal);
+        }
+    };
+    let question = Question { method: head.method.as_str(), path: head.uri.path(), attributes };
+    let asked = Asked {
+        headers: &head.headers,
+        question,
+        origin: &connection.origin,
+        certificate: connection.certificate.as_ref(),
+    };
+    let policy = cluster.policy.load_full();
+    let Decision { identity, onward } = policy.decide(&asked).await;
     guard.armed = false;
-    match held {
-        Ok(held) => (held, headers::check_identity(&head.headers).map(|()| authority)),
-        Err(refusal) => (Held::default(), Err(refusal)),
+    if let Err(refused) = &onward
+        && let Some(name) = refused.finding()
+    {
+        connection.finding(name, &refused.to_string());
     }
+    let outcome = onward.map(|onward| (authority, onward)).map_err(Refusal::Identity);
+    Checked { held, identity, outcome }
 }
 
 async fn record(
@@ -120,6 +159,7 @@ async fn record(
     head: &Parts,
     attributes: &Attributes,
     held: &Held,
+    identity: Option<&Identity>,
 ) -> Result<RequestRecord, Refusal> {
     let upgrade = headers::upgrade_protocol(head);
     let durability = if upgrade.is_some() || attributes.is_mutating(head.method.as_str()) {
@@ -134,12 +174,13 @@ async fn record(
         headers: &head.headers,
         attributes,
         upgrade,
+        identity,
     };
     let body = (!held.bytes.is_empty()).then(|| Unmasked(held.bytes.clone()));
     connection
         .shared
         .recorder
-        .open(&connection.caller, connection.cluster_index, request_head, body, durability)
+        .open(connection.origin.caller(), connection.cluster_index, request_head, body, durability)
         .await
         .map_err(|error| Refusal::NotRecorded { cause: error.for_client() })
 }
@@ -148,19 +189,30 @@ async fn forward(
     connection: &Connection,
     head: Parts,
     attributes: &Attributes,
-    mut held: Held,
-    authority: Authority,
+    (mut held, (authority, onward)): (Held, (Authority, Onward)),
     record: &Arc<RequestRecord>,
     client_upgrade: OnUpgrade,
 ) -> Result<Response<ResponseBody>, Refusal> {
     let asks_upgrade = headers::upgrade_protocol(&head).is_some();
     let streaming = attributes.is_long_running(head.uri.query());
-    let outgoing = outgoing(connection, head, &mut held, authority, record.id(), asks_upgrade);
-    let pool = &connection.cluster().pool;
+    let cluster = connection.cluster();
+    let pod = connection.origin.caller().pod.as_ref();
+    let credential = cluster.policy.load_full().credential(onward, pod, record.session()).await;
+    let mut credential = credential.map_err(Refusal::Identity)?;
+    if let Some(assumed) = credential.take_assumed() {
+        record.role_assumed(assumed);
+    }
+    let own = credential.own_connection().then_some(&cluster.own).and_then(Option::as_ref);
+    let (pool, private) = match own {
+        Some(own) => (own, &connection.own_private),
+        None => (&cluster.pool, &connection.private),
+    };
+    let mut outgoing = outgoing(connection, head, &mut held, authority, record.id(), asks_upgrade);
+    credential.apply(&mut outgoing.headers);
     let sent = if asks_upgrade {
         pool.send_upgrade(connection.original_destination, &outgoing).await
     } else {
-        pool.send(connection.original_destination, &connection.private, &outgoing).await
+        pool.send(connection.original_destination, private, &outgoing).await
     };
     drop(outgoing);
     let request_room = held.forwarded();

@@ -6,13 +6,16 @@ use std::net::SocketAddr;
 
 use http::{HeaderMap, HeaderValue, request::Parts};
 
-use super::headers::{Forwarded, HostNames, check_identity, check_target, prepare_request, upgrade_protocol};
+use super::headers::{Forwarded, HostNames, check_target, prepare_request, upgrade_protocol};
+use crate::auth::impersonation;
 
 /// The authority that is forwarded of a request to the cluster of these names, and the protocol that it upgrades to;
 /// none if it is refused.
 pub fn accepted(head: &Parts, names: &[String], dialled: SocketAddr) -> Option<(String, Option<String>)> {
     let authority = check_target(head, &HostNames::new(names), dialled).ok()?;
-    check_identity(&head.headers).ok()?;
+    if !matches!(impersonation::requested(&head.headers), Ok(None)) {
+        return None;
+    }
     Some((authority.to_string(), upgrade_protocol(head).map(str::to_owned)))
 }
 

@@ -35,6 +35,7 @@ use weir_common::{
 
 use super::{Accepted, ClusterUpstream, Endpoints, Limits, Proxy, ProxyOptions, upstream_tls};
 use crate::{
+    auth::Policy,
     recording::{Recorder, RecorderOptions},
     trust::ServingCertificate,
 };
@@ -114,6 +115,8 @@ impl Rig {
             endpoints: Endpoints::Listed(Arc::clone(&endpoints)),
             server_name: ServerName::try_from(NAME).expect("a name"),
             tls: Arc::clone(&tls),
+            own_tls: None,
+            policy: Arc::new(ArcSwap::from_pointee(Policy::open("test".into()))),
             serving: ServingCertificate::new(
                 with_alpn(&server_tls, &["h2", "http/1.1"]),
                 std::time::SystemTime::UNIX_EPOCH,
@@ -135,6 +138,7 @@ impl Rig {
             original_destination: address,
             cluster: 0,
             caller: Arc::new(Caller { pod: Some(pod), cgroup: 1, ..Caller::default() }),
+            labels: Arc::default(),
         });
         client.expect("connected")
     }

@@ -3,7 +3,12 @@
 //! Every connection ends here with a reason: served, or refused and recorded. What a request may do is the
 //! pipeline's.
 
-use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    io,
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use http::HeaderValue;
 use hyper::{
@@ -13,12 +18,16 @@ use hyper::{
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{io::AsyncWriteExt as _, net::TcpStream};
 use tokio_rustls::{LazyConfigAcceptor, server::TlsStream};
-use weir_common::event::Caller;
+use weir_common::event::{IdentityMethod, UserInfo};
 
 use super::{
     Accepted, Cluster, Shared, Tracked, pipeline,
     pool::Private,
     quota::{Place, Quota},
+};
+use crate::{
+    auth::{Origin, Subject},
+    trust::client,
 };
 
 /// How long an HTTP/1.1 connection may wait for a request head. It also bounds idle keep-alive, so it is longer
@@ -46,17 +55,29 @@ const ALERT_UNRECOGNIZED_NAME: [u8; 7] = [21, 3, 3, 0, 2, 2, 112];
 pub(super) struct Connection {
     pub(super) shared: Arc<Shared>,
     pub(super) cluster_index: usize,
-    pub(super) caller: Arc<Caller>,
+    pub(super) origin: Origin,
+    /// Whom the client's certificate names.
+    pub(super) certificate: Option<Arc<Subject>>,
     pub(super) original_destination: SocketAddr,
     pub(super) pod_ip: Option<HeaderValue>,
     pub(super) quota: Arc<Quota>,
     pub(super) private: Arc<Private>,
+    /// The same with the agent's own client certificate.
+    pub(super) own_private: Arc<Private>,
 }
 
 impl Connection {
     /// The cluster that was dialled.
     pub(super) fn cluster(&self) -> &Cluster {
         &self.shared.clusters[self.cluster_index]
+    }
+
+    /// Records something that an operator should know of its pod.
+    pub(super) fn finding(&self, name: &str, message: &str) {
+        if !self.shared.reported.is_new(message, Instant::now()) {
+            return;
+        }
+        self.shared.recorder.finding(Some(self.cluster_index), Some(self.origin.caller()), name, message);
     }
 }
 
@@ -75,6 +96,8 @@ enum ConnectionError {
     NotTls,
     #[error("the client refused the serving certificate ({alert}); do its pods trust the cluster's CA?")]
     NotTrusted { alert: String },
+    #[error("the client's certificate does not name one user in its common name")]
+    NamelessCertificate,
     #[error("the TLS handshake failed: {0}")]
     Handshake(io::Error),
     #[error("the client's HTTP is malformed: {0}")]
@@ -93,7 +116,7 @@ pub(super) async fn serve(shared: Arc<Shared>, accepted: Accepted) {
 }
 
 async fn try_serve(shared: &Arc<Shared>, accepted: Accepted) -> Result<(), ConnectionError> {
-    let Accepted { stream, original_destination, cluster: cluster_index, caller } = accepted;
+    let Accepted { stream, original_destination, cluster: cluster_index, caller, labels } = accepted;
     let cluster =
         shared.clusters.get(cluster_index).ok_or(ConnectionError::UnknownCluster { index: cluster_index })?;
     cluster.measures.connection();
@@ -104,16 +127,19 @@ async fn try_serve(shared: &Arc<Shared>, accepted: Accepted) -> Result<(), Conne
     let stream = tokio::time::timeout(timeout, handshake(stream, cluster, original_destination))
         .await
         .map_err(|_| ConnectionError::HandshakeTimeout { seconds: timeout.as_secs() })??;
+    let certificate = certificate(&stream)?;
     let pod_ip =
         caller.pod.as_ref().and_then(|pod| pod.ip.as_deref()).and_then(|ip| HeaderValue::from_str(ip).ok());
     let connection = Arc::new(Connection {
         shared: Arc::clone(shared),
         cluster_index,
-        caller,
+        origin: Origin::new(&cluster.name, caller, &labels),
+        certificate,
         original_destination,
         pod_ip,
         quota: Arc::clone(place.quota()),
         private: Arc::default(),
+        own_private: Arc::default(),
     });
     let served = if stream.get_ref().1.alpn_protocol() == Some(b"h2") {
         serve_http2(connection, stream).await
@@ -144,6 +170,17 @@ async fn handshake(
         return Err(ConnectionError::WrongName { name });
     }
     start.into_stream(cluster.serving.server_config()).await.map_err(classify)
+}
+
+/// Whom the client's certificate names, which the handshake has verified; none if there is none.
+fn certificate(stream: &TlsStream<TcpStream>) -> Result<Option<Arc<Subject>>, ConnectionError> {
+    let Some(certificate) = stream.get_ref().1.peer_certificates().and_then(<[_]>::first) else {
+        return Ok(None);
+    };
+    let named = client::named(certificate).ok_or(ConnectionError::NamelessCertificate)?;
+    let user = UserInfo { username: named.common_name, groups: named.organizations, ..UserInfo::default() };
+    let subject = Subject::new(IdentityMethod::ClientCertificate, None, false, user, &serde_json::json!({}));
+    subject.map(|subject| Some(Arc::new(subject))).map_err(|_| ConnectionError::NamelessCertificate)
 }
 
 /// Says what a failed handshake most likely means.

@@ -9,7 +9,10 @@ use http::{HeaderValue, Response, StatusCode, header};
 use serde_json::json;
 
 use super::{body::ResponseBody, measures::Verdict};
+use crate::auth::{Kind, Refused};
 
+/// Most characters of a warning.
+const WARNING_CHARS_MAX: usize = 1024;
 /// Seconds after which a client should try again, where trying again can help.
 const RETRY_AFTER_S: u32 = 1;
 
@@ -37,12 +40,9 @@ pub(super) enum Refusal {
         /// The host as the client sent it.
         host: String,
     },
-    /// An `Impersonate-*` header.
-    #[error(
-        "impersonation is refused by the recording gateway weir: no rule allows it for this caller; remove \
-             --as, --as-group and --as-uid"
-    )]
-    Impersonation,
+    /// Who the request is for.
+    #[error("{0}")]
+    Identity(Refused),
     /// A body over the limit of the API server itself, in the API server's own words.
     #[error("Request entity too large: limit is {bytes_max}")]
     BodyTooLarge {
@@ -88,6 +88,21 @@ pub(super) enum Refusal {
     },
 }
 
+/// A `Warning` header as the API server writes it (k8s.io/apimachinery `pkg/util/net`, code 299); without the request's id,
+/// so that a client that repeats itself prints it once.
+fn warning(text: &str) -> Option<HeaderValue> {
+    let mut header = String::from("299 - \"");
+    for c in text.chars().take(WARNING_CHARS_MAX) {
+        match c {
+            '"' | '\\' => header.extend(['\\', c]),
+            ' '..='~' => header.push(c),
+            _ => header.push('?'),
+        }
+    }
+    header.push('"');
+    HeaderValue::from_str(&header).ok()
+}
+
 impl Refusal {
     /// HTTP status.
     pub(super) fn status(&self) -> StatusCode {
@@ -96,7 +111,12 @@ impl Refusal {
                 StatusCode::BAD_REQUEST
             }
             Self::Misdirected { .. } => StatusCode::MISDIRECTED_REQUEST,
-            Self::Impersonation => StatusCode::FORBIDDEN,
+            Self::Identity(refused) => match refused.kind() {
+                Kind::Malformed => StatusCode::BAD_REQUEST,
+                Kind::Unauthenticated => StatusCode::UNAUTHORIZED,
+                Kind::Forbidden => StatusCode::FORBIDDEN,
+                Kind::Unavailable(_) => StatusCode::SERVICE_UNAVAILABLE,
+            },
             Self::BodyTooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
             Self::TooManyBodies => StatusCode::TOO_MANY_REQUESTS,
             Self::BodyTimeout { .. } => StatusCode::REQUEST_TIMEOUT,
@@ -111,7 +131,12 @@ impl Refusal {
             Self::Unsupported { .. } => Verdict::Unsupported,
             Self::MalformedHost { .. } => Verdict::MalformedHost,
             Self::Misdirected { .. } => Verdict::Misdirected,
-            Self::Impersonation => Verdict::Impersonation,
+            Self::Identity(refused) => match refused.kind() {
+                Kind::Malformed => Verdict::MalformedIdentity,
+                Kind::Unauthenticated => Verdict::Unauthenticated,
+                Kind::Forbidden => Verdict::Forbidden,
+                Kind::Unavailable(_) => Verdict::IdentityUnavailable,
+            },
             Self::BodyTooLarge { .. } => Verdict::BodyTooLarge,
             Self::TooManyBodies => Verdict::TooManyBodies,
             Self::BodyTimeout { .. } => Verdict::BodyTimeout,
@@ -127,7 +152,12 @@ impl Refusal {
         match self {
             Self::Unsupported { .. } | Self::MalformedHost { .. } | Self::BodyAborted => "BadRequest",
             Self::Misdirected { .. } => "MisdirectedRequest",
-            Self::Impersonation => "Forbidden",
+            Self::Identity(refused) => match refused.kind() {
+                Kind::Malformed => "BadRequest",
+                Kind::Unauthenticated => "Unauthorized",
+                Kind::Forbidden => "Forbidden",
+                Kind::Unavailable(_) => "ServiceUnavailable",
+            },
             Self::BodyTooLarge { .. } => "RequestEntityTooLarge",
             Self::TooManyBodies => "TooManyRequests",
             Self::BodyTimeout { .. } => "Timeout",
@@ -139,7 +169,24 @@ impl Refusal {
     /// Whether the client should try again by itself. Not for an API server that is down: kubectl would then wait
     /// through ten attempts where without Weir it says so at once.
     fn retry_after_s(&self) -> Option<u32> {
-        matches!(self, Self::NotRecorded { .. } | Self::TooManyBodies).then_some(RETRY_AFTER_S)
+        match self {
+            Self::NotRecorded { .. } | Self::TooManyBodies => Some(RETRY_AFTER_S),
+            Self::Identity(refused) => match refused.kind() {
+                Kind::Unavailable(after) => {
+                    Some(u32::try_from(after.as_secs()).unwrap_or(u32::MAX).max(RETRY_AFTER_S))
+                }
+                _ => None,
+            },
+            _ => None,
+        }
+    }
+
+    /// What the client is told. Who was refused for who it is finds the record by its id.
+    fn message(&self, request: Option<&str>) -> String {
+        match (self, request) {
+            (Self::Identity(_), Some(id)) => format!("{self} (weir request {id})"),
+            _ => self.to_string(),
+        }
     }
 
     /// The answer. `request` is the record's id, if there is a record.
@@ -150,7 +197,7 @@ impl Refusal {
             "apiVersion": "v1",
             "metadata": {},
             "status": "Failure",
-            "message": self.to_string(),
+            "message": self.message(request),
             "reason": self.reason(),
             "code": status.as_u16(),
         });
@@ -164,6 +211,12 @@ impl Refusal {
         headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache, private"));
         if let Some(seconds) = self.retry_after_s() {
             headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+        }
+        // kubectl prints warnings also where it prints words of its own for a status, as in discovery.
+        if matches!(self, Self::Identity(_))
+            && let Some(warning) = warning(&self.to_string())
+        {
+            headers.insert(header::WARNING, warning);
         }
         if let Some(id) = request.and_then(|id| HeaderValue::from_str(id).ok()) {
             headers.insert(super::headers::AUDIT_ID, id);

@@ -195,6 +195,7 @@ pub(super) async fn open(
         headers,
         attributes,
         upgrade: None,
+        identity: None,
     };
     let body = body.map(|body| Unmasked(Bytes::copy_from_slice(body.as_bytes())));
     recorder.open(&caller(), 0, head, body, durability).await

@@ -16,7 +16,7 @@ use http::{
     HeaderMap, StatusCode,
     header::{CONTENT_ENCODING, CONTENT_TYPE},
 };
-use weir_common::event::{Channel, Kind, Outcome, RequestClosed};
+use weir_common::event::{Channel, Kind, Outcome, RequestClosed, RoleAssumed};
 
 use super::{
     content::{self, Held, Streamed},
@@ -101,6 +101,16 @@ impl RequestRecord {
     /// The request's id, sent upstream as `Audit-ID`.
     pub fn id(&self) -> &str {
         &self.context.request
+    }
+
+    /// The session it belongs to.
+    pub fn session(&self) -> &str {
+        &self.context.session
+    }
+
+    /// The request goes on with credentials that its session has not used before.
+    pub fn role_assumed(&self, role: RoleAssumed) {
+        self.push_small(Kind::RoleAssumed(Box::new(role)));
     }
 
     /// The answer's head arrived. `streaming` (watch, `logs -f`) records each piece as it comes.

@@ -32,7 +32,8 @@ const JWT_BYTES_MAX: usize = 16 * 1024;
 struct SessionKey {
     /// The pod's UID, or the user id outside a pod.
     subject: Result<String, u32>,
-    claimed_user: Option<String>,
+    /// The user that Weir has verified, or else the one that is claimed.
+    user: Result<String, Option<String>>,
     cluster: usize,
 }
 
@@ -87,7 +88,7 @@ impl Sessions {
         let uid = caller.process.as_ref().map_or(u32::MAX, |process| process.uid);
         let key = SessionKey {
             subject: caller.pod.as_ref().map(|pod| pod.uid.clone()).ok_or(uid),
-            claimed_user: caller.claimed_user.clone(),
+            user: caller.user.clone().ok_or_else(|| caller.claimed_user.clone()),
             cluster,
         };
         let alive = |session: &Session| now.saturating_duration_since(session.used) < self.idle_timeout;

@@ -50,6 +50,7 @@ fn head<'a>(headers: &'a HeaderMap, attributes: &'a Attributes) -> RequestHead<'
         headers,
         attributes,
         upgrade: None,
+        identity: None,
     }
 }
 

@@ -136,6 +136,16 @@ static POD_PROXIED: Family = counter(
 );
 static POD_DROPPED: Family =
     counter("weir_pod_packets_dropped", POD, "Packets of the pod that the guards dropped.");
+static CONFIGURED: Family = gauge(
+    "weir_configuration_current",
+    &[],
+    "1 if the configuration file as it is now is in force; 0 if it was refused and the one before is.",
+);
+static CONFIGURATIONS: Family = counter(
+    "weir_configuration_reloads",
+    &["result"],
+    "Changes of the configuration file: taken, or refused.",
+);
 static ACCEPTED: Family = counter(
     "weir_connections_accepted",
     &["result"],
@@ -209,7 +219,7 @@ static CANARY_CONNECTIONS: Family = counter(
 
 /// All of them, in the order of the exposition.
 #[cfg(test)]
-pub(super) static ALL: [&Family; 38] = [
+pub(super) static ALL: [&Family; 40] = [
     &BUILD,
     &READY,
     &READABLE,
@@ -235,6 +245,8 @@ pub(super) static ALL: [&Family; 38] = [
     &ACTIVE,
     &REQUESTS,
     &CERTIFICATES,
+    &CONFIGURED,
+    &CONFIGURATIONS,
     &RECORDING,
     &EVENTS,
     &WRITTEN,
@@ -395,6 +407,16 @@ fn connections(telemetry: &Telemetry, out: &mut Gathered) {
             ],
         ),
     ] as [(&'static Family, Vec<Sample>); 3]);
+    out.extend([
+        (&CONFIGURED, number(u64::from(telemetry.observed.configuration_problem().is_none()))),
+        (
+            &CONFIGURATIONS,
+            vec![
+                labelled(["taken"], observed.configurations_taken),
+                labelled(["refused"], observed.configurations_refused),
+            ],
+        ),
+    ] as [(&'static Family, Vec<Sample>); 2]);
     let proxy = telemetry.proxy.get();
     let clusters = proxy.map(|proxy| proxy.measured()).unwrap_or_default();
     let [mut served, mut requests, mut certificates] = [const { Vec::new() }; 3];

@@ -17,6 +17,7 @@ use x509_parser::parse_x509_certificate;
 
 use super::{
     ClusterCa, ServingNames, Tier, TrustError,
+    client::ClientCa,
     cluster_signer::ClusterSigner,
     leaf::{self, Leaf},
 };
@@ -61,7 +62,7 @@ impl Authority {
     ///
     /// # Errors
     /// The source gives none, or one that clients would refuse.
-    pub async fn issue(&self, names: &ServingNames) -> Result<Leaf, TrustError> {
+    pub async fn issue(&self, names: &ServingNames, clients: Option<&ClientCa>) -> Result<Leaf, TrustError> {
         let key = leaf::generate_key()?;
         let (chain, cluster_ca) = match self {
             Self::Mounted(ca) => (ca.sign(&key, names)?, &ca.cluster_ca),
@@ -72,7 +73,7 @@ impl Authority {
             Self::Ephemeral(ca) => (ca.sign(&key, names)?, &ca.trusted),
         };
         cluster_ca.verify(&chain, names)?;
-        Leaf::new(key, chain)
+        Leaf::new(key, chain, clients)
     }
 }
 
@@ -274,7 +275,7 @@ pub(super) mod tests {
         }
         let intermediate = root.intermediate();
         let authority = Authority::Mounted(intermediate.load(&root).expect("loads"));
-        let leaf = authority.issue(&names()).await.expect("issues");
+        let leaf = authority.issue(&names(), None).await.expect("issues");
         assert_eq!(authority.tier(), Tier::Native);
         assert!(leaf.not_after() > SystemTime::now() + LEAF_LIFE / 2);
     }

@@ -22,7 +22,7 @@ use tokio::sync::watch;
 use tracing::{info, warn};
 use x509_parser::parse_x509_certificate;
 
-use super::{Authority, ServingCertificate, ServingNames, TrustError};
+use super::{Authority, ServingCertificate, ServingNames, TrustError, client::ClientCa};
 
 /// First pause after a failed renewal.
 const RETRY_FIRST: Duration = Duration::from_secs(5);
@@ -103,8 +103,13 @@ impl fmt::Debug for Leaf {
 }
 
 impl Leaf {
-    /// Makes the TLS configuration (TLS 1.2 and 1.3, ALPN `h2` and `http/1.1`, session tickets).
-    pub(super) fn new(key: KeyPair, chain: Vec<CertificateDer<'static>>) -> Result<Self, TrustError> {
+    /// Makes the TLS configuration (TLS 1.2 and 1.3, ALPN `h2` and `http/1.1`, session tickets); with `clients`, whoever
+    /// presents a certificate must have it from there.
+    pub(super) fn new(
+        key: KeyPair,
+        chain: Vec<CertificateDer<'static>>,
+        clients: Option<&ClientCa>,
+    ) -> Result<Self, TrustError> {
         let unparsable = |reason: String| TrustError::Unparsable { reason };
         let leaf = chain.first().ok_or(TrustError::EmptyChain)?;
         let (_, parsed) = parse_x509_certificate(leaf).map_err(|error| unparsable(error.to_string()))?;
@@ -114,12 +119,14 @@ impl Leaf {
         }
         let failed = |source| TrustError::ServerConfig { source };
         let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der()));
-        let mut config = ServerConfig::builder_with_provider(crypto_provider())
+        let builder = ServerConfig::builder_with_provider(crypto_provider())
             .with_safe_default_protocol_versions()
-            .map_err(failed)?
-            .with_no_client_auth()
-            .with_single_cert(chain, key)
             .map_err(failed)?;
+        let builder = match clients {
+            Some(clients) => builder.with_client_cert_verifier(clients.verifier()),
+            None => builder.with_no_client_auth(),
+        };
+        let mut config = builder.with_single_cert(chain, key).map_err(failed)?;
         config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
         // Stateless tickets: resumption without memory per session.
         config.ticketer = rustls::crypto::aws_lc_rs::Ticketer::new().map_err(failed)?;
@@ -145,11 +152,12 @@ impl Leaf {
 pub async fn serve(
     authority: Arc<Authority>,
     mut names: watch::Receiver<ServingNames>,
+    clients: Option<ClientCa>,
 ) -> Result<(ServingCertificate, Renewal), TrustError> {
     let wanted = names.borrow_and_update().clone();
-    let leaf = authority.issue(&wanted).await?;
+    let leaf = authority.issue(&wanted, clients.as_ref()).await?;
     let serving = ServingCertificate::new(leaf.server_config(), leaf.not_after);
-    let renewal = Renewal { authority, serving: serving.clone(), names, not_after: leaf.not_after };
+    let renewal = Renewal { authority, serving: serving.clone(), names, clients, not_after: leaf.not_after };
     Ok((serving, renewal))
 }
 
@@ -159,6 +167,7 @@ pub struct Renewal {
     authority: Arc<Authority>,
     serving: ServingCertificate,
     names: watch::Receiver<ServingNames>,
+    clients: Option<ClientCa>,
     not_after: SystemTime,
 }
 
@@ -178,7 +187,7 @@ impl Renewal {
             }
             let names = self.names.borrow_and_update().clone();
             let jitter = rand::thread_rng().gen_range(0.0..1.0);
-            match self.authority.issue(&names).await {
+            match self.authority.issue(&names, self.clients.as_ref()).await {
                 Ok(leaf) => {
                     self.serving.replace(leaf.server_config(), leaf.not_after);
                     self.not_after = leaf.not_after;
@@ -241,7 +250,7 @@ mod tests {
             names
         };
         let (sender, receiver) = watch::channel(names("10.0.0.1"));
-        let (serving, renewal) = serve(authority, receiver).await.expect("serves");
+        let (serving, renewal) = serve(authority, receiver, None).await.expect("serves");
         let first = serving.server_config();
         assert_eq!(first.alpn_protocols, [b"h2".to_vec(), b"http/1.1".to_vec()]);
         let task = tokio::spawn(renewal.run());

@@ -48,6 +48,7 @@ pub(crate) fn known(uid: &str, mode: Option<Mode>, host_network: bool) -> KnownP
         host_network,
         containers: BTreeMap::from([(CONTAINER.to_owned(), "shell".to_owned())]),
         intent: BTreeMap::new(),
+        labels: Arc::default(),
         mode,
     }
 }

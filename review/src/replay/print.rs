@@ -8,7 +8,7 @@ use std::{
     io::{self, Write},
 };
 
-use weir_common::event::{BodySummary, Channel, Header, Kind};
+use weir_common::event::{ActsAs, BodySummary, Channel, Header, Identity, Kind};
 
 use super::{
     ReplayError,
@@ -85,9 +85,10 @@ impl<'a> Printer<'a> {
                 if caller.pod.is_none() {
                     self.field("pod", "none: a command under `weir-agent exec`")?;
                 }
-                let user = match &caller.claimed_user {
-                    Some(user) => format!("{user} (as the credential claims; not verified by weir)"),
-                    None => "the credential names none".into(),
+                let user = match (&caller.user, &caller.claimed_user) {
+                    (Some(user), _) => user.clone(),
+                    (None, Some(user)) => format!("{user} (as the credential claims; not verified by weir)"),
+                    (None, None) => "the credential names none".into(),
                 };
                 self.field("user", &user)?;
                 self.field("dialled", &caller.dialled)?;
@@ -179,6 +180,9 @@ impl<'a> Printer<'a> {
         let wire = format!("{} {} ({}{upgrade})", opened.method, opened.uri, opened.protocol);
         let text = format!("{}  {}", self.style.strong(&what), self.style.faint(&escaped(&wire)));
         self.line(*time_us, request, &text)?;
+        if let Some(text) = opened.identity.as_deref().and_then(acting) {
+            self.note(&text)?;
+        }
         if self.detail == Detail::Full {
             self.note(&format!("Audit-ID {}, arrived {}", request.id, Moment(*time_us).text()))?;
             self.headers("request headers", &opened.headers)?;
@@ -472,4 +476,14 @@ fn quoted(argument: &str) -> String {
         return argument.to_owned();
     }
     format!("'{}'", escaped(&argument.replace('\'', r"'\''")))
+}
+
+/// As whom a request went on, where that is not the caller.
+fn acting(identity: &Identity) -> Option<String> {
+    let rule = identity.rule.as_deref().unwrap_or_default();
+    match identity.acts_as.as_ref()? {
+        ActsAs::PassThrough => None,
+        ActsAs::Impersonate { user } => Some(format!("as {} by rule {rule}", user.username)),
+        ActsAs::Role { arn, by } => Some(format!("in {arn} ({by}) by rule {rule}")),
+    }
 }

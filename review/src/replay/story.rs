@@ -201,6 +201,9 @@ fn note(kind: &Kind) -> Option<String> {
         }
         Kind::Finding { name, message, .. } => Some(format!("finding {name}: {message}")),
         Kind::ConnectionRefused { reason, .. } => Some(format!("connection refused: {reason}")),
+        Kind::RoleAssumed(role) => {
+            Some(format!("role assumed: {} with access key {}", role.assumed_role_arn, role.access_key_id))
+        }
         _ => None,
     }
 }

@@ -3,7 +3,7 @@
 use std::{path::Path, time::Duration};
 
 use expect_test::{Expect, expect};
-use weir_common::event::{BodySummary, Channel, Kind, Outcome, RequestClosed};
+use weir_common::event::{ActsAs, BodySummary, Channel, Identity, Kind, Outcome, RequestClosed, UserInfo};
 
 use super::{Detail, Order, Printer, ReplayError, Subject, find, perform, play, tell, write_cast};
 use crate::{
@@ -220,6 +220,9 @@ fn what_went_wrong_or_is_missing_is_said() {
 
     let mut log = request("GET", "get", "/api/v1/namespaces/web/pods/a/log?follow=true", "web");
     log.attributes.subresource = "log".into();
+    let user = UserInfo { username: "ci:\u{1b}[2Jdeployer".into(), ..UserInfo::default() };
+    let acts_as = Some(ActsAs::Impersonate { user });
+    log.identity = Some(Box::new(Identity { rule: Some("runners".into()), acts_as, ..Identity::default() }));
     writer.open(ids("r5"), log).respond(ids("r5"), 200);
     writer.content(ids("r5"), Channel::ResponseBody, 0, b"line 1\n\x1b[2Jline").after_ms(1000);
     writer.content(ids("r5"), Channel::ResponseBody, 15, b" 2\n");
@@ -258,6 +261,7 @@ fn what_went_wrong_or_is_missing_is_said() {
             +0.000s [1.4] request r4: its beginning is not on record
             +0.000s [1.4] no status in 1.5 ms, 7 bytes — the API server failed or closed in the middle: connection refused
             +0.000s [1.5] get pods/log in web  GET /api/v1/namespaces/web/pods/a/log?follow=true (HTTP/2)
+                     │ as ci:\x1b[2Jdeployer by rule runners
             +0.000s [1.5] 200 stream begins
             +0.000s [1.5] output, 15 bytes
                      │ line 1
