@@ -1,6 +1,6 @@
 //! The binaries the testbed runs: Debian packages, and Go modules built into a cache folder that outlives `target/`.
 //!
-//! A stamp (digest of go.mod, go.sum and the build flags) beside the binaries tells whether they are what this
+//! A stamp (digest of go.mod, go.sum, a program of ours and the build flags) beside the binaries tells whether they are what this
 //! commit asks for. `WEIR_TESTBED_BIN` names a folder of ready binaries that are used as they are. Starting them is
 //! [`crate::testbed`]'s.
 
@@ -61,6 +61,13 @@ pub const GO_MODULES: &[GoModule] = &[
             ("ctr", "github.com/containerd/containerd/v2/cmd/ctr"),
         ],
         minutes: 1.0,
+    },
+    GoModule {
+        folder: "identity-provider",
+        tags: "",
+        linker_flags: "-s -w",
+        binaries: &[(crate::identity_provider::BINARY, ".")],
+        minutes: 0.5,
     },
     GoModule {
         folder: "kubernetes",
@@ -212,10 +219,11 @@ impl GoModule {
         repository().join("tests/testbed").join(self.folder)
     }
 
-    /// What the binaries must come from: changes with the modules' versions and with the flags.
+    /// What the binaries must come from: changes with the modules' versions, with the flags and with a program of ours.
     fn stamp(&self) -> Result<String> {
         let mut content = format!("{}\n{}\n", self.tags, self.linker_flags).into_bytes();
-        for file in ["go.mod", "go.sum"] {
+        let own = self.source().join("main.go").is_file().then_some("main.go");
+        for file in ["go.mod", "go.sum"].into_iter().chain(own) {
             let path = self.source().join(file);
             content.extend(fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?);
         }

@@ -10,6 +10,7 @@ pub mod certificates;
 pub mod command;
 pub mod components;
 pub mod coverage;
+pub mod identity_provider;
 pub mod packages;
 pub mod pods;
 pub mod process;
@@ -19,6 +20,7 @@ pub mod wait;
 
 pub use agent::AgentProcess;
 pub use coverage::Coverage;
+pub use identity_provider::IdentityProvider;
 pub use pods::{Pod, PodSpec};
 pub use testbed::Testbed;
 pub use wait::wait_until;

@@ -45,6 +45,8 @@ mod guard;
 mod http_attacks;
 #[path = "integration/identity.rs"]
 mod identity;
+#[path = "integration/identity_provider.rs"]
+mod identity_provider;
 #[path = "integration/monitoring.rs"]
 mod monitoring;
 #[path = "integration/names.rs"]

@@ -183,7 +183,10 @@ pub(super) fn prepare_cluster(start: &Start<'_>) -> Result<()> {
 }
 
 /// Ports of `address` that nobody listens on, chosen by the kernel.
-pub(super) fn free_ports<const N: usize>(address: &str) -> Result<[u16; N]> {
+///
+/// # Errors
+/// When the kernel gives none.
+pub fn free_ports<const N: usize>(address: &str) -> Result<[u16; N]> {
     // All are held until all are chosen, so that none comes twice.
     let mut listeners = Vec::with_capacity(N);
     let mut ports = [0; N];
