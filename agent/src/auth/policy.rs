@@ -341,7 +341,9 @@ impl Policy {
         session: &str,
     ) -> Result<Credential, Refused> {
         match (onward, &self.rules) {
-            (Onward::AsPresented, _) | (_, None) => Ok(Credential::AsPresented),
+            (Onward::AsPresented, _) => Ok(Credential::AsPresented),
+            // The rules were taken away since they were asked: what they mapped must not go on as the caller.
+            (_, None) => Err(Refused::NoOwnCredential { cluster: self.cluster.clone() }),
             (Onward::Impersonate(mut user), Some(rules)) => {
                 user.extra.retain(|key, _| !key.starts_with(OWN_EXTRA_PREFIX));
                 let mut own = |name: &str, value: String| {
