@@ -14,6 +14,7 @@ use nix::unistd::Pid;
 use serde_json::{Value, json};
 use weir_common::event::Event;
 
+use crate::aws::AwsRig;
 use crate::command::{output, run, tail};
 use crate::testbed::{NODE_NAME, Testbed};
 use crate::wait::wait_until;
@@ -125,15 +126,31 @@ impl AgentProcess {
         Ok(agent)
     }
 
+    /// Starts it where STS's host name leads to `rig` and there are AWS credentials, and waits until it is ready.
+    ///
+    /// # Errors
+    /// As of [`AgentProcess::start`].
+    pub fn start_on_aws(rig: &AwsRig, config: &Path, log: &Path) -> Result<Self> {
+        let command = rig.in_view(&built_binary("weir-agent")?);
+        let mut agent = Self::spawn_by(command, config, log)?;
+        agent.wait_until_ready()?;
+        Ok(agent)
+    }
+
     /// Starts it without waiting: for tests of what makes it fail.
     ///
     /// # Errors
     /// When it cannot be started.
     pub fn spawn(config: &Path, log: &Path) -> Result<Self> {
+        Self::spawn_by(Command::new(built_binary("weir-agent")?), config, log)
+    }
+
+    /// `command` becomes the agent, once it has its arguments.
+    fn spawn_by(mut command: Command, config: &Path, log: &Path) -> Result<Self> {
         let binary = built_binary("weir-agent")?;
         let output = File::create(log).with_context(|| format!("cannot make {}", log.display()))?;
         let errors = output.try_clone().context("cannot share the log file")?;
-        let child = Command::new(&binary)
+        let child = command
             .args(["run", "--config"])
             .arg(config)
             .stdin(Stdio::null())

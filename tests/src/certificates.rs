@@ -99,15 +99,34 @@ pub fn create_key_pair(folder: &Path, name: &str) -> Result<()> {
 /// # Errors
 /// When the file cannot be written.
 pub fn write_kubeconfig(to: &Path, server: &str, pki: &Path, file: &str) -> Result<()> {
+    let user = serde_json::json!({
+        "client-certificate": pki.join(format!("{file}.crt")),
+        "client-key": pki.join(format!("{file}.key")),
+    });
+    write_kubeconfig_of(to, server, pki, file, user)
+}
+
+/// A kubeconfig without credentials, for who brings a token, or needs none.
+///
+/// # Errors
+/// When the file cannot be written.
+pub fn write_anonymous_kubeconfig(to: &Path, server: &str, pki: &Path) -> Result<()> {
+    write_kubeconfig_of(to, server, pki, "anonymous", serde_json::json!({}))
+}
+
+fn write_kubeconfig_of(
+    to: &Path,
+    server: &str,
+    pki: &Path,
+    name: &str,
+    user: serde_json::Value,
+) -> Result<()> {
     let content = serde_json::json!({
         "apiVersion": "v1",
         "kind": "Config",
         "clusters": [{"name": "testbed", "cluster": {"server": server, "certificate-authority": pki.join("ca.crt")}}],
-        "users": [{"name": file, "user": {
-            "client-certificate": pki.join(format!("{file}.crt")),
-            "client-key": pki.join(format!("{file}.key")),
-        }}],
-        "contexts": [{"name": "testbed", "context": {"cluster": "testbed", "user": file}}],
+        "users": [{"name": name, "user": user}],
+        "contexts": [{"name": "testbed", "context": {"cluster": "testbed", "user": name}}],
         "current-context": "testbed",
     });
     write_private(to, &serde_yaml_ng::to_string(&content).context("cannot write a kubeconfig as YAML")?)

@@ -1,4 +1,5 @@
-//! The binaries the testbed runs: Debian packages, and Go modules built into a cache folder that outlives `target/`.
+//! The binaries the testbed runs: Debian packages, Go modules built into a cache folder that outlives `target/`, and what
+//! [`crate::python`] installs.
 //!
 //! A stamp (digest of go.mod, go.sum, a program of ours and the build flags) beside the binaries tells whether they are what this
 //! commit asks for. `WEIR_TESTBED_BIN` names a folder of ready binaries that are used as they are. Starting them is
@@ -14,6 +15,7 @@ use sha2::{Digest, Sha256};
 use crate::command::{find_in_path, run};
 use crate::packages;
 use crate::progress::Progress;
+use crate::python;
 
 /// Names a folder of ready binaries to use instead of building.
 pub const BINARIES_VARIABLE: &str = "WEIR_TESTBED_BIN";
@@ -68,6 +70,13 @@ pub const GO_MODULES: &[GoModule] = &[
         linker_flags: "-s -w",
         binaries: &[(crate::identity_provider::BINARY, ".")],
         minutes: 0.5,
+    },
+    GoModule {
+        folder: "aws-iam-authenticator",
+        tags: "",
+        linker_flags: "-s -w",
+        binaries: &[("aws-iam-authenticator", "sigs.k8s.io/aws-iam-authenticator/cmd/aws-iam-authenticator")],
+        minutes: 2.0,
     },
     GoModule {
         folder: "kubernetes",
@@ -126,6 +135,11 @@ impl Components {
                 );
             }
         }
+        for environment in python::ENVIRONMENTS {
+            if !environment.is_installed()? {
+                bail!("{} is not installed; run `cargo xtask testbed build`", environment.what);
+            }
+        }
         Ok(Self { folder })
     }
 
@@ -135,6 +149,11 @@ impl Components {
     /// When a package cannot be installed or a module not built.
     pub fn build(progress: Progress) -> Result<Self> {
         install_packages(progress)?;
+        for environment in python::ENVIRONMENTS {
+            if !environment.is_installed()? {
+                environment.install(progress)?;
+            }
+        }
         let folder = binary_folder()?;
         for module in GO_MODULES {
             if !module.is_built(&folder)? {
@@ -172,6 +191,11 @@ pub fn plan() -> Result<Vec<String>> {
     let packages = missing_packages();
     if !packages.is_empty() {
         lines.push(format!("install Debian packages: {} (about 1 min)", packages.join(" ")));
+    }
+    for environment in python::ENVIRONMENTS {
+        if !environment.is_installed()? {
+            lines.push(format!("install with Python: {} (about 1 min)", environment.what));
+        }
     }
     let folder = binary_folder()?;
     for module in GO_MODULES {

@@ -6,6 +6,7 @@
 
 pub mod agent;
 pub mod audit;
+pub mod aws;
 pub mod certificates;
 pub mod command;
 pub mod components;
@@ -15,10 +16,12 @@ pub mod packages;
 pub mod pods;
 pub mod process;
 pub mod progress;
+pub mod python;
 pub mod testbed;
 pub mod wait;
 
 pub use agent::AgentProcess;
+pub use aws::AwsRig;
 pub use coverage::Coverage;
 pub use identity_provider::IdentityProvider;
 pub use pods::{Pod, PodSpec};

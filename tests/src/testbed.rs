@@ -27,7 +27,7 @@ use crate::progress::Progress;
 use crate::wait::wait_until;
 
 pub use api_server::ApiServerOutage;
-pub use control_plane::{API_CLUSTER_IP, ENDPOINT_NAME, free_ports};
+pub use control_plane::{API_CLUSTER_IP, AUTHENTICATOR_PORT, ENDPOINT_NAME, free_ports};
 pub use images::{AGENT_IMAGE, PAUSE_IMAGE};
 pub use node::{BRIDGE, BRIDGE_ADDRESS, CONTAINERD_NAMESPACE, NODE_NAME, POD_RANGE};
 pub use state::{Layout, State, boot_id, cgroup_mounts};

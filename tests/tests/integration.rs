@@ -29,6 +29,8 @@ mod client;
 mod client_faults;
 #[path = "integration/doctor.rs"]
 mod doctor;
+#[path = "integration/eks.rs"]
+mod eks;
 #[path = "integration/enrolment.rs"]
 mod enrolment;
 #[path = "integration/escape.rs"]

@@ -9,7 +9,9 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-use crate::certificates::{Authority, Subject, create_key_pair, write_kubeconfig};
+use crate::certificates::{
+    Authority, Subject, create_key_pair, write_anonymous_kubeconfig, write_kubeconfig,
+};
 use crate::components::repository;
 use crate::testbed::Start;
 use crate::testbed::node::{BRIDGE_ADDRESS, NODE_NAME};
@@ -24,6 +26,10 @@ pub const API_CLUSTER_IP: &str = "10.96.0.1";
 /// A further name in the API server's certificate, as that of a managed control plane: nobody resolves it but who wants
 /// to test that.
 pub const ENDPOINT_NAME: &str = "endpoint.weir.example";
+
+/// Where the API server asks about tokens that it does not know, as on EKS: the port that aws-iam-authenticator has by
+/// default. Nobody listens there but while an [`crate::AwsRig`] runs; a refused connection is a refused token, at once.
+pub const AUTHENTICATOR_PORT: u16 = 21362;
 
 /// The API server answers `ok` to /readyz about 9 s after its start on two idle cores; builds may run beside it.
 const READY_DEADLINE: Duration = Duration::from_secs(120);
@@ -64,6 +70,7 @@ pub(super) fn write_credentials(start: &Start<'_>, server: &str) -> Result<()> {
         Some("system:nodes"),
         &[NODE_NAME, BRIDGE_ADDRESS],
     )?;
+    sign("authenticator", "aws-iam-authenticator", None, &["127.0.0.1"])?;
     sign("kubelet", &format!("system:node:{NODE_NAME}"), Some("system:nodes"), &[])?;
     for (file, user, group) in USERS {
         sign(file, user, *group, &[])?;
@@ -72,7 +79,9 @@ pub(super) fn write_credentials(start: &Start<'_>, server: &str) -> Result<()> {
     for file in ["admin", "agent", "controller-manager", "scheduler", "kube-proxy", "kubelet"] {
         write_kubeconfig(&start.layout.kubeconfig(file), &url, &pki, file)?;
     }
-    Ok(())
+    let webhook = format!("https://127.0.0.1:{AUTHENTICATOR_PORT}/authenticate");
+    write_anonymous_kubeconfig(&start.layout.kubeconfig("authenticator"), &webhook, &pki)?;
+    write_anonymous_kubeconfig(&start.layout.kubeconfig("anonymous"), &url, &pki)
 }
 
 /// Starts etcd and the API server; they find each other by retrying.
@@ -110,6 +119,10 @@ pub(super) fn start_api_server(start: &mut Start<'_>, server: &str) -> Result<()
         "--service-account-issuer=https://kubernetes.default.svc.cluster.local".to_owned(),
         format!("--service-account-key-file={}", pki("service-account.pub")),
         format!("--service-account-signing-key-file={}", pki("service-account.key")),
+        format!(
+            "--authentication-token-webhook-config-file={}",
+            start.layout.kubeconfig("authenticator").display()
+        ),
         "--authorization-mode=Node,RBAC".to_owned(),
         "--enable-admission-plugins=NodeRestriction".to_owned(),
         "--allow-privileged=true".to_owned(),
