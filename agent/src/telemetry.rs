@@ -10,6 +10,7 @@ use std::{
         Arc, OnceLock,
         atomic::{AtomicBool, Ordering},
     },
+    time::SystemTime,
 };
 
 use crate::{
@@ -34,12 +35,14 @@ pub struct Telemetry {
     /// There is none before every cluster has been reached.
     proxy: OnceLock<Proxy>,
     ending: AtomicBool,
+    started: SystemTime,
 }
 
 impl Telemetry {
     /// Of an agent that has just started.
     pub fn new(recorder: Recorder, observed: Arc<Observed>, pins: PathBuf) -> Self {
-        Self { recorder, observed, pins, proxy: OnceLock::new(), ending: AtomicBool::new(false) }
+        let started = SystemTime::now();
+        Self { recorder, observed, pins, proxy: OnceLock::new(), ending: AtomicBool::new(false), started }
     }
 
     /// The proxy serves from now on.

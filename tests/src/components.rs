@@ -38,6 +38,8 @@ pub struct GoModule {
     tags: &'static str,
     /// Linker flags.
     linker_flags: &'static str,
+    /// Files of other modules that belong to the package that is built: module and path in it.
+    copied: &'static [(&'static str, &'static str)],
     /// Binary and package.
     pub binaries: &'static [(&'static str, &'static str)],
     /// About how long a build takes on two cores, for the plan.
@@ -50,6 +52,7 @@ pub const GO_MODULES: &[GoModule] = &[
         folder: "etcd",
         tags: "",
         linker_flags: "-s -w",
+        copied: &[],
         binaries: &[("etcd", "go.etcd.io/etcd/server/v3")],
         minutes: 1.5,
     },
@@ -57,6 +60,7 @@ pub const GO_MODULES: &[GoModule] = &[
         folder: "containerd",
         tags: "no_btrfs,no_zfs,no_devmapper",
         linker_flags: "-s -w",
+        copied: &[],
         binaries: &[
             ("containerd", "github.com/containerd/containerd/v2/cmd/containerd"),
             ("containerd-shim-runc-v2", "github.com/containerd/containerd/v2/cmd/containerd-shim-runc-v2"),
@@ -68,6 +72,7 @@ pub const GO_MODULES: &[GoModule] = &[
         folder: "identity-provider",
         tags: "",
         linker_flags: "-s -w",
+        copied: &[],
         binaries: &[(crate::identity_provider::BINARY, ".")],
         minutes: 0.5,
     },
@@ -75,6 +80,7 @@ pub const GO_MODULES: &[GoModule] = &[
         folder: "aws-iam-authenticator",
         tags: "",
         linker_flags: "-s -w",
+        copied: &[],
         binaries: &[("aws-iam-authenticator", "sigs.k8s.io/aws-iam-authenticator/cmd/aws-iam-authenticator")],
         minutes: 2.0,
     },
@@ -83,6 +89,7 @@ pub const GO_MODULES: &[GoModule] = &[
         tags: "",
         linker_flags: "-s -w -X k8s.io/component-base/version.gitVersion=v1.36.3 \
                        -X k8s.io/component-base/version.gitMajor=1 -X k8s.io/component-base/version.gitMinor=36",
+        copied: &[],
         binaries: &[
             ("kube-apiserver", "k8s.io/kubernetes/cmd/kube-apiserver"),
             ("kube-controller-manager", "k8s.io/kubernetes/cmd/kube-controller-manager"),
@@ -94,6 +101,16 @@ pub const GO_MODULES: &[GoModule] = &[
         minutes: 9.0,
     },
 ];
+
+/// What tests the alert rules; no part of the testbed.
+static PROMTOOL: GoModule = GoModule {
+    folder: "promtool",
+    tags: "remove_all_sd",
+    linker_flags: "-s -w",
+    copied: &[("github.com/prometheus/prometheus", "cmd/promtool/unittest.go")],
+    binaries: &[("promtool-test-rules", ".")],
+    minutes: 1.0,
+};
 
 /// A Debian package and the file or command that shows it is there (or an equal of another distribution).
 const PACKAGES: &[(&str, &[&str])] = &[
@@ -208,6 +225,30 @@ pub fn plan() -> Result<Vec<String>> {
     Ok(lines)
 }
 
+/// The part of promtool that tests alert rules, built if it is not there.
+///
+/// # Errors
+/// When it cannot be built.
+pub fn promtool(progress: Progress) -> Result<PathBuf> {
+    let folder = cache_folder()?.join("testbed/bin");
+    if !PROMTOOL.is_built(&folder)? {
+        PROMTOOL.build(&folder, progress)?;
+    }
+    Ok(folder.join(PROMTOOL.binaries[0].0))
+}
+
+/// What [`promtool`] would do; none when it is there.
+///
+/// # Errors
+/// As of [`plan`].
+pub fn promtool_plan() -> Result<Option<String>> {
+    if PROMTOOL.is_built(&cache_folder()?.join("testbed/bin"))? {
+        return Ok(None);
+    }
+    go()?;
+    Ok(Some(format!("build with Go: {} (about {} min)", PROMTOOL.binaries[0].0, PROMTOOL.minutes)))
+}
+
 /// Folder for what is built once and kept: `$XDG_CACHE_HOME/weir`, else `~/.cache/weir`.
 ///
 /// # Errors
@@ -274,14 +315,16 @@ impl GoModule {
     fn build(&self, folder: &Path, progress: Progress) -> Result<()> {
         let go = go()?;
         fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
+        let together = self.put_together(&go)?;
+        let source = together.as_ref().map_or_else(|| self.source(), |folder| folder.path().to_owned());
         for (name, package) in self.binaries {
-            progress.step(&format!("build {name} ({})", place(name)), || {
+            progress.step(&format!("build {name}{}", place(name)), || {
                 // Under another name first: an interrupted build must not leave half a binary to be taken for one.
                 let part = folder.join(format!(".{name}.part"));
                 let mut command = Command::new(&go);
                 command.args(["build", "-mod=readonly", "-trimpath"]).args(["-tags", self.tags]);
                 command.args(["-ldflags", self.linker_flags]).arg("-o").arg(&part).arg(package);
-                run(command.env("CGO_ENABLED", "0").current_dir(self.source()))?;
+                run(command.env("CGO_ENABLED", "0").current_dir(&source))?;
                 fs::rename(&part, folder.join(name))
                     .with_context(|| format!("cannot put {name} in its place"))
             })?;
@@ -290,12 +333,37 @@ impl GoModule {
     }
 }
 
-/// How far the builds are with `binary`, for example `3 of 10`.
+impl GoModule {
+    /// A folder with the module's files and those that are copied; none where none are.
+    fn put_together(&self, go: &Path) -> Result<Option<tempfile::TempDir>> {
+        if self.copied.is_empty() {
+            return Ok(None);
+        }
+        let folder = tempfile::tempdir().context("cannot make a folder to build in")?;
+        let copy = |file: &Path| {
+            let to = folder.path().join(file.file_name().unwrap_or_default());
+            fs::copy(file, to).with_context(|| format!("cannot copy {}", file.display()))
+        };
+        let source = self.source();
+        for entry in fs::read_dir(&source).with_context(|| format!("cannot read {}", source.display()))? {
+            copy(&entry.context("cannot read a folder")?.path())?;
+        }
+        for (module, file) in self.copied {
+            run(Command::new(go).args(["mod", "download", module]).current_dir(&source))?;
+            let list = ["list", "-m", "-f", "{{.Dir}}", module];
+            let downloaded = run(Command::new(go).args(list).current_dir(&source))?;
+            copy(&Path::new(downloaded.trim()).join(file))?;
+        }
+        Ok(Some(folder))
+    }
+}
+
+/// How far the builds are with `binary`, for example ` (3 of 10)`; nothing for one that is built alone.
 fn place(binary: &str) -> String {
     let names: Vec<&str> =
         GO_MODULES.iter().flat_map(|module| module.binaries).map(|(name, _)| *name).collect();
-    let number = names.iter().position(|name| *name == binary).map_or(0, |index| index + 1);
-    format!("{number} of {}", names.len())
+    let number = names.iter().position(|name| *name == binary);
+    number.map_or_else(String::new, |index| format!(" ({} of {})", index + 1, names.len()))
 }
 
 /// The Go that builds: an error here costs a second, in the middle of the builds it costs half an hour.
@@ -347,7 +415,7 @@ mod tests {
 
     #[test]
     fn the_go_that_is_asked_for_is_the_one_of_every_module() {
-        for module in GO_MODULES {
+        for module in GO_MODULES.iter().chain([&PROMTOOL]) {
             let go_mod = fs::read_to_string(module.source().join("go.mod")).unwrap();
             assert!(go_mod.contains(&format!("\ngo 1.{GO_MINOR}.")), "{}", module.folder);
         }

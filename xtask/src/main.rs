@@ -45,6 +45,8 @@ enum Command {
     Tidy,
     /// Check licences, advisories, duplicate versions and sources of dependencies.
     Deny,
+    /// Test the alert rules of deploy/prometheus with promtool.
+    Rules,
     /// Run everything that must pass before a change lands.
     Test {
         /// Full counts where a suite has fewer by default.
@@ -78,6 +80,7 @@ fn run(command: Command) -> Result<()> {
         Command::Testbed(arguments) => testbed::run(&arguments),
         Command::Tidy => tidy::run(root),
         Command::Deny => test::deny(root),
+        Command::Rules => test::rules(root),
         Command::Test { kernels: true, .. } => kernels::run(root),
         Command::Test { long, .. } => test::run(root, long),
     }

@@ -35,7 +35,8 @@ pub(crate) fn run(root: &Path, long: bool) -> Result<()> {
     interrupt_on_signals()?;
     // What cannot work is said now, not after half an hour of builds.
     Testbed::check_machine(&Testbed::default_folder()?)?;
-    for line in components::plan()?.into_iter().chain(build_ebpf::plan(root)?) {
+    let plans = components::plan()?.into_iter().chain(components::promtool_plan()?);
+    for line in plans.chain(build_ebpf::plan(root)?) {
         println!("first: {line}");
     }
     let xtask = std::env::current_exe().context("cannot find this program's own path")?;
@@ -129,6 +130,7 @@ fn before_testbed(root: &Path, xtask: &Path) -> Vec<Suite> {
         suite("deny", 300, xtask, &["deny"]),
         suite("unit", 900, cargo, &["test", "--workspace", "--exclude", "weir-tests", "--locked"]),
         suite("kernels (qemu)", 300, xtask, &["test", "--kernels"]),
+        suite("alert rules", 30, xtask, &["rules"]),
         // Integration tests and the demo run these as the real binaries.
         suite("binaries", 300, cargo, &["build", "--locked", "-p", "weir-agent", "-p", "weir"]),
     ]
@@ -192,6 +194,23 @@ impl Drop for Background {
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
+}
+
+/// Where the alert rules and their tests are.
+const RULES: &str = "deploy/prometheus";
+
+/// `cargo xtask rules`: the alert rules fire on what they are for, and on nothing else, by Prometheus' own account.
+///
+/// # Errors
+/// promtool cannot be built, or a test of the rules fails; its output is shown.
+pub(crate) fn rules(root: &Path) -> Result<()> {
+    let status = Command::new(components::promtool(Progress::Shown)?)
+        .arg("weir-rules-test.yaml")
+        .current_dir(root.join(RULES))
+        .status()
+        .context("cannot start promtool")?;
+    ensure!(status.success(), "promtool ended with {status}; see above and {RULES}/weir-rules-test.yaml");
+    Ok(())
 }
 
 /// `cargo xtask deny`: licences, bans and sources always; advisories where their database can be fetched.

@@ -78,6 +78,13 @@ const POD: &[&str] = &["namespace", "pod", "uid"];
 const POD_VERDICT: &[&str] = &["namespace", "pod", "uid", "verdict"];
 
 static BUILD: Family = gauge("weir_build_info", &["version"], "1, with the agent's version.");
+static STARTED: Family = Family {
+    name: "weir_start_timestamp",
+    unit: Some("seconds"),
+    kind: Kind::Gauge,
+    labels: &[],
+    help: "When the process started, in Unix time: it changes with each start.",
+};
 static READY: Family = gauge("weir_ready", &[], "1 if the agent is ready; /readyz says why it is not.");
 static READABLE: Family = gauge(
     "weir_kernel_readable",
@@ -219,8 +226,9 @@ static CANARY_CONNECTIONS: Family = counter(
 
 /// All of them, in the order of the exposition.
 #[cfg(test)]
-pub(super) static ALL: [&Family; 40] = [
+pub(super) static ALL: [&Family; 41] = [
     &BUILD,
+    &STARTED,
     &READY,
     &READABLE,
     &LINKS,
@@ -280,6 +288,10 @@ fn labelled<const N: usize>(labels: [&str; N], value: u64) -> Sample {
 pub(super) fn gather(telemetry: &Telemetry) -> Gathered {
     let mut out: Gathered = vec![
         (&BUILD, vec![labelled([env!("CARGO_PKG_VERSION")], 1)]),
+        (
+            &STARTED,
+            number(telemetry.started.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs()),
+        ),
         (&READY, number(u64::from(telemetry.unready().is_empty()))),
     ];
     let state = pinned_state(&telemetry.pins);
