@@ -4,6 +4,8 @@
 
 use std::{fs, path::Path};
 
+use nix::unistd::{AccessFlags, access};
+
 use super::{Check, Need};
 use crate::{
     interception::cgroup::find_mount,
@@ -31,6 +33,7 @@ pub fn checks(pinned: bool) -> Vec<Check> {
         version(&read("/proc/sys/kernel/osrelease")),
         type_information(Path::new(BTF)),
         cgroup(&mountinfo),
+        cgroup_writable(find_mount(&mountinfo).map(|mount| mount.path).as_deref()),
         capabilities(&read("/proc/self/status")),
         bpffs(&mountinfo, if pinned { Need::Must } else { Need::Should }),
         programs(),
@@ -75,6 +78,26 @@ fn cgroup(mountinfo: &str) -> Check {
         None => {
             let mend = "boot with systemd.unified_cgroup_hierarchy=1, or mount -t cgroup2 none /sys/fs/cgroup/unified";
             Check::bad(name, Need::Must, "not mounted", mend)
+        }
+    }
+}
+
+/// Whether cgroups can be made: that of the canary, without which the agent is never ready, and that of `exec`.
+fn cgroup_writable(mount: Option<&Path>) -> Check {
+    let name = "cgroup v2, writable";
+    let Some(mount) = mount else {
+        return Check::bad(name, Need::Must, "not mounted", "mount it; see cgroup v2");
+    };
+    match access(mount, AccessFlags::W_OK | AccessFlags::X_OK) {
+        Ok(()) => Check::good(name, Need::Must, mount.display().to_string()),
+        Err(error) => {
+            let mend = format!(
+                "run as root with {0} mounted read-write (mount -o remount,rw {0}; in Kubernetes privileged, or a hostPath \
+                 of /sys/fs/cgroup that is not read-only): the agent makes a cgroup there for the connection that must be \
+                 refused, and is not ready without it",
+                mount.display()
+            );
+            Check::bad(name, Need::Must, format!("{}: {}", mount.display(), error.desc()), mend)
         }
     }
 }
@@ -157,6 +180,15 @@ mod tests {
         ] {
             assert_eq!(version(release).ok, ok, "{release}");
         }
+    }
+
+    #[test]
+    fn a_tree_in_which_no_cgroup_can_be_made_is_named_with_the_mend() {
+        let folder = tempfile::tempdir().expect("a folder");
+        assert!(cgroup_writable(Some(folder.path())).ok);
+        let absent = cgroup_writable(Some(&folder.path().join("absent")));
+        assert!(!absent.ok && absent.mend.is_some_and(|mend| mend.contains("remount,rw")));
+        assert!(!cgroup_writable(None).ok);
     }
 
     #[test]

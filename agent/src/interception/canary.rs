@@ -381,10 +381,14 @@ async fn remove(folder: &Path) {
 
 /// Removes cgroups of agents that are gone.
 fn remove_left(mount: &Path) {
+    let program = |process: &str| fs::read(format!("/proc/{process}/comm")).ok();
+    let own = program("self");
     for entry in fs::read_dir(mount).into_iter().flatten().flatten() {
         let name = entry.file_name();
         let pid = name.to_str().and_then(|name| name.strip_prefix(PREFIX)?.parse::<u32>().ok());
-        if pid.is_some_and(|pid| !Path::new("/proc").join(pid.to_string()).exists()) {
+        // The kernel may have given the number to another program since.
+        let is_gone = |pid: u32| program(&pid.to_string()).is_none_or(|program| Some(program) != own);
+        if pid.is_some_and(is_gone) {
             // One that is busy is of another pid namespace's agent.
             let _ = fs::remove_dir(entry.path());
         }

@@ -146,3 +146,35 @@ async fn a_refusal_by_someone_else_is_not_taken_for_the_kernels() {
     let error = canary.check().await.unwrap_err();
     assert!(matches!(error, CanaryError::RefusedElsewhere { .. }), "{error}");
 }
+
+#[tokio::test]
+async fn what_a_killed_agents_canary_has_left_goes_when_the_next_agent_starts() {
+    let Some(kernel) = load(Pinning::Unpinned) else { return };
+    let root = OwnCgroup::new("canary-left");
+    let shell = |script: &str| {
+        let mut shell = std::process::Command::new("sh");
+        shell.args(["-c", script]).stdin(std::process::Stdio::piped()).spawn().unwrap()
+    };
+    let mut ended = shell("exit");
+    ended.wait().unwrap();
+    // Whose number another program has now.
+    let mut other = shell("read line");
+    let own = std::process::id();
+    let left = [ended.id(), other.id()].map(|pid| root.0.join(format!("weir-canary-{pid}")));
+    let alive = root.0.join(format!("weir-canary-{own}"));
+    let others = root.0.join("weir-canary-not-a-number");
+    for folder in left.iter().chain([&alive, &others]) {
+        std::fs::create_dir(folder).unwrap();
+    }
+    let journal = tempfile::tempdir().unwrap();
+    let options = RecorderOptions::new(journal.path().to_owned(), "node".to_owned(), Vec::new());
+    let recorder = Recorder::start(options).unwrap();
+    Canary::new(kernel, recorder, Arc::default(), &root.0);
+    let there = left.each_ref().map(|folder| folder.exists());
+    assert_eq!((there, alive.exists(), others.exists()), ([false, false], true, true));
+    for folder in [alive, others] {
+        std::fs::remove_dir(folder).unwrap();
+    }
+    other.kill().unwrap();
+    other.wait().unwrap();
+}

@@ -1,7 +1,10 @@
 //! `weir-agent doctor` where something is missing: exit code 1, the thing and the mend. What it says of a node where all is
 //! well, and of an API server that is away, is in `api_server_faults`.
 
-use std::{path::Path, process::Command};
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+};
 
 use serde_json::{Value, json};
 use weir_tests::{agent, command};
@@ -11,13 +14,16 @@ use super::shown;
 /// Runs `doctor --json` without any capability, whoever runs the test.
 fn doctor(configuration: &Path) -> (Option<i32>, Vec<Value>) {
     let binary = agent::built_binary("weir-agent").unwrap();
-    let mut command = if nix::unistd::geteuid().is_root() {
+    if nix::unistd::geteuid().is_root() {
         let mut command = Command::new("setpriv");
         command.arg("--bounding-set=-all").arg(binary);
-        command
+        said_by(command, configuration)
     } else {
-        Command::new(binary)
-    };
+        said_by(Command::new(binary), configuration)
+    }
+}
+
+fn said_by(mut command: Command, configuration: &Path) -> (Option<i32>, Vec<Value>) {
     let ended = command::output(command.args(["doctor", "--json", "--config"]).arg(configuration)).unwrap();
     let (code, out, err) = shown(&ended);
     let report: Value = serde_json::from_str(&out).unwrap_or_else(|error| panic!("{error}: {out}{err}"));
@@ -34,15 +40,14 @@ fn check(checks: &[Value], name: &str, found: &str, mend: &str) {
     assert!(has("found", found) && has("mend", mend), "{check}");
 }
 
-#[test]
-fn doctor_names_a_missing_right_and_a_missing_ca_with_the_mend() {
-    let scratch = tempfile::tempdir().unwrap();
-    let kubeconfig = scratch.path().join("kubeconfig");
+/// A configuration whose cluster is not there.
+fn configured(scratch: &Path) -> PathBuf {
+    let kubeconfig = scratch.join("kubeconfig");
     std::fs::write(&kubeconfig, "").unwrap();
     let configuration = json!({
         "apiVersion": "weir.dev/v1alpha1",
         "kind": "AgentConfiguration",
-        "journal": {"directory": scratch.path().join("journal")},
+        "journal": {"directory": scratch.join("journal")},
         "clusters": [{
             "name": "testbed",
             "kubeconfig": kubeconfig,
@@ -50,11 +55,38 @@ fn doctor_names_a_missing_right_and_a_missing_ca_with_the_mend() {
         }],
         "enrolment": [{"namespaceSelector": {}, "podSelector": {}, "mode": "enforce"}],
     });
-    let path = scratch.path().join("agent.yaml");
+    let path = scratch.join("agent.yaml");
     agent::write_configuration(&configuration, &path).unwrap();
-    let (code, checks) = doctor(&path);
+    path
+}
+
+#[test]
+fn doctor_names_a_missing_right_and_a_missing_ca_with_the_mend() {
+    let scratch = tempfile::tempdir().unwrap();
+    let (code, checks) = doctor(&configured(scratch.path()));
     assert_eq!(code, Some(1));
     check(&checks, "capabilities", "CAP_BPF", "run as root");
     let missing = "clusters[0].trust.mountedCa.certificate: cannot open /absent/ca.crt";
     check(&checks, "config", missing, "is it mounted?");
+}
+
+#[test]
+fn doctor_names_a_cgroup_tree_that_is_mounted_read_only() {
+    if !nix::unistd::geteuid().is_root() {
+        assert!(std::env::var("CI").is_err(), "a mount namespace needs root");
+        eprintln!("DID NOT RUN: a mount namespace needs root");
+        return;
+    }
+    let scratch = tempfile::tempdir().unwrap();
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let of_v2 = mounts.lines().find(|line| line.contains(" - cgroup2 ")).unwrap();
+    let tree = of_v2.split(' ').nth(4).unwrap();
+    // In a mount namespace of its own: nothing else sees it read-only.
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "--propagation", "private", "sh", "-c"]);
+    command.arg(format!("mount -o remount,bind,ro {tree} && exec \"$0\" \"$@\""));
+    command.arg(agent::built_binary("weir-agent").unwrap());
+    let (code, checks) = said_by(command, &configured(scratch.path()));
+    assert_eq!(code, Some(1));
+    check(&checks, "cgroup v2, writable", tree, "read-write");
 }
