@@ -23,7 +23,7 @@ const CLOUD: &str = "-cloud-amd64";
 /// Programs that the tests start.
 const PROGRAMS: [&str; 4] = ["bash", "ip", "nsenter", "unshare"];
 /// Modules that a node's kernel loads by itself, in the order of their dependencies.
-const MODULES: [&str; 6] = ["inet_diag", "tcp_diag", "udp_diag", "veth", "sch_ingress", "cls_bpf"];
+const MODULES: [&str; 7] = ["inet_diag", "tcp_diag", "udp_diag", "veth", "macvlan", "sch_ingress", "cls_bpf"];
 /// What must be there: a program, and the Debian package that has it.
 const NEEDED: [(&str, &str); 4] = [
     ("qemu-system-x86_64", "qemu-system-x86"),

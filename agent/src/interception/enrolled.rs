@@ -12,10 +12,11 @@ use super::{
     caller::Tenant,
     cgroup_tree::PodFolder,
     handover::Passed,
-    interface::HostEnd,
+    interface,
     listener::{Listener, Namespace},
     namespace::{self, NamespaceId},
-    pod_network::{EnrolError, blocking, end_direct_connections, guard_interfaces, name},
+    netlink::LinkWatch,
+    pod_network::{EnrolError, PodInterfaces, blocking, end_direct_connections, name},
 };
 
 /// A pod whose cgroup is there and whose verdict is known.
@@ -26,14 +27,18 @@ pub(super) struct Enrolled {
     pub(super) listening: Option<Listening>,
     /// Connections that reached the proxy.
     pub(super) proxied: Arc<AtomicU64>,
-    /// The host's ends of its interfaces, which are guarded.
-    pub(super) guarded: Vec<HostEnd>,
+    /// Its interfaces.
+    pub(super) interfaces: PodInterfaces,
 }
 
 pub(super) struct Listening {
     pub(super) namespace: NamespaceId,
     /// When the namespace was last found to be the pod's, and the links of the pod's folder then.
     pub(super) found: (Instant, u64),
+    /// Tells when the pod is given an interface; none in the host's network namespace.
+    links: Option<LinkWatch>,
+    /// Whether it was, and that is not seen to yet.
+    links_changed: bool,
     /// Kept to be shared with a successor.
     pub(super) listener: Arc<Listener>,
     pub(super) end: CancellationToken,
@@ -89,18 +94,26 @@ impl Step {
             && listening.namespace == namespace.1
         {
             listening.found = looked;
+            listening.links_changed |= listening.links.as_ref().is_some_and(LinkWatch::changed);
+            if listening.links_changed
+                && let Namespace::Of(file) = namespace.0
+            {
+                let found = read(move || interface::of_pod(&file)).await;
+                found
+                    .and_then(|found| pod.interfaces.guard(sink, folder.cgroup, &pod.tenant, found))
+                    .map_err(|error| EnrolError::NewInterface(Box::new(error)))?;
+                listening.links_changed = false;
+            }
             return Ok(Outcome::Same);
         }
-        if let Namespace::Of(file) = &namespace.0 {
-            // The former ones stay guarded until the pod is gone: which namespace is the pod's is read from processes
-            // that the pod makes.
-            let guarded = guard_interfaces(sink, folder.cgroup, &pod.tenant, file).await?;
-            pod.guarded.retain(|end| !guarded.contains(end));
-            pod.guarded.extend(guarded);
-        }
-        let file = match &namespace.0 {
-            Namespace::Own => None,
-            Namespace::Of(file) => Some(file.try_clone().map_err(EnrolError::Interfaces)?),
+        let (file, links) = match &namespace.0 {
+            Namespace::Own => (None, None),
+            Namespace::Of(file) => {
+                let of_pod = file.try_clone().map_err(EnrolError::Interfaces)?;
+                let (links, found) = read(move || interface::watch_pod(&of_pod)).await?;
+                pod.interfaces.guard(sink, folder.cgroup, &pod.tenant, found)?;
+                (Some(file.try_clone().map_err(EnrolError::Interfaces)?), Some(links))
+            }
         };
         let adopted = self.adopted.take().filter(|passed| passed.namespace == namespace.1);
         let listener = Arc::new(match adopted {
@@ -113,9 +126,23 @@ impl Step {
         tracing::info!(pod = %name(&pod.tenant.borrow()), port = listener.port(), "pod is enrolled");
         // Ends the listener of a former sandbox, if there was one.
         let end = self.end.clone();
-        pod.listening = Some(Listening { namespace: namespace.1, found: looked, listener, end });
+        pod.listening = Some(Listening {
+            namespace: namespace.1,
+            found: looked,
+            links,
+            links_changed: false,
+            listener,
+            end,
+        });
         Ok(Outcome::Listens)
     }
+}
+
+/// Reads a pod's interfaces beside what runs.
+async fn read<T: Send + 'static>(
+    work: impl FnOnce() -> std::io::Result<T> + Send + 'static,
+) -> Result<T, EnrolError> {
+    blocking(work).await?.map_err(EnrolError::Interfaces)
 }
 
 pub(super) fn entry(class: Class, listener: Option<&Listener>) -> CgroupEntry {

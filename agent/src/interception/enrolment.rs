@@ -29,7 +29,7 @@ use super::{
     namespace::NamespaceId,
     pinned::pod_name,
     pod::PodUid,
-    pod_network::{guard_stranger, name},
+    pod_network::{PodInterfaces, guard_stranger, name},
     trouble::Troubles,
 };
 use crate::config::Mode;
@@ -318,7 +318,7 @@ impl Enrolment {
         for cgroup in gone {
             self.settings.sink.kernel.forget_cgroup(cgroup)?;
             if let Some(pod) = self.pods.remove(&cgroup) {
-                self.settings.sink.kernel.forget_interfaces(&pod.guarded)?;
+                self.settings.sink.kernel.forget_interfaces(&pod.interfaces.guarded)?;
                 let tenant = pod.tenant.borrow().clone();
                 self.settings.sink.observed.forget(tenant.pod.as_ref().map_or("", |pod| &pod.uid));
                 tracing::info!(pod = %name(&tenant), "pod is gone");
@@ -370,7 +370,7 @@ impl Enrolment {
                 tenant: sender,
                 listening: None,
                 proxied: self.settings.sink.observed.counter_of(known.uid.as_str()),
-                guarded: Vec::new(),
+                interfaces: PodInterfaces::default(),
             },
         );
         if former.as_ref().is_some_and(|former| former.class == Class::Enrolled) {
@@ -385,7 +385,7 @@ impl Enrolment {
         }
         if let (Some(former), Some(pod)) = (former, self.pods.get_mut(&folder.cgroup)) {
             // Only the verdict is new.
-            (pod.proxied, pod.guarded) = (former.proxied.clone(), former.guarded.clone());
+            (pod.proxied, pod.interfaces) = (former.proxied.clone(), former.interfaces.clone());
         }
         self.ledger.begin(folder.cgroup, kernel.pod_counters(folder.cgroup)?.unwrap_or_default());
         tracing::info!(pod = %name(tenant), class = ?class, "pod is classified");

@@ -20,7 +20,11 @@ use netlink_packet_route::{
 use netlink_sys::protocols::NETLINK_ROUTE;
 use weir_common::kernel::{maps, programs};
 
-use super::{namespace, netlink::Netlink, pinned::pinned_map};
+use super::{
+    namespace,
+    netlink::{LinkWatch, Netlink},
+    pinned::pinned_map,
+};
 
 /// The host's end of a veth pair.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -50,6 +54,8 @@ struct Link {
     loopback: bool,
     /// Index of the other end (veth) or of the device below (ipvlan, macvlan, vlan).
     other: Option<u32>,
+    /// Whether that, or what a tunnel sends through, is in another network namespace.
+    elsewhere: bool,
 }
 
 /// The interfaces of the pod whose network namespace this is; call it in the host's.
@@ -57,7 +63,20 @@ struct Link {
 /// # Errors
 /// The namespace cannot be entered, or the kernel does not answer.
 pub(super) fn of_pod(pod: &File) -> io::Result<Interfaces> {
-    let links = namespace::within(pod, links)??;
+    judge(namespace::within(pod, links)??)
+}
+
+/// The same, and from before it was read on whatever changes.
+///
+/// # Errors
+/// As of [`of_pod`].
+pub(super) fn watch_pod(pod: &File) -> io::Result<(LinkWatch, Interfaces)> {
+    let (watch, links) = namespace::within(pod, || io::Result::Ok((LinkWatch::open()?, links()?)))??;
+    Ok((watch, judge(links)?))
+}
+
+/// Looks for the ends on the host of a pod's interfaces.
+fn judge(links: Vec<Link>) -> io::Result<Interfaces> {
     let host = Netlink::open(NETLINK_ROUTE)?;
     let mut interfaces = Interfaces::default();
     for link in links {
@@ -94,8 +113,9 @@ impl Link {
                 Role::Direct
             }
             // A VLAN of a device outside is as direct as that device; tunnels, bridges, dummies and tun devices send
-            // through one of the others.
+            // through one of the others, unless they were made in another namespace and moved here.
             (Some(InfoKind::Vlan), _) => Role::Direct,
+            (Some(kind), _) if self.elsewhere && *kind != InfoKind::Veth => Role::Direct,
             _ => Role::Internal,
         }
     }
@@ -134,11 +154,13 @@ fn link(message: RouteNetlinkMessage) -> Option<Link> {
         kind: None,
         loopback: message.header.flags.contains(netlink_packet_route::link::LinkFlags::Loopback),
         other: None,
+        elsewhere: false,
     };
     for attribute in message.attributes {
         match attribute {
             LinkAttribute::IfName(name) => link.name = name,
             LinkAttribute::Link(other) => link.other = Some(other),
+            LinkAttribute::LinkNetNsId(_) => link.elsewhere = true,
             LinkAttribute::LinkInfo(infos) => {
                 link.kind = infos.into_iter().find_map(|info| match info {
                     LinkInfo::Kind(kind) => Some(kind),
@@ -189,7 +211,7 @@ mod tests {
     use super::{Link, Role};
 
     fn link(kind: Option<InfoKind>, other: Option<u32>) -> Link {
-        Link { index: 2, name: "eth0".to_owned(), kind, loopback: false, other }
+        Link { index: 2, name: "eth0".to_owned(), kind, loopback: false, other, elsewhere: false }
     }
 
     #[test]
@@ -201,6 +223,15 @@ mod tests {
         assert!(matches!(link(None, None).role(), Role::Direct), "a network card");
         assert!(matches!(link(Some(InfoKind::Dummy), None).role(), Role::Internal));
         assert!(matches!(Link { loopback: true, ..link(None, None) }.role(), Role::Internal));
+    }
+
+    #[test]
+    fn a_tunnel_that_sends_through_another_namespace_is_as_direct_as_a_network_card() {
+        let tunnel = link(Some(InfoKind::Vxlan), None);
+        assert!(matches!(tunnel.role(), Role::Internal));
+        assert!(matches!(Link { elsewhere: true, ..tunnel }.role(), Role::Direct));
+        let pair = Link { elsewhere: true, ..link(Some(InfoKind::Veth), Some(7)) };
+        assert!(matches!(pair.role(), Role::Veth(7)));
     }
 
     #[test]

@@ -1,5 +1,5 @@
-//! Questions to the kernel over netlink, asked in the network namespace of the calling thread. What they mean is in
-//! `interface` and `socket`.
+//! Questions to the kernel over netlink, asked in the network namespace of the calling thread, and what it tells of that
+//! namespace's interfaces by itself. What they mean is in `interface` and `sockets`.
 
 use std::io;
 
@@ -7,10 +7,14 @@ use netlink_packet_core::{
     NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkDeserializable, NetlinkHeader, NetlinkMessage,
     NetlinkPayload, NetlinkSerializable,
 };
-use netlink_sys::{Socket, SocketAddr};
+use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 
 /// Most answers to one question that are read; a node has far fewer interfaces, a pod far fewer sockets.
 const ANSWERS_MAX: usize = 1 << 20;
+/// Most messages about changed interfaces that are read at once; what is left counts as one more change.
+const HEARD_MAX: usize = 256;
+/// Room for such messages. Only that there were some matters, and the kernel says when they did not fit.
+const HEARD_BYTES: u32 = 4096;
 
 /// A netlink socket for one protocol.
 pub(super) struct Netlink(Socket);
@@ -81,6 +85,37 @@ impl Netlink {
             }
         }
         Err(io::Error::other("the kernel does not stop answering"))
+    }
+}
+
+/// Hears of every change of the interfaces of one network namespace, from when it is opened.
+#[derive(Debug)]
+pub(super) struct LinkWatch(Socket);
+
+impl LinkWatch {
+    /// Listens in the network namespace of this thread.
+    ///
+    /// # Errors
+    /// As of `socket` and `bind`.
+    pub(super) fn open() -> io::Result<Self> {
+        let mut socket = Socket::new(NETLINK_ROUTE)?;
+        socket.set_rx_buf_sz(HEARD_BYTES)?;
+        socket.bind(&SocketAddr::new(0, libc::RTMGRP_LINK as u32))?;
+        socket.set_non_blocking(true)?;
+        Ok(Self(socket))
+    }
+
+    /// Whether something has changed since the last time.
+    pub(super) fn changed(&self) -> bool {
+        let mut changed = false;
+        for _ in 0..HEARD_MAX {
+            match self.0.recv(&mut &mut [0; 64][..], 0) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return changed,
+                // An error tells that more was said than had room.
+                Ok(_) | Err(_) => changed = true,
+            }
+        }
+        true
     }
 }
 

@@ -1,7 +1,7 @@
 //! What enrolment does about one pod's network beside listening: guards at its interfaces, and an end to what it had
 //! connected before.
 
-use std::{fs::File, sync::Arc};
+use std::{collections::BTreeSet, fs::File, sync::Arc};
 
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -11,34 +11,56 @@ use super::{
     caller::Tenant,
     cgroup_tree::PodFolder,
     enrolment::Tenants,
-    interface::{self, HostEnd},
+    interface::{self, HostEnd, Interfaces},
     listener::ListenerError,
     loader::KernelError,
     namespace::{self, NamespaceId},
     sockets,
 };
 
-/// Guards the host's ends of a pod's interfaces, and reports those that have none.
-pub(super) async fn guard_interfaces(
-    sink: &Sink,
-    cgroup: u64,
-    tenant: &watch::Sender<Arc<Tenant>>,
-    namespace: &File,
-) -> Result<Vec<HostEnd>, EnrolError> {
-    let file = namespace.try_clone().map_err(EnrolError::Interfaces)?;
-    let found = blocking(move || interface::of_pod(&file)).await?.map_err(EnrolError::Interfaces)?;
-    for end in &found.guardable {
-        sink.kernel.guard_interface(end, cgroup)?;
+/// Most names of interfaces of one pod that are reported, while an agent runs.
+const UNGUARDED_MAX: usize = 16;
+
+/// What is known of a pod's interfaces.
+#[derive(Clone, Debug, Default)]
+pub(super) struct PodInterfaces {
+    /// The host's ends, which are guarded. They stay so until the pod is gone: which namespace is the pod's is read from
+    /// processes that the pod makes.
+    pub(super) guarded: Vec<HostEnd>,
+    /// Names of those without one that were reported.
+    reported: BTreeSet<String>,
+}
+
+impl PodInterfaces {
+    /// Guards those that are there now, and reports those that have no end on the host, each name once.
+    pub(super) fn guard(
+        &mut self,
+        sink: &Sink,
+        cgroup: u64,
+        tenant: &watch::Sender<Arc<Tenant>>,
+        found: Interfaces,
+    ) -> Result<(), EnrolError> {
+        for end in found.guardable {
+            // Once is enough, and where the kernel has no links for interfaces twice would leave a gap.
+            if !self.guarded.contains(&end) {
+                sink.kernel.guard_interface(&end, cgroup)?;
+                self.guarded.push(end);
+            }
+        }
+        let tenant = tenant.borrow().clone();
+        for interface in found.unguarded {
+            // A pod that may make interfaces could otherwise fill the journal with their names.
+            if self.reported.len() == UNGUARDED_MAX || !self.reported.insert(interface.clone()) {
+                continue;
+            }
+            let message = format!(
+                "interface {interface} of the pod has no end on the host that can be guarded: a process with NET_RAW could reach an API server through it; drop that capability, or use a bridge, ptp or VPC CNI network"
+            );
+            tracing::warn!(pod = %name(&tenant), interface, "interface cannot be guarded");
+            sink.recorder.finding(None, Some(&tenant.unproven(None)), "unguardedInterface", &message);
+        }
+        Ok(())
     }
-    let tenant = tenant.borrow().clone();
-    for interface in found.unguarded {
-        let message = format!(
-            "interface {interface} of the pod has no end on the host that can be guarded: a process with NET_RAW could reach an API server through it; drop that capability, or use a bridge, ptp or VPC CNI network"
-        );
-        tracing::warn!(pod = %name(&tenant), interface, "interface cannot be guarded");
-        sink.recorder.finding(None, Some(&tenant.unproven(None)), "unguardedInterface", &message);
-    }
-    Ok(found.guardable)
 }
 
 /// Guards the interfaces of a pod that has no verdict yet: its sockets are denied, and so must be what passes them. None
@@ -155,6 +177,10 @@ pub(super) enum EnrolError {
     Listener(#[from] ListenerError),
     #[error("cannot read the pod's network interfaces")]
     Interfaces(#[source] std::io::Error),
+    #[error(
+        "an interface that the pod was given cannot be guarded; frames of a process with NET_RAW may go past Weir there"
+    )]
+    NewInterface(#[source] Box<Self>),
     #[error("a task panicked")]
     Task(#[from] tokio::task::JoinError),
 }

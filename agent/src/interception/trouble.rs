@@ -23,9 +23,14 @@ impl Troubles {
         if !self.is_new(tenant.cgroup, &message) {
             return;
         }
+        let caller = tenant.unproven(None);
+        if let EnrolError::NewInterface(_) = error {
+            tracing::error!(pod = %name(tenant), error = message, "the pod stays enrolled; its interface is tried again");
+            return recorder.finding(None, Some(&caller), "unguardedInterface", &message);
+        }
         tracing::error!(pod = %name(tenant), error = message, "cannot enrol; the pod stays denied, and is tried again");
         let message = format!("cannot enrol the pod, which stays denied and is tried again: {message}");
-        recorder.finding(None, Some(&tenant.unproven(None)), "cannotEnrol", &message);
+        recorder.finding(None, Some(&caller), "cannotEnrol", &message);
     }
 
     /// It is enrolled, or need not be: the same trouble later is a new one.

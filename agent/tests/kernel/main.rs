@@ -7,6 +7,7 @@ mod canary;
 mod cold_start;
 mod enrolment;
 mod guards;
+mod interfaces;
 mod pins;
 mod programs;
 mod scale;

@@ -110,6 +110,14 @@ impl OwnNetns {
         assert!(Command::new("ip").args(arguments).status().unwrap().success(), "{interface}");
     }
 
+    /// Gives it an interface that sends through one of this machine and has no end here.
+    pub(crate) fn plug_direct(&self, through: &str, name: &str) {
+        let pid = self.pid().to_string();
+        let arguments =
+            ["link", "add", name, "link", through, "netns", &pid, "type", "macvlan", "mode", "bridge"];
+        assert!(Command::new("ip").args(arguments).status().unwrap().success(), "{name}");
+    }
+
     /// Does something in it, on a thread of its own.
     pub(crate) fn within<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
         let file = std::fs::File::open(format!("/proc/{}/ns/net", self.pid())).unwrap();
