@@ -2,8 +2,9 @@
 //!
 //! Sans-IO and without memory of its own: the kernel programs read from a socket buffer, tests and fuzzing from a
 //! slice. A packet whose port cannot be told (a later fragment, a protocol without ports, a header that ends too
-//! early) has port [`PORT_UNKNOWN`]: the guards take that for any port. Only what cannot open a conversation with
-//! an API server is left out: ICMP other than echo requests, which neighbour discovery and path MTU need.
+//! early) or does not count (a tunnel's, which wraps another packet) has port [`PORT_UNKNOWN`]: the guards take that for
+//! any port. Only what cannot open a conversation with an API server is left out: ICMP other than echo requests, which
+//! neighbour discovery and path MTU need.
 
 /// Stands for every port: the packet does not say which.
 pub const PORT_UNKNOWN: u32 = 0;
@@ -91,6 +92,10 @@ const MAPPED: u32 = 0xffff_u32.to_be();
 /// Protocol number that no packet can bear (reserved by IANA).
 const RESERVED: u8 = 255;
 
+/// UDP ports at which machines take packets out of a wrapping: VXLAN (4789; Linux' own 8472, of Flannel and Cilium; 4790 with
+/// other payloads), Geneve, GUE, MPLS in UDP, Weave. What is inside is not read, so it counts for every port.
+const TUNNELS: [u16; 7] = [4789, 8472, 4790, 6081, 6080, 6635, 6784];
+
 /// Reads the network header.
 #[inline(always)]
 pub fn destination(packet: &impl Packet) -> Destination {
@@ -151,7 +156,11 @@ fn destination6(packet: &impl Packet, mut next: u8) -> Destination {
 pub fn port(packet: &impl Packet, transport: Transport) -> Option<u32> {
     match transport.protocol {
         TCP | UDP | UDP_LITE | SCTP | DCCP => match packet.bytes::<2>(transport.offset + 2) {
-            Some(port) => Some(u32::from(u16::from_be_bytes(port))),
+            Some(port) => {
+                let port = u16::from_be_bytes(port);
+                let wraps = transport.protocol == UDP && TUNNELS.contains(&port);
+                Some(if wraps { PORT_UNKNOWN } else { u32::from(port) })
+            }
             None => Some(PORT_UNKNOWN),
         },
         ICMP | ICMP6 => {
@@ -230,6 +239,20 @@ mod tests {
         }
         let fragment = [6, 0, 0, 8, 0, 0, 0, 0, 0, 1, 1, 187];
         assert_eq!(read(&packet6(44, &fragment)), Some((ADDRESS6, Some(PORT_UNKNOWN))));
+    }
+
+    #[test]
+    fn what_wraps_another_packet_counts_for_every_port() {
+        let to = |port: u16| [&[0, 1][..], &port.to_be_bytes()].concat();
+        for port in [4789, 8472, 6081] {
+            assert_eq!(read(&packet4(17, 0, 0, &to(port))), Some((MAPPED, Some(PORT_UNKNOWN))), "{port}");
+            assert_eq!(read(&packet6(17, &to(port))), Some((ADDRESS6, Some(PORT_UNKNOWN))), "{port}");
+            assert_eq!(
+                read(&packet4(6, 0, 0, &to(port))),
+                Some((MAPPED, Some(u32::from(port)))),
+                "TCP {port}"
+            );
+        }
     }
 
     #[test]
