@@ -53,14 +53,22 @@ mod identity_provider;
 mod monitoring;
 #[path = "integration/names.rs"]
 mod names;
+#[path = "integration/nested.rs"]
+mod nested;
 #[path = "integration/pod_kinds.rs"]
 mod pod_kinds;
+#[path = "integration/scale.rs"]
+mod scale;
 #[path = "integration/starting.rs"]
 mod starting;
 #[path = "integration/storage_faults.rs"]
 mod storage_faults;
 #[path = "integration/upgrade.rs"]
 mod upgrade;
+#[path = "integration/watch.rs"]
+mod watch;
+#[path = "integration/witness.rs"]
+mod witness;
 
 /// A node has one agent.
 static ONE_AGENT: Mutex<()> = Mutex::new(());

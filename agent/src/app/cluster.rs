@@ -83,7 +83,7 @@ async fn connect(
         renewal.run().await;
         "the renewal of a certificate"
     });
-    tracing::info!(cluster = cluster.name, authority = authority.describe(), "serving certificate issued");
+    tracing::info!(cluster = cluster.name, "has its serving certificate");
     let own_tls = access.certificate.as_ref().map(|certificate| {
         let mut own = rustls::ClientConfig::clone(&tls);
         own.client_auth_cert_resolver = Arc::clone(certificate);

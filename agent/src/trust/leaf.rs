@@ -18,6 +18,7 @@ use rustls::{
     crypto::CryptoProvider,
     pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer},
 };
+use sha2::{Digest as _, Sha256};
 use tokio::sync::watch;
 use tracing::{info, warn};
 use x509_parser::parse_x509_certificate;
@@ -94,6 +95,8 @@ pub(super) fn from_unix_seconds(seconds: i64) -> SystemTime {
 pub struct Leaf {
     config: Arc<ServerConfig>,
     not_after: SystemTime,
+    /// Of its DER form, in hexadecimal digits: what a client's tools show of the certificate that it saw.
+    sha256: String,
 }
 
 impl fmt::Debug for Leaf {
@@ -114,6 +117,7 @@ impl Leaf {
         let leaf = chain.first().ok_or(TrustError::EmptyChain)?;
         let (_, parsed) = parse_x509_certificate(leaf).map_err(|error| unparsable(error.to_string()))?;
         let not_after = from_unix_seconds(parsed.validity().not_after.timestamp());
+        let sha256 = hex::encode(Sha256::digest(leaf));
         if not_after < SystemTime::now() + LIFE_SHORTEST {
             return Err(TrustError::Expired { not_after });
         }
@@ -130,7 +134,7 @@ impl Leaf {
         config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
         // Stateless tickets: resumption without memory per session.
         config.ticketer = rustls::crypto::aws_lc_rs::Ticketer::new().map_err(failed)?;
-        Ok(Self { config: Arc::new(config), not_after })
+        Ok(Self { config: Arc::new(config), not_after, sha256 })
     }
 
     /// End of the certificate's validity.
@@ -157,6 +161,7 @@ pub async fn serve(
     let wanted = names.borrow_and_update().clone();
     let leaf = authority.issue(&wanted, clients.as_ref()).await?;
     let serving = ServingCertificate::new(leaf.server_config(), leaf.not_after);
+    info!(authority = authority.describe(), sha256 = leaf.sha256, "serving certificate issued");
     let renewal = Renewal { authority, serving: serving.clone(), names, clients, not_after: leaf.not_after };
     Ok((serving, renewal))
 }
@@ -193,7 +198,11 @@ impl Renewal {
                     self.not_after = leaf.not_after;
                     renew_at = renewal_time(SystemTime::now(), self.not_after, jitter);
                     pause = RETRY_FIRST;
-                    info!(authority = self.authority.describe(), "serving certificate renewed");
+                    info!(
+                        authority = self.authority.describe(),
+                        sha256 = leaf.sha256,
+                        "serving certificate renewed"
+                    );
                 }
                 Err(error) => {
                     let left = self.not_after.duration_since(SystemTime::now()).unwrap_or_default();

@@ -2,7 +2,9 @@
 //! `timedOut`, `failed`. Whether a byte arrived is for the far side to say, not for this program.
 //!
 //! Static, so that it runs in any container. `--cgroup`, `--netns` and `--late` put it where only a privileged process
-//! can put itself: into a cgroup, into a process's network namespace, and there only after its socket is made.
+//! can put itself: into a cgroup, into a process's network namespace, and there only after its socket is made. `--relay` has a
+//! connection carry standard input and output, behind the line `connected`; `--via` names the machine that unwraps packets,
+//! `--from` whom they are from.
 
 mod forge;
 mod packet;
@@ -28,12 +30,16 @@ fn main() -> ExitCode {
             "--cgroup" => place.cgroup = rest.next().cloned(),
             "--netns" => place.netns = rest.next().cloned(),
             "--late" => place.late = true,
+            "--relay" => place.relay = true,
+            "--from" => place.from = rest.next().and_then(|from| from.parse().ok()),
+            "--via" => place.via = rest.next().and_then(|via| via.parse().ok()),
             word => words.push(word.to_owned()),
         }
     }
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     let outcome = match words[..] {
         ["watch", interface, network] => return watch::run(interface, network),
+        ["race", name, server, address] => forge::race(name, server, address, &place),
         ["forge", name, address, to] => forge::answer(name, address, to),
         [way, target] => match target.parse() {
             Ok(SocketAddr::V4(target)) => attempt(way, target, &place),
@@ -43,6 +49,8 @@ fn main() -> ExitCode {
         _ => Err(nix::Error::EINVAL),
     };
     match outcome {
+        // What it carried is the last that it says.
+        Ok(sockets::ENDED) => {}
         Ok(word) => println!("{word}"),
         Err(nix::Error::ETIMEDOUT | nix::Error::EINPROGRESS | nix::Error::EAGAIN) => println!("timedOut"),
         Err(nix::Error::ECONNREFUSED) => println!("refused"),
@@ -54,7 +62,9 @@ fn main() -> ExitCode {
 fn attempt(way: &str, target: std::net::SocketAddrV4, place: &sockets::Place) -> Outcome {
     match way {
         "raw" | "raw-protocol" | "raw-fragment" | "raw-gre" => packet::raw(way, target, place),
-        "frame" | "frame-fragment" | "frame-vlan" | "frame-double-vlan" => packet::frame(way, target),
+        "frame" | "frame-fragment" | "frame-fragments" | "frame-vlan" | "frame-double-vlan"
+        | "frame-vxlan" => packet::frame(way, target, place),
+        "udp-vxlan" => packet::wrapped(target, place),
         _ => sockets::attempt(way, target, place),
     }
 }

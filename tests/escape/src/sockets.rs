@@ -2,7 +2,7 @@
 
 use std::{
     fs::File,
-    io::Write as _,
+    io::{Read as _, Write as _},
     net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream},
     os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd},
     thread,
@@ -27,8 +27,13 @@ use crate::{Outcome, TIMEOUT};
 const TCP_FASTOPEN_CONNECT: libc::c_int = 30;
 /// Connections at once.
 const CONCURRENT: usize = 2000;
+/// Most bytes that are passed on at once.
+const RELAY_BYTES: usize = 16 * 1024;
 /// How many of them wait at a time.
 const THREADS: usize = 50;
+
+/// What comes of a connection that was used.
+pub(crate) const ENDED: &str = "ended";
 
 /// Where the process goes before it tries.
 #[derive(Debug, Default)]
@@ -39,6 +44,12 @@ pub(crate) struct Place {
     pub(crate) netns: Option<String>,
     /// The cgroup is entered only after the socket is made.
     pub(crate) late: bool,
+    /// What is connected then carries standard input and output, so that more can be seen of it than that it is connected.
+    pub(crate) relay: bool,
+    /// The machine that takes packets out of their wrapping.
+    pub(crate) via: Option<Ipv4Addr>,
+    /// Whom the packet in the wrapping is from; else this machine.
+    pub(crate) from: Option<Ipv4Addr>,
 }
 
 impl Place {
@@ -49,6 +60,42 @@ impl Place {
             setns(&file, CloneFlags::CLONE_NEWNET)?;
         }
         if self.late { Ok(()) } else { self.enter_cgroup() }
+    }
+
+    /// What goes with a connection at once, where that is possible.
+    fn first_bytes(&self) -> nix::Result<Vec<u8>> {
+        if !self.relay {
+            return Ok(b"x".to_vec());
+        }
+        let mut bytes = vec![0; RELAY_BYTES];
+        let length = nix::unistd::read(std::io::stdin(), &mut bytes)?;
+        bytes.truncate(length);
+        Ok(bytes)
+    }
+
+    /// What comes of a connection: with `relay` it is used first, until the other side ends it.
+    pub(crate) fn connected(&self, stream: TcpStream) -> Outcome {
+        if !self.relay {
+            return Ok("connected");
+        }
+        let failed = |error: std::io::Error| nix::Error::from_raw(error.raw_os_error().unwrap_or(libc::EIO));
+        stream.set_nonblocking(false).map_err(failed)?;
+        let mut out = std::io::stdout();
+        out.write_all(b"connected\n").and_then(|()| out.flush()).map_err(failed)?;
+        let mut up = stream.try_clone().map_err(failed)?;
+        thread::spawn(move || {
+            let _ = std::io::copy(&mut std::io::stdin(), &mut up);
+            let _ = up.shutdown(std::net::Shutdown::Write);
+        });
+        let mut from = &stream;
+        let mut bytes = vec![0; RELAY_BYTES];
+        loop {
+            let length = from.read(&mut bytes).map_err(failed)?;
+            if length == 0 {
+                return Ok(ENDED);
+            }
+            out.write_all(&bytes[..length]).and_then(|()| out.flush()).map_err(failed)?;
+        }
     }
 
     fn enter_cgroup(&self) -> nix::Result<()> {
@@ -64,14 +111,14 @@ pub(crate) fn attempt(way: &str, target: SocketAddrV4, place: &Place) -> Outcome
     match way {
         "nested" => {
             unshare(CloneFlags::CLONE_NEWNET)?;
-            return tcp(to, |_| Ok(()));
+            return tcp(to);
         }
         "nested-user" => {
             unshare(CloneFlags::CLONE_NEWUSER | CloneFlags::CLONE_NEWNET)?;
-            return tcp(to, |_| Ok(()));
+            return tcp(to);
         }
         "passed" => return passed(to, place),
-        "concurrent" => return concurrent(to),
+        "concurrent" => return concurrent(to, place),
         "steal" => return steal(target),
         _ => {}
     }
@@ -95,11 +142,20 @@ pub(crate) fn attempt(way: &str, target: SocketAddrV4, place: &Place) -> Outcome
     } else {
         to
     };
-    through(way, &socket, to)
+    through(way, socket, to, place)
 }
 
 /// What is done with a socket that is there.
-pub(crate) fn through(way: &str, socket: &OwnedFd, to: SocketAddr) -> Outcome {
+pub(crate) fn through(way: &str, socket: OwnedFd, to: SocketAddr, place: &Place) -> Outcome {
+    let first = if way.starts_with("fastopen") { place.first_bytes()? } else { Vec::new() };
+    match connect_by(way, &socket, to, &first)? {
+        "connected" => place.connected(socket.into()),
+        word => Ok(word),
+    }
+}
+
+/// `first` goes with the connection where it takes data along.
+fn connect_by(way: &str, socket: &OwnedFd, to: SocketAddr, first: &[u8]) -> Outcome {
     let (fd, address) = (socket.as_raw_fd(), SockaddrStorage::from(to));
     match way {
         "bound" if to.is_ipv6() => {
@@ -111,17 +167,13 @@ pub(crate) fn through(way: &str, socket: &OwnedFd, to: SocketAddr) -> Outcome {
         "fastopen-connect" => {
             set_option(fd, libc::IPPROTO_TCP, TCP_FASTOPEN_CONNECT, &1_i32.to_ne_bytes())?;
             connect_timed(socket, &address)?;
-            sendto(fd, b"x", &address, MsgFlags::empty())?;
+            sendto(fd, first, &address, MsgFlags::empty())?;
             return Ok("connected");
         }
         "fastopen" => {
             timeout(socket)?;
-            sendto(
-                fd,
-                b"x",
-                &address,
-                MsgFlags::from_bits_retain(libc::MSG_FASTOPEN) | MsgFlags::MSG_NOSIGNAL,
-            )?;
+            let flags = MsgFlags::from_bits_retain(libc::MSG_FASTOPEN) | MsgFlags::MSG_NOSIGNAL;
+            sendto(fd, first, &address, flags)?;
             return Ok("connected");
         }
         "udp-sendto" | "udp-mapped-sendto" => {
@@ -148,9 +200,8 @@ pub(crate) fn through(way: &str, socket: &OwnedFd, to: SocketAddr) -> Outcome {
     Ok("connected")
 }
 
-fn tcp(to: SocketAddr, prepare: impl Fn(&OwnedFd) -> nix::Result<()>) -> Outcome {
+fn tcp(to: SocketAddr) -> Outcome {
     let socket = new_socket(libc::AF_INET, libc::SOCK_STREAM, 0)?;
-    prepare(&socket)?;
     connect_timed(&socket, &SockaddrStorage::from(to))?;
     Ok("connected")
 }
@@ -226,30 +277,33 @@ fn passed(to: SocketAddr, place: &Place) -> Outcome {
             // SAFETY: the kernel has just installed this descriptor for us, and nobody else knows it.
             let socket = unsafe { OwnedFd::from_raw_fd(*descriptor) };
             connect_timed(&socket, &SockaddrStorage::from(to))?;
-            return Ok("connected");
+            return place.connected(socket.into());
         }
     }
     Err(nix::Error::EBADF)
 }
 
-/// Many at once: `connected` if all were.
-fn concurrent(to: SocketAddr) -> Outcome {
+/// Many at once: `connected` if all were, over the last of them.
+fn concurrent(to: SocketAddr, place: &Place) -> Outcome {
     let workers: Vec<_> = (0..THREADS)
         .map(|_| {
             thread::spawn(move || {
-                let mut open = Vec::new();
-                for _ in 0..CONCURRENT / THREADS {
-                    open.push(TcpStream::connect(to));
-                }
-                open.into_iter().find_map(Result::err)
+                let open: Vec<_> = (0..CONCURRENT / THREADS).map(|_| TcpStream::connect(to)).collect();
+                open.into_iter().collect::<std::io::Result<Vec<_>>>()
             })
         })
         .collect();
-    let failed = workers.into_iter().find_map(|worker| worker.join().unwrap_or(None));
-    match failed {
-        None => Ok("connected"),
-        Some(error) => Err(nix::Error::from_raw(error.raw_os_error().unwrap_or(libc::EIO))),
+    // All stay open until the last is.
+    let mut open = Vec::with_capacity(CONCURRENT);
+    for worker in workers {
+        match worker.join() {
+            Ok(Ok(streams)) => open.extend(streams),
+            Ok(Err(error)) => return Err(nix::Error::from_raw(error.raw_os_error().unwrap_or(libc::EIO))),
+            Err(_) => return Err(nix::Error::EIO),
+        }
     }
+    let last = open.pop().ok_or(nix::Error::EBADF)?;
+    place.connected(last)
 }
 
 /// Tries to share or take the port of a listener that is there.

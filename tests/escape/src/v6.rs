@@ -11,11 +11,14 @@ use nix::sys::socket::{
 
 use crate::{
     Outcome,
-    packet::{INTERFACE, hardware_address, read, send_frame, socket, syn},
+    packet::{ETHERTYPE_VLAN, checksum, own_hardware_address, send_frame, socket, syn},
     sockets::{Place, through},
 };
 
 const ETHERTYPE_IPV6: u16 = 0x86dd;
+/// A fragment but the last has a multiple of eight bytes, and the first the whole TCP header, or it is dropped on the way
+/// (RFC 7112).
+const FIRST_BYTES: usize = 24;
 /// Everybody on the link: whose the address is need not be known.
 const BROADCAST: [u8; 6] = [0xff; 6];
 
@@ -24,7 +27,7 @@ pub(crate) fn attempt(way: &str, target: SocketAddrV6, place: &Place) -> Outcome
     let to = SocketAddr::V6(target);
     match way {
         "raw" | "raw-protocol" => raw(way, target),
-        "frame" => frame(target),
+        "frame" | "frame-vlan" | "frame-fragments" => frame(way, target),
         "steal" => {
             let socket = socket(libc::AF_INET6, libc::SOCK_STREAM, 0)?;
             setsockopt(&socket, ReusePort, &true)?;
@@ -35,7 +38,7 @@ pub(crate) fn attempt(way: &str, target: SocketAddrV6, place: &Place) -> Outcome
         _ => {
             let kind = if way.starts_with("udp") { libc::SOCK_DGRAM } else { libc::SOCK_STREAM };
             let protocol = if way == "mptcp" { libc::IPPROTO_MPTCP } else { 0 };
-            through(way, &socket(libc::AF_INET6, kind, protocol)?, to)
+            through(way, socket(libc::AF_INET6, kind, protocol)?, to, place)
         }
     }
 }
@@ -45,7 +48,7 @@ fn raw(way: &str, target: SocketAddrV6) -> Outcome {
     // A raw socket's port is its protocol, and no other (raw(7)).
     let to = SockaddrStorage::from(SocketAddr::from((*target.ip(), 0)));
     let (protocol, bytes) = match way {
-        "raw-protocol" => (libc::IPPROTO_TCP, segment(own_address(target)?, target)),
+        "raw-protocol" => (libc::IPPROTO_TCP, segment(own_address(target)?, target, &[])),
         _ => (libc::IPPROTO_RAW, ip(target)?),
     };
     let socket = socket(libc::AF_INET6, libc::SOCK_RAW, protocol)?;
@@ -53,36 +56,61 @@ fn raw(way: &str, target: SocketAddrV6) -> Outcome {
     Ok("sent")
 }
 
-/// Sends a frame over a packet socket.
-fn frame(target: SocketAddrV6) -> Outcome {
-    let mut frame = BROADCAST.to_vec();
-    frame.extend(hardware_address(&read(&format!("/sys/class/net/{INTERFACE}/address"))?)?);
-    frame.extend(ETHERTYPE_IPV6.to_be_bytes());
-    frame.extend(ip(target)?);
-    send_frame(&frame, ETHERTYPE_IPV6)
+/// Sends a frame, or the two of a packet in fragments, over a packet socket.
+fn frame(way: &str, target: SocketAddrV6) -> Outcome {
+    let mut header = BROADCAST.to_vec();
+    header.extend(own_hardware_address()?);
+    if way == "frame-vlan" {
+        header.extend(ETHERTYPE_VLAN.to_be_bytes());
+        header.extend(1_u16.to_be_bytes());
+    }
+    header.extend(ETHERTYPE_IPV6.to_be_bytes());
+    let own = own_address(target)?;
+    let packets = if way == "frame-fragments" {
+        let segment = segment(own, target, &[0; 12]);
+        let (first, rest) = segment.split_at(FIRST_BYTES);
+        // Next header, nothing, offset (in its upper 13 bits, in units of eight) and more to come, number (RFC 8200, 4.5).
+        let part = |offset_and_more: u16, payload: &[u8]| {
+            let mut bytes = vec![6, 0];
+            bytes.extend(offset_and_more.to_be_bytes());
+            bytes.extend(std::process::id().to_be_bytes());
+            bytes.extend(payload);
+            ip_packet(own, target, 44, &bytes)
+        };
+        vec![part(1, first), part(FIRST_BYTES as u16, rest)]
+    } else {
+        vec![ip_packet(own, target, 6, &segment(own, target, &[]))]
+    };
+    for packet in packets {
+        send_frame(&[&header[..], &packet].concat(), ETHERTYPE_IPV6)?;
+    }
+    Ok("sent")
 }
 
 fn ip(target: SocketAddrV6) -> nix::Result<Vec<u8>> {
     let own = own_address(target)?;
-    let payload = segment(own, target);
+    Ok(ip_packet(own, target, 6, &segment(own, target, &[])))
+}
+
+fn ip_packet(own: Ipv6Addr, target: SocketAddrV6, next: u8, payload: &[u8]) -> Vec<u8> {
     let mut packet = vec![0x60, 0, 0, 0];
     packet.extend((payload.len() as u16).to_be_bytes());
-    packet.extend([6, 64]);
+    packet.extend([next, 64]);
     packet.extend(own.octets());
     packet.extend(target.ip().octets());
     packet.extend(payload);
-    Ok(packet)
+    packet
 }
 
 /// A TCP header that asks for a connection, with its checksum (RFC 8200, 8.1): connection tracking at a bridge would drop it
 /// without.
-fn segment(own: Ipv6Addr, target: SocketAddrV6) -> Vec<u8> {
-    let mut header = syn(target.port());
-    let covered = [&own.octets()[..], &target.ip().octets(), &[0, 0, 0, 20, 0, 0, 0, 6], &header].concat();
-    let sum: u32 = covered.chunks(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]]))).sum();
-    let sum = (sum & 0xffff) + (sum >> 16);
-    header[16..18].copy_from_slice(&(!((sum & 0xffff) + (sum >> 16)) as u16).to_be_bytes());
-    header
+fn segment(own: Ipv6Addr, target: SocketAddrV6, data: &[u8]) -> Vec<u8> {
+    let mut segment = syn(target.port());
+    segment.extend(data);
+    let length = (segment.len() as u32).to_be_bytes();
+    let covered = [&own.octets()[..], &target.ip().octets(), &length, &[0, 0, 0, 6], &segment].concat();
+    segment[16..18].copy_from_slice(&checksum(&covered).to_be_bytes());
+    segment
 }
 
 /// The address that this machine would send from.

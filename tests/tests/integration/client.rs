@@ -1,9 +1,10 @@
-//! A client inside a pod that sends exactly the bytes it is told. TLS is made here; the connection is that of the pod's
-//! own `nc`, so that it comes from the pod's cgroup and network namespace.
+//! A client inside a pod that sends exactly the bytes it is told. TLS is made here; the connection is that of a program in
+//! the pod (its own `nc`, or one that connects in an unusual way), so that it comes from the pod's cgroup and network
+//! namespace.
 
 use std::{
     io::{self, Read, Write},
-    process::{Child, ChildStdin, ChildStdout, Stdio},
+    process::{Child, ChildStdin, ChildStdout, Command, Stdio},
     sync::Arc,
 };
 
@@ -19,10 +20,13 @@ use super::random_text;
 /// Seconds after which `nc` ends, so that a server that waits for ever fails the test instead of stopping it.
 const CONNECTION_SECONDS: &str = "60";
 
+/// What a program says that is connected.
+const CONNECTED: &str = "connected";
+
 /// One connection.
 pub(super) struct RawClient {
     stream: StreamOwned<ClientConnection, Pipe>,
-    nc: Child,
+    program: Child,
 }
 
 /// What the server said to one request.
@@ -36,10 +40,23 @@ pub(super) struct Answer {
 struct Pipe {
     to: Option<ChildStdin>,
     from: ChildStdout,
+    /// Whether the program says first what has come of its connection.
+    speaks: bool,
+    /// What it said.
+    said: String,
 }
 
 impl Read for Pipe {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        while self.speaks {
+            let mut byte = [0];
+            self.from.read_exact(&mut byte)?;
+            match byte[0] {
+                b'\n' if self.said == CONNECTED => self.speaks = false,
+                b'\n' => return Err(io::ErrorKind::NotConnected.into()),
+                byte => self.said.push(char::from(byte)),
+            }
+        }
         self.from.read(buffer)
     }
 }
@@ -57,6 +74,35 @@ impl Write for Pipe {
 impl RawClient {
     /// Connects to the API server's ClusterIP. `name` is verified, and sent as SNI where it is no address.
     pub(super) fn connect(testbed: &Testbed, pod: &Pod<'_>, name: &str, alpn: &str) -> Self {
+        let mut command = testbed.kubectl_command();
+        command.args(["exec", "-i", "-n", &pod.namespace, &pod.name, "--"]);
+        command.args(["timeout", CONNECTION_SECONDS, "nc", API_CLUSTER_IP, "443"]);
+        Self::over(testbed, command, false, name, alpn)
+    }
+
+    /// Connects by a program that says in a line what has come of it, and then is the connection.
+    ///
+    /// # Errors
+    /// What it said, if it is not connected.
+    pub(super) fn by(testbed: &Testbed, command: Command) -> Result<Self, String> {
+        let mut client = Self::over(testbed, command, true, API_CLUSTER_IP, "http/1.1");
+        let handshake = client.stream.conn.complete_io(&mut client.stream.sock);
+        let Err(error) = handshake else { return Ok(client) };
+        // One that is not connected may have ended before it was told anything.
+        let _ = client.stream.sock.read(&mut [0]);
+        match std::mem::take(&mut client.stream.sock.said) {
+            said if said.is_empty() || said == CONNECTED => Err(format!("{said:?}, then {error}")),
+            said => Err(said),
+        }
+    }
+
+    /// The certificate that the server showed.
+    pub(super) fn certificate(&self) -> &[u8] {
+        let certificates = self.stream.conn.peer_certificates();
+        certificates.and_then(|certificates| certificates.first()).expect("a handshake is done")
+    }
+
+    fn over(testbed: &Testbed, mut command: Command, speaks: bool, name: &str, alpn: &str) -> Self {
         let mut roots = RootCertStore::empty();
         let ca = testbed.layout().path("pki/ca.crt");
         for certificate in CertificateDer::pem_file_iter(ca).unwrap() {
@@ -71,12 +117,10 @@ impl RawClient {
         config.alpn_protocols = vec![alpn.as_bytes().to_vec()];
         let name = ServerName::try_from(name.to_owned()).unwrap();
         let tls = ClientConnection::new(Arc::new(config), name).unwrap();
-        let mut command = testbed.kubectl_command();
-        command.args(["exec", "-i", "-n", &pod.namespace, &pod.name, "--"]);
-        command.args(["timeout", CONNECTION_SECONDS, "nc", API_CLUSTER_IP, "443"]);
-        let mut nc = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
-        let pipe = Pipe { to: nc.stdin.take(), from: nc.stdout.take().unwrap() };
-        Self { stream: StreamOwned::new(tls, pipe), nc }
+        let mut program = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let (to, from) = (program.stdin.take(), program.stdout.take().unwrap());
+        let pipe = Pipe { to, from, speaks, said: String::new() };
+        Self { stream: StreamOwned::new(tls, pipe), program }
     }
 
     /// An error means that the server has closed.
@@ -137,8 +181,8 @@ impl RawClient {
 
 impl Drop for RawClient {
     fn drop(&mut self) {
-        let _ = self.nc.kill();
-        let _ = self.nc.wait();
+        let _ = self.program.kill();
+        let _ = self.program.wait();
     }
 }
 

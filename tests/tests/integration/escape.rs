@@ -1,43 +1,44 @@
 //! Every way we know by which a process of an enrolled pod could reach the API server or a kubelet around Weir, tried
 //! from a real pod, while a packet socket watches the bridge that all pods are attached to: there, behind the guards of
 //! the pods' interfaces, no packet of a pod may show that goes to either of them. The same watch sees those packets
-//! while no agent runs, so it is no blind one.
+//! while no agent runs, so it is no blind one. What is connected is asked something: [`super::witness`] says whom.
 
 use std::{
-    io::{BufRead as _, BufReader},
-    net::{IpAddr, SocketAddr},
+    net::SocketAddr,
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
-    sync::{Arc, Mutex},
+    process::Command,
 };
 
 use nix::sys::signal::Signal;
 use serde_json::Value;
 use weir_tests::{AgentProcess, Pod, PodSpec, agent::TrustSource, command, wait_until};
 
-use super::{DEADLINE, Scene};
+use super::{
+    DEADLINE, Scene,
+    watch::{PROGRAM, TCP, UDP, Watch, program},
+    witness::{Server, Witness},
+};
 
-pub(super) const PROGRAM: &str = "/tmp/weir-escape";
 const BRIDGE: &str = "weirtb0";
 const BRIDGE_ADDRESS: &str = "10.244.0.1";
 const POD_NETWORK: &str = "10.244.0.0";
 /// Given to the bridge by the tests: nothing publishes it.
 const ALIAS: &str = "10.244.0.253";
+/// The node's end of an overlay network, which the tests make.
+const OVERLAY: &str = "weirtbvx0";
 const SERVICE: &str = "10.96.0.1:443";
 
 /// What may come of a way while an agent serves the pod.
 pub(super) enum Expected {
-    /// The listener has it.
+    /// The listener has it: a request over it is answered with Weir's certificate, and the API server has it from Weir.
     Proxied,
     /// This, in the program's words: an error at once.
     Says(&'static str),
     /// Nobody tells the sender; nothing arrives.
     Dropped,
-    /// Whatever the kernel makes of it.
-    Any,
 }
 
-use Expected::{Any, Dropped, Proxied, Says};
+use Expected::{Dropped, Proxied, Says};
 
 /// By a hook of connect or sendmsg.
 pub(super) const REFUSED: Expected = Says("refused");
@@ -45,7 +46,7 @@ pub(super) const REFUSED: Expected = Says("refused");
 pub(super) const GUARDED: Expected = Says("failed EPERM");
 
 /// From an ordinary container: its capabilities are the runtime's default, NET_RAW among them.
-const WAYS: [(&str, Target, Expected); 37] = [
+const WAYS: [(&str, Target, Expected); 43] = [
     ("tcp", Target::Service, Proxied),
     ("bound", Target::Service, Proxied),
     ("nonblocking", Target::Service, Proxied),
@@ -54,7 +55,7 @@ const WAYS: [(&str, Target, Expected); 37] = [
     ("io-uring", Target::Service, Proxied),
     ("mapped", Target::Service, Proxied),
     ("unspec", Target::Service, Proxied),
-    ("mark", Target::Service, Any),
+    ("mark", Target::Service, Proxied),
     // Bound to an interface that does not lead to the listener.
     ("device", Target::Service, Says("timedOut")),
     ("mptcp", Target::Service, Says("failed EPROTONOSUPPORT")),
@@ -69,8 +70,13 @@ const WAYS: [(&str, Target, Expected); 37] = [
     ("raw-gre", Target::Service, GUARDED),
     ("frame", Target::Service, Dropped),
     ("frame-fragment", Target::Service, Dropped),
+    ("frame-fragments", Target::Service, Dropped),
     ("frame-vlan", Target::Service, Dropped),
     ("frame-double-vlan", Target::Service, Dropped),
+    // The machine that a datagram goes to would unwrap it.
+    ("udp-vxlan", Target::Service, GUARDED),
+    ("frame-vxlan", Target::Service, Dropped),
+    ("udp-vxlan", Target::Kubelet, GUARDED),
     ("concurrent", Target::Service, Proxied),
     // A network namespace of its own needs a user namespace of its own in an ordinary container.
     ("nested-user", Target::Service, REFUSED),
@@ -79,6 +85,8 @@ const WAYS: [(&str, Target, Expected); 37] = [
     ("raw", Target::Endpoint, GUARDED),
     ("raw-fragment", Target::Endpoint, GUARDED),
     ("frame", Target::Endpoint, Dropped),
+    ("frame-fragments", Target::Endpoint, Dropped),
+    ("frame-vlan", Target::Endpoint, Dropped),
     ("tcp", Target::Alias, Proxied),
     ("raw", Target::Alias, GUARDED),
     ("frame", Target::Alias, Dropped),
@@ -117,18 +125,21 @@ impl Expected {
             Proxied => said == "connected",
             Says(expected) => said == *expected,
             Dropped => said == "sent",
-            Any => true,
         }
     }
 }
 
 pub(super) struct Attack<'a> {
+    scene: &'a Scene,
     pub(super) pod: &'a Pod<'a>,
+    pub(super) witness: Witness<'a>,
     program: PathBuf,
     endpoint: String,
     alias: String,
     kubelet: String,
     watch: Watch,
+    /// Of what is unwrapped.
+    watch_inside: Watch,
 }
 
 impl<'a> Attack<'a> {
@@ -139,12 +150,20 @@ impl<'a> Attack<'a> {
         let alias = format!("{ALIAS}:{}", endpoint.port());
         command::run(Command::new("ip").args(["address", "replace", &format!("{ALIAS}/32"), "dev", BRIDGE]))
             .unwrap();
+        // The node's end of an overlay network, as many CNIs have one.
+        let _ = command::output(Command::new("ip").args(["link", "delete", OVERLAY]));
+        let overlay = ["link", "add", OVERLAY, "type", "vxlan", "id", "42", "dstport", "4789", "local"];
+        command::run(Command::new("ip").args(overlay).arg(BRIDGE_ADDRESS)).unwrap();
+        command::run(Command::new("ip").args(["link", "set", OVERLAY, "up"])).unwrap();
         let nodes = scene.testbed.kubectl(&["get", "nodes", "-o", "json"]).unwrap();
         let nodes: Value = serde_json::from_str(&nodes).unwrap();
         let port = &nodes["items"][0]["status"]["daemonEndpoints"]["kubeletEndpoint"]["Port"];
         Self {
+            scene,
             pod,
+            witness: Witness::new(scene, pod),
             watch: Watch::start(&program, BRIDGE, POD_NETWORK),
+            watch_inside: Watch::start(&program, OVERLAY, POD_NETWORK),
             program,
             alias,
             endpoint: endpoint.to_string(),
@@ -173,23 +192,45 @@ impl<'a> Attack<'a> {
 
     /// Tries a way from the pod; gives what the client saw and what the far side did.
     pub(super) fn try_way(&self, way: &str, target: Target) -> (String, Vec<String>) {
-        let out = self.pod.exec(&[PROGRAM, way, self.address(target)]).unwrap();
+        let out = self.pod.exec(&[PROGRAM, "--via", BRIDGE_ADDRESS, way, self.address(target)]).unwrap();
         assert!(out.status.success(), "{way}: {}", String::from_utf8_lossy(&out.stderr));
         (String::from_utf8(out.stdout).unwrap().trim().to_owned(), self.direct())
     }
 
-    /// The same from a process of the host that goes where `place` says.
+    /// The same for a way that connects, with a request over the connection.
+    pub(super) fn ask_by(&self, way: &str, target: Target) -> (String, Vec<String>) {
+        let mut command = self.scene.testbed.kubectl_command();
+        command.args(["exec", "-i", "-n", &self.pod.namespace, &self.pod.name, "--"]);
+        command.args([PROGRAM, "--relay", way, self.address(target)]);
+        (self.witness.ask(command), self.direct())
+    }
+
+    /// The same from a process of the host that goes where `place` says; with a request if it connects.
     pub(super) fn try_from(&self, place: &[&str], way: &str) -> (String, Vec<String>) {
-        let out = command::run(Command::new(&self.program).args(place).args([way, SERVICE])).unwrap();
-        (out.trim().to_owned(), self.direct())
+        let mut command = Command::new(&self.program);
+        command.args(place);
+        if matches!(way, "tcp" | "passed" | "mark") {
+            command.args(["--relay", way, SERVICE]);
+            (self.witness.ask(command), self.direct())
+        } else {
+            let said = command::run(command.args([way, SERVICE])).unwrap();
+            (said.trim().to_owned(), self.direct())
+        }
     }
 
     /// The packets to an API server or kubelet that the far side saw since the last time.
     pub(super) fn direct(&self) -> Vec<String> {
+        let bridge = BRIDGE_ADDRESS.parse().unwrap();
         // What the pod sends now comes after all that it has sent before.
-        let seen = self.watch.until_marker(BRIDGE_ADDRESS.parse().unwrap(), |address| {
+        let mut seen = self.watch.until_marker(bridge, UDP, |address| {
             self.pod.exec(&[PROGRAM, "udp-sendto", address]).unwrap();
         });
+        // The host may have its own packets unwrapped.
+        seen.extend(self.watch_inside.until_marker(bridge, TCP, |address| {
+            let mut send = Command::new(&self.program);
+            send.args(["--via", BRIDGE_ADDRESS, "--from", ALIAS, "udp-vxlan", address]);
+            command::run(&mut send).unwrap();
+        }));
         let guarded = [SERVICE, &self.endpoint, &self.alias, &self.kubelet];
         let is_direct = |packet: &String| {
             let words: Vec<&str> = packet.split(' ').collect();
@@ -212,67 +253,8 @@ impl Drop for Attack<'_> {
             "dev",
             BRIDGE,
         ]));
+        let _ = command::output(Command::new("ip").args(["link", "delete", OVERLAY]));
     }
-}
-
-/// The watcher and what it has seen.
-pub(super) struct Watch {
-    process: Child,
-    seen: Arc<Mutex<Vec<String>>>,
-    markers: std::cell::Cell<u16>,
-}
-
-impl Watch {
-    pub(super) fn start(program: &Path, interface: &str, network: &str) -> Self {
-        let mut process =
-            Command::new(program).args(["watch", interface, network]).stdout(Stdio::piped()).spawn().unwrap();
-        let mut lines = BufReader::new(process.stdout.take().unwrap()).lines();
-        assert_eq!(lines.next().unwrap().unwrap(), "watching");
-        let seen: Arc<Mutex<Vec<String>>> = Arc::default();
-        let collected = seen.clone();
-        std::thread::spawn(move || {
-            for line in lines.map_while(Result::ok) {
-                collected.lock().unwrap().push(line);
-            }
-        });
-        Self { process, seen, markers: 20_000.into() }
-    }
-
-    /// Has a marker sent, waits until it is seen, and takes what was seen before it.
-    pub(super) fn until_marker(&self, to: IpAddr, send: impl Fn(&str)) -> Vec<String> {
-        let port = self.markers.get() + 1;
-        self.markers.set(port);
-        let marker = format!(" {to} 17 {port}");
-        wait_until("the marker at the far side", DEADLINE, || {
-            send(&SocketAddr::new(to, port).to_string());
-            let mut seen = self.seen.lock().unwrap();
-            let at = seen.iter().position(|line| line.ends_with(&marker));
-            Ok(at.map(|at| seen.drain(..=at).collect()))
-        })
-        .unwrap()
-    }
-}
-
-impl Drop for Watch {
-    fn drop(&mut self) {
-        let _ = self.process.kill();
-        let _ = self.process.wait();
-    }
-}
-
-/// The program that tries, built static: the image has no libraries.
-pub(super) fn program() -> PathBuf {
-    let triple = format!("{}-unknown-linux-gnu", std::env::consts::ARCH);
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
-    let target = root.join("target/escape");
-    let mut build = Command::new(env!("CARGO"));
-    build
-        .args(["build", "--quiet", "--locked", "-p", "weir-escape", "--target", &triple, "--target-dir"])
-        .arg(&target)
-        .env("RUSTFLAGS", "-C target-feature=+crt-static -C strip=symbols")
-        .current_dir(root);
-    command::run(&mut build).unwrap();
-    target.join(triple).join("debug/weir-escape")
 }
 
 #[test]
@@ -282,30 +264,44 @@ fn no_process_of_an_enrolled_pod_reaches_an_api_server_or_kubelet_around_weir() 
     let pod = scene.testbed.run_pod(&PodSpec::idle("it-escape", "caller")).unwrap();
     let attack = Attack::new(&scene, &pod);
 
-    // Without an agent the far side sees them: the watch is not blind. (Not the fragments: connection tracking at the
-    // bridge waits for the rest of their packet.)
-    for way in ["tcp", "udp-sendto", "raw", "raw-protocol", "raw-gre", "frame"] {
-        let (said, direct) = attack.try_way(way, Target::Service);
-        assert!(!direct.is_empty(), "{way} ({said}) was not seen");
-    }
-    for way in ["tcp", "mapped", "raw", "frame"] {
-        for target in [Target::Endpoint, Target::Alias, Target::Kubelet] {
-            let (said, direct) = attack.try_way(way, target);
+    // Without an agent the far side sees all of them: neither watch is blind. (Not a later fragment alone: connection
+    // tracking at the bridge waits for the rest of its packet.)
+    let passes = |way: &str| !matches!(way, "raw-fragment" | "frame-fragment");
+    let sends = ["udp-sendto", "raw", "raw-protocol", "raw-gre"];
+    for (way, target, _) in WAYS.iter().filter(|(_, _, expected)| matches!(expected, Dropped | Says(_))) {
+        if passes(way) && (sends.contains(way) || way.contains("frame") || way.contains("vxlan")) {
+            let (said, direct) = attack.try_way(way, *target);
             assert!(!direct.is_empty(), "{way} to the {target:?} ({said}) was not seen");
         }
     }
+    for (way, target) in [("tcp", Target::Service), ("mapped", Target::Service), ("tcp", Target::Endpoint)] {
+        let (said, direct) = attack.ask_by(way, target);
+        assert!(said == "connected" && !direct.is_empty(), "{way} to the {target:?} ({said}) was not seen");
+    }
+    let (said, direct) = attack.try_way("tcp", Target::Kubelet);
+    assert!(!direct.is_empty(), "the kubelet ({said}) was not seen");
+    // Nor is who looks at certificates and the audit log.
+    assert_eq!(attack.witness.check(Server::Api, None), 3);
+    let before = attack.witness.direct();
+    assert!(before >= 3, "{before}");
 
     let mut agent = scene.agent(TrustSource::ClusterSigner);
     attack.wait_until_known(&agent);
     let mut failed = Vec::new();
     for (way, target, expected) in &WAYS {
-        let (said, direct) = attack.try_way(way, *target);
+        let (said, direct) = match expected {
+            Proxied => attack.ask_by(way, *target),
+            _ => attack.try_way(way, *target),
+        };
         println!("{way} to the {target:?}: {said}");
         if !expected.is(&said) || !direct.is_empty() {
             failed.push(format!("{way} to the {target:?}: {said}; the far side saw {direct:?}"));
         }
     }
     assert!(failed.is_empty(), "{failed:#?}\n{}", agent.last_lines());
+    let proxied = WAYS.iter().filter(|(.., expected)| matches!(expected, Proxied)).count();
+    assert_eq!(attack.witness.check(Server::Weir, Some(&agent)), proxied);
+    assert_eq!(attack.witness.direct(), before, "requests that the API server had from the pod itself");
 
     // Stopped, it holds up what is redirected; nothing goes another way. Dead, it refuses.
     for (signal, allowed) in [(Signal::SIGSTOP, "connected"), (Signal::SIGKILL, "refused")] {
@@ -344,6 +340,7 @@ fn no_place_that_a_privileged_process_puts_itself_into_leads_around_weir() {
         ("passed", &["--netns", pid, "--cgroup", own, "--late"], "passed", "connected"),
         ("passed from the host's network", &["--cgroup", own, "--late"], "passed", "refused"),
         ("child cgroup", &["--netns", pid, "--cgroup", child], "tcp", "connected"),
+        ("marked", &["--netns", pid, "--cgroup", own], "mark", "connected"),
         ("sibling cgroup", &["--netns", pid, "--cgroup", sibling], "tcp", "refused"),
         ("left the cgroup", &["--netns", pid], "tcp", "refused"),
         ("left the cgroup, raw", &["--netns", pid], "raw", "failed EPERM"),
@@ -354,6 +351,8 @@ fn no_place_that_a_privileged_process_puts_itself_into_leads_around_weir() {
         assert_eq!(said, expected, "{name}: {}", agent.last_lines());
         assert!(direct.is_empty(), "{name}: the far side saw {direct:?}");
     }
+    assert_eq!(attack.witness.check(Server::Weir, Some(&agent)), 4);
+    assert_eq!(attack.witness.direct(), 0, "requests that the API server had from the pod itself");
     // The listener's port is neither shared nor taken, and dialled directly it closes.
     let status = agent.status().unwrap();
     let uid = pod.uid.as_str();
@@ -392,15 +391,15 @@ pub(super) fn place(pod: &Pod<'_>) -> (PathBuf, String) {
 }
 
 /// A cgroup of the test's own.
-struct Folder(PathBuf);
+pub(super) struct Folder(PathBuf);
 
 impl Folder {
-    fn new(path: PathBuf) -> Self {
+    pub(super) fn new(path: PathBuf) -> Self {
         std::fs::create_dir(&path).unwrap();
         Self(path)
     }
 
-    fn path(&self) -> &str {
+    pub(super) fn path(&self) -> &str {
         self.0.to_str().unwrap()
     }
 }

@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use nix::sys::signal::Signal;
 use weir_tests::{
-    AgentProcess, PodSpec,
+    AgentProcess, Pod, PodSpec,
     agent::{self, TrustSource},
 };
 
@@ -13,16 +13,18 @@ use super::{
     Scene,
     escape::{
         Expected::{self, Dropped, Proxied, Says},
-        GUARDED, PROGRAM, REFUSED, Watch, endpoint, program,
+        GUARDED, REFUSED, endpoint,
     },
     far_side::{self, FarSide},
+    watch::{PROGRAM, UDP, Watch, program},
+    witness::{Server, Witness},
 };
 
 /// Given to the pod.
 const POD6: &str = "fd00:10:244::7";
 
 /// From an ordinary container.
-const WAYS6: [(&str, Expected); 12] = [
+const WAYS6: [(&str, Expected); 14] = [
     ("tcp", Proxied),
     ("bound", Proxied),
     ("nonblocking", Proxied),
@@ -35,78 +37,125 @@ const WAYS6: [(&str, Expected); 12] = [
     ("raw", GUARDED),
     ("raw-protocol", GUARDED),
     ("frame", Dropped),
+    ("frame-vlan", Dropped),
+    ("frame-fragments", Dropped),
 ];
+
+/// A pod with an IPv6 address, and who watches what it does.
+struct Scene6<'a> {
+    scene: &'a Scene,
+    pod: &'a Pod<'a>,
+    witness: Witness<'a>,
+    watch: Watch,
+    api: IpAddr,
+    /// The API server's.
+    target: String,
+}
+
+impl<'a> Scene6<'a> {
+    /// The far side must be there already.
+    fn new(scene: &'a Scene, pod: &'a Pod<'a>) -> Self {
+        let program = program();
+        pod.install(&program, PROGRAM).unwrap();
+        far_side::give_v6_address(pod, POD6);
+        let watch = Watch::start(&program, far_side::INTERFACE, far_side::V6_NETWORK);
+        let api = far_side::V6.parse().unwrap();
+        let target = SocketAddr::new(api, 443).to_string();
+        Self { scene, pod, witness: Witness::new(scene, pod), watch, api, target }
+    }
+
+    fn say(&self, way: &str, to: &str) -> String {
+        let out = self.pod.exec(&[PROGRAM, way, to]).unwrap();
+        assert!(out.status.success(), "{way}: {}", String::from_utf8_lossy(&out.stderr));
+        String::from_utf8(out.stdout).unwrap().trim().to_owned()
+    }
+
+    /// Tries a way, and asks something over a connection; gives what the client saw and what the far side did.
+    fn try_way(&self, way: &str) -> (String, Vec<String>) {
+        let asks = |(name, expected): &(&str, Expected)| *name == way && matches!(expected, Proxied);
+        let said = if WAYS6.iter().any(asks) {
+            let mut command = self.scene.testbed.kubectl_command();
+            command.args(["exec", "-i", "-n", &self.pod.namespace, &self.pod.name, "--"]);
+            command.args([PROGRAM, "--relay", way, &self.target]);
+            self.witness.ask(command)
+        } else {
+            self.say(way, &self.target)
+        };
+        let seen = self.watch.until_marker(self.api, UDP, |marker| {
+            self.say("udp-sendto", marker);
+        });
+        // A packet whose port is not told may go there as well.
+        let from_pod_to_api = format!("{POD6} {} ", self.api);
+        let is_direct = |packet: &String| {
+            // Neighbour discovery asks for the API server's hardware address, and answers.
+            let neighbours = packet.ends_with(" 58 0");
+            packet.starts_with(&from_pod_to_api)
+                && !neighbours
+                && (packet.ends_with(" 443") || packet.ends_with(" 0"))
+        };
+        let direct = seen.into_iter().filter(is_direct);
+        (said, direct.collect())
+    }
+
+    /// The listener at ::1 is neither shared nor taken, and dialled directly it closes.
+    fn attack_listener(&self, agent: &AgentProcess) {
+        let status = agent.status().unwrap();
+        let uid = self.pod.uid.as_str();
+        let state = status["pods"].as_array().unwrap().iter().find(|state| state["uid"] == uid).unwrap();
+        let port = &state["listenerPort"];
+        for address in [format!("[::1]:{port}"), format!("[::]:{port}")] {
+            assert_eq!(self.say("steal", &address), "failed EADDRINUSE", "{address}");
+        }
+        assert_eq!(self.say("tcp", &format!("[::1]:{port}")), "connected");
+        self.scene.event("the direct dial", |event| {
+            matches!(&event.kind, weir_common::event::Kind::ConnectionRefused { reason, .. }
+                if reason.contains("past the kernel's redirect"))
+        });
+    }
+}
 
 #[test]
 fn no_way_over_ipv6_leads_around_weir() {
     let Some(mut scene) = Scene::new() else { return };
     scene.namespace("it-escape6", true);
     let pod = scene.testbed.run_pod(&PodSpec::idle("it-escape6", "caller")).unwrap();
-    let program = program();
-    pod.install(&program, PROGRAM).unwrap();
     let far_side = FarSide::new(endpoint(&scene), scene.scratch.path());
-    far_side::give_v6_address(&pod, POD6);
-    let watch = Watch::start(&program, far_side::INTERFACE, far_side::V6_NETWORK);
-    let (api, own) = (far_side::V6.parse::<IpAddr>().unwrap(), POD6.parse::<IpAddr>().unwrap());
-    let say = |way: &str, to: &str| {
-        let out = pod.exec(&[PROGRAM, way, to]).unwrap();
-        assert!(out.status.success(), "{way}: {}", String::from_utf8_lossy(&out.stderr));
-        String::from_utf8(out.stdout).unwrap().trim().to_owned()
-    };
-    let target = SocketAddr::new(api, 443).to_string();
-    let try_way = |way: &str| {
-        let said = say(way, &target);
-        let seen = watch.until_marker(api, |marker| {
-            say("udp-sendto", marker);
-        });
-        let direct: Vec<_> =
-            seen.into_iter().filter(|packet| packet.starts_with(POD6) && packet.ends_with(" 443")).collect();
-        (said, direct)
-    };
+    let own = POD6.parse::<IpAddr>().unwrap();
+    let attack = Scene6::new(&scene, &pod);
 
     // Without an agent the far side sees them: neither the watch nor the relay is blind.
-    for way in ["tcp", "udp-sendto", "raw", "raw-protocol", "frame"] {
-        let (said, direct) = try_way(way);
+    for way in ["tcp", "udp-sendto", "raw", "raw-protocol", "frame", "frame-vlan", "frame-fragments"] {
+        let (said, direct) = attack.try_way(way);
         assert!(!direct.is_empty(), "{way} ({said}) was not seen");
     }
-    assert_eq!(far_side.came_from(own), [api]);
+    assert_eq!(far_side.came_from(own), [attack.api]);
+    assert_eq!(attack.witness.check(Server::Relay, None), 1);
 
     let mut configuration =
         agent::configuration(&scene.testbed, &scene.journal(), TrustSource::ClusterSigner);
-    configuration["clusters"][0]["addresses"] = serde_json::json!([target]);
+    configuration["clusters"][0]["addresses"] = serde_json::json!([attack.target]);
     let path = scene.scratch.path().join("agent.yaml");
     agent::write_configuration(&configuration, &path).unwrap();
     let mut agent = AgentProcess::start(&path, &scene.scratch.path().join("agent.log")).unwrap();
     let mut failed = Vec::new();
     for (way, expected) in &WAYS6 {
-        let (said, direct) = try_way(way);
+        let (said, direct) = attack.try_way(way);
         println!("{way} over IPv6: {said}");
         if !expected.is(&said) || !direct.is_empty() {
             failed.push(format!("{way}: {said}; the far side saw {direct:?}"));
         }
     }
     assert!(failed.is_empty(), "{failed:#?}\n{}", agent.last_lines());
-
-    // The listener at ::1 is neither shared nor taken, and dialled directly it closes.
-    let status = agent.status().unwrap();
-    let uid = pod.uid.as_str();
-    let state = status["pods"].as_array().unwrap().iter().find(|state| state["uid"] == uid).unwrap();
-    let port = &state["listenerPort"];
-    for address in [format!("[::1]:{port}"), format!("[::]:{port}")] {
-        assert_eq!(say("steal", &address), "failed EADDRINUSE", "{address}");
-    }
-    assert_eq!(say("tcp", &format!("[::1]:{port}")), "connected");
-    scene.event("the direct dial", |event| {
-        matches!(&event.kind, weir_common::event::Kind::ConnectionRefused { reason, .. }
-            if reason.contains("past the kernel's redirect"))
-    });
+    let proxied = WAYS6.iter().filter(|(_, expected)| matches!(expected, Proxied)).count();
+    assert_eq!(attack.witness.check(Server::Weir, Some(&agent)), proxied);
+    attack.attack_listener(&agent);
 
     agent.signal(Signal::SIGKILL).unwrap();
     agent.wait_for_end().unwrap();
     for (way, expected) in
         [("tcp", "refused"), ("udp-sendto", "refused"), ("raw", "failed EPERM"), ("frame", "sent")]
     {
-        let (said, direct) = try_way(way);
+        let (said, direct) = attack.try_way(way);
         assert_eq!((said.as_str(), direct.len()), (expected, 0), "{way} after the agent died: {direct:?}");
     }
     assert!(far_side.came_from(own).is_empty());

@@ -103,7 +103,13 @@ impl FarSide {
 
     /// Gives the endpoint's name another address.
     pub(super) fn record(&self, address: &str) {
-        fs::write(&self.records, format!("{address} {ENDPOINT_NAME}\n")).unwrap();
+        self.record_all(&[(address, ENDPOINT_NAME)]);
+    }
+
+    /// Gives these names these addresses, and no others any.
+    pub(super) fn record_all(&self, records: &[(&str, &str)]) {
+        let lines: String = records.iter().map(|(address, name)| format!("{address} {name}\n")).collect();
+        fs::write(&self.records, lines).unwrap();
         if let Some(server) = &self.name_server {
             let pid = Pid::from_raw(i32::try_from(server.id()).unwrap());
             kill(pid, Signal::SIGHUP).unwrap();
@@ -141,10 +147,15 @@ pub(super) fn give_v6_address(pod: &Pod<'_>, address: &str) {
     command::run(&mut add).unwrap();
 }
 
-/// Waits until the name server tells this pod this address.
+/// Waits until the name server tells this pod this address of the endpoint.
 pub(super) fn wait_for_record(pod: &Pod<'_>, address: &str) {
+    wait_for_record_of(pod, ENDPOINT_NAME, address);
+}
+
+/// The same of any name.
+pub(super) fn wait_for_record_of(pod: &Pod<'_>, name: &str, address: &str) {
     wait_until("the name server's new record", DEADLINE, || {
-        let said = pod.exec(&["nslookup", ENDPOINT_NAME, FIRST])?;
+        let said = pod.exec(&["nslookup", name, FIRST])?;
         Ok(String::from_utf8_lossy(&said.stdout).contains(address).then_some(()))
     })
     .unwrap();

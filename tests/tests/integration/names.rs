@@ -15,11 +15,18 @@ use weir_tests::{
 use super::{
     DEADLINE, Scene, escape,
     far_side::{FIRST, FarSide, SECOND, wait_for_record},
-    shown,
+    shown, watch,
 };
 
 /// Where nothing listens.
 const FORGED: &str = "10.244.0.249";
+
+/// Whether the agent knows an address as an API server's.
+fn is_known(agent: &AgentProcess, address: &str) -> anyhow::Result<bool> {
+    let status = agent.status()?;
+    let mut known = status["apiEndpoints"].as_array().into_iter().flatten();
+    Ok(known.any(|known| *known == format!("{address}:443").as_str()))
+}
 
 /// kubectl as a pod uses it that was given an endpoint's name.
 fn ask(pod: &Pod<'_>) -> (Option<i32>, String, String) {
@@ -39,7 +46,7 @@ fn a_new_address_of_an_endpoint_is_no_way_out_for_the_pod_that_is_told_it_first(
     let own = pod.shell("hostname -i").unwrap().trim().parse::<IpAddr>().unwrap();
     let mut far_side = FarSide::new(escape::endpoint(&scene), scene.scratch.path());
     pod.shell(&format!("echo nameserver {FIRST} > /etc/resolv.conf")).unwrap();
-    pod.install(&escape::program(), escape::PROGRAM).unwrap();
+    pod.install(&watch::program(), watch::PROGRAM).unwrap();
     wait_for_record(&pod, FIRST);
 
     // Without an agent the far side meets the pod: it is not blind, and the name leads to the API server.
@@ -55,11 +62,6 @@ fn a_new_address_of_an_endpoint_is_no_way_out_for_the_pod_that_is_told_it_first(
     let path = scene.scratch.path().join("agent.yaml");
     agent::write_configuration(&configuration, &path).unwrap();
     let mut agent = AgentProcess::start(&path, &scene.scratch.path().join("agent.log")).unwrap();
-    let is_known = |agent: &AgentProcess, address: &str| {
-        let status = agent.status()?;
-        let mut known = status["apiEndpoints"].as_array().into_iter().flatten();
-        anyhow::Ok(known.any(|known| *known == format!("{address}:443").as_str()))
-    };
     wait_until("the endpoint's address", DEADLINE, || Ok(is_known(&agent, FIRST)?.then_some(()))).unwrap();
     assert_eq!(ask(&pod), expected, "{}", agent.last_lines());
     assert!(far_side.came_from(own).is_empty());
@@ -79,14 +81,14 @@ fn a_new_address_of_an_endpoint_is_no_way_out_for_the_pod_that_is_told_it_first(
     far_side.came_from(own);
     assert_eq!(ask(&pod), expected, "{}", agent.last_lines());
     for address in [FIRST, SECOND] {
-        let said = pod.exec(&[escape::PROGRAM, "tcp", &format!("{address}:443")]).unwrap();
+        let said = pod.exec(&[watch::PROGRAM, "tcp", &format!("{address}:443")]).unwrap();
         assert_eq!(String::from_utf8_lossy(&said.stdout).trim(), "connected", "{address}");
     }
     assert!(far_side.came_from(own).is_empty());
 
     // A pod's forgery is found out, and makes nobody else's address an API server's.
     let marker = format!("{FIRST}:9");
-    pod.exec(&[escape::PROGRAM, "forge", ENDPOINT_NAME, FORGED, &marker]).unwrap();
+    pod.exec(&[watch::PROGRAM, "forge", ENDPOINT_NAME, FORGED, &marker]).unwrap();
     wait_until("the forgery to be found out", DEADLINE, || {
         let found = agent.log()?.contains("an answer named an address that is none of this name's");
         Ok((found && !is_known(&agent, FORGED)?).then_some(()))
@@ -95,7 +97,7 @@ fn a_new_address_of_an_endpoint_is_no_way_out_for_the_pod_that_is_told_it_first(
 
     // Without the name server everything stays, and that is recorded once; a forgery has the agent ask it.
     far_side.end_name_server();
-    pod.exec(&[escape::PROGRAM, "forge", ENDPOINT_NAME, "10.244.0.248", &marker]).unwrap();
+    pod.exec(&[watch::PROGRAM, "forge", ENDPOINT_NAME, "10.244.0.248", &marker]).unwrap();
     let unresolved = |event: &_| matches!(event, Kind::Finding { name, .. } if name == "hostNameUnresolved");
     scene.event("the name server's silence", |event| unresolved(&event.kind));
     assert!(is_known(&agent, SECOND).unwrap() && is_known(&agent, FIRST).unwrap());

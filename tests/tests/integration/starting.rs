@@ -12,7 +12,8 @@ use weir_tests::{
 
 use super::{
     Scene,
-    escape::{Attack, PROGRAM, Target},
+    escape::{Attack, Target},
+    watch::PROGRAM,
 };
 
 /// Starts that are tried from each state of the node.

@@ -1,0 +1,121 @@
+//! A network inside a pod, as docker-in-docker makes one: a bridge, a network namespace behind it, and the pod's own address
+//! on what leaves it. To Weir that namespace is nobody's: its sockets are refused, and what passes them is seen at the pod's
+//! interface like the pod's own.
+
+use std::{
+    path::Path,
+    process::{Child, Command, Stdio},
+};
+
+use weir_tests::{PodSpec, agent::TrustSource, command};
+
+use super::{
+    Scene,
+    escape::{Attack, Folder, place},
+    witness::Server,
+};
+
+const NETWORK: &str = "172.31.99.0/24";
+const GATEWAY: &str = "172.31.99.1";
+const INSIDE: &str = "172.31.99.2/24";
+
+/// The namespace; it ends with its process, and what is in the pod for it ends with the pod.
+struct Nested(Child);
+
+impl Nested {
+    fn new(pod: &str) -> Self {
+        let mut child = Command::new("nsenter")
+            .args(["-t", pod, "-n", "unshare", "--net", "sh", "-c", "echo there && exec cat"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut line = [0; 6];
+        std::io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut line).unwrap();
+        let nested = Self(child);
+        let inside = nested.pid();
+        let gateway = format!("{GATEWAY}/24");
+        for (namespace, words) in [
+            (pod, &["ip", "link", "add", "docker0", "type", "bridge"][..]),
+            (pod, &["ip", "address", "add", &gateway, "dev", "docker0"]),
+            (pod, &["ip", "link", "set", "docker0", "up"]),
+            (pod, &["ip", "link", "add", "inner0", "type", "veth", "peer", "name", "eth0", "netns", &inside]),
+            (pod, &["ip", "link", "set", "inner0", "master", "docker0", "up"]),
+            (pod, &["sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward"]),
+            (
+                pod,
+                &[
+                    "iptables",
+                    "-t",
+                    "nat",
+                    "-A",
+                    "POSTROUTING",
+                    "-s",
+                    NETWORK,
+                    "-o",
+                    "eth0",
+                    "-j",
+                    "MASQUERADE",
+                ],
+            ),
+            (&inside, &["ip", "link", "set", "lo", "up"]),
+            (&inside, &["ip", "address", "add", INSIDE, "dev", "eth0"]),
+            (&inside, &["ip", "link", "set", "eth0", "up"]),
+            (&inside, &["ip", "route", "add", "default", "via", GATEWAY]),
+        ] {
+            command::run(Command::new("nsenter").args(["-t", namespace, "-n"]).args(words)).unwrap();
+        }
+        nested
+    }
+
+    fn pid(&self) -> String {
+        self.0.id().to_string()
+    }
+}
+
+impl Drop for Nested {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn a_network_inside_a_pod_leads_not_around_weir() {
+    let Some(mut scene) = Scene::new() else { return };
+    scene.namespace("it-nested", true);
+    let pod = scene.testbed.run_pod(&PodSpec::idle("it-nested", "caller")).unwrap();
+    let attack = Attack::new(&scene, &pod);
+    let (own, pid) = place(&pod);
+    let nested = Nested::new(&pid);
+    let inside = nested.pid();
+    // Where docker puts its containers: below the pod's cgroup, or beside the root of pods.
+    let below = Folder::new(own.join("docker"));
+    let root = own.ancestors().find(|folder: &&Path| !folder.join("cgroup.events").exists()).unwrap();
+    let beside = Folder::new(root.join("docker-weir-nested.scope"));
+    let places = [own.to_str().unwrap(), below.path(), beside.path()];
+
+    // Without an agent it leads to the API server, under the pod's address.
+    for way in ["tcp", "udp-sendto", "frame", "raw"] {
+        let (said, direct) = attack.try_from(&["--netns", &inside, "--cgroup", places[1]], way);
+        assert!(!direct.is_empty(), "{way} ({said}) was not seen");
+    }
+    assert_eq!(attack.witness.check(Server::Api, None), 1);
+    let before = attack.witness.direct();
+
+    let agent = scene.agent(TrustSource::ClusterSigner);
+    for cgroup in places {
+        for (way, expected) in
+            [("tcp", "refused"), ("udp-sendto", "refused"), ("raw", "failed EPERM"), ("frame", "sent")]
+        {
+            let (said, direct) = attack.try_from(&["--netns", &inside, "--cgroup", cgroup], way);
+            assert_eq!(said, expected, "{way} in {cgroup}: {}", agent.last_lines());
+            assert!(direct.is_empty(), "{way} in {cgroup}: the far side saw {direct:?}");
+        }
+    }
+    assert_eq!(attack.witness.direct(), before, "requests that the API server had from the pod itself");
+    scene.event("the refused connections", |event| {
+        matches!(&event.kind, weir_common::event::Kind::ConnectionRefused { reason, .. }
+            if reason.contains("denied by the kernel"))
+    });
+}

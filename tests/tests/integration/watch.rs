@@ -1,0 +1,79 @@
+//! The program that tries ways around Weir, and as which it watches the far side as well.
+
+use std::{
+    io::{BufRead as _, BufReader},
+    net::{IpAddr, SocketAddr},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    sync::{Arc, Mutex},
+};
+
+use weir_tests::{command, wait_until};
+
+use super::DEADLINE;
+
+/// Where it is in a pod.
+pub(super) const PROGRAM: &str = "/tmp/weir-escape";
+/// Protocol numbers of markers.
+pub(super) const TCP: u8 = 6;
+pub(super) const UDP: u8 = 17;
+
+/// The program that tries, built static: the image has no libraries.
+pub(super) fn program() -> PathBuf {
+    let triple = format!("{}-unknown-linux-gnu", std::env::consts::ARCH);
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+    let target = root.join("target/escape");
+    let mut build = Command::new(env!("CARGO"));
+    build
+        .args(["build", "--quiet", "--locked", "-p", "weir-escape", "--target", &triple, "--target-dir"])
+        .arg(&target)
+        .env("RUSTFLAGS", "-C target-feature=+crt-static -C strip=symbols")
+        .current_dir(root);
+    command::run(&mut build).unwrap();
+    target.join(triple).join("debug/weir-escape")
+}
+
+/// The watcher and what it has seen.
+pub(super) struct Watch {
+    process: Child,
+    seen: Arc<Mutex<Vec<String>>>,
+    markers: std::cell::Cell<u16>,
+}
+
+impl Watch {
+    pub(super) fn start(program: &Path, interface: &str, network: &str) -> Self {
+        let mut process =
+            Command::new(program).args(["watch", interface, network]).stdout(Stdio::piped()).spawn().unwrap();
+        let mut lines = BufReader::new(process.stdout.take().unwrap()).lines();
+        assert_eq!(lines.next().unwrap().unwrap(), "watching");
+        let seen: Arc<Mutex<Vec<String>>> = Arc::default();
+        let collected = seen.clone();
+        std::thread::spawn(move || {
+            for line in lines.map_while(Result::ok) {
+                collected.lock().unwrap().push(line);
+            }
+        });
+        Self { process, seen, markers: 20_000.into() }
+    }
+
+    /// Has a marker sent, waits until it is seen, and takes what was seen before it.
+    pub(super) fn until_marker(&self, to: IpAddr, protocol: u8, send: impl Fn(&str)) -> Vec<String> {
+        let port = self.markers.get() + 1;
+        self.markers.set(port);
+        let marker = format!(" {to} {protocol} {port}");
+        wait_until("the marker at the far side", DEADLINE, || {
+            send(&SocketAddr::new(to, port).to_string());
+            let mut seen = self.seen.lock().unwrap();
+            let at = seen.iter().position(|line| line.ends_with(&marker));
+            Ok(at.map(|at| seen.drain(..=at).collect()))
+        })
+        .unwrap()
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
