@@ -177,6 +177,25 @@ impl AwsRig {
         self.front.fail(fault);
     }
 
+    /// Has credentials that are issued from now on end so early; None: when they are asked to. They are good for no signature
+    /// then.
+    pub fn credentials_live(&self, life: Option<Duration>) {
+        self.front.credentials_live(life);
+    }
+
+    /// Whether credentials have ended.
+    ///
+    /// # Errors
+    /// When they were not issued while [`Self::credentials_live`] had them end early.
+    pub fn has_expired(&self, access_key_id: &str) -> Result<bool> {
+        self.front.has_expired(access_key_id)
+    }
+
+    /// Has everything that was issued so far be good for nothing, as if its keys had been taken back.
+    pub fn revoke(&self) {
+        self.front.revoke();
+    }
+
     /// What the authenticator has logged.
     #[must_use]
     pub fn authenticator_log(&self) -> String {

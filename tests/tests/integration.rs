@@ -31,6 +31,8 @@ mod client_faults;
 mod doctor;
 #[path = "integration/eks.rs"]
 mod eks;
+#[path = "integration/eks_pod.rs"]
+mod eks_pod;
 #[path = "integration/enrolment.rs"]
 mod enrolment;
 #[path = "integration/escape.rs"]

@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
 use bytes::Bytes;
@@ -17,6 +17,7 @@ use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::client::legacy::{Client, connect::HttpConnector};
 use hyper_util::rt::{TokioExecutor, TokioIo};
+use jiff::Timestamp;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
 use serde_json::json;
 use tokio::net::TcpListener;
@@ -69,6 +70,8 @@ struct Shared {
     fault: Mutex<Option<Fault>>,
     /// By access key.
     issued: Mutex<HashMap<String, Issued>>,
+    /// How long credentials live from now on, where not as long as was asked for.
+    life: Mutex<Option<Duration>>,
 }
 
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -94,6 +97,7 @@ impl Front {
             calls: Mutex::default(),
             fault: Mutex::default(),
             issued: Mutex::default(),
+            life: Mutex::default(),
         });
         runtime.spawn(serve(listener, tls, shared.clone()));
         Ok(Self { shared, runtime: Some(runtime) })
@@ -105,6 +109,20 @@ impl Front {
 
     pub(super) fn fail(&self, fault: Option<Fault>) {
         *locked(&self.shared.fault) = fault;
+    }
+
+    pub(super) fn credentials_live(&self, life: Option<Duration>) {
+        *locked(&self.shared.life) = life;
+    }
+
+    pub(super) fn revoke(&self) {
+        locked(&self.shared.issued).clear();
+    }
+
+    pub(super) fn has_expired(&self, access_key_id: &str) -> Result<bool> {
+        let expires = locked(&self.shared.issued).get(access_key_id).and_then(|issued| issued.expires);
+        let expires = expires.with_context(|| format!("{access_key_id} was not issued for a time of its own"))?;
+        Ok(expires <= now()?)
     }
 }
 
@@ -166,7 +184,7 @@ async fn answer(shared: Arc<Shared>, request: Request<Incoming>) -> Result<Respo
         }
         None => {
             let (status, body) = shared.ask_moto(signed_by, body).await?;
-            shared.remember(&body);
+            let body = shared.remember(body)?;
             let answer = Response::builder().status(status).header(header::CONTENT_TYPE, "text/xml");
             Ok(answer.body(Full::from(body))?)
         }
@@ -190,9 +208,8 @@ impl Shared {
             parameters: BTreeMap::new(),
             access_key_id: credential.split('/').next().unwrap_or_default().to_owned(),
         });
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).context("the clock is before 1970")?.as_secs();
         let issued = |id: &str| locked(&self.issued).get(id).cloned();
-        if let Err(refusal) = presigned.check(i64::try_from(now)?, issued) {
+        if let Err(refusal) = presigned.check(now()?, issued) {
             return refused(refusal);
         }
         let signed = format!("AWS4-HMAC-SHA256 Credential={credential}, SignedHeaders=host, Signature=0");
@@ -217,15 +234,29 @@ impl Shared {
         Ok((status, String::from_utf8_lossy(&body).into_owned()))
     }
 
-    /// Keeps what an answer issues, for the check of what is signed with it.
-    fn remember(&self, answer: &str) {
-        let part = |name| element(answer, name);
-        if let (Some(id), Some(secret_access_key), Some(session_token)) =
-            (part("AccessKeyId"), part("SecretAccessKey"), part("SessionToken"))
-        {
-            locked(&self.issued).insert(id, Issued { secret_access_key, session_token });
-        }
+    /// Keeps what an answer issues, for the check of what is signed with it; gives the answer, with another end of what it
+    /// issues where a test wants one.
+    fn remember(&self, answer: String) -> Result<String> {
+        let part = |name| element(&answer, name);
+        let (Some(id), Some(secret_access_key), Some(session_token), Some(expiration)) =
+            (part("AccessKeyId"), part("SecretAccessKey"), part("SessionToken"), part("Expiration"))
+        else {
+            return Ok(answer);
+        };
+        let life = locked(&self.life).map(|life| i64::try_from(life.as_secs())).transpose()?;
+        let expires = life.map(|life| anyhow::Ok(now()? + life)).transpose()?;
+        locked(&self.issued).insert(id, Issued { secret_access_key, session_token, expires });
+        let Some(expires) = expires else { return Ok(answer) };
+        let other = Timestamp::from_second(expires).context("no time")?;
+        let element = |time: &str| format!("<Expiration>{time}</Expiration>");
+        Ok(answer.replace(&element(&expiration), &element(&other.to_string())))
     }
+}
+
+/// Seconds since 1970.
+fn now() -> Result<i64> {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).context("the clock is before 1970")?;
+    Ok(i64::try_from(since.as_secs())?)
 }
 
 fn refused((code, message): Refusal) -> Result<Response<Full<Bytes>>> {

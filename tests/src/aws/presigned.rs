@@ -20,6 +20,8 @@ const AHEAD_SECONDS: i64 = 5 * 60;
 pub(super) struct Issued {
     pub(super) secret_access_key: String,
     pub(super) session_token: String,
+    /// In seconds since 1970, where it is before what was asked for.
+    pub(super) expires: Option<i64>,
 }
 
 /// A request as it arrived.
@@ -66,6 +68,9 @@ impl Presigned<'_> {
         let issued = issued(access_key_id).ok_or_else(invalid)?;
         if parameters.get("X-Amz-Security-Token") != Some(&issued.session_token) {
             return Err(invalid());
+        }
+        if issued.expires.is_some_and(|expires| expires <= now) {
+            return Err(("ExpiredToken", "The security token included in the request is expired".to_owned()));
         }
         let expected = self.signature(&parameters, &date, scope, &issued.secret_access_key);
         if parameter("X-Amz-Signature")? != expected {
@@ -175,6 +180,7 @@ mod tests {
             (id == "ASIAEXAMPLE").then(|| Issued {
                 secret_access_key: "wJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY".to_owned(),
                 session_token: "IQoJb3JpZ2luX2Vj+a/b==".to_owned(),
+                expires: Some(AT + 899),
             })
         };
         Presigned { query, headers }.check(now, issued)
@@ -182,7 +188,8 @@ mod tests {
 
     #[test]
     fn what_another_signer_signed_is_taken_and_nothing_else() {
-        check(QUERY, "ci-cluster_2", AT + 899).unwrap();
+        check(QUERY, "ci-cluster_2", AT + 898).unwrap();
+        assert_eq!(check(QUERY, "ci-cluster_2", AT + 899).unwrap_err().0, "ExpiredToken");
         assert_eq!(check(QUERY, "another", AT).unwrap_err().0, "SignatureDoesNotMatch");
         assert!(check(QUERY, "ci-cluster_2", AT + 901).unwrap_err().1.starts_with("Signature expired"));
         assert!(

@@ -123,6 +123,8 @@ pub(super) fn start_api_server(start: &mut Start<'_>, server: &str) -> Result<()
             "--authentication-token-webhook-config-file={}",
             start.layout.kubeconfig("authenticator").display()
         ),
+        // Two minutes by default: as long as the API server would believe a token whose credentials have been taken back.
+        "--authentication-token-webhook-cache-ttl=5s".to_owned(),
         "--authorization-mode=Node,RBAC".to_owned(),
         "--enable-admission-plugins=NodeRestriction".to_owned(),
         "--allow-privileged=true".to_owned(),

@@ -1,7 +1,7 @@
 //! Who is calling, and as whom it goes on, on the real cluster: pods whose service accounts hold no rights act as what a
 //! rule maps them to; a token works in the pod that it was issued to and nowhere else.
 
-use std::process::Output;
+use std::{path::PathBuf, process::Output};
 
 use base64::Engine as _;
 use serde_json::{Value, json};
@@ -14,31 +14,36 @@ use super::{
 };
 
 /// The service account of pods that hold no rights.
-const ACCOUNT: &str = "powerless";
+pub(super) const ACCOUNT: &str = "powerless";
 
 /// A namespace's service account without any rights.
-fn powerless(scene: &Scene, namespace: &str) {
+pub(super) fn powerless(scene: &Scene, namespace: &str) {
     let account = json!({
         "apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": ACCOUNT, "namespace": namespace},
     });
     scene.testbed.apply(&account.to_string()).unwrap();
 }
 
-fn pod<'a>(scene: &'a Scene, namespace: &'a str, name: &'a str) -> Pod<'a> {
+pub(super) fn pod<'a>(scene: &'a Scene, namespace: &'a str, name: &'a str) -> Pod<'a> {
     let spec =
         PodSpec { service_account: ACCOUNT, labels: &[("job", "build-7")], ..PodSpec::idle(namespace, name) };
     scene.testbed.run_pod(&spec).unwrap()
 }
 
-/// An agent whose cluster has the cluster's own issuer and these rules.
-fn start(scene: &Scene, roles: Value) -> AgentProcess {
+/// Writes the configuration of an agent whose cluster has the cluster's own issuer and these rules.
+pub(super) fn configured(scene: &Scene, roles: Value) -> PathBuf {
     let mut configuration =
         agent::configuration(&scene.testbed, &scene.journal(), TrustSource::ClusterSigner);
     configuration["clusters"][0]["authentication"] = json!({"jwt": [own_issuer(scene)]});
     configuration["clusters"][0]["roles"] = roles;
     let path = scene.scratch.path().join("agent.yaml");
     agent::write_configuration(&configuration, &path).unwrap();
-    AgentProcess::start(&path, &scene.scratch.path().join("agent.log")).unwrap()
+    path
+}
+
+/// An agent with that configuration.
+fn start(scene: &Scene, roles: Value) -> AgentProcess {
+    AgentProcess::start(&configured(scene, roles), &scene.scratch.path().join("agent.log")).unwrap()
 }
 
 /// The cluster's own issuer of service account tokens.
@@ -59,12 +64,12 @@ fn base64url(text: &str) -> String {
     base64::engine::general_purpose::URL_SAFE_NO_PAD.encode(text)
 }
 
-fn said(output: &Output) -> String {
+pub(super) fn said(output: &Output) -> String {
     format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
 }
 
 /// Sends one request of a pod, to whose head only its end is added; gives status and body of the answer.
-fn ask(scene: &Scene, pod: &Pod<'_>, head: &str, body: &str) -> (u16, String) {
+pub(super) fn ask(scene: &Scene, pod: &Pod<'_>, head: &str, body: &str) -> (u16, String) {
     let mut client = RawClient::connect(&scene.testbed, pod, API_CLUSTER_IP, "http/1.1");
     let length = body.len();
     let request = format!("{head}Host: {API_CLUSTER_IP}\r\nContent-Length: {length}\r\n\r\n{body}");
@@ -74,7 +79,7 @@ fn ask(scene: &Scene, pod: &Pod<'_>, head: &str, body: &str) -> (u16, String) {
 }
 
 /// What the journal says of the requests of a pod: session, identity, event.
-fn opened<'a>(events: &'a [Event], path: &str) -> Vec<&'a Event> {
+pub(super) fn opened<'a>(events: &'a [Event], path: &str) -> Vec<&'a Event> {
     let of_path =
         |event: &&Event| matches!(&event.kind, Kind::RequestOpened(opened) if opened.uri.contains(path));
     events.iter().filter(of_path).collect()
