@@ -20,7 +20,7 @@ mod key_source;
 pub mod keys;
 mod policy;
 #[cfg(test)]
-mod policy_tests;
+pub(crate) mod policy_tests;
 mod presented;
 mod refused;
 mod role_session;

@@ -13,6 +13,8 @@ mod error;
 mod identifier;
 mod measures;
 mod request;
+#[cfg(test)]
+pub(crate) mod stand_in;
 mod sts;
 #[cfg(test)]
 mod sts_tests;
@@ -69,10 +71,11 @@ impl Aws {
         self.cache.bearer(request).await
     }
 
-    /// Forgets what is kept for a request, since the cluster did not take it; the next one asks STS. Not if it is new: then
-    /// asking again would not help.
-    pub fn forget(&self, request: &RoleRequest) {
-        self.cache.forget(request);
+    /// Whether another token can be had in place of one that the cluster did not take: what is kept for the request is
+    /// forgotten, and the next one asks STS. Not if it is new: then asking again would not help.
+    #[must_use]
+    pub fn forget(&self, request: &RoleRequest, refused: &Bearer) -> bool {
+        self.cache.forget(request, refused)
     }
 
     /// What has happened so far.
@@ -154,6 +157,12 @@ impl Bearer {
     #[must_use]
     pub fn is_first_use(&self) -> bool {
         !self.0.used.swap(true, Ordering::Relaxed)
+    }
+
+    /// Whether it is the very same token as `other`.
+    #[must_use]
+    pub fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
     }
 
     /// From then on it must not be used.

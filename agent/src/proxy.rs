@@ -17,6 +17,8 @@ mod quota;
 mod reported;
 #[cfg(test)]
 mod rig;
+#[cfg(test)]
+mod role_tests;
 mod server;
 mod status;
 #[cfg(test)]
@@ -48,7 +50,7 @@ pub use self::{
     measures::{Measured, Verdict},
     upstream::{Endpoints, upstream_tls},
 };
-use crate::{auth::Policy, recording::Recorder, trust::ServingCertificate};
+use crate::{auth::Policy, aws::AwsMeasures, recording::Recorder, trust::ServingCertificate};
 
 /// How long cut tasks may take to close their records.
 const CUT_GRACE: Duration = Duration::from_secs(5);
@@ -284,6 +286,12 @@ impl Proxy {
         clusters
             .map(|cluster| (cluster.name.as_str(), cluster.measures.read(), cluster.serving.not_after()))
             .collect()
+    }
+
+    /// What has happened with AWS roles, of each cluster.
+    pub fn aws_measured(&self) -> Vec<(&str, AwsMeasures)> {
+        let clusters = self.shared.clusters.iter();
+        clusters.map(|cluster| (cluster.name.as_str(), cluster.policy.load().aws_measures())).collect()
     }
 
     /// Takes no new requests, lets running ones end until `deadline` has passed, then cuts what is left. Stop the

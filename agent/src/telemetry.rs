@@ -23,6 +23,7 @@ mod exposition;
 mod families;
 #[cfg(test)]
 mod reference;
+mod roles;
 pub mod server;
 
 /// Where the numbers come from.

@@ -20,7 +20,7 @@ use super::{
     workload,
 };
 use crate::{
-    aws::{Aws, WebIdentityToken},
+    aws::{Aws, AwsMeasures, Bearer, RoleRequest, WebIdentityToken},
     config::{
         aws_role::{AwsRole, WebToken},
         roles::{Action, Role},
@@ -114,28 +114,39 @@ pub enum Credential {
         own_connection: bool,
         /// What is recorded of an AWS role's credentials, the first time that they are used.
         assumed: Option<Box<RoleAssumed>>,
+        /// What an AWS role's token was asked for with.
+        of_role: Option<Box<OfRole>>,
     },
 }
 
+/// A role's token, and what it was asked for with.
+#[derive(Debug)]
+pub struct OfRole {
+    role: Box<InRole>,
+    request: RoleRequest,
+    bearer: Bearer,
+}
+
 impl Credential {
-    /// Puts it into the headers of the forwarded request.
-    pub fn apply(self, headers: &mut HeaderMap) {
+    /// Puts it into the headers of the forwarded request, in the place of whatever is there.
+    pub fn apply(&self, headers: &mut HeaderMap) {
         let Self::Replaced { authorization, headers: further, .. } = self else { return };
         presented::remove(headers);
-        if let Some(mut authorization) = authorization {
+        if let Some(authorization) = authorization {
+            let mut authorization = authorization.clone();
             authorization.set_sensitive(true);
             headers.insert(http::header::AUTHORIZATION, authorization);
         }
         for (name, value) in further {
-            headers.append(name, value);
+            headers.append(name.clone(), value.clone());
         }
     }
 
-    /// What is to be recorded of it.
-    pub fn take_assumed(&mut self) -> Option<RoleAssumed> {
+    /// What is to be recorded of it, with its first use.
+    pub fn assumed(&self) -> Option<&RoleAssumed> {
         match self {
             Self::AsPresented => None,
-            Self::Replaced { assumed, .. } => assumed.take().map(|assumed| *assumed),
+            Self::Replaced { assumed, .. } => assumed.as_deref(),
         }
     }
 
@@ -364,19 +375,44 @@ impl Policy {
                     authorization,
                     headers,
                     assumed: None,
+                    of_role: None,
                 })
             }
             (Onward::Role(role), Some(rules)) => {
                 let request = role.request(pod, session, &rules.own)?;
-                let bearer = rules.aws.bearer(&request).await.map_err(|error| role.refused(&error))?;
-                let headers = role.impersonated.as_ref().map(impersonation::headers).transpose()?;
-                Ok(Credential::Replaced {
-                    own_connection: false,
-                    authorization: Some(bearer.header()),
-                    headers: headers.unwrap_or_default(),
-                    assumed: bearer.is_first_use().then(|| Box::new(role.assumed(&bearer))),
-                })
+                Self::in_role(rules, role, request).await
             }
         }
+    }
+
+    /// Another credential in place of a role's that the cluster did not take; none where asking AWS again would not help.
+    ///
+    /// # Errors
+    /// AWS does not give it.
+    pub async fn renewed(&self, refused: &Credential) -> Result<Option<Credential>, Refused> {
+        let (Credential::Replaced { of_role: Some(of), .. }, Some(rules)) = (refused, &self.rules) else {
+            return Ok(None);
+        };
+        if !rules.aws.forget(&of.request, &of.bearer) {
+            return Ok(None);
+        }
+        Self::in_role(rules, of.role.clone(), of.request.clone()).await.map(Some)
+    }
+
+    async fn in_role(rules: &Rules, role: Box<InRole>, request: RoleRequest) -> Result<Credential, Refused> {
+        let bearer = rules.aws.bearer(&request).await.map_err(|error| role.refused(&error))?;
+        let headers = role.impersonated.as_ref().map(impersonation::headers).transpose()?;
+        Ok(Credential::Replaced {
+            own_connection: false,
+            authorization: Some(bearer.header()),
+            headers: headers.unwrap_or_default(),
+            assumed: bearer.is_first_use().then(|| Box::new(role.assumed(&bearer))),
+            of_role: Some(Box::new(OfRole { role, request, bearer })),
+        })
+    }
+
+    /// What has happened with AWS roles.
+    pub fn aws_measures(&self) -> AwsMeasures {
+        self.rules.as_ref().map(|rules| rules.aws.measures()).unwrap_or_default()
     }
 }

@@ -63,14 +63,25 @@ fn no_issuers() -> Arc<Issuers> {
 }
 
 fn with_own(yaml: &str, own: Own) -> Policy {
+    with(yaml, own, Aws::new())
+}
+
+fn with(yaml: &str, own: Own, aws: Aws) -> Policy {
     let rules = Rules {
         roles: roles(yaml).expect("roles"),
         issuers: no_issuers(),
         own: Arc::new(own),
-        aws: Aws::new(),
+        aws,
         node: "node-1".into(),
     };
     Policy::new("c".into(), rules)
+}
+
+/// By which every pod goes on in an AWS role, without a credential of its own.
+pub(crate) fn in_a_role(aws: Aws) -> Policy {
+    let rule = "[{name: pods, takes: [workload], when: 'true', assumeRole: {roleArn: 'arn:aws:iam::123456789012:role/deploy',
+eksCluster: {name: prod, region: eu-central-1}}}]";
+    with(rule, Own(Err("not asked for")), aws)
 }
 
 fn pod() -> Pod {
@@ -280,6 +291,7 @@ fn a_replaced_credential_leaves_nothing_of_the_clients() {
         headers: Vec::new(),
         own_connection: true,
         assumed: None,
+        of_role: None,
     };
     assert!(credential.own_connection());
     credential.apply(&mut seen);

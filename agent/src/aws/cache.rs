@@ -158,18 +158,21 @@ impl Cache {
         landed.clone().unwrap_or(Err(StsError::Abandoned))
     }
 
-    /// Forgets a request's token and credentials, unless they are new: whoever is refused with these again and again must not
-    /// have STS asked again and again.
-    pub(super) fn forget(&self, request: &RoleRequest) {
+    /// Whether a request whose token the cluster did not take can have another one. If that is what is kept, it is forgotten
+    /// with its credentials; not if it is new: whoever is refused again and again must not have STS asked again and again.
+    pub(super) fn forget(&self, request: &RoleRequest, refused: &Bearer) -> bool {
         let now = (self.0.clock)();
         let mut table = locked(&self.0.table);
-        let is_old = |entry: &Arc<Entry>| {
-            let token = entry.token.load();
-            token.as_ref().is_some_and(|token| token.signed + FORGET_AFTER <= now)
-        };
-        if table.entries.get(&request.key()).is_some_and(is_old) {
-            table.entries.remove(&request.key());
+        let Some(entry) = table.entries.get(&request.key()).cloned() else { return true };
+        // Another request may have had it forgotten, and a new one may be there or on its way.
+        let token = entry.token.load();
+        let Some(token) = token.as_ref().filter(|token| token.bearer.is(refused)) else { return true };
+        if now < token.signed + FORGET_AFTER {
+            return false;
         }
+        table.entries.remove(&request.key());
+        self.0.counters.forgotten();
+        true
     }
 
     fn usable(&self, entry: &Arc<Entry>, now: SystemTime) -> Option<Bearer> {

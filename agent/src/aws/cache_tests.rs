@@ -1,99 +1,16 @@
 //! The cache on a clock and an STS of the tests' own: what is asked when, and what is given to whom.
 
-use std::{
-    sync::{
-        Arc, Mutex,
-        atomic::{AtomicU64, AtomicUsize, Ordering},
-    },
-    time::{Duration, SystemTime},
-};
+use std::{sync::atomic::Ordering, time::Duration};
 
-use futures::future::{BoxFuture, join_all};
-use tokio::sync::Semaphore;
-use zeroize::Zeroizing;
+use futures::future::join_all;
 
 use super::{
     Bearer,
-    cache::{AssumesRoles, Cache},
-    credentials::Credentials,
     error::StsError,
     identifier::{RoleArn, SessionName},
     request::{AssumeRole, EksCluster, Role, RoleRequest},
+    stand_in::{World, denied},
 };
-
-const START_S: u64 = 1_767_225_600;
-
-/// An STS and a clock in the hands of a test.
-#[derive(Clone)]
-struct World(Arc<Parts>);
-
-struct Parts {
-    calls: AtomicUsize,
-    now_s: AtomicU64,
-    life: Mutex<Duration>,
-    failure: Mutex<Option<StsError>>,
-    /// A call takes one permit for good; the tests that hold calls back start with none.
-    permits: Semaphore,
-    panics: Mutex<bool>,
-}
-
-impl World {
-    fn new(permits: usize) -> Self {
-        Self(Arc::new(Parts {
-            calls: AtomicUsize::new(0),
-            now_s: AtomicU64::new(START_S),
-            life: Mutex::new(Duration::from_hours(1)),
-            failure: Mutex::new(None),
-            permits: Semaphore::new(permits),
-            panics: Mutex::new(false),
-        }))
-    }
-
-    fn cache(&self) -> Cache {
-        let world = self.clone();
-        Cache::new(self.clone(), Box::new(move || world.now()))
-    }
-
-    fn now(&self) -> SystemTime {
-        SystemTime::UNIX_EPOCH + Duration::from_secs(self.0.now_s.load(Ordering::Relaxed))
-    }
-
-    fn after(&self, minutes: u64) {
-        self.0.now_s.fetch_add(minutes * 60, Ordering::Relaxed);
-    }
-
-    fn calls(&self) -> usize {
-        self.0.calls.load(Ordering::Relaxed)
-    }
-
-    fn fail(&self, error: impl Into<Option<StsError>>) {
-        *self.0.failure.lock().unwrap() = error.into();
-    }
-}
-
-impl AssumesRoles for World {
-    fn assume<'a>(&'a self, _: &'a str, role: &'a Role) -> BoxFuture<'a, Result<Credentials, StsError>> {
-        Box::pin(async move {
-            let call = self.0.calls.fetch_add(1, Ordering::Relaxed) + 1;
-            self.0.permits.acquire().await.unwrap().forget();
-            assert!(!*self.0.panics.lock().unwrap(), "as the test wants it");
-            if let Some(error) = self.0.failure.lock().unwrap().clone() {
-                return Err(error);
-            }
-            Ok(Credentials {
-                access_key_id: format!("ASIA{call}"),
-                secret_access_key: Zeroizing::new("secret".to_owned()),
-                session_token: Zeroizing::new("token".to_owned()),
-                expires: self.now() + *self.0.life.lock().unwrap(),
-                assumed_role_arn: format!("{}/{}", role.arn(), role.session_name().as_str()),
-            })
-        })
-    }
-
-    fn host<'a>(&'a self, region: &'a str) -> BoxFuture<'a, Result<String, StsError>> {
-        Box::pin(async move { Ok(format!("sts.{region}.amazonaws.com")) })
-    }
-}
 
 fn request(session: &str, cluster: &str) -> RoleRequest {
     let role = AssumeRole {
@@ -108,13 +25,6 @@ fn request(session: &str, cluster: &str) -> RoleRequest {
         chain: Vec::new(),
     };
     RoleRequest::new(Role::Assume(role), EksCluster::new(cluster, "eu-central-1").unwrap()).unwrap()
-}
-
-fn denied() -> StsError {
-    StsError::Denied {
-        role: RoleArn::parse("arn:aws:iam::123456789012:role/deploy").unwrap(),
-        message: "no".into(),
-    }
 }
 
 fn throttled(seconds: u64) -> StsError {
@@ -289,13 +199,20 @@ async fn a_clock_ahead_of_the_credentials_is_named() {
 async fn what_a_cluster_refuses_is_forgotten_unless_it_is_new() {
     let (world, request) = (World::new(9), request("alice", "prod"));
     let cache = world.cache();
-    cache.bearer(&request).await.unwrap();
-    cache.forget(&request);
-    cache.bearer(&request).await.unwrap();
+    let refused = cache.bearer(&request).await.unwrap();
+    assert!(!cache.forget(&request, &refused), "it is new");
+    assert!(same(&cache.bearer(&request).await.unwrap(), &refused));
     assert_eq!(world.calls(), 1);
     world.after(1);
-    cache.forget(&request);
+    // Many requests are refused with it; who comes later finds that it is gone, or another one.
+    assert!(cache.forget(&request, &refused));
+    assert!(cache.forget(&request, &refused));
     assert_eq!(cache.bearer(&request).await.unwrap().access_key_id(), "ASIA2");
+    assert!(cache.forget(&request, &refused));
+    let other = cache.bearer(&request).await.unwrap();
+    assert_eq!(other.access_key_id(), "ASIA2");
+    assert!(!cache.forget(&request, &other), "the cluster takes none, and STS is not asked for each request");
+    assert_eq!((world.calls(), cache.counters().read(0).forgotten), (2, 1));
 }
 
 #[tokio::test]

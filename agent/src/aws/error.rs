@@ -222,6 +222,23 @@ impl StsError {
         }
     }
 
+    /// All of [`Self::kind`].
+    pub const KINDS: [&str; 13] = [
+        "denied",
+        "web_identity_denied",
+        "web_identity_expired",
+        "no_web_identity",
+        "refused",
+        "throttled",
+        "unreachable",
+        "clock_skew",
+        "no_credentials",
+        "token_too_long",
+        "signing",
+        "busy",
+        "abandoned",
+    ];
+
     /// A word for metrics and records.
     #[must_use]
     pub fn kind(&self) -> &'static str {
@@ -263,6 +280,7 @@ mod tests {
 
     #[track_caller]
     fn check(status: u16, code: &str, message: &str, assumed: &str, with_token: &str) {
+        assert!(StsError::KINDS.contains(&assumed) && StsError::KINDS.contains(&with_token), "{code}");
         let answer = Answer { status, code, message, retry_after: None };
         assert_eq!(StsError::of(answer, Call::AssumeRole, &role(), "eu-central-1").kind(), assumed, "{code}");
         assert_eq!(

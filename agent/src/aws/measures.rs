@@ -25,6 +25,8 @@ pub struct AwsMeasures {
     pub signed: u64,
     /// Entries that made room for others.
     pub evicted: u64,
+    /// Tokens that the cluster did not take and that were forgotten with their credentials.
+    pub forgotten: u64,
     /// Failures by [`StsError::kind`].
     pub failed: BTreeMap<&'static str, u64>,
     /// Roles × sessions × clusters that are kept at the moment.
@@ -39,6 +41,7 @@ pub(super) struct Counters {
     asked: AtomicU64,
     signed: AtomicU64,
     evicted: AtomicU64,
+    forgotten: AtomicU64,
     failed: Mutex<BTreeMap<&'static str, u64>>,
 }
 
@@ -71,6 +74,10 @@ impl Counters {
         count(&self.evicted);
     }
 
+    pub(super) fn forgotten(&self) {
+        count(&self.forgotten);
+    }
+
     pub(super) fn failed(&self, error: &StsError) {
         *self.failed.lock().unwrap_or_else(PoisonError::into_inner).entry(error.kind()).or_default() += 1;
     }
@@ -84,6 +91,7 @@ impl Counters {
             asked: read(&self.asked),
             signed: read(&self.signed),
             evicted: read(&self.evicted),
+            forgotten: read(&self.forgotten),
             failed: self.failed.lock().unwrap_or_else(PoisonError::into_inner).clone(),
             entries,
         }

@@ -28,7 +28,7 @@ use super::{
     upstream::{Outgoing, UpstreamError},
 };
 use crate::{
-    auth::{Asked, Decision, Onward, Question},
+    auth::{Asked, Credential, Decision, Onward, Policy, Question},
     recording::{Durability, RequestHead, RequestRecord, Unmasked},
 };
 
@@ -58,7 +58,7 @@ pub(super) async fn answer(
     };
     let mut guard = CutGuard { connection: &connection, record: &record, armed: true };
     let forwarded = match outcome {
-        Ok(onward) => forward(&connection, head, &attributes, (held, onward), &record, client_upgrade).await,
+        Ok(way) => forward(&connection, head, &attributes, (held, way), &record, client_upgrade).await,
         Err(refusal) => Err(refusal),
     };
     guard.armed = false;
@@ -108,7 +108,15 @@ struct Checked {
     /// Who it is for.
     identity: Option<Identity>,
     /// Where it goes, and how.
-    outcome: Result<(Authority, Onward), Refusal>,
+    outcome: Result<Way, Refusal>,
+}
+
+/// How a request that is let through goes on.
+struct Way {
+    authority: Authority,
+    onward: Onward,
+    /// What decided of it also gives its credential, whatever has been configured meanwhile.
+    policy: Arc<Policy>,
 }
 
 impl Checked {
@@ -150,7 +158,7 @@ async fn check(connection: &Connection, head: &Parts, attributes: &Attributes, b
     {
         connection.finding(name, &refused.to_string());
     }
-    let outcome = onward.map(|onward| (authority, onward)).map_err(Refusal::Identity);
+    let outcome = onward.map(|onward| Way { authority, onward, policy }).map_err(Refusal::Identity);
     Checked { held, identity, outcome }
 }
 
@@ -189,35 +197,55 @@ async fn forward(
     connection: &Connection,
     head: Parts,
     attributes: &Attributes,
-    (mut held, (authority, onward)): (Held, (Authority, Onward)),
+    (mut held, Way { authority, onward, policy }): (Held, Way),
     record: &Arc<RequestRecord>,
     client_upgrade: OnUpgrade,
 ) -> Result<Response<ResponseBody>, Refusal> {
     let asks_upgrade = headers::upgrade_protocol(&head).is_some();
     let streaming = attributes.is_long_running(head.uri.query());
-    let cluster = connection.cluster();
     let pod = connection.origin.caller().pod.as_ref();
-    let credential = cluster.policy.load_full().credential(onward, pod, record.session()).await;
-    let mut credential = credential.map_err(Refusal::Identity)?;
-    if let Some(assumed) = credential.take_assumed() {
-        record.role_assumed(assumed);
+    let credential = policy.credential(onward, pod, record.session()).await.map_err(Refusal::Identity)?;
+    let mut outgoing = outgoing(connection, head, &mut held, authority, record.id(), asks_upgrade);
+    let mut answer = send(connection, &credential, &mut outgoing, asks_upgrade, record).await?;
+    // It was not acted on (RFC 9110 §15.5.2), so it may be sent once more, a mutation too: its body is held whole. What a
+    // pod or a kubelet answers by way of the API server says nothing of the credential.
+    if answer.0.status() == StatusCode::UNAUTHORIZED
+        && !attributes.is_connect()
+        && let Some(renewed) = policy.renewed(&credential).await.map_err(Refusal::Identity)?
+    {
+        drop(answer);
+        answer = send(connection, &renewed, &mut outgoing, asks_upgrade, record).await?;
     }
+    drop(outgoing);
+    let (response, lease) = answer;
+    let request_room = held.forwarded();
+    Ok(respond(connection, response, (lease, request_room), streaming, record, client_upgrade))
+}
+
+/// Sends a request with a credential, on a connection that is meant for it.
+async fn send(
+    connection: &Connection,
+    credential: &Credential,
+    outgoing: &mut Outgoing,
+    asks_upgrade: bool,
+    record: &RequestRecord,
+) -> Result<(Response<Incoming>, Lease), Refusal> {
+    if let Some(assumed) = credential.assumed() {
+        record.role_assumed(assumed.clone());
+    }
+    credential.apply(&mut outgoing.headers);
+    let cluster = connection.cluster();
     let own = credential.own_connection().then_some(&cluster.own).and_then(Option::as_ref);
     let (pool, private) = match own {
         Some(own) => (own, &connection.own_private),
         None => (&cluster.pool, &connection.private),
     };
-    let mut outgoing = outgoing(connection, head, &mut held, authority, record.id(), asks_upgrade);
-    credential.apply(&mut outgoing.headers);
     let sent = if asks_upgrade {
-        pool.send_upgrade(connection.original_destination, &outgoing).await
+        pool.send_upgrade(connection.original_destination, outgoing).await
     } else {
-        pool.send(connection.original_destination, private, &outgoing).await
+        pool.send(connection.original_destination, private, outgoing).await
     };
-    drop(outgoing);
-    let request_room = held.forwarded();
-    let (response, lease) = sent.map_err(|error| upstream_refusal(connection, error))?;
-    Ok(respond(connection, response, (lease, request_room), streaming, record, client_upgrade))
+    sent.map_err(|error| upstream_refusal(connection, error))
 }
 
 fn outgoing(

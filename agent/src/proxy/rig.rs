@@ -11,7 +11,7 @@ use std::{
 use arc_swap::ArcSwap;
 use bytes::Bytes;
 use futures::stream;
-use http::{HeaderMap, Request, Response, StatusCode, Uri, Version};
+use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, Uri, Version};
 use http_body::Frame;
 use http_body_util::{BodyExt as _, Full, StreamBody, combinators::UnsyncBoxBody};
 use hyper::{
@@ -68,6 +68,8 @@ pub(super) struct Upstream {
     pub(super) restart: Notify,
     /// Lets `/watch` send its second event.
     pub(super) next_event: Notify,
+    /// `Authorization` that is answered 401.
+    pub(super) refused: Mutex<Vec<HeaderValue>>,
 }
 
 /// All of it.
@@ -76,6 +78,7 @@ pub(super) struct Rig {
     pub(super) recorder: Recorder,
     pub(super) upstream: Arc<Upstream>,
     pub(super) endpoints: Arc<ArcSwap<Vec<SocketAddr>>>,
+    pub(super) policy: Arc<ArcSwap<Policy>>,
     listener: TcpListener,
     _folder: tempfile::TempDir,
     client_tls: Arc<rustls::ClientConfig>,
@@ -109,6 +112,7 @@ impl Rig {
         })
         .expect("a recorder");
         let tls = upstream_tls(roots.clone(), None).expect("a client configuration");
+        let policy = Arc::new(ArcSwap::from_pointee(Policy::open("test".into())));
         let cluster = ClusterUpstream {
             name: "test".into(),
             names: vec![NAME.into()],
@@ -116,7 +120,7 @@ impl Rig {
             server_name: ServerName::try_from(NAME).expect("a name"),
             tls: Arc::clone(&tls),
             own_tls: None,
-            policy: Arc::new(ArcSwap::from_pointee(Policy::open("test".into()))),
+            policy: Arc::clone(&policy),
             serving: ServingCertificate::new(
                 with_alpn(&server_tls, &["h2", "http/1.1"]),
                 std::time::SystemTime::UNIX_EPOCH,
@@ -124,7 +128,7 @@ impl Rig {
         };
         let proxy = Proxy::new(ProxyOptions { clusters: vec![cluster], recorder: recorder.clone(), limits });
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
-        Self { proxy, recorder, upstream, endpoints, listener, _folder: folder, client_tls: tls }
+        Self { proxy, recorder, upstream, endpoints, policy, listener, _folder: folder, client_tls: tls }
     }
 
     /// A connection of the test pod, before TLS, handed to the proxy.
@@ -249,6 +253,7 @@ impl Upstream {
             connections: watch::Sender::new(0),
             next_event: Notify::new(),
             restart: Notify::new(),
+            refused: Mutex::default(),
         });
         let (this, acceptor) = (Arc::clone(&upstream), TlsAcceptor::from(with_alpn(tls, alpn)));
         tokio::spawn(async move {
@@ -288,12 +293,16 @@ async fn serve(upstream: Arc<Upstream>, mut request: Request<Incoming>) -> Resul
     let path = head.uri.path().to_owned();
     let seen = Seen { uri: head.uri, version: head.version, headers: head.headers, body: body.clone() };
     let audit_id = seen.headers.get("audit-id").cloned();
+    let refused = upstream.refused.lock().expect("not poisoned");
+    let refuses = seen.headers.get("authorization").is_some_and(|presented| refused.contains(presented));
+    drop(refused);
     upstream.seen.lock().expect("not poisoned").push(seen);
     let mut response = Response::new(full("not found"));
     if let Some(id) = audit_id {
         response.headers_mut().insert("audit-id", id);
     }
     match path.as_str() {
+        _ if refuses => *response.status_mut() = StatusCode::UNAUTHORIZED,
         "/big" => *response.body_mut() = big(),
         "/watch" => *response.body_mut() = watch(upstream, false),
         "/hangup" => return Err(io::Error::other("hung up")),

@@ -23,17 +23,17 @@ fn request(builder: Builder, body: impl Into<Bytes>) -> Request<Full<Bytes>> {
 }
 
 /// Sends over HTTP/1.1 on a connection of its own.
-async fn send(rig: &Rig, builder: Builder, body: impl Into<Bytes>) -> Response<Incoming> {
+pub(super) async fn send(rig: &Rig, builder: Builder, body: impl Into<Bytes>) -> Response<Incoming> {
     let builder = builder.header("host", NAME);
     soon(rig.http1().await.send_request(request(builder, body))).await.expect("an answer")
 }
 
-async fn bytes(response: Response<Incoming>) -> Bytes {
+pub(super) async fn bytes(response: Response<Incoming>) -> Bytes {
     soon(response.into_body().collect()).await.expect("a whole body").to_bytes()
 }
 
 /// The `Status` object of an answer that Weir made.
-async fn status(response: Response<Incoming>) -> (u16, String, String) {
+pub(super) async fn status(response: Response<Incoming>) -> (u16, String, String) {
     let code = response.status().as_u16();
     assert_eq!(response.headers()["content-type"], "application/json");
     let object: Value = serde_json::from_slice(&bytes(response).await).expect("JSON");
@@ -43,7 +43,7 @@ async fn status(response: Response<Incoming>) -> (u16, String, String) {
     (code, text("reason"), text("message"))
 }
 
-fn closed(events: &[Event]) -> Vec<(Option<u16>, Outcome)> {
+pub(super) fn closed(events: &[Event]) -> Vec<(Option<u16>, Outcome)> {
     let close = |event: &Event| match &event.kind {
         Kind::RequestClosed(closed) => Some((closed.status, closed.outcome)),
         _ => None,

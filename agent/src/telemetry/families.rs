@@ -66,11 +66,15 @@ pub(super) enum Value {
     },
 }
 
-const fn counter(name: &'static str, labels: &'static [&'static str], help: &'static str) -> Family {
+pub(super) const fn counter(
+    name: &'static str,
+    labels: &'static [&'static str],
+    help: &'static str,
+) -> Family {
     Family { name, unit: None, kind: Kind::Counter, labels, help }
 }
 
-const fn gauge(name: &'static str, labels: &'static [&'static str], help: &'static str) -> Family {
+pub(super) const fn gauge(name: &'static str, labels: &'static [&'static str], help: &'static str) -> Family {
     Family { name, unit: None, kind: Kind::Gauge, labels, help }
 }
 
@@ -226,7 +230,12 @@ static CANARY_CONNECTIONS: Family = counter(
 
 /// All of them, in the order of the exposition.
 #[cfg(test)]
-pub(super) static ALL: [&Family; 41] = [
+pub(super) fn all() -> impl Iterator<Item = &'static Family> {
+    ALL.into_iter().chain(super::roles::ALL)
+}
+
+#[cfg(test)]
+static ALL: [&Family; 41] = [
     &BUILD,
     &STARTED,
     &READY,
@@ -270,7 +279,7 @@ pub(super) static ALL: [&Family; 41] = [
     &CANARY_CONNECTIONS,
 ];
 
-type Gathered = Vec<(&'static Family, Vec<Sample>)>;
+pub(super) type Gathered = Vec<(&'static Family, Vec<Sample>)>;
 
 fn number(value: u64) -> Vec<Sample> {
     vec![labelled([], value)]
@@ -280,7 +289,7 @@ fn size(value: usize) -> Vec<Sample> {
     number(u64::try_from(value).unwrap_or(u64::MAX))
 }
 
-fn labelled<const N: usize>(labels: [&str; N], value: u64) -> Sample {
+pub(super) fn labelled<const N: usize>(labels: [&str; N], value: u64) -> Sample {
     Sample { labels: labels.map(str::to_owned).to_vec(), value: Value::Number(value) }
 }
 
@@ -304,6 +313,7 @@ pub(super) fn gather(telemetry: &Telemetry) -> Gathered {
     }
     connections(telemetry, &mut out);
     recording(telemetry, &mut out);
+    super::roles::gather(telemetry.proxy.get(), &mut out);
     out
 }
 

@@ -121,7 +121,8 @@ impl Front {
 
     pub(super) fn has_expired(&self, access_key_id: &str) -> Result<bool> {
         let expires = locked(&self.shared.issued).get(access_key_id).and_then(|issued| issued.expires);
-        let expires = expires.with_context(|| format!("{access_key_id} was not issued for a time of its own"))?;
+        let expires =
+            expires.with_context(|| format!("{access_key_id} was not issued for a time of its own"))?;
         Ok(expires <= now()?)
     }
 }

@@ -249,7 +249,8 @@ fn a_watch_outlives_the_credentials_that_it_began_with_and_the_next_request_has_
     assert!(created.status.success(), "{created:?}\n{}", agent.last_lines());
     assert_eq!(shown.next().as_deref(), Some("configmap/late"), "the watch goes on");
     let events = scene.events();
-    let closed = |event: &Event| event.request == watch.request && matches!(event.kind, Kind::RequestClosed(_));
+    let closed =
+        |event: &Event| event.request == watch.request && matches!(event.kind, Kind::RequestClosed(_));
     assert!(!events.iter().any(closed));
     let later = opened(&events, "/configmaps?fieldManager=kubectl-create").pop().expect("it is recorded");
     let user = user_of(&scene, later.request.as_deref().unwrap());
@@ -292,6 +293,7 @@ fn credentials_that_the_cluster_takes_no_longer_are_got_anew_and_not_with_each_r
     .unwrap();
     assert!(statuses.iter().all(|status| matches!(status, 401 | 200)), "{statuses:?}");
     assert_eq!(roles_asked(&rig).len(), 2, "{statuses:?}");
-    let keys: Vec<_> = assumed(&scene.events()).into_iter().map(|(_, assumed)| assumed.access_key_id).collect();
+    let keys: Vec<_> =
+        assumed(&scene.events()).into_iter().map(|(_, assumed)| assumed.access_key_id).collect();
     assert!(keys.len() == 2 && keys[0] != keys[1], "{keys:?}");
 }
