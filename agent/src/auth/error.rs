@@ -1,5 +1,7 @@
 //! Why a bearer token is not believed: what its bearer is told, and with which HTTP status. Never the token.
 
+use std::time::Duration;
+
 use http::StatusCode;
 use jiff::Timestamp;
 
@@ -7,6 +9,8 @@ use super::token::TOKEN_BYTES_MAX;
 
 /// Longest part of a token's content that a message repeats, in characters.
 const REPEATED_CHARS_MAX: usize = 128;
+/// When to try again where an issuer cannot be asked.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
 /// Most entries of a list that a message repeats.
 const REPEATED_MAX: usize = 8;
 
@@ -51,6 +55,17 @@ pub enum TokenError {
     UnknownKey {
         /// The issuer.
         issuer: String,
+    },
+    /// Signed with a key that its issuer did not publish when it was asked last, which is too short ago to ask again.
+    #[error(
+        "the bearer token is signed with a key that its issuer {issuer:?} did not publish a moment ago; try again in {} s",
+        retry_after.as_secs()
+    )]
+    KeyNotKnownYet {
+        /// The issuer.
+        issuer: String,
+        /// When it may be asked again.
+        retry_after: Duration,
     },
     /// The signature is not of the issuer's key.
     #[error("the bearer token's signature is not one of its issuer {issuer:?}")]
@@ -103,16 +118,20 @@ impl TokenError {
         matches!(self, Self::NotJwt | Self::UnknownIssuer { .. })
     }
 
-    /// Whether the same token may be believed later.
-    pub fn is_unavailable(&self) -> bool {
-        matches!(self, Self::IssuerUnavailable { .. })
+    /// When the same token may be believed; none where it never will be.
+    pub fn retry_after(&self) -> Option<Duration> {
+        match self {
+            Self::IssuerUnavailable { .. } => Some(RETRY_AFTER),
+            Self::KeyNotKnownYet { retry_after, .. } => Some(*retry_after),
+            _ => None,
+        }
     }
 
     /// The status of the answer: 503 where the same token may be believed later, else 401.
     pub fn status(&self) -> StatusCode {
-        match self {
-            Self::IssuerUnavailable { .. } => StatusCode::SERVICE_UNAVAILABLE,
-            _ => StatusCode::UNAUTHORIZED,
+        match self.retry_after() {
+            Some(_) => StatusCode::SERVICE_UNAVAILABLE,
+            None => StatusCode::UNAUTHORIZED,
         }
     }
 }

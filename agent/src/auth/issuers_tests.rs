@@ -266,6 +266,9 @@ async fn what_is_remembered_ends_with_the_token_and_with_its_key() {
     while rig.site.asked().is_empty() {
         tokio::task::yield_now().await;
     }
+    let error = rig.issuers.verify(&token, rig.now).await.expect_err("is refused");
+    assert_eq!(error.status(), 503, "it may be newer than what was fetched: {error}");
+    rig.now.steady += FETCH_INTERVAL_MIN;
     rig.refused(&token, expect![[r#"the bearer token is signed with a key that its issuer "https://kubernetes.default.svc" does not publish; log in again"#]]).await;
     assert!(rig.issuers.verify(&next.token("k2", &Rig::claims()), rig.now).await.is_ok());
 }

@@ -148,7 +148,9 @@ impl KeySource {
             },
             None => None,
         };
-        if let Some(flight) = self.fly(now) {
+        let flight = self.fly(now);
+        let asked = flight.is_some();
+        if let Some(flight) = flight {
             flight.await;
             let fetched = self.believed(now);
             let new = match (&known, &fetched) {
@@ -165,12 +167,20 @@ impl KeySource {
             }
         }
         let issuer = self.issuer.clone();
-        let failure = self.state().failure.clone();
+        let (failure, attempted) = {
+            let state = self.state();
+            (state.failure.clone(), state.attempted)
+        };
+        // None for who has just had the issuer asked.
+        let wait = attempted.filter(|_| !asked).map(|attempted| until_next(attempted, now));
         Err(match (refused, failure) {
             (Some(SignatureError::Wrong), _) => TokenError::Signature { issuer },
             // Signed with a new key, or with none of this issuer: it alone could tell.
             (_, Some(reason)) => TokenError::IssuerUnavailable { issuer, reason },
-            (Some(SignatureError::UnknownKey), None) => TokenError::UnknownKey { issuer },
+            (Some(SignatureError::UnknownKey), None) => match wait {
+                Some(retry_after) => TokenError::KeyNotKnownYet { issuer, retry_after },
+                None => TokenError::UnknownKey { issuer },
+            },
             (None, None) => {
                 TokenError::IssuerUnavailable { issuer, reason: "they have not been fetched".to_owned() }
             }
@@ -230,6 +240,12 @@ impl KeySource {
         };
         Ok(KeySet::parse(&self.fetch.fetch(keys).await?)?)
     }
+}
+
+/// How long an issuer that was asked at `attempted` is not asked again, in whole seconds.
+fn until_next(attempted: Instant, now: Instant) -> Duration {
+    let left = FETCH_INTERVAL_MIN.saturating_sub(now.saturating_duration_since(attempted));
+    Duration::from_secs(left.as_secs() + 1)
 }
 
 #[cfg(test)]
@@ -316,12 +332,18 @@ mod tests {
         assert!(verified(&source, &token(&old, "k1"), now).await.is_ok());
         site.publish(KEYS, &json!({"keys": [old.public("k1"), new.public("k2")]}));
         let unknown = || Err(TokenError::UnknownKey { issuer: URL.to_owned() });
-        assert_eq!(verified(&source, &token(&new, "k2"), now).await, unknown(), "not within the interval");
+        let not_yet = |seconds| {
+            let retry_after = Duration::from_secs(seconds);
+            Err(TokenError::KeyNotKnownYet { issuer: URL.to_owned(), retry_after })
+        };
+        assert_eq!(verified(&source, &token(&new, "k2"), now).await, not_yet(11), "not within the interval");
+        let later = now + Duration::from_millis(7_500);
+        assert_eq!(verified(&source, &token(&new, "k2"), later).await, not_yet(3));
         now += FETCH_INTERVAL_MIN;
         assert!(verified(&source, &token(&new, "k2"), now).await.is_ok());
         site.asked();
         for made_up in 0..50 {
-            assert_eq!(verified(&source, &token(&stranger, &format!("x{made_up}")), now).await, unknown());
+            assert_eq!(verified(&source, &token(&stranger, &format!("x{made_up}")), now).await, not_yet(11));
         }
         assert_eq!(site.asked(), [] as [&str; 0]);
         now += FETCH_INTERVAL_MIN;
@@ -347,6 +369,7 @@ mod tests {
         assert!(source.believes(&key, now), "is used while keys are refreshed");
         settled(&source).await;
         assert!(!source.believes(&key, now));
+        now += FETCH_INTERVAL_MIN;
         assert_eq!(
             verified(&source, &token(&old, "k1"), now).await,
             Err(TokenError::UnknownKey { issuer: URL.to_owned() })

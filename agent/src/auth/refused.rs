@@ -170,8 +170,7 @@ impl Refused {
             Self::NoCredential { .. } | Self::FromOtherPod { .. } | Self::Unverifiable { .. } => {
                 Kind::Unauthenticated
             }
-            Self::Token(error) if error.is_unavailable() => Kind::Unavailable(RETRY_AFTER),
-            Self::Token(_) => Kind::Unauthenticated,
+            Self::Token(error) => error.retry_after().map_or(Kind::Unauthenticated, Kind::Unavailable),
             Self::NoRule { .. }
             | Self::Denied { .. }
             | Self::RuleFailed { .. }
