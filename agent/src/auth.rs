@@ -37,7 +37,9 @@ mod workload;
 pub use self::{
     error::TokenError,
     issuers::{Issuers, IssuersError},
-    policy::{Asked, Credential, Decision, OWN_EXTRA_PREFIX, Onward, OwnCredential, Policy, Rules},
+    policy::{
+        Asked, Credential, Decision, OWN_EXTRA_PREFIX, OWN_EXTRAS, Onward, OwnCredential, Policy, Rules,
+    },
     refused::{Kind, Refused},
     rule::{Considered, Origin, Question, Said, Subject},
 };

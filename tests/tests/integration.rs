@@ -59,6 +59,8 @@ mod names;
 mod nested;
 #[path = "integration/pod_kinds.rs"]
 mod pod_kinds;
+#[path = "integration/rules.rs"]
+mod rules;
 #[path = "integration/scale.rs"]
 mod scale;
 #[path = "integration/starting.rs"]

@@ -16,7 +16,7 @@ pub const CLAIMS: &str = "claims";
 /// The variable of expressions over the user.
 pub const USER: &str = "user";
 /// Where Kubernetes has the id of a token among a user's extra values.
-const CREDENTIAL_ID: &str = "authentication.kubernetes.io/credential-id";
+pub const CREDENTIAL_ID: &str = "authentication.kubernetes.io/credential-id";
 /// Most groups of a user.
 pub const GROUPS_MAX: usize = 2048;
 

@@ -201,7 +201,7 @@ async fn a_clock_that_is_ten_minutes_off_is_named() {
 
 #[tokio::test]
 async fn forged_tokens_are_refused() {
-    let rig = Rig::new(PLAIN);
+    let mut rig = Rig::new(PLAIN);
     let good = rig.token(&json!({}));
     let (signed, signature) = good.rsplit_once('.').expect("has dots");
     let (header, _) = signed.split_once('.').expect("has dots");
@@ -219,7 +219,8 @@ async fn forged_tokens_are_refused() {
     // HMAC with the public key, which everybody has.
     let hmac = encoded(r#"{"alg":"HS256","kid":"k1"}"#);
     rig.refused(&format!("{hmac}.{root}.{}", encoded(hmac_with_public_key(&rig.signer, &format!("{hmac}.{root}")))), expect![[r#"the bearer token is signed with algorithm "HS256"; accepted are RS256, RS384, RS512, PS256, PS384, PS512, ES256, ES384, EdDSA"#]]).await;
-    // Another algorithm than the key is for.
+    // Another algorithm than the key is for. The issuer is asked whether it has such a key.
+    rig.now.steady += FETCH_INTERVAL_MIN;
     let other = encoded(r#"{"alg":"RS256","kid":"k1"}"#);
     rig.refused(&format!("{other}.{root}.{signature}"), expect![[r#"the bearer token is signed with a key that its issuer "https://kubernetes.default.svc" does not publish; log in again"#]]).await;
     let stranger = Signer::es256();
@@ -230,6 +231,7 @@ async fn forged_tokens_are_refused() {
         ]],
     )
     .await;
+    rig.now.steady += FETCH_INTERVAL_MIN;
     rig.refused(&stranger.token("k9", &Rig::claims()), expect![[r#"the bearer token is signed with a key that its issuer "https://kubernetes.default.svc" does not publish; log in again"#]]).await;
     rig.refused(
         &"a".repeat(1024 * 1024),

@@ -29,6 +29,8 @@ use crate::{
 
 /// What the extra attributes begin with that Weir itself adds to who it impersonates.
 pub const OWN_EXTRA_PREFIX: &str = "weir.dev/";
+/// Those, behind that.
+pub const OWN_EXTRAS: [&str; 3] = ["session", "pod", "pod-uid"];
 
 /// The agent's own credential for a cluster.
 pub trait OwnCredential: fmt::Debug + Send + Sync {
@@ -360,10 +362,11 @@ impl Policy {
                 let mut own = |name: &str, value: String| {
                     user.extra.insert(format!("{OWN_EXTRA_PREFIX}{name}"), vec![value]);
                 };
-                own("session", session.to_owned());
+                let [of_session, of_pod, of_pod_uid] = OWN_EXTRAS;
+                own(of_session, session.to_owned());
                 if let Some(pod) = pod {
-                    own("pod", format!("{}/{}", pod.namespace, pod.name));
-                    own("pod-uid", pod.uid.clone());
+                    own(of_pod, format!("{}/{}", pod.namespace, pod.name));
+                    own(of_pod_uid, pod.uid.clone());
                 }
                 let authorization = rules.own.authorization().await.map_err(|error| {
                     tracing::warn!(cluster = self.cluster, error, "no credential of the agent's own");

@@ -1,6 +1,6 @@
 //! Whether each cluster's API server can be reached, and under which trust tier its clients would be served.
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{collections::BTreeSet, path::Path, sync::Arc, time::Duration};
 
 use rustls::pki_types::ServerName;
 use tokio::net::TcpStream;
@@ -8,7 +8,11 @@ use tokio_rustls::TlsConnector;
 
 use super::{Check, Need, chain};
 use crate::{
-    config::{Cluster, Config, Trust},
+    auth::{OWN_EXTRA_PREFIX, OWN_EXTRAS, claims::CREDENTIAL_ID},
+    config::{
+        Cluster, Config, Trust,
+        roles::{Action, Impersonate},
+    },
     exec::{
         api_set::{self, Target},
         invoker::Invoker,
@@ -48,9 +52,62 @@ pub async fn configured(config: &Config) -> Vec<Check> {
                 checks.push(Check::bad(name, Need::Must, format!("{}: {problem}", access.host), mend));
             }
         }
+        checks.extend(impersonation_of(cluster, &access).await);
         checks.push(trust_of(cluster, access, &config.node).await);
     }
     checks
+}
+
+/// Whether the agent may impersonate every key of an extra attribute that the cluster's rules map to; none where no rule
+/// impersonates. RBAC has no wildcard for them, and one that is missing shows only when a request with it is refused.
+async fn impersonation_of(cluster: &Cluster, access: &ClusterAccess) -> Option<Check> {
+    let keys = extra_keys(cluster)?;
+    let name = format!("impersonation {}", cluster.name);
+    let mut missing = Vec::new();
+    for key in &keys {
+        match access.may_impersonate_extra(key).await {
+            Ok(true) => {}
+            Ok(false) => missing.push(format!("userextras/{key}")),
+            Err(problem) => {
+                let mend = "may the agent's service account create selfsubjectaccessreviews?";
+                return Some(Check::bad(name, Need::Must, format!("{key}: {problem}"), mend));
+            }
+        }
+    }
+    Some(if missing.is_empty() {
+        Check::good(name, Need::Must, format!("{} keys of extra attributes", keys.len()))
+    } else {
+        let mend =
+            "allow the agent's ClusterRole the verb impersonate on them, in the group authentication.k8s.io";
+        Check::bad(name, Need::Must, format!("not allowed: {}", missing.join(", ")), mend)
+    })
+}
+
+/// Keys that users may have whom the agent impersonates, Weir's own among them.
+fn extra_keys(cluster: &Cluster) -> Option<BTreeSet<String>> {
+    let mappings: Vec<&Impersonate> = cluster
+        .roles
+        .iter()
+        .flatten()
+        .filter_map(|role| match &role.action {
+            Action::Impersonate(mapping) => Some(mapping.as_ref()),
+            _ => None,
+        })
+        .collect();
+    if mappings.is_empty() {
+        return None;
+    }
+    let mut keys: BTreeSet<String> = OWN_EXTRAS.map(|name| format!("{OWN_EXTRA_PREFIX}{name}")).into();
+    for mapping in mappings {
+        keys.extend(mapping.extra.keys().cloned());
+        // Without another name, the user keeps what its token's issuer says of it.
+        if mapping.user.is_none() && !cluster.authentication.jwt.is_empty() {
+            keys.insert(CREDENTIAL_ID.to_owned());
+            let mapped = cluster.authentication.jwt.iter().flat_map(|issuer| &issuer.mappings.extra);
+            keys.extend(mapped.map(|(key, _)| key.clone()));
+        }
+    }
+    Some(keys)
 }
 
 /// Asks the authority for a certificate, as the agent would.

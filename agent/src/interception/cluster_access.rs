@@ -15,6 +15,7 @@ use http::{HeaderValue, Request, Response, StatusCode, header::AUTHORIZATION};
 use http_body_util::{BodyExt as _, Collected, Empty, LengthLimitError, Limited};
 use k8s_openapi::api::{
     authentication::v1::{BoundObjectReference, TokenRequest, TokenRequestSpec},
+    authorization::v1::{ResourceAttributes, SelfSubjectAccessReview, SelfSubjectAccessReviewSpec},
     core::v1::ServiceAccount,
 };
 use kube::{
@@ -236,6 +237,32 @@ impl ClusterAccess {
         let client = Client::try_from(config).map_err(failed)?;
         let own = Arc::new(Own { client: client.clone(), authorization });
         Ok(Self { client, ca, host, own, certificate })
+    }
+
+    /// Whether the agent may impersonate any value of the extra attribute `key`.
+    ///
+    /// # Errors
+    /// The API server does not say; in words.
+    pub async fn may_impersonate_extra(&self, key: &str) -> Result<bool, String> {
+        let review = SelfSubjectAccessReview {
+            spec: SelfSubjectAccessReviewSpec {
+                resource_attributes: Some(ResourceAttributes {
+                    verb: Some("impersonate".to_owned()),
+                    group: Some("authentication.k8s.io".to_owned()),
+                    resource: Some("userextras".to_owned()),
+                    subresource: Some(key.to_owned()),
+                    ..ResourceAttributes::default()
+                }),
+                ..SelfSubjectAccessReviewSpec::default()
+            },
+            ..SelfSubjectAccessReview::default()
+        };
+        let (reviews, options) = (Api::all(self.client.clone()), PostParams::default());
+        let reviewed = tokio::time::timeout(READ_TIMEOUT, reviews.create(&options, &review))
+            .await
+            .map_err(|_| format!("no answer within {} s", READ_TIMEOUT.as_secs()))?
+            .map_err(|error| error.to_string())?;
+        Ok(reviewed.status.is_some_and(|status| status.allowed))
     }
 
     /// Asks the API server for its version.

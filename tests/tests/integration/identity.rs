@@ -42,7 +42,7 @@ pub(super) fn configured(scene: &Scene, roles: Value) -> PathBuf {
 }
 
 /// An agent with that configuration.
-fn start(scene: &Scene, roles: Value) -> AgentProcess {
+pub(super) fn start(scene: &Scene, roles: Value) -> AgentProcess {
     AgentProcess::start(&configured(scene, roles), &scene.scratch.path().join("agent.log")).unwrap()
 }
 
