@@ -15,15 +15,22 @@ use std::{
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
+use http::{HeaderMap, HeaderValue, header::AUTHORIZATION};
 use serde_json::json;
+use tokio::runtime::Runtime;
 use weir_agent::{
     auth::{
+        Asked, Origin, OwnCredential, Policy, Question, Rules,
         expression::{Expression, Value},
         fetch::{Fetch, FetchError},
         issuers::{Issuers, Moment},
     },
+    aws::Aws,
     config::Config,
+    proxy::Labels,
 };
+use weir_common::{attributes::Attributes, event::Pod};
+use zeroize::Zeroizing;
 
 use crate::signer::Signer;
 
@@ -31,6 +38,8 @@ use crate::signer::Signer;
 const OPERATIONS: u32 = 20_000;
 /// Groups of the caller: a person of a large company.
 const GROUPS: usize = 100;
+/// Rules before the one that is for the caller, in the last rows.
+const RULES_BEFORE: usize = 31;
 const CONFIGURATION: &str = "
 apiVersion: weir.dev/v1alpha1
 kind: AgentConfiguration
@@ -44,7 +53,7 @@ clusters:
       claimMappings:
         username: {claim: sub, prefix: 'oidc:'}
         groups: {claim: groups, prefix: 'oidc:'}
-  roles: []
+  roles: ROLES
 enrolment: [{podSelector: {}, namespaceSelector: {}}]
 ";
 const RULE: &str = "user.groups.exists(g, g == 'oidc:group-99') && claims.sub.startsWith('jane') && request.verb in \
@@ -64,6 +73,63 @@ impl Fetch for Documents {
     }
 }
 
+/// An agent whose own credential is a token.
+#[derive(Debug)]
+struct Own;
+
+impl OwnCredential for Own {
+    fn authorization(&self) -> BoxFuture<'_, Result<Option<HeaderValue>, String>> {
+        Box::pin(async { Ok(Some(HeaderValue::from_static("Bearer own"))) })
+    }
+
+    fn mint<'a>(&'a self, _: &'a Pod, _: &'a str) -> BoxFuture<'a, Result<Zeroizing<String>, String>> {
+        Box::pin(async { Err("not asked for".to_owned()) })
+    }
+}
+
+fn configuration(rules_before: usize) -> Config {
+    let before = (0..rules_before).map(|index| {
+        let when = RULE.replace("group-99", &format!("other-{index}"));
+        format!("{{name: r{index}, when: \"{when}\", deny: {{}}}}, ")
+    });
+    let before: String = before.collect();
+    let roles = format!(
+        "[{before}{{name: readers, when: \"{RULE}\", impersonate: {{user: \"'ci:' + claims.sub\"}}}}]"
+    );
+    Config::parse("weir.yaml".as_ref(), &CONFIGURATION.replace("ROLES", &roles), "node").unwrap()
+}
+
+/// All that the proxy does to know whose a request is and what it goes on with.
+fn decisions(runtime: &Runtime, documents: &Arc<dyn Fetch>, token: &str) {
+    let mut headers = HeaderMap::new();
+    headers.insert(AUTHORIZATION, format!("Bearer {token}").parse().unwrap());
+    let path = "/api/v1/namespaces/team-a/pods";
+    let attributes = Attributes::parse("GET", path, None);
+    let origin = Origin::new("a", Arc::default(), &Labels::default());
+    for rules_before in [0, RULES_BEFORE] {
+        let cluster = &configuration(rules_before).clusters[0];
+        let policy = Policy::new(
+            "a".to_owned(),
+            Rules {
+                roles: cluster.roles.clone().unwrap(),
+                issuers: Arc::new(Issuers::new(&cluster.authentication.jwt, documents).unwrap()),
+                own: Arc::new(Own),
+                aws: Aws::new(),
+                node: "node".to_owned(),
+            },
+        );
+        row(&format!("decision and credential, rule {}", rules_before + 1), || {
+            let question = Question { method: "GET", path, attributes: &attributes };
+            let asked = Asked { headers: &headers, question, origin: &origin, certificate: None };
+            let onward = runtime.block_on(policy.decide(&asked)).onward.unwrap();
+            let credential = runtime.block_on(policy.credential(onward, None, "session")).unwrap();
+            let mut forwarded = headers.clone();
+            credential.apply(&mut forwarded);
+            black_box(forwarded);
+        });
+    }
+}
+
 fn row(name: &str, mut operation: impl FnMut()) {
     operation();
     let begun = Instant::now();
@@ -78,7 +144,7 @@ fn main() {
     println!("load {}", std::fs::read_to_string("/proc/loadavg").unwrap().trim());
     println!("{:<58} {:>9}", "operation", "mean/µs");
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    let config = Config::parse("weir.yaml".as_ref(), CONFIGURATION, "node").unwrap();
+    let config = configuration(0);
     let seconds = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
     let groups: Vec<String> = (0..GROUPS).map(|index| format!("group-{index}")).collect();
     let claims = json!({"iss": "https://issuer.test", "aud": "weir", "sub": "jane", "exp": seconds + 3600, "groups": groups});
@@ -118,5 +184,6 @@ fn main() {
             let variables = verified.subject.variables().with("request", &request);
             assert!(rule.boolean(&variables).unwrap());
         });
+        decisions(&runtime, &documents, &token);
     }
 }
