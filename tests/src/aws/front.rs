@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
+use base64::{Engine as _, prelude::BASE64_URL_SAFE_NO_PAD};
 use bytes::Bytes;
 use http::{Method, Request, Response, StatusCode, header};
 use http_body_util::{BodyExt, Full, Limited};
@@ -19,7 +20,7 @@ use hyper_util::client::legacy::{Client, connect::HttpConnector};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use jiff::Timestamp;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio_rustls::TlsAcceptor;
 
@@ -37,6 +38,8 @@ pub struct Call {
     pub parameters: BTreeMap<String, String>,
     /// Who signed it; empty for a call that needs no signature.
     pub access_key_id: String,
+    /// What the token says that it presents; null where there is none.
+    pub web_identity: Value,
 }
 
 /// How STS fails.
@@ -168,11 +171,12 @@ async fn answer(shared: Arc<Shared>, request: Request<Incoming>) -> Result<Respo
     let body =
         Limited::new(body, BODY_BYTES_MAX).collect().await.map_err(anyhow::Error::from_boxed)?.to_bytes();
     let mut parameters = pairs(&String::from_utf8_lossy(&body));
-    parameters.remove("WebIdentityToken");
+    let web_identity = parameters.remove("WebIdentityToken").and_then(|token| claims(&token));
     let signed_by = head.headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
     let access_key_id = signed_by.and_then(access_key_id).unwrap_or_default();
     let action = parameters.get("Action").cloned().unwrap_or_default();
-    locked(&shared.calls).push(Call { action, parameters, access_key_id });
+    let web_identity = web_identity.unwrap_or_default();
+    locked(&shared.calls).push(Call { action, parameters, access_key_id, web_identity });
     let fault = locked(&shared.fault).clone();
     match fault {
         Some(Fault::Silence) => std::future::pending().await,
@@ -208,6 +212,7 @@ impl Shared {
             action: parameters.get("Action").cloned().unwrap_or_default(),
             parameters: BTreeMap::new(),
             access_key_id: credential.split('/').next().unwrap_or_default().to_owned(),
+            web_identity: Value::Null,
         });
         let issued = |id: &str| locked(&self.issued).get(id).cloned();
         if let Err(refusal) = presigned.check(now()?, issued) {
@@ -263,6 +268,11 @@ fn now() -> Result<i64> {
 fn refused((code, message): Refusal) -> Result<Response<Full<Bytes>>> {
     let body = json!({"Error": {"Code": code, "Message": message, "Type": "Sender"}});
     Ok(Response::builder().status(StatusCode::FORBIDDEN).body(Full::from(body.to_string()))?)
+}
+
+/// Of a JSON Web Token, whoever has signed it.
+fn claims(token: &str) -> Option<Value> {
+    serde_json::from_slice(&BASE64_URL_SAFE_NO_PAD.decode(token.split('.').nth(1)?).ok()?).ok()
 }
 
 /// Text of the first element `name`.

@@ -42,8 +42,12 @@ fn in_role(role: &str) -> Value {
 }
 
 fn start(scene: &Scene, rig: &AwsRig, role: &str) -> AgentProcess {
+    start_with(scene, rig, in_role(role))
+}
+
+fn start_with(scene: &Scene, rig: &AwsRig, roles: Value) -> AgentProcess {
     let log = scene.scratch.path().join("agent.log");
-    AgentProcess::start_on_aws(rig, &configured(scene, in_role(role)), &log).unwrap()
+    AgentProcess::start_on_aws(rig, &configured(scene, roles), &log).unwrap()
 }
 
 fn deployers_may_edit(scene: &Scene, namespace: &str) {
@@ -157,6 +161,44 @@ fn a_pod_without_rights_acts_in_the_role_that_a_rule_gives_it() {
             assert!(!text.contains(secret), "{secret} stands in the {place}");
         }
     }
+}
+
+#[test]
+fn a_role_that_trusts_the_cluster_is_assumed_with_a_token_of_the_very_pod() {
+    let Some(mut scene) = Scene::new() else { return };
+    scene.namespace("it-role-token", true);
+    powerless(&scene, "it-role-token");
+    deployers_may_edit(&scene, "it-role-token");
+    let rig = AwsRig::start(&scene.testbed, MAPPINGS).unwrap();
+    let runner = pod(&scene, "it-role-token", "runner");
+    let cluster = json!({"name": aws::CLUSTER, "region": aws::REGION});
+    let minted = json!([{
+        "name": "minted", "when": "true",
+        "webIdentity": {"token": "minted", "roleArn": aws::role_arn("deploy"), "eksCluster": cluster},
+    }]);
+    let agent = start_with(&scene, &rig, minted);
+    let created = runner.exec(&["kubectl", "create", "configmap", "one"]).unwrap();
+    assert!(created.status.success(), "{created:?}\n{}\n{}", agent.last_lines(), rig.authenticator_log());
+
+    let calls = rig.calls();
+    let calls: Vec<_> = calls.iter().filter(|call| call.action == "AssumeRoleWithWebIdentity").collect();
+    let [call] = calls[..] else { panic!("one role was asked for: {calls:?}") };
+    assert_eq!(call.access_key_id, "", "the token alone is the proof");
+    let claims = &call.web_identity;
+    assert_eq!(claims["aud"], json!(["sts.amazonaws.com"]));
+    assert_eq!(claims["sub"], "system:serviceaccount:it-role-token:powerless");
+    assert_eq!(claims["kubernetes.io"]["pod"]["uid"], runner.uid.as_str());
+    let events = scene.events();
+    let [(session, credentials)] = assumed(&events).try_into().expect("it is recorded once");
+    assert_eq!(call.parameters["RoleSessionName"], format!("weir-{session}"));
+    let event = opened(&events, "/configmaps?fieldManager=kubectl-create").pop().expect("it is recorded");
+    let Kind::RequestOpened(request) = &event.kind else { unreachable!() };
+    assert!(
+        matches!(&request.identity.as_deref().unwrap().acts_as, Some(ActsAs::Role { by, .. }) if by == "webIdentity")
+    );
+    let user = user_of(&scene, event.request.as_deref().unwrap());
+    assert_eq!(user["username"], format!("deploy:weir-{session}"));
+    assert_eq!(access_key(&user), credentials.access_key_id);
 }
 
 #[test]
