@@ -69,6 +69,16 @@ fn assumed(events: &[Event]) -> Vec<(String, RoleAssumed)> {
     events.iter().filter_map(of).collect()
 }
 
+/// The first `count` credentials that were recorded; reads and what belongs to them come to the disk a little later.
+#[track_caller]
+fn recorded(scene: &Scene, count: usize) -> Vec<(String, RoleAssumed)> {
+    wait_until("the credentials in the record", DEADLINE, || {
+        let found = assumed(&scene.events());
+        Ok((found.len() >= count).then_some(found))
+    })
+    .unwrap()
+}
+
 fn roles_asked(rig: &AwsRig) -> Vec<Call> {
     rig.calls().into_iter().filter(|call| call.action == "AssumeRole").collect()
 }
@@ -102,8 +112,8 @@ fn a_pod_without_rights_acts_in_the_role_that_a_rule_gives_it() {
     // One call of STS for all the requests, with what leads back to the pod.
     let [call] = roles_asked(&rig).try_into().expect("one role was asked for");
     assert_eq!(call.access_key_id, "AKIAWEIRAGENT");
+    let [(session, credentials)] = recorded(&scene, 1).try_into().expect("it is recorded once");
     let events = scene.events();
-    let [(session, credentials)] = assumed(&events).try_into().expect("it is recorded once");
     let name = format!("weir-{session}");
     assert_eq!(call.parameters["RoleArn"], aws::role_arn("deploy"));
     assert_eq!(call.parameters["RoleSessionName"], name);
@@ -149,7 +159,7 @@ fn a_pod_without_rights_acts_in_the_role_that_a_rule_gives_it() {
     let other = pod(&scene, "it-role", "other");
     let listed = said(&other.exec(&["kubectl", "get", "configmap", "one", "-o", "name"]).unwrap());
     assert_eq!(listed, "configmap/one\n", "{}", agent.last_lines());
-    let sessions: Vec<_> = assumed(&scene.events()).into_iter().map(|(session, _)| session).collect();
+    let sessions: Vec<_> = recorded(&scene, 2).into_iter().map(|(session, _)| session).collect();
     let names: Vec<_> =
         roles_asked(&rig).iter().map(|call| call.parameters["RoleSessionName"].clone()).collect();
     assert!(sessions.len() == 2 && sessions[0] != sessions[1], "{sessions:?}");
@@ -188,8 +198,8 @@ fn a_role_that_trusts_the_cluster_is_assumed_with_a_token_of_the_very_pod() {
     assert_eq!(claims["aud"], json!(["sts.amazonaws.com"]));
     assert_eq!(claims["sub"], "system:serviceaccount:it-role-token:powerless");
     assert_eq!(claims["kubernetes.io"]["pod"]["uid"], runner.uid.as_str());
+    let [(session, credentials)] = recorded(&scene, 1).try_into().expect("it is recorded once");
     let events = scene.events();
-    let [(session, credentials)] = assumed(&events).try_into().expect("it is recorded once");
     assert_eq!(call.parameters["RoleSessionName"], format!("weir-{session}"));
     let event = opened(&events, "/configmaps?fieldManager=kubectl-create").pop().expect("it is recorded");
     let Kind::RequestOpened(request) = &event.kind else { unreachable!() };
@@ -299,9 +309,9 @@ fn a_watch_outlives_the_credentials_that_it_began_with_and_the_next_request_has_
     assert_eq!(later.session, watch.session);
     assert_eq!(user["username"], format!("deploy:weir-{}", watch.session), "one session, one user");
     assert_ne!(access_key(&user), began_with);
-    let recorded = assumed(&events);
     for key in [&began_with, &access_key(&user)] {
-        assert!(recorded.iter().any(|(_, assumed)| assumed.access_key_id == *key), "{key}: {recorded:?}");
+        let with_it = |event: &Event| matches!(&event.kind, Kind::RoleAssumed(assumed) if assumed.access_key_id == *key);
+        assert_eq!(scene.event("the credentials in the record", with_it).session, watch.session);
     }
     let _ = watching.kill();
     watching.wait().unwrap();
@@ -335,7 +345,6 @@ fn credentials_that_the_cluster_takes_no_longer_are_got_anew_and_not_with_each_r
     .unwrap();
     assert!(statuses.iter().all(|status| matches!(status, 401 | 200)), "{statuses:?}");
     assert_eq!(roles_asked(&rig).len(), 2, "{statuses:?}");
-    let keys: Vec<_> =
-        assumed(&scene.events()).into_iter().map(|(_, assumed)| assumed.access_key_id).collect();
+    let keys: Vec<_> = recorded(&scene, 2).into_iter().map(|(_, assumed)| assumed.access_key_id).collect();
     assert!(keys.len() == 2 && keys[0] != keys[1], "{keys:?}");
 }
