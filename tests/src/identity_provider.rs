@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::{ErrorKind, Read as _, Write as _};
+use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
 use std::process::Command;
 use std::sync::Arc;
@@ -75,6 +75,9 @@ pub struct IdentityProvider {
     process: Option<RecordedProcess>,
 }
 
+/// What every provider answers.
+const DISCOVERY: &str = "/.well-known/openid-configuration";
+
 /// An answer of HTTP/1.0, whose end is that of the connection.
 struct Answer {
     status: u16,
@@ -137,15 +140,12 @@ impl IdentityProvider {
         command.arg(self.folder.path().join("provider.json"));
         let process = RecordedProcess::spawn(BINARY, &mut command, &self.log())?;
         self.process = Some(process.clone());
-        wait_until("the identity provider to listen", READY_DEADLINE, || {
+        // An accepted connection would not be enough: what was left of the one before it may take one and reset it.
+        wait_until("the identity provider to answer", READY_DEADLINE, || {
             if !process.is_running() {
                 bail!("the identity provider has ended:\n{}", tail(&process.log, 10));
             }
-            match TcpStream::connect((ADDRESS, self.port)) {
-                Ok(_) => Ok(Some(())),
-                Err(error) if error.kind() == ErrorKind::ConnectionRefused => Ok(None),
-                Err(error) => Err(error).context("cannot connect to the identity provider"),
-            }
+            Ok(self.get(DISCOVERY).ok().filter(|answer| answer.status == 200).map(drop))
         })
     }
 
