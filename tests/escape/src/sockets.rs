@@ -25,8 +25,8 @@ use crate::{Outcome, TIMEOUT};
 
 /// `TCP_FASTOPEN_CONNECT`, linux/tcp.h.
 const TCP_FASTOPEN_CONNECT: libc::c_int = 30;
-/// Connections at once.
-const CONCURRENT: usize = 2000;
+/// Connections at once: fewer than the agent serves of one pod, so that any of them can be used.
+const CONCURRENT: usize = 1000;
 /// Most bytes that are passed on at once.
 const RELAY_BYTES: usize = 16 * 1024;
 /// How many of them wait at a time.

@@ -150,10 +150,12 @@ impl<'a> Attack<'a> {
         let alias = format!("{ALIAS}:{}", endpoint.port());
         command::run(Command::new("ip").args(["address", "replace", &format!("{ALIAS}/32"), "dev", BRIDGE]))
             .unwrap();
-        // The node's end of an overlay network, as many CNIs have one.
-        let _ = command::output(Command::new("ip").args(["link", "delete", OVERLAY]));
-        let overlay = ["link", "add", OVERLAY, "type", "vxlan", "id", "42", "dstport", "4789", "local"];
-        command::run(Command::new("ip").args(overlay).arg(BRIDGE_ADDRESS)).unwrap();
+        // The node's end of an overlay network, as many CNIs have one. One that is there stays: another attack may
+        // be watching it.
+        if !Path::new("/sys/class/net").join(OVERLAY).exists() {
+            let overlay = ["link", "add", OVERLAY, "type", "vxlan", "id", "42", "dstport", "4789", "local"];
+            command::run(Command::new("ip").args(overlay).arg(BRIDGE_ADDRESS)).unwrap();
+        }
         command::run(Command::new("ip").args(["link", "set", OVERLAY, "up"])).unwrap();
         let nodes = scene.testbed.kubectl(&["get", "nodes", "-o", "json"]).unwrap();
         let nodes: Value = serde_json::from_str(&nodes).unwrap();
