@@ -20,7 +20,7 @@ use serde_json::json;
 use tokio::runtime::Runtime;
 use weir_agent::{
     auth::{
-        Asked, Origin, OwnCredential, Policy, Question, Rules,
+        Asked, Origin, OwnCredential, Policy, Question, Right, Rules,
         expression::{Expression, Value},
         fetch::{Fetch, FetchError},
         issuers::{Issuers, Moment},
@@ -29,7 +29,10 @@ use weir_agent::{
     config::Config,
     proxy::Labels,
 };
-use weir_common::{attributes::Attributes, event::Pod};
+use weir_common::{
+    attributes::Attributes,
+    event::{Pod, UserInfo},
+};
 use zeroize::Zeroizing;
 
 use crate::signer::Signer;
@@ -80,6 +83,14 @@ struct Own;
 impl OwnCredential for Own {
     fn authorization(&self) -> BoxFuture<'_, Result<Option<HeaderValue>, String>> {
         Box::pin(async { Ok(Some(HeaderValue::from_static("Bearer own"))) })
+    }
+
+    fn lacks<'a>(
+        &'a self,
+        _: &'a UserInfo,
+        _: &'a [Right],
+    ) -> BoxFuture<'a, Result<Option<&'a Right>, String>> {
+        Box::pin(async { Err("not asked for".to_owned()) })
     }
 
     fn mint<'a>(&'a self, _: &'a Pod, _: &'a str) -> BoxFuture<'a, Result<Zeroizing<String>, String>> {

@@ -36,6 +36,7 @@ mod workload;
 
 pub use self::{
     error::TokenError,
+    impersonation::{Right, effective_groups},
     issuers::{Issuers, IssuersError},
     policy::{
         Asked, Credential, Decision, OWN_EXTRA_PREFIX, OWN_EXTRAS, Onward, OwnCredential, Policy, Rules,

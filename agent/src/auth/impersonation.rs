@@ -1,4 +1,4 @@
-//! Impersonation as Kubernetes does it: a user as `Impersonate-*` headers, and back. Sans-IO.
+//! Impersonation as Kubernetes does it: a user as `Impersonate-*` headers, and back, and the rights that it takes. Sans-IO.
 //!
 //! Names and escapes are those of k8s.io/client-go `transport/round_trippers.go` and k8s.io/apiserver
 //! `pkg/endpoints/filters/impersonation.go`.
@@ -14,6 +14,105 @@ const USER: HeaderName = HeaderName::from_static("impersonate-user");
 const UID: HeaderName = HeaderName::from_static("impersonate-uid");
 const GROUP: HeaderName = HeaderName::from_static("impersonate-group");
 const EXTRA_PREFIX: &str = "impersonate-extra-";
+
+/// Most rights that one wish of a client may take: each is a question to the API server.
+const RIGHTS_MAX: usize = 32;
+/// API group of `uids` and `userextras`.
+const AUTHENTICATION_GROUP: &str = "authentication.k8s.io";
+const ANONYMOUS: &str = "system:anonymous";
+const AUTHENTICATED: &str = "system:authenticated";
+const ACCOUNT_PREFIX: &str = "system:serviceaccount:";
+const ACCOUNTS: &str = "system:serviceaccounts";
+
+/// What it takes to impersonate one part of a user: the verb `impersonate` on this resource.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Right {
+    /// API group; empty for the core group.
+    pub group: &'static str,
+    /// `users`, `serviceaccounts`, `groups`, `uids` or `userextras`.
+    pub resource: &'static str,
+    /// The key, of `userextras`; else empty.
+    pub subresource: String,
+    /// Of a service account; else empty.
+    pub namespace: String,
+    /// User, group, uid or value.
+    pub name: String,
+}
+
+impl Right {
+    /// For any value of the extra attribute `key`.
+    pub fn of_extra(key: &str) -> Self {
+        Self {
+            group: AUTHENTICATION_GROUP,
+            resource: "userextras",
+            subresource: key.to_owned(),
+            namespace: String::new(),
+            name: String::new(),
+        }
+    }
+}
+
+impl std::fmt::Display for Right {
+    /// As an administrator would look for it in a role.
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { resource, subresource, namespace, name, .. } = self;
+        match (subresource.is_empty(), namespace.is_empty()) {
+            (false, _) => write!(formatter, "{resource}/{subresource} {name:?}"),
+            (true, false) => write!(formatter, "{resource} {name:?} in namespace {namespace:?}"),
+            (true, true) => write!(formatter, "{resource} {name:?}"),
+        }
+    }
+}
+
+/// Every right that it takes to impersonate `user`, as the API server asks for them.
+///
+/// # Errors
+/// There are more than Weir asks for.
+pub(crate) fn rights(user: &UserInfo) -> Result<Vec<Right>, Refused> {
+    let right = |group, resource, name: &str| Right {
+        group,
+        resource,
+        subresource: String::new(),
+        namespace: String::new(),
+        name: name.to_owned(),
+    };
+    let account = user.username.strip_prefix(ACCOUNT_PREFIX).and_then(|account| account.split_once(':'));
+    let mut rights = vec![match account {
+        Some((namespace, name)) => {
+            Right { namespace: namespace.to_owned(), ..right("", "serviceaccounts", name) }
+        }
+        None => right("", "users", &user.username),
+    }];
+    if !user.uid.is_empty() {
+        rights.push(right(AUTHENTICATION_GROUP, "uids", &user.uid));
+    }
+    rights.extend(user.groups.iter().map(|group| right("", "groups", group)));
+    for (key, values) in &user.extra {
+        rights.extend(values.iter().map(|value| Right {
+            subresource: key.clone(),
+            ..right(AUTHENTICATION_GROUP, "userextras", value)
+        }));
+    }
+    if rights.len() > RIGHTS_MAX {
+        return Err(Refused::Malformed { problem: "asks to impersonate with more than 32 names" });
+    }
+    Ok(rights)
+}
+
+/// The groups that the API server takes `user` to be in once it is impersonated.
+pub fn effective_groups(user: &UserInfo) -> Vec<String> {
+    let mut groups = user.groups.clone();
+    let account = user.username.strip_prefix(ACCOUNT_PREFIX).and_then(|account| account.split_once(':'));
+    if let Some((namespace, _)) = account
+        && groups.is_empty()
+    {
+        groups.extend([ACCOUNTS.to_owned(), format!("{ACCOUNTS}:{namespace}")]);
+    }
+    if user.username != ANONYMOUS && !groups.iter().any(|group| group == AUTHENTICATED) {
+        groups.push(AUTHENTICATED.to_owned());
+    }
+    groups
+}
 
 /// The headers by which the API server takes a request as `user`'s.
 ///
@@ -130,7 +229,7 @@ mod tests {
     use proptest::prelude::*;
     use weir_common::event::UserInfo;
 
-    use super::{headers, requested};
+    use super::{Refused, effective_groups, headers, requested, rights};
 
     fn map(user: &UserInfo) -> HeaderMap {
         let mut map = HeaderMap::new();
@@ -177,6 +276,48 @@ mod tests {
         }
         assert!(headers(&UserInfo::default()).is_err(), "no name");
         assert!(headers(&UserInfo { username: "a\nb".into(), ..UserInfo::default() }).is_err(), "two lines");
+    }
+
+    #[test]
+    fn each_part_of_a_user_takes_a_right_of_its_own() {
+        let user = UserInfo {
+            username: "system:serviceaccount:ci:robot".into(),
+            uid: "7".into(),
+            groups: vec!["dev".into()],
+            extra: BTreeMap::from([("example.dev/job".into(), vec!["a".into(), "b".into()])]),
+        };
+        let words: Vec<String> =
+            rights(&user).expect("few").iter().map(|right| format!("{}: {right}", right.group)).collect();
+        assert_eq!(
+            words,
+            [
+                ": serviceaccounts \"robot\" in namespace \"ci\"",
+                "authentication.k8s.io: uids \"7\"",
+                ": groups \"dev\"",
+                "authentication.k8s.io: userextras/example.dev/job \"a\"",
+                "authentication.k8s.io: userextras/example.dev/job \"b\"",
+            ]
+        );
+        let plain = UserInfo { username: "ada".into(), ..UserInfo::default() };
+        assert_eq!(rights(&plain).expect("one")[0].to_string(), "users \"ada\"");
+        let many = UserInfo { groups: vec!["g".into(); 32], ..plain };
+        assert!(matches!(rights(&many), Err(Refused::Malformed { .. })));
+    }
+
+    #[test]
+    fn an_impersonated_user_is_in_the_groups_that_the_api_server_adds() {
+        let of = |username: &str, groups: &[&str]| {
+            let groups = groups.iter().map(|group| (*group).to_owned()).collect();
+            effective_groups(&UserInfo { username: username.into(), groups, ..UserInfo::default() })
+        };
+        assert_eq!(of("ada", &["dev"]), ["dev", "system:authenticated"]);
+        assert_eq!(of("ada", &["system:authenticated"]), ["system:authenticated"]);
+        assert_eq!(of("system:anonymous", &[]), Vec::<String>::new());
+        assert_eq!(
+            of("system:serviceaccount:ci:a", &[]),
+            ["system:serviceaccounts", "system:serviceaccounts:ci", "system:authenticated"]
+        );
+        assert_eq!(of("system:serviceaccount:ci:a", &["dev"]), ["dev", "system:authenticated"]);
     }
 
     proptest! {

@@ -12,7 +12,8 @@ use weir_common::event::{ActsAs, Identity, IdentityMethod, Pod, RoleAssumed, Use
 use zeroize::Zeroizing;
 
 use super::{
-    Refused, impersonation,
+    Refused,
+    impersonation::{self, Right},
     issuers::{Issuers, Moment},
     presented::{self, Presented},
     role_session::{By, InRole},
@@ -36,6 +37,13 @@ pub const OWN_EXTRAS: [&str; 3] = ["session", "pod", "pod-uid"];
 pub trait OwnCredential: fmt::Debug + Send + Sync {
     /// Its `Authorization`; none where it is the client certificate of the connection.
     fn authorization(&self) -> BoxFuture<'_, Result<Option<HeaderValue>, String>>;
+
+    /// The first of `rights` that the cluster does not give `user`; none if it gives them all. An error is in words.
+    fn lacks<'a>(
+        &'a self,
+        user: &'a UserInfo,
+        rights: &'a [Right],
+    ) -> BoxFuture<'a, Result<Option<&'a Right>, String>>;
 
     /// A token of a pod's service account, bound to that pod, for `audience`.
     fn mint<'a>(
@@ -96,7 +104,12 @@ pub enum Onward {
     /// As it is, with its own credential.
     AsPresented,
     /// As a user that the agent impersonates.
-    Impersonate(UserInfo),
+    Impersonate {
+        /// Whom.
+        user: UserInfo,
+        /// Whom the rule maps to, where the client itself asks to be `user`: it must have the right to.
+        wished_by: Option<UserInfo>,
+    },
     /// In an AWS IAM role.
     Role(Box<InRole>),
 }
@@ -285,12 +298,16 @@ impl Policy {
             }
             Action::PassThrough | Action::Deny(_) => Onward::AsPresented,
             Action::Impersonate(mapping) => {
-                let user = matching.mapped(role, mapping)?;
-                let user = match requested {
-                    Some(requested) => matching.checked(role, mapping, requested)?,
-                    None => user,
-                };
-                Onward::Impersonate(user)
+                let mapped = matching.mapped(role, mapping)?;
+                match requested {
+                    None => Onward::Impersonate { user: mapped, wished_by: None },
+                    Some(requested) => {
+                        let mut user = matching.checked(role, mapping, requested)?;
+                        // Weir's own words are not the client's.
+                        user.extra.retain(|key, _| !key.starts_with(OWN_EXTRA_PREFIX));
+                        Onward::Impersonate { user, wished_by: Some(mapped) }
+                    }
+                }
             }
             Action::AssumeRole(aws) => Onward::Role(Box::new(InRole {
                 rule: role.name.clone(),
@@ -309,7 +326,7 @@ impl Policy {
         };
         identity.acts_as = Some(match &onward {
             Onward::AsPresented => ActsAs::PassThrough,
-            Onward::Impersonate(user) => ActsAs::Impersonate { user: user.clone() },
+            Onward::Impersonate { user, .. } => ActsAs::Impersonate { user: user.clone() },
             Onward::Role(role) => {
                 ActsAs::Role { arn: role.role.arn().to_owned(), by: role.by.name().to_owned() }
             }
@@ -357,7 +374,10 @@ impl Policy {
             (Onward::AsPresented, _) => Ok(Credential::AsPresented),
             // The rules were taken away since they were asked: what they mapped must not go on as the caller.
             (_, None) => Err(Refused::NoOwnCredential { cluster: self.cluster.clone() }),
-            (Onward::Impersonate(mut user), Some(rules)) => {
+            (Onward::Impersonate { mut user, wished_by }, Some(rules)) => {
+                if let Some(mapped) = wished_by {
+                    self.check_wish(rules, &mapped, &user).await?;
+                }
                 user.extra.retain(|key, _| !key.starts_with(OWN_EXTRA_PREFIX));
                 let mut own = |name: &str, value: String| {
                     user.extra.insert(format!("{OWN_EXTRA_PREFIX}{name}"), vec![value]);
@@ -384,6 +404,24 @@ impl Policy {
             (Onward::Role(role), Some(rules)) => {
                 let request = role.request(pod, session, &rules.own)?;
                 Self::in_role(rules, role, request).await
+            }
+        }
+    }
+
+    /// Whether `mapped` may impersonate `user`: the API server would ask this of the agent, which may be anybody.
+    async fn check_wish(&self, rules: &Rules, mapped: &UserInfo, user: &UserInfo) -> Result<(), Refused> {
+        let rights = impersonation::rights(user)?;
+        let name = || mapped.username.clone();
+        match rules.own.lacks(mapped, &rights).await {
+            Ok(None) => Ok(()),
+            Ok(Some(right)) => Err(Refused::MayNotImpersonate { user: name(), right: right.to_string() }),
+            Err(error) => {
+                tracing::warn!(
+                    cluster = self.cluster,
+                    error,
+                    "cannot ask whom a mapped user may impersonate; may the agent create subjectaccessreviews?"
+                );
+                Err(Refused::ImpersonationUnchecked { cluster: self.cluster.clone(), user: name() })
             }
         }
     }

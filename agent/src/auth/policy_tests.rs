@@ -13,7 +13,7 @@ use zeroize::Zeroizing;
 
 use super::{
     Asked, Credential, Decision, Issuers, Kind, Onward, Origin, OwnCredential, Policy, Question, Refused,
-    Rules, Subject,
+    Right, Rules, Subject,
     fetch::{Fetch, FetchError},
 };
 use crate::{aws::Aws, config::Config, proxy::Labels};
@@ -22,10 +22,23 @@ use crate::{aws::Aws, config::Config, proxy::Labels};
 #[derive(Debug)]
 struct Own(Result<&'static str, &'static str>);
 
+/// Who may impersonate whom in the cluster.
+const MAY: (&str, &str) = ("system:serviceaccount:ci:deployer", "users \"robot:ci\"");
+
 impl OwnCredential for Own {
     fn authorization(&self) -> BoxFuture<'_, Result<Option<HeaderValue>, String>> {
         let own = self.0.map(|own| Some(HeaderValue::from_static(own))).map_err(str::to_owned);
         async move { own }.boxed()
+    }
+
+    fn lacks<'a>(
+        &'a self,
+        user: &'a UserInfo,
+        rights: &'a [Right],
+    ) -> BoxFuture<'a, Result<Option<&'a Right>, String>> {
+        let may = |right: &&Right| (user.username.as_str(), right.to_string().as_str()) == MAY;
+        let answer = self.0.map(|_| rights.iter().find(|right| !may(right))).map_err(str::to_owned);
+        async move { answer }.boxed()
     }
 
     fn mint<'a>(&'a self, _: &'a Pod, _: &'a str) -> BoxFuture<'a, Result<Zeroizing<String>, String>> {
@@ -244,7 +257,7 @@ async fn a_client_certificate_is_an_identity_that_cannot_be_passed_through() {
     assert!(refused.to_string().contains("cannot be passed through"), "{refused}");
     let mapping = policy("[{name: all, when: \"'dev' in groups\", impersonate: {}}]");
     assert!(
-        matches!(decide(&mapping, &nothing, Some(&who)).await.onward, Ok(Onward::Impersonate(user)) if user.username == "ada")
+        matches!(decide(&mapping, &nothing, Some(&who)).await.onward, Ok(Onward::Impersonate { user, .. }) if user.username == "ada")
     );
 }
 
@@ -264,6 +277,11 @@ async fn the_clients_own_impersonation_goes_on_only_where_a_rule_allows_it() {
     let session: Vec<_> = seen.get_all("impersonate-extra-weir.dev%2fsession").iter().collect();
     assert_eq!(session, ["session-1"], "Weir's own words are not the client's");
     assert!(goes_on(&open, &[("impersonate-user", "robot:other")]).await.is_err());
+    // The rule allows it, the cluster does not.
+    let lacking = goes_on(&open, &[("impersonate-user", "robot:ci"), ("impersonate-group", "dev")]).await;
+    let lacking = lacking.expect_err("no right to the group");
+    assert!(lacking.contains("\"system:serviceaccount:ci:deployer\", as whom"), "{lacking}");
+    assert!(lacking.contains("no right to impersonate groups \"dev\""), "{lacking}");
     let refused =
         goes_on(&open, &[("impersonate-user", "robot:ci"), ("impersonate-group", "system:masters")]).await;
     assert!(refused.expect_err("Kubernetes' own").contains("system:masters"));
@@ -280,6 +298,15 @@ async fn without_the_agents_own_credential_nothing_goes_on() {
     let refused = policy.credential(onward, None, "s").await.expect_err("no credential");
     assert!(matches!(refused.kind(), Kind::Unavailable(_)));
     assert!(!refused.to_string().contains("file is gone"), "what went wrong is the operators' matter");
+
+    // Nor as whom a client asks to be, while the cluster does not say whether it may.
+    let role = "[{name: w, takes: [workload], when: 'true', allowImpersonation: 'true', impersonate: {}}]";
+    let policy = with_own(role, Own(Err("file is gone")));
+    let asks = headers(&[("impersonate-user", "robot:ci")]);
+    let Ok(onward) = decide(&policy, &asks, None).await.onward else { panic!("the rule allows it") };
+    let refused = policy.credential(onward, None, "s").await.expect_err("nobody says");
+    assert!(matches!(refused, Refused::ImpersonationUnchecked { .. }), "{refused}");
+    assert!(matches!(refused.kind(), Kind::Unavailable(_)));
 }
 
 #[test]

@@ -105,6 +105,28 @@ pub enum Refused {
          --as, --as-group and --as-uid"
     )]
     Impersonation,
+    /// `Impersonate-*` headers that a rule allows, and the cluster's RBAC does not.
+    #[error(
+        "impersonation is refused by the recording gateway weir: {user:?}, as whom this request would go on, has no right \
+         to impersonate {right}; remove --as, or ask for the verb impersonate on it"
+    )]
+    MayNotImpersonate {
+        /// The mapped user.
+        user: String,
+        /// What it lacks.
+        right: String,
+    },
+    /// Whether the mapped user may impersonate.
+    #[error(
+        "the recording gateway weir cannot ask cluster {cluster:?} just now whom {user:?} may impersonate; try again, and \
+         if it stays so tell its operators"
+    )]
+    ImpersonationUnchecked {
+        /// The cluster.
+        cluster: String,
+        /// The mapped user.
+        user: String,
+    },
     /// A user that no header can name.
     #[error(
         "the mapped identity has a {what} that cannot be sent to the API server; tell the operators of weir"
@@ -175,11 +197,14 @@ impl Refused {
             | Self::Denied { .. }
             | Self::RuleFailed { .. }
             | Self::Impersonation
+            | Self::MayNotImpersonate { .. }
             | Self::NotImpersonable { .. }
             | Self::SystemIdentity { .. }
             | Self::NotPossible { .. }
             | Self::RoleDenied { .. } => Kind::Forbidden,
-            Self::NoOwnCredential { .. } => Kind::Unavailable(RETRY_AFTER),
+            Self::NoOwnCredential { .. } | Self::ImpersonationUnchecked { .. } => {
+                Kind::Unavailable(RETRY_AFTER)
+            }
             Self::RoleUnavailable { retry_after, .. } => Kind::Unavailable(*retry_after),
         }
     }

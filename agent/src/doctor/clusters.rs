@@ -11,7 +11,7 @@ use crate::{
     auth::{OWN_EXTRA_PREFIX, OWN_EXTRAS, claims::CREDENTIAL_ID},
     config::{
         Cluster, Config, Trust,
-        roles::{Action, Impersonate},
+        roles::{Action, Impersonate, Role},
     },
     exec::{
         api_set::{self, Target},
@@ -53,6 +53,7 @@ pub async fn configured(config: &Config) -> Vec<Check> {
             }
         }
         checks.extend(impersonation_of(cluster, &access).await);
+        checks.extend(reviews_of(cluster, &access).await);
         checks.push(trust_of(cluster, access, &config.node).await);
     }
     checks
@@ -80,6 +81,20 @@ async fn impersonation_of(cluster: &Cluster, access: &ClusterAccess) -> Option<C
         let mend =
             "allow the agent's ClusterRole the verb impersonate on them, in the group authentication.k8s.io";
         Check::bad(name, Need::Must, format!("not allowed: {}", missing.join(", ")), mend)
+    })
+}
+
+/// Whether the agent may ask whom a mapped user may impersonate; none where no rule lets clients impersonate.
+async fn reviews_of(cluster: &Cluster, access: &ClusterAccess) -> Option<Check> {
+    let lets =
+        |role: &Role| role.allow_impersonation.is_some() && matches!(role.action, Action::Impersonate(_));
+    cluster.roles.iter().flatten().find(|role| lets(role))?;
+    let name = format!("impersonation by clients {}", cluster.name);
+    let mend = "allow the agent's ClusterRole the verb create on subjectaccessreviews, in the group authorization.k8s.io";
+    Some(match access.may_review_access().await {
+        Ok(true) => Check::good(name, Need::Must, "the agent can ask whom a mapped user may impersonate"),
+        Ok(false) => Check::bad(name, Need::Must, "not allowed: create subjectaccessreviews", mend),
+        Err(problem) => Check::bad(name, Need::Must, problem, mend),
     })
 }
 

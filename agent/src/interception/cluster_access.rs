@@ -15,7 +15,10 @@ use http::{HeaderValue, Request, Response, StatusCode, header::AUTHORIZATION};
 use http_body_util::{BodyExt as _, Collected, Empty, LengthLimitError, Limited};
 use k8s_openapi::api::{
     authentication::v1::{BoundObjectReference, TokenRequest, TokenRequestSpec},
-    authorization::v1::{ResourceAttributes, SelfSubjectAccessReview, SelfSubjectAccessReviewSpec},
+    authorization::v1::{
+        ResourceAttributes, SelfSubjectAccessReview, SelfSubjectAccessReviewSpec, SubjectAccessReview,
+        SubjectAccessReviewSpec,
+    },
     core::v1::ServiceAccount,
 };
 use kube::{
@@ -25,12 +28,12 @@ use kube::{
     config::{KubeConfigOptions, Kubeconfig},
 };
 use tower::{BoxError, Layer as _, Service, ServiceExt as _};
-use weir_common::event::Pod;
+use weir_common::event::{Pod, UserInfo};
 use zeroize::Zeroizing;
 
 use crate::{
     auth::{
-        OwnCredential,
+        OwnCredential, Right, effective_groups,
         fetch::{DOCUMENT_BYTES_MAX, FETCH_TIMEOUT, Fetch, FetchError},
     },
     config::Access,
@@ -179,6 +182,23 @@ impl OwnCredential for Own {
         .boxed()
     }
 
+    fn lacks<'a>(
+        &'a self,
+        user: &'a UserInfo,
+        rights: &'a [Right],
+    ) -> BoxFuture<'a, Result<Option<&'a Right>, String>> {
+        async move {
+            // One after the other: a wish takes one or two, and none is asked for behind the first that is not given.
+            for right in rights {
+                if !self.gives(user, right).await? {
+                    return Ok(Some(right));
+                }
+            }
+            Ok(None)
+        }
+        .boxed()
+    }
+
     fn mint<'a>(
         &'a self,
         pod: &'a Pod,
@@ -210,6 +230,56 @@ impl OwnCredential for Own {
         }
         .boxed()
     }
+}
+
+impl Own {
+    /// Whether the cluster gives `user`, being impersonated itself, this right.
+    async fn gives(&self, user: &UserInfo, right: &Right) -> Result<bool, String> {
+        let given = |text: &str| (!text.is_empty()).then(|| text.to_owned());
+        let review = SubjectAccessReview {
+            spec: SubjectAccessReviewSpec {
+                user: Some(user.username.clone()),
+                uid: given(&user.uid),
+                groups: Some(effective_groups(user)),
+                extra: Some(user.extra.clone()),
+                resource_attributes: Some(impersonate(right)),
+                ..SubjectAccessReviewSpec::default()
+            },
+            ..SubjectAccessReview::default()
+        };
+        let reviewed = create(&self.client, &review).await?;
+        Ok(reviewed.status.is_some_and(|status| status.allowed && status.denied != Some(true)))
+    }
+}
+
+/// The verb `impersonate` on what a right names.
+fn impersonate(right: &Right) -> ResourceAttributes {
+    let given = |text: &str| (!text.is_empty()).then(|| text.to_owned());
+    ResourceAttributes {
+        verb: Some("impersonate".to_owned()),
+        group: given(right.group),
+        resource: Some(right.resource.to_owned()),
+        subresource: given(&right.subresource),
+        namespace: given(&right.namespace),
+        name: given(&right.name),
+        ..ResourceAttributes::default()
+    }
+}
+
+/// Has the API server answer a review.
+async fn create<R>(client: &Client, review: &R) -> Result<R, String>
+where
+    R: kube::Resource<DynamicType = (), Scope = k8s_openapi::ClusterResourceScope>
+        + Clone
+        + fmt::Debug
+        + serde::Serialize
+        + serde::de::DeserializeOwned,
+{
+    let (reviews, options) = (Api::<R>::all(client.clone()), PostParams::default());
+    tokio::time::timeout(READ_TIMEOUT, reviews.create(&options, review))
+        .await
+        .map_err(|_| format!("no answer within {} s", READ_TIMEOUT.as_secs()))?
+        .map_err(|error| error.to_string())
 }
 
 impl ClusterAccess {
@@ -244,25 +314,33 @@ impl ClusterAccess {
     /// # Errors
     /// The API server does not say; in words.
     pub async fn may_impersonate_extra(&self, key: &str) -> Result<bool, String> {
+        let right = Right::of_extra(key);
+        self.may(impersonate(&right)).await
+    }
+
+    /// Whether the agent may ask what rights others have.
+    ///
+    /// # Errors
+    /// The API server does not say; in words.
+    pub async fn may_review_access(&self) -> Result<bool, String> {
+        self.may(ResourceAttributes {
+            verb: Some("create".to_owned()),
+            group: Some("authorization.k8s.io".to_owned()),
+            resource: Some("subjectaccessreviews".to_owned()),
+            ..ResourceAttributes::default()
+        })
+        .await
+    }
+
+    async fn may(&self, asked: ResourceAttributes) -> Result<bool, String> {
         let review = SelfSubjectAccessReview {
             spec: SelfSubjectAccessReviewSpec {
-                resource_attributes: Some(ResourceAttributes {
-                    verb: Some("impersonate".to_owned()),
-                    group: Some("authentication.k8s.io".to_owned()),
-                    resource: Some("userextras".to_owned()),
-                    subresource: Some(key.to_owned()),
-                    ..ResourceAttributes::default()
-                }),
+                resource_attributes: Some(asked),
                 ..SelfSubjectAccessReviewSpec::default()
             },
             ..SelfSubjectAccessReview::default()
         };
-        let (reviews, options) = (Api::all(self.client.clone()), PostParams::default());
-        let reviewed = tokio::time::timeout(READ_TIMEOUT, reviews.create(&options, &review))
-            .await
-            .map_err(|_| format!("no answer within {} s", READ_TIMEOUT.as_secs()))?
-            .map_err(|error| error.to_string())?;
-        Ok(reviewed.status.is_some_and(|status| status.allowed))
+        Ok(create(&self.client, &review).await?.status.is_some_and(|status| status.allowed))
     }
 
     /// Asks the API server for its version.

@@ -181,6 +181,8 @@ impl Rig {
     pub(super) async fn raw(&self, request: &str) -> String {
         let mut stream = self.connect("http/1.1").await;
         stream.write_all(request.as_bytes()).await.expect("sent");
+        // What TLS still holds is not sent by reading. Whoever was answered early may have closed.
+        let _ = soon(stream.flush()).await;
         let mut answer = Vec::new();
         // A connection may end without close_notify.
         let _ = soon(stream.read_to_end(&mut answer)).await;

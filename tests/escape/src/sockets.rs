@@ -25,8 +25,8 @@ use crate::{Outcome, TIMEOUT};
 
 /// `TCP_FASTOPEN_CONNECT`, linux/tcp.h.
 const TCP_FASTOPEN_CONNECT: libc::c_int = 30;
-/// Connections at once: fewer than the agent serves of one pod, so that any of them can be used.
-const CONCURRENT: usize = 1000;
+/// Connections at once: more than the agent serves of one pod.
+const CONCURRENT: usize = 2000;
 /// Most bytes that are passed on at once.
 const RELAY_BYTES: usize = 16 * 1024;
 /// How many of them wait at a time.
@@ -283,8 +283,10 @@ fn passed(to: SocketAddr, place: &Place) -> Outcome {
     Err(nix::Error::EBADF)
 }
 
-/// Many at once: `connected` if all were, over the last of them.
+/// Many at once: `connected` if all were, over the first of them. The agent closes those that are too many for one pod.
 fn concurrent(to: SocketAddr, place: &Place) -> Outcome {
+    let failed = |error: std::io::Error| nix::Error::from_raw(error.raw_os_error().unwrap_or(libc::EIO));
+    let first = TcpStream::connect(to).map_err(failed)?;
     let workers: Vec<_> = (0..THREADS)
         .map(|_| {
             thread::spawn(move || {
@@ -298,12 +300,11 @@ fn concurrent(to: SocketAddr, place: &Place) -> Outcome {
     for worker in workers {
         match worker.join() {
             Ok(Ok(streams)) => open.extend(streams),
-            Ok(Err(error)) => return Err(nix::Error::from_raw(error.raw_os_error().unwrap_or(libc::EIO))),
+            Ok(Err(error)) => return Err(failed(error)),
             Err(_) => return Err(nix::Error::EIO),
         }
     }
-    let last = open.pop().ok_or(nix::Error::EBADF)?;
-    place.connected(last)
+    place.connected(first)
 }
 
 /// Tries to share or take the port of a listener that is there.

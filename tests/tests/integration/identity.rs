@@ -279,3 +279,64 @@ fn what_presents_no_token_or_presents_it_elsewhere_is_judged_by_the_same_rules()
     let signature = token.rsplit('.').next().unwrap();
     assert!(!text.contains(signature) && !text.contains(&base64url(&token)), "no token stands in the record");
 }
+
+#[test]
+fn a_client_impersonates_only_whom_the_mapped_user_may() {
+    let Some(mut scene) = Scene::new() else { return };
+    scene.namespace("it-as", true);
+    powerless(&scene, "it-as");
+    // RBAC gives the mapped user a robot and a group, and nobody else.
+    let rbac = json!({"apiVersion": "v1", "kind": "List", "items": [
+        {"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRole", "metadata": {"name": "weir-it-as"},
+         "rules": [
+            {"apiGroups": [""], "resources": ["users"], "resourceNames": ["robot:it-as", "robot:other"], "verbs": ["impersonate"]},
+            {"apiGroups": [""], "resources": ["groups"], "resourceNames": ["robots"], "verbs": ["impersonate"]},
+         ]},
+        {"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRoleBinding", "metadata": {"name": "weir-it-as"},
+         "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "weir-it-as"},
+         "subjects": [{"kind": "Group", "apiGroup": "rbac.authorization.k8s.io", "name": "weir:runners"}]},
+    ]});
+    scene.testbed.apply(&rbac.to_string()).unwrap();
+    let runner = pod(&scene, "it-as", "runner");
+    let agent = start(
+        &scene,
+        json!([{
+            "name": "runners", "when": "true",
+            "allowImpersonation": "impersonated.username.startsWith('robot:') && impersonated.username != 'robot:other'",
+            "impersonate": {"user": "'weir:' + pod.name", "groups": "['weir:runners']"},
+        }]),
+    );
+    let whoami = |further: &[&str]| {
+        let arguments = [&["kubectl", "auth", "whoami", "-o", "json"], further].concat();
+        runner.exec(&arguments).unwrap()
+    };
+    let user = |output: &Output| -> Value {
+        let review: Value = serde_json::from_slice(&output.stdout)
+            .unwrap_or_else(|error| panic!("{error}: {}\n{}", said(output), agent.last_lines()));
+        review["status"]["userInfo"].clone()
+    };
+    assert_eq!(user(&whoami(&[]))["username"], "weir:runner");
+    let robot = user(&whoami(&["--as", "robot:it-as", "--as-group", "robots"]));
+    assert_eq!((&robot["username"], &robot["groups"][0]), (&json!("robot:it-as"), &json!("robots")));
+    assert_eq!(robot["extra"]["weir.dev/pod"], json!(["it-as/runner"]), "it leads back all the same");
+
+    let refusal = |further: &[&str], words: &str| {
+        let refused = whoami(further);
+        let text = said(&refused);
+        assert!(!refused.status.success() && text.contains(words), "{further:?}: {text}");
+    };
+    // The agent itself may impersonate anybody; the mapped user may not.
+    refusal(
+        &["--as", "robot:third"],
+        "\"weir:runner\", as whom this request would go on, has no right to impersonate users \"robot:third\"",
+    );
+    refusal(&["--as", "robot:it-as", "--as-group", "admins"], "no right to impersonate groups \"admins\"");
+    refusal(&["--as", "robot:it-as", "--as-uid", "7"], "no right to impersonate uids \"7\"");
+    // What RBAC gives, the rule may still not.
+    refusal(&["--as", "robot:other"], "no rule allows it");
+    let masters = ["--as", "robot:it-as", "--as-group", "system:masters"];
+    refusal(&masters, "system:masters");
+    for output in ["clusterrolebinding/weir-it-as", "clusterrole/weir-it-as"] {
+        scene.testbed.kubectl(&["delete", output]).unwrap();
+    }
+}
