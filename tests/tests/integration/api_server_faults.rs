@@ -44,12 +44,12 @@ fn while_the_api_server_is_away_clients_are_told_and_an_agent_that_starts_waits_
         assert_eq!((code, out.as_str()), (Some(1), ""), "{err}");
         assert!(err.contains("the API server of cluster \"testbed\" cannot be reached"), "{err}");
         assert!(err.contains("(ServiceUnavailable)"), "kubectl takes it for a Status: {err}");
-        let opened = scene.event(
-            "the request in the record",
+        // The record of its end comes behind the answer.
+        scene.event(
+            "the failed request in the record",
             |event| matches!(&event.kind, Kind::RequestOpened(opened) if opened.method == method && opened.uri.contains("names")
-                && !scene_closed(&scene, event.request.as_deref(), Outcome::Complete)),
+                && scene_closed(&scene, event.request.as_deref(), Outcome::UpstreamFailed)),
         );
-        assert!(scene_closed(&scene, opened.request.as_deref(), Outcome::UpstreamFailed));
     }
     let (code, report, _) = doctor(agent.config(), &[]);
     assert_eq!(code, Some(1), "{report}");
