@@ -306,9 +306,12 @@ fn a_client_impersonates_only_whom_the_mapped_user_may() {
             "impersonate": {"user": "'weir:' + pod.name", "groups": "['weir:runners']"},
         }]),
     );
+    // With flags of its own, kubectl does not look for the pod's service account.
+    let (server, token) = (format!("--server=https://{API_CLUSTER_IP}"), token(&runner));
+    let authority = "--certificate-authority=/var/run/secrets/kubernetes.io/serviceaccount/ca.crt";
     let whoami = |further: &[&str]| {
-        let arguments = [&["kubectl", "auth", "whoami", "-o", "json"], further].concat();
-        runner.exec(&arguments).unwrap()
+        let kubectl = ["kubectl", &server, authority, "--token", &token, "auth", "whoami", "-o", "json"];
+        runner.exec(&[&kubectl, further].concat()).unwrap()
     };
     let user = |output: &Output| -> Value {
         let review: Value = serde_json::from_slice(&output.stdout)
