@@ -31,7 +31,7 @@ use weir_agent::{
 };
 use weir_common::{
     attributes::Attributes,
-    event::{Pod, UserInfo},
+    event::{Caller, Pod, UserInfo},
 };
 use zeroize::Zeroizing;
 
@@ -59,8 +59,13 @@ clusters:
   roles: ROLES
 enrolment: [{podSelector: {}, namespaceSelector: {}}]
 ";
-const RULE: &str = "user.groups.exists(g, g == 'oidc:group-99') && claims.sub.startsWith('jane') && request.verb in \
-                    ['get', 'list'] && request.namespace == 'team-a'";
+/// The rule that is for the caller, which it tells by the last of its groups.
+const RULE: &str = "'oidc:group-99' in groups && claims.sub.startsWith('jane') && request.verb in ['get', 'list'] && \
+                    request.namespace == 'team-a'";
+/// The same with a macro, which asks for each group one by one.
+const RULE_WITH_MACRO: &str = "groups.exists(g, g == 'oidc:group-99') && claims.sub.startsWith('jane') && request.verb in \
+                               ['get', 'list'] && request.namespace == 'team-a'";
+const POD_UID: &str = "0b5e2f6a-3c1d-4e5f-8a9b-0c1d2e3f4a5b";
 
 /// An issuer's documents, in memory.
 #[derive(Debug)]
@@ -116,7 +121,9 @@ fn decisions(runtime: &Runtime, documents: &Arc<dyn Fetch>, token: &str) {
     headers.insert(AUTHORIZATION, format!("Bearer {token}").parse().unwrap());
     let path = "/api/v1/namespaces/team-a/pods";
     let attributes = Attributes::parse("GET", path, None);
-    let origin = Origin::new("a", Arc::default(), &Labels::default());
+    let pod = Pod { uid: POD_UID.to_owned(), ..Pod::default() };
+    let caller = Arc::new(Caller { pod: Some(pod), ..Caller::default() });
+    let origin = Origin::new("a", caller, &Labels::default());
     for rules_before in [0, RULES_BEFORE] {
         let cluster = &configuration(rules_before).clusters[0];
         let policy = Policy::new(
@@ -158,7 +165,10 @@ fn main() {
     let config = configuration(0);
     let seconds = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
     let groups: Vec<String> = (0..GROUPS).map(|index| format!("group-{index}")).collect();
-    let claims = json!({"iss": "https://issuer.test", "aud": "weir", "sub": "jane", "exp": seconds + 3600, "groups": groups});
+    let claims = json!({
+        "iss": "https://issuer.test", "aud": "weir", "sub": "jane", "exp": seconds + 3600, "groups": groups,
+        "kubernetes.io": {"pod": {"uid": POD_UID}},
+    });
     for signer in [Signer::rs256(), Signer::es256()] {
         let documents: Arc<dyn Fetch> = Arc::new(Documents(json!({"keys": [signer.public("k1")]})));
         let issuers = Issuers::new(&config.clusters[0].authentication.jwt, &documents).unwrap();
@@ -182,19 +192,15 @@ fn main() {
             each.as_nanos() as f64 / 1000.0
         );
 
-        let rule = Expression::compile(RULE, &["user", "claims", "request"]).unwrap();
         let request = json!({"verb": "get", "resource": "pods", "namespace": "team-a", "path": "/api/v1/namespaces/team-a/pods"});
-        row(&format!("a rule over claims, request and {GROUPS} groups"), || {
-            let request = Value::from_json(&request).unwrap();
-            let variables = verified.subject.variables().with("request", &request);
-            assert!(rule.boolean(&variables).unwrap());
-        });
-        row("both", || {
-            let verified = runtime.block_on(issuers.verify(&token, Moment::now())).unwrap();
-            let request = Value::from_json(&request).unwrap();
-            let variables = verified.subject.variables().with("request", &request);
-            assert!(rule.boolean(&variables).unwrap());
-        });
+        for (name, rule) in [("a rule", RULE), ("a rule with a macro", RULE_WITH_MACRO)] {
+            let rule = Expression::compile(rule, &["groups", "claims", "request"]).unwrap();
+            row(&format!("{name} over claims, request and {GROUPS} groups"), || {
+                let request = Value::from_json(&request).unwrap();
+                let variables = verified.subject.variables().with("request", &request);
+                assert!(rule.boolean(&variables).unwrap());
+            });
+        }
         decisions(&runtime, &documents, &token);
     }
 }
