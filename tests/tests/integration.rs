@@ -57,6 +57,8 @@ mod monitoring;
 mod names;
 #[path = "integration/nested.rs"]
 mod nested;
+#[path = "integration/own_pod.rs"]
+mod own_pod;
 #[path = "integration/pod_kinds.rs"]
 mod pod_kinds;
 #[path = "integration/rules.rs"]

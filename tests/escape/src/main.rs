@@ -2,10 +2,11 @@
 //! `timedOut`, `failed`. Whether a byte arrived is for the far side to say, not for this program.
 //!
 //! Static, so that it runs in any container. `--cgroup`, `--netns` and `--late` put it where only a privileged process
-//! can put itself: into a cgroup, into a process's network namespace, and there only after its socket is made. `--relay` has a
-//! connection carry standard input and output, behind the line `connected`; `--via` names the machine that unwraps packets,
-//! `--from` whom they are from.
+//! can put itself: into a cgroup, into a process's network namespace, and there only after its socket is made; with `--born` it
+//! is cloned into the cgroup, and what it tries is its first instruction. `--relay` has a connection carry standard input
+//! and output, behind the line `connected`; `--via` names the machine that unwraps packets, `--from` whom they are from.
 
+mod born;
 mod forge;
 mod packet;
 mod sockets;
@@ -23,13 +24,14 @@ pub(crate) type Outcome = Result<&'static str, nix::Error>;
 #[expect(clippy::print_stdout, reason = "the verdict is what the program is for")]
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let (mut place, mut words) = (sockets::Place::default(), Vec::new());
+    let (mut place, mut words, mut is_born) = (sockets::Place::default(), Vec::new(), false);
     let mut rest = arguments.iter();
     while let Some(argument) = rest.next() {
         match argument.as_str() {
             "--cgroup" => place.cgroup = rest.next().cloned(),
             "--netns" => place.netns = rest.next().cloned(),
             "--late" => place.late = true,
+            "--born" => is_born = true,
             "--relay" => place.relay = true,
             "--from" => place.from = rest.next().and_then(|from| from.parse().ok()),
             "--via" => place.via = rest.next().and_then(|via| via.parse().ok()),
@@ -37,16 +39,15 @@ fn main() -> ExitCode {
         }
     }
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
-    let outcome = match words[..] {
-        ["watch", interface, network] => return watch::run(interface, network),
-        ["race", name, server, address] => forge::race(name, server, address, &place),
-        ["forge", name, address, to] => forge::answer(name, address, to),
-        [way, target] => match target.parse() {
-            Ok(SocketAddr::V4(target)) => attempt(way, target, &place),
-            Ok(SocketAddr::V6(target)) => v6::attempt(way, target, &place),
-            Err(_) => Err(nix::Error::EDESTADDRREQ),
-        },
-        _ => Err(nix::Error::EINVAL),
+    if let ["watch", interface, network] = words[..] {
+        return watch::run(interface, network);
+    }
+    let is_to_try = if is_born { born::clone_into(&mut place) } else { Ok(true) };
+    let outcome = match is_to_try {
+        Ok(true) => act(&words, &place),
+        // The clone has said what there was to say.
+        Ok(false) => Ok(sockets::ENDED),
+        Err(errno) => Err(errno),
     };
     match outcome {
         // What it carried is the last that it says.
@@ -57,6 +58,19 @@ fn main() -> ExitCode {
         Err(errno) => println!("failed {errno:?}"),
     }
     ExitCode::SUCCESS
+}
+
+fn act(words: &[&str], place: &sockets::Place) -> Outcome {
+    match *words {
+        ["race", name, server, address] => forge::race(name, server, address, place),
+        ["forge", name, address, to] => forge::answer(name, address, to),
+        [way, target] => match target.parse() {
+            Ok(SocketAddr::V4(target)) => attempt(way, target, place),
+            Ok(SocketAddr::V6(target)) => v6::attempt(way, target, place),
+            Err(_) => Err(nix::Error::EDESTADDRREQ),
+        },
+        _ => Err(nix::Error::EINVAL),
+    }
 }
 
 fn attempt(way: &str, target: std::net::SocketAddrV4, place: &sockets::Place) -> Outcome {

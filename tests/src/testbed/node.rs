@@ -29,6 +29,9 @@ pub const BRIDGE_ADDRESS: &str = "10.244.0.1";
 /// Addresses of pods.
 pub const POD_RANGE: &str = "10.244.0.0/24";
 
+/// The last one that the CNI gives away; those behind it are for what tests put on the bridge themselves.
+const LAST_POD_ADDRESS: &str = "10.244.0.199";
+
 /// Name of the CNI network.
 pub(super) const NETWORK: &str = "weir-testbed";
 
@@ -245,7 +248,7 @@ fn write_network(folder: &Path, data: &Path) -> Result<()> {
             "hairpinMode": true,
             "ipam": {
                 "type": "host-local",
-                "ranges": [[{"subnet": POD_RANGE, "gateway": BRIDGE_ADDRESS}]],
+                "ranges": [[{"subnet": POD_RANGE, "gateway": BRIDGE_ADDRESS, "rangeEnd": LAST_POD_ADDRESS}]],
                 "routes": [{"dst": "0.0.0.0/0"}],
                 "dataDir": data,
             },

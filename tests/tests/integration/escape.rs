@@ -15,7 +15,7 @@ use weir_tests::{AgentProcess, Pod, PodSpec, agent::TrustSource, command, wait_u
 
 use super::{
     DEADLINE, Scene,
-    watch::{PROGRAM, TCP, UDP, Watch, program},
+    watch::{self, PROGRAM, TCP, UDP, Watch, program},
     witness::{Server, Witness},
 };
 
@@ -233,16 +233,7 @@ impl<'a> Attack<'a> {
             send.args(["--via", BRIDGE_ADDRESS, "--from", ALIAS, "udp-vxlan", address]);
             command::run(&mut send).unwrap();
         }));
-        let guarded = [SERVICE, &self.endpoint, &self.alias, &self.kubelet];
-        let is_direct = |packet: &String| {
-            let words: Vec<&str> = packet.split(' ').collect();
-            let [_, to, _, port] = words[..] else { return true };
-            guarded.iter().any(|guarded| {
-                let (address, guarded_port) = guarded.rsplit_once(':').unwrap();
-                to == address && (port == guarded_port || port == "0")
-            })
-        };
-        seen.into_iter().filter(is_direct).collect()
+        watch::to_any(seen, &[SERVICE, &self.endpoint, &self.alias, &self.kubelet])
     }
 }
 

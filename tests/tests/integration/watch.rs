@@ -5,7 +5,10 @@ use std::{
     net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU16, Ordering},
+    },
 };
 
 use weir_tests::{command, wait_until};
@@ -37,7 +40,7 @@ pub(super) fn program() -> PathBuf {
 pub(super) struct Watch {
     process: Child,
     seen: Arc<Mutex<Vec<String>>>,
-    markers: std::cell::Cell<u16>,
+    markers: AtomicU16,
 }
 
 impl Watch {
@@ -58,8 +61,7 @@ impl Watch {
 
     /// Has a marker sent, waits until it is seen, and takes what was seen before it.
     pub(super) fn until_marker(&self, to: IpAddr, protocol: u8, send: impl Fn(&str)) -> Vec<String> {
-        let port = self.markers.get() + 1;
-        self.markers.set(port);
+        let port = self.markers.fetch_add(1, Ordering::Relaxed) + 1;
         let marker = format!(" {to} {protocol} {port}");
         wait_until("the marker at the far side", DEADLINE, || {
             send(&SocketAddr::new(to, port).to_string());
@@ -69,6 +71,19 @@ impl Watch {
         })
         .unwrap()
     }
+}
+
+/// Those of the packets that the far side saw which go to one of these, `ADDRESS:PORT`; one that hides its port does.
+pub(super) fn to_any(seen: Vec<String>, guarded: &[&str]) -> Vec<String> {
+    let is_to_one = |packet: &String| {
+        let words: Vec<&str> = packet.split(' ').collect();
+        let [_, to, _, port] = words[..] else { return true };
+        guarded.iter().any(|guarded| {
+            let (address, guarded_port) = guarded.rsplit_once(':').unwrap();
+            to == address && (port == guarded_port || port == "0")
+        })
+    };
+    seen.into_iter().filter(is_to_one).collect()
 }
 
 impl Drop for Watch {

@@ -120,7 +120,8 @@ pub(super) fn certificates_of(agent: &AgentProcess) -> Vec<String> {
     words.filter(|word| word.len() == 64).map(str::to_owned).collect()
 }
 
-fn api_server_certificate(testbed: &Testbed) -> String {
+/// Digest of the API server's own certificate.
+pub(super) fn api_server_certificate(testbed: &Testbed) -> String {
     use rustls::pki_types::{CertificateDer, pem::PemObject as _};
     let path = testbed.layout().path("pki/apiserver.crt");
     digest(&CertificateDer::from_pem_file(path).unwrap())
