@@ -21,6 +21,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     auth::IssuersError,
     config::{Cluster, Config, Source},
+    doctor,
     interception::{
         api_set::ClusterAddresses,
         canary::Health,
@@ -34,6 +35,7 @@ use crate::{
         run::{self as interception, Ended, InterceptionError},
     },
     proxy::{self, Drained, Proxy, ProxyOptions},
+    publishing::{Publishing, PublishingError},
     recording::{Recorder, RecorderOptions, RecordingError},
     telemetry::{self, Telemetry},
     trust::TrustError,
@@ -53,6 +55,9 @@ pub enum AppError {
     /// The journal.
     #[error(transparent)]
     Recording(#[from] RecordingError),
+    /// Kafka.
+    #[error(transparent)]
+    Publishing(#[from] PublishingError),
     /// The kernel, cgroups or listeners.
     #[error(transparent)]
     Interception(#[from] InterceptionError),
@@ -98,13 +103,24 @@ pub async fn run((source, config): (Source, Config)) -> Result<(), AppError> {
     // With nothing known but addresses: the clusters may be away for long, and the journal may be damaged.
     let in_force = guard::begin(&guard_options(&config), Path::new(handover::STANDARD))?;
     let recorder = Recorder::start(recorder_options(&config))?;
-    let outcome = run_recorded((source, &config), in_force, &recorder, &mut signals).await;
+    let publishing = match start_publishing(&config, &recorder) {
+        Ok(publishing) => publishing,
+        Err(error) => {
+            recorder.stop(&error.to_string()).await?;
+            return Err(error);
+        }
+    };
+    let recorded = (&recorder, publishing.clone());
+    let outcome = run_recorded((source, &config), in_force, recorded, &mut signals).await;
     let reason = match &outcome {
         Ok(signal) => (*signal).to_owned(),
         Err(error) => error.to_string(),
     };
     // Last, so that what drained is in the record.
     let stopped = recorder.stop(&reason).await;
+    if let Some(publishing) = publishing {
+        publishing.stop().await;
+    }
     outcome?;
     tracing::info!(reason, "stopped; the kernel programs stay in force until `weir-agent uninstall`");
     Ok(stopped?)
@@ -114,7 +130,7 @@ pub async fn run((source, config): (Source, Config)) -> Result<(), AppError> {
 async fn run_recorded(
     (source, config): (Source, &Config),
     in_force: Option<InForce>,
-    recorder: &Recorder,
+    (recorder, publishing): (&Recorder, Option<Arc<Publishing>>),
     signals: &mut Signals,
 ) -> Result<&'static str, AppError> {
     let stop = CancellationToken::new();
@@ -124,7 +140,7 @@ async fn run_recorded(
     let (accepted, mut connections) = mpsc::channel(ACCEPTED_MAX);
     let (settled, ready) = watch::channel(false);
     let observed: Arc<Observed> = Arc::default();
-    let telemetry = Arc::new(Telemetry::new(recorder.clone(), observed.clone(), loader::pin_folder()));
+    let telemetry = observe(recorder, publishing, &observed);
     let options = interception::Options {
         guard: guard_options(config),
         pods,
@@ -187,6 +203,35 @@ async fn run_recorded(
     }
     drain(&proxy, limit).await;
     ending
+}
+
+/// Makes what monitoring sees.
+fn observe(
+    recorder: &Recorder,
+    publishing: Option<Arc<Publishing>>,
+    observed: &Arc<Observed>,
+) -> Arc<Telemetry> {
+    if let Some(publishing) = publishing.clone() {
+        observed.published_by(publishing);
+    }
+    let pins = loader::pin_folder();
+    Arc::new(Telemetry::new(recorder.clone(), publishing, Arc::clone(observed), pins))
+}
+
+/// Starts to publish, if that is configured. Kafka need not be there: what is wrong with it is only said.
+fn start_publishing(config: &Config, recorder: &Recorder) -> Result<Option<Arc<Publishing>>, AppError> {
+    let Some(kafka) = config.kafka.clone() else { return Ok(None) };
+    let publishing = Publishing::start(&kafka, recorder)?;
+    // A thread of its own, which nothing waits for: not the start, nor the end.
+    let looked = std::thread::Builder::new().name("weir-kafka-look".to_owned()).spawn(move || {
+        for check in doctor::kafka::checks(&kafka).into_iter().filter(|check| !check.ok) {
+            tracing::warn!(name = check.name, found = check.found, mend = check.mend, "not as it should be");
+        }
+    });
+    if let Err(error) = looked {
+        tracing::warn!(%error, "the brokers and topics are not looked at");
+    }
+    Ok(Some(Arc::new(publishing)))
 }
 
 async fn drain(proxy: &Proxy, limit: Duration) {

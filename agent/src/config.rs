@@ -11,12 +11,14 @@ use std::{
 };
 
 pub use authentication::{AUDIENCES_MAX, Authentication, Documents, ISSUERS_MAX, JwtIssuer, RULES_MAX};
+pub use kafka::Kafka;
 pub use roles::Role;
 pub use selector::LabelSelector;
 pub use source::Source;
 
 mod authentication;
 pub mod aws_role;
+mod kafka;
 mod raw;
 #[cfg(test)]
 mod reference;
@@ -90,6 +92,8 @@ pub struct Config {
     pub tenant: Option<String>,
     /// The journal.
     pub journal: Journal,
+    /// Where events are published; nowhere if absent, and the journal keeps everything then.
+    pub kafka: Option<Kafka>,
     /// Folder of what else must outlive a reboot: the API set; made if absent.
     pub state_directory: PathBuf,
     /// The clusters, in the order of their indices.
@@ -327,7 +331,7 @@ limits: {drainSeconds: 10, responseBytesMax: 4096, sessionIdleTimeoutSeconds: 60
         refused(
             &WHOLE.replace("tenant", "tenent"),
             expect![
-                "configuration weir.yaml: unknown field `tenent`, expected one of `apiVersion`, `kind`, `node`, `tenant`, `journal`, `stateDirectory`, `clusters`, `nameServers`, `enrolment`, `intentAnnotations`, `cgroupRoot`, `metrics`, `limits` at line 5 column 1"
+                "configuration weir.yaml: unknown field `tenent`, expected one of `apiVersion`, `kind`, `node`, `tenant`, `journal`, `kafka`, `stateDirectory`, `clusters`, `nameServers`, `enrolment`, `intentAnnotations`, `cgroupRoot`, `metrics`, `limits` at line 5 column 1"
             ],
         );
     }

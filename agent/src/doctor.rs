@@ -13,6 +13,7 @@ use crate::{
 };
 
 pub mod clusters;
+pub mod kafka;
 pub mod kernel;
 pub mod storage;
 
@@ -168,6 +169,7 @@ pub fn run(options: &DoctorOptions) -> Report {
                 checks.push(Check::good("config", Need::Must, path.display().to_string()));
                 checks.push(storage::check(&config.journal.directory, config.journal.bytes_max));
                 checks.extend(runtime.block_on(clusters::configured(&config)));
+                checks.extend(config.kafka.iter().flat_map(kafka::checks));
             }
         },
         None => match Invoker::find(environment) {

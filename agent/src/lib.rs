@@ -2,7 +2,8 @@
 //!
 //! A connection's way: [`interception`] (kernel hooks, in-pod listeners, flow lookup) hands an accepted
 //! connection to [`proxy`] (TLS with a certificate from [`trust`], HTTP, upstream), which records through
-//! [`recording`] (sessions, masks, journal). [`telemetry`] shows how all of them do.
+//! [`recording`] (sessions, masks, journal); [`publishing`] carries the journal to Kafka. [`telemetry`] shows how all
+//! of them do.
 
 pub mod app;
 pub mod auth;
@@ -13,6 +14,7 @@ pub mod exec;
 pub mod explain;
 pub mod interception;
 pub mod proxy;
+pub mod publishing;
 pub mod recording;
 pub mod telemetry;
 pub mod trust;

@@ -9,6 +9,7 @@ mod content;
 mod disk;
 #[cfg(test)]
 mod durability_tests;
+mod durable;
 mod entry;
 mod epoch;
 mod error;
@@ -47,6 +48,7 @@ use weir_common::{
     event::{BodySummary, Caller, Channel, Coverage, Identity, IdentityMethod, Kind, RequestOpened},
 };
 
+pub(crate) use self::durable::has_ended;
 use self::{
     body::Sensitivity,
     content::Held,
@@ -64,6 +66,7 @@ use self::{
     writer::Status,
 };
 pub use self::{
+    durable::{Durable, DurablePosition},
     error::RecordingError,
     measures::{Measured, SYNC_BOUNDS},
     queue::COMMIT_BEHIND_MS,
@@ -177,6 +180,7 @@ struct Inner {
     queue: Arc<Queue>,
     status: Arc<Status>,
     measures: Arc<Measures>,
+    durable: Arc<DurablePosition>,
     workers: Arc<Workers>,
     /// By cluster; the last one is for events of the agent itself.
     maskers: Vec<Arc<Masker>>,
@@ -242,7 +246,7 @@ impl Recorder {
         let (queue, status) = (Arc::new(Queue::default()), Arc::new(Status::default()));
         let thread = |error| RecordingError::Thread(Arc::new(error));
         let workers = Arc::new(Workers::start().map_err(thread)?);
-        let measures = Arc::clone(journal.measures());
+        let (measures, durable) = (Arc::clone(journal.measures()), Arc::clone(journal.durable()));
         let writer = writer::start(journal, Arc::clone(&queue), Arc::clone(&status)).map_err(thread)?;
         let sessions = Sessions::new(options.session_idle_timeout);
         let inner = Inner {
@@ -250,6 +254,7 @@ impl Recorder {
             queue,
             status,
             measures,
+            durable,
             workers,
             maskers,
             sessions: Mutex::new(SessionTable { sessions, losses: 0 }),

@@ -16,11 +16,13 @@ use std::{
 use crate::{
     interception::{canary::Health, observed::Observed},
     proxy::Proxy,
+    publishing::{Published, Publishing},
     recording::Recorder,
 };
 
 mod exposition;
 mod families;
+mod publishing;
 #[cfg(test)]
 mod reference;
 mod roles;
@@ -30,6 +32,8 @@ pub mod server;
 #[derive(Debug)]
 pub struct Telemetry {
     recorder: Recorder,
+    /// None: nothing is published.
+    publishing: Option<Arc<Publishing>>,
     observed: Arc<Observed>,
     /// Folder of pins: the kernel's counters are read from the maps themselves.
     pins: PathBuf,
@@ -41,9 +45,23 @@ pub struct Telemetry {
 
 impl Telemetry {
     /// Of an agent that has just started.
-    pub fn new(recorder: Recorder, observed: Arc<Observed>, pins: PathBuf) -> Self {
-        let started = SystemTime::now();
-        Self { recorder, observed, pins, proxy: OnceLock::new(), ending: AtomicBool::new(false), started }
+    pub fn new(
+        recorder: Recorder,
+        publishing: Option<Arc<Publishing>>,
+        observed: Arc<Observed>,
+        pins: PathBuf,
+    ) -> Self {
+        let (proxy, ending, started) = (OnceLock::new(), AtomicBool::new(false), SystemTime::now());
+        Self { recorder, publishing, observed, pins, proxy, ending, started }
+    }
+
+    fn published(&self) -> Option<Published> {
+        self.publishing.as_ref().map(|publishing| publishing.published())
+    }
+
+    /// What an operator should know although it costs no pod anything.
+    pub fn notes(&self) -> Option<String> {
+        self.observed.unpublished()
     }
 
     /// The proxy serves from now on.

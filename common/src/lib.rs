@@ -22,4 +22,8 @@ pub mod frame;
 #[cfg(feature = "record")]
 pub mod merkle;
 #[cfg(feature = "record")]
+pub mod message;
+#[cfg(feature = "record")]
+pub mod removed;
+#[cfg(feature = "record")]
 pub mod segment;

@@ -32,6 +32,16 @@ impl Tree {
         Self::default()
     }
 
+    /// Goes on from a tree whose [`Self::peaks`] were kept; none if there are not as many as a tree of this size has.
+    pub fn from_peaks(size: u64, peaks: Vec<Hash>) -> Option<Self> {
+        (peaks.len() == size.count_ones() as usize).then_some(Self { peaks, size })
+    }
+
+    /// Roots of the perfect subtrees, the largest (leftmost) first: one for each bit set in the size.
+    pub fn peaks(&self) -> &[Hash] {
+        &self.peaks
+    }
+
     /// Number of leaves.
     pub fn size(&self) -> u64 {
         self.size
@@ -230,6 +240,25 @@ mod tests {
         for count in 0..70 {
             assert_eq!(root(&leaves(count)), recursive(&leaves(count)), "{count} leaves");
         }
+    }
+
+    #[test]
+    fn a_tree_goes_on_from_its_peaks_as_if_it_had_not_been_left() {
+        for count in 0..70_u8 {
+            let (mut whole, mut first) = (Tree::new(), Tree::new());
+            for (n, leaf) in (0..).zip(leaves(70)) {
+                whole.push(leaf);
+                if n < count {
+                    first.push(leaf);
+                }
+            }
+            let mut rest = Tree::from_peaks(first.size(), first.peaks().to_vec()).unwrap();
+            assert_eq!(rest, first);
+            leaves(70)[usize::from(count)..].iter().for_each(|leaf| rest.push(*leaf));
+            assert_eq!(rest, whole);
+        }
+        assert_eq!(Tree::from_peaks(3, vec![leaf_hash(b"")]), None);
+        assert_eq!(Tree::from_peaks(u64::MAX, Vec::new()), None);
     }
 
     #[test]

@@ -255,6 +255,27 @@ impl<'a> SegmentReader<'a> {
         })
     }
 
+    /// Goes on at `offset`, for who has read the frames before it by other means: `next_sequence` must follow there, and
+    /// `last_commit` is that of the last frame that was read.
+    ///
+    /// # Errors
+    /// As for [`Self::new`].
+    pub fn resume(
+        bytes: &'a [u8],
+        successor_first_sequence: Option<u64>,
+        offset: usize,
+        next_sequence: u64,
+        last_commit: u64,
+    ) -> Result<Self, SegmentError> {
+        let reader = Self::new(bytes, successor_first_sequence)?;
+        Ok(Self { offset, next_sequence, last_commit, ..reader })
+    }
+
+    /// Where it goes on.
+    pub fn offset(&self) -> usize {
+        self.offset
+    }
+
     /// The segment's header.
     pub fn header(&self) -> &SegmentHeader {
         &self.header

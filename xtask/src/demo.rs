@@ -21,7 +21,7 @@ use weir_tests::testbed::AGENT_IMAGE;
 use weir_tests::wait::{check_interrupted, interrupt_on_signals};
 use weir_tests::{Coverage, Pod, PodSpec, Testbed, audit, wait_until};
 
-use crate::build_ebpf;
+use crate::{build_ebpf, native};
 
 /// For one command in the pod; each takes seconds.
 const COMMAND_SECONDS: u32 = 90;
@@ -67,6 +67,7 @@ pub(crate) fn run(root: &Path, arguments: &Arguments) -> Result<()> {
 fn show_plan(root: &Path) -> Result<()> {
     let mut missing = components::plan()?;
     missing.extend(build_ebpf::plan(root)?);
+    missing.extend(native::plan());
     println!("The plan:");
     for line in &missing {
         println!("  - {line}");
@@ -118,6 +119,7 @@ fn build_rust(root: &Path, progress: Progress) -> Result<()> {
         build_ebpf::run(root, build_ebpf::Options::default()).map(drop)
     })?;
     progress.step("build weir-agent and weir", || {
+        native::install()?;
         let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
         let mut command = Command::new(cargo);
         command.args(["build", "--locked", "-p", "weir-agent", "-p", "weir"]).current_dir(root);

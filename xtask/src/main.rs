@@ -10,6 +10,7 @@ mod demo;
 mod docs;
 mod fuzz;
 mod kernels;
+mod native;
 mod test;
 mod testbed;
 mod tidy;

@@ -14,7 +14,7 @@ use std::{
 use anyhow::{Context as _, Result, bail, ensure};
 use weir_tests::{Testbed, components, progress::Progress, wait::interrupt_on_signals};
 
-use crate::build_ebpf;
+use crate::{build_ebpf, native};
 
 /// The version of cargo-deny that is installed where none is there.
 const CARGO_DENY_VERSION: &str = "0.20.2";
@@ -36,12 +36,13 @@ pub(crate) fn run(root: &Path, long: bool) -> Result<()> {
     // What cannot work is said now, not after half an hour of builds.
     Testbed::check_machine(&Testbed::default_folder()?)?;
     let plans = components::plan()?.into_iter().chain(components::promtool_plan()?);
-    for line in plans.chain(build_ebpf::plan(root)?) {
+    for line in plans.chain(build_ebpf::plan(root)?).chain(native::plan()) {
         println!("first: {line}");
     }
     let xtask = std::env::current_exe().context("cannot find this program's own path")?;
     let seed = seed()?;
     println!("seed: WEIR_FUZZ_SEED={seed}");
+    native::install()?;
     // The Go builds cost minutes on a fresh machine and share nothing with the Rust ones: side by side.
     let mut testbed = Background::start(Command::new(&xtask).args(["testbed", "build"]).current_dir(root))?;
     let mut used = Vec::new();

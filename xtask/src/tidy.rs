@@ -21,7 +21,7 @@ const ARCHITECTURE_LINES_MAX: usize = 200;
 const EMPTY_NAMES: [&str; 6] = ["utils", "util", "helpers", "types", "manager", "misc"];
 
 /// A third-party library of the edges: the crate's name as imported, and where it may be imported.
-const EDGES: [(&str, &[&str]); 17] = [
+const EDGES: [(&str, &[&str]); 18] = [
     ("aws_config", &["agent/src/aws/sts.rs"]),
     ("aws_credential_types", &["agent/src/aws/"]),
     ("aws_sdk_sts", &["agent/src/aws/sts.rs"]),
@@ -31,6 +31,7 @@ const EDGES: [(&str, &[&str]); 17] = [
     ("hickory_resolver", &["agent/src/interception/"]),
     ("kube", &["agent/src/interception/", "agent/src/trust/"]),
     ("k8s_openapi", &["agent/src/interception/", "agent/src/trust/"]),
+    ("rdkafka", &["agent/src/publishing/kafka.rs"]),
     ("rcgen", &["agent/src/trust/", "agent/src/proxy/", "tests/src/"]),
     ("prometheus_client", &["agent/src/telemetry/exposition.rs"]),
     ("openidconnect", &["agent/src/auth/keys.rs"]),
@@ -172,12 +173,28 @@ fn manifests(root: &Path, files: &[PathBuf], findings: &mut Vec<String>) -> Resu
         findings.push("Cargo.toml: bincode must stay at =2.0.1 (ADR 2)".to_owned());
     }
     let lock = std::fs::read_to_string(root.join("Cargo.lock"))?;
-    for library in ["openssl-sys", "native-tls", "rustls-openssl"] {
+    for library in ["native-tls", "rustls-openssl"] {
         if lock.contains(&format!("name = \"{library}\"")) {
             findings.push(format!("Cargo.lock: {library}: one TLS provider, aws-lc-rs (invariant 1)"));
         }
     }
+    for user in users(&lock, "openssl-sys").filter(|user| *user != "rdkafka-sys") {
+        findings
+            .push(format!("Cargo.lock: {user} uses openssl-sys, which only librdkafka may (invariant 1)"));
+    }
     Ok(())
+}
+
+/// The packages of a lock file that depend on `library` themselves.
+fn users<'a>(lock: &'a str, library: &'a str) -> impl Iterator<Item = &'a str> {
+    let names = move |package: &str| {
+        package
+            .lines()
+            .any(|line| line.trim().trim_start_matches('"').trim_end_matches(['"', ',']) == library)
+    };
+    lock.split("[[package]]")
+        .filter(move |package| names(package))
+        .filter_map(|package| package.split("name = \"").nth(1)?.split('"').next())
 }
 
 fn documents(root: &Path, files: &[PathBuf], findings: &mut Vec<String>) -> Result<()> {
@@ -219,7 +236,7 @@ fn links(text: &str) -> Vec<String> {
 mod tests {
     use std::path::Path;
 
-    use super::{links, run, rust_file};
+    use super::{links, run, rust_file, users};
 
     #[track_caller]
     fn findings(path: &str, text: &str) -> Vec<String> {
@@ -246,6 +263,13 @@ mod tests {
         assert_eq!(findings("agent/src/a.rs", "//! x\nuse aya::Ebpf;\n").len(), 1);
         assert_eq!(findings("agent/src/a.rs", "//! x\nfn a() { unsafe { b() } }\n").len(), 1);
         assert_eq!(findings("agent/src/interception/loader.rs", "//! x\nuse aya::Ebpf;\n").len(), 0);
+    }
+
+    #[test]
+    fn a_lock_file_says_who_uses_what() {
+        let lock = "[[package]]\nname = \"a\"\ndependencies = [\n \"b\",\n \"c-sys\",\n]\n\n[[package]]\nname = \"b\"\n\n[[package]]\nname = \"c-sys\"\n";
+        assert_eq!(users(lock, "c-sys").collect::<Vec<_>>(), ["a"]);
+        assert_eq!(users(lock, "b").collect::<Vec<_>>(), ["a"]);
     }
 
     #[test]

@@ -17,6 +17,7 @@ use super::{
     API_VERSION, Access, Authentication, CLUSTERS_MAX, Cluster, Config, ENDPOINT_NAMES_MAX, EndpointName,
     Enrolment, JOURNAL_BYTES_MIN, Journal, KIND, LabelSelector, Limits, Mode, NAME_SERVERS_MAX,
     STATE_DIRECTORY, Trust,
+    kafka::RawKafka,
     roles::{self, RawRole},
 };
 use crate::recording::{JOURNAL_BYTES_MAX, RESPONSE_BYTES_MAX, SESSION_IDLE_TIMEOUT};
@@ -56,6 +57,8 @@ pub(super) struct AgentConfiguration {
     /// Where records are kept on the node.
     #[serde(default)]
     journal: RawJournal,
+    /// Where events are published, and what was published leaves the journal. Without it nothing leaves the journal.
+    kafka: Option<RawKafka>,
     /// Folder of what else must outlive a reboot, an absolute path; made if absent. `api-set.json` in it has the addresses
     /// from which `weir-agent guard` and an agent that starts keep pods before they have reached a cluster.
     #[serde(default = "state_directory")]
@@ -255,6 +258,7 @@ impl AgentConfiguration {
             node: self.node.unwrap_or_else(|| default_node.to_owned()),
             tenant: self.tenant,
             journal: Journal { directory: self.journal.directory, bytes_max: self.journal.bytes_max },
+            kafka: self.kafka.map(RawKafka::validate).transpose()?,
             state_directory: self.state_directory,
             clusters: clusters(self.clusters)?,
             name_servers: name_servers(&self.name_servers)?,
@@ -481,7 +485,7 @@ fn enrolment(raw: Vec<RawEnrolment>) -> Result<Vec<Enrolment>, Invalid> {
         .collect()
 }
 
-fn readable(key: String, path: PathBuf) -> Result<PathBuf, Invalid> {
+pub(super) fn readable(key: String, path: PathBuf) -> Result<PathBuf, Invalid> {
     match File::open(&path) {
         Ok(_) => Ok(path),
         Err(error) => invalid(key, format!("cannot open {}: {error}; is it mounted?", path.display())),

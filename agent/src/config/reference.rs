@@ -144,7 +144,14 @@ fn the_documentation_is_what_the_types_say() {
 fn the_example_is_valid_and_complete() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let mut example = EXAMPLE.to_owned();
-    for name in ["staging.kubeconfig", "staging-ca.crt", "weir-ca.crt", "weir-ca.key", "clients-ca.crt"] {
+    for name in [
+        "staging.kubeconfig",
+        "staging-ca.crt",
+        "weir-ca.crt",
+        "weir-ca.key",
+        "clients-ca.crt",
+        "kafka-password",
+    ] {
         let file = folder.path().join(name);
         std::fs::write(&file, "").expect("can be written");
         let named = format!("/etc/weir/{name}");

@@ -56,8 +56,10 @@ use super::{
 const VERSION: u32 = 1;
 /// Largest message, bytes.
 const MESSAGE_BYTES_MAX: usize = 4096;
-/// Most characters of a problem that a message tells; they fit into one, whatever they are.
-const PROBLEM_CHARS_MAX: usize = 800;
+/// Most characters of a problem of the configuration that a message tells; with the others they fit into one.
+const PROBLEM_CHARS_MAX: usize = 700;
+/// Most characters of what is said of events that are not published.
+const UNPUBLISHED_CHARS_MAX: usize = 250;
 /// Most listeners that are taken.
 const LISTENERS_MAX: usize = 8192;
 /// How long one message may take.
@@ -128,6 +130,8 @@ enum Message {
         /// An agent of an earlier version says nothing of it.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         configuration_problem: Option<String>,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        unpublished: Option<String>,
     },
 }
 
@@ -184,6 +188,9 @@ pub enum Presence {
         /// Why its configuration file, as it is now, is not in force.
         #[serde(skip_serializing_if = "Option::is_none")]
         configuration_problem: Option<String>,
+        /// What of its journal is not in Kafka yet, if that is late, and why.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        unpublished: Option<String>,
     },
     /// It is there and does not answer: stopped, stuck, just handing over, or of another version.
     Silent,
@@ -194,15 +201,18 @@ pub enum Presence {
 impl fmt::Display for Presence {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Running { pid, version, configuration_problem } => {
+            Self::Running { pid, version, configuration_problem, unpublished } => {
                 write!(formatter, "running, pid {pid}, version {version}")?;
-                match configuration_problem {
-                    Some(problem) => write!(
+                if let Some(problem) = configuration_problem {
+                    write!(
                         formatter,
                         "\n                its configuration was changed and refused: {problem}"
-                    ),
-                    None => Ok(()),
+                    )?;
                 }
+                if let Some(unpublished) = unpublished {
+                    write!(formatter, "\n                {unpublished}")?;
+                }
+                Ok(())
             }
             Self::Silent => {
                 formatter.write_str("there, and does not answer; is it stopped, stuck, or just handing over?")
@@ -223,8 +233,8 @@ pub fn presence(path: &Path) -> Presence {
     }
     let asked = set_timeout(&connection, PING_TIMEOUT).and_then(|()| send(&connection, &Message::Ping, &[]));
     match asked.and_then(|()| receive(&connection)) {
-        Ok((Message::Pong { pid, version, configuration_problem }, _)) => {
-            Presence::Running { pid, version, configuration_problem }
+        Ok((Message::Pong { pid, version, configuration_problem, unpublished }, _)) => {
+            Presence::Running { pid, version, configuration_problem, unpublished }
         }
         _ => Presence::Silent,
     }
@@ -362,10 +372,11 @@ async fn hand_over(
         Ok((Message::Hello { version, layout, pid }, _)) => (version, layout, pid),
         Ok((Message::Ping, _)) => {
             let version = env!("CARGO_PKG_VERSION").to_owned();
-            let configuration_problem = observed.configuration_problem();
+            let short = |text: String, chars_max| text.chars().take(chars_max).collect();
             let configuration_problem =
-                configuration_problem.map(|problem| problem.chars().take(PROBLEM_CHARS_MAX).collect());
-            let pong = Message::Pong { pid: std::process::id(), version, configuration_problem };
+                observed.configuration_problem().map(|text| short(text, PROBLEM_CHARS_MAX));
+            let unpublished = observed.unpublished().map(|text| short(text, UNPUBLISHED_CHARS_MAX));
+            let pong = Message::Pong { pid: std::process::id(), version, configuration_problem, unpublished };
             send(&connection, &pong, &[])?;
             return Ok(false);
         }
@@ -490,6 +501,7 @@ mod tests {
             pid: std::process::id(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             configuration_problem,
+            unpublished: None,
         };
         assert_eq!(ask().await, running(None));
         observed.configured(Some("clusters[0].roles: say one".to_owned()));

@@ -4,7 +4,7 @@
 use std::{
     collections::HashMap,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, OnceLock, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
@@ -12,6 +12,12 @@ use std::{
 use tokio::sync::watch;
 
 use super::{canary::Health, counters::Counters};
+
+/// Something that publishes what is recorded.
+pub trait Publishes: std::fmt::Debug + Send + Sync {
+    /// What is not published yet, in words, if that is late or cannot be published.
+    fn unpublished(&self) -> Option<String>;
+}
 
 /// See the module.
 #[derive(Debug, Default)]
@@ -33,6 +39,7 @@ pub struct Observed {
     configurations_refused: AtomicU64,
     /// Why the configuration file as it is now is not in force; none if it is.
     configuration_problem: Mutex<Option<String>>,
+    publishing: OnceLock<Arc<dyn Publishes>>,
     /// Connections that reached the proxy, by the pod's UID. Locked when pods come and go, and to be read.
     pods: Mutex<HashMap<String, Arc<AtomicU64>>>,
 }
@@ -93,6 +100,17 @@ impl Observed {
     /// Why the configuration file as it is now is not in force; none if it is.
     pub fn configuration_problem(&self) -> Option<String> {
         self.configuration_problem.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// What is recorded is published by it from now on.
+    pub fn published_by(&self, publishing: Arc<dyn Publishes>) {
+        // There is one in an agent's life.
+        let _ = self.publishing.set(publishing);
+    }
+
+    /// What is not published yet, if that is late or cannot be published.
+    pub fn unpublished(&self) -> Option<String> {
+        self.publishing.get().and_then(|publishing| publishing.unpublished())
     }
 
     /// Whether a cgroup is the canary's.

@@ -124,6 +124,28 @@ async fn a_failed_write_poisons_the_segment_and_the_next_one_goes_on_without_a_h
 }
 
 #[tokio::test]
+async fn room_that_removal_has_made_is_used_before_anything_is_refused() {
+    let directory = TempDir::new().unwrap();
+    let options = RecorderOptions { journal_bytes_max: 3 << 20, ..options(directory.path()) };
+    let recorder = on(&Arc::new(TestDisk::default()), options).unwrap();
+    let large = format!("{{\"a\":\"{}\"}}", "x".repeat(200_000));
+    let mut removed = 0;
+    // Several times as much as the journal may hold.
+    for _ in 0..60 {
+        drop(post(&recorder, &large).await.unwrap());
+        let mut published = segments(recorder.folder());
+        published.pop();
+        for path in published {
+            std::fs::remove_file(path).unwrap();
+            removed += 1;
+        }
+    }
+    assert!(removed > 4, "{removed}");
+    assert!(recorder.failure().is_none());
+    recorder.stop("test").await.unwrap();
+}
+
+#[tokio::test]
 async fn attempts_that_failed_do_not_make_the_next_segment_larger() {
     let directory = TempDir::new().unwrap();
     let disk = Arc::new(TestDisk::default());

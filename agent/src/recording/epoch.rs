@@ -97,6 +97,16 @@ fn lock(folder: &Path) -> Result<Flock<File>, RecordingError> {
     Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|_| RecordingError::Locked { path })
 }
 
+/// Whether no process has this epoch open any more. Asks with a shared lock, so that two who ask at once do not take
+/// each other for its owner. To be asked only of a folder that holds something: its owner locks it first.
+pub(super) fn has_ended(folder: &Path) -> bool {
+    match File::open(folder.join(LOCK_FILE)) {
+        Ok(file) => Flock::lock(file, FlockArg::LockSharedNonblock).is_ok(),
+        // A copy, perhaps: nobody can have it open.
+        Err(error) => error.kind() == io::ErrorKind::NotFound,
+    }
+}
+
 fn read_bounded(path: &Path, bytes_max: u64) -> io::Result<Zeroizing<Vec<u8>>> {
     let mut content = Zeroizing::new(Vec::new());
     File::open(path)?.take(bytes_max).read_to_end(&mut content)?;
@@ -121,9 +131,9 @@ fn predecessor(journal: &Path) -> Option<Predecessor> {
     epochs.sort_unstable_by(|a, b| b.cmp(a));
     epochs.into_iter().find_map(|epoch| {
         let folder = journal.join(&epoch);
-        let _ended = lock(&folder).ok()?;
         let note = read_bounded(&folder.join(CHECKPOINT_FILE), NOTE_BYTES_MAX as u64).ok()?;
         let checkpoint = Checkpoint::parse_unverified(std::str::from_utf8(&note).ok()?).ok()?;
+        has_ended(&folder).then_some(())?;
         Some(Predecessor { epoch, size: checkpoint.size, root: hex::encode(checkpoint.root) })
     })
 }

@@ -22,6 +22,7 @@ use weir_common::{
 
 use super::{
     disk::Disk,
+    durable::DurablePosition,
     entry::{Append, Entry, Ids, Origin, unix_us},
     epoch::{CHECKPOINT_FILE, Epoch},
     error::RecordingError,
@@ -80,6 +81,7 @@ pub(super) struct Journal {
     lost: u64,
     frames: Vec<u8>,
     measures: Arc<Measures>,
+    durable: Arc<DurablePosition>,
 }
 
 /// What a group adds: taken over only when it is durable.
@@ -119,6 +121,7 @@ impl Journal {
             lost: 0,
             frames: Vec::new(),
             measures: Arc::default(),
+            durable: Arc::default(),
         };
         journal.measure()?;
         journal.rotate(0)?;
@@ -128,6 +131,11 @@ impl Journal {
     /// What is counted of it.
     pub(super) fn measures(&self) -> &Arc<Measures> {
         &self.measures
+    }
+
+    /// How far it is durable.
+    pub(super) fn durable(&self) -> &Arc<DurablePosition> {
+        &self.durable
     }
 
     /// Why recording is not possible just now.
@@ -303,6 +311,7 @@ impl Journal {
             self.commit += 1;
             return Err(self.fail(error));
         }
+        self.publish_durable();
         self.commit += 1;
         self.sequence = draft.sequence;
         self.tree = draft.tree;
@@ -324,8 +333,12 @@ impl Journal {
 
     /// Ends the current segment and begins the next, with room for `needed` bytes of frames.
     fn rotate(&mut self, needed: u64) -> Result<(), RecordingError> {
-        let left = self.bytes_max.saturating_sub(self.bytes_used);
-        let bytes = segment::size(self.tuning.segment_bytes_first, self.growth, needed).min(left);
+        let wanted = segment::size(self.tuning.segment_bytes_first, self.growth, needed);
+        if self.bytes_used + wanted > self.bytes_max {
+            // What was published may have been removed since.
+            self.measure()?;
+        }
+        let bytes = wanted.min(self.bytes_max.saturating_sub(self.bytes_used));
         // A segment that holds nothing but its reserve is of no use either.
         let least = segment::smallest(needed.max(segment::SEGMENT_RESERVE_BYTES));
         if bytes < least {
@@ -346,7 +359,7 @@ impl Journal {
         // Should this fail, the next attempt wants as little as an epoch's first segment: what is free may never be
         // enough for a larger one.
         let growth = std::mem::take(&mut self.growth);
-        let opened = OpenSegment::create(self.disk.as_ref(), &path, &encoded, bytes)
+        let opened = OpenSegment::create(self.disk.as_ref(), (header.index, &path), &encoded, bytes)
             .map_err(|error| RecordingError::storage(&path, error))?;
         self.growth = growth + 1;
         self.bytes_used += bytes;
@@ -358,7 +371,14 @@ impl Journal {
                 }
             }
         }
+        self.publish_durable();
         Ok(())
+    }
+
+    fn publish_durable(&self) {
+        if let Some(segment) = &self.segment {
+            self.durable.publish(segment.durable());
+        }
     }
 
     /// Takes the journal's size anew: others may have removed epochs.

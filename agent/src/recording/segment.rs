@@ -10,7 +10,10 @@ use std::{
 
 use weir_common::segment::SEGMENT_HEADER_BYTES;
 
-use super::disk::{Disk, DiskFile};
+use super::{
+    disk::{Disk, DiskFile},
+    durable::Durable,
+};
 
 /// Size of an epoch's first segment: small, since many epochs are short (`weir-agent exec`).
 pub(super) const SEGMENT_BYTES_FIRST: u64 = 4 * 1024 * 1024;
@@ -36,6 +39,7 @@ pub(super) fn smallest(needed: u64) -> u64 {
 /// The segment that is being filled.
 #[derive(Debug)]
 pub(super) struct OpenSegment {
+    index: u64,
     file: Box<dyn DiskFile>,
     /// Where the next frame goes: everything before it is durable.
     offset: u64,
@@ -46,12 +50,17 @@ impl OpenSegment {
     /// Makes the file with its header, durably.
     pub(super) fn create(
         disk: &dyn Disk,
-        path: &Path,
+        (index, path): (u64, &Path),
         header: &[u8; SEGMENT_HEADER_BYTES],
         bytes: u64,
     ) -> io::Result<Self> {
         let file = disk.create(path, header, bytes)?;
-        Ok(Self { file, offset: header.len() as u64, bytes })
+        Ok(Self { index, file, offset: header.len() as u64, bytes })
+    }
+
+    /// Where its durable frames end.
+    pub(super) fn durable(&self) -> Durable {
+        Durable { segment: self.index, offset: self.offset }
     }
 
     /// Bytes that frames may still take; with the reserve only for last words.

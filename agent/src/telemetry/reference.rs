@@ -52,7 +52,7 @@ async fn started() -> (Arc<Telemetry>, SocketAddr, tempfile::TempDir) {
     let options = RecorderOptions::new(folder.path().join("journal"), "node".to_owned(), Vec::new());
     let recorder = Recorder::start(options).expect("a recorder");
     let observed: Arc<Observed> = Arc::default();
-    let telemetry = Arc::new(Telemetry::new(recorder, observed, folder.path().join("pins")));
+    let telemetry = Arc::new(Telemetry::new(recorder, None, observed, folder.path().join("pins")));
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let address = listener.local_addr().expect("an address");
     tokio::spawn(server::accept(listener, telemetry.clone()));

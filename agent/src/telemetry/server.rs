@@ -115,11 +115,13 @@ async fn answer(method: &Method, path: &str, telemetry: Arc<Telemetry>) -> Respo
     match path {
         "/healthz" => text(StatusCode::OK, PLAIN, "ok\n".to_owned()),
         "/readyz" => {
-            let reasons = telemetry.unready();
-            if reasons.is_empty() {
-                return text(StatusCode::OK, PLAIN, "ready\n".to_owned());
-            }
-            text(StatusCode::SERVICE_UNAVAILABLE, PLAIN, reasons.join("\n") + "\n")
+            let (reasons, notes) = (telemetry.unready(), telemetry.notes());
+            let (status, mut lines) = match reasons.is_empty() {
+                true => (StatusCode::OK, vec!["ready".to_owned()]),
+                false => (StatusCode::SERVICE_UNAVAILABLE, reasons),
+            };
+            lines.extend(notes);
+            text(status, PLAIN, lines.join("\n") + "\n")
         }
         "/metrics" => {
             let rendered =

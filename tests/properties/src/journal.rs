@@ -1,4 +1,4 @@
-//! Properties of the journal's parsers: frames, segments, envelopes and checkpoints.
+//! Properties of the journal's parsers: frames, segments, envelopes, checkpoints, messages, and what was removed.
 //!
 //! The `sealed` ones put right checksums over the input first: without that a fuzzer never comes past them.
 
@@ -7,6 +7,8 @@ use weir_common::{
     envelope::{CODEC_BINCODE_STANDARD, Envelope},
     frame::{self, FRAME_HEADER_BYTES, FRAME_MAGIC, FRAME_VERSION},
     merkle::leaf_hash,
+    message::{Message, Received},
+    removed::Removed,
     segment::{SEGMENT_HEADER_BYTES, SegmentHeader, SegmentReader},
 };
 
@@ -49,6 +51,57 @@ pub fn sealed_frame(bytes: &[u8]) {
         seal(&mut bytes, 0);
     }
     frame(&bytes);
+}
+
+/// A message that is accepted is that of the frame that it becomes. The input is lines `name=value` of headers, an empty
+/// line, the key, a line's end, and the value.
+pub fn message(bytes: &[u8]) {
+    let mut headers = Vec::new();
+    let mut rest = bytes;
+    let mut line = || {
+        let end = rest.iter().position(|byte| *byte == b'\n').unwrap_or(rest.len());
+        let (line, behind) = rest.split_at(end);
+        rest = behind.get(1..).unwrap_or_default();
+        line
+    };
+    while let Some((name, value)) = split_header(line()) {
+        headers.push((name, value));
+    }
+    let key = line();
+    let Ok(received) = Received::parse(Some(key), headers, Some(rest)) else { return };
+    let value = received.value;
+    let frame = frame::Frame {
+        frame_type: received.kind.frame_type(),
+        sequence: received.kind.sequence(),
+        commit: 0,
+        leaf_hash: leaf_hash(value),
+        envelope: received.envelope.clone(),
+        value,
+    };
+    let message = Message::of_frame(&frame, received.verifier.as_deref());
+    let headers = message.headers.iter().map(|(name, value)| (*name, Some(value.as_bytes())));
+    let again = Received::parse(message.key.map(str::as_bytes), headers, Some(value));
+    let again = again.expect("what became of a message becomes one again");
+    assert_eq!((again.epoch, again.kind, again.envelope), (received.epoch, received.kind, received.envelope));
+}
+
+fn split_header(line: &[u8]) -> Option<(&str, Option<&[u8]>)> {
+    let at = line.iter().position(|byte| *byte == b'=')?;
+    Some((std::str::from_utf8(&line[..at]).ok()?, Some(&line[at + 1..])))
+}
+
+/// An account of removed segments that is accepted is encoded to the same bytes again; so is one with a right checksum.
+pub fn removed(bytes: &[u8]) {
+    let mut sealed = bytes.to_vec();
+    let body = sealed.len().saturating_sub(4);
+    let checksum = crc32c::crc32c(&sealed[..body]).to_le_bytes();
+    let length = sealed.len() - body;
+    sealed[body..].copy_from_slice(&checksum[..length]);
+    for bytes in [bytes, &sealed] {
+        if let Ok(removed) = Removed::decode(bytes) {
+            assert_eq!(removed.encode(), bytes, "an account was accepted and is encoded differently");
+        }
+    }
 }
 
 /// Reading a segment ends, goes forward only, tells how the segment ended, and gives only frames that stand there.

@@ -15,7 +15,7 @@ pub mod record;
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets; each has a corpus folder and a fuzz target of its name.
-pub const TARGETS: [Target; 21] = [
+pub const TARGETS: [Target; 23] = [
     ("answer", agent::answer),
     ("attributes", record::attributes),
     ("body", masks::body),
@@ -30,7 +30,9 @@ pub const TARGETS: [Target; 21] = [
     ("frame", journal::frame),
     ("key_set", auth::key_set),
     ("kubeconfig", agent::kubeconfig),
+    ("message", journal::message),
     ("packet", kernel::packet),
+    ("removed", journal::removed),
     ("request_head", agent::request_head),
     ("sealed_frame", journal::sealed_frame),
     ("sealed_segment", journal::sealed_segment),

@@ -1,0 +1,611 @@
+//! Kafka through librdkafka: the only file of the agent that knows it.
+//!
+//! The producer is idempotent and waits for all replicas that are in sync; it retries for ever by itself, and within one
+//! life of it the messages of a key stay in order. OpenSSL lives inside librdkafka alone.
+
+use std::{
+    fs::File,
+    io::Read as _,
+    path::Path,
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU8, Ordering},
+    },
+    time::Duration,
+};
+
+use rdkafka::{
+    ClientContext,
+    admin::{AdminClient, AdminOptions, ResourceSpecifier},
+    client::Client,
+    config::{ClientConfig, RDKafkaLogLevel},
+    error::{KafkaError, RDKafkaErrorCode},
+    message::{DeliveryResult, Header, Message as _, OwnedHeaders},
+    producer::{BaseProducer, BaseRecord, NoCustomPartitioner, Producer as _, ProducerContext},
+};
+use weir_common::message::{MESSAGE_BYTES_MAX, Message};
+use zeroize::Zeroizing;
+
+use super::{
+    publisher::{FLIGHT_BYTES_MAX, FLIGHT_MESSAGES_MAX},
+    sink::{Failure, MakeSink, Outcome, Sink, Taken, Ticket},
+};
+use crate::config::Kafka;
+
+/// Most bytes of a file with a property's value.
+const PROPERTY_BYTES_MAX: u64 = 64 * 1024;
+
+/// How long a client that cannot go on may still tell what became of its messages.
+const LAST_WORDS: Duration = Duration::from_millis(100);
+
+/// How long a topic's settings are waited for: they are of use, and not everybody may read them.
+const SETTINGS_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// What may be set otherwise by `kafka.properties`.
+const DEFAULTS: [(&str, &str); 5] = [
+    ("client.id", "weir-agent"),
+    ("compression.type", "zstd"),
+    // Events are made durable in groups; a little patience makes batches that compress.
+    ("linger.ms", "50"),
+    ("socket.keepalive.enable", "true"),
+    // The vendored OpenSSL knows no certificates of its own: the system's are looked for.
+    ("ssl.ca.location", "probe"),
+];
+
+/// What nobody may set otherwise; `config` refuses it there.
+fn fixed(kafka: &Kafka) -> [(&'static str, String); 10] {
+    let kilobytes = 4 * FLIGHT_BYTES_MAX / 1024;
+    [
+        ("bootstrap.servers", kafka.brokers.join(",")),
+        ("enable.idempotence", "true".to_owned()),
+        ("acks", "all".to_owned()),
+        // What follows a message that is refused for good must not arrive before it: the client fails as a whole.
+        ("enable.gapless.guarantee", "true".to_owned()),
+        // The journal is what bounds how long is tried.
+        ("message.timeout.ms", "0".to_owned()),
+        // A batch must fit where the longest message fits.
+        ("batch.size", MESSAGE_BYTES_MAX.to_string()),
+        ("queue.buffering.max.messages", (2 * FLIGHT_MESSAGES_MAX).to_string()),
+        ("queue.buffering.max.kbytes", kilobytes.to_string()),
+        // As Java clients do it, so that whoever else writes to the topic keeps keys together with these.
+        ("partitioner", "murmur2_random".to_owned()),
+        ("statistics.interval.ms", "0".to_owned()),
+    ]
+}
+
+/// The client's configuration; secrets are read from their files anew each time.
+fn client_config(kafka: &Kafka) -> Result<ClientConfig, Failure> {
+    let mut config = ClientConfig::new();
+    config.set_log_level(RDKafkaLogLevel::Info);
+    for (name, value) in DEFAULTS {
+        // Both would contradict each other.
+        if name != "ssl.ca.location" || !kafka.sets("ssl.ca.pem") {
+            config.set(name, value);
+        }
+    }
+    for (name, value) in &kafka.properties {
+        config.set(name, value);
+    }
+    for (name, path) in &kafka.property_files {
+        let value = read_property(path).map_err(|error| Failure::Configuration {
+            key: format!("propertyFiles.{name}"),
+            problem: format!("cannot read {}: {error}", path.display()),
+        })?;
+        config.set(name, value.as_str());
+    }
+    for (name, value) in fixed(kafka) {
+        config.set(name, value);
+    }
+    Ok(config)
+}
+
+fn read_property(path: &Path) -> std::io::Result<Zeroizing<String>> {
+    let mut value = Zeroizing::new(String::new());
+    File::open(path)?.take(PROPERTY_BYTES_MAX).read_to_string(&mut value)?;
+    let length = value.trim_end_matches(['\r', '\n']).len();
+    value.truncate(length);
+    Ok(value)
+}
+
+/// Why no client can be made. What librdkafka says of a value is left out where the value is a secret.
+fn refused(kafka: &Kafka, error: &KafkaError) -> Failure {
+    match error {
+        KafkaError::ClientConfig(_, problem, name, _) => {
+            let (key, problem) = if kafka.property_files.contains_key(name) {
+                (format!("propertyFiles.{name}"), "its value is refused".to_owned())
+            } else {
+                (format!("properties.{name}"), problem.clone())
+            };
+            Failure::Configuration { key, problem }
+        }
+        KafkaError::ClientCreation(problem) => {
+            Failure::Configuration { key: "properties".to_owned(), problem: problem.clone() }
+        }
+        other => Failure::Other { reason: other.to_string() },
+    }
+}
+
+const UNKNOWN: u8 = 0;
+const UP: u8 = 1;
+const DOWN: u8 = 2;
+
+/// What librdkafka's threads tell.
+#[derive(Default)]
+struct Context {
+    outcomes: Mutex<Vec<Outcome>>,
+    connected: AtomicU8,
+    /// Why the brokers let nobody in, as they say.
+    denied: Mutex<Option<String>>,
+    /// The last line that tells of a problem.
+    problem: Mutex<Option<String>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl ClientContext for Context {
+    fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
+        // What matters of it is said in the agent's own words.
+        tracing::debug!(facility, message, "librdkafka");
+        if (level as i32) <= RDKafkaLogLevel::Error as i32 {
+            *lock(&self.problem) = Some(message.to_owned());
+        }
+    }
+
+    fn error(&self, error: KafkaError, reason: &str) {
+        tracing::debug!(%error, reason, "librdkafka");
+        match error.rdkafka_error_code() {
+            Some(RDKafkaErrorCode::AllBrokersDown) => self.connected.store(DOWN, Ordering::Relaxed),
+            Some(
+                RDKafkaErrorCode::Authentication
+                | RDKafkaErrorCode::SaslAuthenticationFailed
+                | RDKafkaErrorCode::SSL,
+            ) => {
+                self.connected.store(DOWN, Ordering::Relaxed);
+                *lock(&self.denied) = Some(reason.to_owned());
+            }
+            _ => {}
+        }
+    }
+}
+
+impl ProducerContext<NoCustomPartitioner> for Context {
+    type DeliveryOpaque = usize;
+
+    fn delivery(&self, delivered: &DeliveryResult<'_>, ticket: usize) {
+        let result = match delivered {
+            Ok(_) => {
+                self.connected.store(UP, Ordering::Relaxed);
+                *lock(&self.denied) = None;
+                Ok(())
+            }
+            Err((error, message)) => {
+                let length = |part: Option<&[u8]>| part.map_or(0, <[u8]>::len);
+                let bytes = length(message.payload()) + length(message.key());
+                Err(failure(error, message.topic(), bytes))
+            }
+        };
+        lock(&self.outcomes).push(Outcome { ticket: ticket as Ticket, result });
+    }
+}
+
+/// What an error of a message means.
+fn failure(error: &KafkaError, topic: &str, bytes: usize) -> Failure {
+    let (topic, reason) = (topic.to_owned(), error.to_string());
+    match error.rdkafka_error_code() {
+        Some(RDKafkaErrorCode::MessageSizeTooLarge | RDKafkaErrorCode::InvalidMessageSize) => {
+            Failure::TooLarge { topic, bytes }
+        }
+        Some(RDKafkaErrorCode::UnknownTopic | RDKafkaErrorCode::UnknownTopicOrPartition) => {
+            Failure::UnknownTopic { topic }
+        }
+        Some(
+            RDKafkaErrorCode::TopicAuthorizationFailed
+            | RDKafkaErrorCode::ClusterAuthorizationFailed
+            | RDKafkaErrorCode::TransactionalIdAuthorizationFailed
+            | RDKafkaErrorCode::Authentication
+            | RDKafkaErrorCode::SaslAuthenticationFailed,
+        ) => Failure::Denied { reason },
+        Some(RDKafkaErrorCode::Fatal) => Failure::Fatal { reason },
+        _ => Failure::Other { reason },
+    }
+}
+
+/// Makes producers of this configuration.
+pub(super) struct Producers(pub(super) Kafka);
+
+impl MakeSink for Producers {
+    fn make(&mut self) -> Result<Box<dyn Sink>, Failure> {
+        Ok(Box::new(Producer::new(&self.0)?))
+    }
+}
+
+/// A producer of librdkafka.
+pub(super) struct Producer(BaseProducer<Context>);
+
+impl Producer {
+    /// Makes one; it connects by itself, sooner or later.
+    pub(super) fn new(kafka: &Kafka) -> Result<Self, Failure> {
+        let made = client_config(kafka)?.create_with_context(Context::default());
+        made.map(Self).map_err(|error| refused(kafka, &error))
+    }
+
+    fn context(&self) -> &Context {
+        self.0.context()
+    }
+}
+
+impl Sink for Producer {
+    fn send(
+        &mut self,
+        ticket: Ticket,
+        topic: &str,
+        message: &Message<'_>,
+        unix_ms: i64,
+    ) -> Result<Taken, Failure> {
+        let headers = OwnedHeaders::new_with_capacity(message.headers.len());
+        let headers = message.headers.iter().fold(headers, |headers, (key, value)| {
+            headers.insert(Header { key, value: Some(value.as_ref()) })
+        });
+        // An opaque pointer's width; it comes back as it is.
+        let opaque = usize::try_from(ticket).unwrap_or(usize::MAX);
+        let record = BaseRecord::with_opaque_to(topic, opaque)
+            .payload(message.value)
+            .timestamp(unix_ms.max(0))
+            .headers(headers);
+        let record: BaseRecord<'_, str, [u8], usize> = BaseRecord { key: message.key, ..record };
+        match self.0.send(record) {
+            Ok(()) => Ok(Taken::Yes),
+            Err((error, _)) if error.rdkafka_error_code() == Some(RDKafkaErrorCode::QueueFull) => {
+                Ok(Taken::Full)
+            }
+            Err((error, _)) => Err(failure(&error, topic, message.bytes())),
+        }
+    }
+
+    fn poll(&mut self, timeout: Duration, outcomes: &mut Vec<Outcome>) -> Result<(), Failure> {
+        self.0.poll(timeout);
+        outcomes.append(&mut lock(&self.context().outcomes));
+        let Some((_, reason)) = self.0.client().fatal_error() else { return Ok(()) };
+        // Which message it was, and why, says more.
+        self.0.poll(LAST_WORDS);
+        outcomes.append(&mut lock(&self.context().outcomes));
+        Err(Failure::Fatal { reason })
+    }
+
+    fn is_connected(&self) -> Option<bool> {
+        match self.context().connected.load(Ordering::Relaxed) {
+            UNKNOWN => None,
+            state => Some(state == UP),
+        }
+    }
+
+    fn denied(&self) -> Option<String> {
+        lock(&self.context().denied).clone()
+    }
+}
+
+/// What is known of a topic.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct TopicFacts {
+    pub(crate) name: String,
+    /// None: there is no such topic, or the agent may not see it.
+    pub(crate) partitions: Option<usize>,
+    /// Replicas of the partition that has the fewest.
+    pub(crate) replicas: usize,
+    /// Partitions that nobody leads just now.
+    pub(crate) leaderless: usize,
+    /// `min.insync.replicas`, where it may be read.
+    pub(crate) min_insync: Option<u64>,
+    /// `max.message.bytes`, where it may be read.
+    pub(crate) message_bytes_max: Option<u64>,
+}
+
+/// What is known of Kafka.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct ClusterFacts {
+    pub(crate) brokers: usize,
+    pub(crate) topics: Vec<TopicFacts>,
+}
+
+/// Asks the brokers for the topics; blocks for `timeout` and a few seconds at most.
+///
+/// # Errors
+/// The configuration is wrong, or no broker answers.
+pub(crate) fn inspect(kafka: &Kafka, timeout: Duration) -> Result<ClusterFacts, Failure> {
+    let admin: AdminClient<Context> = client_config(kafka)?
+        .create_with_context(Context::default())
+        .map_err(|error| refused(kafka, &error))?;
+    let client: &Client<Context> = admin.inner();
+    // All topics: to ask for one by its name may make it.
+    let metadata = client.fetch_metadata(None, timeout).map_err(|error| {
+        let problem = lock(&client.context().problem).take();
+        Failure::Unreachable { reason: problem.unwrap_or_else(|| error.to_string()) }
+    })?;
+    let mut names = vec![kafka.topic.clone()];
+    names.extend(Some(kafka.checkpoint_topic.clone()).filter(|name| *name != kafka.topic));
+    let topics = names.into_iter().map(|name| {
+        let found = metadata.topics().iter().find(|topic| topic.name() == name && topic.error().is_none());
+        let partitions = found.map(|topic| topic.partitions()).unwrap_or_default();
+        let replicas = partitions.iter().map(|partition| partition.replicas().len()).min();
+        let leaderless = partitions.iter().filter(|partition| partition.leader() < 0).count();
+        let settings = if found.is_some() { settings(&admin, &name, timeout) } else { [None; 2] };
+        TopicFacts {
+            name,
+            partitions: found.map(|topic| topic.partitions().len()),
+            replicas: replicas.unwrap_or_default(),
+            leaderless,
+            min_insync: settings[0],
+            message_bytes_max: settings[1],
+        }
+    });
+    let topics = topics.collect();
+    Ok(ClusterFacts { brokers: metadata.brokers().len(), topics })
+}
+
+/// `min.insync.replicas` and `max.message.bytes` of a topic, where they may be read.
+fn settings(admin: &AdminClient<Context>, topic: &str, timeout: Duration) -> [Option<u64>; 2] {
+    let options = AdminOptions::new().request_timeout(Some(timeout.min(SETTINGS_TIMEOUT)));
+    let asked = [ResourceSpecifier::Topic(topic)];
+    let described = futures::executor::block_on(admin.describe_configs(&asked, &options));
+    let resource = described.ok().and_then(|mut described| described.pop()?.ok());
+    ["min.insync.replicas", "max.message.bytes"]
+        .map(|name| resource.as_ref()?.get(name)?.value.as_ref()?.parse().ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        collections::BTreeMap,
+        time::{Duration, Instant},
+    };
+
+    use rdkafka::{
+        config::ClientConfig,
+        consumer::{BaseConsumer, Consumer as _},
+        message::{Headers as _, Message as _},
+        mocking::MockCluster,
+        producer::DefaultProducerContext,
+        topic_partition_list::{Offset, TopicPartitionList},
+        types::{RDKafkaApiKey, RDKafkaRespErr},
+    };
+    use weir_common::{
+        message::{Kind, Received},
+        segment::SEGMENT_HEADER_BYTES,
+    };
+
+    use super::{Failure, Kafka, Outcome, Producer, Producers, Sink as _, inspect};
+    use crate::publishing::{
+        fixture::{Log, Run},
+        sink::Taken,
+        stream::Now,
+    };
+    use crate::{
+        publishing::Publishing,
+        recording::{Recorder, RecorderOptions},
+    };
+
+    const TOPIC: &str = "weir";
+    const PARTITIONS: i32 = 3;
+    /// Far longer than anything takes.
+    const DEADLINE: Duration = Duration::from_secs(60);
+
+    type Cluster = MockCluster<'static, DefaultProducerContext>;
+
+    fn cluster() -> Cluster {
+        let cluster = MockCluster::new(1).unwrap();
+        cluster.create_topic(TOPIC, PARTITIONS, 1).unwrap();
+        cluster
+    }
+
+    fn kafka(cluster: &Cluster) -> Kafka {
+        Kafka {
+            brokers: vec![cluster.bootstrap_servers()],
+            topic: TOPIC.to_owned(),
+            checkpoint_topic: TOPIC.to_owned(),
+            properties: BTreeMap::from([
+                ("linger.ms".to_owned(), "0".to_owned()),
+                ("reconnect.backoff.max.ms".to_owned(), "100".to_owned()),
+                ("retry.backoff.max.ms".to_owned(), "100".to_owned()),
+            ]),
+            property_files: BTreeMap::new(),
+            replay_window: Duration::from_secs(3600),
+        }
+    }
+
+    /// Everything in the topic: key, sequence and value, by partition.
+    fn consume(cluster: &Cluster, count: usize) -> Vec<(i32, Option<String>, Kind)> {
+        let consumer: BaseConsumer = ClientConfig::new()
+            .set("bootstrap.servers", cluster.bootstrap_servers())
+            .set("group.id", "test")
+            .create()
+            .unwrap();
+        let mut assignment = TopicPartitionList::new();
+        for partition in 0..PARTITIONS {
+            assignment.add_partition_offset(TOPIC, partition, Offset::Beginning).unwrap();
+        }
+        consumer.assign(&assignment).unwrap();
+        let mut messages = Vec::new();
+        let deadline = Instant::now() + DEADLINE;
+        while messages.len() < count {
+            assert!(Instant::now() < deadline, "{} of {count}", messages.len());
+            let Some(Ok(message)) = consumer.poll(Duration::from_millis(100)) else { continue };
+            let headers = message.headers().unwrap();
+            let headers = headers.iter().map(|header| (header.key, header.value));
+            let received = Received::parse(message.key(), headers, message.payload()).unwrap();
+            let key = message.key().map(|key| String::from_utf8(key.to_vec()).unwrap());
+            assert_eq!(received.envelope.key, key.clone().unwrap_or_default());
+            messages.push((message.partition(), key, received.kind));
+        }
+        messages
+    }
+
+    /// Publishes until everything is acknowledged.
+    fn publish_all(run: &mut Run) {
+        let deadline = Instant::now() + DEADLINE;
+        while !run.publisher.is_done() {
+            assert!(Instant::now() < deadline, "{:?}", run.published());
+            run.turn_at(Now::real());
+        }
+    }
+
+    #[test]
+    fn messages_arrive_with_key_headers_and_value_and_keys_stay_together_in_order() {
+        let cluster = cluster();
+        let mut log = Log::new();
+        log.events(40);
+        log.checkpoint();
+        let mut run = Run::with(&log, Box::new(Producers(kafka(&cluster))));
+        publish_all(&mut run);
+        let messages = consume(&cluster, 41);
+        for key in ["one", "two", "three"] {
+            let of_key = messages.iter().filter(|(_, other, _)| other.as_deref() == Some(key));
+            let (partitions, kinds): (Vec<_>, Vec<_>) = of_key.map(|(at, _, kind)| (*at, *kind)).unzip();
+            assert!(partitions.iter().all(|partition| *partition == partitions[0]), "{partitions:?}");
+            assert!(kinds.is_sorted() && kinds.len() == 10, "{kinds:?}");
+        }
+        assert!(messages.iter().any(|(_, _, kind)| *kind == Kind::Checkpoint { size: 40 }));
+        assert_eq!(run.published().messages, 41);
+        assert!(run.published().connected && run.published().trouble.is_none());
+    }
+
+    #[tokio::test]
+    async fn the_whole_life_of_an_agent_is_in_the_topic_and_the_next_one_goes_on() {
+        let cluster = cluster();
+        let folder = tempfile::tempdir().unwrap();
+        let options = || RecorderOptions::new(folder.path().join("journal"), "node-1".into(), Vec::new());
+        for life in 1..=2 {
+            let recorder = Recorder::start(options()).unwrap();
+            let publishing = Publishing::start(&kafka(&cluster), &recorder).unwrap();
+            recorder.finding(None, None, "test", "a test");
+            recorder.stop("test").await.unwrap();
+            publishing.stop().await;
+            assert_eq!(publishing.published().backlog_bytes, 0, "{:?}", publishing.published());
+            let kinds: Vec<_> = consume(&cluster, 4 * life).into_iter().map(|(_, _, kind)| kind).collect();
+            let events = kinds.iter().filter(|kind| matches!(kind, Kind::Event { .. })).count();
+            assert_eq!(
+                (events, kinds.len() - events),
+                (3 * life, life),
+                "started, finding, stopped; checkpoint"
+            );
+        }
+    }
+
+    #[test]
+    fn what_a_broker_misses_while_it_is_down_arrives_when_it_is_back() {
+        let cluster = cluster();
+        cluster.broker_down(-1).unwrap();
+        let mut log = Log::new();
+        log.events(20);
+        let mut run = Run::with(&log, Box::new(Producers(kafka(&cluster))));
+        let deadline = Instant::now() + DEADLINE;
+        while run.published().backlog_bytes == 0 {
+            assert!(Instant::now() < deadline);
+            run.turn_at(Now::real());
+        }
+        assert!(!run.published().connected);
+        cluster.broker_up(-1).unwrap();
+        publish_all(&mut run);
+        assert_eq!(consume(&cluster, 20).len(), 20);
+        run.turn_at(Now::later(Duration::from_secs(2)));
+        assert_eq!(run.published().backlog_bytes, 0);
+    }
+
+    #[test]
+    fn a_topic_that_refuses_a_message_for_its_length_is_named_with_the_mend() {
+        let cluster = cluster();
+        cluster
+            .request_errors(RDKafkaApiKey::Produce, &[RDKafkaRespErr::RD_KAFKA_RESP_ERR_MSG_SIZE_TOO_LARGE]);
+        let mut log = Log::new();
+        log.events(1);
+        let mut run = Run::with(&log, Box::new(Producers(kafka(&cluster))));
+        let deadline = Instant::now() + DEADLINE;
+        while run.published().trouble.is_none() {
+            assert!(Instant::now() < deadline);
+            run.turn_at(Now::real());
+        }
+        let trouble = run.published().trouble.unwrap();
+        assert!(trouble.contains("max.message.bytes to at least 540672"), "{trouble}");
+        // Once the topic takes it, it goes.
+        publish_all(&mut run);
+        assert_eq!(consume(&cluster, 1).len(), 1);
+        assert_eq!(run.published().trouble, None);
+    }
+
+    #[test]
+    fn a_client_that_cannot_go_on_is_made_anew_and_nothing_is_lost() {
+        let cluster = cluster();
+        let mut log = Log::new();
+        log.events(5);
+        let mut run = Run::with(&log, Box::new(Producers(kafka(&cluster))));
+        publish_all(&mut run);
+        cluster.request_errors(
+            RDKafkaApiKey::Produce,
+            &[RDKafkaRespErr::RD_KAFKA_RESP_ERR_OUT_OF_ORDER_SEQUENCE_NUMBER],
+        );
+        log.events(5);
+        run.durable.publish(log.durable());
+        publish_all(&mut run);
+        let kinds: std::collections::BTreeSet<_> =
+            consume(&cluster, 10).into_iter().map(|(_, _, kind)| kind).collect();
+        assert_eq!(kinds, (0..10).map(|sequence| Kind::Event { sequence }).collect());
+    }
+
+    #[test]
+    fn a_wrong_property_is_named_and_a_secret_is_not() {
+        let cluster = cluster();
+        let mut wrong = kafka(&cluster);
+        wrong.properties.insert("linger.mss".to_owned(), "5".to_owned());
+        let refused = Producer::new(&wrong).err().unwrap();
+        assert_eq!(
+            refused.to_string(),
+            "kafka.properties.linger.mss: No such configuration property: \"linger.mss\""
+        );
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("secret");
+        std::fs::write(&path, "hunter2\n").unwrap();
+        let mut wrong = kafka(&cluster);
+        wrong.property_files.insert("socket.timeout.ms".to_owned(), path.clone());
+        let refused = Producer::new(&wrong).err().unwrap().to_string();
+        assert_eq!(refused, "kafka.propertyFiles.socket.timeout.ms: its value is refused");
+        std::fs::remove_file(&path).unwrap();
+        let refused = Producer::new(&wrong).err().unwrap().to_string();
+        assert!(refused.contains("cannot read") && refused.contains("secret"), "{refused}");
+    }
+
+    #[test]
+    fn a_look_at_kafka_finds_its_topics_or_says_that_nobody_answers() {
+        let cluster = cluster();
+        let mut asked = kafka(&cluster);
+        asked.checkpoint_topic = "other".to_owned();
+        let facts = inspect(&asked, Duration::from_secs(30)).unwrap();
+        assert_eq!((facts.brokers, facts.topics.len()), (1, 2));
+        assert_eq!((facts.topics[0].partitions, facts.topics[0].replicas), (Some(3), 1));
+        assert_eq!((facts.topics[1].name.as_str(), facts.topics[1].partitions), ("other", None));
+        cluster.broker_down(-1).unwrap();
+        let refused = inspect(&asked, Duration::from_millis(500)).unwrap_err();
+        assert!(matches!(refused, Failure::Unreachable { .. }), "{refused}");
+    }
+
+    #[test]
+    fn a_producer_alone_takes_a_message_and_acknowledges_it() {
+        let cluster = cluster();
+        let mut log = Log::new();
+        log.events(1);
+        let bytes = std::fs::read(log.segment(0)).unwrap();
+        let (frame, _) = weir_common::frame::decode(&bytes[SEGMENT_HEADER_BYTES..]).unwrap();
+        let message = weir_common::message::Message::of_frame(&frame, None);
+        let mut producer = Producer::new(&kafka(&cluster)).unwrap();
+        assert_eq!(producer.is_connected(), None);
+        assert!(matches!(producer.send(7, TOPIC, &message, 1).unwrap(), Taken::Yes));
+        let mut outcomes: Vec<Outcome> = Vec::new();
+        let deadline = Instant::now() + DEADLINE;
+        while outcomes.is_empty() {
+            assert!(Instant::now() < deadline);
+            producer.poll(Duration::from_millis(20), &mut outcomes).unwrap();
+        }
+        assert_eq!((outcomes[0].ticket, outcomes[0].result.clone()), (7, Ok(())));
+        assert_eq!(producer.is_connected(), Some(true));
+    }
+}

@@ -1,0 +1,152 @@
+//! What publishing counts of itself, for metrics and `/readyz`. Counting is atomic; nothing waits for who reads.
+
+use std::sync::{
+    Mutex, PoisonError,
+    atomic::{AtomicBool, AtomicU64, Ordering},
+};
+
+use super::{LATE, sink::Failure};
+
+/// What is counted where it happens.
+#[derive(Debug, Default)]
+pub(super) struct Measures {
+    messages: AtomicU64,
+    bytes: AtomicU64,
+    errors: [AtomicU64; Failure::NAMES.len()],
+    backlog_bytes: AtomicU64,
+    /// When the oldest event was made that is not acknowledged; 0: there is none.
+    oldest_unix_us: AtomicU64,
+    connected: AtomicBool,
+    removed: AtomicU64,
+    damages: AtomicU64,
+    trouble: Mutex<Option<String>>,
+}
+
+/// The same as numbers, since this process started.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Published {
+    /// Messages that were acknowledged.
+    pub messages: u64,
+    /// Bytes of their keys, headers and values.
+    pub bytes: u64,
+    /// Failures by name.
+    pub errors: Vec<(&'static str, u64)>,
+    /// Bytes in the journal that are not acknowledged.
+    pub backlog_bytes: u64,
+    /// Age of the oldest event that is not acknowledged, in seconds.
+    pub backlog_seconds: u64,
+    /// Whether Kafka takes messages, as far as known.
+    pub connected: bool,
+    /// Segments that were published and removed.
+    pub segments_removed: u64,
+    /// Places in the journal that could not be read.
+    pub damages: u64,
+    /// Why nothing is published just now, in words; none while all is well.
+    pub trouble: Option<String>,
+}
+
+impl Published {
+    /// What is not published yet, in words, if that is late or cannot be published.
+    pub(super) fn unpublished(&self) -> Option<String> {
+        let why = self.trouble.as_ref().map(|trouble| format!(": {trouble}"));
+        let is_late = self.backlog_seconds >= LATE.as_secs();
+        (is_late || why.is_some()).then(|| {
+            format!(
+                "{} bytes of the journal are not in Kafka yet, the oldest event since {} seconds{}",
+                self.backlog_bytes,
+                self.backlog_seconds,
+                why.unwrap_or_default()
+            )
+        })
+    }
+}
+
+impl Measures {
+    pub(super) fn acknowledged(&self, messages: u64, bytes: u64) {
+        self.messages.fetch_add(messages, Ordering::Relaxed);
+        self.bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    pub(super) fn failed(&self, failure: &Failure) {
+        self.errors[failure.index()].fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(super) fn removed(&self, segments: u64) {
+        self.removed.fetch_add(segments, Ordering::Relaxed);
+    }
+
+    pub(super) fn damaged(&self) {
+        self.damages.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(super) fn backlog(&self, bytes: u64, oldest_unix_us: Option<i64>) {
+        self.backlog_bytes.store(bytes, Ordering::Relaxed);
+        let oldest = oldest_unix_us.and_then(|oldest| u64::try_from(oldest).ok()).unwrap_or_default();
+        self.oldest_unix_us.store(oldest, Ordering::Relaxed);
+    }
+
+    pub(super) fn connected(&self, connected: bool) {
+        self.connected.store(connected, Ordering::Relaxed);
+    }
+
+    /// Takes over what is wrong; returns whether it is another thing than before.
+    pub(super) fn trouble(&self, trouble: Option<String>) -> bool {
+        let mut kept = self.trouble.lock().unwrap_or_else(PoisonError::into_inner);
+        let changed = *kept != trouble;
+        *kept = trouble;
+        changed
+    }
+
+    pub(super) fn read(&self, now_unix_us: i64) -> Published {
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let oldest = i64::try_from(read(&self.oldest_unix_us)).unwrap_or(i64::MAX);
+        let age = if oldest == 0 { 0 } else { now_unix_us.saturating_sub(oldest).max(0) / 1_000_000 };
+        Published {
+            messages: read(&self.messages),
+            bytes: read(&self.bytes),
+            errors: Failure::NAMES.into_iter().zip(self.errors.iter().map(read)).collect(),
+            backlog_bytes: read(&self.backlog_bytes),
+            backlog_seconds: u64::try_from(age).unwrap_or_default(),
+            connected: self.connected.load(Ordering::Relaxed),
+            segments_removed: read(&self.removed),
+            damages: read(&self.damages),
+            trouble: self.trouble.lock().unwrap_or_else(PoisonError::into_inner).clone(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::sink::Failure, Measures};
+
+    #[test]
+    fn a_backlog_has_the_age_of_its_oldest_event() {
+        let measures = Measures::default();
+        assert_eq!(measures.read(5_000_000).backlog_seconds, 0);
+        measures.backlog(10, Some(1_000_000));
+        assert_eq!(measures.read(5_000_000).backlog_seconds, 4);
+        assert_eq!(measures.read(0).backlog_seconds, 0, "a clock that was set back");
+    }
+
+    #[test]
+    fn a_backlog_is_worth_a_word_when_it_is_late_or_has_a_reason() {
+        let measures = Measures::default();
+        measures.backlog(10, Some(1_000_000));
+        assert_eq!(measures.read(60_000_000).unpublished(), None);
+        let late = "10 bytes of the journal are not in Kafka yet, the oldest event since 60 seconds";
+        assert_eq!(measures.read(61_000_000).unpublished().as_deref(), Some(late));
+        measures.trouble(Some("no broker answers".into()));
+        let why = "10 bytes of the journal are not in Kafka yet, the oldest event since 1 seconds: no broker answers";
+        assert_eq!(measures.read(2_000_000).unpublished().as_deref(), Some(why));
+    }
+
+    #[test]
+    fn a_failure_is_counted_under_its_name_and_trouble_is_new_once() {
+        let measures = Measures::default();
+        measures.failed(&Failure::Fatal { reason: String::new() });
+        let errors = measures.read(0).errors;
+        assert_eq!(errors.iter().find(|(name, _)| *name == "fatal"), Some(&("fatal", 1)));
+        assert!(measures.trouble(Some("a".into())) && !measures.trouble(Some("a".into())));
+        assert!(measures.trouble(None) && measures.read(0).trouble.is_none());
+    }
+}

@@ -1,0 +1,471 @@
+//! The publisher: reads epochs, sends their frames, moves their cursors, removes what was published.
+//!
+//! One thread takes one turn after another; a turn never waits long. Epochs that have ended come before the agent's own,
+//! the oldest first. Whatever goes wrong with the sink, it is made anew after a pause and everything that was not
+//! acknowledged is read again: the journal is the queue, memory holds only a bounded window of it.
+
+use std::{
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use uuid::Uuid;
+use weir_common::{
+    frame::FrameType,
+    message::{MESSAGE_BYTES_MAX, Message},
+};
+
+use super::{
+    feed::{Damage, Next, Position},
+    measures::Measures,
+    retention,
+    sink::{Failure, MakeSink, Outcome, Sink, Taken, Ticket},
+    stream::{Now, Stream},
+};
+use crate::recording::{Durable, DurablePosition, has_ended};
+
+/// Most bytes that are on their way.
+pub(super) const FLIGHT_BYTES_MAX: usize = 8 * 1024 * 1024;
+/// Most messages that are on their way.
+pub(super) const FLIGHT_MESSAGES_MAX: usize = 8192;
+/// How often it is looked for epochs that have ended.
+const ADOPT_INTERVAL: Duration = Duration::from_secs(10);
+/// How often it is looked for what may be removed.
+const REMOVE_INTERVAL: Duration = Duration::from_secs(15);
+/// How often the backlog is measured.
+const MEASURE_INTERVAL: Duration = Duration::from_secs(1);
+/// The pause before a sink is made anew; it doubles up to the longest.
+const RETRY_PAUSE: Duration = Duration::from_millis(500);
+const RETRY_PAUSE_MAX: Duration = Duration::from_secs(30);
+/// How long is waited for outcomes: a little, and longer while none come.
+const POLL_SHORT: Duration = Duration::from_millis(5);
+const POLL_LONG: Duration = Duration::from_millis(100);
+/// Nothing acknowledged for this long while something is on its way: Kafka is not there.
+const SILENCE: Duration = Duration::from_secs(30);
+
+/// Records that something is missing: why, and how many events, if that is known.
+pub(super) type RecordGap = Box<dyn FnMut(String, Option<u64>) + Send>;
+
+/// What is published, where.
+#[derive(Clone, Debug)]
+pub(super) struct Settings {
+    /// Folder of the journal.
+    pub(super) journal: PathBuf,
+    /// The epoch that this agent writes.
+    pub(super) own: Uuid,
+    /// Topic of events.
+    pub(super) topic: String,
+    /// Topic of checkpoints.
+    pub(super) checkpoint_topic: String,
+    /// How long what was acknowledged stays in the journal.
+    pub(super) replay_window: Duration,
+}
+
+/// See the module.
+pub(super) struct Publisher {
+    settings: Settings,
+    durable: Arc<DurablePosition>,
+    make: Box<dyn MakeSink>,
+    gap: RecordGap,
+    measures: Arc<Measures>,
+    sink: Option<Box<dyn Sink>>,
+    /// When it is tried to make one, and the pause after that.
+    retry: (Option<Instant>, Duration),
+    /// The oldest first.
+    streams: Vec<Stream>,
+    ticket: Ticket,
+    adopted: Option<Instant>,
+    removed: Option<Instant>,
+    measured: Option<Instant>,
+    heard: Option<Instant>,
+    patience: Duration,
+    outcomes: Vec<Outcome>,
+    /// After a failure one message is sent at a time, until one arrives that holds the watermark back: what fails again
+    /// and again must not make others arrive again and again.
+    is_probing: bool,
+    /// When the oldest event was made that waited when the sink failed.
+    oldest: Option<i64>,
+}
+
+/// Why no more is sent.
+enum Stopped {
+    /// No room.
+    Full,
+    /// The sink must be made anew.
+    Failed(Failure),
+}
+
+impl Publisher {
+    pub(super) fn new(
+        settings: Settings,
+        durable: Arc<DurablePosition>,
+        make: Box<dyn MakeSink>,
+        gap: RecordGap,
+        measures: Arc<Measures>,
+    ) -> Self {
+        Self {
+            settings,
+            durable,
+            make,
+            gap,
+            measures,
+            sink: None,
+            retry: (None, RETRY_PAUSE),
+            streams: Vec::new(),
+            ticket: 0,
+            adopted: None,
+            removed: None,
+            measured: None,
+            heard: None,
+            patience: POLL_SHORT,
+            outcomes: Vec::new(),
+            is_probing: false,
+            oldest: None,
+        }
+    }
+
+    /// One turn; returns whether there is more to do at once.
+    pub(super) fn turn(&mut self, now: Now) -> bool {
+        if is_due(&mut self.adopted, now, ADOPT_INTERVAL) {
+            self.adopt();
+        }
+        self.connect(now);
+        let sent = self.fill().unwrap_or_else(|failure| {
+            self.fail(now, &failure);
+            false
+        });
+        let heard = self.hear(now);
+        self.write_cursors(now, false);
+        if is_due(&mut self.removed, now, REMOVE_INTERVAL) {
+            self.remove(now);
+        }
+        if is_due(&mut self.measured, now, MEASURE_INTERVAL) {
+            self.measure(now);
+        }
+        sent || heard || self.in_flight().1 > 0
+    }
+
+    /// Whether everything is acknowledged that is durable.
+    pub(super) fn is_done(&self) -> bool {
+        let own = self.streams.iter().find(|stream| stream.epoch == self.settings.own);
+        let durable = self.durable.get();
+        own.is_some_and(|own| {
+            let Position { segment, offset, .. } = own.flight.watermark();
+            Durable { segment, offset } >= durable
+        }) && self.in_flight().1 == 0
+    }
+
+    /// Writes down how far all is acknowledged.
+    pub(super) fn finish(&mut self, now: Now) {
+        self.write_cursors(now, true);
+        self.measure(now);
+    }
+
+    /// Takes epochs that nobody publishes: the agent's own, and those whose agents have ended.
+    fn adopt(&mut self) {
+        let Settings { journal, own, .. } = &self.settings;
+        // An operator may have taken epochs away, for want of space.
+        self.streams.retain(|stream| stream.epoch == *own || stream.folder.exists());
+        let epochs = match retention::epochs(journal) {
+            Ok(epochs) => epochs,
+            Err(error) => {
+                tracing::warn!(journal = %journal.display(), %error, "cannot look for epochs to publish");
+                return;
+            }
+        };
+        for (epoch, folder) in epochs {
+            if self.streams.iter().any(|stream| stream.epoch == epoch) {
+                continue;
+            }
+            // An epoch without a segment may be one that is just begun, and not locked yet.
+            let holds_something = super::feed::segments(&folder).is_ok_and(|segments| !segments.is_empty())
+                || folder.join(weir_common::removed::REMOVED_FILE).exists();
+            if epoch != *own && !(holds_something && has_ended(&folder)) {
+                continue;
+            }
+            match Stream::open(epoch, folder) {
+                Ok(Some(stream)) => {
+                    if epoch != *own {
+                        tracing::info!(%epoch, "publishes the journal of an agent that has ended");
+                    }
+                    self.streams.push(stream);
+                }
+                Ok(None) => {}
+                Err(error) => tracing::warn!(%epoch, %error, "cannot publish this epoch yet"),
+            }
+        }
+        // Those that ended come first, whatever their age: the own one never ends.
+        self.streams.sort_by_key(|stream| (stream.epoch == self.settings.own, stream.epoch));
+    }
+
+    /// Makes a sink where there is none and the pause has passed.
+    fn connect(&mut self, now: Now) {
+        if self.sink.is_some() || self.retry.0.is_some_and(|at| at > now.instant) {
+            return;
+        }
+        match self.make.make() {
+            Ok(sink) => {
+                self.sink = Some(sink);
+                self.heard = Some(now.instant);
+            }
+            Err(failure) => self.fail(now, &failure),
+        }
+    }
+
+    /// Throws the sink away with all that it holds; another is made after a pause.
+    fn fail(&mut self, now: Now, failure: &Failure) {
+        self.measures.failed(failure);
+        self.measures.connected(false);
+        if self.measures.trouble(Some(failure.to_string())) {
+            tracing::warn!(%failure, "events are not published just now; the journal keeps them");
+        }
+        self.sink = None;
+        self.outcomes.clear();
+        self.is_probing = true;
+        self.oldest = self.oldest_in_flight().or(self.oldest);
+        self.streams.iter_mut().for_each(Stream::rewind);
+        let pause = self.retry.1;
+        self.retry = (Some(now.instant + pause), (pause * 2).min(RETRY_PAUSE_MAX));
+    }
+
+    /// Bytes and messages on their way.
+    fn in_flight(&self) -> (usize, usize) {
+        let each = self.streams.iter().map(|stream| (stream.flight.bytes(), stream.flight.len()));
+        each.fold((0, 0), |(bytes, messages), (more, others)| (bytes + more, messages + others))
+    }
+
+    fn limit(&self, stream: &Stream) -> Option<Durable> {
+        (stream.epoch == self.settings.own).then(|| self.durable.get())
+    }
+
+    /// Sends what there is room for; returns whether anything was.
+    ///
+    /// # Errors
+    /// The sink must be made anew.
+    fn fill(&mut self) -> Result<bool, Failure> {
+        let Some(mut sink) = self.sink.take() else { return Ok(false) };
+        let before = self.ticket;
+        let mut streams = std::mem::take(&mut self.streams);
+        let filled = self.fill_from(&mut streams, sink.as_mut());
+        self.streams = streams;
+        if let Err(Stopped::Failed(failure)) = filled {
+            return Err(failure);
+        }
+        self.sink = Some(sink);
+        Ok(self.ticket > before)
+    }
+
+    fn fill_from(&mut self, streams: &mut [Stream], sink: &mut dyn Sink) -> Result<(), Stopped> {
+        let each = streams.iter().map(|stream| (stream.flight.bytes(), stream.flight.len()));
+        let (mut bytes, mut messages) =
+            each.fold((0, 0), |(bytes, messages), (more, others)| (bytes + more, messages + others));
+        let messages_max = if self.is_probing { 1 } else { FLIGHT_MESSAGES_MAX };
+        for stream in streams {
+            let limit = self.limit(stream);
+            while !stream.is_read {
+                if bytes + MESSAGE_BYTES_MAX > FLIGHT_BYTES_MAX || messages >= messages_max {
+                    return Err(Stopped::Full);
+                }
+                let Some(sent) = self.send_next(stream, limit, sink)? else { break };
+                bytes += sent;
+                messages += 1;
+            }
+        }
+        Ok(())
+    }
+
+    /// Sends the next message of a stream; returns its length, and none if nothing more can be read.
+    fn send_next(
+        &mut self,
+        stream: &mut Stream,
+        limit: Option<Durable>,
+        sink: &mut dyn Sink,
+    ) -> Result<Option<usize>, Stopped> {
+        let ticket = self.ticket;
+        let (settings, verifier, flight) = (&self.settings, stream.verifier.as_deref(), &mut stream.flight);
+        let mut sent = Ok(0);
+        let next = stream.feed.next(limit, &mut |frame, end| {
+            let message = Message::of_frame(frame, verifier);
+            let topic = match frame.frame_type {
+                FrameType::Event => &settings.topic,
+                FrameType::Checkpoint => &settings.checkpoint_topic,
+            };
+            let time = frame.envelope.time_unix_us;
+            match sink.send(ticket, topic, &message, time / 1000) {
+                Ok(Taken::Yes) => {
+                    flight.sent(ticket, end, message.bytes(), time);
+                    sent = Ok(message.bytes());
+                    true
+                }
+                Ok(Taken::Full) => false,
+                Err(failure) => {
+                    sent = Err(Stopped::Failed(failure));
+                    false
+                }
+            }
+        });
+        // Spent only where something bears it.
+        self.ticket += u64::from(matches!(next, Ok(Next::Taken | Next::Damage(_) | Next::End)));
+        match next {
+            Ok(Next::Taken) => sent.map(Some),
+            Ok(Next::NotTaken) => sent.and(Err(Stopped::Full)),
+            Ok(Next::Damage(damage)) => {
+                self.pass(stream, ticket, &damage);
+                Ok(Some(0))
+            }
+            Ok(Next::Waiting) => Ok(None),
+            Ok(Next::End) => {
+                stream.is_read = true;
+                stream.flight.passed(ticket, stream.feed.position());
+                Ok(None)
+            }
+            Err(error) => {
+                let trouble = format!("journal {} cannot be read: {error}", stream.folder.display());
+                if self.measures.trouble(Some(trouble.clone())) {
+                    tracing::warn!(trouble, "events are not published just now");
+                }
+                Ok(None)
+            }
+        }
+    }
+
+    /// Goes on behind a damage, and records it once.
+    fn pass(&mut self, stream: &mut Stream, ticket: Ticket, damage: &Damage) {
+        stream.flight.passed(ticket, damage.end);
+        let at = (damage.segment, damage.offset);
+        if at < stream.damaged_to {
+            return;
+        }
+        stream.damaged_to = (damage.segment, damage.offset + 1);
+        self.measures.damaged();
+        let Damage { segment, offset, what, events, .. } = damage;
+        let reason = format!(
+            "journal damaged: epoch {}, segment {segment}, offset {offset}: {what}; published without it, the segment is kept",
+            stream.epoch
+        );
+        tracing::error!(reason, events, "what the journal held cannot be read any more");
+        (self.gap)(reason, *events);
+    }
+
+    /// Takes what became of messages; returns whether anything did.
+    fn hear(&mut self, now: Now) -> bool {
+        let waits = self.in_flight().1 > 0;
+        let Some(sink) = &mut self.sink else { return false };
+        let polled = sink.poll(if waits { self.patience } else { Duration::ZERO }, &mut self.outcomes);
+        let (connected, denied) = (sink.is_connected(), sink.denied());
+        let (mut messages, mut bytes, mut failure) = (0, 0, polled.err());
+        let before: Vec<Position> = self.watermarks().collect();
+        for Outcome { ticket, result } in self.outcomes.drain(..) {
+            match result {
+                Ok(()) => {
+                    let acknowledged =
+                        self.streams.iter_mut().find_map(|stream| stream.flight.acknowledge(ticket));
+                    messages += u64::from(acknowledged.is_some());
+                    bytes += acknowledged.unwrap_or_default() as u64;
+                }
+                Err(error) => failure = Some(failure.map_or(error.clone(), |other| other.or_clearer(error))),
+            }
+        }
+        self.measures.acknowledged(messages, bytes);
+        self.patience = if messages > 0 { POLL_SHORT } else { (self.patience * 2).min(POLL_LONG) };
+        if messages > 0 {
+            self.heard = Some(now.instant);
+        }
+        if !self.watermarks().eq(before) {
+            (self.retry, self.is_probing) = ((None, RETRY_PAUSE), false);
+            if self.measures.trouble(None) {
+                tracing::info!("events are published");
+            }
+        }
+        let is_silent = waits && self.heard.is_some_and(|at| now.instant.duration_since(at) >= SILENCE);
+        match connected {
+            Some(connected) if !is_silent => self.measures.connected(connected),
+            _ if messages > 0 => self.measures.connected(true),
+            _ if is_silent => self.measures.connected(false),
+            _ => {}
+        }
+        if let (Some(reason), 0) = (denied, messages) {
+            let trouble = Failure::Denied { reason }.to_string();
+            if self.measures.trouble(Some(trouble.clone())) {
+                tracing::warn!(trouble, "events are not published just now; the journal keeps them");
+            }
+        } else if is_silent && self.measures.trouble(Some("no broker acknowledges anything".to_owned())) {
+            tracing::warn!("no broker acknowledges anything; the journal keeps the events");
+        }
+        if let Some(failure) = failure {
+            self.fail(now, &failure);
+        }
+        messages > 0
+    }
+
+    fn write_cursors(&mut self, now: Now, at_once: bool) {
+        for stream in &mut self.streams {
+            if let Err(error) = stream.write_cursor(now, self.settings.replay_window, at_once) {
+                tracing::warn!(
+                    epoch = %stream.epoch, %error,
+                    "how far events are published cannot be written down; after a crash some come twice"
+                );
+            }
+        }
+    }
+
+    /// Removes what was acknowledged long enough ago.
+    fn remove(&mut self, now: Now) {
+        for stream in &mut self.streams {
+            match stream.remove_published(now, self.settings.replay_window) {
+                Ok(count) => self.measures.removed(count),
+                Err(error) => {
+                    tracing::warn!(epoch = %stream.epoch, %error, "published segments cannot be removed");
+                }
+            }
+        }
+        let journal = &self.settings.journal;
+        if let Err(error) = retention::sweep(journal) {
+            tracing::warn!(journal = %journal.display(), %error, "what is left of removed epochs stays");
+        }
+        if !self.streams.iter().any(Stream::is_gone) {
+            return;
+        }
+        let Ok(named) = retention::predecessors(journal) else { return };
+        self.streams.retain(|stream| {
+            let goes = stream.epoch != self.settings.own
+                && stream.is_gone()
+                && !named.contains(&stream.epoch.to_string());
+            if !goes {
+                return true;
+            }
+            match retention::remove_epoch(&stream.folder) {
+                Ok(()) => tracing::info!(epoch = %stream.epoch, "published, and removed from the journal"),
+                Err(error) => {
+                    tracing::warn!(epoch = %stream.epoch, %error, "a published epoch cannot be removed");
+                }
+            }
+            false
+        });
+    }
+
+    fn measure(&self, now: Now) {
+        let bytes: u64 = self.streams.iter().map(|stream| stream.backlog_bytes(self.limit(stream))).sum();
+        // Without a sink nothing is on its way, and what waits is as old as what waited when it failed.
+        let waiting = || (bytes > 0).then(|| self.oldest.unwrap_or(now.unix_us));
+        self.measures.backlog(bytes, self.oldest_in_flight().or_else(waiting));
+    }
+
+    fn oldest_in_flight(&self) -> Option<i64> {
+        self.streams.iter().filter_map(|stream| stream.flight.oldest_unix_us()).min()
+    }
+
+    fn watermarks(&self) -> impl Iterator<Item = Position> {
+        self.streams.iter().map(|stream| stream.flight.watermark())
+    }
+}
+
+/// Whether something is due that was done at `last`, and is done now.
+fn is_due(last: &mut Option<Instant>, now: Now, interval: Duration) -> bool {
+    let due = last.is_none_or(|last| now.instant.duration_since(last) >= interval);
+    if due {
+        *last = Some(now.instant);
+    }
+    due
+}

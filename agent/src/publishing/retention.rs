@@ -1,0 +1,289 @@
+//! Removes what was published: segments, and at last whole epochs. The only file of the agent that unlinks a segment.
+//!
+//! Each segment is read once more before it goes: its events join the Merkle tree that the file `removed` keeps, so that
+//! who verifies goes on from there. That file is durable before the segment is unlinked. What cannot be read whole is
+//! kept, with everything behind it.
+
+use std::{
+    collections::BTreeSet,
+    fs::{File, OpenOptions},
+    io::{self, Read as _, Write as _},
+    os::unix::fs::OpenOptionsExt as _,
+    path::{Path, PathBuf},
+};
+
+use uuid::Uuid;
+use weir_common::{
+    event::{Event, Kind},
+    frame::{self, FRAME_BYTES_MAX, FrameType},
+    removed::{REMOVED_BYTES_MAX, REMOVED_FILE, Removed},
+    segment::SEGMENT_HEADER_BYTES,
+};
+
+use super::feed::{self, Feed, Next, Position};
+
+/// Ending of the name of an epoch's folder that is being removed: readers take it for none.
+const REMOVING_SUFFIX: &str = ".removing";
+
+/// What may be removed of one epoch.
+#[derive(Debug)]
+pub(super) struct Retention {
+    folder: PathBuf,
+    removed: Removed,
+    /// Something cannot be read: it and what follows are kept.
+    blocked: bool,
+}
+
+impl Retention {
+    /// Reads what was removed before; ends what a crash interrupted.
+    ///
+    /// # Errors
+    /// The folder cannot be read, or its file `removed` is damaged: nothing is removed then.
+    pub(super) fn open(folder: PathBuf, epoch: Uuid) -> io::Result<Self> {
+        let removed = match read_bounded(&folder.join(REMOVED_FILE)) {
+            Ok(bytes) => Removed::decode(&bytes)
+                .ok()
+                .filter(|removed| removed.epoch == epoch)
+                .ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))?,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                Removed { epoch, first_segment: 0, tree: Default::default() }
+            }
+            Err(error) => return Err(error),
+        };
+        let retention = Self { folder, removed, blocked: false };
+        retention.unlink()?;
+        Ok(retention)
+    }
+
+    /// The first place that may still be there.
+    pub(super) fn beginning(&self) -> Position {
+        Position::beginning(self.removed.first_segment, self.removed.tree.size())
+    }
+
+    /// Removes the segments before `segment`; returns how many went.
+    ///
+    /// # Errors
+    /// The disk.
+    pub(super) fn remove_before(&mut self, segment: u64) -> io::Result<u64> {
+        let mut count = 0;
+        while !self.blocked && self.removed.first_segment < segment {
+            let Some(next) = self.read_first()? else {
+                self.blocked = true;
+                tracing::warn!(
+                    folder = %self.folder.display(),
+                    segment = self.removed.first_segment,
+                    "a published segment cannot be read whole; it and those behind it are kept"
+                );
+                break;
+            };
+            let is_left = next.first_segment <= segment;
+            if !is_left {
+                break;
+            }
+            let path = self.folder.join(REMOVED_FILE);
+            replace(&path, &next.encode())?;
+            self.removed = next;
+            count += self.unlink()?;
+        }
+        Ok(count)
+    }
+
+    /// Whether no segment is left.
+    pub(super) fn is_empty(&self) -> io::Result<bool> {
+        Ok(feed::segments(&self.folder)?.is_empty())
+    }
+
+    /// What is to be kept of the first segment once it is gone; none if something in it cannot be read.
+    fn read_first(&self) -> io::Result<Option<Removed>> {
+        let Removed { epoch, first_segment, mut tree } = self.removed.clone();
+        let mut feed = Feed::new(self.folder.clone(), Position::beginning(first_segment, tree.size()));
+        // To be read to its end, the next one must be there, or the epoch have ended.
+        let first_segment = loop {
+            let next = feed.next(None, &mut |frame, end| {
+                let is_first = end.segment == first_segment;
+                if is_first && frame.frame_type == FrameType::Event {
+                    tree.push(frame.leaf_hash);
+                }
+                is_first
+            })?;
+            match next {
+                Next::Taken => {}
+                Next::Damage(damage) if damage.segment == first_segment => return Ok(None),
+                // That is the next one's.
+                Next::Damage(damage) => break damage.segment,
+                Next::NotTaken | Next::Waiting | Next::End => break feed.position().segment,
+            }
+        };
+        Ok(Some(Removed { epoch, first_segment, tree }))
+    }
+
+    fn unlink(&self) -> io::Result<u64> {
+        let mut count = 0;
+        for path in feed::segments(&self.folder)?.range(..self.removed.first_segment).map(|(_, path)| path) {
+            std::fs::remove_file(path)?;
+            count += 1;
+        }
+        if count > 0 {
+            File::open(&self.folder)?.sync_all()?;
+        }
+        Ok(count)
+    }
+}
+
+/// Removes the folder of an epoch that holds no segment any more.
+///
+/// # Errors
+/// The disk.
+pub(super) fn remove_epoch(folder: &Path) -> io::Result<()> {
+    let Some(journal) = folder.parent() else { return Ok(()) };
+    let mut name = folder.as_os_str().to_owned();
+    name.push(REMOVING_SUFFIX);
+    // In one step, so that nobody finds half an epoch.
+    std::fs::rename(folder, &name)?;
+    File::open(journal)?.sync_all()?;
+    std::fs::remove_dir_all(&name)
+}
+
+/// Removes what is left of epochs whose removal a crash interrupted.
+pub(super) fn sweep(journal: &Path) -> io::Result<()> {
+    for entry in std::fs::read_dir(journal)? {
+        let path = entry?.path();
+        let name = path.file_name().and_then(|name| name.to_str());
+        let epoch = name.and_then(|name| name.strip_suffix(REMOVING_SUFFIX));
+        if epoch.is_some_and(|epoch| Uuid::try_parse(epoch).is_ok()) {
+            std::fs::remove_dir_all(&path)?;
+        }
+    }
+    Ok(())
+}
+
+/// The epochs in a journal, the oldest first.
+pub(super) fn epochs(journal: &Path) -> io::Result<Vec<(Uuid, PathBuf)>> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(journal)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        let epoch = name.to_str().and_then(|name| Some((Uuid::try_parse(name).ok()?, name)));
+        // As agents spell it, and nothing else.
+        if let Some((epoch, _)) = epoch.filter(|(epoch, name)| epoch.to_string() == **name) {
+            found.push((epoch, entry.path()));
+        }
+    }
+    // UUIDs of version 7 sort by time.
+    found.sort_unstable();
+    Ok(found)
+}
+
+/// The epochs that others name as their predecessors: what is left of those is what that can be checked against.
+pub(super) fn predecessors(journal: &Path) -> io::Result<BTreeSet<String>> {
+    let mut named = BTreeSet::new();
+    for (_, folder) in epochs(journal)? {
+        let first = feed::segments(&folder)?.remove(&0);
+        named.extend(first.and_then(|path| predecessor(&path)));
+    }
+    Ok(named)
+}
+
+/// The epoch that the first event of a log names.
+fn predecessor(first_segment: &Path) -> Option<String> {
+    let mut bytes = Vec::new();
+    let bytes_max = (SEGMENT_HEADER_BYTES + FRAME_BYTES_MAX) as u64;
+    File::open(first_segment).ok()?.take(bytes_max).read_to_end(&mut bytes).ok()?;
+    let (frame, _) = frame::decode(bytes.get(SEGMENT_HEADER_BYTES..)?).ok()?;
+    match serde_json::from_slice::<Event>(frame.value).ok()?.kind {
+        Kind::AgentStarted { predecessor, .. } => predecessor.map(|predecessor| predecessor.epoch),
+        _ => None,
+    }
+}
+
+fn read_bounded(path: &Path) -> io::Result<Vec<u8>> {
+    let mut content = Vec::new();
+    // One more than may be there, so that what is longer is not taken for whole.
+    File::open(path)?.take(REMOVED_BYTES_MAX as u64 + 1).read_to_end(&mut content)?;
+    Ok(content)
+}
+
+/// Puts a file with this content in place, atomically and durably.
+fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
+    let temporary = path.with_extension("new");
+    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
+    file.write_all(content)?;
+    file.sync_all()?;
+    std::fs::rename(&temporary, path)?;
+    match path.parent() {
+        Some(folder) => File::open(folder)?.sync_all(),
+        None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use weir_common::removed::{REMOVED_FILE, Removed};
+
+    use super::{Retention, epochs, remove_epoch, sweep};
+    use crate::publishing::fixture::Log;
+
+    fn removed(log: &Log) -> Removed {
+        Removed::decode(&std::fs::read(log.folder().join(REMOVED_FILE)).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn what_goes_is_remembered_with_its_tree() {
+        let mut log = Log::new();
+        log.events(5);
+        log.checkpoint();
+        log.rotate();
+        log.events(2);
+        let tree = log.tree.clone();
+        log.rotate();
+        log.events(1);
+        let mut retention = Retention::open(log.folder().to_owned(), log.epoch).unwrap();
+        assert_eq!(retention.remove_before(0).unwrap(), 0);
+        assert_eq!(retention.remove_before(2).unwrap(), 2);
+        assert_eq!(removed(&log), Removed { epoch: log.epoch, first_segment: 2, tree: tree.clone() });
+        assert!(!log.segment(1).exists() && log.segment(2).exists());
+        // Restarted, it goes on from there; a segment that a crash left is removed then.
+        std::fs::write(log.segment(1), "left").unwrap();
+        let mut retention = Retention::open(log.folder().to_owned(), log.epoch).unwrap();
+        assert!(!log.segment(1).exists());
+        assert_eq!(retention.remove_before(3).unwrap(), 1, "the epoch has ended");
+        assert!(retention.is_empty().unwrap());
+        assert_eq!(removed(&log).tree, log.tree);
+    }
+
+    #[test]
+    fn damage_is_kept_with_what_is_behind_it() {
+        let mut log = Log::new();
+        (0..3).for_each(|_| {
+            log.events(4);
+            log.rotate();
+        });
+        log.damage(5);
+        let mut retention = Retention::open(log.folder().to_owned(), log.epoch).unwrap();
+        assert_eq!(retention.remove_before(3).unwrap(), 1);
+        assert!(!log.segment(0).exists() && log.segment(1).exists() && log.segment(2).exists());
+        assert_eq!(removed(&log).first_segment, 1);
+    }
+
+    #[test]
+    fn a_damaged_account_stops_removal() {
+        let mut log = Log::new();
+        log.events(1);
+        log.rotate();
+        std::fs::write(log.folder().join(REMOVED_FILE), "nonsense").unwrap();
+        assert!(Retention::open(log.folder().to_owned(), log.epoch).is_err());
+    }
+
+    #[test]
+    fn an_epoch_goes_whole_and_what_a_crash_left_of_it_is_swept() {
+        let log = Log::new();
+        let journal = log.journal().path();
+        assert_eq!(epochs(journal).unwrap(), [(log.epoch, log.folder().to_owned())]);
+        let left = journal.join("01970000-0000-7000-8000-000000000009.removing");
+        std::fs::create_dir(&left).unwrap();
+        remove_epoch(log.folder()).unwrap();
+        assert!(epochs(journal).unwrap().is_empty());
+        sweep(journal).unwrap();
+        assert_eq!(std::fs::read_dir(journal).unwrap().count(), 0);
+    }
+}

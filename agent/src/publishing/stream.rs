@@ -1,0 +1,159 @@
+//! One epoch on its way to Kafka: what of it is read, on its way, acknowledged, written down and removed.
+
+use std::{
+    fs::File,
+    io::{self, Read as _},
+    path::PathBuf,
+    time::{Duration, Instant},
+};
+
+use uuid::Uuid;
+
+use super::{
+    cursor::{Cursor, CursorFile},
+    feed::{self, Feed, Position},
+    flight::Flight,
+    retention::Retention,
+};
+use crate::recording::Durable;
+
+/// The cursor is written at most this often: what was acknowledged since is sent again after a crash.
+const CURSOR_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Most bytes of `node.pub` that are read.
+const VERIFIER_BYTES_MAX: u64 = 4096;
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Stream {
+    pub(super) epoch: Uuid,
+    pub(super) folder: PathBuf,
+    /// What `node.pub` holds, for checkpoints.
+    pub(super) verifier: Option<String>,
+    pub(super) feed: Feed,
+    pub(super) flight: Flight,
+    /// Nothing is left to read: its agent has ended.
+    pub(super) is_read: bool,
+    /// Damage up to here has been recorded.
+    pub(super) damaged_to: (u64, u64),
+    cursor: Cursor,
+    file: CursorFile,
+    written: Option<Instant>,
+    /// None: the account of what was removed cannot be read, and nothing more is removed.
+    retention: Option<Retention>,
+}
+
+impl Stream {
+    /// Takes the epoch in `folder`; none if another process publishes it.
+    ///
+    /// # Errors
+    /// The disk.
+    pub(super) fn open(epoch: Uuid, folder: PathBuf) -> io::Result<Option<Self>> {
+        let Some((file, cursor)) = CursorFile::open(&folder, epoch)? else { return Ok(None) };
+        let retention = Retention::open(folder.clone(), epoch);
+        if let Err(error) = &retention {
+            tracing::warn!(
+                folder = %folder.display(), %error,
+                "what was removed of this epoch cannot be read, so nothing more of it is removed"
+            );
+        }
+        let retention = retention.ok();
+        let beginning = retention.as_ref().map_or(Position::beginning(0, 0), Retention::beginning);
+        // A cursor that was lost, or is older than what was removed.
+        let cursor = cursor
+            .filter(|cursor| cursor.position >= beginning)
+            .unwrap_or_else(|| Cursor::new(epoch, beginning));
+        let mut verifier = String::new();
+        let read = File::open(folder.join("node.pub"))
+            .and_then(|file| file.take(VERIFIER_BYTES_MAX).read_to_string(&mut verifier));
+        Ok(Some(Self {
+            epoch,
+            verifier: read.is_ok().then_some(verifier),
+            feed: Feed::new(folder.clone(), cursor.position),
+            flight: Flight::new(cursor.position),
+            folder,
+            is_read: false,
+            damaged_to: (0, 0),
+            cursor,
+            file,
+            written: None,
+            retention,
+        }))
+    }
+
+    /// Everything is acknowledged, and nothing can follow.
+    pub(super) fn is_done(&self) -> bool {
+        self.is_read && self.flight.is_empty()
+    }
+
+    /// What was sent and not acknowledged is lost: it is read again.
+    pub(super) fn rewind(&mut self) {
+        self.feed.seek(self.flight.rewind());
+        self.is_read = false;
+    }
+
+    /// Writes down how far all is acknowledged, if it has moved; `at_once`, or not too often.
+    ///
+    /// # Errors
+    /// The disk.
+    pub(super) fn write_cursor(&mut self, now: Now, window: Duration, at_once: bool) -> io::Result<()> {
+        let watermark = self.flight.watermark();
+        let waits = self.written.is_some_and(|at| now.instant.duration_since(at) < CURSOR_INTERVAL);
+        if watermark == self.cursor.position || (waits && !at_once && !self.is_done()) {
+            return Ok(());
+        }
+        self.written = Some(now.instant);
+        let mut next = self.cursor.clone();
+        next.advance(watermark, now.unix_seconds(), window);
+        self.file.write(&next)?;
+        self.cursor = next;
+        Ok(())
+    }
+
+    /// Removes the segments that were acknowledged long enough ago; returns how many.
+    ///
+    /// # Errors
+    /// The disk.
+    pub(super) fn remove_published(&mut self, now: Now, window: Duration) -> io::Result<u64> {
+        let before = self.cursor.removable_before(now.unix_seconds(), window);
+        self.retention.as_mut().map_or(Ok(0), |retention| retention.remove_before(before))
+    }
+
+    /// Whether nothing of it is left but what others refer to.
+    pub(super) fn is_gone(&self) -> bool {
+        self.is_done()
+            && self.retention.as_ref().is_some_and(|retention| retention.is_empty().unwrap_or(false))
+    }
+
+    /// Bytes that are not acknowledged; `limit` is where an epoch ends that is still written.
+    pub(super) fn backlog_bytes(&self, limit: Option<Durable>) -> u64 {
+        if self.is_done() {
+            return 0;
+        }
+        let from = self.flight.watermark();
+        let Ok(segments) = feed::segments(&self.folder) else { return 0 };
+        let length = |index: u64, path: &PathBuf| match limit {
+            Some(limit) if limit.segment < index => 0,
+            Some(limit) if limit.segment == index => limit.offset,
+            _ => path.metadata().map_or(0, |metadata| metadata.len()),
+        };
+        let behind = segments.range(from.segment..).map(|(index, path)| {
+            let start = if *index == from.segment { from.offset } else { 0 };
+            length(*index, path).saturating_sub(start)
+        });
+        behind.sum()
+    }
+}
+
+/// The time, both ways.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Now {
+    pub(super) instant: Instant,
+    pub(super) unix_us: i64,
+}
+
+impl Now {
+    fn unix_seconds(self) -> u64 {
+        u64::try_from(self.unix_us / 1_000_000).unwrap_or_default()
+    }
+}
