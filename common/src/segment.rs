@@ -222,7 +222,8 @@ pub enum Tail {
 
 /// Reads a segment: an iterator over its frames, in order.
 ///
-/// After an error the iterator goes on with the next frame that can be read. When it is exhausted, [`Self::tail`]
+/// After an error the iterator goes on with the next frame that can be read; behind a hole in the sequences that is
+/// the frame that showed it. When it is exhausted, [`Self::tail`]
 /// says how the segment ended and [`Self::next_sequence`] which event must come next.
 #[derive(Debug)]
 pub struct SegmentReader<'a> {
@@ -352,9 +353,14 @@ impl<'a> Iterator for SegmentReader<'a> {
         if abandoned {
             return self.end(Tail::Abandoned { offset });
         }
+        let (expected, found) = (self.next_sequence, frame.sequence);
+        if found > expected {
+            // Said once; the frame itself is whole, and comes next.
+            self.next_sequence = found;
+            return Some(Err(SegmentError::Sequence { offset, expected, found }));
+        }
         self.offset += length;
         self.last_commit = frame.commit;
-        let (expected, found) = (self.next_sequence, frame.sequence);
         self.next_sequence = match frame.frame_type {
             FrameType::Event => found.saturating_add(1),
             FrameType::Checkpoint => found,
@@ -503,7 +509,7 @@ mod tests {
         let (mut bytes, offsets) = segment(&[5, 6, 7]);
         bytes.drain(offsets[1]..offsets[2]);
         let (sequences, errors, _) = read(&bytes, None);
-        assert_eq!(sequences, [10]);
+        assert_eq!(sequences, [10, 12]);
         assert!(matches!(errors[..], [SegmentError::Sequence { expected: 11, found: 12, .. }]));
     }
 
