@@ -126,7 +126,14 @@ impl Writer {
 
     pub(crate) fn checkpoint(&mut self) -> &mut Self {
         let note = self.note();
-        self.frame(FrameType::Checkpoint, &Envelope::default(), note.as_bytes())
+        let envelope = Envelope {
+            id: format!("{}/{}", self.epoch, self.sequence),
+            event_type: "weir.v1.checkpoint".into(),
+            source: format!("/weir/{NODE}/{}", self.epoch),
+            time_unix_us: self.time_us,
+            ..Envelope::default()
+        };
+        self.frame(FrameType::Checkpoint, &envelope, note.as_bytes())
     }
 
     pub(crate) fn length(&self) -> usize {

@@ -1,6 +1,6 @@
 //! `weir`: the reader's side. Lists sessions, prints events, replays a session, verifies a journal.
 //!
-//! Reads journals and never writes one. This file is the command line and the only place that picks exit codes:
+//! Reads journals, and topics that agents published to; never writes to either. This file is the command line and the only place that picks exit codes:
 //! 0, 1 for failure (and for damage that `verify` found), 2 for usage. A reader that closes the pipe is no failure.
 
 mod events;
@@ -25,7 +25,7 @@ use clap::{Args, Parser, Subcommand};
 
 use moment::Moment;
 use replay::Subject;
-use source::Journal;
+use source::{Journal, address::Address, properties::Properties, topic::Reading};
 use terminal::Style;
 
 /// How often a followed journal is looked at.
@@ -41,9 +41,30 @@ struct Cli {
 
 #[derive(Debug, Args)]
 struct From {
-    /// Journal directory of an agent (kafka://HOST:PORT/TOPIC is not read yet).
-    #[arg(long = "from", value_name = "SOURCE", value_parser = source_path)]
-    path: PathBuf,
+    /// Journal directory of an agent, or kafka://HOST:PORT[,HOST:PORT]/TOPIC[,TOPIC].
+    ///
+    /// Topics are read from their beginning to what they hold now, and spooled into TMPDIR meanwhile. Name the topic of
+    /// checkpoints too, where the agent has one of its own.
+    #[arg(long = "from", value_name = "SOURCE", value_parser = Address::parse)]
+    address: Address,
+    /// Properties of the Kafka client (librdkafka) for TLS and SASL, one name=value a line.
+    #[arg(long, value_name = "FILE", env = "WEIR_KAFKA_CONFIG")]
+    kafka_config: Option<PathBuf>,
+}
+
+impl From {
+    fn open(&self, reading: Reading) -> anyhow::Result<Journal> {
+        Ok(match &self.address {
+            Address::Directory(path) => Journal::open(path)?,
+            Address::Topics(topics) => {
+                let properties = match &self.kafka_config {
+                    Some(path) => Properties::read(path)?,
+                    None => Properties::default(),
+                };
+                Journal::of_topics(topics, &properties, reading)?
+            }
+        })
+    }
 }
 
 #[derive(Debug, Subcommand)]
@@ -59,7 +80,7 @@ enum Command {
     /// escaped (\x1b, \u{202e}), so it cannot act on your terminal. Exec, attach and port-forward streams are
     /// raw upgrade bytes, not decoded yet: a replay shows the text found in them, --request every byte.
     Replay(ReplayArgs),
-    /// Verify a journal: frames, sequence, Merkle log, checkpoints; exit 1 on damage, naming the place.
+    /// Verify a journal or topic: frames, sequence, Merkle log, checkpoints; exit 1 on damage, naming the place.
     Verify(VerifyArgs),
 }
 
@@ -132,19 +153,12 @@ struct VerifyArgs {
     /// A checkpoint that you kept from earlier: the journal must still contain all that it covers.
     #[arg(long, value_name = "FILE")]
     checkpoint: Option<PathBuf>,
+    /// Accept that a topic's retention has removed its beginning, and verify what is left as far as possible.
+    #[arg(long)]
+    partial: bool,
     /// The report as one JSON object.
     #[arg(long)]
     json: bool,
-}
-
-fn source_path(text: &str) -> Result<PathBuf, String> {
-    if text.starts_with("kafka://") {
-        return Err("kafka sources are not read yet; give a journal directory".into());
-    }
-    if text.is_empty() {
-        return Err("give a journal directory".into());
-    }
-    Ok(PathBuf::from(text))
 }
 
 fn moment(text: &str) -> Result<Moment, String> {
@@ -201,8 +215,35 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
 }
 
 fn list_sessions(args: &SessionsArgs, out: &mut dyn Write, style: Style) -> anyhow::Result<()> {
-    let journal = Journal::open(&args.from.path)?;
-    let mut sessions = sessions::Sessions::default();
+    let filter = sessions::Filter {
+        user: args.user.clone(),
+        cluster: args.cluster.clone(),
+        namespace: args.namespace.clone(),
+        since: args.since,
+        until: args.until,
+    };
+    let (mut journal, mut sessions) = read_sessions(args, args.since, &filter)?;
+    // A topic was read from that time on: sessions that go on since before have their beginnings further back.
+    if let Some(began) = sessions.earliest_beginning().filter(|_| journal.topic().is_some()) {
+        (journal, sessions) = read_sessions(args, began, &filter)?;
+    }
+    let (list, outside) = sessions.finish(&filter);
+    warn(&journal);
+    let written = if args.json {
+        sessions::print_json(out, &list)
+    } else {
+        sessions::print(out, style, &list, outside)
+    };
+    written.context("cannot write the output")
+}
+
+fn read_sessions(
+    args: &SessionsArgs,
+    since: Option<Moment>,
+    filter: &sessions::Filter,
+) -> anyhow::Result<(Journal, sessions::Sessions)> {
+    let journal = args.from.open(Reading { since, ..Reading::default() })?;
+    let mut sessions = sessions::Sessions::between(filter.since, filter.until);
     let mut progress = terminal::Progress::new("reading", journal.bytes());
     for record in journal.records() {
         let record = record?;
@@ -212,21 +253,7 @@ fn list_sessions(args: &SessionsArgs, out: &mut dyn Write, style: Style) -> anyh
         }
     }
     drop(progress);
-    let filter = sessions::Filter {
-        user: args.user.clone(),
-        cluster: args.cluster.clone(),
-        namespace: args.namespace.clone(),
-        since: args.since,
-        until: args.until,
-    };
-    let (list, outside) = sessions.finish(&filter);
-    warn(&journal);
-    let written = if args.json {
-        sessions::print_json(out, &list)
-    } else {
-        sessions::print(out, style, &list, outside)
-    };
-    written.context("cannot write the output")
+    Ok((journal, sessions))
 }
 
 /// Tells what could not be read; nobody is left to be told if that fails.
@@ -243,9 +270,10 @@ fn warn(journal: &Journal) {
 }
 
 fn print_events(args: &EventsArgs, out: &mut dyn Write) -> anyhow::Result<()> {
-    let journal = Journal::open(&args.from.path)?;
+    let journal = args.from.open(Reading { follow: args.follow, ..Reading::default() })?;
     let lines = events::Lines::new(out, io::stdout().is_terminal(), args.session.as_deref());
     if args.follow {
+        warn(&journal);
         let mut wait = || {
             std::thread::park_timeout(FOLLOW_INTERVAL);
             true
@@ -258,7 +286,7 @@ fn print_events(args: &EventsArgs, out: &mut dyn Write) -> anyhow::Result<()> {
 }
 
 fn replay(args: ReplayArgs, out: &mut dyn Write, style: Style) -> anyhow::Result<()> {
-    let journal = Journal::open(&args.from.path)?;
+    let journal = args.from.open(Reading::default())?;
     let subject = match (args.request, args.session) {
         (Some(request), _) => Subject::Request(request),
         (None, session) => Subject::Session(session.unwrap_or_default()),
@@ -274,8 +302,12 @@ fn replay(args: ReplayArgs, out: &mut dyn Write, style: Style) -> anyhow::Result
 }
 
 fn verify(args: &VerifyArgs, out: &mut dyn Write, style: Style) -> anyhow::Result<ExitCode> {
-    let journal = Journal::open(&args.from.path)?;
-    let options = verify::Options { key: args.key.as_deref(), checkpoint: args.checkpoint.as_deref() };
+    let journal = args.from.open(Reading::default())?;
+    let options = verify::Options {
+        key: args.key.as_deref(),
+        checkpoint: args.checkpoint.as_deref(),
+        partial: args.partial,
+    };
     let report = verify::verify(&journal, &options)?;
     let written =
         if args.json { verify::print_json(out, &report) } else { verify::print(out, style, &report) };

@@ -9,10 +9,12 @@ use std::{
 };
 
 use serde::Serialize;
+use uuid::Uuid;
 use weir_common::event::{Caller, Event, Kind, Outcome};
 
 use crate::{
     moment::{Moment, counted, length},
+    source::made_us,
     terminal::{Style, escaped, escaped_json},
 };
 
@@ -50,6 +52,9 @@ pub(crate) struct Summary {
     refused: u64,
     failed: u64,
     gaps: u64,
+    /// Whether its beginning was read.
+    #[serde(skip)]
+    begun: bool,
     /// Requests with no end on record: still running, or the agent ended without a word.
     unfinished: u64,
     namespaces: BTreeSet<String>,
@@ -74,12 +79,35 @@ pub(crate) struct Outside {
 pub(crate) struct Sessions {
     by_id: BTreeMap<String, Summary>,
     outside: Outside,
+    since: Option<Moment>,
+    until: Option<Moment>,
 }
 
 impl Sessions {
+    /// None yet. Of events that belong to no session only those of this time count; a session counts as a whole.
+    pub(crate) fn between(since: Option<Moment>, until: Option<Moment>) -> Self {
+        Self { since, until, ..Self::default() }
+    }
+
+    /// Whether the beginning of a session was not read, and since when all of them would be: their ids tell. An id that
+    /// does not makes it the beginning of everything.
+    pub(crate) fn earliest_beginning(&self) -> Option<Option<Moment>> {
+        let since = self.since?;
+        let goes_on = self.by_id.values().filter(|summary| !summary.begun && summary.last_us >= since.0);
+        let began = |summary: &Summary| {
+            Uuid::try_parse(&summary.session).ok().and_then(|id| made_us(&id)).map(Moment)
+        };
+        // None is the least.
+        goes_on.map(began).min()
+    }
+
     /// Takes one event into account.
     pub(crate) fn add(&mut self, event: &Event) {
         if event.session.is_empty() {
+            let time = Moment(event.time_unix_us);
+            if self.since.is_some_and(|since| time < since) || self.until.is_some_and(|until| time > until) {
+                return;
+            }
             match event.kind {
                 Kind::ConnectionRefused { .. } => self.outside.connections_refused += 1,
                 Kind::Gap { .. } => self.outside.gaps += 1,
@@ -127,6 +155,7 @@ impl Summary {
             refused: 0,
             failed: 0,
             gaps: 0,
+            begun: false,
             unfinished: 0,
             namespaces: BTreeSet::new(),
             first_us: event.time_unix_us,
@@ -139,7 +168,10 @@ impl Summary {
         self.first_us = self.first_us.min(event.time_unix_us);
         self.last_us = self.last_us.max(event.time_unix_us);
         match &event.kind {
-            Kind::SessionStarted { caller } => self.caller = Some(caller.clone()),
+            Kind::SessionStarted { caller } => {
+                self.caller = Some(caller.clone());
+                self.begun = true;
+            }
             Kind::InvocationStarted { .. } => self.invocations += 1,
             Kind::RequestOpened(opened) => {
                 self.requests += 1;
@@ -365,6 +397,53 @@ mod tests {
         assert_eq!(ids(Filter { since: later, ..Filter::default() }), ["s2"]);
         assert_eq!(ids(Filter { until: later, ..Filter::default() }), ["0198"]);
         assert!(ids(Filter { since: later, until: later, ..Filter::default() }).is_empty());
+    }
+
+    #[test]
+    fn what_belongs_to_no_session_is_counted_within_the_time_that_is_asked_for() {
+        let directory = journal();
+        let outside = |since, until| {
+            let journal = Journal::open(directory.path()).unwrap();
+            let mut sessions = Sessions::between(since, until);
+            journal
+                .records()
+                .filter_map(|record| journal.event(&record.unwrap()))
+                .for_each(|event| sessions.add(&event));
+            sessions.outside
+        };
+        let later = Some(Moment(START_US + 2_000_000));
+        assert_eq!((outside(None, None).gaps, outside(later, None).gaps), (1, 1));
+        assert_eq!(outside(None, later), super::Outside::default());
+    }
+
+    #[test]
+    fn sessions_that_went_on_say_by_their_ids_from_when_on_they_are_whole() {
+        let directory = tempfile::tempdir().unwrap();
+        let (begun_us, since) = (START_US - 7_200_000_000, Some(Moment(START_US)));
+        let id = |us: i64| {
+            let (seconds, rest) = (us as u64 / 1_000_000, (us % 1_000_000) as u32);
+            uuid::Uuid::new_v7(uuid::Timestamp::from_unix(uuid::NoContext, seconds, rest * 1000)).to_string()
+        };
+        let (went_on, whole) = (id(begun_us), id(START_US));
+        let mut writer = Writer::new(1, 7);
+        writer.started().session(&whole, "u").respond([&went_on, "i", "r"], 200).save(directory.path(), 0);
+        let add = |since, directory: &std::path::Path| {
+            let journal = Journal::open(directory).unwrap();
+            let mut sessions = Sessions::between(since, None);
+            journal
+                .records()
+                .filter_map(|record| journal.event(&record.unwrap()))
+                .for_each(|event| sessions.add(&event));
+            sessions.earliest_beginning()
+        };
+        assert_eq!(add(since, directory.path()), Some(Some(Moment(begun_us))));
+        assert_eq!(add(None, directory.path()), None);
+        // An id that does not tell: everything is needed.
+        writer.respond(["s3", "i", "r"], 200).save(directory.path(), 0);
+        assert_eq!(add(since, directory.path()), Some(None));
+        let directory = tempfile::tempdir().unwrap();
+        Writer::new(1, 7).session(&whole, "u").save(directory.path(), 0);
+        assert_eq!(add(since, directory.path()), None);
     }
 
     #[test]

@@ -1,4 +1,5 @@
-//! Reads a journal directory: epochs, their segments, the records in them, one segment in memory at a time.
+//! Reads a journal directory: epochs, their segments, the records in them, one segment in memory at a time. Topics of
+//! Kafka are first made a journal ([`topic`]), so that every command gives the same answers from both.
 //!
 //! Damage does not end the reading: what can be read is, and [`Journal::warnings`] names the rest. Judging damage is
 //! `verify`'s job. Nothing here writes to the journal, and nothing takes its lock: an agent may be writing to it.
@@ -6,23 +7,38 @@
 use std::{
     cell::RefCell,
     fs::{self, File},
-    io::{self, Read, Seek, SeekFrom},
+    io::{self, Read},
     ops::Range,
     path::{Path, PathBuf},
 };
 
+use uuid::Uuid;
 use weir_common::{
     event::Event,
-    frame::{self, FRAME_BYTES_MAX, FRAME_HEADER_BYTES, FrameHeader, FrameType},
-    segment::{SEGMENT_HEADER_BYTES, SEGMENT_SUFFIX, SegmentHeader, SegmentReader},
+    removed::{REMOVED_BYTES_MAX, REMOVED_FILE, Removed, RemovedError},
+    segment::{SEGMENT_HEADER_BYTES, SEGMENT_SUFFIX, SegmentError, SegmentHeader, SegmentReader},
 };
 
+use crate::moment::counted;
+use records::Entry;
+pub(crate) use records::{Archive, Place, Record, Records};
+use topic::Topic;
+
+pub(crate) mod address;
+pub(crate) mod kafka;
+pub(crate) mod properties;
+mod ranges;
+mod records;
+pub(crate) mod spool;
 pub(crate) mod tail;
+pub(crate) mod topic;
 
 /// Longest segment that is read; a file beyond it is no segment of ours.
 const SEGMENT_BYTES_MAX: u64 = 1024 * 1024 * 1024;
 /// Most epochs (folders) of a journal.
 const EPOCHS_MAX: usize = 100_000;
+/// Ending of an epoch's folder that an agent is removing, all of it being published.
+const REMOVING_SUFFIX: &str = ".removing";
 /// Most warnings that are kept; more are counted.
 const WARNINGS_MAX: usize = 20;
 
@@ -44,28 +60,21 @@ pub(crate) enum SourceError {
     /// A file is too long.
     #[error("{path} has {bytes} bytes, more than a segment may have")]
     TooLong { path: PathBuf, bytes: u64 },
+    /// What is said of removed segments is not understood.
+    #[error("cannot understand {path}")]
+    Removed { path: PathBuf, source: RemovedError },
+    /// Kafka.
+    #[error(transparent)]
+    Kafka(#[from] kafka::ReadError),
+    /// The disk that a topic is spooled to.
+    #[error(transparent)]
+    Spool(#[from] spool::SpoolError),
+    /// Nothing of Weir's is on a topic.
+    #[error("{name} holds no event of Weir, and {foreign} of others; is it the agent's topic?")]
+    NoMessages { name: String, foreign: String },
     /// What was there a moment ago is not readable any more.
     #[error("{place} cannot be read any more; did the journal change?")]
     Changed { place: String },
-}
-
-/// Where a record is: number of the segment in [`Journal`], offset of the frame in it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) struct Place {
-    pub(crate) segment: usize,
-    pub(crate) offset: u64,
-}
-
-/// A recorded event, not yet parsed.
-#[derive(Clone, Debug)]
-pub(crate) struct Record {
-    pub(crate) place: Place,
-    /// Session, from the envelope.
-    pub(crate) session: String,
-    /// Length of its frame.
-    pub(crate) frame_bytes: u64,
-    /// The exact bytes of the event.
-    pub(crate) value: Vec<u8>,
 }
 
 /// An epoch of an agent: a folder of segments.
@@ -76,6 +85,8 @@ pub(crate) struct Epoch {
     pub(crate) directory: PathBuf,
     /// Its segments: a range of [`Journal::segments`].
     pub(crate) segments: Range<usize>,
+    /// What was published and removed, as far as its record can be read.
+    pub(crate) removed: Option<Removed>,
 }
 
 /// A journal, as it was when it was opened (segments may still grow).
@@ -86,15 +97,8 @@ pub(crate) struct Journal {
     pub(crate) segments: Vec<PathBuf>,
     bytes: u64,
     warnings: RefCell<(Vec<String>, u64)>,
-}
-
-/// Gives events back by place: what a replay reads content from.
-pub(crate) trait Archive {
-    /// The event at a place that a record named.
-    ///
-    /// # Errors
-    /// It cannot be read (any more).
-    fn event_at(&mut self, place: Place) -> Result<Event, SourceError>;
+    /// Where it came from, if not from a directory of the user.
+    topic: Option<Topic>,
 }
 
 impl Journal {
@@ -105,18 +109,25 @@ impl Journal {
     pub(crate) fn open(path: &Path) -> Result<Self, SourceError> {
         let mut folders = vec![path.to_owned()];
         for entry in entries(path)? {
-            if entry.is_dir() {
+            // An epoch that is being removed whole counts as gone.
+            if entry.is_dir() && !entry.to_string_lossy().ends_with(REMOVING_SUFFIX) {
                 folders.push(entry);
             }
         }
         let mut epochs = Vec::new();
         for folder in folders {
+            let removed = read_removed(&folder).ok().flatten();
+            let first = removed.as_ref().map_or(0, |removed| removed.first_segment);
             let mut segments: Vec<PathBuf> = entries(&folder)?;
-            segments.retain(|file| file.to_string_lossy().ends_with(SEGMENT_SUFFIX) && file.is_file());
+            // What was removed may be there still: an agent writes down that it is removed before it removes it.
+            segments.retain(|file| segment_index(file).is_some_and(|index| index >= first) && file.is_file());
             segments.sort();
-            if let Some(first) = segments.first() {
-                let created = read_header(first).map_or(i64::MAX, |header| header.created_unix_us);
-                epochs.push((created, folder, segments));
+            if !segments.is_empty() || removed.is_some() {
+                let made = match segments.first() {
+                    Some(first) => read_header(first).map_or(i64::MAX, |header| header.created_unix_us),
+                    None => folder_made_us(&folder),
+                };
+                epochs.push((made, folder, segments, removed));
             }
             if epochs.len() > EPOCHS_MAX {
                 return Err(SourceError::TooManyEpochs { path: path.to_owned() });
@@ -125,28 +136,77 @@ impl Journal {
         if epochs.is_empty() {
             return Err(SourceError::Empty { path: path.to_owned() });
         }
-        epochs.sort();
-        let mut journal = Self {
-            path: path.to_owned(),
-            epochs: Vec::new(),
-            segments: Vec::new(),
-            bytes: 0,
-            warnings: RefCell::default(),
-        };
-        for (_, directory, segments) in epochs {
+        epochs.sort_by(|a, b| (a.0, &a.1).cmp(&(b.0, &b.1)));
+        let mut journal = Self::empty(path.to_owned());
+        for (_, directory, segments, removed) in epochs {
             let start = journal.segments.len();
             journal.bytes +=
                 segments.iter().map(|file| fs::metadata(file).map_or(0, |data| data.len())).sum::<u64>();
             journal.segments.extend(segments);
             let name = directory.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            journal.epochs.push(Epoch { name, directory, segments: start..journal.segments.len() });
+            let segments = start..journal.segments.len();
+            journal.epochs.push(Epoch { name, directory, segments, removed });
         }
+        journal.tell_of_removed();
         Ok(journal)
+    }
+
+    /// A journal with nothing in it: of a topic that is followed and empty yet.
+    fn empty(path: PathBuf) -> Self {
+        Self {
+            path,
+            epochs: Vec::new(),
+            segments: Vec::new(),
+            bytes: 0,
+            warnings: RefCell::default(),
+            topic: None,
+        }
+    }
+
+    /// Says once that this journal is not the whole record.
+    fn tell_of_removed(&self) {
+        let sizes = self.epochs.iter().filter_map(|epoch| epoch.removed.as_ref()).map(|r| r.tree.size());
+        let events: u64 = sizes.sum();
+        if events > 0 {
+            let events = counted(events, "event");
+            self.warn(format!("{events} of this journal were published and removed: the topic has them"));
+        }
     }
 
     /// What the user called it.
     pub(crate) fn name(&self) -> String {
-        self.path.display().to_string()
+        self.topic.as_ref().map_or_else(|| self.path.display().to_string(), |topic| topic.name())
+    }
+
+    /// The topics that it came from.
+    pub(crate) fn topic(&self) -> Option<&Topic> {
+        self.topic.as_ref()
+    }
+
+    /// What it is, in a word.
+    pub(crate) fn noun(&self) -> &'static str {
+        if self.topic.is_some() { "topic" } else { "journal" }
+    }
+
+    /// A file or folder of it in words: of topics, which have none, the epoch.
+    pub(crate) fn label(&self, path: &Path) -> String {
+        let Some(topic) = &self.topic else { return path.display().to_string() };
+        let folder = if segment_index(path).is_some() { path.parent() } else { Some(path) };
+        let epoch = folder.and_then(Path::file_name).unwrap_or_default().to_string_lossy();
+        format!("{} epoch {epoch}", topic.name())
+    }
+
+    /// What is wrong with a segment, in words: of topics, which have none, what is missing.
+    pub(crate) fn describe(&self, error: &SegmentError) -> String {
+        match error {
+            SegmentError::Sequence { expected, found: next, .. }
+            | SegmentError::Missing { expected, successor: next, .. }
+                if self.topic.is_some() =>
+            {
+                missing(*expected, *next)
+            }
+            _ => with_sources(error),
+        }
     }
 
     /// The directory that was opened.
@@ -157,11 +217,6 @@ impl Journal {
     /// Bytes of all segments, unused space included.
     pub(crate) fn bytes(&self) -> u64 {
         self.bytes
-    }
-
-    /// All events, epoch by epoch, in their order.
-    pub(crate) fn records(&self) -> Records<'_> {
-        Records { journal: self, segment: 0, bytes: Vec::new(), entries: Vec::new().into_iter() }
     }
 
     /// The event of a record; none (and a warning) if this version cannot read it.
@@ -176,14 +231,10 @@ impl Journal {
         }
     }
 
-    /// Reads content back.
-    pub(crate) fn archive(&self) -> Contents<'_> {
-        Contents { journal: self, open: None }
-    }
-
     /// A place in words.
     pub(crate) fn place(&self, place: Place) -> String {
         match self.segments.get(place.segment) {
+            Some(path) if self.topic.is_some() => self.label(path),
             Some(path) => format!("{} offset {}", path.display(), place.offset),
             None => format!("segment {} offset {}", place.segment, place.offset),
         }
@@ -213,23 +264,75 @@ impl Journal {
         later.iter().find_map(|path| read_header(path)).map(|header| header.first_sequence)
     }
 
+    /// Whether a segment that cannot be found was published and removed since the journal was opened.
+    pub(crate) fn is_removed(&self, error: &SourceError) -> bool {
+        let SourceError::File { path, source } = error else { return false };
+        let removed = path.parent().and_then(|folder| read_removed(folder).ok().flatten());
+        source.kind() == io::ErrorKind::NotFound
+            && removed.is_some_and(|removed| segment_index(path) < Some(removed.first_segment))
+    }
+
     fn entries(&self, segment: usize, bytes: &[u8]) -> Vec<Entry> {
         let Some(path) = self.segments.get(segment) else { return Vec::new() };
         let mut list = Vec::new();
         match SegmentReader::new(bytes, self.successor(segment)) {
             Err(_) if is_unmade(bytes) => {}
-            Err(error) => self.warn(format!("{}: {}", path.display(), with_sources(&error))),
+            Err(error) => self.warn(format!("{}: {}", self.label(path), self.describe(&error))),
             Ok(reader) => {
                 for located in reader {
                     match located {
                         Ok(located) => list.extend(Entry::new(bytes, located.offset)),
-                        Err(error) => self.warn(format!("{}: {}", path.display(), with_sources(&error))),
+                        Err(error) => self.warn(format!("{}: {}", self.label(path), self.describe(&error))),
                     }
                 }
             }
         }
         list
     }
+}
+
+/// Events that are missing before `next`, in words.
+pub(crate) fn missing(expected: u64, next: u64) -> String {
+    let number = next.saturating_sub(expected);
+    match number {
+        1 => format!("event {expected} is missing"),
+        _ => format!("events {expected} to {} are missing ({})", next - 1, counted(number, "event")),
+    }
+}
+
+/// When a UUID of version 7 was made, in microseconds since the Unix epoch.
+pub(crate) fn made_us(id: &Uuid) -> Option<i64> {
+    let (seconds, nanoseconds) = id.get_timestamp().filter(|_| id.get_version_num() == 7)?.to_unix();
+    i64::try_from(seconds).ok()?.checked_mul(1_000_000)?.checked_add(i64::from(nanoseconds / 1000))
+}
+
+/// When an epoch of which no segment is left was begun: its folder's name tells.
+fn folder_made_us(folder: &Path) -> i64 {
+    let name = folder.file_name().unwrap_or_default().to_string_lossy();
+    Uuid::try_parse(&name).ok().and_then(|id| made_us(&id)).unwrap_or(i64::MIN)
+}
+
+/// The number in a segment's file name; none for other files.
+fn segment_index(path: &Path) -> Option<u64> {
+    path.file_name()?.to_str()?.strip_suffix(SEGMENT_SUFFIX)?.parse().ok()
+}
+
+/// What an epoch's folder says of segments that were published and removed; none if it says nothing.
+///
+/// # Errors
+/// The file cannot be read, or not understood.
+pub(crate) fn read_removed(folder: &Path) -> Result<Option<Removed>, SourceError> {
+    let path = folder.join(REMOVED_FILE);
+    let file = match File::open(&path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(source) => return Err(SourceError::File { path, source }),
+        Ok(file) => file,
+    };
+    let mut bytes = Vec::new();
+    if let Err(source) = file.take(REMOVED_BYTES_MAX as u64 + 1).read_to_end(&mut bytes) {
+        return Err(SourceError::File { path, source });
+    }
+    Removed::decode(&bytes).map(Some).map_err(|source| SourceError::Removed { path, source })
 }
 
 /// Whether a segment has no header yet: an agent has just begun it, or died doing so. It holds nothing.
@@ -278,102 +381,7 @@ pub(crate) fn read_segment(path: &Path) -> Result<Vec<u8>, SourceError> {
     Ok(content)
 }
 
-/// A frame with an event, found in a segment's bytes.
-#[derive(Debug)]
-struct Entry {
-    offset: usize,
-    session: String,
-    value: Range<usize>,
-}
-
-impl Entry {
-    /// None for frames that hold no event.
-    fn new(bytes: &[u8], offset: usize) -> Option<Self> {
-        let (frame, length) = frame::decode(bytes.get(offset..)?).ok()?;
-        let end = offset + length;
-        (frame.frame_type == FrameType::Event).then(|| Self {
-            offset,
-            value: end - frame.value.len()..end,
-            session: frame.envelope.key,
-        })
-    }
-
-    fn record(self, segment: usize, bytes: &[u8]) -> Record {
-        let frame_bytes = (self.value.end - self.offset) as u64;
-        let value = bytes.get(self.value).unwrap_or_default().to_vec();
-        Record {
-            place: Place { segment, offset: self.offset as u64 },
-            session: self.session,
-            frame_bytes,
-            value,
-        }
-    }
-}
-
-/// Iterates over all events of a journal.
-#[derive(Debug)]
-pub(crate) struct Records<'a> {
-    journal: &'a Journal,
-    /// The segment to read next.
-    segment: usize,
-    /// The one that is being read.
-    bytes: Vec<u8>,
-    entries: std::vec::IntoIter<Entry>,
-}
-
-impl Iterator for Records<'_> {
-    type Item = Result<Record, SourceError>;
-
-    fn next(&mut self) -> Option<Self::Item> {
-        loop {
-            if let Some(entry) = self.entries.next() {
-                return Some(Ok(entry.record(self.segment - 1, &self.bytes)));
-            }
-            let path = self.journal.segments.get(self.segment)?;
-            self.segment += 1;
-            // Never two segments in memory.
-            self.bytes = Vec::new();
-            match read_segment(path) {
-                Ok(bytes) => self.bytes = bytes,
-                Err(error) => return Some(Err(error)),
-            }
-            self.entries = self.journal.entries(self.segment - 1, &self.bytes).into_iter();
-        }
-    }
-}
-
-/// Reads single events back, keeping the last file open.
-#[derive(Debug)]
-pub(crate) struct Contents<'a> {
-    journal: &'a Journal,
-    open: Option<(usize, File)>,
-}
-
-impl Contents<'_> {
-    fn read(&mut self, place: Place) -> io::Result<Vec<u8>> {
-        let gone = || io::Error::from(io::ErrorKind::NotFound);
-        if self.open.as_ref().is_none_or(|(segment, _)| *segment != place.segment) {
-            let path = self.journal.segments.get(place.segment).ok_or_else(gone)?;
-            self.open = Some((place.segment, File::open(path)?));
-        }
-        let (_, file) = self.open.as_mut().ok_or_else(gone)?;
-        file.seek(SeekFrom::Start(place.offset))?;
-        let mut bytes = vec![0; FRAME_HEADER_BYTES];
-        file.read_exact(&mut bytes)?;
-        let length =
-            FrameHeader::decode(&bytes).map_err(io::Error::other)?.frame_bytes().min(FRAME_BYTES_MAX);
-        bytes.resize(length, 0);
-        file.read_exact(&mut bytes[FRAME_HEADER_BYTES..])?;
-        Ok(bytes)
-    }
-}
-
-impl Archive for Contents<'_> {
-    fn event_at(&mut self, place: Place) -> Result<Event, SourceError> {
-        let changed = || SourceError::Changed { place: self.journal.place(place) };
-        let bytes =
-            self.read(place).map_err(|_| SourceError::Changed { place: self.journal.place(place) })?;
-        let (frame, _) = frame::decode(&bytes).map_err(|_| changed())?;
-        serde_json::from_slice(frame.value).map_err(|_| changed())
-    }
-}
+#[cfg(test)]
+mod removed_tests;
+#[cfg(test)]
+mod topic_tests;

@@ -1,11 +1,13 @@
-//! `weir verify`: is this journal whole and unchanged?
+//! `weir verify`: is this journal, or topic, whole and unchanged?
 //!
 //! Every frame, the sequence, the Merkle root at every checkpoint and its signature, gaps that the agent itself
 //! recorded, and a checkpoint that the verifier kept. Works offline, one segment in memory at a time. What it finds
 //! is a [`Report`]; [`epoch`] checks one epoch, [`report`] prints.
 
 mod epoch;
+mod gone;
 mod keys;
+mod known;
 mod report;
 
 use std::{
@@ -14,10 +16,13 @@ use std::{
 };
 
 use serde::Serialize;
-use weir_common::checkpoint::{Checkpoint, CheckpointError, NOTE_BYTES_MAX};
+use weir_common::{
+    checkpoint::{Checkpoint, CheckpointError, NOTE_BYTES_MAX},
+    frame::FrameType,
+};
 
 use crate::{
-    source::{Journal, SourceError},
+    source::{Journal, SourceError, topic::Topic},
     terminal::Progress,
 };
 use keys::Keys;
@@ -44,6 +49,12 @@ pub(crate) enum VerifyError {
     /// The journal holds no key and none was given.
     #[error("no verifier key (*.pub) lies in {journal}; give one with --key FILE")]
     NoKeyInJournal { journal: String },
+    /// The topic holds no key and none was given.
+    #[error(
+        "no checkpoint with its verifier key is on {topic} (yet: an agent writes one within seconds); name the topic of \
+         checkpoints too (TOPIC,TOPIC), or give a key with --key FILE"
+    )]
+    NoKeyOnTopic { topic: String },
     /// `--key` holds something else.
     #[error("{path} holds something that is no verifier key")]
     Key { path: PathBuf, source: CheckpointError },
@@ -62,7 +73,12 @@ pub(crate) struct Options<'a> {
     pub(crate) key: Option<&'a Path>,
     /// A checkpoint kept from earlier.
     pub(crate) checkpoint: Option<&'a Path>,
+    /// The beginning may be gone.
+    pub(crate) partial: bool,
 }
+
+/// How often a verification is begun anew because an agent removed what it had published meanwhile.
+const RETRIES: usize = 5;
 
 /// Where something was found.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -121,6 +137,11 @@ pub(crate) struct EpochReport {
     pub(crate) node: String,
     pub(crate) segments: u64,
     pub(crate) events: u64,
+    /// Events before them that were published and removed, or that a topic does not have any more.
+    pub(crate) removed: u64,
+    /// Sequence behind the last event.
+    #[serde(skip)]
+    pub(crate) end: u64,
     pub(crate) checkpoints: u64,
     /// Events that the last valid checkpoint covers.
     pub(crate) covered: u64,
@@ -132,11 +153,30 @@ pub(crate) struct EpochReport {
     pub(crate) open_requests: u64,
 }
 
+/// What there is to say of topics and not of a journal.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct TopicReport {
+    pub(crate) messages: u64,
+    pub(crate) partitions: u64,
+    /// Messages that came again, equal or not.
+    pub(crate) duplicates: u64,
+    /// Messages of others.
+    pub(crate) foreign: u64,
+    /// Partitions whose beginning is gone.
+    pub(crate) trimmed_partitions: u64,
+}
+
 /// What a verification found.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct Report {
     pub(crate) journal: String,
+    /// What it is, in a word.
+    #[serde(skip)]
+    pub(crate) noun: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) topic: Option<TopicReport>,
     pub(crate) sound: bool,
     pub(crate) key_source: KeySource,
     pub(crate) epochs: Vec<EpochReport>,
@@ -165,8 +205,16 @@ pub(crate) struct Kept {
     pub(crate) path: PathBuf,
     /// Set when the log has reached its size.
     pub(crate) matches: Option<bool>,
+    /// Set when the log has reached its size, and what it covers is gone.
+    pub(crate) gone: bool,
     /// How many events its log has, once it has been read.
     pub(crate) log_size: Option<u64>,
+}
+
+impl Kept {
+    pub(crate) fn is_judged(&self) -> bool {
+        self.matches.is_some() || self.gone
+    }
 }
 
 /// Verifies a journal.
@@ -174,10 +222,23 @@ pub(crate) struct Kept {
 /// # Errors
 /// Files cannot be read, or `--key` and `--checkpoint` hold something else.
 pub(crate) fn verify(journal: &Journal, options: &Options<'_>) -> Result<Report, VerifyError> {
+    for _ in 0..RETRIES {
+        match verify_once(journal, options) {
+            // What is left now is another journal.
+            Err(VerifyError::Source(error)) if journal.is_removed(&error) => {}
+            result => return result,
+        }
+    }
+    verify_once(journal, options)
+}
+
+fn verify_once(journal: &Journal, options: &Options<'_>) -> Result<Report, VerifyError> {
     let keys = Keys::load(journal, options.key)?;
     let mut kept = options.checkpoint.map(|path| load_checkpoint(path, &keys)).transpose()?;
     let mut report = Report {
         journal: journal.name(),
+        noun: journal.noun(),
+        topic: None,
         sound: true,
         key_source: keys.source(),
         epochs: Vec::new(),
@@ -186,51 +247,101 @@ pub(crate) fn verify(journal: &Journal, options: &Options<'_>) -> Result<Report,
         notes: Findings::default(),
         checkpoint: None,
     };
-    let mut known = epoch::Known::new(journal, &keys, &mut report)?;
-    // An agent may be writing: what its checkpoints cover is surely in the segments that are listed after them.
-    let journal = &Journal::open(journal.path())?;
+    let mut known = known::Known::new(journal, &keys, options.partial, &mut report)?;
+    let reopened;
+    let journal = if journal.topic().is_some() {
+        journal
+    } else {
+        // An agent may be writing: what its checkpoints cover is surely in the segments that are listed after them.
+        reopened = Journal::open(journal.path())?;
+        &reopened
+    };
     let mut progress = Progress::new("verifying", journal.bytes());
     for epoch in &journal.epochs {
-        epoch::check(journal, epoch, &keys, kept.as_mut(), &mut known, &mut report, &mut progress)?;
+        let (partial, kept) = (options.partial, kept.as_mut());
+        epoch::check(journal, epoch, &keys, partial, kept, &mut known, &mut report, &mut progress)?;
     }
     drop(progress);
     known.finish(&mut report);
+    if let Some(topic) = journal.topic() {
+        judge_topic(topic, &mut report);
+    }
     if let Some(kept) = kept {
-        judge_kept(&kept, &mut report);
+        judge_kept(&kept, options.partial, &mut report);
     }
     report.sound = report.damage.number() == 0;
     Ok(report)
 }
 
-fn judge_kept(kept: &Kept, report: &mut Report) {
-    let Checkpoint { origin, size, .. } = &kept.checkpoint;
-    let mut damage = |what| {
+fn judge_topic(topic: &Topic, report: &mut Report) {
+    let (facts, conflicts) = (topic.facts(), topic.conflicts());
+    report.topic = Some(TopicReport {
+        messages: facts.messages,
+        partitions: facts.partitions,
+        duplicates: topic.duplicates(),
+        foreign: facts.foreign.number(),
+        trimmed_partitions: facts.trimmed,
+    });
+    for conflict in &conflicts.listed {
         report.damage.push(Finding {
-            file: kept.path.display().to_string(),
+            file: topic.place(conflict.other),
+            offset: None,
+            sequence: Some(conflict.sequence),
+            what: format!(
+                "{} {} of epoch {} says other than {}, and is the same one",
+                if conflict.frame_type == FrameType::Event { "event" } else { "checkpoint" },
+                conflict.sequence,
+                conflict.epoch,
+                topic.place(conflict.first),
+            ),
+        });
+    }
+    report.damage.more += conflicts.more;
+    for stranger in &facts.foreign.listed {
+        report.notes.push(Finding {
+            file: topic.place(stranger.place),
             offset: None,
             sequence: None,
-            what,
+            what: format!("not a message of Weir: {}", stranger.what),
         });
-    };
-    report.checkpoint = Some(match (kept.matches, kept.log_size) {
+    }
+    report.notes.more += facts.foreign.more;
+}
+
+fn judge_kept(kept: &Kept, partial: bool, report: &mut Report) {
+    let Checkpoint { origin, size, .. } = &kept.checkpoint;
+    let noun = report.noun;
+    let finding =
+        |what| Finding { file: kept.path.display().to_string(), offset: None, sequence: None, what };
+    let text = match (kept.matches, kept.log_size) {
         (Some(true), _) => format!("the first {size} events of {origin} are as they were"),
+        _ if kept.gone => {
+            let what = format!(
+                "the first {size} events of {origin} cannot be compared: events of them are not in this {noun} any more"
+            );
+            if partial { &mut report.notes } else { &mut report.damage }.push(finding(what));
+            "cannot be compared".into()
+        }
         (Some(false), _) => {
-            damage(format!(
+            report.damage.push(finding(format!(
                 "the first {size} events of {origin} are not those that the kept checkpoint covers"
-            ));
+            )));
             "does not match".into()
         }
         (None, Some(events)) => {
-            damage(format!(
-                "{origin} was cut: the kept checkpoint covers {size} events, the journal holds {events} of them"
-            ));
-            "journal was cut".into()
+            report.damage.push(finding(format!(
+                "{origin} was cut: the kept checkpoint covers {size} events, the {noun} holds {events} of them"
+            )));
+            format!("{noun} was cut")
         }
         (None, None) => {
-            damage(format!("the log {origin} of the kept checkpoint is not in this journal"));
+            report
+                .damage
+                .push(finding(format!("the log {origin} of the kept checkpoint is not in this {noun}")));
             "log is missing".into()
         }
-    });
+    };
+    report.checkpoint = Some(text);
 }
 
 /// Reads a small text file that the user named, or that lies beside the journal.
@@ -249,7 +360,7 @@ fn load_checkpoint(path: &Path, keys: &Keys) -> Result<Kept, VerifyError> {
         .map_err(|source| VerifyError::Checkpoint { path: path.to_owned(), source })?;
     let checkpoint =
         keys.verify(&note).map_err(|source| VerifyError::Unsigned { path: path.to_owned(), source })?;
-    Ok(Kept { checkpoint, path: path.to_owned(), matches: None, log_size: None })
+    Ok(Kept { checkpoint, path: path.to_owned(), matches: None, gone: false, log_size: None })
 }
 
 #[cfg(test)]

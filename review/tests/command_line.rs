@@ -73,10 +73,7 @@ fn text(output: &Output) -> (Option<i32>, String, String) {
 #[test]
 fn what_was_asked_wrongly_exits_with_2_and_says_what_is_possible() {
     let cases: [(&[&str], &str); 6] = [
-        (
-            &["sessions", "--from", "kafka://broker:9092/weir"],
-            "kafka sources are not read yet; give a journal directory",
-        ),
+        (&["sessions", "--from", "kafka://broker/weir"], "brokers are HOST:PORT with commas between"),
         (
             &["events", "--from", "x", "--format", "ecs"],
             "the projection ecs is not available yet; available: json",
@@ -106,6 +103,31 @@ fn what_cannot_be_done_exits_with_1_and_names_the_thing() {
         let (code, out, error) = text(&weir(path, arguments).output().unwrap());
         assert_eq!((code, out.as_str()), (Some(1), ""), "{arguments:?}");
         assert!(error.contains("has the id zz"), "{error}");
+    }
+}
+
+#[test]
+fn a_file_of_properties_is_named_with_the_line_that_is_wrong_and_no_secret() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("client.properties");
+    let run = || {
+        let source = ["sessions", "--from", "kafka://127.0.0.1:1/weir"];
+        let mut command = Command::new(env!("CARGO_BIN_EXE_weir"));
+        command.args(source).env("WEIR_KAFKA_CONFIG", &path).stdin(Stdio::null());
+        text(&command.output().unwrap())
+    };
+    let (code, out, error) = run();
+    assert_eq!((code, out.as_str()), (Some(1), ""));
+    assert!(error.starts_with(&format!("weir: cannot read {}", path.display())), "{error}");
+    for (content, expected) in [
+        ("sasl.username=a\nhunter2\n", "line 2: there is no `=`"),
+        ("sasl.pasword=hunter2\n", "line 1: sasl.pasword is no property that the Kafka client"),
+    ] {
+        std::fs::write(&path, content).unwrap();
+        let (code, _, error) = run();
+        assert_eq!(code, Some(1));
+        assert!(error.contains(&format!("{} {expected}", path.display())), "{error}");
+        assert!(!error.contains("hunter2"), "{error}");
     }
 }
 

@@ -2,115 +2,30 @@
 //!
 //! What an epoch's first event says of its predecessor is checked when the predecessor is read, so roots are
 //! compared while the tree grows and never kept. After damage the root of that log cannot be known any more;
-//! frames and signatures are still checked.
+//! frames and signatures are still checked. The same holds where a topic's retention has removed events. What an agent
+//! published and removed left its tree behind, and the log goes on from there.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 
 use serde::Deserialize;
+use uuid::Uuid;
 use weir_common::{
     checkpoint::{Checkpoint, valid_name},
     event::{Event, Kind, SCHEMA_VERSION},
-    frame::{self, FRAME_BYTES_MAX, Frame, FrameType},
-    merkle::{Hash, Tree},
-    segment::{Located, SEGMENT_HEADER_BYTES, SegmentError, SegmentHeader, SegmentReader, Tail},
+    frame::{Frame, FrameType},
+    merkle::Tree,
+    segment::{Located, SegmentError, SegmentHeader, SegmentReader, Tail},
 };
 
-use super::{EpochReport, Finding, Findings, Kept, Report, VerifyError, keys::Keys, read_text};
+use super::{
+    EpochReport, Finding, Findings, Kept, Report, VerifyError,
+    keys::Keys,
+    known::{CHECKPOINT_FILE, Claim, Known},
+};
 use crate::{
-    source::{Epoch, Journal, is_unmade, read_segment, with_sources},
+    source::{Epoch, Journal, is_unmade, made_us, missing, read_segment, with_sources},
     terminal::Progress,
 };
-
-/// File in an epoch's folder with the last checkpoint that the agent signed.
-const CHECKPOINT_FILE: &str = "checkpoint";
-
-/// What an epoch says of the one before it.
-#[derive(Clone, Debug)]
-struct Claim {
-    successor: String,
-    size: u64,
-    root: String,
-    met: bool,
-}
-
-/// What epochs say of their predecessors, by predecessor.
-#[derive(Debug)]
-pub(crate) struct Known {
-    claims: BTreeMap<String, Vec<Claim>>,
-    /// What [`CHECKPOINT_FILE`] says, by epoch.
-    own: BTreeMap<String, Checkpoint>,
-    /// Only one epoch's folder was opened: its predecessor is elsewhere.
-    single: bool,
-    path: String,
-}
-
-impl Known {
-    /// Reads the first event and the checkpoint file of each epoch.
-    ///
-    /// # Errors
-    /// A checkpoint file cannot be read.
-    pub(crate) fn new(journal: &Journal, keys: &Keys, report: &mut Report) -> Result<Self, VerifyError> {
-        let mut claims: BTreeMap<String, Vec<Claim>> = BTreeMap::new();
-        for epoch in &journal.epochs {
-            let first = journal.segments.get(epoch.segments.start).and_then(|path| read_segment(path).ok());
-            let Some(Kind::AgentStarted { predecessor: Some(named), .. }) =
-                first.as_deref().and_then(first_kind)
-            else {
-                continue;
-            };
-            let claim =
-                Claim { successor: epoch.name.clone(), size: named.size, root: named.root, met: false };
-            claims.entry(named.epoch).or_default().push(claim);
-        }
-        let single = journal.epochs.iter().any(|epoch| epoch.directory == journal.path());
-        let mut own = BTreeMap::new();
-        for epoch in &journal.epochs {
-            let path = epoch.directory.join(CHECKPOINT_FILE);
-            if !path.is_file() {
-                continue;
-            }
-            let wrong = match keys.verify(&read_text(&path)?) {
-                Ok(checkpoint) if checkpoint.origin.rsplit('/').next() == Some(&epoch.name) => {
-                    own.insert(epoch.name.clone(), checkpoint);
-                    continue;
-                }
-                Ok(checkpoint) => format!("is for another log: {}", checkpoint.origin),
-                Err(error) => with_sources(&error),
-            };
-            let file = path.display().to_string();
-            report.damage.push(Finding { file, offset: None, sequence: None, what: wrong });
-        }
-        Ok(Self { claims, own, single, path: journal.name() })
-    }
-
-    /// Reports claims about logs that were cut or are missing.
-    pub(crate) fn finish(&self, report: &mut Report) {
-        for (predecessor, claims) in &self.claims {
-            let log = report.epochs.iter().find(|epoch| epoch.epoch == *predecessor);
-            for claim in claims.iter().filter(|claim| !claim.met) {
-                let what = match log {
-                    Some(log) => format!(
-                        "epoch {predecessor} was cut: epoch {} found {} events in it, the journal holds {} of them",
-                        claim.successor, claim.size, log.events
-                    ),
-                    None => format!(
-                        "epoch {predecessor} is missing: epoch {} names it as its predecessor, with {} events",
-                        claim.successor, claim.size
-                    ),
-                };
-                let finding = Finding { file: self.path.clone(), offset: None, sequence: None, what };
-                if self.single && log.is_none() { &mut report.notes } else { &mut report.damage }
-                    .push(finding);
-            }
-        }
-    }
-}
-
-fn first_kind(segment: &[u8]) -> Option<Kind> {
-    let end = segment.len().min(SEGMENT_HEADER_BYTES + FRAME_BYTES_MAX);
-    let (frame, _) = frame::decode(segment.get(SEGMENT_HEADER_BYTES..end)?).ok()?;
-    serde_json::from_slice::<Event>(frame.value).ok().map(|event| event.kind)
-}
 
 /// What every event has, whatever version made it.
 #[derive(Deserialize)]
@@ -133,10 +48,12 @@ struct Loose {
 ///
 /// # Errors
 /// A segment cannot be read.
+#[expect(clippy::too_many_arguments, reason = "each is another part of one verification")]
 pub(crate) fn check(
     journal: &Journal,
     epoch: &Epoch,
     keys: &Keys,
+    partial: bool,
     kept: Option<&mut Kept>,
     known: &mut Known,
     report: &mut Report,
@@ -145,28 +62,34 @@ pub(crate) fn check(
     let mut no_claims = Vec::new();
     let claims = known.claims.get_mut(&epoch.name).unwrap_or(&mut no_claims);
     let kept = kept.filter(|kept| kept.checkpoint.origin.rsplit('/').next() == Some(epoch.name.as_str()));
+    let id = Uuid::try_parse(&epoch.name).ok();
     let mut checked = Check {
+        journal,
         report,
         keys,
         claims,
         kept,
-        file: String::new(),
+        file: journal.label(&epoch.directory),
         tree: Tree::new(),
         intact: true,
+        whole: true,
+        partial,
+        last_us: id.as_ref().and_then(made_us).unwrap_or(i64::MIN),
         totals: EpochReport { epoch: epoch.name.clone(), ..EpochReport::default() },
         open: HashMap::new(),
         own: known.own.remove(&epoch.name),
         newer_schema: None,
     };
-    checked.compare_root(0, None);
+    checked.removed(epoch, id);
+    checked.compare_root(checked.totals.end, None);
     for number in epoch.segments.clone() {
         let path = &journal.segments[number];
-        checked.file = path.display().to_string();
+        checked.file = journal.label(path);
         let bytes = read_segment(path)?;
         checked.segment(&bytes, journal.successor(number));
         progress.advance(bytes.len() as u64);
     }
-    checked.finish(&epoch.directory.display().to_string());
+    checked.finish(journal.label(&epoch.directory));
     Ok(())
 }
 
@@ -177,35 +100,45 @@ fn origin(node: &str, epoch: &str) -> String {
     format!("weir/{}/{epoch}", if node.is_empty() { "node" } else { &node })
 }
 
-struct Check<'a> {
-    report: &'a mut Report,
-    keys: &'a Keys,
-    claims: &'a mut Vec<Claim>,
-    kept: Option<&'a mut Kept>,
+/// An epoch that is being checked.
+pub(super) struct Check<'a> {
+    pub(super) journal: &'a Journal,
+    pub(super) report: &'a mut Report,
+    pub(super) keys: &'a Keys,
+    pub(super) claims: &'a mut Vec<Claim>,
+    pub(super) kept: Option<&'a mut Kept>,
     /// The segment that is being read.
-    file: String,
-    tree: Tree,
-    /// No damage so far: the tree's root means something.
-    intact: bool,
-    totals: EpochReport,
+    pub(super) file: String,
+    pub(super) tree: Tree,
+    /// No damage so far.
+    pub(super) intact: bool,
+    /// No event is gone so far that may be. The tree's root means something if both hold.
+    pub(super) whole: bool,
+    /// Events may be gone where a topic's retention has removed the beginning.
+    pub(super) partial: bool,
+    /// Time of the last event, or of the epoch's beginning.
+    pub(super) last_us: i64,
+    pub(super) totals: EpochReport,
     /// Requests without an end, with the sequence of their beginning.
-    open: HashMap<String, u64>,
-    newer_schema: Option<u32>,
+    pub(super) open: HashMap<String, u64>,
+    pub(super) newer_schema: Option<u32>,
     /// What [`CHECKPOINT_FILE`] says, until the log has reached its size.
-    own: Option<Checkpoint>,
+    pub(super) own: Option<Checkpoint>,
 }
 
 impl Check<'_> {
     fn finding(&self, offset: Option<usize>, sequence: Option<u64>, what: String) -> Finding {
-        Finding { file: self.file.clone(), offset: offset.map(|offset| offset as u64), sequence, what }
+        // A topic has no segments; epoch and sequence name its messages.
+        let offset = offset.filter(|_| self.journal.topic().is_none()).map(|offset| offset as u64);
+        Finding { file: self.file.clone(), offset, sequence, what }
     }
 
-    fn damage(&mut self, offset: Option<usize>, sequence: Option<u64>, what: String) {
+    pub(super) fn damage(&mut self, offset: Option<usize>, sequence: Option<u64>, what: String) {
         let finding = self.finding(offset, sequence, what);
         self.report.damage.push(finding);
     }
 
-    fn note(&mut self, offset: Option<usize>, sequence: Option<u64>, what: String) {
+    pub(super) fn note(&mut self, offset: Option<usize>, sequence: Option<u64>, what: String) {
         let finding = self.finding(offset, sequence, what);
         self.report.notes.push(finding);
     }
@@ -252,7 +185,8 @@ impl Check<'_> {
             self.totals.node.clone_from(&header.node);
         }
         let mut wrong = Vec::new();
-        if !self.file.ends_with(&SegmentHeader::file_name(header.index)) {
+        let is_topic = self.journal.topic().is_some();
+        if !is_topic && !self.file.ends_with(&SegmentHeader::file_name(header.index)) {
             wrong.push(format!("segment {} has the name of another", header.index));
         }
         if header.epoch.to_string() != self.totals.epoch {
@@ -262,10 +196,19 @@ impl Check<'_> {
             wrong.push(format!("segment is of node {}, the epoch of {}", header.node, self.totals.node));
         }
         // Later segments are held against the sequence of the one before; numbers may have holes.
-        if self.totals.segments == 1 && header.first_sequence != 0 {
+        let (first, expected) = (header.first_sequence, self.totals.end);
+        if self.totals.segments == 1 && first > expected {
+            if is_topic {
+                self.totals.removed = first;
+                self.lost(expected, first);
+            } else if expected == 0 {
+                wrong.push(format!("the first {first} events are missing: a segment was removed"));
+            } else {
+                wrong.push(format!("{}: a segment was removed", missing(expected, first)));
+            }
+        } else if self.totals.segments == 1 && first < expected {
             wrong.push(format!(
-                "the first {} events are missing: a segment was removed",
-                header.first_sequence
+                "segment begins with event {first}, but {expected} events are said to be removed before it"
             ));
         }
         for what in wrong {
@@ -275,9 +218,15 @@ impl Check<'_> {
     }
 
     fn unreadable(&mut self, error: &SegmentError) {
+        if let SegmentError::Sequence { expected, found: next, .. }
+        | SegmentError::Missing { expected, successor: next, .. } = error
+            && self.journal.topic().is_some()
+        {
+            return self.lost(*expected, *next);
+        }
         self.intact = false;
         let (offset, sequence) = match error {
-            SegmentError::Damaged { offset, .. } => (Some(*offset), Some(self.tree.size())),
+            SegmentError::Damaged { offset, .. } => (Some(*offset), Some(self.totals.end)),
             SegmentError::Sequence { offset, expected, .. }
             | SegmentError::Missing { offset, expected, .. } => (Some(*offset), Some(*expected)),
             _ => (None, None),
@@ -309,7 +258,8 @@ impl Check<'_> {
                 self.event(*offset, frame);
                 self.tree.push(frame.leaf_hash);
                 self.totals.events += 1;
-                self.compare_root(self.tree.size(), Some(*offset));
+                self.totals.end = frame.sequence.saturating_add(1);
+                self.compare_root(self.totals.end, Some(*offset));
             }
         }
     }
@@ -337,8 +287,8 @@ impl Check<'_> {
             );
             return self.damage(Some(offset), sequence, what);
         }
-        if !self.intact {
-            // The damage has been named; a root over what is left would only repeat it.
+        if !self.has_root() {
+            // What is missing has been named; a root over what is left would only repeat it.
             return;
         }
         if checkpoint.root != self.tree.root() {
@@ -357,6 +307,7 @@ impl Check<'_> {
                 return self.damage(Some(offset), sequence, format!("value is not an event: {error}"));
             }
         };
+        self.last_us = event.time_unix_us;
         if event.schema > SCHEMA_VERSION {
             self.newer_schema = Some(event.schema);
         }
@@ -413,62 +364,37 @@ impl Check<'_> {
         self.report.gaps.push(finding);
     }
 
-    /// Compares the log's root with what others say it was at this size.
-    fn compare_root(&mut self, size: u64, offset: Option<usize>) {
-        let kept_here = self.kept.as_ref().is_some_and(|kept| kept.checkpoint.size == size);
-        let own = self.own.take_if(|own| own.size == size);
-        if !kept_here && own.is_none() && !self.claims.iter().any(|claim| claim.size == size) {
-            return;
-        }
-        let root: Hash = self.tree.root();
-        if self.intact && own.is_some_and(|own| own.root != root) {
-            let what =
-                format!("root at {size} events is not the one in the epoch's file `{CHECKPOINT_FILE}`");
-            self.damage(offset, Some(size), what);
-        }
-        if let Some(kept) = self.kept.as_mut().filter(|_| kept_here) {
-            kept.matches = Some(self.intact && kept.checkpoint.root == root);
-        }
-        let hex = hex::encode(root);
-        let mut wrong = Vec::new();
-        for claim in self.claims.iter_mut().filter(|claim| claim.size == size) {
-            claim.met = true;
-            if self.intact && claim.root != hex {
-                wrong.push(format!(
-                    "root at {size} events is not the one that epoch {} found",
-                    claim.successor
-                ));
-            }
-        }
-        for what in wrong {
-            self.damage(offset, Some(size), what);
-        }
-    }
-
-    fn finish(mut self, directory: &str) {
-        self.file = directory.to_owned();
+    fn finish(mut self, directory: String) {
+        self.file = directory;
         if let Some(own) = self.own.take() {
             let what = format!(
                 "epoch was cut: its file `{CHECKPOINT_FILE}` covers {} events, the segments hold {} of them",
-                own.size, self.totals.events
+                own.size, self.totals.end
             );
-            self.damage(None, Some(self.totals.events), what);
+            self.damage(None, Some(self.totals.end), what);
         }
         if let Some(kept) = &mut self.kept {
-            kept.log_size = Some(self.totals.events);
+            kept.log_size = Some(self.totals.end);
         }
         if let Some(schema) = self.newer_schema {
             let what =
                 format!("events of schema {schema}, newer than this version: checked, but not understood");
             self.note(None, None, what);
         }
-        let uncovered = self.totals.events - self.totals.covered.min(self.totals.events);
-        if self.intact && uncovered > 0 {
+        let uncovered = self.totals.end - self.totals.covered.min(self.totals.end);
+        if self.has_root() && uncovered > 0 {
             let what = format!("the last {uncovered} events are not covered by a checkpoint (yet)");
             self.note(None, Some(self.totals.covered), what);
         }
+        if self.intact && !self.whole {
+            let what = "its root cannot be computed, as events are gone: sequence, envelopes and the signatures of \
+                        checkpoints were verified, but not that events are those that checkpoints cover";
+            self.note(None, None, what.into());
+        }
         if self.totals.stopped && self.totals.checkpoints == 0 {
-            self.damage(None, None, "the epoch ended in order, but has no checkpoint".into());
+            let hint =
+                if self.journal.topic().is_some() { "; is the topic of checkpoints named, too?" } else { "" };
+            self.damage(None, None, format!("the epoch ended in order, but has no checkpoint{hint}"));
         }
         self.totals.open_requests = self.open.len() as u64;
         let mut open: Vec<(u64, String)> =
@@ -484,7 +410,7 @@ impl Check<'_> {
         }
         self.report.notes.more += listed.more;
         listed.listed.into_iter().for_each(|finding| self.report.notes.push(finding));
-        self.totals.root = self.intact.then(|| hex::encode(self.tree.root()));
+        self.totals.root = self.has_root().then(|| hex::encode(self.tree.root()));
         self.report.epochs.push(self.totals);
     }
 }

@@ -43,7 +43,10 @@ impl Keys {
             }
         }
         if list.is_empty() {
-            return Err(VerifyError::NoKeyInJournal { journal: journal.name() });
+            return Err(match journal.topic() {
+                Some(topic) => VerifyError::NoKeyOnTopic { topic: topic.name() },
+                None => VerifyError::NoKeyInJournal { journal: journal.name() },
+            });
         }
         Ok(Self { source: KeySource::Journal, list })
     }

@@ -4,7 +4,7 @@
 
 use std::io::{self, Write};
 
-use super::{Findings, KeySource, Report};
+use super::{EpochReport, Findings, KeySource, Report};
 use crate::{
     moment::{counted, grouped},
     terminal::{Style, escaped, escaped_json},
@@ -24,7 +24,11 @@ pub(crate) fn print_json(out: &mut dyn Write, report: &Report) -> io::Result<()>
 /// The output cannot be written.
 pub(crate) fn print(out: &mut dyn Write, style: Style, report: &Report) -> io::Result<()> {
     for epoch in &report.epochs {
-        let state = if epoch.stopped { "ended in order" } else { "not ended: running, or crashed" };
+        let state = match epoch {
+            EpochReport { stopped: true, .. } => "ended in order",
+            EpochReport { segments: 0, .. } => "nothing is left",
+            _ => "not ended: running, or crashed",
+        };
         let text = format!(
             "{} on {}: {}, {}, {} ({} of {} events covered), {}, {state}",
             epoch.epoch,
@@ -33,12 +37,31 @@ pub(crate) fn print(out: &mut dyn Write, style: Style, report: &Report) -> io::R
             counted(epoch.events, "event"),
             counted(epoch.checkpoints, "checkpoint"),
             grouped(epoch.covered),
-            grouped(epoch.events),
+            grouped(epoch.end),
             counted(epoch.open_requests, "open request"),
         );
+        let text = match epoch.removed {
+            0 => text,
+            removed => format!("{text}; {} before them are not here any more", counted(removed, "event")),
+        };
         writeln!(out, "{} {}", style.strong("epoch"), escaped(&text))?;
-        let root = epoch.root.as_deref().unwrap_or("not computable: damage stands in the way");
+        let root = epoch.root.as_deref().unwrap_or(if report.sound {
+            "not computable: events are gone"
+        } else {
+            "not computable: damage stands in the way"
+        });
         writeln!(out, "      root {root}")?;
+    }
+    if let Some(topic) = &report.topic {
+        writeln!(
+            out,
+            "{} {} in {}, {} of them came again, {} of others",
+            style.strong("topic"),
+            counted(topic.messages, "message"),
+            counted(topic.partitions, "partition"),
+            grouped(topic.duplicates),
+            grouped(topic.foreign),
+        )?;
     }
     findings(out, &style.bad("damage"), &report.damage)?;
     findings(out, &style.warning("gap"), &report.gaps)?;
@@ -50,14 +73,27 @@ pub(crate) fn print(out: &mut dyn Write, style: Style, report: &Report) -> io::R
         KeySource::Given => writeln!(out, "signatures were verified with the given key")?,
         KeySource::Journal => writeln!(
             out,
-            "keys were taken from the journal itself: this proves consistency, not authorship; give --key FILE with \
-             a verifier key that you have from elsewhere"
+            "keys were taken from the {} itself: this proves consistency, not authorship; give --key FILE with \
+             a verifier key that you have from elsewhere",
+            report.noun
         )?,
     }
+    verdict(out, style, report)
+}
+
+fn verdict(out: &mut dyn Write, style: Style, report: &Report) -> io::Result<()> {
     let name = escaped(&report.journal).into_owned();
     let gaps = counted(report.gaps.number(), "recorded gap");
     if report.sound {
-        writeln!(out, "{} {name} is whole and unchanged ({gaps})", style.good("ok"))
+        let whole = report.epochs.iter().all(|epoch| epoch.removed == 0);
+        let verdict = match report.epochs.iter().all(|epoch| epoch.root.is_some()) {
+            true if whole => format!("{name} is whole and unchanged"),
+            true => format!("what is left in {name} is whole and unchanged"),
+            false => format!(
+                "nothing is wrong with what is left in {name}, as far as that can be told (see notes)"
+            ),
+        };
+        writeln!(out, "{} {verdict} ({gaps})", style.good("ok"))
     } else {
         let number = counted(report.damage.number(), "place");
         writeln!(out, "{} {name} is damaged in {number} ({gaps})", style.bad("damaged"))

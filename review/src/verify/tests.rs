@@ -162,12 +162,14 @@ fn a_rewritten_log_is_found_by_key_or_kept_checkpoint() {
     forger.checkpoint().save(forged.path(), 0);
     let journal = Journal::open(forged.path()).unwrap();
     assert!(verify(&journal, &Options::default()).unwrap().is_sound());
-    let report = verify(&journal, &Options { key: Some(&key), checkpoint: None }).unwrap();
+    let report = verify(&journal, &Options { key: Some(&key), ..Options::default() }).unwrap();
     assert_eq!(report.key_source, KeySource::Given);
     assert!(damage(&report).contains("no signature by key"), "{}", damage(&report));
-    let report = verify(&journal, &Options { key: Some(&key), checkpoint: Some(&kept) }).unwrap();
+    let report =
+        verify(&journal, &Options { key: Some(&key), checkpoint: Some(&kept), ..Options::default() })
+            .unwrap();
     assert!(damage(&report).contains("are not those that the kept checkpoint covers"), "{}", damage(&report));
-    let unknown = verify(&journal, &Options { key: None, checkpoint: Some(&kept) });
+    let unknown = verify(&journal, &Options { checkpoint: Some(&kept), ..Options::default() });
     assert!(matches!(unknown, Err(VerifyError::Unsigned { .. })));
 }
 
