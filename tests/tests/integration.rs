@@ -51,6 +51,10 @@ mod http_attacks;
 mod identity;
 #[path = "integration/identity_provider.rs"]
 mod identity_provider;
+#[path = "integration/kafka.rs"]
+mod kafka;
+#[path = "integration/kafka_faults.rs"]
+mod kafka_faults;
 #[path = "integration/monitoring.rs"]
 mod monitoring;
 #[path = "integration/names.rs"]

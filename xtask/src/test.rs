@@ -12,7 +12,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
-use weir_tests::{Testbed, components, progress::Progress, wait::interrupt_on_signals};
+use weir_tests::{Testbed, components, kafka, progress::Progress, wait::interrupt_on_signals};
 
 use crate::{build_ebpf, native};
 
@@ -40,6 +40,9 @@ pub(crate) fn run(root: &Path, long: bool) -> Result<()> {
         println!("first: {line}");
     }
     let xtask = std::env::current_exe().context("cannot find this program's own path")?;
+    if let Some(line) = kafka::plan()? {
+        println!("first: {line}");
+    }
     let seed = seed()?;
     println!("seed: WEIR_FUZZ_SEED={seed}");
     native::install()?;
@@ -143,7 +146,7 @@ fn on_testbed(root: &Path, xtask: &Path) -> Vec<Suite> {
     let mut demo = Command::new(xtask);
     demo.args(["demo", "--yes"]).current_dir(root);
     vec![
-        Suite { name: "integration", budget: Duration::from_secs(900), command: integration },
+        Suite { name: "integration", budget: Duration::from_secs(1200), command: integration },
         Suite { name: "demo", budget: Duration::from_secs(180), command: demo },
     ]
 }

@@ -6,6 +6,7 @@ use anyhow::{Result, bail};
 use clap::{Args, Subcommand};
 use weir_tests::Testbed;
 use weir_tests::components::Components;
+use weir_tests::kafka;
 use weir_tests::progress::Progress;
 use weir_tests::wait::interrupt_on_signals;
 
@@ -21,7 +22,7 @@ pub(crate) struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Install Debian packages and build Go modules, as far as they are missing.
+    /// Install Debian packages, build Go modules and fetch the tests' Kafka, as far as they are missing.
     Build,
     /// Build what is missing, start everything and wait until pods can run.
     Up,
@@ -39,7 +40,10 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         None => Testbed::default_folder()?,
     };
     match arguments.command {
-        Command::Build => Components::build(Progress::Shown).map(|_| ()),
+        Command::Build => {
+            Components::build(Progress::Shown)?;
+            kafka::install(Progress::Shown)
+        }
         Command::Up => {
             let testbed = Testbed::up(&folder, Progress::Shown)?;
             let kubeconfig = testbed.layout().kubeconfig("admin");

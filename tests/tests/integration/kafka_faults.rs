@@ -1,0 +1,255 @@
+//! Kafka is away, hangs, or is not as it must be: pods go on working, and nothing that was acknowledged to them is missing
+//! on the topic in the end. What was acknowledged is known from what kubectl said in the pod, not from Weir.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io::{BufRead as _, BufReader, Lines},
+    process::{Child, ChildStdout, Command, Stdio},
+};
+
+use base64::{Engine as _, prelude::BASE64_STANDARD};
+use serde_json::json;
+use weir_common::event::{Bytes, Channel, Event, Kind};
+use weir_tests::{
+    AgentProcess, Kafka, Pod, PodSpec, agent, command, kafka::Message, testbed::free_ports, wait_until,
+};
+
+use super::{
+    Scene,
+    kafka::{
+        CHECKPOINTS, EVENTS, PUBLISHED_DEADLINE, check, configuration, doctor, epochs, kafka, published,
+        publishing, recorded, sound, source, start, wait_until_published,
+    },
+    monitoring::Monitored,
+};
+
+/// Most messages that may be under way at once, and so come twice when nobody knows what became of them.
+const UNDER_WAY_MAX: usize = 8192;
+
+/// A pod that makes objects one after the other, and what kubectl said of each.
+struct Ledger {
+    prefix: &'static str,
+    made: BTreeSet<String>,
+    kubectl: Child,
+    answers: Lines<BufReader<ChildStdout>>,
+}
+
+impl Ledger {
+    fn start(pod: &Pod<'_>, prefix: &'static str) -> Self {
+        let script = format!(
+            "rm -f /tmp/stop; n=0; while [ ! -e /tmp/stop ] && [ $n -lt 2000 ]; do n=$((n+1)); \
+             kubectl create configmap {prefix}-$n --from-literal=n=$n -o name || echo refused; done"
+        );
+        let mut command = pod.exec_command();
+        let mut kubectl = command.args(["sh", "-c", &script]).stdout(Stdio::piped()).spawn().unwrap();
+        let answers = BufReader::new(kubectl.stdout.take().unwrap()).lines();
+        Self { prefix, made: BTreeSet::new(), kubectl, answers }
+    }
+
+    /// The next answer, if there is one.
+    fn next(&mut self) -> bool {
+        let Some(answer) = self.answers.next() else { return false };
+        let answer = answer.unwrap();
+        let name = answer.strip_prefix("configmap/").unwrap_or_else(|| panic!("kubectl says {answer:?}"));
+        assert!(name.starts_with(self.prefix) && self.made.insert(name.to_owned()), "{name}");
+        true
+    }
+
+    /// Waits for so many more objects.
+    fn go_on(&mut self, objects: usize, when: &str) {
+        for _ in 0..objects {
+            assert!(self.next(), "the pod makes no more objects {when}");
+        }
+    }
+
+    /// Ends it and gives all that kubectl said was made.
+    fn end(mut self, pod: &Pod<'_>) -> BTreeSet<String> {
+        pod.shell("touch /tmp/stop").unwrap();
+        while self.next() {}
+        self.kubectl.wait().unwrap();
+        self.made
+    }
+}
+
+/// Checks that the topic tells of each object: the request with its name in the body, and that it was answered by 201.
+/// The answer for `last` may be missing: its record comes behind it, and the agent was killed then.
+#[track_caller]
+fn check_ledger(made: &BTreeSet<String>, last: Option<&str>, published: &BTreeMap<String, Vec<Message>>) {
+    let (mut opened, mut created) = (BTreeSet::new(), BTreeSet::new());
+    let mut bodies = Vec::new();
+    for message in published.values().flatten().filter(|message| message.value.starts_with('{')) {
+        let event: Event = serde_json::from_str(&message.value).unwrap();
+        let Some(request) = event.request else { continue };
+        match event.kind {
+            Kind::RequestOpened(_) => drop(opened.insert(request)),
+            Kind::Content(content) if content.channel == Channel::RequestBody => {
+                let body = match content.bytes {
+                    Bytes::Text(text) => text.into_bytes(),
+                    Bytes::Base64(text) => BASE64_STANDARD.decode(text).unwrap(),
+                };
+                bodies.push((body, request));
+            }
+            Kind::RequestClosed(closed) if closed.status == Some(201) => drop(created.insert(request)),
+            _ => {}
+        }
+    }
+    for name in made {
+        // Kubernetes' protobuf, which kubectl sends: a field of this type and length.
+        let field = [&[0x0a, u8::try_from(name.len()).unwrap()], name.as_bytes()].concat();
+        let has = |body: &[u8]| body.windows(field.len()).any(|part| part == field);
+        let found = bodies.iter().find(|(body, _)| has(body));
+        let (_, request) =
+            found.unwrap_or_else(|| panic!("{name} was made, and the topic has no body of it"));
+        assert!(opened.contains(request), "{name}: its request is not on the topic");
+        let answered = created.contains(request) || last == Some(name);
+        assert!(answered, "{name}: its answer is not on the topic");
+    }
+}
+
+/// Waits until monitoring says that something is wrong, and gives the words.
+#[track_caller]
+fn note(monitored: &Monitored, of: &str) -> String {
+    wait_until(&format!("readiness to say {of:?}"), PUBLISHED_DEADLINE, || {
+        let (status, text) = monitored.get("/readyz")?;
+        assert_eq!(status, 200, "Kafka is no reason to refuse pods: {text}");
+        Ok(text.contains(of).then_some(text))
+    })
+    .unwrap()
+}
+
+#[test]
+fn nothing_that_a_pod_was_told_is_missing_after_the_broker_was_killed_and_hung() {
+    let Some(mut scene) = Scene::new() else { return };
+    let mut kafka = kafka();
+    scene.namespace("it-kafka-down", true);
+    let pod = scene.testbed.run_pod(&PodSpec::idle("it-kafka-down", "caller")).unwrap();
+    let configuration = configuration(&scene, publishing(&kafka.bootstrap()));
+    let (mut agent, monitored) = Monitored::start_with(&scene, configuration);
+    let mut ledger = Ledger::start(&pod, "ledger");
+    ledger.go_on(3, "before");
+    kafka.kill().unwrap();
+    ledger.go_on(5, "while the broker is dead");
+    wait_until("a backlog", PUBLISHED_DEADLINE, || {
+        let metrics = monitored.metrics();
+        Ok((metrics["weir_kafka_backlog_bytes"] > 0.0 && metrics["weir_kafka_connected"] == 0.0)
+            .then_some(()))
+    })
+    .unwrap();
+    kafka.restart().unwrap();
+    ledger.go_on(3, "when the broker is back");
+    kafka.stop().unwrap();
+    ledger.go_on(5, "while the broker hangs");
+    kafka.cont().unwrap();
+    ledger.go_on(3, "when the broker goes on");
+    let made = ledger.end(&pod);
+    wait_until_published(&kafka, &scene.journal());
+    wait_until("no backlog", PUBLISHED_DEADLINE, || {
+        let metrics = monitored.metrics();
+        Ok((metrics["weir_kafka_backlog_bytes"] == 0.0 && metrics["weir_kafka_connected"] == 1.0)
+            .then_some(()))
+    })
+    .unwrap();
+    assert!(agent.terminate().unwrap().success(), "{}", agent.last_lines());
+
+    let (recorded, published) = (recorded(&scene.journal()), published(&kafka));
+    check_ledger(&made, None, &published);
+    let again = check(&recorded, &published);
+    println!("{} objects, {} frames, {again} of them once more", made.len(), recorded.len());
+    assert!(again <= UNDER_WAY_MAX, "{again} messages came again");
+    assert_eq!(published.len(), recorded.len(), "there is nothing on the topics that is not in the journal");
+    let report = sound(&source(&kafka.bootstrap()), &[]);
+    assert_eq!(report["topic"]["duplicates"].as_u64(), u64::try_from(again).ok(), "{report:#}");
+}
+
+#[test]
+fn what_a_killed_agent_left_is_published_by_the_next_one() {
+    let Some(mut scene) = Scene::new() else { return };
+    let mut kafka = kafka();
+    scene.namespace("it-kafka-orphan", true);
+    let pod = scene.testbed.run_pod(&PodSpec::idle("it-kafka-orphan", "caller")).unwrap();
+    let mut agent = start(&scene, publishing(&kafka.bootstrap()), "agent.log");
+    let mut ledger = Ledger::start(&pod, "first");
+    ledger.go_on(3, "with the broker");
+    kafka.kill().unwrap();
+    ledger.go_on(5, "without the broker");
+    let mut made = ledger.end(&pod);
+    agent.crash().unwrap();
+    let number = |name: &String| name.rsplit('-').next().and_then(|number| number.parse::<u32>().ok());
+    let last = made.iter().max_by_key(|name| number(name)).cloned();
+    let orphan = epochs(&scene.journal()).remove(0);
+
+    // The broker is still away when its successor starts.
+    let mut successor = start(&scene, publishing(&kafka.bootstrap()), "successor.log");
+    let mut ledger = Ledger::start(&pod, "second");
+    ledger.go_on(3, "with the next agent");
+    made.append(&mut ledger.end(&pod));
+    kafka.restart().unwrap();
+    wait_until_published(&kafka, &scene.journal());
+    assert!(successor.terminate().unwrap().success(), "{}", successor.last_lines());
+
+    let (recorded, published) = (recorded(&scene.journal()), published(&kafka));
+    assert_eq!(epochs(&scene.journal()).len(), 2);
+    let of_orphan = recorded.iter().filter(|frame| orphan.ends_with(&frame.epoch)).count();
+    assert!(of_orphan > 0, "{orphan:?}");
+    check_ledger(&made, last.as_deref(), &published);
+    let again = check(&recorded, &published);
+    println!("{} objects, {} frames, {again} of them once more", made.len(), recorded.len());
+    assert!(again <= UNDER_WAY_MAX, "{again} messages came again");
+    let report = sound(&source(&kafka.bootstrap()), &[]);
+    let stopped: Vec<_> =
+        report["epochs"].as_array().unwrap().iter().map(|epoch| &epoch["stopped"]).collect();
+    assert_eq!(stopped, [&json!(false), &json!(true)], "{report:#}");
+}
+
+#[test]
+fn an_agent_whose_broker_or_topic_is_not_there_serves_and_says_so_until_it_is() {
+    let Some(mut scene) = Scene::new() else { return };
+    scene.namespace("it-kafka-none", true);
+    let pod = scene.testbed.run_pod(&PodSpec::idle("it-kafka-none", "caller")).unwrap();
+    let serves = |agent: &AgentProcess| {
+        let answered = pod.exec(&["kubectl", "get", "namespace", "default", "-o", "name"]).unwrap();
+        assert!(answered.status.success(), "{}", agent.last_lines());
+    };
+    // Nobody listens there.
+    let [port] = free_ports("127.0.0.1").unwrap();
+    let nowhere = configuration(&scene, publishing(&format!("127.0.0.1:{port}")));
+    let (mut agent, monitored) = Monitored::start_with(&scene, nowhere);
+    serves(&agent);
+    let said = note(&monitored, "not in Kafka yet");
+    assert!(said.starts_with("ready\n"), "{said}");
+    let weir_agent = agent::built_binary("weir-agent").unwrap();
+    let status = command::run(Command::new(&weir_agent).arg("status")).unwrap();
+    assert!(status.contains("not in Kafka yet"), "{status}");
+    assert_eq!(monitored.metrics()["weir_kafka_connected"], 0.0);
+    assert!(monitored.metrics()["weir_kafka_backlog_bytes"] > 0.0);
+    let found = doctor(&scene.scratch.path().join("agent.yaml"), "kafka");
+    assert!(found.contains("no broker answers") && found.contains("kafka.brokers"), "{found}");
+    assert!(agent.terminate().unwrap().success(), "{}", agent.last_lines());
+
+    // A broker without the topic; it has one of them.
+    let kafka = Kafka::start().unwrap();
+    kafka.create_topic(CHECKPOINTS, 1, &[]).unwrap();
+    let configuration = configuration(&scene, publishing(&kafka.bootstrap()));
+    let (mut agent, monitored) = Monitored::start_with(&scene, configuration);
+    serves(&agent);
+    note(&monitored, &format!("topic {EVENTS} does not exist"));
+    assert!(monitored.metrics()["weir_kafka_errors_total{kind=\"unknownTopic\"}"] >= 1.0);
+    assert!(agent.log().unwrap().contains(EVENTS), "{}", agent.last_lines());
+    let found = doctor(&scene.scratch.path().join("agent.yaml"), &format!("kafka topic {EVENTS}"));
+    assert!(found.contains("no such topic") && found.contains("create it"), "{found}");
+    // It need not start anew for what is mended.
+    kafka.create_topic(EVENTS, 3, &[]).unwrap();
+    wait_until_published(&kafka, &scene.journal());
+    assert!(agent.terminate().unwrap().success(), "{}", agent.last_lines());
+    check(&recorded(&scene.journal()), &published(&kafka));
+    sound(&source(&kafka.bootstrap()), &[]);
+
+    // What cannot be right keeps it from starting, with the place.
+    let mut wrong = publishing(&kafka.bootstrap());
+    wrong["properties"] = json!({"acks": "0"});
+    let path = scene.scratch.path().join("wrong.yaml");
+    agent::write_configuration(&super::kafka::configuration(&scene, wrong), &path).unwrap();
+    let ended = command::output(Command::new(&weir_agent).args(["run", "--config"]).arg(&path)).unwrap();
+    let (code, _, err) = super::shown(&ended);
+    assert!(code == Some(1) && err.contains("kafka.properties.acks"), "{err}");
+}
