@@ -17,7 +17,6 @@ use std::{
 use rdkafka::{
     ClientContext,
     admin::{AdminClient, AdminOptions, ResourceSpecifier},
-    client::Client,
     config::{ClientConfig, RDKafkaLogLevel},
     error::{KafkaError, RDKafkaErrorCode},
     message::{DeliveryResult, Header, Message as _, OwnedHeaders},
@@ -35,7 +34,7 @@ use crate::config::Kafka;
 /// Most bytes of a file with a property's value.
 const PROPERTY_BYTES_MAX: u64 = 64 * 1024;
 
-/// How long a client that cannot go on may still tell what became of its messages.
+/// How long a client that cannot go on may still tell why.
 const LAST_WORDS: Duration = Duration::from_millis(100);
 
 /// How long a topic's settings are waited for: they are of use, and not everybody may read them.
@@ -165,7 +164,7 @@ impl ClientContext for Context {
                 self.connected.store(DOWN, Ordering::Relaxed);
                 *lock(&self.denied) = Some(reason.to_owned());
             }
-            _ => {}
+            _ => *lock(&self.problem) = Some(reason.to_owned()),
         }
     }
 }
@@ -314,15 +313,20 @@ pub(crate) struct ClusterFacts {
 /// # Errors
 /// The configuration is wrong, or no broker answers.
 pub(crate) fn inspect(kafka: &Kafka, timeout: Duration) -> Result<ClusterFacts, Failure> {
+    // A producer asks: what is wrong comes as an event, which nobody can take from an admin client's queue.
+    let producer = Producer::new(kafka)?;
+    // All topics: to ask for one by its name may make it.
+    let metadata = producer.0.client().fetch_metadata(None, timeout).map_err(|error| {
+        producer.0.poll(LAST_WORDS);
+        let context = producer.context();
+        if let Some(reason) = lock(&context.denied).take() {
+            return Failure::Denied { reason };
+        }
+        Failure::Unreachable { reason: lock(&context.problem).take().unwrap_or_else(|| error.to_string()) }
+    })?;
     let admin: AdminClient<Context> = client_config(kafka)?
         .create_with_context(Context::default())
         .map_err(|error| refused(kafka, &error))?;
-    let client: &Client<Context> = admin.inner();
-    // All topics: to ask for one by its name may make it.
-    let metadata = client.fetch_metadata(None, timeout).map_err(|error| {
-        let problem = lock(&client.context().problem).take();
-        Failure::Unreachable { reason: problem.unwrap_or_else(|| error.to_string()) }
-    })?;
     let mut names = vec![kafka.topic.clone()];
     names.extend(Some(kafka.checkpoint_topic.clone()).filter(|name| *name != kafka.topic));
     let topics = names.into_iter().map(|name| {
