@@ -28,6 +28,7 @@ pub mod guard;
 pub mod handover;
 pub mod hosts;
 mod interface;
+pub mod layouts;
 pub mod listener;
 pub mod loader;
 mod maps;

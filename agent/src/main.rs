@@ -17,9 +17,9 @@ use weir_agent::{
     exec::{self, ExecOptions},
     explain::{self, ExplainOptions, Explanation},
     interception::{
-        attach, cgroup,
+        cgroup,
         guard::{self, Guarded},
-        handover, loader, pinned, quarantine,
+        handover, layouts, loader, pinned, quarantine,
     },
 };
 
@@ -299,7 +299,7 @@ fn uninstall(force: bool) -> anyhow::Result<()> {
             "an agent runs on this node, and its pods would go unrecorded; stop it first, or give --force"
         );
     }
-    let removed = attach::uninstall(&loader::pin_folder())?;
+    let removed = layouts::uninstall_all(&loader::pin_folder())?;
     println!("removed {removed} pins; pods reach their API servers directly from now on");
     Ok(())
 }

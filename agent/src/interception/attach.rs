@@ -28,6 +28,7 @@ use weir_common::kernel::programs;
 use super::{
     bpf::{attach_kind, attached_programs, link_update, open_pin},
     interface::{HostEnd, remove_filter, remove_filters},
+    layouts,
     pinned::{is_attached_by, pinned_links},
     security,
 };
@@ -415,6 +416,11 @@ impl Attached {
         }
     }
 
+    /// Removes the pins of older layouts.
+    pub(super) fn remove_older_layouts(&self) -> Result<usize, AttachError> {
+        self.pins.as_deref().map_or(Ok(0), layouts::remove_older)
+    }
+
     /// Removes pinned links of cgroups that this process has not attached to.
     pub(super) fn prune(&self) -> Result<(), AttachError> {
         let Some(pins) = &self.pins else { return Ok(()) };
@@ -437,13 +443,18 @@ impl Attached {
 /// # Errors
 /// A pin cannot be removed.
 pub fn uninstall(pins: &Path) -> Result<usize, AttachError> {
+    if !links_for_interfaces() {
+        remove_filters(pins);
+    }
+    remove_pins(pins)
+}
+
+/// The same without the guards that no pin keeps.
+pub(super) fn remove_pins(pins: &Path) -> Result<usize, AttachError> {
     let failed = |path: &Path| {
         let path = path.to_owned();
         move |source| AttachError::Remove { path, source }
     };
-    if !links_for_interfaces() {
-        remove_filters(pins);
-    }
     let mut removed = 0;
     // Links first, so that no program runs on maps that are half gone.
     for folder in [pins.join("links"), pins.join("maps")] {

@@ -25,7 +25,7 @@ use super::{
     enrolled::{Enrolled, Outcome, Step, entry},
     handover::Passed,
     interface::HostEnd,
-    loader::KernelError,
+    loader::{Kernel, KernelError},
     namespace::NamespaceId,
     pinned::pod_name,
     pod::PodUid,
@@ -229,6 +229,11 @@ impl Enrolment {
         let coverage = self.ledger.take(u64::try_from(interval).unwrap_or(u64::MAX), counted);
         sink.recorder.coverage(coverage);
         Ok(())
+    }
+
+    /// The programs and maps that verdicts are written to.
+    pub(super) fn kernel(&self) -> &Kernel {
+        &self.settings.sink.kernel
     }
 
     /// Attaches what someone has detached, and says so; says as well which programs of others are beside ours.

@@ -236,6 +236,14 @@ impl Kernel {
         Ok(attach::lock(&self.attached).prune()?)
     }
 
+    /// Removes the pins of older layouts: to be called when all that they kept is kept by ours. Returns how many there were.
+    ///
+    /// # Errors
+    /// A pin cannot be read or removed.
+    pub fn remove_older_layouts(&self) -> Result<usize, KernelError> {
+        Ok(attach::lock(&self.attached).remove_older_layouts()?)
+    }
+
     /// Takes the ring buffer of notices; once.
     pub(super) fn take_notices(&self) -> Option<RingBuf<MapData>> {
         lock(&self.notices).take()

@@ -427,6 +427,7 @@ async fn enrol(
         }
         if known.is_some() && !*ready.borrow() {
             succession.ready().await?;
+            remove_older_layouts(enrolment.kernel());
             succession.observed.settle();
             ready.send_replace(true);
         }
@@ -449,6 +450,18 @@ async fn enrol(
                 }
             },
             () = tokio::time::sleep(if soon { RESCAN_WAITING } else { RESCAN }) => {}
+        }
+    }
+}
+
+/// Every pod has its verdict here: what an agent of an older layout left is in the way from now on.
+fn remove_older_layouts(kernel: &Kernel) {
+    match kernel.remove_older_layouts() {
+        Ok(0) => {}
+        Ok(pins) => tracing::info!(pins, "removed the pins of an older layout"),
+        Err(error) => {
+            let error = &error as &dyn std::error::Error;
+            tracing::error!(error, "pins of an older layout stay, and deny pods the API");
         }
     }
 }

@@ -1,6 +1,6 @@
 //! Pins: what outlives a process, what the next one takes over, and what uninstalling leaves.
 
-use weir_agent::interception::{attach, loader::Pinning, pinned::pinned_state};
+use weir_agent::interception::{attach, layouts, loader::Pinning, pinned::pinned_state};
 use weir_common::kernel::{CgroupEntry, Class, FLOWS_MAX, FlowKey, FlowRecord, maps, programs};
 
 use crate::world::{API4, Dial, OwnCgroup, OwnNetns, dial, eventually, is, load};
@@ -97,4 +97,33 @@ fn pins_outside_a_bpf_file_system_are_refused_with_the_mend() {
     let error = weir_agent::interception::loader::Kernel::load(Pinning::Pinned(folder.path().join("v1")));
     let text = error.unwrap_err().to_string();
     assert!(text.contains("mount -t bpf"), "{text}");
+}
+
+#[tokio::test]
+async fn an_agents_pins_take_the_place_of_an_older_layouts() {
+    if load(Pinning::Unpinned).is_none() {
+        return;
+    }
+    let bpffs = OwnBpffs::mount().unwrap();
+    let [older, ours, newer] = ["weir/v2", "weir/v3", "weir/v4"].map(|name| bpffs.0.path().join(name));
+    let (cgroup, netns) = (OwnCgroup::new("layouts"), OwnNetns::new());
+    let dialled = || dial(&cgroup.0, Some(&netns), Dial::Tcp(API4));
+    let former = load(Pinning::Pinned(older.clone())).unwrap();
+    former.set_api_endpoint(API4, 0).unwrap();
+    former.attach(&cgroup.0).unwrap();
+    let entry = CgroupEntry { listener_netns: 0, class: Class::Unselected as u32, listener_port: 0 };
+    drop((former, load(Pinning::Pinned(newer.clone())).unwrap()));
+    let agent = load(Pinning::Pinned(ours.clone())).unwrap();
+    agent.set_api_endpoint(API4, 0).unwrap();
+    agent.attach(&cgroup.0).unwrap();
+    agent.classify(cgroup.id(), entry).unwrap();
+    assert_eq!(dialled(), Err(nix::Error::ECONNREFUSED), "what the former agent has left denies");
+    assert!(agent.remove_older_layouts().unwrap() > 0);
+    assert_eq!(agent.remove_older_layouts().unwrap(), 0);
+    eventually("only ours are in force", dialled, is(nix::Error::ENETUNREACH)).await;
+    assert_eq!((older.exists(), ours.exists(), newer.exists()), (false, true, true));
+    agent.forget_cgroup(cgroup.id()).unwrap();
+    assert_eq!(dialled(), Err(nix::Error::ECONNREFUSED), "ours are in force");
+    layouts::uninstall_all(&ours).unwrap();
+    assert!(!bpffs.0.path().join("weir").exists(), "nothing is left, of any layout");
 }
