@@ -45,6 +45,7 @@ mod report;
 mod resolution;
 pub mod run;
 pub mod security;
+mod sieve;
 mod sockets;
 pub mod stored_set;
 mod trouble;

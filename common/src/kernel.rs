@@ -5,7 +5,7 @@
 //! (`::ffff:a.b.c.d`), so that one key serves both families. Ports are in host order. Nothing here knows policy.
 
 /// The version of all layouts in this file; part of the name of the folder of pinned maps.
-pub const LAYOUT_VERSION: u32 = 2;
+pub const LAYOUT_VERSION: u32 = 3;
 
 /// Most entries of the API set: API servers of all clusters, and a kubelet (each with several addresses) a node.
 pub const API_ENDPOINTS_MAX: u32 = 65_536;
@@ -190,10 +190,18 @@ pub mod maps {
     pub const PODS: &str = "PODS";
     /// LRU hash of cgroup id or interface index (`u64`) → time of a guard's last notice, in ns since boot (`u64`).
     pub const REPORTED: &str = "REPORTED";
-    /// All of them.
-    pub const ALL: [&str; 12] = [
+    /// Array of `u64` by [`sieve::slot_of`](crate::sieve::slot_of): not 0 where an address of the API set has this slot. Whoever adds an
+    /// address marks it first, and nobody takes a mark away, so that an address without one needs no look-up.
+    pub const SIEVE: &str = "SIEVE";
+    /// Array of one `u64`: which state of [`CGROUPS`] and [`API_SET`] this is. Whoever has changed one of them writes a number
+    /// here that was never there before, so that what was kept of them counts no more; 0: nothing may be kept.
+    pub const GENERATION: &str = "GENERATION";
+    /// All that are pinned; what the programs keep for themselves (`sieve`) is not.
+    pub const ALL: [&str; 14] = [
         API_SET,
         CGROUPS,
+        SIEVE,
+        GENERATION,
         FLOWS,
         COUNTERS,
         NOTICES,

@@ -1,12 +1,13 @@
 //! What two of Weir's crates must agree on.
 //!
 //! Without features this crate is `no_std` and holds only what kernel and user space share: [`kernel`] (map
-//! layouts), [`packet`] and [`verdict`]. The feature `record` adds the event schema and the journal format, all of it
+//! layouts), [`sieve`], [`packet`] and [`verdict`]. The feature `record` adds the event schema and the journal format, all of it
 //! sans-IO: no tokio, no files, no clock. Nothing here may depend on another crate of this workspace.
 #![cfg_attr(not(any(feature = "record", test)), no_std)]
 
 pub mod kernel;
 pub mod packet;
+pub mod sieve;
 pub mod verdict;
 
 #[cfg(feature = "record")]

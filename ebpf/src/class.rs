@@ -9,7 +9,7 @@ use aya_ebpf::helpers::{
 };
 use weir_common::kernel::{ApiEndpoint, CgroupEntry, Counter, FlowRecord, Notice, NoticeKind, Settings};
 
-use crate::{CGROUPS, COUNTERS, NOTICES, POD_COUNTERS, SETTINGS};
+use crate::{CGROUPS, COUNTERS, NOTICES, POD_COUNTERS, SETTINGS, sieve};
 
 /// Deepest level of the cgroup tree that is looked at. Pods lie on levels 2 to 5; what a container nests below
 /// its own cgroup is covered by the pod's entry, so a deeper task is still found.
@@ -22,26 +22,49 @@ pub(crate) struct Classified {
     pub(crate) entry: CgroupEntry,
 }
 
-/// That of the calling task.
+/// The cgroup of the calling task.
 #[inline(always)]
-pub(crate) fn nearest() -> Option<Classified> {
-    // SAFETY: takes a number only.
-    nearest_of(|level| unsafe { bpf_get_current_ancestor_cgroup_id(level) })
+pub(crate) fn own() -> u64 {
+    // SAFETY: no arguments.
+    unsafe { bpf_get_current_cgroup_id() }
 }
 
-/// Looks from the root down and keeps the deepest match. `ancestor` gives the id of the cgroup at a level, 0 below
-/// the last one.
+/// The nearest one of the calling task, whose cgroup this is.
 #[inline(always)]
-pub(crate) fn nearest_of(ancestor: impl Fn(i32) -> u64) -> Option<Classified> {
-    let mut found = None;
+pub(crate) fn nearest(own: u64) -> Option<Classified> {
+    // SAFETY: takes a number only.
+    nearest_of(own, |level| unsafe { bpf_get_current_ancestor_cgroup_id(level) })
+}
+
+/// That of a cgroup: what was found the last time, or what is found now. `ancestor` gives the id of the cgroup at a level, 0
+/// below the last one.
+#[inline(always)]
+pub(crate) fn nearest_of(cgroup: u64, ancestor: impl Fn(i32) -> u64) -> Option<Classified> {
+    let generation = sieve::generation();
+    let (id, entry) = match sieve::kept(cgroup, generation) {
+        Some(kept) => kept,
+        None => {
+            let found = walk(sieve::after(generation) as i32, ancestor);
+            sieve::keep(cgroup, generation, found);
+            found
+        }
+    };
+    if id == 0 { None } else { Some(Classified { id, entry }) }
+}
+
+/// Looks from the root down and keeps the deepest match; 0 if there is none. No `Option`: of one the compiler would copy what
+/// was never written, which the verifier refuses.
+#[inline(always)]
+fn walk(root: i32, ancestor: impl Fn(i32) -> u64) -> (u64, CgroupEntry) {
+    let mut found = (0, CgroupEntry { listener_netns: 0, class: 0, listener_port: 0 });
     // Of the root nothing is ever said: it holds everything.
     for level in 1..LEVELS_MAX {
-        let id = ancestor(level);
+        let id = ancestor(root + level);
         if id == 0 {
             break;
         }
         if let Some(entry) = entry(id) {
-            found = Some(Classified { id, entry });
+            found = (id, entry);
         }
     }
     found
@@ -66,33 +89,41 @@ pub(crate) fn settings() -> Settings {
 
 /// Whether this is the cookie of the host's network namespace.
 #[inline(always)]
-pub(crate) fn in_host_netns(netns: u64) -> bool {
-    let host = settings().host_netns;
-    host != 0 && host == netns
+pub(crate) fn in_host_netns(settings: &Settings, netns: u64) -> bool {
+    settings.host_netns != 0 && settings.host_netns == netns
 }
 
-/// A flow record of the calling task, with the destination that it dialled.
+/// A flow record of the calling task, whose cgroup is known, with the destination that it dialled and the time, if that is of
+/// interest: to read the clock is a good part of what a hook costs.
 #[inline(always)]
-pub(crate) fn record(original: ApiEndpoint, cluster: u32, pod_cgroup: u64, netns: u64) -> FlowRecord {
+pub(crate) fn record(
+    original: ApiEndpoint,
+    cluster: u32,
+    (cgroup, pod_cgroup): (u64, u64),
+    netns: u64,
+    connected_boottime_ns: u64,
+) -> FlowRecord {
     let (tgid, uid) = process();
-    FlowRecord {
-        original,
-        cluster,
-        // SAFETY: no arguments.
-        cgroup: unsafe { bpf_get_current_cgroup_id() },
-        pod_cgroup,
-        netns,
-        // SAFETY: no arguments.
-        connected_boottime_ns: unsafe { bpf_ktime_get_boot_ns() },
-        tgid,
-        uid,
-    }
+    FlowRecord { original, cluster, cgroup, pod_cgroup, netns, connected_boottime_ns, tgid, uid }
+}
+
+/// Now, in ns since boot.
+#[inline(always)]
+pub(crate) fn now() -> u64 {
+    // SAFETY: no arguments.
+    unsafe { bpf_ktime_get_boot_ns() }
 }
 
 /// Thread group and user of the calling task.
 #[inline(always)]
 pub(crate) fn process() -> (u32, u32) {
-    ((bpf_get_current_pid_tgid() >> 32) as u32, bpf_get_current_uid_gid() as u32)
+    (thread_group(), bpf_get_current_uid_gid() as u32)
+}
+
+/// Thread group alone.
+#[inline(always)]
+pub(crate) fn thread_group() -> u32 {
+    (bpf_get_current_pid_tgid() >> 32) as u32
 }
 
 /// Adds one to a counter, and to that of the pod if the agent has made one.

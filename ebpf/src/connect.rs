@@ -9,12 +9,12 @@ use aya_ebpf::{
     EbpfContext, bindings::bpf_sock_addr, helpers::generated::bpf_get_netns_cookie, programs::SockAddrContext,
 };
 use weir_common::{
-    kernel::{ApiEndpoint, Class, Counter, FlowRecord, KUBELET, NoticeKind, Phase, SocketState},
+    kernel::{ApiEndpoint, Class, Counter, FlowRecord, KUBELET, NoticeKind, Phase, Settings, SocketState},
     verdict::{Target, Verdict, verdict},
 };
 
 use crate::{
-    API_SET, PROCEED, QUARANTINE, class,
+    PROCEED, QUARANTINE, class, sieve,
     socket::{self, MAPPED},
 };
 
@@ -127,16 +127,16 @@ fn judge(ctx: &SockAddrContext, address: [u32; 4], call: Call) -> Answer {
     let local = socket::is_loopback(address);
     // A server on 127.0.0.1 is reached by every address that stands for this machine.
     let key = ApiEndpoint { address: socket::address(if local { LOOPBACK } else { address }), port };
-    // SAFETY: values are single words.
-    let found = (unsafe { API_SET.get(&key) }).copied();
+    let found = sieve::api_set(&key);
     let may_be_quarantined = settings.quarantined != 0;
     if found.is_none() && !may_be_quarantined {
-        return elsewhere(ctx, &original, call);
+        return elsewhere(ctx, &settings, &original, call);
     }
     // SAFETY: the context is valid while the program runs.
     let netns = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
-    let host_netns = class::in_host_netns(netns);
-    let nearest = class::nearest();
+    let host_netns = class::in_host_netns(&settings, netns);
+    let cgroup = class::own();
+    let nearest = class::nearest(cgroup);
     let (pod_cgroup, number, listener_netns, listener_port) = match nearest {
         Some(nearest) => {
             (nearest.id, nearest.entry.class, nearest.entry.listener_netns, nearest.entry.listener_port)
@@ -150,7 +150,7 @@ fn judge(ctx: &SockAddrContext, address: [u32; 4], call: Call) -> Answer {
     let cluster = match found {
         Some(cluster) if !local || host_netns => cluster,
         _ if quarantined => 0,
-        _ => return elsewhere(ctx, &original, call),
+        _ => return elsewhere(ctx, &settings, &original, call),
     };
     let listener_here = listener_port != 0 && listener_netns == netns;
     // A number that no class has is a class of a newer agent: unknown, and denied.
@@ -161,13 +161,13 @@ fn judge(ctx: &SockAddrContext, address: [u32; 4], call: Call) -> Answer {
         (Some(_), None) => Verdict::DenyUnknown,
         _ => verdict(target, class, listener_here, host_netns),
     };
-    let flow = class::record(original, cluster, pod_cgroup, netns);
+    let flow = |now| class::record(original, cluster, (cgroup, pod_cgroup), netns, now);
     // SAFETY: a socket address hook always has its socket.
     let mut state = unsafe { socket::storage(sock(ctx), None) };
     // Outside every classified cgroup the programs are met once, and nothing is redirected: a socket that has no
     // storage yet needs none.
     if state.is_none() && nearest.is_some() {
-        let mut initial = SocketState { flow, listener_port, phase: Phase::Made as u32 };
+        let mut initial = SocketState { flow: flow(0), listener_port, phase: Phase::Made as u32 };
         // SAFETY: as above.
         state = unsafe { socket::storage(sock(ctx), Some(&mut initial)) };
     }
@@ -175,7 +175,7 @@ fn judge(ctx: &SockAddrContext, address: [u32; 4], call: Call) -> Answer {
         && settings.attach_levels > 1
         && state.phase == Phase::Judged as u32
         && same(&state.flow.original, &original)
-        && state.flow.tgid == flow.tgid
+        && state.flow.tgid == class::thread_group()
     {
         // The hook of a cgroup further down has counted and reported this very connect.
         state.phase = Phase::Made as u32;
@@ -186,7 +186,7 @@ fn judge(ctx: &SockAddrContext, address: [u32; 4], call: Call) -> Answer {
         ctx,
         "port {}, cgroup {}, pod cgroup {}, class {}, netns {}: verdict {}",
         original.port,
-        flow.cgroup,
+        cgroup,
         pod_cgroup,
         number,
         netns,
@@ -199,7 +199,7 @@ fn judge(ctx: &SockAddrContext, address: [u32; 4], call: Call) -> Answer {
             addr_of!((*ctx.sock_addr).protocol).read_volatile(),
         )
     };
-    decide(verdict, &flow, state, listener_port, (kind, protocol))
+    decide(verdict, (pod_cgroup, flow), state, listener_port, (kind, protocol))
 }
 
 /// Whether two endpoints are the same, by words: by bytes it would be twice the program.
@@ -212,7 +212,7 @@ fn same(one: &ApiEndpoint, other: &ApiEndpoint) -> bool {
 #[inline(always)]
 fn decide(
     verdict: Verdict,
-    flow: &FlowRecord,
+    (pod_cgroup, flow): (u64, impl FnOnce(u64) -> FlowRecord),
     state: Option<&'static mut SocketState>,
     listener_port: u32,
     (kind, protocol): (u32, u32),
@@ -236,12 +236,17 @@ fn decide(
             (Answer::Deny, Counter::DeniedQuarantined, Some(NoticeKind::DeniedQuarantined))
         }
     };
-    class::count_all(&[Counter::Seen, counter], flow.pod_cgroup);
+    class::count_all(&[Counter::Seen, counter], pod_cgroup);
+    if state.is_none() && notice.is_none() {
+        return answer;
+    }
+    let is_dated = notice.is_some() || matches!(answer, Answer::Redirect(_));
+    let flow = flow(if is_dated { class::now() } else { 0 });
     if let Some(notice) = notice {
-        class::report(notice, protocol, flow);
+        class::report(notice, protocol, &flow);
     }
     if let Some(state) = state {
-        state.flow = *flow;
+        state.flow = flow;
         state.listener_port = listener_port;
         state.phase = match answer {
             Answer::Redirect(_) => Phase::Redirected as u32,
@@ -267,10 +272,10 @@ fn answer_again(verdict: Verdict) -> Answer {
 
 /// Not to the API set.
 #[inline(always)]
-fn elsewhere(ctx: &SockAddrContext, destination: &ApiEndpoint, call: Call) -> Answer {
+fn elsewhere(ctx: &SockAddrContext, settings: &Settings, destination: &ApiEndpoint, call: Call) -> Answer {
     // A datagram does not change what its socket is connected to.
     if call == Call::Connect {
-        forget_unless_redirected_by_child(ctx, destination);
+        forget_unless_redirected_by_child(ctx, settings, destination);
     }
     Answer::Leave
 }
@@ -278,17 +283,16 @@ fn elsewhere(ctx: &SockAddrContext, destination: &ApiEndpoint, call: Call) -> An
 /// A socket that connects elsewhere is no longer a redirected one. Only the connect that a hook further down has
 /// just rewritten, by the same process and not yet on its way, stays what it is.
 #[inline(always)]
-fn forget_unless_redirected_by_child(ctx: &SockAddrContext, destination: &ApiEndpoint) {
+fn forget_unless_redirected_by_child(ctx: &SockAddrContext, settings: &Settings, destination: &ApiEndpoint) {
     // SAFETY: a socket address hook always has its socket.
     let Some(state) = (unsafe { socket::storage(sock(ctx), None) }) else { return };
     if state.phase == Phase::Made as u32 {
         return;
     }
-    let tgid = (aya_ebpf::helpers::bpf_get_current_pid_tgid() >> 32) as u32;
-    let rewritten = class::settings().attach_levels > 1
+    let rewritten = settings.attach_levels > 1
         && state.phase == Phase::Redirected as u32
         && state.listener_port == destination.port
-        && state.flow.tgid == tgid
+        && state.flow.tgid == class::thread_group()
         && socket::is_loopback(socket::words(destination.address));
     if !rewritten {
         state.phase = Phase::Made as u32;

@@ -10,8 +10,7 @@ use core::mem::{MaybeUninit, size_of};
 use aya_ebpf::{
     bindings::{__sk_buff, TC_ACT_SHOT, TC_ACT_UNSPEC, bpf_hdr_start_off::BPF_HDR_START_NET, bpf_sock},
     helpers::generated::{
-        bpf_ktime_get_boot_ns, bpf_sk_ancestor_cgroup_id, bpf_sk_cgroup_id, bpf_sk_fullsock,
-        bpf_skb_load_bytes_relative,
+        bpf_sk_ancestor_cgroup_id, bpf_sk_cgroup_id, bpf_sk_fullsock, bpf_skb_load_bytes_relative,
     },
 };
 use weir_common::{
@@ -20,7 +19,7 @@ use weir_common::{
     verdict::guard_passes,
 };
 
-use crate::{API_SET, INTERFACES, PROCEED, REJECT, REPORTED, class, socket};
+use crate::{INTERFACES, PROCEED, REJECT, REPORTED, class, sieve, socket};
 
 /// EtherTypes that carry an IP packet further in, where its destination is not read: VLAN and double VLAN tags,
 /// MPLS, PPPoE. Pods have no use for them, so the guard at an interface lets none through.
@@ -75,14 +74,12 @@ fn target(buffer: &Buffer) -> Option<(ApiEndpoint, u32)> {
         Destination::None => return None,
     };
     let any = ApiEndpoint { address, port: PORT_UNKNOWN };
-    // SAFETY: values are single words.
-    let cluster = *unsafe { API_SET.get(&any) }?;
+    let cluster = sieve::api_set(&any)?;
     match packet::port(buffer, transport)? {
         PORT_UNKNOWN => Some((any, cluster)),
         port => {
             let endpoint = ApiEndpoint { address, port };
-            // SAFETY: as above.
-            unsafe { API_SET.get(&endpoint) }.map(|cluster| (endpoint, *cluster))
+            sieve::api_set(&endpoint).map(|cluster| (endpoint, cluster))
         }
     }
 }
@@ -100,15 +97,17 @@ pub(crate) fn egress(skb: *mut __sk_buff) -> i32 {
         class::count(Counter::GuardDropped, 0);
         return REJECT;
     }
-    let nearest = class::nearest_of(|level| {
-        // SAFETY: not null, and the verifier knows it for a full socket.
+    // SAFETY: not null, and the verifier knows it for a full socket.
+    let cgroup = unsafe { bpf_sk_cgroup_id(sock.cast()) };
+    let nearest = class::nearest_of(cgroup, |level| {
+        // SAFETY: as above.
         unsafe { bpf_sk_ancestor_cgroup_id(sock.cast(), level) }
     });
     // SAFETY: as above.
     let state = unsafe { socket::storage(sock.cast(), None) };
     // A socket from before the programs were attached has no storage: its cgroup alone decides.
     let host_netns = match &state {
-        Some(state) => class::in_host_netns(state.flow.netns),
+        Some(state) => class::in_host_netns(&class::settings(), state.flow.netns),
         None => true,
     };
     if !host_netns && socket::is_loopback(socket::words(original.address)) {
@@ -135,7 +134,7 @@ pub(crate) fn egress(skb: *mut __sk_buff) -> i32 {
         None => (0, 0, 0),
     };
     // SAFETY: as above.
-    let (cgroup, protocol) = unsafe { (bpf_sk_cgroup_id(sock.cast()), (*sock).protocol) };
+    let protocol = unsafe { (*sock).protocol };
     if let Some(now) = may_report(cgroup) {
         let flow = FlowRecord {
             original,
@@ -192,8 +191,7 @@ pub(crate) fn interface(skb: *mut __sk_buff) -> i32 {
 /// Now, if nothing was reported under this key for a while.
 #[inline(always)]
 fn may_report(key: u64) -> Option<u64> {
-    // SAFETY: no arguments.
-    let now = unsafe { bpf_ktime_get_boot_ns() };
+    let now = class::now();
     // SAFETY: values are single words.
     if let Some(last) = unsafe { REPORTED.get(&key) }
         && now.wrapping_sub(*last) < REPORT_INTERVAL_NS

@@ -17,6 +17,7 @@ mod connect;
 mod flow;
 mod guard;
 mod security;
+mod sieve;
 mod socket;
 
 use aya_ebpf::{
@@ -26,9 +27,13 @@ use aya_ebpf::{
     maps::{Array, HashMap, LruHashMap, PerCpuArray, PerCpuHashMap, RingBuf},
     programs::{LsmContext, SkBuffContext, SockAddrContext, SockContext, SockOpsContext, TcContext},
 };
-use weir_common::kernel::{
-    API_ENDPOINTS_MAX, ApiEndpoint, CGROUPS_MAX, COUNTERS as COUNTERS_MAX, CgroupEntry, FLOWS_MAX, FlowKey,
-    FlowRecord, INTERFACES_MAX, NOTICES_BYTES, PodCounters, PodName, REPORTED_MAX, Settings, SocketState,
+use weir_common::{
+    kernel::{
+        API_ENDPOINTS_MAX, ApiEndpoint, CGROUPS_MAX, COUNTERS as COUNTERS_MAX, CgroupEntry, FLOWS_MAX,
+        FlowKey, FlowRecord, INTERFACES_MAX, NOTICES_BYTES, PodCounters, PodName, REPORTED_MAX, Settings,
+        SocketState,
+    },
+    sieve::{ENDPOINT_SLOTS, Endpoint, NEAREST_SLOTS, Nearest, SIEVE_SLOTS},
 };
 
 // Not allocated ahead: small clusters need a hundredth of it.
@@ -37,6 +42,18 @@ static API_SET: HashMap<ApiEndpoint, u32> = HashMap::with_max_entries(API_ENDPOI
 
 #[map]
 static CGROUPS: HashMap<u64, CgroupEntry> = HashMap::with_max_entries(CGROUPS_MAX, 0);
+
+#[map]
+static SIEVE: Array<u64> = Array::with_max_entries(SIEVE_SLOTS, 0);
+
+#[map]
+static GENERATION: Array<u64> = Array::with_max_entries(1, 0);
+
+#[map]
+static ENDPOINTS: Array<Endpoint> = Array::with_max_entries(ENDPOINT_SLOTS, 0);
+
+#[map]
+static NEAREST: Array<Nearest> = Array::with_max_entries(NEAREST_SLOTS, 0);
 
 #[map]
 static FLOWS: LruHashMap<FlowKey, FlowRecord> = LruHashMap::with_max_entries(FLOWS_MAX, 0);

@@ -30,11 +30,12 @@ pub(crate) fn bpf_called(command: u32) -> i32 {
 
 #[inline(always)]
 fn refuse_enrolled(kind: NoticeKind, what: u32) -> i32 {
-    let Some(nearest) = class::nearest() else { return 0 };
+    let cgroup = class::own();
+    let Some(nearest) = class::nearest(cgroup) else { return 0 };
     if nearest.entry.class != Class::Enrolled as u32 {
         return 0;
     }
     // These hooks know no socket yet, and so no network namespace.
-    class::report(kind, what, &class::record(NO_ENDPOINT, 0, nearest.id, 0));
+    class::report(kind, what, &class::record(NO_ENDPOINT, 0, (cgroup, nearest.id), 0, class::now()));
     -EPERM
 }

@@ -51,17 +51,18 @@ pub(crate) fn created(ctx: &SockContext) -> i32 {
     // SAFETY: as above.
     let protocol = unsafe { (*ctx.sock).protocol };
     let plain = protocol == TCP || protocol == UDP;
-    if plain && class::in_host_netns(netns) {
+    if plain && class::in_host_netns(&class::settings(), netns) {
         return PROCEED;
     }
     if protocol == MPTCP || protocol == SCTP {
-        let (pod_cgroup, number) = match class::nearest() {
+        let cgroup = class::own();
+        let (pod_cgroup, number) = match class::nearest(cgroup) {
             Some(nearest) => (nearest.id, nearest.entry.class),
             None => (0, 0),
         };
         if number == Class::Enrolled as u32 {
             class::count(Counter::ProtocolRefused, pod_cgroup);
-            let flow = class::record(NO_ENDPOINT, 0, pod_cgroup, netns);
+            let flow = class::record(NO_ENDPOINT, 0, (cgroup, pod_cgroup), netns, class::now());
             class::report(NoticeKind::ProtocolRefused, protocol, &flow);
             return reject(EPROTONOSUPPORT);
         }
@@ -90,12 +91,15 @@ pub(crate) fn created(ctx: &SockContext) -> i32 {
 /// `cgroup/bind`: nobody in the pod takes the port of its listener, also while no agent is there to hold it.
 #[inline(always)]
 pub(crate) fn bound(ctx: &SockAddrContext) -> i32 {
-    let Some(nearest) = class::nearest() else { return PROCEED };
+    let port = port(ctx.sock_addr);
+    // The kernel chooses: never a port that is taken, and nobody asks for one while its listener is away.
+    if port == 0 {
+        return PROCEED;
+    }
+    let cgroup = class::own();
+    let Some(nearest) = class::nearest(cgroup) else { return PROCEED };
     let entry = nearest.entry;
-    if entry.class != Class::Enrolled as u32
-        || entry.listener_port == 0
-        || entry.listener_port != port(ctx.sock_addr)
-    {
+    if entry.class != Class::Enrolled as u32 || entry.listener_port != port {
         return PROCEED;
     }
     // SAFETY: the context is valid while the program runs.
@@ -104,8 +108,8 @@ pub(crate) fn bound(ctx: &SockAddrContext) -> i32 {
         return PROCEED;
     }
     class::count(Counter::BindRefused, nearest.id);
-    let flow =
-        class::record(ApiEndpoint { address: [0; 16], port: entry.listener_port }, 0, nearest.id, netns);
+    let taken = ApiEndpoint { address: [0; 16], port };
+    let flow = class::record(taken, 0, (cgroup, nearest.id), netns, class::now());
     class::report(NoticeKind::BindRefused, 0, &flow);
     reject(EADDRINUSE)
 }

@@ -26,7 +26,7 @@ const DEBIAN_PACKAGES: [&str; 4] = ["rustc-web", "rust-web-src", "llvm-22-dev", 
 /// Where Debian puts that LLVM.
 const DEBIAN_LLVM: &str = "/usr/lib/llvm-22";
 /// What the object is made from, below the root of the workspace.
-const INPUTS: [&str; 8] = [
+const INPUTS: [&str; 9] = [
     "ebpf/Cargo.toml",
     "ebpf/Cargo.lock",
     "ebpf/src",
@@ -34,6 +34,7 @@ const INPUTS: [&str; 8] = [
     "common/src/lib.rs",
     "common/src/kernel.rs",
     "common/src/packet.rs",
+    "common/src/sieve.rs",
     "common/src/verdict.rs",
 ];
 

@@ -24,6 +24,7 @@ use super::{
     debug_log,
     maps::{absent_is_fine, lock},
     security::Security,
+    sieve::Sieve,
 };
 
 /// The mount point of the BPF file system.
@@ -124,6 +125,7 @@ pub struct Kernel {
     pub(super) api_set: Mutex<HashMap<MapData, ApiEndpoint, u32>>,
     pub(super) api_set_changed: tokio::sync::Notify,
     pub(super) cgroups: Mutex<HashMap<MapData, u64, CgroupEntry>>,
+    pub(super) sieve: Sieve,
     pub(super) flows: Mutex<HashMap<MapData, FlowKey, FlowRecord>>,
     pub(super) counters: PerCpuArray<MapData, u64>,
     pub(super) pod_counters: Mutex<PerCpuHashMap<MapData, u64, PodCounters>>,
@@ -166,10 +168,14 @@ impl Kernel {
             load_program(&mut ebpf, program)?;
         }
         let log = debug_log::take(&mut ebpf);
-        Ok(Self {
+        let kernel = Self {
             api_set: Mutex::new(map(&mut ebpf, maps::API_SET)?),
             api_set_changed: tokio::sync::Notify::new(),
             cgroups: Mutex::new(map(&mut ebpf, maps::CGROUPS)?),
+            sieve: Sieve {
+                marks: Mutex::new(map(&mut ebpf, maps::SIEVE)?),
+                generation: Mutex::new(map(&mut ebpf, maps::GENERATION)?),
+            },
             flows: Mutex::new(map(&mut ebpf, maps::FLOWS)?),
             counters: map(&mut ebpf, maps::COUNTERS)?,
             pod_counters: Mutex::new(map(&mut ebpf, maps::POD_COUNTERS)?),
@@ -180,7 +186,9 @@ impl Kernel {
             notices: Mutex::new(Some(map(&mut ebpf, maps::NOTICES)?)),
             attached: Mutex::new(attach::Attached::new(ebpf, pins)),
             debug_log: Mutex::new(log),
-        })
+        };
+        kernel.mark_api_set()?;
+        Ok(kernel)
     }
 
     /// Attaches guard and hooks to a cgroup v2 folder. Where they are pinned and attached already, the running
@@ -282,6 +290,8 @@ fn prepare_pins(folder: &Path) -> Result<PathBuf, KernelError> {
     for (name, key, value) in [
         (maps::API_SET, size_of::<ApiEndpoint>(), size_of::<u32>()),
         (maps::CGROUPS, size_of::<u64>(), size_of::<CgroupEntry>()),
+        (maps::SIEVE, size_of::<u32>(), size_of::<u64>()),
+        (maps::GENERATION, size_of::<u32>(), size_of::<u64>()),
         (maps::FLOWS, size_of::<FlowKey>(), size_of::<FlowRecord>()),
         (maps::COUNTERS, size_of::<u32>(), size_of::<u64>()),
         (maps::SETTINGS, size_of::<u32>(), size_of::<Settings>()),

@@ -45,11 +45,13 @@ impl Kernel {
         let any = ApiEndpoint { port: PORT_UNKNOWN, ..endpoint };
         let mut set = lock(&self.api_set);
         let is_new = set.get(&endpoint, 0).ok() != Some(cluster);
+        self.sieve.mark(endpoint.address)?;
         // The guards look for the address first: at no moment is an endpoint known to the hooks alone.
         [any, endpoint]
             .iter()
             .try_for_each(|key| set.insert(key, cluster, 0))
             .map_err(|source| KernelError::Map { map: maps::API_SET, source })?;
+        self.sieve.begin_generation()?;
         if is_new {
             self.api_set_changed.notify_one();
         }
@@ -64,13 +66,15 @@ impl Kernel {
         let endpoint = endpoint(address);
         let mut set = lock(&self.api_set);
         absent_is_fine(set.remove(&endpoint), maps::API_SET)?;
+        self.sieve.begin_generation()?;
         self.api_set_changed.notify_one();
         let keys = set.keys().collect::<Result<Vec<_>, _>>();
         let keys = keys.map_err(|source| KernelError::Map { map: maps::API_SET, source })?;
         if keys.iter().any(|key| key.address == endpoint.address && key.port != PORT_UNKNOWN) {
             return Ok(());
         }
-        absent_is_fine(set.remove(&ApiEndpoint { port: PORT_UNKNOWN, ..endpoint }), maps::API_SET)
+        absent_is_fine(set.remove(&ApiEndpoint { port: PORT_UNKNOWN, ..endpoint }), maps::API_SET)?;
+        self.sieve.begin_generation()
     }
 
     /// Waits until this process has changed the API set; a change since the last time counts. For one caller.
@@ -92,6 +96,16 @@ impl Kernel {
         lock(&self.api_set).get(&endpoint(address), 0).is_ok()
     }
 
+    /// Marks all of the API set again: a sieve that is newer than the set (its pin was lost) must not hide any of it.
+    pub(super) fn mark_api_set(&self) -> Result<(), KernelError> {
+        let set = lock(&self.api_set);
+        for key in set.keys() {
+            let key = key.map_err(|source| KernelError::Map { map: maps::API_SET, source })?;
+            self.sieve.mark(key.address)?;
+        }
+        Ok(())
+    }
+
     /// Says what a cgroup is. For [`Class::Enrolled`] the listener must be listening before this is called.
     ///
     /// # Errors
@@ -100,7 +114,8 @@ impl Kernel {
         self.count_pod(cgroup)?;
         lock(&self.cgroups)
             .insert(cgroup, entry, 0)
-            .map_err(|source| KernelError::Map { map: maps::CGROUPS, source })
+            .map_err(|source| KernelError::Map { map: maps::CGROUPS, source })?;
+        self.sieve.begin_generation()
     }
 
     /// Notes the names of the pod that a cgroup is of, for `status` and `quarantine`.
@@ -145,6 +160,7 @@ impl Kernel {
     /// The kernel refuses. That it was not there is no error.
     pub fn forget_cgroup(&self, cgroup: u64) -> Result<(), KernelError> {
         absent_is_fine(lock(&self.cgroups).remove(&cgroup), maps::CGROUPS)?;
+        self.sieve.begin_generation()?;
         absent_is_fine(lock(&self.quarantine).remove(&cgroup), maps::QUARANTINE)?;
         absent_is_fine(lock(&self.pods).remove(&cgroup), maps::PODS)?;
         absent_is_fine(lock(&self.pod_counters).remove(&cgroup), maps::POD_COUNTERS)

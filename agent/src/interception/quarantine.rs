@@ -11,6 +11,7 @@ use weir_common::kernel::{PodName, Settings, maps};
 
 use super::{
     cgroup_tree::{PodFolder, Tree},
+    flow::boottime_ns,
     loader::KernelError,
     maps::absent_is_fine,
     namespace, pinned, sockets,
@@ -65,7 +66,7 @@ pub fn begin(pins: &Path, cgroup_root: &Path, pod: &str) -> Result<Quarantined, 
     let failed = |source| KernelError::Map { map: maps::QUARANTINE, source };
     let mut map: HashMap<MapData, u64, u64> = pinned::pinned_map(&pins.join("maps"), maps::QUARANTINE)?;
     for cgroup in &cgroups {
-        map.insert(cgroup, now_boottime_ns(), 0).map_err(failed)?;
+        map.insert(cgroup, boottime_ns().unwrap_or(0), 0).map_err(failed)?;
     }
     count(pins, &map)?;
     // After the map: what connects meanwhile is refused or ended.
@@ -134,11 +135,4 @@ fn end_connections(folder: &PodFolder) -> io::Result<usize> {
         Some(namespace) => sockets::destroy(Some(&namespace.file), is_its),
         None => sockets::destroy(None, is_its),
     }
-}
-
-fn now_boottime_ns() -> u64 {
-    nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME)
-        .ok()
-        .and_then(|time| u64::try_from(std::time::Duration::from(time).as_nanos()).ok())
-        .unwrap_or(0)
 }

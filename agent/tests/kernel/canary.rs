@@ -103,7 +103,7 @@ async fn the_canary_fails_when_a_program_is_detached_and_passes_when_it_is_attac
         return;
     }
     let bpffs = OwnBpffs::mount().unwrap();
-    let pins = bpffs.0.path().join("weir/v2");
+    let pins = bpffs.0.path().join("weir/v3");
     let Some(field) = Field::new("canary-detached", Pinning::Pinned(pins.clone())) else { return };
     field.kernel.attach(&field.root.0).unwrap();
     field.canary.check().await.unwrap();

@@ -33,7 +33,7 @@ impl Node {
     }
 
     fn pins(&self) -> PathBuf {
-        self.bpffs.0.path().join("weir/v2")
+        self.bpffs.0.path().join("weir/v3")
     }
 
     fn store(&self, text: &str) {

@@ -332,7 +332,7 @@ async fn a_pod_in_quarantine_connects_nowhere_until_it_is_lifted_also_across_age
         return;
     }
     let bpffs = OwnBpffs::mount().unwrap();
-    let pins = bpffs.0.path().join("weir/v2");
+    let pins = bpffs.0.path().join("weir/v3");
     let node = Node::pinned("quarantine", Pinning::Pinned(pins.clone())).unwrap();
     let uids = ["0b5e2f6a-3c1d-4e5f-8a9b-0c1d2e3f4a5b", "1b5e2f6a-3c1d-4e5f-8a9b-0c1d2e3f4a5b"];
     let pods = uids.map(|uid| node.kubepods.below(&format!("pod{uid}")));
@@ -394,7 +394,7 @@ async fn what_leaves_by_a_pods_interface_is_guarded_until_uninstalled_whoever_se
         return;
     }
     let bpffs = OwnBpffs::mount().unwrap();
-    let pins = bpffs.0.path().join("weir/v2");
+    let pins = bpffs.0.path().join("weir/v3");
     let node = Node::pinned("interface", Pinning::Pinned(pins.clone())).unwrap();
     let uid = "0b5e2f6a-3c1d-4e5f-8a9b-0c1d2e3f4a5b";
     let pod = node.kubepods.below(&format!("pod{uid}"));

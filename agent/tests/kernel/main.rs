@@ -11,4 +11,5 @@ mod interfaces;
 mod pins;
 mod programs;
 mod scale;
+mod sieve;
 mod world;

@@ -32,7 +32,7 @@ async fn pinned_programs_deny_while_no_agent_runs_and_go_with_uninstall() {
         return;
     }
     let bpffs = OwnBpffs::mount().unwrap();
-    let pins = bpffs.0.path().join("weir/v2");
+    let pins = bpffs.0.path().join("weir/v3");
     let cgroup = OwnCgroup::new("pins");
     let netns = OwnNetns::new();
     let dial = || dial(&cgroup.0, Some(&netns), Dial::Tcp(API4));

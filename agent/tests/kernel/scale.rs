@@ -38,7 +38,7 @@ async fn a_full_node_is_enrolled_again_when_its_agent_starts_anew() {
     }
     raise_open_files();
     let bpffs = OwnBpffs::mount().unwrap();
-    let pins = bpffs.0.path().join("weir/v2");
+    let pins = bpffs.0.path().join("weir/v3");
     let mut node = Node::pinned("full", Pinning::Pinned(pins.clone())).unwrap();
     let pods: Vec<_> = (0..PODS)
         .map(|number| {
