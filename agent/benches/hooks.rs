@@ -35,6 +35,8 @@ use crate::{
 
 /// An address that is not the loopback one, of a network that nobody is in (RFC 5737).
 const ADDRESS: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 1);
+/// Another one, of an API server: what was in the API set once is looked up ever after.
+const API_ADDRESS: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 2);
 /// Operations of a scene with warm caches.
 const WARM: usize = 20_000;
 /// Operations with cold ones.
@@ -95,6 +97,7 @@ impl Node {
         let host = OwnNetns::new();
         let sandbox = OwnNetns::new();
         [&host, &sandbox].iter().for_each(|netns| netns.take_address(ADDRESS.into()));
+        host.take_address(API_ADDRESS.into());
         kernel.set_settings(host.within(own_netns).unwrap(), 1).unwrap();
         kernel.set_api_endpoint(API4, 0).unwrap();
         for number in 0..KUBELETS {
@@ -124,6 +127,8 @@ impl Node {
         let address = server.local_addr().unwrap();
         let seen = [programs::CONNECT4, programs::SOCK_CREATE, programs::SOCK_OPS, programs::EGRESS];
         self.scene("host process: not the API set", &self.service.0, &seen, || connect(&server, address));
+        let server = TcpListener::bind((API_ADDRESS, 0)).unwrap();
+        let address = server.local_addr().unwrap();
         self.kernel.set_api_endpoint(address, 0).unwrap();
         self.scene("host process: the API set, passes", &self.service.0, &seen, || connect(&server, address));
         self.kernel.remove_api_endpoint(address).unwrap();
@@ -175,6 +180,7 @@ impl Node {
             server.recv(&mut [0]).unwrap();
         };
         self.scene("host process: datagram, not the API set", &self.service.0, &[programs::EGRESS], send);
+        // The last scene: nobody else goes to this address.
         self.kernel.set_api_endpoint(address, 0).unwrap();
         self.scene("host process: datagram, the API set", &self.service.0, &[programs::EGRESS], send);
     }
