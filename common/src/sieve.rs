@@ -176,6 +176,14 @@ mod tests {
         nearest_slot, slot_of,
     };
 
+    /// Programs that are pinned read where these say: another hash is another layout (`LAYOUT_VERSION`).
+    #[test]
+    fn slots_are_part_of_the_layout() {
+        let addresses = [[0, 0, 0xffff_0000, 0x0100_600a], [0xb80d_0120, 0, 0, 0x0100_0000], [1, 2, 3, 4]];
+        assert_eq!((crate::kernel::LAYOUT_VERSION, addresses.map(slot_of)), (3, [56482, 54395, 56132]));
+        assert_eq!((endpoint_slot(addresses[0], 443), nearest_slot(9)), (156, 1722));
+    }
+
     const ENTRY: CgroupEntry = CgroupEntry { listener_netns: 7, class: 3, listener_port: 40_000 };
 
     #[test]

@@ -18,8 +18,9 @@ const REPLAY_WINDOW_SECONDS: u64 = 3600;
 const REPLAY_WINDOW_SECONDS_MAX: u64 = 30 * 24 * 3600;
 
 /// Properties that Weir sets, since its promises rest on them; and others that would get around them.
-const FIXED: [&str; 21] = [
+const FIXED: [&str; 24] = [
     "acks",
+    "allow.auto.create.topics",
     "batch.size",
     "bootstrap.servers",
     "delivery.timeout.ms",
@@ -37,6 +38,8 @@ const FIXED: [&str; 21] = [
     "queue.buffering.max.messages",
     "request.required.acks",
     "retries",
+    "ssl.engine.location",
+    "ssl.providers",
     "statistics.interval.ms",
     "transaction.timeout.ms",
     "transactional.id",

@@ -433,13 +433,32 @@ fn read_header(path: &Path) -> io::Result<Header> {
         Err(error) if is_lasting(&error) => return Ok(Header::Bad(error.to_string())),
         read => read?,
     };
-    if bytes.len() < SEGMENT_HEADER_BYTES || bytes.iter().all(|byte| *byte == 0) {
+    if bytes.len() < SEGMENT_HEADER_BYTES {
         return Ok(Header::Unmade);
+    }
+    if bytes.iter().all(|byte| *byte == 0) {
+        // A header is written before any frame: with something behind it, it was there and is lost.
+        let is_empty = is_zero(path)?;
+        return Ok(if is_empty { Header::Unmade } else { Header::Bad("its header is lost".to_owned()) });
     }
     Ok(match SegmentHeader::decode(&bytes) {
         Ok(header) => Header::Good(header),
         Err(error) => Header::Bad(error.to_string()),
     })
+}
+
+/// Whether there is nothing but zeros in a file.
+fn is_zero(path: &Path) -> io::Result<bool> {
+    let (mut file, mut bytes) = (File::open(path)?, vec![0; READ_BYTES]);
+    loop {
+        match file.read(&mut bytes) {
+            Ok(0) => return Ok(true),
+            Ok(read) if bytes[..read].iter().all(|byte| *byte == 0) => {}
+            Ok(_) => return Ok(false),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
 }
 
 /// The header of a segment that has one.

@@ -220,6 +220,8 @@ pub(super) struct BrokerState {
     pub(super) room: usize,
     pub(super) made: usize,
     pub(super) topics: BTreeSet<String>,
+    /// Nobody is let in.
+    pub(super) denied: bool,
 }
 
 impl BrokerState {
@@ -329,6 +331,10 @@ impl Sink for Client {
 
     fn is_connected(&self) -> Option<bool> {
         None
+    }
+
+    fn denied(&self) -> Option<String> {
+        self.0.with(|state| state.denied.then(|| "wrong password".to_owned()))
     }
 }
 

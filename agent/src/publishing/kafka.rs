@@ -52,12 +52,14 @@ const DEFAULTS: [(&str, &str); 5] = [
 ];
 
 /// What nobody may set otherwise; `config` refuses it there.
-fn fixed(kafka: &Kafka) -> [(&'static str, String); 10] {
+fn fixed(kafka: &Kafka) -> [(&'static str, String); 11] {
     let kilobytes = 4 * FLIGHT_BYTES_MAX / 1024;
     [
         ("bootstrap.servers", kafka.brokers.join(",")),
         ("enable.idempotence", "true".to_owned()),
         ("acks", "all".to_owned()),
+        // A topic that is made by a slip would have the brokers' defaults, often one replica.
+        ("allow.auto.create.topics", "false".to_owned()),
         // What follows a message that is refused for good must not arrive before it: the client fails as a whole.
         ("enable.gapless.guarantee", "true".to_owned()),
         // The journal is what bounds how long is tried.

@@ -41,6 +41,9 @@ const RETRY_PAUSE_MAX: Duration = Duration::from_secs(30);
 /// How long is waited for outcomes: a little, and longer while none come.
 const POLL_SHORT: Duration = Duration::from_millis(5);
 const POLL_LONG: Duration = Duration::from_millis(100);
+/// The brokers have refused the agent, and acknowledged nothing, for this long: the client is made anew, which reads
+/// passwords and certificates again.
+const REFUSED: Duration = Duration::from_secs(10);
 /// Nothing acknowledged for this long while something is on its way: Kafka is not there.
 const SILENCE: Duration = Duration::from_secs(30);
 
@@ -373,12 +376,14 @@ impl Publisher {
             self.heard = Some(now.instant);
         }
         if !self.watermarks().eq(before) {
-            (self.retry, self.is_probing) = ((None, RETRY_PAUSE), false);
+            (self.retry, self.is_probing, self.oldest) = ((None, RETRY_PAUSE), false, None);
             if self.measures.trouble(None) {
                 tracing::info!("events are published");
             }
         }
-        let is_silent = waits && self.heard.is_some_and(|at| now.instant.duration_since(at) >= SILENCE);
+        let is_silent_for =
+            |time| waits && self.heard.is_some_and(|at| now.instant.duration_since(at) >= time);
+        let is_silent = is_silent_for(SILENCE);
         match connected {
             Some(connected) if !is_silent => self.measures.connected(connected),
             _ if messages > 0 => self.measures.connected(true),
@@ -386,9 +391,11 @@ impl Publisher {
             _ => {}
         }
         if let (Some(reason), 0) = (denied, messages) {
-            let trouble = Failure::Denied { reason }.to_string();
-            if self.measures.trouble(Some(trouble.clone())) {
-                tracing::warn!(trouble, "events are not published just now; the journal keeps them");
+            let refused = Failure::Denied { reason };
+            if is_silent_for(REFUSED) {
+                failure.get_or_insert(refused);
+            } else if self.measures.trouble(Some(refused.to_string())) {
+                tracing::warn!(%refused, "events are not published just now; the journal keeps them");
             }
         } else if is_silent && self.measures.trouble(Some("no broker acknowledges anything".to_owned())) {
             tracing::warn!("no broker acknowledges anything; the journal keeps the events");

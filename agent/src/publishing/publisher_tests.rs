@@ -52,6 +52,27 @@ fn settle(run: &mut Run, broker: &Broker, clock: &mut Clock) {
     run.turn_at(clock.pass(Duration::from_secs(2)));
 }
 
+#[test]
+fn an_agent_that_is_not_let_in_tries_again_with_what_its_files_hold_then() {
+    let (mut log, broker, mut clock) = (Log::new(), Broker::new(), Clock::new());
+    log.events(3);
+    let mut run = Run::with(&log, Box::new(broker.clone()));
+    broker.with(|state| state.denied = true);
+    run.turn_at(clock.pass(Duration::ZERO));
+    run.turn_at(clock.pass(Duration::from_secs(5)));
+    assert_eq!(broker.with(|state| state.made), 1);
+    assert!(run.published().trouble.unwrap().contains("wrong password"));
+    for _ in 0..4 {
+        run.turn_at(clock.pass(Duration::from_secs(11)));
+    }
+    assert!(broker.with(|state| state.made) > 1, "the client is made anew");
+    assert!(run.published().errors.iter().any(|(name, count)| *name == "denied" && *count > 0));
+    broker.with(|state| state.denied = false);
+    settle(&mut run, &broker, &mut clock);
+    assert_eq!(broker.with(|state| state.acknowledged.clone()), events(log.epoch, 0..3));
+    assert!(run.published().trouble.is_none());
+}
+
 /// What the file `cursor` says: number of events that are acknowledged. The publisher must be gone.
 fn written(log: &Log) -> u64 {
     let opened = CursorFile::open(log.folder(), log.epoch).unwrap().expect("nobody has it");

@@ -33,7 +33,7 @@ const POLL: Duration = Duration::from_millis(100);
 
 /// What Weir sets itself; properties of the user come before these. `group.id` is needed to assign partitions, although
 /// no group is joined; the user may set another one, where access is granted by its name.
-const SETTINGS: [(&str, &str); 9] = [
+const SETTINGS: [(&str, &str); 10] = [
     ("allow.auto.create.topics", "false"),
     ("auto.offset.reset", "earliest"),
     ("enable.auto.commit", "false"),
@@ -45,6 +45,8 @@ const SETTINGS: [(&str, &str); 9] = [
     ("queued.max.messages.kbytes", "16384"),
     ("client.id", "weir"),
     ("group.id", "weir"),
+    // The vendored OpenSSL knows no certificates of its own: the system's are looked for.
+    ("ssl.ca.location", "probe"),
 ];
 
 /// How long Kafka may keep a reader waiting.

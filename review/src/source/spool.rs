@@ -271,7 +271,7 @@ impl Spool {
         let mut last: Option<Entry> = None;
         for entry in self.index.iter().filter(|entry| entry.is_event) {
             let earlier = last.filter(|last| last.epoch == entry.epoch);
-            if earlier.is_some_and(|earlier| entry.sequence > earlier.sequence + 1) {
+            if earlier.is_some_and(|earlier| entry.sequence > earlier.sequence.saturating_add(1)) {
                 return true;
             }
             last = Some(*entry);
