@@ -146,7 +146,7 @@ fn on_testbed(root: &Path, xtask: &Path) -> Vec<Suite> {
     let mut demo = Command::new(xtask);
     demo.args(["demo", "--yes"]).current_dir(root);
     vec![
-        Suite { name: "integration", budget: Duration::from_secs(1200), command: integration },
+        Suite { name: "integration", budget: Duration::from_secs(1500), command: integration },
         Suite { name: "demo", budget: Duration::from_secs(180), command: demo },
     ]
 }
