@@ -413,9 +413,11 @@ async fn enrol(
     let mut watched = true;
     loop {
         let known = pods.borrow_and_update().clone();
+        let mut applied = true;
         let waiting = match Tree::read(mount, |folder| watch.watch(folder)) {
             Ok(tree) => enrolment.apply(tree, &known).await?,
             Err(error) => {
+                applied = false;
                 tracing::error!(%error, "cannot read the cgroup tree; what is enrolled stays so, new pods stay denied");
                 false
             }
@@ -425,7 +427,8 @@ async fn enrol(
             enrolment.inspect()?;
             inspected = Some(Instant::now());
         }
-        if known.is_some() && !*ready.borrow() {
+        // Not before every known pod has its verdict: what an older layout denies would pass for a moment.
+        if known.is_some() && applied && !*ready.borrow() {
             succession.ready().await?;
             remove_older_layouts(enrolment.kernel());
             succession.observed.settle();

@@ -28,7 +28,7 @@ use super::ranges::Ranges;
 /// Most messages that are spooled: what the index takes in memory is bounded by it (1.2 GB).
 const MESSAGES_MAX: usize = 50_000_000;
 /// Most epochs.
-const EPOCHS_MAX: usize = 100_000;
+pub(super) const EPOCHS_MAX: usize = 100_000;
 /// Most keys of one epoch that are kept; an agent has one.
 const KEYS_MAX: usize = 8;
 /// Length at which a segment is ended.
@@ -56,11 +56,13 @@ pub(crate) enum SpoolError {
     Disk { path: PathBuf, source: io::Error },
     /// Too much.
     #[error(
-        "the topic holds more than {MESSAGES_MAX} messages; read less with --since, or the journal of the agent"
+        "the topic holds more than {MESSAGES_MAX} messages; read less (`sessions` has --since), or the journals of the agents"
     )]
     TooMany,
     /// Too much.
-    #[error("the topic holds messages of more than {EPOCHS_MAX} runs of agents")]
+    #[error(
+        "the topic holds messages of more than {EPOCHS_MAX} runs of agents; who else may write to it? Read the journals of the agents"
+    )]
     TooManyEpochs,
 }
 

@@ -18,7 +18,7 @@ use super::{
     kafka::{Consumer, Patience, Span, Taken},
     properties::Properties,
     ranges::Ranges,
-    spool::{Conflict, MessagePlace, Places, Spool, Spooled},
+    spool::{Conflict, EPOCHS_MAX, MessagePlace, Places, Spool, SpoolError, Spooled},
     with_sources,
 };
 use crate::{
@@ -28,8 +28,8 @@ use crate::{
 
 /// How often a second look is taken at what came while the first one was.
 const SECOND_LOOKS: usize = 2;
-/// Most messages of a topic that one look at a followed one takes.
-const LOOK_MESSAGES_MAX: usize = 10_000;
+/// Most messages of a topic that one look at a followed one takes: 32 MiB of the longest.
+const LOOK_MESSAGES_MAX: usize = 64;
 
 /// How to read topics.
 #[derive(Clone, Copy, Debug, Default)]
@@ -296,6 +296,10 @@ impl<'a> TopicTail<'a> {
             consumer.poll::<SourceError>(LOOK_MESSAGES_MAX, &mut |taken| {
                 let Ok(received) = &taken.received else { return Ok(()) };
                 let Kind::Event { sequence } = received.kind else { return Ok(()) };
+                // Whoever may write to the topic can make up epochs.
+                if self.seen.len() == EPOCHS_MAX && !self.seen.contains_key(&received.epoch) {
+                    return Err(SpoolError::TooManyEpochs.into());
+                }
                 if self.seen.entry(received.epoch).or_default().insert(sequence) {
                     let record = Record {
                         // Nothing is read back from what is followed.
