@@ -16,5 +16,6 @@ pub mod interception;
 pub mod proxy;
 pub mod publishing;
 pub mod recording;
+mod storage;
 pub mod telemetry;
 pub mod trust;

@@ -38,7 +38,7 @@ use self::{
     stream::Now,
 };
 pub use self::{measures::Published, sink::Failure};
-use crate::{config::Kafka, interception::observed::Publishes, recording::Recorder};
+use crate::{config::Kafka, interception::observed::Publishes, recording::Recorder, storage::FileSystem};
 
 /// How long what is left at the end may still be sent; the next agent takes what remains.
 pub const FLUSH_TIMEOUT: Duration = Duration::from_secs(5);
@@ -87,6 +87,7 @@ impl Publishing {
         let name = folder.file_name().and_then(|name| name.to_str()).ok_or_else(wrong)?;
         let own = Uuid::try_parse(name).map_err(|_| wrong())?;
         let settings = Settings {
+            storage: Arc::new(FileSystem),
             journal: folder.parent().ok_or_else(wrong)?.to_owned(),
             own,
             topic: kafka.topic.clone(),

@@ -6,7 +6,6 @@
 
 mod body;
 mod content;
-mod disk;
 #[cfg(test)]
 mod durability_tests;
 mod durable;
@@ -52,7 +51,6 @@ pub(crate) use self::durable::has_ended;
 use self::{
     body::Sensitivity,
     content::Held,
-    disk::{Disk, FileSystem},
     entry::{Append, Ids, Origin},
     epoch::Epoch,
     journal::{Journal, Tuning},
@@ -72,6 +70,7 @@ pub use self::{
     queue::COMMIT_BEHIND_MS,
     request::RequestRecord,
 };
+use crate::storage::{FileSystem, Storage};
 
 /// Most bytes of a journal, unless it is configured.
 pub const JOURNAL_BYTES_MAX: u64 = 8 * 1024 * 1024 * 1024;
@@ -213,13 +212,13 @@ impl Recorder {
     }
 
     fn start_on(
-        disk: Arc<dyn Disk>,
+        storage: Arc<dyn Storage>,
         options: RecorderOptions,
         tuning: Tuning,
     ) -> Result<Self, RecordingError> {
         let key_file = options.signing_key_file.as_deref();
-        let epoch = Epoch::create(disk.as_ref(), &options.directory, &options.node, key_file)?;
-        let mask_key = epoch::mask_key(&options.directory)?;
+        let epoch = Epoch::create(storage.as_ref(), &options.directory, &options.node, key_file)?;
+        let mask_key = epoch::mask_key(storage.as_ref(), &options.directory)?;
         let names = options.clusters.iter().map(String::as_str).chain([""]);
         let maskers = names.map(|name| Arc::new(Masker::for_cluster(&mask_key, name))).collect();
         let started = Kind::AgentStarted {
@@ -234,7 +233,7 @@ impl Recorder {
         });
         let folder = epoch.folder.clone();
         let mut journal = Journal::create(
-            disk,
+            storage,
             options.directory,
             options.journal_bytes_max,
             tuning,

@@ -46,6 +46,9 @@ const EDGES: [(&str, &[&str]); 18] = [
 const UNSAFE_FILES: [&str; 4] =
     ["common/src/kernel.rs", "agent/src/interception/", "agent/src/exec/", "tests/escape/src/"];
 
+/// Whose files are kept through `storage` alone.
+const JOURNAL_FOLDERS: [&str; 2] = ["agent/src/recording", "agent/src/publishing"];
+
 /// Text that must not stand in Rust source: what, and why.
 fn forbidden() -> [(String, &'static str); 4] {
     // Put together at run time, so that this file does not refuse itself.
@@ -150,6 +153,12 @@ fn edges(name: &str, production: &str, findings: &mut Vec<String>) {
         if imported && !may(places) {
             findings.push(format!("{name}: {library} may be imported only in {}", places.join(", ")));
         }
+    }
+    let keeps_files = JOURNAL_FOLDERS.iter().any(|folder| name.starts_with(folder));
+    let is_test = name.ends_with("_tests.rs") || name.ends_with("/tests.rs") || name.ends_with("/fixture.rs");
+    if keeps_files && !is_test && production.contains("std::fs") {
+        findings
+            .push(format!("{name}: files of a journal are kept through agent/src/storage.rs (invariant 5)"));
     }
     let uses_unsafe = production
         .lines()
@@ -262,6 +271,7 @@ mod tests {
         assert_eq!(findings("agent/src/a.rs", &format!("//! x\n{}", "a\n".repeat(500))).len(), 1);
         assert_eq!(findings("agent/src/a.rs", "//! x\nuse aya::Ebpf;\n").len(), 1);
         assert_eq!(findings("agent/src/a.rs", "//! x\nfn a() { unsafe { b() } }\n").len(), 1);
+        assert_eq!(findings("agent/src/recording/a.rs", "//! x\nfn a() { std::fs::read(b) }\n").len(), 1);
         assert_eq!(findings("agent/src/interception/loader.rs", "//! x\nuse aya::Ebpf;\n").len(), 0);
     }
 

@@ -4,21 +4,12 @@
 //! cursor that is lost costs duplicates, never a message: reading starts at the first segment again. The file is locked
 //! as long as its epoch is being published, so that no two processes do it. `docs/recording-format.md` describes it.
 
-use std::{
-    fs::{File, OpenOptions},
-    io,
-    os::unix::fs::{FileExt as _, OpenOptionsExt as _},
-    path::Path,
-    time::Duration,
-};
+use std::{io, path::Path, time::Duration};
 
-use nix::{
-    errno::Errno,
-    fcntl::{Flock, FlockArg},
-};
 use uuid::Uuid;
 
 use super::feed::Position;
+use crate::storage::{self, Lock, Open, Storage, StoredFile};
 
 /// The file's name in an epoch's folder.
 pub(super) const CURSOR_FILE: &str = "cursor";
@@ -155,30 +146,30 @@ impl Cursor {
 /// The file, locked as long as this lives.
 #[derive(Debug)]
 pub(super) struct CursorFile {
-    file: Flock<File>,
+    file: Box<dyn StoredFile>,
     generation: u64,
 }
 
 impl CursorFile {
     /// Opens or makes the file of this epoch and reads it; none if another process publishes the epoch.
-    pub(super) fn open(folder: &Path, epoch: Uuid) -> io::Result<Option<(Self, Option<Cursor>)>> {
-        let path = folder.join(CURSOR_FILE);
-        let file =
-            OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(&path)?;
-        let file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-            Ok(file) => file,
-            Err((_, Errno::EAGAIN)) => return Ok(None),
-            Err((_, error)) => return Err(error.into()),
-        };
-        if file.metadata()?.len() < 2 * SLOT_BYTES as u64 {
+    pub(super) fn open(
+        storage: &dyn Storage,
+        folder: &Path,
+        epoch: Uuid,
+    ) -> io::Result<Option<(Self, Option<Cursor>)>> {
+        let file = storage.open(&folder.join(CURSOR_FILE), Open::Write)?;
+        if !file.lock(Lock::Exclusive)? {
+            return Ok(None);
+        }
+        if file.length()? < 2 * SLOT_BYTES as u64 {
             // Written, not only as long: what comes later must not need space on a disk that is full.
-            file.write_all_at(&[0; 2 * SLOT_BYTES], 0)?;
+            file.write_at(&[0; 2 * SLOT_BYTES], 0)?;
             file.sync_all()?;
-            File::open(folder)?.sync_all()?;
+            storage.sync_folder(folder)?;
         }
         let mut slots = [[0; SLOT_BYTES]; 2];
         for (slot, at) in slots.iter_mut().zip([0, SLOT_BYTES as u64]) {
-            file.read_exact_at(slot, at)?;
+            storage::read_full(file.as_ref(), slot, at)?;
         }
         let newest = slots.iter().filter_map(|slot| Cursor::decode(slot, epoch)).max_by_key(|(n, _)| *n);
         let (generation, cursor) = newest.unzip();
@@ -190,7 +181,7 @@ impl CursorFile {
         // Taken over only when it is on disk: should this fail, the other slot must stay the one that counts.
         let generation = self.generation + 1;
         let at = (generation % 2) * SLOT_BYTES as u64;
-        self.file.write_all_at(&cursor.encode(generation), at)?;
+        self.file.write_at(&cursor.encode(generation), at)?;
         self.file.sync_data()?;
         self.generation = generation;
         Ok(())
@@ -205,7 +196,7 @@ mod tests {
     use uuid::Uuid;
 
     use super::{CURSOR_FILE, Cursor, CursorFile, MARKS_MAX, SLOT_BYTES};
-    use crate::publishing::feed::Position;
+    use crate::{publishing::feed::Position, storage::FileSystem};
 
     const EPOCH: Uuid = Uuid::from_u128(7);
     const WINDOW: Duration = Duration::from_secs(800);
@@ -215,7 +206,7 @@ mod tests {
     }
 
     fn reopen(folder: &std::path::Path) -> Option<Cursor> {
-        CursorFile::open(folder, EPOCH).unwrap().unwrap().1
+        CursorFile::open(&FileSystem, folder, EPOCH).unwrap().unwrap().1
     }
 
     #[test]
@@ -230,9 +221,9 @@ mod tests {
     #[test]
     fn what_was_written_last_is_read_and_one_torn_slot_costs_one_write() {
         let folder = tempfile::tempdir().unwrap();
-        let (mut file, cursor) = CursorFile::open(folder.path(), EPOCH).unwrap().unwrap();
+        let (mut file, cursor) = CursorFile::open(&FileSystem, folder.path(), EPOCH).unwrap().unwrap();
         assert_eq!(cursor, None);
-        assert!(CursorFile::open(folder.path(), EPOCH).unwrap().is_none(), "it is locked");
+        assert!(CursorFile::open(&FileSystem, folder.path(), EPOCH).unwrap().is_none(), "it is locked");
         let mut cursor = Cursor::new(EPOCH, at(0, 512));
         for offset in 600..605 {
             cursor.advance(at(0, offset), 1, WINDOW);
@@ -240,7 +231,9 @@ mod tests {
         }
         drop(file);
         assert_eq!(reopen(folder.path()).unwrap().position, at(0, 604));
-        assert!(CursorFile::open(folder.path(), Uuid::from_u128(8)).unwrap().unwrap().1.is_none());
+        assert!(
+            CursorFile::open(&FileSystem, folder.path(), Uuid::from_u128(8)).unwrap().unwrap().1.is_none()
+        );
         // The last write is torn: the one before it counts.
         let raw = std::fs::File::options().write(true).open(folder.path().join(CURSOR_FILE)).unwrap();
         raw.write_all_at(&[0xff; 100], SLOT_BYTES as u64 + 300).unwrap();

@@ -6,10 +6,9 @@
 
 use std::{
     collections::BTreeMap,
-    fs::File,
-    io::{self, Read as _},
-    os::unix::fs::FileExt as _,
+    io,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use nix::libc;
@@ -18,7 +17,10 @@ use weir_common::{
     segment::{SEGMENT_HEADER_BYTES, SEGMENT_SUFFIX, SegmentError, SegmentHeader, SegmentReader},
 };
 
-use crate::recording::Durable;
+use crate::{
+    recording::Durable,
+    storage::{self, Open, Storage, StoredFile},
+};
 
 /// Bytes that are read at once.
 const READ_BYTES: usize = 512 * 1024;
@@ -90,6 +92,7 @@ pub(super) type Take<'t> = dyn FnMut(&Frame<'_>, Position) -> bool + 't;
 /// See the module.
 #[derive(Debug)]
 pub(super) struct Feed {
+    storage: Arc<dyn Storage>,
     folder: PathBuf,
     position: Position,
     segment: Option<Segment>,
@@ -100,7 +103,7 @@ pub(super) struct Feed {
 /// The segment that is being read.
 #[derive(Debug)]
 struct Segment {
-    file: File,
+    file: Box<dyn StoredFile>,
     index: u64,
     /// The header of the next segment. None: this is the one that is being written, or the last.
     successor: Option<SegmentHeader>,
@@ -113,8 +116,8 @@ struct Segment {
 
 impl Feed {
     /// Goes on at `position` of the epoch in `folder`.
-    pub(super) fn new(folder: PathBuf, position: Position) -> Self {
-        Self { folder, position, segment: None, lost: false }
+    pub(super) fn new(storage: Arc<dyn Storage>, folder: PathBuf, position: Position) -> Self {
+        Self { storage, folder, position, segment: None, lost: false }
     }
 
     /// Goes on elsewhere.
@@ -200,12 +203,13 @@ impl Feed {
     /// Opens the segment of the position, or the first one behind it; says what came next where that is no segment.
     fn open(&mut self, limit: Option<Durable>) -> io::Result<Option<Next>> {
         let within = |index: &u64| limit.is_none_or(|limit| *index <= limit.segment);
-        let segments = segments(&self.folder)?;
+        let storage = Arc::clone(&self.storage);
+        let segments = segments(storage.as_ref(), &self.folder)?;
         let mut later = segments.range(self.position.segment..).filter(|(index, _)| within(index));
-        let Some((index, path)) = later.next() else {
+        let Some((index, (path, _))) = later.next() else {
             return Ok(Some(if limit.is_some() { Next::Waiting } else { Next::End }));
         };
-        let header = match read_header(path)? {
+        let header = match read_header(storage.as_ref(), path)? {
             Header::Good(header) => header,
             Header::Unmade => {
                 // Nothing was ever written to it; whoever made it went on with the next number.
@@ -215,16 +219,16 @@ impl Feed {
             Header::Bad(what) => {
                 let mut end = Position { segment: index + 1, ..self.beginning() };
                 // How much it held, only the next one tells.
-                if let Some(next) = later.find_map(|(_, path)| good_header(path)) {
+                if let Some(next) = later.find_map(|(_, (path, _))| good_header(storage.as_ref(), path)) {
                     end.sequence = next.first_sequence;
                 }
                 let events = end.sequence.checked_sub(self.position.sequence).filter(|events| *events > 0);
                 return Ok(Some(Next::Damage(self.damage(what, events, end))));
             }
         };
-        let successor = later.find_map(|(_, path)| good_header(path));
+        let successor = later.find_map(|(_, (path, _))| good_header(storage.as_ref(), path));
         let segment = Segment {
-            file: File::open(path)?,
+            file: storage.open(path, Open::Read)?,
             index: *index,
             successor,
             buffer: Vec::new(),
@@ -339,20 +343,9 @@ impl Segment {
         self.start = offset;
         self.buffer.clear();
         self.buffer.resize(wanted, 0);
-        let mut length = 0;
-        while length < wanted {
-            match self.file.read_at(&mut self.buffer[length..], offset + length as u64) {
-                Ok(0) => break,
-                Ok(read) => length += read,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => {
-                    self.buffer.clear();
-                    return Err(error);
-                }
-            }
-        }
-        self.buffer.truncate(length);
-        Ok(())
+        let read = storage::read_full(self.file.as_ref(), &mut self.buffer, offset);
+        self.buffer.truncate(*read.as_ref().unwrap_or(&0));
+        read.map(drop)
     }
 
     /// What the buffer holds from `offset` on.
@@ -363,7 +356,7 @@ impl Segment {
 
     /// Whether there is nothing at all from `offset` on: a segment that was ended in order.
     fn ends_at(&self, offset: u64) -> io::Result<bool> {
-        Ok(self.file.metadata()?.len() <= offset)
+        Ok(self.file.length()? <= offset)
     }
 
     /// Reads all of it, up to `end`.
@@ -371,12 +364,13 @@ impl Segment {
         if self.whole {
             return Ok(());
         }
-        let length = self.file.metadata()?.len().min(end.unwrap_or(u64::MAX));
+        let length = self.file.length()?.min(end.unwrap_or(u64::MAX));
         if length > WHOLE_BYTES_MAX {
             return Err(io::ErrorKind::FileTooLarge.into());
         }
         let mut whole = vec![0; usize::try_from(length).unwrap_or(usize::MAX)];
-        self.file.read_exact_at(&mut whole, 0)?;
+        let read = storage::read_full(self.file.as_ref(), &mut whole, 0)?;
+        whole.truncate(read);
         (self.buffer, self.start) = (whole, 0);
         // What is still written grows.
         self.whole = end.is_none();
@@ -406,18 +400,11 @@ fn is_lasting(error: &io::Error) -> bool {
         || error.kind() == io::ErrorKind::FileTooLarge
 }
 
-/// The segments in a folder, by number.
-pub(super) fn segments(folder: &Path) -> io::Result<BTreeMap<u64, PathBuf>> {
-    let mut found = BTreeMap::new();
-    for entry in std::fs::read_dir(folder)? {
-        let entry = entry?;
-        let name = entry.file_name();
-        let index = name.to_str().and_then(|name| name.strip_suffix(SEGMENT_SUFFIX)?.parse::<u64>().ok());
-        if let Some(index) = index {
-            found.insert(index, entry.path());
-        }
-    }
-    Ok(found)
+/// The segments in a folder, by number, with their lengths.
+pub(super) fn segments(storage: &dyn Storage, folder: &Path) -> io::Result<BTreeMap<u64, (PathBuf, u64)>> {
+    let files = storage::files_named(storage, folder, SEGMENT_SUFFIX)?;
+    let index = |path: &Path| path.file_stem()?.to_str()?.parse::<u64>().ok();
+    Ok(files.into_iter().filter_map(|(path, bytes)| Some((index(&path)?, (path, bytes)))).collect())
 }
 
 enum Header {
@@ -427,18 +414,19 @@ enum Header {
     Bad(String),
 }
 
-fn read_header(path: &Path) -> io::Result<Header> {
-    let mut bytes = Vec::with_capacity(SEGMENT_HEADER_BYTES);
-    match File::open(path)?.take(SEGMENT_HEADER_BYTES as u64).read_to_end(&mut bytes) {
+fn read_header(storage: &dyn Storage, path: &Path) -> io::Result<Header> {
+    let file = storage.open(path, Open::Read)?;
+    let mut bytes = [0; SEGMENT_HEADER_BYTES];
+    let length = match storage::read_full(file.as_ref(), &mut bytes, 0) {
         Err(error) if is_lasting(&error) => return Ok(Header::Bad(error.to_string())),
         read => read?,
     };
-    if bytes.len() < SEGMENT_HEADER_BYTES {
+    if length < SEGMENT_HEADER_BYTES {
         return Ok(Header::Unmade);
     }
     if bytes.iter().all(|byte| *byte == 0) {
         // A header is written before any frame: with something behind it, it was there and is lost.
-        let is_empty = is_zero(path)?;
+        let is_empty = is_zero(file.as_ref())?;
         return Ok(if is_empty { Header::Unmade } else { Header::Bad("its header is lost".to_owned()) });
     }
     Ok(match SegmentHeader::decode(&bytes) {
@@ -448,22 +436,20 @@ fn read_header(path: &Path) -> io::Result<Header> {
 }
 
 /// Whether there is nothing but zeros in a file.
-fn is_zero(path: &Path) -> io::Result<bool> {
-    let (mut file, mut bytes) = (File::open(path)?, vec![0; READ_BYTES]);
+fn is_zero(file: &dyn StoredFile) -> io::Result<bool> {
+    let (mut bytes, mut offset) = (vec![0; READ_BYTES], 0);
     loop {
-        match file.read(&mut bytes) {
-            Ok(0) => return Ok(true),
-            Ok(read) if bytes[..read].iter().all(|byte| *byte == 0) => {}
-            Ok(_) => return Ok(false),
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
+        match storage::read_full(file, &mut bytes, offset)? {
+            0 => return Ok(true),
+            read if bytes[..read].iter().all(|byte| *byte == 0) => offset += read as u64,
+            _ => return Ok(false),
         }
     }
 }
 
 /// The header of a segment that has one.
-pub(super) fn good_header(path: &Path) -> Option<SegmentHeader> {
-    match read_header(path) {
+fn good_header(storage: &dyn Storage, path: &Path) -> Option<SegmentHeader> {
+    match read_header(storage, path) {
         Ok(Header::Good(header)) => Some(header),
         _ => None,
     }
@@ -471,12 +457,14 @@ pub(super) fn good_header(path: &Path) -> Option<SegmentHeader> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::{Damage, Feed, Next, Position};
-    use crate::{publishing::fixture::Log, recording::Durable};
+    use crate::{publishing::fixture::Log, recording::Durable, storage::FileSystem};
 
     /// Everything that comes: sequences of frames, damages, and how it ends.
     fn read(log: &Log, limit: Option<Durable>) -> (Vec<u64>, Vec<Damage>, Next) {
-        let mut feed = Feed::new(log.folder().to_owned(), Position::beginning(0, 0));
+        let mut feed = Feed::new(Arc::new(FileSystem), log.folder().to_owned(), Position::beginning(0, 0));
         let (mut taken, mut damages) = (Vec::new(), Vec::new());
         loop {
             match feed
@@ -591,7 +579,7 @@ mod tests {
     fn a_frame_that_is_not_taken_comes_again() {
         let mut log = Log::new();
         log.events(1);
-        let mut feed = Feed::new(log.folder().to_owned(), Position::beginning(0, 0));
+        let mut feed = Feed::new(Arc::new(FileSystem), log.folder().to_owned(), Position::beginning(0, 0));
         assert_eq!(feed.next(None, &mut |_, _| false).unwrap(), Next::NotTaken);
         assert_eq!(feed.next(None, &mut |frame, _| frame.sequence == 0).unwrap(), Next::Taken);
         let end = feed.position();

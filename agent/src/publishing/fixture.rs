@@ -27,7 +27,10 @@ use super::{
     sink::{Failure, MakeSink, Outcome, Sink, Taken, Ticket},
     stream::Now,
 };
-use crate::recording::{Durable, DurablePosition};
+use crate::{
+    recording::{Durable, DurablePosition},
+    storage::FileSystem,
+};
 
 /// An epoch in a journal of its own, written as an agent writes it; every event is a group commit.
 pub(super) struct Log {
@@ -366,6 +369,7 @@ impl Run {
     /// Publishes the journal of `log`, which is written.
     pub(super) fn with(log: &Log, make: Box<dyn MakeSink>) -> Self {
         let settings = Settings {
+            storage: Arc::new(FileSystem),
             journal: log.journal().path().to_owned(),
             own: log.epoch,
             topic: "weir".into(),

@@ -14,16 +14,20 @@ use uuid::Uuid;
 use weir_common::{
     frame::FrameType,
     message::{MESSAGE_BYTES_MAX, Message},
+    removed::REMOVED_FILE,
 };
 
 use super::{
-    feed::{Damage, Next, Position},
+    feed::{self, Damage, Next, Position},
     measures::Measures,
     retention,
     sink::{Failure, MakeSink, Outcome, Sink, Taken, Ticket},
     stream::{Now, Stream},
 };
-use crate::recording::{Durable, DurablePosition, has_ended};
+use crate::{
+    recording::{Durable, DurablePosition, has_ended},
+    storage::Storage,
+};
 
 /// Most bytes that are on their way.
 pub(super) const FLIGHT_BYTES_MAX: usize = 8 * 1024 * 1024;
@@ -53,7 +57,9 @@ pub(super) type RecordGap = Box<dyn FnMut(String, Option<u64>) + Send>;
 /// What is published, where.
 #[derive(Clone, Debug)]
 pub(super) struct Settings {
-    /// Folder of the journal.
+    /// Where the journal is.
+    pub(super) storage: Arc<dyn Storage>,
+    /// Its folder.
     pub(super) journal: PathBuf,
     /// The epoch that this agent writes.
     pub(super) own: Uuid,
@@ -167,10 +173,10 @@ impl Publisher {
 
     /// Takes epochs that nobody publishes: the agent's own, and those whose agents have ended.
     fn adopt(&mut self) {
-        let Settings { journal, own, .. } = &self.settings;
+        let Settings { storage, journal, own, .. } = &self.settings;
         // An operator may have taken epochs away, for want of space.
-        self.streams.retain(|stream| stream.epoch == *own || stream.folder.exists());
-        let epochs = match retention::epochs(journal) {
+        self.streams.retain(|stream| stream.epoch == *own || storage.exists(&stream.folder));
+        let epochs = match retention::epochs(storage.as_ref(), journal) {
             Ok(epochs) => epochs,
             Err(error) => {
                 tracing::warn!(journal = %journal.display(), %error, "cannot look for epochs to publish");
@@ -182,12 +188,13 @@ impl Publisher {
                 continue;
             }
             // An epoch without a segment may be one that is just begun, and not locked yet.
-            let holds_something = super::feed::segments(&folder).is_ok_and(|segments| !segments.is_empty())
-                || folder.join(weir_common::removed::REMOVED_FILE).exists();
-            if epoch != *own && !(holds_something && has_ended(&folder)) {
+            let holds_something = feed::segments(storage.as_ref(), &folder)
+                .is_ok_and(|segments| !segments.is_empty())
+                || storage.exists(&folder.join(REMOVED_FILE));
+            if epoch != *own && !(holds_something && has_ended(storage.as_ref(), &folder)) {
                 continue;
             }
-            match Stream::open(epoch, folder) {
+            match Stream::open(Arc::clone(storage), epoch, folder) {
                 Ok(Some(stream)) => {
                     if epoch != *own {
                         tracing::info!(%epoch, "publishes the journal of an agent that has ended");
@@ -427,14 +434,14 @@ impl Publisher {
                 }
             }
         }
-        let journal = &self.settings.journal;
-        if let Err(error) = retention::sweep(journal) {
+        let (storage, journal) = (self.settings.storage.as_ref(), &self.settings.journal);
+        if let Err(error) = retention::sweep(storage, journal) {
             tracing::warn!(journal = %journal.display(), %error, "what is left of removed epochs stays");
         }
         if !self.streams.iter().any(Stream::is_gone) {
             return;
         }
-        let Ok(named) = retention::predecessors(journal) else { return };
+        let Ok(named) = retention::predecessors(storage, journal) else { return };
         self.streams.retain(|stream| {
             let goes = stream.epoch != self.settings.own
                 && stream.is_gone()
@@ -442,7 +449,7 @@ impl Publisher {
             if !goes {
                 return true;
             }
-            match retention::remove_epoch(&stream.folder) {
+            match retention::remove_epoch(storage, &stream.folder) {
                 Ok(()) => tracing::info!(epoch = %stream.epoch, "published, and removed from the journal"),
                 Err(error) => {
                     tracing::warn!(epoch = %stream.epoch, %error, "a published epoch cannot be removed");

@@ -19,6 +19,7 @@ use super::{
     sink::Failure,
     stream::Now,
 };
+use crate::storage::FileSystem;
 
 /// A clock that tests move.
 struct Clock(Now);
@@ -75,7 +76,7 @@ fn an_agent_that_is_not_let_in_tries_again_with_what_its_files_hold_then() {
 
 /// What the file `cursor` says: number of events that are acknowledged. The publisher must be gone.
 fn written(log: &Log) -> u64 {
-    let opened = CursorFile::open(log.folder(), log.epoch).unwrap().expect("nobody has it");
+    let opened = CursorFile::open(&FileSystem, log.folder(), log.epoch).unwrap().expect("nobody has it");
     opened.1.map_or(0, |cursor| cursor.position.sequence)
 }
 
@@ -121,7 +122,7 @@ fn epochs_that_have_ended_come_first_and_one_that_somebody_publishes_is_left_alo
     // The second one's agent lives; the third is being published by somebody.
     let lock = std::fs::File::create(logs[1].folder().join("lock")).unwrap();
     let lock = nix::fcntl::Flock::lock(lock, nix::fcntl::FlockArg::LockExclusive).unwrap();
-    let cursor = CursorFile::open(logs[2].folder(), logs[2].epoch).unwrap().unwrap();
+    let cursor = CursorFile::open(&FileSystem, logs[2].folder(), logs[2].epoch).unwrap().unwrap();
     let (broker, mut clock) = (Broker::new(), Clock::new());
     let mut run = Run::with(&logs[3], Box::new(broker.clone()));
     run.turn_at(clock.pass(Duration::ZERO));

@@ -6,10 +6,9 @@
 
 use std::{
     collections::BTreeSet,
-    fs::{File, OpenOptions},
-    io::{self, Read as _, Write as _},
-    os::unix::fs::OpenOptionsExt as _,
+    io,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use uuid::Uuid;
@@ -21,6 +20,7 @@ use weir_common::{
 };
 
 use super::feed::{self, Feed, Next, Position};
+use crate::storage::{self, Storage, read_bounded};
 
 /// Ending of the name of an epoch's folder that is being removed: readers take it for none.
 const REMOVING_SUFFIX: &str = ".removing";
@@ -28,6 +28,7 @@ const REMOVING_SUFFIX: &str = ".removing";
 /// What may be removed of one epoch.
 #[derive(Debug)]
 pub(super) struct Retention {
+    storage: Arc<dyn Storage>,
     folder: PathBuf,
     removed: Removed,
     /// Something cannot be read: it and what follows are kept.
@@ -39,8 +40,10 @@ impl Retention {
     ///
     /// # Errors
     /// The folder cannot be read, or its file `removed` is damaged: nothing is removed then.
-    pub(super) fn open(folder: PathBuf, epoch: Uuid) -> io::Result<Self> {
-        let removed = match read_bounded(&folder.join(REMOVED_FILE)) {
+    pub(super) fn open(storage: Arc<dyn Storage>, folder: PathBuf, epoch: Uuid) -> io::Result<Self> {
+        // One more than may be there, so that what is longer is not taken for whole.
+        let removed = match read_bounded(storage.as_ref(), &folder.join(REMOVED_FILE), REMOVED_BYTES_MAX + 1)
+        {
             Ok(bytes) => Removed::decode(&bytes)
                 .ok()
                 .filter(|removed| removed.epoch == epoch)
@@ -50,7 +53,7 @@ impl Retention {
             }
             Err(error) => return Err(error),
         };
-        let retention = Self { folder, removed, blocked: false };
+        let retention = Self { storage, folder, removed, blocked: false };
         retention.unlink()?;
         Ok(retention)
     }
@@ -81,7 +84,7 @@ impl Retention {
                 break;
             }
             let path = self.folder.join(REMOVED_FILE);
-            replace(&path, &next.encode())?;
+            storage::replace(self.storage.as_ref(), &path, &next.encode())?;
             self.removed = next;
             count += self.unlink()?;
         }
@@ -90,13 +93,14 @@ impl Retention {
 
     /// Whether no segment is left.
     pub(super) fn is_empty(&self) -> io::Result<bool> {
-        Ok(feed::segments(&self.folder)?.is_empty())
+        Ok(feed::segments(self.storage.as_ref(), &self.folder)?.is_empty())
     }
 
     /// What is to be kept of the first segment once it is gone; none if something in it cannot be read.
     fn read_first(&self) -> io::Result<Option<Removed>> {
         let Removed { epoch, first_segment, mut tree } = self.removed.clone();
-        let mut feed = Feed::new(self.folder.clone(), Position::beginning(first_segment, tree.size()));
+        let beginning = Position::beginning(first_segment, tree.size());
+        let mut feed = Feed::new(Arc::clone(&self.storage), self.folder.clone(), beginning);
         // To be read to its end, the next one must be there, or the epoch have ended.
         let first_segment = loop {
             let next = feed.next(None, &mut |frame, end| {
@@ -119,12 +123,13 @@ impl Retention {
 
     fn unlink(&self) -> io::Result<u64> {
         let mut count = 0;
-        for path in feed::segments(&self.folder)?.range(..self.removed.first_segment).map(|(_, path)| path) {
-            std::fs::remove_file(path)?;
+        let segments = feed::segments(self.storage.as_ref(), &self.folder)?;
+        for (_, (path, _)) in segments.range(..self.removed.first_segment) {
+            self.storage.remove_file(path)?;
             count += 1;
         }
         if count > 0 {
-            File::open(&self.folder)?.sync_all()?;
+            self.storage.sync_folder(&self.folder)?;
         }
         Ok(count)
     }
@@ -134,40 +139,34 @@ impl Retention {
 ///
 /// # Errors
 /// The disk.
-pub(super) fn remove_epoch(folder: &Path) -> io::Result<()> {
+pub(super) fn remove_epoch(storage: &dyn Storage, folder: &Path) -> io::Result<()> {
     let Some(journal) = folder.parent() else { return Ok(()) };
     let mut name = folder.as_os_str().to_owned();
     name.push(REMOVING_SUFFIX);
     // In one step, so that nobody finds half an epoch.
-    std::fs::rename(folder, &name)?;
-    File::open(journal)?.sync_all()?;
-    std::fs::remove_dir_all(&name)
+    storage.rename(folder, Path::new(&name))?;
+    storage.sync_folder(journal)?;
+    storage.remove_folder(Path::new(&name))
 }
 
 /// Removes what is left of epochs whose removal a crash interrupted.
-pub(super) fn sweep(journal: &Path) -> io::Result<()> {
-    for entry in std::fs::read_dir(journal)? {
-        let path = entry?.path();
-        let name = path.file_name().and_then(|name| name.to_str());
-        let epoch = name.and_then(|name| name.strip_suffix(REMOVING_SUFFIX));
+pub(super) fn sweep(storage: &dyn Storage, journal: &Path) -> io::Result<()> {
+    for entry in storage.entries(journal)? {
+        let epoch = entry.name.strip_suffix(REMOVING_SUFFIX);
         if epoch.is_some_and(|epoch| Uuid::try_parse(epoch).is_ok()) {
-            std::fs::remove_dir_all(&path)?;
+            storage.remove_folder(&journal.join(&entry.name))?;
         }
     }
     Ok(())
 }
 
 /// The epochs in a journal, the oldest first.
-pub(super) fn epochs(journal: &Path) -> io::Result<Vec<(Uuid, PathBuf)>> {
+pub(super) fn epochs(storage: &dyn Storage, journal: &Path) -> io::Result<Vec<(Uuid, PathBuf)>> {
     let mut found = Vec::new();
-    for entry in std::fs::read_dir(journal)? {
-        let entry = entry?;
-        let name = entry.file_name();
-        let epoch = name.to_str().and_then(|name| Some((Uuid::try_parse(name).ok()?, name)));
+    for entry in storage.entries(journal)? {
         // As agents spell it, and nothing else.
-        if let Some((epoch, _)) = epoch.filter(|(epoch, name)| epoch.to_string() == **name) {
-            found.push((epoch, entry.path()));
-        }
+        let epoch = Uuid::try_parse(&entry.name).ok().filter(|epoch| epoch.to_string() == entry.name);
+        found.extend(epoch.map(|epoch| (epoch, journal.join(&entry.name))));
     }
     // UUIDs of version 7 sort by time.
     found.sort_unstable();
@@ -175,20 +174,18 @@ pub(super) fn epochs(journal: &Path) -> io::Result<Vec<(Uuid, PathBuf)>> {
 }
 
 /// The epochs that others name as their predecessors: what is left of those is what that can be checked against.
-pub(super) fn predecessors(journal: &Path) -> io::Result<BTreeSet<String>> {
+pub(super) fn predecessors(storage: &dyn Storage, journal: &Path) -> io::Result<BTreeSet<String>> {
     let mut named = BTreeSet::new();
-    for (_, folder) in epochs(journal)? {
-        let first = feed::segments(&folder)?.remove(&0);
-        named.extend(first.and_then(|path| predecessor(&path)));
+    for (_, folder) in epochs(storage, journal)? {
+        let first = feed::segments(storage, &folder)?.remove(&0);
+        named.extend(first.and_then(|(path, _)| predecessor(storage, &path)));
     }
     Ok(named)
 }
 
 /// The epoch that the first event of a log names.
-fn predecessor(first_segment: &Path) -> Option<String> {
-    let mut bytes = Vec::new();
-    let bytes_max = (SEGMENT_HEADER_BYTES + FRAME_BYTES_MAX) as u64;
-    File::open(first_segment).ok()?.take(bytes_max).read_to_end(&mut bytes).ok()?;
+fn predecessor(storage: &dyn Storage, first_segment: &Path) -> Option<String> {
+    let bytes = read_bounded(storage, first_segment, SEGMENT_HEADER_BYTES + FRAME_BYTES_MAX).ok()?;
     let (frame, _) = frame::decode(bytes.get(SEGMENT_HEADER_BYTES..)?).ok()?;
     match serde_json::from_slice::<Event>(frame.value).ok()?.kind {
         Kind::AgentStarted { predecessor, .. } => predecessor.map(|predecessor| predecessor.epoch),
@@ -196,32 +193,14 @@ fn predecessor(first_segment: &Path) -> Option<String> {
     }
 }
 
-fn read_bounded(path: &Path) -> io::Result<Vec<u8>> {
-    let mut content = Vec::new();
-    // One more than may be there, so that what is longer is not taken for whole.
-    File::open(path)?.take(REMOVED_BYTES_MAX as u64 + 1).read_to_end(&mut content)?;
-    Ok(content)
-}
-
-/// Puts a file with this content in place, atomically and durably.
-fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
-    let temporary = path.with_extension("new");
-    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
-    file.write_all(content)?;
-    file.sync_all()?;
-    std::fs::rename(&temporary, path)?;
-    match path.parent() {
-        Some(folder) => File::open(folder)?.sync_all(),
-        None => Ok(()),
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use weir_common::removed::{REMOVED_FILE, Removed};
 
     use super::{Retention, epochs, remove_epoch, sweep};
-    use crate::publishing::fixture::Log;
+    use crate::{publishing::fixture::Log, storage::FileSystem};
 
     fn removed(log: &Log) -> Removed {
         Removed::decode(&std::fs::read(log.folder().join(REMOVED_FILE)).unwrap()).unwrap()
@@ -237,14 +216,16 @@ mod tests {
         let tree = log.tree.clone();
         log.rotate();
         log.events(1);
-        let mut retention = Retention::open(log.folder().to_owned(), log.epoch).unwrap();
+        let mut retention =
+            Retention::open(Arc::new(FileSystem), log.folder().to_owned(), log.epoch).unwrap();
         assert_eq!(retention.remove_before(0).unwrap(), 0);
         assert_eq!(retention.remove_before(2).unwrap(), 2);
         assert_eq!(removed(&log), Removed { epoch: log.epoch, first_segment: 2, tree: tree.clone() });
         assert!(!log.segment(1).exists() && log.segment(2).exists());
         // Restarted, it goes on from there; a segment that a crash left is removed then.
         std::fs::write(log.segment(1), "left").unwrap();
-        let mut retention = Retention::open(log.folder().to_owned(), log.epoch).unwrap();
+        let mut retention =
+            Retention::open(Arc::new(FileSystem), log.folder().to_owned(), log.epoch).unwrap();
         assert!(!log.segment(1).exists());
         assert_eq!(retention.remove_before(3).unwrap(), 1, "the epoch has ended");
         assert!(retention.is_empty().unwrap());
@@ -259,7 +240,8 @@ mod tests {
             log.rotate();
         });
         log.damage(5);
-        let mut retention = Retention::open(log.folder().to_owned(), log.epoch).unwrap();
+        let mut retention =
+            Retention::open(Arc::new(FileSystem), log.folder().to_owned(), log.epoch).unwrap();
         assert_eq!(retention.remove_before(3).unwrap(), 1);
         assert!(!log.segment(0).exists() && log.segment(1).exists() && log.segment(2).exists());
         assert_eq!(removed(&log).first_segment, 1);
@@ -271,19 +253,19 @@ mod tests {
         log.events(1);
         log.rotate();
         std::fs::write(log.folder().join(REMOVED_FILE), "nonsense").unwrap();
-        assert!(Retention::open(log.folder().to_owned(), log.epoch).is_err());
+        assert!(Retention::open(Arc::new(FileSystem), log.folder().to_owned(), log.epoch).is_err());
     }
 
     #[test]
     fn an_epoch_goes_whole_and_what_a_crash_left_of_it_is_swept() {
         let log = Log::new();
         let journal = log.journal().path();
-        assert_eq!(epochs(journal).unwrap(), [(log.epoch, log.folder().to_owned())]);
+        assert_eq!(epochs(&FileSystem, journal).unwrap(), [(log.epoch, log.folder().to_owned())]);
         let left = journal.join("01970000-0000-7000-8000-000000000009.removing");
         std::fs::create_dir(&left).unwrap();
-        remove_epoch(log.folder()).unwrap();
-        assert!(epochs(journal).unwrap().is_empty());
-        sweep(journal).unwrap();
+        remove_epoch(&FileSystem, log.folder()).unwrap();
+        assert!(epochs(&FileSystem, journal).unwrap().is_empty());
+        sweep(&FileSystem, journal).unwrap();
         assert_eq!(std::fs::read_dir(journal).unwrap().count(), 0);
     }
 }

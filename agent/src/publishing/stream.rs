@@ -1,9 +1,9 @@
 //! One epoch on its way to Kafka: what of it is read, on its way, acknowledged, written down and removed.
 
 use std::{
-    fs::File,
-    io::{self, Read as _},
+    io,
     path::PathBuf,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -15,17 +15,21 @@ use super::{
     flight::Flight,
     retention::Retention,
 };
-use crate::recording::Durable;
+use crate::{
+    recording::Durable,
+    storage::{Storage, read_bounded},
+};
 
 /// The cursor is written at most this often: what was acknowledged since is sent again after a crash.
 const CURSOR_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Most bytes of `node.pub` that are read.
-const VERIFIER_BYTES_MAX: u64 = 4096;
+const VERIFIER_BYTES_MAX: usize = 4096;
 
 /// See the module.
 #[derive(Debug)]
 pub(super) struct Stream {
+    storage: Arc<dyn Storage>,
     pub(super) epoch: Uuid,
     pub(super) folder: PathBuf,
     /// What `node.pub` holds, for checkpoints.
@@ -48,9 +52,11 @@ impl Stream {
     ///
     /// # Errors
     /// The disk.
-    pub(super) fn open(epoch: Uuid, folder: PathBuf) -> io::Result<Option<Self>> {
-        let Some((file, cursor)) = CursorFile::open(&folder, epoch)? else { return Ok(None) };
-        let retention = Retention::open(folder.clone(), epoch);
+    pub(super) fn open(storage: Arc<dyn Storage>, epoch: Uuid, folder: PathBuf) -> io::Result<Option<Self>> {
+        let Some((file, cursor)) = CursorFile::open(storage.as_ref(), &folder, epoch)? else {
+            return Ok(None);
+        };
+        let retention = Retention::open(Arc::clone(&storage), folder.clone(), epoch);
         if let Err(error) = &retention {
             tracing::warn!(
                 folder = %folder.display(), %error,
@@ -63,14 +69,13 @@ impl Stream {
         let cursor = cursor
             .filter(|cursor| cursor.position >= beginning)
             .unwrap_or_else(|| Cursor::new(epoch, beginning));
-        let mut verifier = String::new();
-        let read = File::open(folder.join("node.pub"))
-            .and_then(|file| file.take(VERIFIER_BYTES_MAX).read_to_string(&mut verifier));
+        let verifier = read_bounded(storage.as_ref(), &folder.join("node.pub"), VERIFIER_BYTES_MAX);
         Ok(Some(Self {
             epoch,
-            verifier: read.is_ok().then_some(verifier),
-            feed: Feed::new(folder.clone(), cursor.position),
+            verifier: verifier.ok().and_then(|verifier| String::from_utf8(verifier.to_vec()).ok()),
+            feed: Feed::new(Arc::clone(&storage), folder.clone(), cursor.position),
             flight: Flight::new(cursor.position),
+            storage,
             folder,
             is_read: false,
             damaged_to: (0, 0),
@@ -131,15 +136,15 @@ impl Stream {
             return 0;
         }
         let from = self.flight.watermark();
-        let Ok(segments) = feed::segments(&self.folder) else { return 0 };
-        let length = |index: u64, path: &PathBuf| match limit {
+        let Ok(segments) = feed::segments(self.storage.as_ref(), &self.folder) else { return 0 };
+        let length = |index: u64, bytes: u64| match limit {
             Some(limit) if limit.segment < index => 0,
             Some(limit) if limit.segment == index => limit.offset,
-            _ => path.metadata().map_or(0, |metadata| metadata.len()),
+            _ => bytes,
         };
-        let behind = segments.range(from.segment..).map(|(index, path)| {
+        let behind = segments.range(from.segment..).map(|(index, (_, bytes))| {
             let start = if *index == from.segment { from.offset } else { 0 };
-            length(*index, path).saturating_sub(start)
+            length(*index, *bytes).saturating_sub(start)
         });
         behind.sum()
     }

@@ -9,11 +9,8 @@ use http::{HeaderMap, Method};
 use tempfile::TempDir;
 use weir_common::event::{Event, Kind, Outcome};
 
-use super::{
-    Recorder, RecorderOptions, RecordingError,
-    disk::{Disk as _, FileSystem},
-    fixture::*,
-};
+use super::{Recorder, RecorderOptions, RecordingError, fixture::*, segment};
+use crate::storage::FileSystem;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn concurrent_durable_appends_share_their_syncs() {
@@ -215,7 +212,7 @@ async fn segments_are_changed_when_full_and_read_back_in_order() {
     assert_eq!(segments(recorder.folder()).len(), 2);
     let events = read(recorder.folder());
     assert_eq!(names(&events).iter().filter(|name| **name == "requestClosed").count(), 6);
-    let used = FileSystem.used(directory.path()).unwrap();
+    let used = segment::bytes_of_all(&FileSystem, directory.path()).unwrap();
     assert!(used < 7 << 20, "unused space was given back: {used}");
 }
 

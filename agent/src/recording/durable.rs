@@ -14,6 +14,7 @@ use super::{
     entry::{Append, Ids},
     epoch,
 };
+use crate::storage::Storage;
 
 /// A place in an epoch's segments: every frame before it is durable, in this segment and in those before.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -71,8 +72,8 @@ impl Recorder {
 }
 
 /// Whether the process has ended whose epoch is in this folder.
-pub(crate) fn has_ended(folder: &Path) -> bool {
-    epoch::has_ended(folder)
+pub(crate) fn has_ended(storage: &dyn Storage, folder: &Path) -> bool {
+    epoch::has_ended(storage, folder)
 }
 
 #[cfg(test)]

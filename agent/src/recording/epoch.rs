@@ -4,14 +4,11 @@
 //! `<journal>/<epoch>/` holds `lock`, `node.pub`, `checkpoint` and the segments.
 
 use std::{
-    fs::{File, OpenOptions},
-    io::{self, Read as _, Write as _},
-    os::unix::fs::OpenOptionsExt as _,
+    io,
     path::{Path, PathBuf},
 };
 
 use ed25519_dalek::{SigningKey, pkcs8::DecodePrivateKey as _};
-use nix::fcntl::{Flock, FlockArg};
 use rand::{RngCore as _, rngs::OsRng};
 use uuid::Uuid;
 use weir_common::{
@@ -21,7 +18,8 @@ use weir_common::{
 };
 use zeroize::Zeroizing;
 
-use super::{disk::Disk, error::RecordingError};
+use super::error::RecordingError;
+use crate::storage::{self, FileSystem, Lock, Open, Storage, StoredFile, read_bounded};
 
 /// File in an epoch's folder that holds the last signed checkpoint.
 pub(super) const CHECKPOINT_FILE: &str = "checkpoint";
@@ -34,7 +32,7 @@ const MASK_KEY_FILE: &str = "mask.key";
 const MASK_KEY_BYTES: usize = 32;
 
 /// Most bytes of a key file that are read.
-const KEY_FILE_BYTES_MAX: u64 = 16 * 1024;
+const KEY_FILE_BYTES_MAX: usize = 16 * 1024;
 
 /// The folder of one process epoch, locked as long as this lives.
 #[derive(Debug)]
@@ -46,13 +44,13 @@ pub(super) struct Epoch {
     pub(super) origin: String,
     pub(super) signer: NoteSigner,
     pub(super) predecessor: Option<Predecessor>,
-    _lock: Flock<File>,
+    _lock: Box<dyn StoredFile>,
 }
 
 impl Epoch {
     /// Makes a new epoch in `journal` and publishes its verifier key there.
     pub(super) fn create(
-        disk: &dyn Disk,
+        storage: &dyn Storage,
         journal: &Path,
         node: &str,
         signing_key_file: Option<&Path>,
@@ -60,12 +58,12 @@ impl Epoch {
         if node.len() > NODE_BYTES_MAX {
             return Err(RecordingError::Node { node: node.to_owned() });
         }
-        disk.make_directory(journal).map_err(|error| RecordingError::storage(journal, error))?;
-        let predecessor = predecessor(journal);
+        storage::make_folders(storage, journal).map_err(|error| RecordingError::storage(journal, error))?;
+        let predecessor = predecessor(storage, journal);
         let id = Uuid::now_v7();
         let folder = journal.join(id.to_string());
-        disk.make_directory(&folder).map_err(|error| RecordingError::storage(&folder, error))?;
-        let lock = lock(&folder)?;
+        storage::make_folders(storage, &folder).map_err(|error| RecordingError::storage(&folder, error))?;
+        let lock = lock(storage, &folder)?;
         let key = match signing_key_file {
             Some(path) => read_signing_key(path)?,
             None => SigningKey::generate(&mut OsRng),
@@ -76,7 +74,7 @@ impl Epoch {
             reason: error.to_string(),
         })?;
         let published = folder.join(VERIFIER_FILE);
-        disk.replace(&published, format!("{}\n", signer.verifier()).as_bytes())
+        storage::replace(storage, &published, format!("{}\n", signer.verifier()).as_bytes())
             .map_err(|error| RecordingError::storage(&published, error))?;
         let origin = format!("{name}/{id}");
         Ok(Self { id, folder, node: node.to_owned(), origin, signer, predecessor, _lock: lock })
@@ -90,32 +88,31 @@ fn key_name(node: &str) -> String {
     if node.is_empty() { "weir/node".to_owned() } else { format!("weir/{node}") }
 }
 
-fn lock(folder: &Path) -> Result<Flock<File>, RecordingError> {
+fn lock(storage: &dyn Storage, folder: &Path) -> Result<Box<dyn StoredFile>, RecordingError> {
     let path = folder.join(LOCK_FILE);
-    let opened = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&path);
-    let file = opened.map_err(|error| RecordingError::storage(&path, error))?;
-    Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|_| RecordingError::Locked { path })
+    let file = storage.open(&path, Open::Write).map_err(|error| RecordingError::storage(&path, error))?;
+    match file.lock(Lock::Exclusive) {
+        Ok(true) => Ok(file),
+        Ok(false) => Err(RecordingError::Locked { path }),
+        Err(error) => Err(RecordingError::storage(&path, error)),
+    }
 }
 
 /// Whether no process has this epoch open any more. Asks with a shared lock, so that two who ask at once do not take
 /// each other for its owner. To be asked only of a folder that holds something: its owner locks it first.
-pub(super) fn has_ended(folder: &Path) -> bool {
-    match File::open(folder.join(LOCK_FILE)) {
-        Ok(file) => Flock::lock(file, FlockArg::LockSharedNonblock).is_ok(),
+pub(super) fn has_ended(storage: &dyn Storage, folder: &Path) -> bool {
+    match storage.open(&folder.join(LOCK_FILE), Open::Read) {
+        Ok(file) => file.lock(Lock::Shared).unwrap_or(false),
         // A copy, perhaps: nobody can have it open.
         Err(error) => error.kind() == io::ErrorKind::NotFound,
     }
 }
 
-fn read_bounded(path: &Path, bytes_max: u64) -> io::Result<Zeroizing<Vec<u8>>> {
-    let mut content = Zeroizing::new(Vec::new());
-    File::open(path)?.take(bytes_max).read_to_end(&mut content)?;
-    Ok(content)
-}
-
 fn read_signing_key(path: &Path) -> Result<SigningKey, RecordingError> {
     let wrong = |reason: &str| RecordingError::Key { path: path.to_owned(), reason: reason.to_owned() };
-    let pem = read_bounded(path, KEY_FILE_BYTES_MAX).map_err(|error| wrong(&error.to_string()))?;
+    // The operator's, and not of the journal.
+    let pem =
+        read_bounded(&FileSystem, path, KEY_FILE_BYTES_MAX).map_err(|error| wrong(&error.to_string()))?;
     let pem = std::str::from_utf8(&pem).map_err(|_| wrong("it is not PEM"))?;
     SigningKey::from_pkcs8_pem(pem).map_err(|_| {
         wrong("it is not an Ed25519 key in PKCS#8 PEM; make one with `openssl genpkey -algorithm ed25519`")
@@ -123,33 +120,32 @@ fn read_signing_key(path: &Path) -> Result<SigningKey, RecordingError> {
 }
 
 /// The newest epoch that has ended and left a checkpoint. A damaged one is passed over: `weir verify` names it.
-fn predecessor(journal: &Path) -> Option<Predecessor> {
-    let entries = std::fs::read_dir(journal).ok()?;
-    let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+fn predecessor(storage: &dyn Storage, journal: &Path) -> Option<Predecessor> {
+    let names = storage.entries(journal).ok()?.into_iter().map(|entry| entry.name);
     let mut epochs: Vec<String> = names.filter(|name| Uuid::parse_str(name).is_ok()).collect();
     // UUIDs of version 7 sort by time.
     epochs.sort_unstable_by(|a, b| b.cmp(a));
     epochs.into_iter().find_map(|epoch| {
         let folder = journal.join(&epoch);
-        let note = read_bounded(&folder.join(CHECKPOINT_FILE), NOTE_BYTES_MAX as u64).ok()?;
+        let note = read_bounded(storage, &folder.join(CHECKPOINT_FILE), NOTE_BYTES_MAX).ok()?;
         let checkpoint = Checkpoint::parse_unverified(std::str::from_utf8(&note).ok()?).ok()?;
-        has_ended(&folder).then_some(())?;
+        has_ended(storage, &folder).then_some(())?;
         Some(Predecessor { epoch, size: checkpoint.size, root: hex::encode(checkpoint.root) })
     })
 }
 
 /// The key of masks' digests, made on first use.
-pub(super) fn mask_key(journal: &Path) -> Result<Zeroizing<Vec<u8>>, RecordingError> {
+pub(super) fn mask_key(storage: &dyn Storage, journal: &Path) -> Result<Zeroizing<Vec<u8>>, RecordingError> {
     let path = journal.join(MASK_KEY_FILE);
     let failed = |error| RecordingError::storage(&path, error);
-    match read_bounded(&path, KEY_FILE_BYTES_MAX) {
+    match read_bounded(storage, &path, KEY_FILE_BYTES_MAX) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            make_mask_key(journal, &path).map_err(failed)?;
+            make_mask_key(storage, journal, &path).map_err(failed)?;
         }
         Err(error) => return Err(failed(error)),
         Ok(_) => {}
     }
-    let key = read_bounded(&path, KEY_FILE_BYTES_MAX).map_err(failed)?;
+    let key = read_bounded(storage, &path, KEY_FILE_BYTES_MAX).map_err(failed)?;
     if key.len() != MASK_KEY_BYTES {
         let reason =
             format!("it has {} bytes instead of {MASK_KEY_BYTES}; remove it to start a new one", key.len());
@@ -159,17 +155,9 @@ pub(super) fn mask_key(journal: &Path) -> Result<Zeroizing<Vec<u8>>, RecordingEr
 }
 
 /// Puts a new key in place, unless another process was faster: its key stands then.
-fn make_mask_key(journal: &Path, path: &Path) -> io::Result<()> {
+fn make_mask_key(storage: &dyn Storage, journal: &Path, path: &Path) -> io::Result<()> {
     let mut key = Zeroizing::new([0; MASK_KEY_BYTES]);
     OsRng.fill_bytes(key.as_mut_slice());
     let temporary = journal.join(format!("{MASK_KEY_FILE}.{}", Uuid::now_v7()));
-    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary)?;
-    file.write_all(key.as_slice())?;
-    file.sync_all()?;
-    let linked = std::fs::hard_link(&temporary, path);
-    std::fs::remove_file(&temporary)?;
-    match linked {
-        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
-        _ => File::open(journal)?.sync_all(),
-    }
+    storage::add(storage, path, &temporary, key.as_slice())
 }

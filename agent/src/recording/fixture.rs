@@ -1,9 +1,7 @@
 //! What recording's tests share: a disk that fails on demand, requests, and the reader that `weir` uses.
 
 use std::{
-    fs::File,
     io,
-    os::unix::fs::FileExt as _,
     path::{Path, PathBuf},
     sync::{
         Arc, Condvar, Mutex,
@@ -25,9 +23,9 @@ use weir_common::{
 
 use super::{
     Durability, Recorder, RecorderOptions, RecordingError, RequestHead, RequestRecord, Unmasked,
-    disk::{Disk, DiskFile, FileSystem},
     journal::Tuning,
 };
+use crate::storage::{Entry, FileSystem, Lock, Open, Storage, StoredFile};
 
 pub(super) const CANARY: &str = "canary-hunter2-canary";
 pub(super) const JSON: &str = "application/json";
@@ -83,43 +81,64 @@ impl TestDisk {
 }
 
 #[derive(Debug)]
-pub(super) struct TestFile(File, Arc<TestDisk>);
+struct TestFile(Box<dyn StoredFile>, Arc<TestDisk>);
 
 #[derive(Debug)]
 pub(super) struct SharedDisk(Arc<TestDisk>);
 
-impl Disk for SharedDisk {
-    fn make_directory(&self, path: &Path) -> io::Result<()> {
-        self.0.check()?;
-        FileSystem.make_directory(path)
+impl Storage for SharedDisk {
+    fn open(&self, path: &Path, open: Open) -> io::Result<Box<dyn StoredFile>> {
+        if open != Open::Read {
+            self.0.check()?;
+        }
+        Ok(Box::new(TestFile(FileSystem.open(path, open)?, Arc::clone(&self.0))))
     }
-    fn create(&self, path: &Path, header: &[u8], bytes: u64) -> io::Result<Box<dyn DiskFile>> {
+    fn make_folder(&self, path: &Path) -> io::Result<()> {
         self.0.check()?;
-        // Sparse, and never really synced: what these tests lose, they lose on purpose.
-        let file = File::options().write(true).create_new(true).open(path)?;
-        file.set_len(bytes)?;
-        file.write_all_at(header, 0)?;
-        Ok(Box::new(TestFile(file, Arc::clone(&self.0))))
+        FileSystem.make_folder(path)
     }
-    fn replace(&self, path: &Path, content: &[u8]) -> io::Result<()> {
+    fn sync_folder(&self, _path: &Path) -> io::Result<()> {
+        self.0.check()
+    }
+    fn exists(&self, path: &Path) -> bool {
+        FileSystem.exists(path)
+    }
+    fn entries(&self, folder: &Path) -> io::Result<Vec<Entry>> {
+        FileSystem.entries(folder)
+    }
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
         self.0.check()?;
-        FileSystem.replace(path, content)
+        FileSystem.rename(from, to)
     }
-    fn used(&self, journal: &Path) -> io::Result<u64> {
-        FileSystem.used(journal)
+    fn link(&self, from: &Path, to: &Path) -> io::Result<()> {
+        self.0.check()?;
+        FileSystem.link(from, to)
+    }
+    fn remove_file(&self, path: &Path) -> io::Result<()> {
+        FileSystem.remove_file(path)
+    }
+    fn remove_folder(&self, path: &Path) -> io::Result<()> {
+        FileSystem.remove_folder(path)
     }
 }
 
-impl DiskFile for TestFile {
-    fn write_at(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+impl StoredFile for TestFile {
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+        self.0.read_at(buffer, offset)
+    }
+    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
         if let Err(error) = self.1.check() {
             // A write that fails may have written a part.
-            self.0.write_all_at(&bytes[..bytes.len() / 2], offset)?;
+            self.0.write_at(&bytes[..bytes.len() / 2], offset)?;
             return Err(error);
         }
-        self.0.write_all_at(bytes, offset)
+        // Sparse, and never really synced: what these tests lose, they lose on purpose.
+        if bytes.iter().all(|byte| *byte == 0) && offset >= self.0.length()? {
+            return self.0.set_length(offset + bytes.len() as u64);
+        }
+        self.0.write_at(bytes, offset)
     }
-    fn sync(&mut self) -> io::Result<()> {
+    fn sync_data(&self) -> io::Result<()> {
         self.1.syncs.fetch_add(1, Ordering::SeqCst);
         let mut held = self.1.held.lock().unwrap();
         while *held {
@@ -130,9 +149,18 @@ impl DiskFile for TestFile {
         drop(held);
         self.1.check()
     }
-    fn truncate(&mut self, bytes: u64) -> io::Result<()> {
+    fn sync_all(&self) -> io::Result<()> {
+        self.1.check()
+    }
+    fn set_length(&self, bytes: u64) -> io::Result<()> {
         self.1.check()?;
-        self.0.set_len(bytes)
+        self.0.set_length(bytes)
+    }
+    fn length(&self) -> io::Result<u64> {
+        self.0.length()
+    }
+    fn lock(&self, lock: Lock) -> io::Result<bool> {
+        self.0.lock(lock)
     }
 }
 

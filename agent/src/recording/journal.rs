@@ -21,7 +21,6 @@ use weir_common::{
 };
 
 use super::{
-    disk::Disk,
     durable::DurablePosition,
     entry::{Append, Entry, Ids, Origin, unix_us},
     epoch::{CHECKPOINT_FILE, Epoch},
@@ -29,6 +28,7 @@ use super::{
     measures::Measures,
     segment::{self, OpenSegment},
 };
+use crate::storage::{self, Storage};
 
 /// A checkpoint is signed at least after this time, if there are events since the last one.
 const CHECKPOINT_INTERVAL: Duration = Duration::from_secs(10);
@@ -57,7 +57,7 @@ impl Default for Tuning {
 /// See the module.
 #[derive(Debug)]
 pub(super) struct Journal {
-    disk: Arc<dyn Disk>,
+    storage: Arc<dyn Storage>,
     folder: PathBuf,
     bytes_max: u64,
     /// Bytes of all segments in the journal, as far as known.
@@ -94,7 +94,7 @@ struct Draft {
 impl Journal {
     /// Opens the first segment.
     pub(super) fn create(
-        disk: Arc<dyn Disk>,
+        storage: Arc<dyn Storage>,
         folder: PathBuf,
         bytes_max: u64,
         tuning: Tuning,
@@ -102,7 +102,7 @@ impl Journal {
         origin: Arc<Origin>,
     ) -> Result<Self, RecordingError> {
         let mut journal = Self {
-            disk,
+            storage,
             folder,
             bytes_max,
             bytes_used: 0,
@@ -319,7 +319,7 @@ impl Journal {
         if let Some(note) = draft.checkpoint {
             self.checkpointed = (self.sequence, Instant::now());
             let path = self.epoch.folder.join(CHECKPOINT_FILE);
-            if let Err(error) = self.disk.replace(&path, note.as_bytes()) {
+            if let Err(error) = storage::replace(self.storage.as_ref(), &path, note.as_bytes()) {
                 // The log has it as well, so nothing is lost by it.
                 tracing::warn!(
                     path = %path.display(),
@@ -359,7 +359,7 @@ impl Journal {
         // Should this fail, the next attempt wants as little as an epoch's first segment: what is free may never be
         // enough for a larger one.
         let growth = std::mem::take(&mut self.growth);
-        let opened = OpenSegment::create(self.disk.as_ref(), (header.index, &path), &encoded, bytes)
+        let opened = OpenSegment::create(self.storage.as_ref(), (header.index, &path), &encoded, bytes)
             .map_err(|error| RecordingError::storage(&path, error))?;
         self.growth = growth + 1;
         self.bytes_used += bytes;
@@ -383,7 +383,7 @@ impl Journal {
 
     /// Takes the journal's size anew: others may have removed epochs.
     fn measure(&mut self) -> Result<(), RecordingError> {
-        let used = self.disk.used(&self.folder);
+        let used = segment::bytes_of_all(self.storage.as_ref(), &self.folder);
         self.bytes_used = used.map_err(|error| RecordingError::storage(&self.folder, error))?;
         Ok(())
     }

@@ -8,12 +8,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use weir_common::segment::SEGMENT_HEADER_BYTES;
+use weir_common::segment::{SEGMENT_HEADER_BYTES, SEGMENT_SUFFIX};
 
-use super::{
-    disk::{Disk, DiskFile},
-    durable::Durable,
-};
+use super::durable::Durable;
+use crate::storage::{self, Storage, StoredFile};
 
 /// Size of an epoch's first segment: small, since many epochs are short (`weir-agent exec`).
 pub(super) const SEGMENT_BYTES_FIRST: u64 = 4 * 1024 * 1024;
@@ -40,7 +38,7 @@ pub(super) fn smallest(needed: u64) -> u64 {
 #[derive(Debug)]
 pub(super) struct OpenSegment {
     index: u64,
-    file: Box<dyn DiskFile>,
+    file: Box<dyn StoredFile>,
     /// Where the next frame goes: everything before it is durable.
     offset: u64,
     bytes: u64,
@@ -49,12 +47,12 @@ pub(super) struct OpenSegment {
 impl OpenSegment {
     /// Makes the file with its header, durably.
     pub(super) fn create(
-        disk: &dyn Disk,
+        storage: &dyn Storage,
         (index, path): (u64, &Path),
         header: &[u8; SEGMENT_HEADER_BYTES],
         bytes: u64,
     ) -> io::Result<Self> {
-        let file = disk.create(path, header, bytes)?;
+        let file = storage::create_allocated(storage, path, header, bytes)?;
         Ok(Self { index, file, offset: header.len() as u64, bytes })
     }
 
@@ -72,16 +70,31 @@ impl OpenSegment {
     /// Writes frames durably; returns how long it took to make them so.
     pub(super) fn commit(&mut self, frames: &[u8]) -> io::Result<Duration> {
         debug_assert!(frames.len() as u64 <= self.room(true));
-        self.file.write_at(self.offset, frames)?;
+        self.file.write_at(frames, self.offset)?;
         let written = Instant::now();
-        self.file.sync()?;
+        self.file.sync_data()?;
         self.offset += frames.len() as u64;
         Ok(written.elapsed())
     }
 
     /// Gives back the space that is not used; returns how much. What a failed write left is cut away too.
-    pub(super) fn finish(mut self) -> io::Result<u64> {
-        self.file.truncate(self.offset)?;
+    pub(super) fn finish(self) -> io::Result<u64> {
+        self.file.set_length(self.offset)?;
+        self.file.sync_all()?;
         Ok(self.bytes - self.offset)
     }
+}
+
+/// Bytes of all segments in a journal, of every epoch.
+pub(super) fn bytes_of_all(storage: &dyn Storage, journal: &Path) -> io::Result<u64> {
+    let mut bytes = 0;
+    for epoch in storage.entries(journal)?.into_iter().filter(|entry| entry.is_folder) {
+        match storage::files_named(storage, &journal.join(epoch.name), SEGMENT_SUFFIX) {
+            Ok(segments) => bytes += segments.into_iter().map(|(_, bytes)| bytes).sum::<u64>(),
+            // Another process may be removing an epoch just now.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(bytes)
 }
