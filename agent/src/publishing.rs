@@ -8,7 +8,7 @@
 mod cursor;
 mod feed;
 #[cfg(test)]
-mod fixture;
+pub(crate) mod fixture;
 mod flight;
 mod kafka;
 mod measures;

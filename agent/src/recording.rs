@@ -16,6 +16,8 @@ mod error;
 mod fixture;
 mod gzip;
 mod journal;
+#[cfg(test)]
+pub(crate) mod ledger;
 mod mask;
 mod measures;
 #[doc(hidden)]

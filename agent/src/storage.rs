@@ -1,8 +1,18 @@
 //! Files as the journal and its publisher need them, as a trait: the operating system's, or what tests put in its place.
 //!
-//! Each method is one system call, so that a test can fail any of them, or cut the power between any two. What several
-//! make together (a file replaced whole, a segment allocated) stands here as functions on top, and is tested with them.
+//! Each method is one system call, so that a test can fail any of them, or cut the power between any two (`memory`). What
+//! several make together (a file replaced whole, a segment allocated) stands here as functions on top, and is tested with
+//! them.
 //! The only file of the agent that makes, writes or removes files of a journal.
+
+#[cfg(test)]
+mod memory;
+#[cfg(test)]
+mod operation_tests;
+#[cfg(test)]
+mod power_tests;
+#[cfg(test)]
+mod world;
 
 use std::{
     fmt::Debug,
@@ -192,50 +202,61 @@ fn parent(path: &Path) -> &Path {
     }
 }
 
-/// Makes a folder and those above it, durably.
+/// Makes a folder and those above it, durably; also those that are there: who made them may not have lived to do so.
 pub(crate) fn make_folders(storage: &dyn Storage, path: &Path) -> io::Result<()> {
+    make_missing(storage, path)?;
+    for above in path.ancestors().skip(1) {
+        let above = if above.as_os_str().is_empty() { Path::new(".") } else { above };
+        match storage.sync_folder(above) {
+            // One that this process may not read is not one that an agent has made.
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {}
+            synced => synced?,
+        }
+    }
+    Ok(())
+}
+
+fn make_missing(storage: &dyn Storage, path: &Path) -> io::Result<()> {
     let has_parent = path.parent().is_some_and(|parent| !parent.as_os_str().is_empty());
     let made = match storage.make_folder(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound && has_parent => {
-            make_folders(storage, parent(path))?;
+            make_missing(storage, parent(path))?;
             storage.make_folder(path)
         }
         made => made,
     };
-    match made {
-        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
-        // Also where it was there: who made it may not have lived to make it durable.
-        _ => storage.sync_folder(parent(path)),
-    }
+    made.or_else(|error| if error.kind() == io::ErrorKind::AlreadyExists { Ok(()) } else { Err(error) })
 }
 
-/// Makes a new file of this length that starts with `header`, the rest allocated and zeroed, durably.
+/// Makes a new file of this length, allocated and zeroed, durably.
 pub(crate) fn create_allocated(
     storage: &dyn Storage,
     path: &Path,
-    header: &[u8],
     bytes: u64,
 ) -> io::Result<Box<dyn StoredFile>> {
     let file = storage.open(path, Open::New)?;
     // Zeros rather than fallocate alone: a write into an unwritten extent changes metadata, which would make
     // every fdatasync of a group commit a journal commit of the file system as well.
-    let written = file
-        .write_at(header, 0)
-        .and_then(|()| zero(file.as_ref(), header.len() as u64, bytes))
+    let written = zero(file.as_ref(), bytes)
         .and_then(|()| file.sync_all())
         .and_then(|()| storage.sync_folder(parent(path)));
     if let Err(error) = written {
         // What could not be allocated whole must not lie around and fill the disk.
-        let _ = storage.remove_file(path);
+        remove(storage, path);
         return Err(error);
     }
     Ok(file)
 }
 
-fn zero(file: &dyn StoredFile, from: u64, to: u64) -> io::Result<()> {
-    let mut offset = from;
-    while offset < to {
-        let now = (to - offset).min(ZEROS.len() as u64);
+/// Removes a file of which nothing is needed any more, as well as may be: the storage may be what is wrong.
+pub(crate) fn remove(storage: &dyn Storage, path: &Path) {
+    let _ = storage.remove_file(path).and_then(|()| storage.sync_folder(parent(path)));
+}
+
+fn zero(file: &dyn StoredFile, bytes: u64) -> io::Result<()> {
+    let mut offset = 0;
+    while offset < bytes {
+        let now = (bytes - offset).min(ZEROS.len() as u64);
         file.write_at(&ZEROS[..now as usize], offset)?;
         offset += now;
     }

@@ -337,7 +337,7 @@ pub(crate) fn read_removed(folder: &Path) -> Result<Option<Removed>, SourceError
 
 /// Whether a segment has no header yet: an agent has just begun it, or died doing so. It holds nothing.
 pub(crate) fn is_unmade(segment: &[u8]) -> bool {
-    segment.len() < SEGMENT_HEADER_BYTES || segment.iter().all(|byte| *byte == 0)
+    segment.iter().skip(SEGMENT_HEADER_BYTES).all(|byte| *byte == 0)
 }
 
 /// An error with its causes, in one line.

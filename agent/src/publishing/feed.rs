@@ -28,6 +28,9 @@ const READ_BYTES: usize = 512 * 1024;
 /// Longest segment that is read whole to judge a bad place in it; the agent's own are half as long.
 const WHOLE_BYTES_MAX: u64 = 128 * 1024 * 1024;
 
+/// So often a place must fail to be read before it is passed: an error may go away, and a damage is recorded for good.
+const TRIES: u32 = 4;
+
 /// A place between two frames of an epoch.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Position {
@@ -67,6 +70,8 @@ pub(super) struct Damage {
     pub(super) what: String,
     /// Events that are missing, where that is known.
     pub(super) events: Option<u64>,
+    /// The disk could not read it; the next time it may.
+    pub(super) is_unreadable: bool,
     /// Where reading goes on.
     pub(super) end: Position,
 }
@@ -98,6 +103,9 @@ pub(super) struct Feed {
     segment: Option<Segment>,
     /// A damage was passed without knowing how many events it cost: the next frame tells.
     lost: bool,
+    /// How often in a row the disk could not read, and how often it may until that is a damage.
+    failures: u32,
+    failures_max: u32,
 }
 
 /// The segment that is being read.
@@ -117,7 +125,12 @@ struct Segment {
 impl Feed {
     /// Goes on at `position` of the epoch in `folder`.
     pub(super) fn new(storage: Arc<dyn Storage>, folder: PathBuf, position: Position) -> Self {
-        Self { storage, folder, position, segment: None, lost: false }
+        Self { storage, folder, position, segment: None, lost: false, failures: 0, failures_max: TRIES }
+    }
+
+    /// For who reads only to look: what cannot be read is a damage at once.
+    pub(super) fn impatient(self) -> Self {
+        Self { failures_max: 1, ..self }
     }
 
     /// Goes on elsewhere.
@@ -179,7 +192,7 @@ impl Feed {
             if !take(&frame, end) {
                 return Ok(Next::NotTaken);
             }
-            self.position = end;
+            (self.position, self.failures) = (end, 0);
             return Ok(Next::Taken);
         }
     }
@@ -190,8 +203,9 @@ impl Feed {
 
     fn damage(&mut self, what: String, events: Option<u64>, end: Position) -> Damage {
         let Position { segment, offset, .. } = self.position;
-        self.position = end;
-        Damage { segment, offset, what, events, end }
+        let is_unreadable = self.failures > 0;
+        (self.position, self.failures) = (end, 0);
+        Damage { segment, offset, what, events, is_unreadable, end }
     }
 
     fn out_of_order(&mut self, expected: u64, found: u64) -> Damage {
@@ -209,7 +223,11 @@ impl Feed {
         let Some((index, (path, _))) = later.next() else {
             return Ok(Some(if limit.is_some() { Next::Waiting } else { Next::End }));
         };
-        let header = match read_header(storage.as_ref(), path)? {
+        let header = match read_header(storage.as_ref(), path) {
+            Err(error) if self.has_failed_for_good(&error) => Header::Bad(error.to_string()),
+            read => read?,
+        };
+        let header = match header {
             Header::Good(header) => header,
             Header::Unmade => {
                 // Nothing was ever written to it; whoever made it went on with the next number.
@@ -219,14 +237,14 @@ impl Feed {
             Header::Bad(what) => {
                 let mut end = Position { segment: index + 1, ..self.beginning() };
                 // How much it held, only the next one tells.
-                if let Some(next) = later.find_map(|(_, (path, _))| good_header(storage.as_ref(), path)) {
+                if let Some(next) = self.good_header(&mut later)? {
                     end.sequence = next.first_sequence;
                 }
                 let events = end.sequence.checked_sub(self.position.sequence).filter(|events| *events > 0);
                 return Ok(Some(Next::Damage(self.damage(what, events, end))));
             }
         };
-        let successor = later.find_map(|(_, (path, _))| good_header(storage.as_ref(), path));
+        let successor = self.good_header(&mut later)?;
         let segment = Segment {
             file: storage.open(path, Open::Read)?,
             index: *index,
@@ -249,6 +267,29 @@ impl Feed {
         self.position = begin;
         self.segment = Some(segment);
         Ok(missing.map(Next::Damage))
+    }
+
+    /// The first of these segments that has a header.
+    fn good_header<'s>(
+        &mut self,
+        segments: &mut dyn Iterator<Item = (&'s u64, &'s (PathBuf, u64))>,
+    ) -> io::Result<Option<SegmentHeader>> {
+        let storage = Arc::clone(&self.storage);
+        for (_, (path, _)) in segments {
+            match read_header(storage.as_ref(), path) {
+                Ok(Header::Good(header)) => return Ok(Some(header)),
+                // Not to be taken for the last one just because the next cannot be read now.
+                Err(error) if !self.has_failed_for_good(&error) => return Err(error),
+                _ => {}
+            }
+        }
+        Ok(None)
+    }
+
+    /// Counts a failure to read; whether it is to be taken for a damage.
+    fn has_failed_for_good(&mut self, error: &io::Error) -> bool {
+        self.failures += u32::from(is_lasting(error));
+        is_lasting(error) && self.failures >= self.failures_max
     }
 
     fn beginning(&self) -> Position {
@@ -310,7 +351,7 @@ impl Feed {
 
     /// Passes what the disk cannot read; none if that may be otherwise the next time.
     fn unreadable(&mut self, error: &io::Error, end: Option<u64>) -> Option<Next> {
-        is_lasting(error).then(|| self.skip(error.to_string(), end))
+        self.has_failed_for_good(error).then(|| self.skip(error.to_string(), end))
     }
 
     /// Passes the rest of the segment, or what of it is durable.
@@ -417,41 +458,27 @@ enum Header {
 fn read_header(storage: &dyn Storage, path: &Path) -> io::Result<Header> {
     let file = storage.open(path, Open::Read)?;
     let mut bytes = [0; SEGMENT_HEADER_BYTES];
-    let length = match storage::read_full(file.as_ref(), &mut bytes, 0) {
-        Err(error) if is_lasting(&error) => return Ok(Header::Bad(error.to_string())),
-        read => read?,
-    };
+    let length = storage::read_full(file.as_ref(), &mut bytes, 0)?;
     if length < SEGMENT_HEADER_BYTES {
         return Ok(Header::Unmade);
     }
-    if bytes.iter().all(|byte| *byte == 0) {
-        // A header is written before any frame: with something behind it, it was there and is lost.
-        let is_empty = is_zero(file.as_ref())?;
-        return Ok(if is_empty { Header::Unmade } else { Header::Bad("its header is lost".to_owned()) });
-    }
     Ok(match SegmentHeader::decode(&bytes) {
         Ok(header) => Header::Good(header),
+        // A header is written before any frame: with something behind it, it was there and is lost.
+        Err(_) if is_zero(file.as_ref(), SEGMENT_HEADER_BYTES as u64)? => Header::Unmade,
         Err(error) => Header::Bad(error.to_string()),
     })
 }
 
-/// Whether there is nothing but zeros in a file.
-fn is_zero(file: &dyn StoredFile) -> io::Result<bool> {
-    let (mut bytes, mut offset) = (vec![0; READ_BYTES], 0);
+/// Whether there is nothing but zeros in a file from `offset` on.
+fn is_zero(file: &dyn StoredFile, mut offset: u64) -> io::Result<bool> {
+    let mut bytes = vec![0; READ_BYTES];
     loop {
         match storage::read_full(file, &mut bytes, offset)? {
             0 => return Ok(true),
             read if bytes[..read].iter().all(|byte| *byte == 0) => offset += read as u64,
             _ => return Ok(false),
         }
-    }
-}
-
-/// The header of a segment that has one.
-fn good_header(storage: &dyn Storage, path: &Path) -> Option<SegmentHeader> {
-    match read_header(storage, path) {
-        Ok(Header::Good(header)) => Some(header),
-        _ => None,
     }
 }
 

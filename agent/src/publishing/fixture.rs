@@ -6,7 +6,7 @@ use std::{
     os::unix::fs::FileExt as _,
     path::{Path, PathBuf},
     sync::{Arc, Mutex},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use tempfile::TempDir;
@@ -22,6 +22,7 @@ use weir_common::{
 };
 
 use super::{
+    cursor::CursorFile,
     measures::{Measures, Published},
     publisher::{Publisher, Settings},
     sink::{Failure, MakeSink, Outcome, Sink, Taken, Ticket},
@@ -29,7 +30,7 @@ use super::{
 };
 use crate::{
     recording::{Durable, DurablePosition},
-    storage::FileSystem,
+    storage::{FileSystem, Storage},
 };
 
 /// An epoch in a journal of its own, written as an agent writes it; every event is a group commit.
@@ -208,13 +209,15 @@ pub(super) type Id = (Uuid, Kind);
 
 /// A Kafka of which tests decide what it does.
 #[derive(Clone, Default)]
-pub(super) struct Broker(Arc<Mutex<BrokerState>>);
+pub(crate) struct Broker(Arc<Mutex<BrokerState>>);
 
 #[derive(Default)]
 pub(super) struct BrokerState {
     /// Every message that was acknowledged, in the order of arrival, by key.
     pub(super) arrived: BTreeMap<Option<String>, Vec<Id>>,
     pub(super) acknowledged: BTreeSet<Id>,
+    /// What each message said that was ever sent; the same, however often it came.
+    said: BTreeMap<Id, Vec<u8>>,
     /// Taken and neither acknowledged nor refused yet, of the present client.
     pub(super) waiting: VecDeque<(Ticket, Id, Option<String>)>,
     outcomes: Vec<Outcome>,
@@ -243,7 +246,7 @@ impl BrokerState {
 
 impl Broker {
     /// One that has room.
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let broker = Self::default();
         broker.with(|state| state.room = usize::MAX);
         broker
@@ -255,7 +258,7 @@ impl Broker {
 
     /// Acknowledges the first of those that wait with the key of the one at this place, if there is one: within a key
     /// the order is kept.
-    pub(super) fn acknowledge(&self, index: usize) {
+    pub(crate) fn acknowledge(&self, index: usize) {
         self.with(|state| {
             if let Some((ticket, id)) = state.arrive(index) {
                 state.acknowledged.insert(id);
@@ -265,7 +268,7 @@ impl Broker {
     }
 
     /// The same arrives, but nobody hears of it: the client fails first.
-    pub(super) fn arrive_unheard(&self, index: usize) {
+    pub(crate) fn arrive_unheard(&self, index: usize) {
         self.with(|state| {
             state.arrive(index);
             state.waiting.clear();
@@ -273,10 +276,21 @@ impl Broker {
         });
     }
 
-    pub(super) fn acknowledge_all(&self) {
+    pub(crate) fn acknowledge_all(&self) {
         while self.with(|state| !state.waiting.is_empty()) {
             self.acknowledge(0);
         }
+    }
+
+    /// The events that are acknowledged, with what they say.
+    pub(crate) fn events(&self) -> BTreeMap<(Uuid, u64), Vec<u8>> {
+        self.with(|state| {
+            let said = |id: &Id| match id.1 {
+                Kind::Event { sequence } => Some(((id.0, sequence), state.said[id].clone())),
+                Kind::Checkpoint { .. } => None,
+            };
+            state.acknowledged.iter().filter_map(said).collect()
+        })
     }
 
     /// Refuses what waits first; what waits behind it never arrives.
@@ -320,6 +334,8 @@ impl Sink for Client {
             }
             state.topics.insert(topic.to_owned());
             let id = (received.epoch, received.kind);
+            let said = state.said.entry(id).or_insert_with(|| message.value.to_vec());
+            assert_eq!(said, message.value, "{id:?} says something else the second time");
             state.waiting.push_back((ticket, id, message.key.map(str::to_owned)));
             Ok(Taken::Yes)
         })
@@ -354,8 +370,29 @@ impl MakeSink for Broker {
 /// Why something is missing, and how many events.
 type Gap = (String, Option<u64>);
 
+/// A clock that tests move.
+pub(crate) struct Clock(pub(super) Now);
+
+impl Clock {
+    pub(crate) fn new() -> Self {
+        Self(Now { instant: Instant::now(), unix_us: 1_000_000_000 })
+    }
+
+    pub(super) fn pass(&mut self, time: Duration) -> Now {
+        self.0.instant += time;
+        self.0.unix_us += i64::try_from(time.as_micros()).unwrap();
+        self.0
+    }
+}
+
+/// What the cursor of an epoch that nobody publishes says: number of events that are acknowledged.
+pub(crate) fn cursor(storage: &dyn Storage, folder: &Path, epoch: Uuid) -> u64 {
+    let opened = CursorFile::open(storage, folder, epoch).unwrap().expect("nobody has it");
+    opened.1.map_or(0, |cursor| cursor.position.sequence)
+}
+
 /// A publisher with all that it needs.
-pub(super) struct Run {
+pub(crate) struct Run {
     pub(super) publisher: Publisher,
     pub(super) durable: Arc<DurablePosition>,
     pub(super) gaps: Arc<Mutex<Vec<Gap>>>,
@@ -363,21 +400,43 @@ pub(super) struct Run {
 }
 
 /// How long tests keep what was acknowledged.
-pub(super) const WINDOW: Duration = Duration::from_secs(100);
+pub(crate) const WINDOW: Duration = Duration::from_secs(100);
 
 impl Run {
     /// Publishes the journal of `log`, which is written.
     pub(super) fn with(log: &Log, make: Box<dyn MakeSink>) -> Self {
+        let durable = Arc::new(DurablePosition::default());
+        durable.publish(log.durable());
+        Self::new(Arc::new(FileSystem), log.journal().path(), log.epoch, durable, make)
+    }
+
+    /// Publishes the journal in this folder, of which the epoch `own` is written, to `broker`.
+    pub(crate) fn of(
+        storage: Arc<dyn Storage>,
+        journal: &Path,
+        own: Uuid,
+        durable: Arc<DurablePosition>,
+        broker: &Broker,
+    ) -> Self {
+        Self::new(storage, journal, own, durable, Box::new(broker.clone()))
+    }
+
+    fn new(
+        storage: Arc<dyn Storage>,
+        journal: &Path,
+        own: Uuid,
+        durable: Arc<DurablePosition>,
+        make: Box<dyn MakeSink>,
+    ) -> Self {
         let settings = Settings {
-            storage: Arc::new(FileSystem),
-            journal: log.journal().path().to_owned(),
-            own: log.epoch,
+            storage,
+            journal: journal.to_owned(),
+            own,
             topic: "weir".into(),
             checkpoint_topic: "weir".into(),
             replay_window: WINDOW,
         };
-        let (durable, gaps) = (Arc::new(DurablePosition::default()), Arc::<Mutex<Vec<_>>>::default());
-        durable.publish(log.durable());
+        let gaps = Arc::<Mutex<Vec<_>>>::default();
         let kept = Arc::clone(&gaps);
         let gap = Box::new(move |reason, events| kept.lock().unwrap().push((reason, events)));
         let measures = Arc::new(Measures::default());
@@ -387,6 +446,16 @@ impl Run {
 
     pub(super) fn turn_at(&mut self, now: Now) {
         self.publisher.turn(now);
+    }
+
+    /// A turn when this time has passed.
+    pub(crate) fn turn_after(&mut self, clock: &mut Clock, time: Duration) {
+        self.publisher.turn(clock.pass(time));
+    }
+
+    /// What it found missing, and how many events.
+    pub(crate) fn gaps(&self) -> Vec<(String, Option<u64>)> {
+        self.gaps.lock().unwrap().clone()
     }
 
     pub(super) fn published(&self) -> Published {

@@ -349,6 +349,12 @@ impl Publisher {
         }
         stream.damaged_to = (damage.segment, damage.offset + 1);
         self.measures.damaged();
+        if damage.is_unreadable
+            && let Err(error) = stream.keep(damage.segment)
+        {
+            let (epoch, segment) = (stream.epoch, damage.segment);
+            tracing::warn!(%epoch, segment, %error, "that a segment is to be kept cannot be written down");
+        }
         let Damage { segment, offset, what, events, .. } = damage;
         let reason = format!(
             "journal damaged: epoch {}, segment {segment}, offset {offset}: {what}; published without it, the segment is kept",

@@ -14,27 +14,11 @@ use weir_common::message::Kind;
 
 use super::{
     cursor::{CURSOR_FILE, CursorFile},
-    fixture::{Broker, Log, Run, WINDOW},
+    fixture::{Broker, Clock, Log, Run, WINDOW},
     publisher::FLIGHT_MESSAGES_MAX,
     sink::Failure,
-    stream::Now,
 };
 use crate::storage::FileSystem;
-
-/// A clock that tests move.
-struct Clock(Now);
-
-impl Clock {
-    fn new() -> Self {
-        Self(Now { instant: Instant::now(), unix_us: 1_000_000_000 })
-    }
-
-    fn pass(&mut self, time: Duration) -> Now {
-        self.0.instant += time;
-        self.0.unix_us += i64::try_from(time.as_micros()).unwrap();
-        self.0
-    }
-}
 
 fn events(epoch: Uuid, sequences: std::ops::Range<u64>) -> BTreeSet<(Uuid, Kind)> {
     sequences.map(|sequence| (epoch, Kind::Event { sequence })).collect()

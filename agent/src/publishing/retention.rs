@@ -16,14 +16,17 @@ use weir_common::{
     event::{Event, Kind},
     frame::{self, FRAME_BYTES_MAX, FrameType},
     removed::{REMOVED_BYTES_MAX, REMOVED_FILE, Removed},
-    segment::SEGMENT_HEADER_BYTES,
+    segment::{SEGMENT_HEADER_BYTES, SegmentHeader},
 };
 
 use super::feed::{self, Feed, Next, Position};
-use crate::storage::{self, Storage, read_bounded};
+use crate::storage::{self, Open, Storage, read_bounded};
 
 /// Ending of the name of an epoch's folder that is being removed: readers take it for none.
 const REMOVING_SUFFIX: &str = ".removing";
+
+/// Extension of the empty file beside a segment that is kept.
+const KEPT_EXTENSION: &str = "kept";
 
 /// What may be removed of one epoch.
 #[derive(Debug)]
@@ -31,8 +34,8 @@ pub(super) struct Retention {
     storage: Arc<dyn Storage>,
     folder: PathBuf,
     removed: Removed,
-    /// Something cannot be read: it and what follows are kept.
-    blocked: bool,
+    /// Something in this segment cannot be read, or could not: it and those behind it are kept.
+    kept_from: u64,
 }
 
 impl Retention {
@@ -53,7 +56,7 @@ impl Retention {
             }
             Err(error) => return Err(error),
         };
-        let retention = Self { storage, folder, removed, blocked: false };
+        let retention = Self { storage, folder, removed, kept_from: u64::MAX };
         retention.unlink()?;
         Ok(retention)
     }
@@ -69,9 +72,10 @@ impl Retention {
     /// The disk.
     pub(super) fn remove_before(&mut self, segment: u64) -> io::Result<u64> {
         let mut count = 0;
-        while !self.blocked && self.removed.first_segment < segment {
-            let Some(next) = self.read_first()? else {
-                self.blocked = true;
+        while self.removed.first_segment < segment.min(self.kept_from) {
+            let is_kept = self.storage.exists(&self.kept(self.removed.first_segment));
+            let Some(next) = (if is_kept { None } else { self.read_first()? }) else {
+                self.kept_from = self.removed.first_segment;
                 tracing::warn!(
                     folder = %self.folder.display(),
                     segment = self.removed.first_segment,
@@ -91,6 +95,21 @@ impl Retention {
         Ok(count)
     }
 
+    /// Keeps this segment and those behind it, also when it can be read again: something in it was not published.
+    ///
+    /// # Errors
+    /// The disk: it is kept as long as this lives.
+    pub(super) fn keep(&mut self, segment: u64) -> io::Result<()> {
+        self.kept_from = self.kept_from.min(segment);
+        self.storage.open(&self.kept(segment), Open::Write)?.sync_all()?;
+        self.storage.sync_folder(&self.folder)
+    }
+
+    /// The file that says that a segment is kept.
+    fn kept(&self, segment: u64) -> PathBuf {
+        self.folder.join(SegmentHeader::file_name(segment)).with_extension(KEPT_EXTENSION)
+    }
+
     /// Whether no segment is left.
     pub(super) fn is_empty(&self) -> io::Result<bool> {
         Ok(feed::segments(self.storage.as_ref(), &self.folder)?.is_empty())
@@ -100,7 +119,7 @@ impl Retention {
     fn read_first(&self) -> io::Result<Option<Removed>> {
         let Removed { epoch, first_segment, mut tree } = self.removed.clone();
         let beginning = Position::beginning(first_segment, tree.size());
-        let mut feed = Feed::new(Arc::clone(&self.storage), self.folder.clone(), beginning);
+        let mut feed = Feed::new(Arc::clone(&self.storage), self.folder.clone(), beginning).impatient();
         // To be read to its end, the next one must be there, or the epoch have ended.
         let first_segment = loop {
             let next = feed.next(None, &mut |frame, end| {

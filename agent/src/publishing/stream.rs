@@ -124,6 +124,14 @@ impl Stream {
         self.retention.as_mut().map_or(Ok(0), |retention| retention.remove_before(before))
     }
 
+    /// Keeps a segment of which not everything was published, and those behind it.
+    ///
+    /// # Errors
+    /// The disk: it is kept as long as this lives.
+    pub(super) fn keep(&mut self, segment: u64) -> io::Result<()> {
+        self.retention.as_mut().map_or(Ok(()), |retention| retention.keep(segment))
+    }
+
     /// Whether nothing of it is left but what others refer to.
     pub(super) fn is_gone(&self) -> bool {
         self.is_done()

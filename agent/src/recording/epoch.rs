@@ -62,7 +62,8 @@ impl Epoch {
         let predecessor = predecessor(storage, journal);
         let id = Uuid::now_v7();
         let folder = journal.join(id.to_string());
-        storage::make_folders(storage, &folder).map_err(|error| RecordingError::storage(&folder, error))?;
+        let made = storage.make_folder(&folder).and_then(|()| storage.sync_folder(journal));
+        made.map_err(|error| RecordingError::storage(&folder, error))?;
         let lock = lock(storage, &folder)?;
         let key = match signing_key_file {
             Some(path) => read_signing_key(path)?,

@@ -178,7 +178,12 @@ pub(super) fn options(directory: &Path) -> RecorderOptions {
 }
 
 /// Tests wait for nothing, and fill segments soon.
-const TUNING: Tuning = Tuning { retry_interval: Duration::ZERO, segment_bytes_first: 512 * 1024 };
+const TUNING: Tuning = Tuning {
+    retry_interval: Duration::ZERO,
+    segment_bytes_first: 512 * 1024,
+    segment_bytes_max: 64 * 1024 * 1024,
+    checkpoint_events: 4096,
+};
 
 pub(super) fn on(disk: &Arc<TestDisk>, options: RecorderOptions) -> Result<Recorder, RecordingError> {
     Recorder::start_on(Arc::new(SharedDisk(Arc::clone(disk))), options, TUNING)

@@ -46,11 +46,20 @@ pub(super) struct Tuning {
     pub(super) retry_interval: Duration,
     /// Size of the first segment.
     pub(super) segment_bytes_first: u64,
+    /// Size that segments grow to.
+    pub(super) segment_bytes_max: u64,
+    /// A checkpoint is signed at least after this many events.
+    pub(super) checkpoint_events: u64,
 }
 
 impl Default for Tuning {
     fn default() -> Self {
-        Self { retry_interval: RETRY_INTERVAL, segment_bytes_first: segment::SEGMENT_BYTES_FIRST }
+        Self {
+            retry_interval: RETRY_INTERVAL,
+            segment_bytes_first: segment::SEGMENT_BYTES_FIRST,
+            segment_bytes_max: segment::SEGMENT_BYTES_MAX,
+            checkpoint_events: CHECKPOINT_EVENTS,
+        }
     }
 }
 
@@ -242,7 +251,9 @@ impl Journal {
             self.frame(&mut draft, entry)?;
         }
         let (covered, at) = self.checkpointed;
-        if checkpoint || draft.sequence - covered >= CHECKPOINT_EVENTS || at.elapsed() >= CHECKPOINT_INTERVAL
+        if checkpoint
+            || draft.sequence - covered >= self.tuning.checkpoint_events
+            || at.elapsed() >= CHECKPOINT_INTERVAL
         {
             self.frame_checkpoint(&mut draft)?;
         }
@@ -333,7 +344,11 @@ impl Journal {
 
     /// Ends the current segment and begins the next, with room for `needed` bytes of frames.
     fn rotate(&mut self, needed: u64) -> Result<(), RecordingError> {
-        let wanted = segment::size(self.tuning.segment_bytes_first, self.growth, needed);
+        let wanted = segment::size(
+            (self.tuning.segment_bytes_first, self.tuning.segment_bytes_max),
+            self.growth,
+            needed,
+        );
         if self.bytes_used + wanted > self.bytes_max {
             // What was published may have been removed since.
             self.measure()?;
@@ -359,8 +374,15 @@ impl Journal {
         // Should this fail, the next attempt wants as little as an epoch's first segment: what is free may never be
         // enough for a larger one.
         let growth = std::mem::take(&mut self.growth);
-        let opened = OpenSegment::create(self.storage.as_ref(), (header.index, &path), &encoded, bytes)
+        let file = storage::create_allocated(self.storage.as_ref(), &path, bytes)
             .map_err(|error| RecordingError::storage(&path, error))?;
+        let opened = OpenSegment::begin(file, header.index, &encoded, bytes).map_err(|error| {
+            // Whether its header is on disk, nobody knows. If it is, it says that these numbers are its own, and whoever
+            // reads passes over the same ones in the segment before: so nothing more is written to that, no last words either.
+            let _ = self.segment.take().map(OpenSegment::finish);
+            storage::remove(self.storage.as_ref(), &path);
+            RecordingError::storage(&path, error)
+        })?;
         self.growth = growth + 1;
         self.bytes_used += bytes;
         if let Some(full) = self.segment.replace(opened) {

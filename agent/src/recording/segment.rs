@@ -17,16 +17,16 @@ use crate::storage::{self, Storage, StoredFile};
 pub(super) const SEGMENT_BYTES_FIRST: u64 = 4 * 1024 * 1024;
 
 /// Size that segments grow to, each twice as large as the one before.
-const SEGMENT_BYTES_MAX: u64 = 64 * 1024 * 1024;
+pub(super) const SEGMENT_BYTES_MAX: u64 = 64 * 1024 * 1024;
 
 /// Bytes at the end of each segment that only the last words may take: that recording stopped, and why.
 pub(super) const SEGMENT_RESERVE_BYTES: u64 = 64 * 1024;
 
 /// Size of the segment after `growth` others, which must hold at least `needed` bytes of frames; `first` is that of the
-/// first.
-pub(super) fn size(first: u64, growth: u64, needed: u64) -> u64 {
+/// first, and they grow up to `largest`.
+pub(super) fn size((first, largest): (u64, u64), growth: u64, needed: u64) -> u64 {
     let grown = first << growth.min(8);
-    grown.min(SEGMENT_BYTES_MAX).max(smallest(needed))
+    grown.min(largest).max(smallest(needed))
 }
 
 /// The smallest segment that holds `needed` bytes of frames.
@@ -45,14 +45,15 @@ pub(super) struct OpenSegment {
 }
 
 impl OpenSegment {
-    /// Makes the file with its header, durably.
-    pub(super) fn create(
-        storage: &dyn Storage,
-        (index, path): (u64, &Path),
+    /// Begins a segment in a file that was allocated for it: with its header on disk it counts.
+    pub(super) fn begin(
+        file: Box<dyn StoredFile>,
+        index: u64,
         header: &[u8; SEGMENT_HEADER_BYTES],
         bytes: u64,
     ) -> io::Result<Self> {
-        let file = storage::create_allocated(storage, path, header, bytes)?;
+        file.write_at(header, 0)?;
+        file.sync_data()?;
         Ok(Self { index, file, offset: header.len() as u64, bytes })
     }
 
