@@ -5,6 +5,8 @@
 //! sends them (`sink`, `kafka`), keeps account of what is on its way (`flight`), writes down how far all is acknowledged
 //! (`cursor`), and removes what was acknowledged long enough ago (`retention`).
 
+#[cfg(test)]
+pub(crate) mod clock;
 mod cursor;
 mod feed;
 #[cfg(test)]
@@ -12,6 +14,8 @@ pub(crate) mod fixture;
 mod flight;
 mod kafka;
 mod measures;
+#[cfg(test)]
+pub(crate) mod pipe;
 mod publisher;
 #[cfg(test)]
 mod publisher_tests;

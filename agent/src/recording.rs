@@ -13,7 +13,7 @@ mod entry;
 mod epoch;
 mod error;
 #[cfg(test)]
-mod fixture;
+pub(crate) mod fixture;
 mod gzip;
 mod journal;
 #[cfg(test)]

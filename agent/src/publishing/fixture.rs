@@ -6,7 +6,7 @@ use std::{
     os::unix::fs::FileExt as _,
     path::{Path, PathBuf},
     sync::{Arc, Mutex},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use tempfile::TempDir;
@@ -22,7 +22,7 @@ use weir_common::{
 };
 
 use super::{
-    cursor::CursorFile,
+    clock::Clock,
     measures::{Measures, Published},
     publisher::{Publisher, Settings},
     sink::{Failure, MakeSink, Outcome, Sink, Taken, Ticket},
@@ -369,27 +369,6 @@ impl MakeSink for Broker {
 
 /// Why something is missing, and how many events.
 type Gap = (String, Option<u64>);
-
-/// A clock that tests move.
-pub(crate) struct Clock(pub(super) Now);
-
-impl Clock {
-    pub(crate) fn new() -> Self {
-        Self(Now { instant: Instant::now(), unix_us: 1_000_000_000 })
-    }
-
-    pub(super) fn pass(&mut self, time: Duration) -> Now {
-        self.0.instant += time;
-        self.0.unix_us += i64::try_from(time.as_micros()).unwrap();
-        self.0
-    }
-}
-
-/// What the cursor of an epoch that nobody publishes says: number of events that are acknowledged.
-pub(crate) fn cursor(storage: &dyn Storage, folder: &Path, epoch: Uuid) -> u64 {
-    let opened = CursorFile::open(storage, folder, epoch).unwrap().expect("nobody has it");
-    opened.1.map_or(0, |cursor| cursor.position.sequence)
-}
 
 /// A publisher with all that it needs.
 pub(crate) struct Run {

@@ -13,8 +13,9 @@ use uuid::Uuid;
 use weir_common::message::Kind;
 
 use super::{
+    clock::Clock,
     cursor::{CURSOR_FILE, CursorFile},
-    fixture::{Broker, Clock, Log, Run, WINDOW},
+    fixture::{Broker, Log, Run, WINDOW},
     publisher::FLIGHT_MESSAGES_MAX,
     sink::Failure,
 };

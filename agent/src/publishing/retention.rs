@@ -83,8 +83,8 @@ impl Retention {
                 );
                 break;
             };
-            let is_left = next.first_segment <= segment;
-            if !is_left {
+            // Not left yet; or nothing is there any more: a file that was being made may be gone after a power loss.
+            if next.first_segment > segment || next.first_segment == self.removed.first_segment {
                 break;
             }
             let path = self.folder.join(REMOVED_FILE);
@@ -264,6 +264,32 @@ mod tests {
         assert_eq!(retention.remove_before(3).unwrap(), 1);
         assert!(!log.segment(0).exists() && log.segment(1).exists() && log.segment(2).exists());
         assert_eq!(removed(&log).first_segment, 1);
+    }
+
+    #[test]
+    fn removal_ends_where_nothing_is_left_though_more_was_acknowledged() {
+        let mut log = Log::new();
+        log.events(1);
+        let mut retention =
+            Retention::open(Arc::new(FileSystem), log.folder().to_owned(), log.epoch).unwrap();
+        assert_eq!(retention.remove_before(9).unwrap(), 1);
+        assert_eq!(removed(&log).first_segment, 1);
+        assert_eq!(retention.remove_before(9).unwrap(), 0);
+    }
+
+    #[test]
+    fn a_segment_that_is_kept_stays_with_those_behind_it_also_after_a_restart() {
+        let mut log = Log::new();
+        (0..3).for_each(|_| {
+            log.events(2);
+            log.rotate();
+        });
+        let open = || Retention::open(Arc::new(FileSystem), log.folder().to_owned(), log.epoch).unwrap();
+        let mut retention = open();
+        retention.keep(1).unwrap();
+        assert_eq!(retention.remove_before(3).unwrap(), 1);
+        assert_eq!(open().remove_before(3).unwrap(), 0);
+        assert!(log.segment(1).exists() && log.segment(2).exists());
     }
 
     #[test]

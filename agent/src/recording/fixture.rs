@@ -185,6 +185,12 @@ const TUNING: Tuning = Tuning {
     checkpoint_events: 4096,
 };
 
+/// The real one, with segments as small as may be.
+pub(crate) fn start_small(directory: &Path) -> Recorder {
+    let tuning = Tuning { retry_interval: Duration::from_millis(250), ..super::ledger::TUNING };
+    Recorder::start_on(Arc::new(FileSystem), options(directory), tuning).unwrap()
+}
+
 pub(super) fn on(disk: &Arc<TestDisk>, options: RecorderOptions) -> Result<Recorder, RecordingError> {
     Recorder::start_on(Arc::new(SharedDisk(Arc::clone(disk))), options, TUNING)
 }

@@ -16,7 +16,7 @@ use super::{
 use crate::storage::Storage;
 
 /// Segments are as small as they may be, so that there are many.
-const TUNING: Tuning = Tuning {
+pub(super) const TUNING: Tuning = Tuning {
     retry_interval: Duration::ZERO,
     segment_bytes_first: 132 * 1024,
     segment_bytes_max: 132 * 1024,

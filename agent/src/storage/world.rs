@@ -25,7 +25,10 @@ use weir_common::{
 
 use super::{Open, Storage, files_named, memory::Memory, read_bounded, read_full};
 use crate::{
-    publishing::fixture::{self, Broker, Clock, Run, WINDOW},
+    publishing::{
+        clock::{self, Clock},
+        fixture::{Broker, Run, WINDOW},
+    },
     recording::{
         RecordingError,
         ledger::{Ledger, Life},
@@ -86,7 +89,7 @@ impl World {
     /// Does something that agents, Kafka and time do.
     pub(super) fn step(&mut self, agent: &mut Agent) {
         let turn = |world: &mut Self, agent: &mut Agent, time| agent.run.turn_after(&mut world.clock, time);
-        match self.random.gen_range(0..12) {
+        match self.random.gen_range(0..13) {
             0..5 => drop(self.append(agent)),
             5..7 => {
                 let milliseconds = self.random.gen_range(0..3000);
@@ -99,6 +102,8 @@ impl World {
             }
             8 => self.broker.acknowledge_all(),
             9 => self.broker.arrive_unheard(self.random.gen_range(0..3)),
+            // By a day.
+            12 => self.clock.set([-86_400, 86_400][self.random.gen_range(0..2)]),
             10 => turn(self, agent, Duration::from_secs(31)),
             _ => turn(self, agent, WINDOW + Duration::from_secs(1)),
         }
@@ -137,7 +142,7 @@ impl World {
             let prefix =
                 (0..).take_while(|sequence| published.contains_key(&(*epoch, *sequence))).count() as u64;
             assert!(account <= &prefix, "{epoch}: {account} events were removed, {prefix} acknowledged");
-            let cursor = fixture::cursor(&self.storage, folder, *epoch);
+            let cursor = clock::cursor(&self.storage, folder, *epoch);
             // What could not be read is passed with a gap, and kept.
             let is_kept = |sequence: u64| {
                 published.contains_key(&(*epoch, sequence)) || log.events.contains_key(&sequence)
@@ -184,15 +189,15 @@ impl World {
 }
 
 /// What an epoch's folder holds, read as whoever verifies does: it must be whole.
-struct Log {
-    events: BTreeMap<u64, Vec<u8>>,
+pub(super) struct Log {
+    pub(super) events: BTreeMap<u64, Vec<u8>>,
     /// Number of events that were removed.
-    removed: u64,
+    pub(super) removed: u64,
 }
 
 impl Log {
     #[track_caller]
-    fn read(storage: &dyn Storage, folder: &Path) -> Self {
+    pub(super) fn read(storage: &dyn Storage, folder: &Path) -> Self {
         let mut files = files_named(storage, folder, ".seg").unwrap();
         files.sort();
         let whole = |(path, bytes): &(PathBuf, u64)| {

@@ -1,0 +1,268 @@
+//! Agents that are killed (SIGKILL) at random: the real recorder and publisher in a process of their own, real files, small
+//! segments. Who kills keeps account of what the agent said is durable, and is the Kafka that it publishes to.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io::{BufRead as _, BufReader, Write as _},
+    path::Path,
+    process::{Child, ChildStdin, Command, Stdio},
+    sync::mpsc::{Receiver, RecvTimeoutError, channel},
+    time::{Duration, Instant},
+};
+
+use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
+use tempfile::TempDir;
+use uuid::Uuid;
+use weir_common::event::{Event, Kind};
+
+use super::{FileSystem, world::Log};
+use crate::{
+    publishing::{
+        clock,
+        pipe::{publish, say},
+    },
+    recording::fixture::start_small,
+};
+
+/// Kills by default and with `WEIR_TEST_LONG`.
+const KILLS: u32 = 30;
+const KILLS_LONG: u32 = 1000;
+
+/// The journal's folder, for the process that is killed; without it this test is the one that kills.
+const VICTIM: &str = "WEIR_KILL_TEST_JOURNAL";
+/// And the first number that it writes.
+const FIRST: &str = "WEIR_KILL_TEST_FIRST";
+
+/// The longest that anything may take.
+const DEADLINE: Duration = Duration::from_secs(120);
+
+/// What is written as event `number`: nobody else would write that.
+fn text(number: u64) -> String {
+    format!("{number} {}", "y".repeat((number * 7919 % 9000) as usize))
+}
+
+/// The number in such a text.
+fn number(text: &str) -> Option<u64> {
+    let number = text.split([' ', '_']).next()?.parse().ok()?;
+    assert_eq!(text.replace('_', " "), self::text(number), "that was never written");
+    Some(number)
+}
+
+/// The process that is killed: three threads write, a fourth publishes.
+fn victim(journal: &Path) {
+    let first: u64 = std::env::var(FIRST).unwrap().parse().unwrap();
+    say("begins");
+    let recorder = start_small(journal);
+    say("ready");
+    for thread in 0..3 {
+        let recorder = recorder.clone();
+        std::thread::spawn(move || {
+            for number in (first + thread..).step_by(3) {
+                if recorder.gap(text(number), None).is_ok() {
+                    say(&format!("held {number}"));
+                }
+            }
+        });
+    }
+    let own = recorder.folder().file_name().unwrap().to_str().unwrap().parse().unwrap();
+    publish(&recorder, journal, own);
+    say("ended");
+}
+
+#[derive(Debug, Default)]
+struct Account {
+    /// What was called durable.
+    held: BTreeSet<u64>,
+    /// What arrived: number, if it is one of ours.
+    arrived: BTreeMap<(Uuid, u64), Option<u64>>,
+    acknowledged: BTreeSet<(Uuid, u64)>,
+    again: u64,
+    /// Kills before the recorder was started, before the first event was durable, and after.
+    kills: [u32; 3],
+    removed: u64,
+}
+
+struct Victim {
+    child: Child,
+    acknowledges: Option<ChildStdin>,
+    says: Receiver<String>,
+}
+
+impl Victim {
+    fn start(journal: &Path, first: u64) -> Self {
+        let name = "storage::kill_tests::killed_agents_lose_nothing_that_they_called_durable";
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", name, "--nocapture", "--test-threads=1"])
+            .env(VICTIM, journal)
+            .env(FIRST, first.to_string())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let (sender, says) = channel();
+        let lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        std::thread::spawn(move || {
+            for line in lines.map_while(Result::ok) {
+                let words = line.find("weir ").and_then(|at| line[at + 5..].strip_suffix(" ."));
+                if words.is_some_and(|words| sender.send(words.to_owned()).is_err()) {
+                    break;
+                }
+            }
+        });
+        let acknowledges = child.stdin.take();
+        Self { child, acknowledges, says }
+    }
+}
+
+impl Drop for Victim {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Account {
+    /// Takes down what the victim said, and answers.
+    fn take(&mut self, said: &str, victim: Option<&mut Victim>) {
+        let words: Vec<_> = said.split(' ').collect();
+        match words[..] {
+            ["held", number] => assert!(self.held.insert(number.parse().unwrap())),
+            ["sent", ticket, epoch, sequence, text] => {
+                if let Ok(sequence) = sequence.parse() {
+                    let id = (epoch.parse().unwrap(), sequence);
+                    let number = number(text);
+                    self.again += u64::from(self.arrived.contains_key(&id));
+                    assert_eq!(
+                        *self.arrived.entry(id).or_insert(number),
+                        number,
+                        "{id:?} says something else now"
+                    );
+                    if victim.is_some() {
+                        self.acknowledged.insert(id);
+                    }
+                }
+                if let Some(to) = victim.and_then(|victim| victim.acknowledges.as_mut()) {
+                    let _ = to.write_all(format!("{ticket}\n").as_bytes());
+                }
+            }
+            ["damage", ..] => panic!("nothing was damaged: {said}"),
+            _ => {}
+        }
+    }
+
+    /// A life, killed after this time; some Kafkas do not answer.
+    fn live_and_die(&mut self, victim: &mut Victim, time: Duration, answers: bool) {
+        let until = Instant::now() + time;
+        let mut came = 0;
+        while let Ok(said) = victim.says.recv_timeout(until.saturating_duration_since(Instant::now())) {
+            came = came
+                .max(["ready", "held"].iter().position(|word| said.starts_with(word)).map_or(0, |n| n + 1));
+            // Before it is answered, so that what it takes for acknowledged is.
+            self.take(&said, answers.then_some(&mut *victim));
+        }
+        victim.child.kill().unwrap();
+        victim.child.wait().unwrap();
+        self.kills[came] += 1;
+        // What it said before it died counts; nobody answers any more.
+        while let Ok(said) = victim.says.recv() {
+            self.take(&said, None);
+        }
+    }
+
+    /// A life that ends when everything has arrived.
+    fn live_and_publish(&mut self, victim: &mut Victim) {
+        let until = Instant::now() + DEADLINE;
+        let held = self.held.clone();
+        let is_missing = |account: &Self| {
+            let arrived: BTreeSet<_> = account.arrived.values().flatten().collect();
+            held.iter().any(|number| !arrived.contains(number))
+        };
+        while is_missing(self) {
+            // Not at each message: that would take long.
+            for _ in 0..1000 {
+                match victim.says.recv_timeout(Duration::from_millis(200)) {
+                    Ok(said) => self.take(&said, Some(&mut *victim)),
+                    Err(RecvTimeoutError::Timeout) => break,
+                    Err(RecvTimeoutError::Disconnected) => panic!("it ended"),
+                }
+            }
+            assert!(Instant::now() < until, "not everything arrives");
+        }
+        // Without its standard input it ends.
+        victim.acknowledges = None;
+        let mut has_ended = false;
+        while let Ok(said) = victim.says.recv() {
+            has_ended |= said == "ended";
+            self.take(&said, None);
+        }
+        assert!(has_ended && victim.child.wait().unwrap().success());
+    }
+
+    fn check(&mut self, journal: &Path) {
+        let mut present: BTreeSet<u64> = self.arrived.values().flatten().copied().collect();
+        for entry in std::fs::read_dir(journal).into_iter().flatten() {
+            let folder = entry.unwrap().path();
+            let Some(epoch) = folder.file_name().and_then(|name| name.to_str()?.parse::<Uuid>().ok()) else {
+                continue;
+            };
+            let log = Log::read(&FileSystem, &folder);
+            let prefix =
+                (0..).take_while(|sequence| self.acknowledged.contains(&(epoch, *sequence))).count() as u64;
+            let cursor = clock::cursor(&FileSystem, &folder, epoch);
+            assert!(
+                cursor <= prefix && log.removed <= cursor,
+                "{epoch}: {} removed, cursor {cursor}, {prefix}",
+                log.removed
+            );
+            self.removed = self.removed.max(log.removed);
+            for (sequence, value) in &log.events {
+                let event: Event = serde_json::from_slice(value).unwrap();
+                let Kind::Gap { reason, .. } = event.kind else { continue };
+                let number = number(&reason);
+                present.extend(number);
+                if let Some(arrived) = self.arrived.get(&(epoch, *sequence)) {
+                    assert_eq!(*arrived, number, "Kafka has something else as {epoch}/{sequence}");
+                }
+            }
+        }
+        let gone = self.held.iter().find(|number| !present.contains(number));
+        assert_eq!(gone, None, "it was called durable and is gone");
+    }
+}
+
+#[test]
+fn killed_agents_lose_nothing_that_they_called_durable() {
+    if let Some(journal) = std::env::var_os(VICTIM) {
+        return victim(Path::new(&journal));
+    }
+    let kills = if std::env::var_os("WEIR_TEST_LONG").is_some() { KILLS_LONG } else { KILLS };
+    let seed = super::power_tests::seed();
+    println!("kills: {kills} from WEIR_FUZZ_SEED={seed} on");
+    let (mut random, mut account) = (StdRng::seed_from_u64(seed), Account::default());
+    let folder = TempDir::new().unwrap();
+    let journal = folder.path().join("journal");
+    let first = |life: u32| u64::from(life) * 1_000_000;
+    for life in 0..kills {
+        let mut victim = Victim::start(&journal, first(life));
+        // So that the time counts from where it begins; the loader's is of no interest.
+        let begun = victim.says.recv_timeout(DEADLINE).unwrap();
+        assert_eq!(begun, "begins");
+        let milliseconds = if random.gen_bool(0.4) { 12.0 } else { 250.0 };
+        let time = Duration::from_secs_f64(random.gen_range(0.0..milliseconds) / 1000.0);
+        account.live_and_die(&mut victim, time, random.gen_bool(0.8));
+        account.check(&journal);
+    }
+    let mut last = Victim::start(&journal, first(kills));
+    account.live_and_publish(&mut last);
+    account.check(&journal);
+    let [before, early, late] = account.kills;
+    println!(
+        "kills: {kills} ({before} before the recorder was ready, {early} before an event was durable, {late} later); {} events \
+         called durable, none lost, {} sent once more; most removed of an epoch: {}",
+        account.held.len(),
+        account.again,
+        account.removed
+    );
+    assert!(late > kills / 4 && account.removed > 0, "{account:?}");
+}
