@@ -193,8 +193,8 @@ pub mod maps {
     /// Array of `u64` by [`sieve::slot_of`](crate::sieve::slot_of): not 0 where an address of the API set has this slot. Whoever adds an
     /// address marks it first, and nobody takes a mark away, so that an address without one needs no look-up.
     pub const SIEVE: &str = "SIEVE";
-    /// Array of one `u64`: which state of [`CGROUPS`] and [`API_SET`] this is. Whoever has changed one of them writes a number
-    /// here that was never there before, so that what was kept of them counts no more; 0: nothing may be kept.
+    /// Array of one `u64`: which state of [`CGROUPS`] and [`API_SET`] this is. Whoever changes one of them writes 0 before (what
+    /// is kept does not count, and nothing is kept), and then a number below 2^63 that was never there before.
     pub const GENERATION: &str = "GENERATION";
     /// All that are pinned; what the programs keep for themselves (`sieve`) is not.
     pub const ALL: [&str; 14] = [

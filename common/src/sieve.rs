@@ -50,6 +50,51 @@ const fn slot(value: u64, slots: u32) -> u32 {
     (mixed >> (u64::BITS - slots.trailing_zeros())) as u32
 }
 
+/// Deepest level of the cgroup tree that is looked at. Pods lie on levels 2 to 5; what a container nests below
+/// its own cgroup is covered by the pod's entry, so a deeper task is still found.
+const LEVELS_MAX: i32 = 16;
+
+/// What a walk from the root down to a cgroup has found. No `Option`: of one the compiler would copy what was never written,
+/// which the verifier refuses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Walked {
+    /// The nearest classified cgroup; 0: there is none.
+    pub id: u64,
+    /// Its entry, or any.
+    pub entry: CgroupEntry,
+    /// The last cgroup that was met.
+    pub deepest: u64,
+}
+
+/// Looks from the root down and keeps the deepest match. `ancestor` gives the id of the cgroup at a level, 0 below the last
+/// one; `entry` what is known of a cgroup.
+///
+/// What is found may be kept for a cgroup only if the walk has ended there: a task may be moved to another cgroup meanwhile,
+/// and one that lies deeper than this looks is not reached. (Moved away and back within one walk, it would be taken for one
+/// that stayed; each move waits for locks of the whole tree, which takes many times as long.)
+///
+/// `after` is 0, but comes from the generation: no level and no entry is read before that was, on any processor, since where
+/// they are read depends on it. Older kernels (before 6.1) find an ancestor by comparing levels, on which its address does
+/// not depend, so the key of the entry does as well.
+#[inline(always)]
+pub fn walk(after: u32, ancestor: impl Fn(i32) -> u64, entry: impl Fn(u64) -> Option<CgroupEntry>) -> Walked {
+    let root = after as i32;
+    let nothing = CgroupEntry { listener_netns: 0, class: 0, listener_port: 0 };
+    // Of the root nothing is ever said: it holds everything.
+    let mut found = Walked { id: 0, entry: nothing, deepest: ancestor(root) };
+    for level in 1..LEVELS_MAX {
+        let id = ancestor(root + level);
+        if id == 0 {
+            break;
+        }
+        found.deepest = id;
+        if let Some(entry) = entry(id + after as u64) {
+            (found.id, found.entry) = (id, entry);
+        }
+    }
+    found
+}
+
 /// What was found at and above a cgroup, kept so that the walk up the tree is made once; value of the array indexed by
 /// [`nearest_slot`]. Several CPUs may write a slot at a time, and a reader may see a part of each: only what
 /// [`Self::found`] gives is whole.
@@ -173,7 +218,7 @@ const _: () = {
 mod tests {
     use super::{
         CgroupEntry, ENDPOINT_SLOTS, Endpoint, NEAREST_SLOTS, Nearest, SIEVE_SLOTS, endpoint_slot,
-        nearest_slot, slot_of,
+        nearest_slot, slot_of, walk,
     };
 
     /// Programs that are pinned read where these say: another hash is another layout (`LAYOUT_VERSION`).
@@ -185,6 +230,51 @@ mod tests {
     }
 
     const ENTRY: CgroupEntry = CgroupEntry { listener_netns: 7, class: 3, listener_port: 40_000 };
+
+    #[test]
+    fn a_walk_that_does_not_end_at_its_cgroup_says_so() {
+        let class = |class| CgroupEntry { class, ..ENTRY };
+        let known = |id| [(20, class(3)), (30, class(2))].into_iter().find(|(known, _)| *known == id);
+        let entry = |id| known(id).map(|(_, entry)| entry);
+        let tree = |path: &'static [u64]| move |level: i32| path.get(level as usize).copied().unwrap_or(0);
+        for (path, nearest) in
+            [(&[1][..], 0), (&[1, 20], 20), (&[1, 20, 21], 20), (&[1, 10, 20, 30, 31], 30), (&[1, 10, 11], 0)]
+        {
+            let found = walk(0, tree(path), entry);
+            assert_eq!((found.id, found.deepest), (nearest, *path.last().unwrap()), "{path:?}");
+            assert!(known(nearest).is_none_or(|(_, entry)| entry == found.entry), "{path:?}");
+        }
+        // A task that is moved between its first and its last step, from the cgroup that was asked for to another.
+        for moved in 0..3 {
+            let (one, other) = (tree(&[1, 20, 21]), tree(&[1, 10, 30]));
+            let steps = std::cell::Cell::new(0);
+            let ancestor = |level| {
+                steps.set(steps.get() + 1);
+                if steps.get() > moved { other(level) } else { one(level) }
+            };
+            assert_ne!(walk(0, ancestor, entry).deepest, 21, "moved after {moved} steps");
+        }
+        // Deeper than anyone looks.
+        let deep = |level: i32| if level < 40 { 100 + level as u64 } else { 0 };
+        assert_ne!(walk(0, deep, entry).deepest, 139);
+    }
+
+    #[test]
+    fn what_is_read_after_the_generation_depends_on_it() {
+        // Were it not 0, other levels and other entries would be read: so their addresses depend on it.
+        let levels = std::cell::RefCell::new(Vec::new());
+        let entries = std::cell::RefCell::new(Vec::new());
+        let ancestor = |level: i32| {
+            levels.borrow_mut().push(level);
+            if level < 3 { 50 } else { 0 }
+        };
+        let entry = |id| {
+            entries.borrow_mut().push(id);
+            None
+        };
+        walk(1, ancestor, entry);
+        assert_eq!((levels.take(), entries.take()), (vec![1, 2, 3], vec![51]));
+    }
 
     #[test]
     fn what_is_kept_is_given_for_its_cgroup_and_generation_alone() {

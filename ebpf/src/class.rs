@@ -7,13 +7,12 @@ use aya_ebpf::helpers::{
     bpf_get_current_pid_tgid, bpf_get_current_uid_gid,
     generated::{bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id, bpf_ktime_get_boot_ns},
 };
-use weir_common::kernel::{ApiEndpoint, CgroupEntry, Counter, FlowRecord, Notice, NoticeKind, Settings};
+use weir_common::{
+    kernel::{ApiEndpoint, CgroupEntry, Counter, FlowRecord, Notice, NoticeKind, Settings},
+    sieve::walk,
+};
 
 use crate::{CGROUPS, COUNTERS, NOTICES, POD_COUNTERS, SETTINGS, sieve};
-
-/// Deepest level of the cgroup tree that is looked at. Pods lie on levels 2 to 5; what a container nests below
-/// its own cgroup is covered by the pod's entry, so a deeper task is still found.
-const LEVELS_MAX: i32 = 16;
 
 /// The nearest classified cgroup of the calling task.
 #[derive(Clone, Copy)]
@@ -44,30 +43,15 @@ pub(crate) fn nearest_of(cgroup: u64, ancestor: impl Fn(i32) -> u64) -> Option<C
     let (id, entry) = match sieve::kept(cgroup, generation) {
         Some(kept) => kept,
         None => {
-            let found = walk(sieve::after(generation) as i32, ancestor);
-            sieve::keep(cgroup, generation, found);
-            found
+            let found = walk(sieve::after(generation), ancestor, entry);
+            // Else the task was moved meanwhile, or lies too deep: what was found is not this cgroup's.
+            if found.deepest == cgroup {
+                sieve::keep(cgroup, generation, (found.id, found.entry));
+            }
+            (found.id, found.entry)
         }
     };
     if id == 0 { None } else { Some(Classified { id, entry }) }
-}
-
-/// Looks from the root down and keeps the deepest match; 0 if there is none. No `Option`: of one the compiler would copy what
-/// was never written, which the verifier refuses.
-#[inline(always)]
-fn walk(root: i32, ancestor: impl Fn(i32) -> u64) -> (u64, CgroupEntry) {
-    let mut found = (0, CgroupEntry { listener_netns: 0, class: 0, listener_port: 0 });
-    // Of the root nothing is ever said: it holds everything.
-    for level in 1..LEVELS_MAX {
-        let id = ancestor(root + level);
-        if id == 0 {
-            break;
-        }
-        if let Some(entry) = entry(id) {
-            found = (id, entry);
-        }
-    }
-    found
 }
 
 /// What is known of this very cgroup.

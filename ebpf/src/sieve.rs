@@ -80,7 +80,7 @@ fn keep_endpoint(slot: u32, new: &Endpoint) {
     }
 }
 
-/// 0, for no generation has its highest bit (a time in ns), but what is looked up with it is looked up after the generation
+/// 0, for no generation has its highest bit (as the agent chooses them), but what is looked up with it is looked up after the generation
 /// was read, on every processor: its address depends on it. Else an answer from before a change might be kept as one of after.
 #[inline(always)]
 pub(crate) fn after(generation: u64) -> u32 {

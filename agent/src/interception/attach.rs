@@ -213,10 +213,16 @@ impl Attached {
 
     /// Attaches the guard of an interface, before whatever else is there, or replaces the pinned one.
     pub(super) fn guard_interface(&mut self, end: &HostEnd) -> Result<(), AttachError> {
+        self.attach_to_interface(end)?;
+        // From here on a look at the kernel expects it there.
+        self.interfaces.insert(end.index, end.name.clone());
+        Ok(())
+    }
+
+    fn attach_to_interface(&mut self, end: &HostEnd) -> Result<(), AttachError> {
         let program = programs::INTERFACE;
         let failed = |source| AttachError::Interface { name: end.name.clone(), source };
         let pin = self.pin(&interface_pin(end.index))?;
-        self.interfaces.insert(end.index, end.name.clone());
         if self.replaced(pin.as_deref(), program)? {
             return Ok(());
         }
@@ -416,9 +422,9 @@ impl Attached {
         }
     }
 
-    /// Removes the pins of older layouts.
-    pub(super) fn remove_older_layouts(&self) -> Result<usize, AttachError> {
-        self.pins.as_deref().map_or(Ok(0), layouts::remove_older)
+    /// The folders of pins of older layouts.
+    pub(super) fn older_layouts(&self) -> Result<Vec<PathBuf>, AttachError> {
+        self.pins.as_deref().map_or(Ok(Vec::new()), layouts::older)
     }
 
     /// Removes pinned links of cgroups that this process has not attached to.

@@ -113,6 +113,7 @@ fn put_in_force(options: &Options, own_cgroup: Option<u64>) -> Result<InForce, I
     // First, so that the agent can never lock itself out.
     if let Some(own) = own_cgroup {
         kernel.classify(own, entry(Class::Agent))?;
+        admit_in_older_layouts(&kernel, own);
     }
     kernel.set_settings(own_netns()?, ATTACH_LEVELS)?;
     let stored = StoredSet::read(&options.state_directory).unwrap_or_else(|error| {
@@ -131,6 +132,22 @@ fn put_in_force(options: &Options, own_cgroup: Option<u64>) -> Result<InForce, I
     kernel.attach_missing(&mount)?;
     tracing::info!(cgroup = %mount.display(), "in force at the root of the tree");
     Ok(InForce { kernel, mount, own_cgroup, stored })
+}
+
+/// Where an agent from before an upgrade has left its programs, they must let this one reach the API server.
+fn admit_in_older_layouts(kernel: &Kernel, own_cgroup: u64) {
+    match kernel.admit_in_older_layouts(own_cgroup) {
+        Ok(0) => {}
+        Ok(layouts) => tracing::info!(layouts, "known to the programs of an older layout"),
+        // Not the end: in the host's network namespace and outside every pod it passes them as it is.
+        Err(error) => {
+            let error = &error as &dyn std::error::Error;
+            tracing::error!(
+                error,
+                "the programs of an older layout may deny this agent the API server; if they do, run weir-agent uninstall"
+            );
+        }
+    }
 }
 
 /// Writes what was stored and what is configured into the kernel's API set, under today's indices.

@@ -21,7 +21,7 @@ use weir_common::kernel::{
 
 use super::{
     attach::{self, AttachError, Inspection},
-    debug_log,
+    debug_log, layouts,
     maps::{absent_is_fine, lock},
     security::Security,
     sieve::Sieve,
@@ -244,12 +244,28 @@ impl Kernel {
         Ok(attach::lock(&self.attached).prune()?)
     }
 
-    /// Removes the pins of older layouts: to be called when all that they kept is kept by ours. Returns how many there were.
+    /// Lets the agent's cgroup pass the programs that an older layout has left in force, if there are any. Returns how many
+    /// layouts that are.
     ///
     /// # Errors
-    /// A pin cannot be read or removed.
+    /// Their pins cannot be read, or the kernel refuses.
+    pub fn admit_in_older_layouts(&self, own_cgroup: u64) -> Result<usize, KernelError> {
+        let older = attach::lock(&self.attached).older_layouts()?;
+        older.iter().try_for_each(|folder| layouts::admit(folder, own_cgroup))?;
+        Ok(older.len())
+    }
+
+    /// Removes the pins of older layouts: to be called when all that they kept is kept by ours. Interfaces that they alone guard
+    /// are guarded first; if that fails, all of it stays. Returns how many pins there were.
+    ///
+    /// # Errors
+    /// A pin cannot be read or removed, or an interface not be guarded: to be tried again.
     pub fn remove_older_layouts(&self) -> Result<usize, KernelError> {
-        Ok(attach::lock(&self.attached).remove_older_layouts()?)
+        let older = attach::lock(&self.attached).older_layouts()?;
+        for folder in &older {
+            self.guard_interfaces_of(folder)?;
+        }
+        older.iter().try_fold(0, |removed, folder| Ok(removed + attach::remove_pins(folder)?))
     }
 
     /// Takes the ring buffer of notices; once.
@@ -300,23 +316,31 @@ fn prepare_pins(folder: &Path) -> Result<PathBuf, KernelError> {
         (maps::QUARANTINE, size_of::<u64>(), size_of::<u64>()),
         (maps::PODS, size_of::<u64>(), size_of::<PodName>()),
     ] {
-        let path = maps.join(name);
-        if !path.exists() {
-            continue;
-        }
-        let info = MapData::from_pin(&path)
-            .and_then(|map| map.info())
-            .map_err(|source| KernelError::Map { map: name, source })?;
-        if (info.key_size() as usize, info.value_size() as usize) != (key, value) {
-            let problem = format!(
-                "key and value have {} and {} bytes, not {key} and {value}",
-                info.key_size(),
-                info.value_size()
-            );
-            return Err(KernelError::Layout { name, problem });
+        if maps.join(name).exists() {
+            check_sizes(&maps, name, (key, value))?;
         }
     }
     Ok(maps)
+}
+
+/// Refuses a pinned map with keys and values of other sizes than these.
+pub(super) fn check_sizes(
+    maps: &Path,
+    name: &'static str,
+    (key, value): (usize, usize),
+) -> Result<(), KernelError> {
+    let info = MapData::from_pin(maps.join(name))
+        .and_then(|map| map.info())
+        .map_err(|source| KernelError::Map { map: name, source })?;
+    if (info.key_size() as usize, info.value_size() as usize) == (key, value) {
+        return Ok(());
+    }
+    let problem = format!(
+        "key and value have {} and {} bytes, not {key} and {value}",
+        info.key_size(),
+        info.value_size()
+    );
+    Err(KernelError::Layout { name, problem })
 }
 
 fn load_program(ebpf: &mut Ebpf, name: &'static str) -> Result<(), KernelError> {

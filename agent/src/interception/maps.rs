@@ -4,6 +4,7 @@
 use std::{
     collections::{HashMap as StdHashMap, HashSet},
     net::{IpAddr, SocketAddr},
+    path::Path,
     sync::{Mutex, PoisonError},
 };
 
@@ -17,6 +18,7 @@ use super::{
     attach,
     counters::{Counters, read_counters},
     interface::HostEnd,
+    layouts,
     loader::{Kernel, KernelError},
     quarantine,
 };
@@ -47,11 +49,12 @@ impl Kernel {
         let is_new = set.get(&endpoint, 0).ok() != Some(cluster);
         self.sieve.mark(endpoint.address)?;
         // The guards look for the address first: at no moment is an endpoint known to the hooks alone.
-        [any, endpoint]
-            .iter()
-            .try_for_each(|key| set.insert(key, cluster, 0))
-            .map_err(|source| KernelError::Map { map: maps::API_SET, source })?;
-        self.sieve.begin_generation()?;
+        self.sieve.change(|| {
+            [any, endpoint]
+                .iter()
+                .try_for_each(|key| set.insert(key, cluster, 0))
+                .map_err(|source| KernelError::Map { map: maps::API_SET, source })
+        })?;
         if is_new {
             self.api_set_changed.notify_one();
         }
@@ -65,16 +68,15 @@ impl Kernel {
     pub fn remove_api_endpoint(&self, address: SocketAddr) -> Result<(), KernelError> {
         let endpoint = endpoint(address);
         let mut set = lock(&self.api_set);
-        absent_is_fine(set.remove(&endpoint), maps::API_SET)?;
-        self.sieve.begin_generation()?;
+        self.sieve.change(|| absent_is_fine(set.remove(&endpoint), maps::API_SET))?;
         self.api_set_changed.notify_one();
         let keys = set.keys().collect::<Result<Vec<_>, _>>();
         let keys = keys.map_err(|source| KernelError::Map { map: maps::API_SET, source })?;
         if keys.iter().any(|key| key.address == endpoint.address && key.port != PORT_UNKNOWN) {
             return Ok(());
         }
-        absent_is_fine(set.remove(&ApiEndpoint { port: PORT_UNKNOWN, ..endpoint }), maps::API_SET)?;
-        self.sieve.begin_generation()
+        let any = ApiEndpoint { port: PORT_UNKNOWN, ..endpoint };
+        self.sieve.change(|| absent_is_fine(set.remove(&any), maps::API_SET))
     }
 
     /// Waits until this process has changed the API set; a change since the last time counts. For one caller.
@@ -112,10 +114,11 @@ impl Kernel {
     /// The map is full, or the kernel refuses.
     pub fn classify(&self, cgroup: u64, entry: CgroupEntry) -> Result<(), KernelError> {
         self.count_pod(cgroup)?;
-        lock(&self.cgroups)
-            .insert(cgroup, entry, 0)
-            .map_err(|source| KernelError::Map { map: maps::CGROUPS, source })?;
-        self.sieve.begin_generation()
+        self.sieve.change(|| {
+            lock(&self.cgroups)
+                .insert(cgroup, entry, 0)
+                .map_err(|source| KernelError::Map { map: maps::CGROUPS, source })
+        })
     }
 
     /// Notes the names of the pod that a cgroup is of, for `status` and `quarantine`.
@@ -159,8 +162,7 @@ impl Kernel {
     /// # Errors
     /// The kernel refuses. That it was not there is no error.
     pub fn forget_cgroup(&self, cgroup: u64) -> Result<(), KernelError> {
-        absent_is_fine(lock(&self.cgroups).remove(&cgroup), maps::CGROUPS)?;
-        self.sieve.begin_generation()?;
+        self.sieve.change(|| absent_is_fine(lock(&self.cgroups).remove(&cgroup), maps::CGROUPS))?;
         absent_is_fine(lock(&self.quarantine).remove(&cgroup), maps::QUARANTINE)?;
         absent_is_fine(lock(&self.pods).remove(&cgroup), maps::PODS)?;
         absent_is_fine(lock(&self.pod_counters).remove(&cgroup), maps::POD_COUNTERS)
@@ -205,6 +207,25 @@ impl Kernel {
             .insert(end.index, cgroup, 0)
             .map_err(|source| KernelError::Map { map: maps::INTERFACES, source })?;
         Ok(attach::lock(&self.attached).guard_interface(end)?)
+    }
+
+    /// Guards the interfaces that an older layout guards and this one does not: of pods that could not be enrolled yet, say.
+    pub(super) fn guard_interfaces_of(&self, older: &Path) -> Result<(), KernelError> {
+        for (index, cgroup) in layouts::interfaces(older)? {
+            if lock(&self.interfaces).get(&index, 0).is_ok() {
+                continue;
+            }
+            // One that is gone took its guard along.
+            let Ok(name) = nix::net::if_::if_indextoname(index) else { continue };
+            let name = name.to_string_lossy().into_owned();
+            let guarded = self.guard_interface(&HostEnd { index, name }, cgroup);
+            if guarded.is_err() && nix::net::if_::if_indextoname(index).is_ok() {
+                // Not to be taken for guarded the next time.
+                absent_is_fine(lock(&self.interfaces).remove(&index), maps::INTERFACES)?;
+                return guarded;
+            }
+        }
+        Ok(())
     }
 
     /// Forgets the interfaces of a pod that is gone; the guards have gone with them.

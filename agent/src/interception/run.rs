@@ -30,6 +30,7 @@ use super::{
     guard::{self, InForce},
     handover::{self, HandoverError, Taken},
     hosts::{self, Hosts},
+    layouts::OlderLayouts,
     listener::ListenerError,
     loader::{Kernel, KernelError},
     namespace,
@@ -411,6 +412,7 @@ async fn enrol(
     let mut waiting_since = None;
     let mut inspected = None;
     let mut watched = true;
+    let mut older = OlderLayouts::default();
     loop {
         let known = pods.borrow_and_update().clone();
         let mut applied = true;
@@ -426,11 +428,14 @@ async fn enrol(
             // After `uninstall` nothing is intercepted: the agent ends, and whoever started it starts it anew.
             enrolment.inspect()?;
             inspected = Some(Instant::now());
+            if *ready.borrow() {
+                older.remove(enrolment.kernel());
+            }
         }
         // Not before every known pod has its verdict: what an older layout denies would pass for a moment.
         if known.is_some() && applied && !*ready.borrow() {
             succession.ready().await?;
-            remove_older_layouts(enrolment.kernel());
+            older.remove(enrolment.kernel());
             succession.observed.settle();
             ready.send_replace(true);
         }
@@ -453,18 +458,6 @@ async fn enrol(
                 }
             },
             () = tokio::time::sleep(if soon { RESCAN_WAITING } else { RESCAN }) => {}
-        }
-    }
-}
-
-/// Every pod has its verdict here: what an agent of an older layout left is in the way from now on.
-fn remove_older_layouts(kernel: &Kernel) {
-    match kernel.remove_older_layouts() {
-        Ok(0) => {}
-        Ok(pins) => tracing::info!(pins, "removed the pins of an older layout"),
-        Err(error) => {
-            let error = &error as &dyn std::error::Error;
-            tracing::error!(error, "pins of an older layout stay, and deny pods the API");
         }
     }
 }

@@ -2,8 +2,8 @@
 //! map of cgroups.
 //!
 //! Both may be written by several processes at a time (an agent and its successor, `weir-agent guard`), so each write is one
-//! that does not depend on what was there: a mark is set and never taken away, and a generation is a time, which no other
-//! write can have.
+//! that does not depend on what was there: a mark is set and never taken away, and a generation is a random number, which no
+//! other write has and nobody can foresee.
 
 use std::sync::{
     Mutex,
@@ -11,12 +11,16 @@ use std::sync::{
 };
 
 use aya::maps::{Array, MapData};
+use rand::{RngCore as _, rngs::OsRng};
 use weir_common::{
     kernel::{Address, maps},
     sieve::slot_of,
 };
 
-use super::{flow::boottime_ns, loader::KernelError, maps::lock};
+use super::{
+    loader::{Kernel, KernelError},
+    maps::lock,
+};
 
 /// A slot that an address of the API set has.
 const MARKED: u64 = 1;
@@ -38,16 +42,57 @@ impl Sieve {
         Ok(())
     }
 
-    /// Begins a new generation. To be called after each change of the map of cgroups or the API set: when this returns, the
-    /// change holds for every connection.
-    pub(super) fn begin_generation(&self) -> Result<(), KernelError> {
-        // Whoever sees the generation sees the change.
-        fence(Ordering::SeqCst);
-        // A clock that cannot be read gives 0, with which nothing is kept.
-        lock(&self.generation)
-            .set(0, boottime_ns().unwrap_or(0), 0)
+    /// Makes a change of the map of cgroups or the API set: when this returns, it holds for every connection.
+    pub(super) fn change(&self, change: impl FnOnce() -> Result<(), KernelError>) -> Result<(), KernelError> {
+        changed(&mut lock(&self.generation), change)
+    }
+}
+
+impl Kernel {
+    /// The generation that holds at this moment; 0: what was kept does not count.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn generation(&self) -> Result<u64, KernelError> {
+        lock(&self.sieve.generation)
+            .get(&0, 0)
             .map_err(|source| KernelError::Map { map: maps::GENERATION, source })
     }
+}
+
+/// The generation in which the programs keep nothing, and use nothing that was kept.
+const NOTHING_KEPT: u64 = 0;
+
+/// Makes a change between two generations, in which nothing that is kept counts. A process that is killed after its change and
+/// before the next generation leaves it so, and the maps are asked for everything until another begins: what was kept before
+/// must not outlive the change.
+pub(super) fn changed(
+    generation: &mut Array<MapData, u64>,
+    change: impl FnOnce() -> Result<(), KernelError>,
+) -> Result<(), KernelError> {
+    set_generation(generation, NOTHING_KEPT)?;
+    let changed = change();
+    // Also after one that failed: it may be there in part, and a new generation is right whatever is there.
+    set_generation(generation, new_generation())?;
+    changed
+}
+
+/// One that was never there before. Its highest bit is 0, which the programs rely on (`after` in `ebpf/src/sieve.rs`). Without
+/// randomness nothing is kept.
+fn new_generation() -> u64 {
+    let mut bytes = [0; 8];
+    match OsRng.try_fill_bytes(&mut bytes) {
+        Ok(()) => u64::from_ne_bytes(bytes) >> 1,
+        Err(_) => NOTHING_KEPT,
+    }
+}
+
+/// Writes the generation. What was written before is seen by whoever sees it, and whoever sees what is written next sees it.
+fn set_generation(generation: &mut Array<MapData, u64>, value: u64) -> Result<(), KernelError> {
+    fence(Ordering::SeqCst);
+    generation.set(0, value, 0).map_err(|source| KernelError::Map { map: maps::GENERATION, source })?;
+    fence(Ordering::SeqCst);
+    Ok(())
 }
 
 /// An address by its words in memory, as the programs read it.

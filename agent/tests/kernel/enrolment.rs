@@ -444,7 +444,25 @@ async fn what_leaves_by_a_pods_interface_is_guarded_until_uninstalled_whoever_se
     assert_eq!(pinned_state(&pins).unwrap().unwrap().counters.interface_dropped, 1);
     let cgroups = node.stop().await;
     assert!(!arrives(), "no agent runs");
-    attach::uninstall(&pins).unwrap();
+
+    // An agent with another layout that knows nothing of the pod yet.
+    let next = bpffs.0.path().join("weir/v4");
+    let agent = load(Pinning::Pinned(next.clone())).unwrap();
+    agent.set_api_endpoint(server, 0).unwrap();
+    let dropped_by_next = || pinned_state(&next).unwrap().unwrap().counters.interface_dropped;
+    let index = nix::net::if_::if_nametoindex("weir-test0").unwrap();
+    let in_the_way = next.join(format!("links/interface-{index}"));
+    std::fs::create_dir_all(&in_the_way).unwrap();
+    agent.remove_older_layouts().unwrap_err();
+    assert!(!arrives(), "what cannot be guarded anew keeps its guard");
+    assert_eq!((pins.exists(), dropped_by_next()), (true, 0));
+    std::fs::remove_dir(&in_the_way).unwrap();
+    assert!(agent.inspect().unwrap().repaired.is_empty(), "it is not taken for guarded");
+    assert!(agent.remove_older_layouts().unwrap() > 0);
+    assert!(!arrives(), "guarded before the former guard went");
+    assert_eq!((pins.exists(), dropped_by_next()), (false, 1));
+    drop(agent);
+    attach::uninstall(&next).unwrap();
     // The kernel frees an unpinned link a little later.
     let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
     while !arrives() {

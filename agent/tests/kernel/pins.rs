@@ -127,3 +127,39 @@ async fn an_agents_pins_take_the_place_of_an_older_layouts() {
     layouts::uninstall_all(&ours).unwrap();
     assert!(!bpffs.0.path().join("weir").exists(), "nothing is left, of any layout");
 }
+
+#[test]
+fn an_agent_in_a_pod_passes_what_an_older_layout_has_left_in_force() {
+    if load(Pinning::Unpinned).is_none() {
+        return;
+    }
+    let bpffs = OwnBpffs::mount().unwrap();
+    let [oldest, older, ours] = ["weir/v1", "weir/v2", "weir/v3"].map(|name| bpffs.0.path().join(name));
+    let root = OwnCgroup::new("admitted");
+    let (pod, other) = (root.below("agent"), root.below("other"));
+    let netns = OwnNetns::new();
+    let dialled =
+        |cgroup: &OwnCgroup| dial(&cgroup.0, Some(&netns), Dial::Tcp(API4)).map(|_| ()).unwrap_err();
+    let entry = |class| CgroupEntry { listener_netns: 0, class: class as u32, listener_port: 0 };
+    for folder in [&oldest, &older] {
+        let former = load(Pinning::Pinned(folder.clone())).unwrap();
+        former.set_api_endpoint(API4, 0).unwrap();
+        former.classify(root.id(), entry(Class::Container)).unwrap();
+        former.attach(&root.0).unwrap();
+    }
+    let agent = load(Pinning::Pinned(ours)).unwrap();
+    agent.set_api_endpoint(API4, 0).unwrap();
+    agent.attach(&root.0).unwrap();
+    for cgroup in [&pod, &other] {
+        agent.classify(cgroup.id(), entry(Class::Agent)).unwrap();
+        assert_eq!(dialled(cgroup), nix::Error::ECONNREFUSED, "a stranger to the former agents' programs");
+    }
+    assert_eq!(agent.admit_in_older_layouts(pod.id()).unwrap(), 2);
+    assert_eq!(dialled(&pod), nix::Error::ENETUNREACH, "passes, and there is no route");
+    assert_eq!(dialled(&other), nix::Error::ECONNREFUSED, "nobody else does");
+    // Version 2 kept nothing, and has no such map.
+    std::fs::remove_file(older.join("maps").join(maps::GENERATION)).unwrap();
+    assert_eq!(agent.admit_in_older_layouts(other.id()).unwrap(), 2);
+    let known = load(Pinning::Pinned(older)).unwrap().cgroups().unwrap();
+    assert_eq!(known.get(&other.id()), Some(&entry(Class::Agent)));
+}

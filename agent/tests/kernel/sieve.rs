@@ -1,8 +1,11 @@
 //! What spares look-ups hides nothing: seen by programs that are in force while another process writes the maps.
 
 use std::{
+    collections::HashSet,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     process::{Child, Command, Stdio},
+    sync::atomic::{AtomicBool, Ordering},
+    time::{Duration, Instant},
 };
 
 use weir_agent::interception::{listener::own_netns, loader::Pinning};
@@ -60,6 +63,42 @@ fn programs_in_force_look_for_every_address_that_any_process_adds() {
     for address in addresses() {
         assert_eq!(dialled(address), Err(REFUSED), "{address}, after its mark was lost");
     }
+}
+
+#[test]
+fn nothing_that_was_kept_counts_while_a_map_changes() {
+    if load(Pinning::Unpinned).is_none() {
+        return;
+    }
+    let bpffs = OwnBpffs::mount().unwrap();
+    let pins = bpffs.0.path().join("weir/v3");
+    let [agent, beside] = [(); 2].map(|()| load(Pinning::Pinned(pins.clone())).unwrap());
+    agent.classify(1, entry(Class::Unselected)).unwrap();
+    let (ended, deadline) = (AtomicBool::new(false), Instant::now() + Duration::from_secs(20));
+    let (mut between, mut before, mut seen) = (false, 0, HashSet::new());
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !ended.load(Ordering::Relaxed) {
+                agent.classify(1, entry(Class::Enrolled)).unwrap();
+                agent.forget_cgroup(1).unwrap();
+                agent.set_api_endpoint(API4, 0).unwrap();
+                agent.remove_api_endpoint(API4).unwrap();
+            }
+        });
+        while !(between && seen.len() > 100) && Instant::now() < deadline {
+            let generation = beside.generation().unwrap();
+            between |= generation == 0;
+            if generation != 0 && generation != before {
+                assert!(seen.insert(generation), "a generation that was there before");
+                before = generation;
+            }
+        }
+        ended.store(true, Ordering::Relaxed);
+    });
+    assert!(between, "an agent that is killed while it changes a map leaves what was kept before in force");
+    assert!(seen.len() > 100, "{} generations", seen.len());
+    assert!(seen.iter().all(|generation| generation >> 63 == 0), "what the programs rely on");
+    assert_ne!(beside.generation().unwrap(), 0, "what is found from here on is kept");
 }
 
 /// A process that connects to the API set again and again, so that answers are kept at every moment.
