@@ -71,7 +71,7 @@ struct Node {
     service: OwnCgroup,
     container: OwnCgroup,
     /// In the order in which they can be removed.
-    _above: [OwnCgroup; 5],
+    above: [OwnCgroup; 5],
     pod: u64,
     /// Stands for the host's network namespace.
     host: OwnNetns,
@@ -113,7 +113,7 @@ impl Node {
             home,
             service,
             container,
-            _above: [slice, pod, class, kubepods, root],
+            above: [slice, pod, class, kubepods, root],
             pod: pod_id,
             host,
             sandbox,
@@ -159,12 +159,36 @@ impl Node {
                 connect(&server, API4)
             });
         });
+        self.as_on_a_node(&server);
         self.kernel
             .classify(
                 self.pod,
                 CgroupEntry { listener_netns: 0, class: Class::Unselected as u32, listener_port: 0 },
             )
             .unwrap();
+    }
+
+    /// The pod's connects with the programs on both levels of the tree, where each meets them twice: what the kernel's count of a
+    /// node shows. `server` is the pod's listener.
+    fn as_on_a_node(&self, server: &TcpListener) {
+        let [_, _, _, kubepods, _] = &self.above;
+        self.kernel.attach_hooks(&kubepods.0).unwrap();
+        self.kernel.set_settings(self.host.within(own_netns).unwrap(), 2).unwrap();
+        self.sandbox.within(|| {
+            let seen = [programs::CONNECT4];
+            self.scene("on a node: the API set alone", &self.container.0, &seen, || connect(server, API4));
+            let other = TcpListener::bind((ADDRESS, 0)).unwrap();
+            let address = other.local_addr().unwrap();
+            // A job that calls the API server and one other, whose name it asks for: both kinds of address, in datagrams.
+            self.scene("on a node: one in four to the API set", &self.container.0, &seen, || {
+                connect(server, API4);
+                for _ in 0..2 {
+                    UdpSocket::bind((ADDRESS, 0)).unwrap().connect((ADDRESS, 53)).unwrap();
+                }
+                connect(&other, address);
+            });
+        });
+        self.kernel.set_settings(self.host.within(own_netns).unwrap(), 1).unwrap();
     }
 
     fn datagrams(&self) {

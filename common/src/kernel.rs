@@ -24,6 +24,12 @@ pub const REPORT_INTERVAL_NS: u64 = 1_000_000_000;
 /// Size of the ring buffer for [`Notice`]s, in bytes; a power of two and a multiple of the page size.
 pub const NOTICES_BYTES: u32 = 256 * 1024;
 
+/// Name of the programs' constant that says how long a tick of the kernel's timer is (`u64`, ns), which the agent sets before it
+/// loads them.
+pub const TICK_NS: &str = "TICK_NS";
+/// The longest that a tick may be (`CONFIG_HZ` is 100 at least), ns.
+pub const TICK_NS_MAX: u64 = 10_000_000;
+
 /// An address in network byte order; IPv4 as `::ffff:a.b.c.d`.
 pub type Address = [u8; 16];
 
@@ -129,7 +135,8 @@ pub struct FlowRecord {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SocketState {
-    /// The redirect, or (before any) only who made the socket and in which network namespace.
+    /// The redirect, or (before any) only who made the socket and in which network namespace. Until it is published, the time of
+    /// a redirect is given in ticks of the kernel's timer: to read the clock is a good part of what a connect costs.
     pub flow: FlowRecord,
     /// Port of the listener that the socket was redirected to, host order.
     pub listener_port: u32,

@@ -1,18 +1,20 @@
 //! What the calling task is: the nearest classified cgroup at or above its own, its process, and counting and
 //! reporting. No addresses here.
 
-use core::ptr::addr_of_mut;
+use core::ptr::{addr_of, addr_of_mut};
 
 use aya_ebpf::helpers::{
     bpf_get_current_pid_tgid, bpf_get_current_uid_gid,
-    generated::{bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id, bpf_ktime_get_boot_ns},
+    generated::{
+        bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id, bpf_jiffies64, bpf_ktime_get_boot_ns,
+    },
 };
 use weir_common::{
     kernel::{ApiEndpoint, CgroupEntry, Counter, FlowRecord, Notice, NoticeKind, Settings},
     sieve::walk,
 };
 
-use crate::{CGROUPS, COUNTERS, NOTICES, POD_COUNTERS, SETTINGS, sieve};
+use crate::{CGROUPS, COUNTERS, NOTICES, POD_COUNTERS, SETTINGS, TICK_NS, sieve};
 
 /// The nearest classified cgroup of the calling task.
 #[derive(Clone, Copy)]
@@ -96,6 +98,23 @@ pub(crate) fn record(
 pub(crate) fn now() -> u64 {
     // SAFETY: no arguments.
     unsafe { bpf_ktime_get_boot_ns() }
+}
+
+/// Ticks of the kernel's timer since boot: a word of memory, where the clock is read in as much time as an address is judged.
+#[inline(always)]
+pub(crate) fn ticks() -> u64 {
+    // SAFETY: no arguments.
+    unsafe { bpf_jiffies64() }
+}
+
+/// When this tick was, in ns since boot, at most two ticks too late; never too early, as long as ticks do not get lost.
+#[inline(always)]
+pub(crate) fn time_of(tick: u64) -> u64 {
+    // SAFETY: a word that the agent sets before the programs are loaded, and nobody afterwards.
+    let tick_ns = unsafe { addr_of!(TICK_NS).read_volatile() };
+    let passed = ticks().saturating_sub(tick);
+    // The present tick may have begun just now.
+    now().saturating_sub(passed.saturating_sub(1) * tick_ns)
 }
 
 /// Thread group and user of the calling task.

@@ -132,8 +132,14 @@ fn judge(ctx: &SockAddrContext, address: [u32; 4], call: Call) -> Answer {
     if found.is_none() && !may_be_quarantined {
         return elsewhere(ctx, &settings, &original, call);
     }
-    // SAFETY: the context is valid while the program runs.
-    let netns = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
+    // SAFETY: a socket address hook always has its socket.
+    let mut state = unsafe { socket::storage(sock(ctx), None) };
+    // A socket stays in its network namespace, which most have noted when they were made.
+    let netns = match &state {
+        Some(state) => state.flow.netns,
+        // SAFETY: the context is valid while the program runs.
+        None => unsafe { bpf_get_netns_cookie(ctx.as_ptr()) },
+    };
     let host_netns = class::in_host_netns(&settings, netns);
     let cgroup = class::own();
     let nearest = class::nearest(cgroup);
@@ -162,8 +168,6 @@ fn judge(ctx: &SockAddrContext, address: [u32; 4], call: Call) -> Answer {
         _ => verdict(target, class, listener_here, host_netns),
     };
     let flow = |now| class::record(original, cluster, (cgroup, pod_cgroup), netns, now);
-    // SAFETY: a socket address hook always has its socket.
-    let mut state = unsafe { socket::storage(sock(ctx), None) };
     // Outside every classified cgroup the programs are met once, and nothing is redirected: a socket that has no
     // storage yet needs none.
     if state.is_none() && nearest.is_some() {
@@ -240,8 +244,13 @@ fn decide(
     if state.is_none() && notice.is_none() {
         return answer;
     }
-    let is_dated = notice.is_some() || matches!(answer, Answer::Redirect(_));
-    let flow = flow(if is_dated { class::now() } else { 0 });
+    // A redirect is dated when it is published: until then it bears the tick, which costs nothing to read.
+    let time = match (&notice, &answer) {
+        (Some(_), _) => class::now(),
+        (None, Answer::Redirect(_)) => class::ticks(),
+        (None, _) => 0,
+    };
+    let flow = flow(time);
     if let Some(notice) = notice {
         class::report(notice, protocol, &flow);
     }

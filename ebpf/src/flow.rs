@@ -64,6 +64,8 @@ pub(crate) fn publish(ctx: &SockOpsContext) {
     if key.listener_port != state.listener_port {
         return;
     }
+    // Dated here, and not by the hook: what connected with TCP fast open may leave much later.
+    state.flow.connected_boottime_ns = class::time_of(state.flow.connected_boottime_ns);
     match FLOWS.insert(&key, &state.flow, 0) {
         Ok(()) => {
             state.phase = Phase::Published as u32;

@@ -31,7 +31,7 @@ use weir_common::{
     kernel::{
         API_ENDPOINTS_MAX, ApiEndpoint, CGROUPS_MAX, COUNTERS as COUNTERS_MAX, CgroupEntry, FLOWS_MAX,
         FlowKey, FlowRecord, INTERFACES_MAX, NOTICES_BYTES, PodCounters, PodName, REPORTED_MAX, Settings,
-        SocketState,
+        SocketState, TICK_NS_MAX,
     },
     sieve::{ENDPOINT_SLOTS, Endpoint, NEAREST_SLOTS, Nearest, SIEVE_SLOTS},
 };
@@ -87,6 +87,10 @@ static REPORTED: LruHashMap<u64, u64> = LruHashMap::with_max_entries(REPORTED_MA
 
 #[btf_map]
 static SOCKETS: SkStorage<SocketState> = SkStorage::new();
+
+/// How long a tick of the kernel's timer is, ns; the agent sets it ([`TICK_NS`](weir_common::kernel::TICK_NS)).
+#[unsafe(no_mangle)]
+static TICK_NS: u64 = TICK_NS_MAX;
 
 /// The hook lets the operation go on.
 const PROCEED: i32 = 1;

@@ -15,8 +15,8 @@ use aya::{
     programs::{Program, ProgramError},
 };
 use weir_common::kernel::{
-    ApiEndpoint, CgroupEntry, FlowKey, FlowRecord, LAYOUT_VERSION, PodCounters, PodName, Settings, maps,
-    programs,
+    ApiEndpoint, CgroupEntry, FlowKey, FlowRecord, LAYOUT_VERSION, PodCounters, PodName, Settings, TICK_NS,
+    TICK_NS_MAX, maps, programs,
 };
 
 use super::{
@@ -153,6 +153,8 @@ impl Kernel {
     pub fn load(pinning: Pinning) -> Result<Self, KernelError> {
         let object = OBJECT.ok_or(KernelError::NotBuilt)?;
         let mut loader = EbpfLoader::new();
+        let tick_ns = tick_ns();
+        loader.override_global(TICK_NS, &tick_ns, true);
         let pins = match &pinning {
             Pinning::Unpinned => None,
             Pinning::Pinned(folder) => {
@@ -289,6 +291,14 @@ impl Kernel {
         let stale = stale.map_err(|source| KernelError::Map { map: maps::FLOWS, source })?;
         stale.iter().try_for_each(|key| absent_is_fine(flows.remove(key), maps::FLOWS))
     }
+}
+
+/// How long a tick of the kernel's timer is: the resolution of its coarse clock. Where that cannot be read, the longest there is,
+/// with which a connection that left late is dated too early, and its process not named.
+fn tick_ns() -> u64 {
+    let resolution = nix::time::clock_getres(nix::time::ClockId::CLOCK_MONOTONIC_COARSE);
+    let tick = resolution.ok().and_then(|tick| u64::try_from(tick.tv_nsec()).ok());
+    tick.filter(|tick| (1..=TICK_NS_MAX).contains(tick)).unwrap_or(TICK_NS_MAX)
 }
 
 /// Makes the folders of pins and refuses maps of another layout: taken over, they would be misread.

@@ -32,7 +32,7 @@ use weir_agent::{
     recording::{Recorder, RecorderOptions},
 };
 
-use crate::pins::OwnBpffs;
+use crate::pins::{OwnBpffs, take_the_place};
 use crate::world::{API4, API6, Dial, OwnCgroup, OwnNetns, dial, eventually, is, load};
 
 const CONTAINER: &str = "4f1c0c9a7f0e4d7b8a6f5e4d3c2b1a09f8e7d6c5b4a392817060504030201000";
@@ -445,23 +445,8 @@ async fn what_leaves_by_a_pods_interface_is_guarded_until_uninstalled_whoever_se
     let cgroups = node.stop().await;
     assert!(!arrives(), "no agent runs");
 
-    // An agent with another layout that knows nothing of the pod yet.
     let next = bpffs.0.path().join("weir/v4");
-    let agent = load(Pinning::Pinned(next.clone())).unwrap();
-    agent.set_api_endpoint(server, 0).unwrap();
-    let dropped_by_next = || pinned_state(&next).unwrap().unwrap().counters.interface_dropped;
-    let index = nix::net::if_::if_nametoindex("weir-test0").unwrap();
-    let in_the_way = next.join(format!("links/interface-{index}"));
-    std::fs::create_dir_all(&in_the_way).unwrap();
-    agent.remove_older_layouts().unwrap_err();
-    assert!(!arrives(), "what cannot be guarded anew keeps its guard");
-    assert_eq!((pins.exists(), dropped_by_next()), (true, 0));
-    std::fs::remove_dir(&in_the_way).unwrap();
-    assert!(agent.inspect().unwrap().repaired.is_empty(), "it is not taken for guarded");
-    assert!(agent.remove_older_layouts().unwrap() > 0);
-    assert!(!arrives(), "guarded before the former guard went");
-    assert_eq!((pins.exists(), dropped_by_next()), (false, 1));
-    drop(agent);
+    take_the_place(&pins, &next, server, &arrives);
     attach::uninstall(&next).unwrap();
     // The kernel frees an unpinned link a little later.
     let deadline = tokio::time::Instant::now() + Duration::from_secs(20);

@@ -1,5 +1,7 @@
 //! Pins: what outlives a process, what the next one takes over, and what uninstalling leaves.
 
+use std::{net::SocketAddr, path::Path};
+
 use weir_agent::interception::{attach, layouts, loader::Pinning, pinned::pinned_state};
 use weir_common::kernel::{CgroupEntry, Class, FLOWS_MAX, FlowKey, FlowRecord, maps, programs};
 
@@ -162,4 +164,22 @@ fn an_agent_in_a_pod_passes_what_an_older_layout_has_left_in_force() {
     assert_eq!(agent.admit_in_older_layouts(other.id()).unwrap(), 2);
     let known = load(Pinning::Pinned(older)).unwrap().cgroups().unwrap();
     assert_eq!(known.get(&other.id()), Some(&entry(Class::Agent)));
+}
+
+/// An agent with another layout, which knows nothing of the pod yet, takes the place of what guards its interface.
+pub(crate) fn take_the_place(pins: &Path, next: &Path, server: SocketAddr, arrives: &dyn Fn() -> bool) {
+    let agent = load(Pinning::Pinned(next.to_owned())).unwrap();
+    agent.set_api_endpoint(server, 0).unwrap();
+    let dropped_by_next = || pinned_state(next).unwrap().unwrap().counters.interface_dropped;
+    let index = nix::net::if_::if_nametoindex("weir-test0").unwrap();
+    let in_the_way = next.join(format!("links/interface-{index}"));
+    std::fs::create_dir_all(&in_the_way).unwrap();
+    agent.remove_older_layouts().unwrap_err();
+    assert!(!arrives(), "what cannot be guarded anew keeps its guard");
+    assert_eq!((pins.exists(), dropped_by_next()), (true, 0));
+    std::fs::remove_dir(&in_the_way).unwrap();
+    assert!(agent.inspect().unwrap().repaired.is_empty(), "it is not taken for guarded");
+    assert!(agent.remove_older_layouts().unwrap() > 0);
+    assert!(!arrives(), "guarded before the former guard went");
+    assert_eq!((pins.exists(), dropped_by_next()), (false, 1));
 }

@@ -3,6 +3,7 @@
 use std::{
     net::{Ipv4Addr, SocketAddr},
     sync::Arc,
+    time::Duration,
 };
 
 use weir_agent::interception::{
@@ -72,6 +73,36 @@ async fn enrolled_connections_arrive_at_the_listener_with_their_flow() {
     dial(&container.0, Some(&netns), Dial::Tcp(direct)).unwrap();
     let (stream, from) = listener.accept().await.unwrap();
     assert_eq!(kernel.take_flow(listener.netns(), from, stream.local_addr().unwrap()), None);
+}
+
+/// Now, on the clock of the flow records, ns.
+fn boottime_ns() -> u64 {
+    let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME).unwrap();
+    u64::try_from(Duration::from(now).as_nanos()).unwrap()
+}
+
+#[tokio::test]
+async fn a_flow_bears_the_time_of_its_connect_also_if_it_leaves_much_later() {
+    /// How long what connects waits before it sends anything.
+    const PAUSE: Duration = Duration::from_millis(600);
+    /// What the timer's ticks may be behind, far more than the two that the programs reckon with.
+    const TICKS: Duration = Duration::from_millis(200);
+    let Some((kernel, cgroup)) = attached("time") else { return };
+    let netns = OwnNetns::new();
+    let listener = Listener::in_netns(Namespace::of_process(netns.pid()).unwrap()).unwrap();
+    classify(&kernel, &cgroup, Class::Enrolled, Some(&listener));
+    for (client, pause) in [(Dial::Tcp(API4), Duration::ZERO), (Dial::Late(API4, PAUSE), PAUSE)] {
+        let before = boottime_ns();
+        dial(&cgroup.0, Some(&netns), client).unwrap();
+        let after = boottime_ns();
+        let (stream, from) = listener.accept().await.unwrap();
+        let flow =
+            kernel.take_flow(listener.netns(), from, stream.local_addr().unwrap()).expect("has a flow");
+        let connected = flow.record.connected_boottime_ns;
+        let slack = |time: Duration| u64::try_from(time.as_nanos()).unwrap();
+        assert!(connected + slack(TICKS) >= before, "{before} {connected}: too early");
+        assert!(connected + slack(pause.saturating_sub(TICKS)) <= after, "{connected} {after}: too late");
+    }
 }
 
 #[tokio::test]

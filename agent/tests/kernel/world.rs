@@ -151,6 +151,8 @@ pub(crate) type Dialled = Result<(SocketAddr, SocketAddr), nix::Error>;
 #[derive(Clone, Copy, PartialEq)]
 pub(crate) enum Dial {
     Tcp(SocketAddr),
+    /// Connects with TCP fast open, and sends its first byte, with which the SYN leaves, only after this time.
+    Late(SocketAddr, Duration),
     /// An IPv6 socket that dials a v4-mapped address.
     Mapped(SocketAddr),
     Mptcp(SocketAddr),
@@ -169,6 +171,9 @@ pub(crate) enum Dial {
 
 /// `BPF_PROG_GET_NEXT_ID` of `enum bpf_cmd`, linux/bpf.h.
 const BPF_PROG_GET_NEXT_ID: libc::c_long = 11;
+
+/// `TCP_FASTOPEN_NO_COOKIE`, linux/tcp.h.
+const TCP_FASTOPEN_NO_COOKIE: i32 = 34;
 
 /// Dials from a child process that is in the cgroup (a cgroup holds whole processes), inside the namespace, and
 /// reports the errno or the own and the peer's address through a pipe.
@@ -227,7 +232,7 @@ fn in_child(procs: &std::fs::File, netns: Option<&std::fs::File>, dial: Dial) ->
     }
     let (address, kind, protocol) = match dial {
         Dial::Raw(..) | Dial::Packet | Dial::Bpf => return Err(nix::Error::EINVAL),
-        Dial::Tcp(address) => (address, libc::SOCK_STREAM, 0),
+        Dial::Tcp(address) | Dial::Late(address, _) => (address, libc::SOCK_STREAM, 0),
         Dial::Mapped(address) => {
             let IpAddr::V4(ip) = address.ip() else { return Err(nix::Error::EINVAL) };
             (SocketAddr::new(ip.to_ipv6_mapped().into(), address.port()), libc::SOCK_STREAM, 0)
@@ -248,6 +253,16 @@ fn in_child(procs: &std::fs::File, netns: Option<&std::fs::File>, dial: Dial) ->
             bind(socket.as_raw_fd(), &to)?;
             return Ok((address, address));
         }
+        Dial::Late(_, time) => {
+            for option in [libc::TCP_FASTOPEN_CONNECT, TCP_FASTOPEN_NO_COOKIE] {
+                set_tcp_option(&socket, option)?;
+            }
+            connect(socket.as_raw_fd(), &to)?;
+            // The time is what is tested: nothing happens meanwhile that could be waited for.
+            // SAFETY: waits for none of no descriptors.
+            unsafe { libc::poll(std::ptr::null_mut(), 0, i32::try_from(time.as_millis()).unwrap_or(0)) };
+            nix::unistd::write(&socket, b"x")?;
+        }
         _ => connect(socket.as_raw_fd(), &to)?,
     }
     let name = |storage: SockaddrStorage| -> Result<SocketAddr, nix::Error> {
@@ -258,6 +273,15 @@ fn in_child(procs: &std::fs::File, netns: Option<&std::fs::File>, dial: Dial) ->
         }
     };
     Ok((name(getsockname(socket.as_raw_fd())?)?, name(getpeername(socket.as_raw_fd())?)?))
+}
+
+fn set_tcp_option(socket: &OwnedFd, option: i32) -> nix::Result<()> {
+    let (on, size) = (1_i32, size_of::<i32>() as libc::socklen_t);
+    // SAFETY: the value is an integer of the size that is given.
+    let result = unsafe {
+        libc::setsockopt(socket.as_raw_fd(), libc::IPPROTO_TCP, option, (&raw const on).cast(), size)
+    };
+    nix::Error::result(result).map(drop)
 }
 
 fn new_socket(family: i32, kind: i32, protocol: i32) -> nix::Result<OwnedFd> {
