@@ -3,7 +3,7 @@
 //! Kafka is downstream of the journal: nothing here is on a request's way, and nothing waits for it. One thread, the
 //! [`publisher`], reads durable frames (`feed`) of this agent's epoch and of those whose agents have ended (`stream`),
 //! sends them (`sink`, `kafka`), keeps account of what is on its way (`flight`), writes down how far all is acknowledged
-//! (`cursor`), and removes what was acknowledged long enough ago (`retention`).
+//! (`cursor`), and removes what was acknowledged long enough ago (`retention`). What Kafka is like, `inspection` asks.
 
 #[cfg(test)]
 pub(crate) mod clock;
@@ -12,6 +12,7 @@ mod feed;
 #[cfg(test)]
 pub(crate) mod fixture;
 mod flight;
+mod inspection;
 mod kafka;
 mod measures;
 #[cfg(test)]
@@ -34,7 +35,9 @@ use std::{
 
 use uuid::Uuid;
 
-pub(crate) use self::kafka::{ClusterFacts, TopicFacts, inspect};
+#[cfg(test)]
+pub(crate) use self::inspection::TopicSettings;
+pub(crate) use self::inspection::{ClusterFacts, TopicFacts, inspect};
 use self::{
     kafka::{Producer, Producers},
     measures::Measures,

@@ -31,7 +31,14 @@ const EDGES: [(&str, &[&str]); 18] = [
     ("hickory_resolver", &["agent/src/interception/"]),
     ("kube", &["agent/src/interception/", "agent/src/trust/"]),
     ("k8s_openapi", &["agent/src/interception/", "agent/src/trust/"]),
-    ("rdkafka", &["agent/src/publishing/kafka.rs", "review/src/source/kafka.rs"]),
+    (
+        "rdkafka",
+        &[
+            "agent/src/publishing/inspection.rs",
+            "agent/src/publishing/kafka.rs",
+            "review/src/source/kafka.rs",
+        ],
+    ),
     ("rcgen", &["agent/src/trust/", "agent/src/proxy/", "tests/src/"]),
     ("prometheus_client", &["agent/src/telemetry/exposition.rs"]),
     ("openidconnect", &["agent/src/auth/keys.rs"]),

@@ -13,7 +13,11 @@ use crate::{
 /// How long the brokers may take to answer.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Asks the brokers. Blocks. Nothing here is a must: without Kafka the journal keeps the events.
+/// An outage over a night must not cost what comes late.
+const RETENTION_MIN: Duration = Duration::from_hours(24);
+
+/// Asks the brokers. Blocks. Without Kafka the journal keeps the events, so little here is a must: what keeps the
+/// agent from starting, and a topic that loses what was acknowledged.
 pub fn checks(kafka: &Kafka) -> Vec<Check> {
     judge(kafka, publishing::inspect(kafka, TIMEOUT))
 }
@@ -26,7 +30,10 @@ fn judge(kafka: &Kafka, found: Result<ClusterFacts, Failure>) -> Vec<Check> {
         Ok(facts) => {
             let found = format!("{} brokers, asked at {}", facts.brokers, kafka.brokers.join(", "));
             let brokers = Check::good("kafka", Need::Should, found);
-            [brokers, transport(kafka)].into_iter().chain(facts.topics.iter().map(topic)).collect()
+            [brokers, transport(kafka)]
+                .into_iter()
+                .chain(facts.topics.iter().map(|facts| topic(kafka, facts)))
+                .collect()
         }
     }
 }
@@ -43,39 +50,127 @@ fn transport(kafka: &Kafka) -> Check {
     Check::bad(name, Need::Should, found, mend)
 }
 
-fn topic(facts: &TopicFacts) -> Check {
+/// What is wrong with a topic: in words, and the mend.
+struct Fault {
+    what: Option<String>,
+    mend: String,
+}
+
+fn fault(what: impl Into<String>, mend: impl Into<String>) -> Fault {
+    Fault { what: Some(what.into()), mend: mend.into() }
+}
+
+/// What the numbers that are shown anyway say already.
+fn mend(mend: impl Into<String>) -> Fault {
+    Fault { what: None, mend: mend.into() }
+}
+
+fn topic(kafka: &Kafka, facts: &TopicFacts) -> Check {
     let name = format!("kafka topic {}", facts.name);
-    let bad = |found: String, mend: String| Check::bad(&name, Need::Should, found, mend);
     let Some(partitions) = facts.partitions else {
         let mend = "create it (see docs/kafka.md), or let the agent describe it";
-        return bad("there is no such topic, or the agent may not see it".to_owned(), mend.to_owned());
+        return Check::bad(name, Need::Should, "there is no such topic, or the agent may not see it", mend);
     };
-    let shown = |value: Option<u64>| value.map_or_else(|| "unknown".to_owned(), |value| value.to_string());
-    let found = format!(
-        "{partitions} partitions, {} replicas, min.insync.replicas {}, max.message.bytes {}",
+    let faults: Vec<Fault> = replicas(facts).into_iter().chain(keeping(kafka, facts)).collect();
+    let mut found = format!("{partitions} partitions, {}", shown(facts));
+    for what in faults.iter().filter_map(|fault| fault.what.as_deref()) {
+        found.push_str("; ");
+        found.push_str(what);
+    }
+    // What is lost by it is acknowledged before, so that no journal has it any more.
+    let need = if is_compacted(facts) { Need::Must } else { Need::Should };
+    if faults.is_empty() {
+        return Check::good(name, need, found);
+    }
+    let mends: Vec<String> = faults.into_iter().map(|fault| fault.mend).collect();
+    Check::bad(name, need, found, mends.join("; "))
+}
+
+/// The settings, as far as they may be read.
+fn shown(facts: &TopicFacts) -> String {
+    fn value<T: ToString>(value: Option<&T>) -> String {
+        value.map_or_else(|| "unknown".to_owned(), ToString::to_string)
+    }
+    let settings = &facts.settings;
+    format!(
+        "{} replicas, min.insync.replicas {}, max.message.bytes {}, cleanup.policy {}, retention.ms {}",
         facts.replicas,
-        shown(facts.min_insync),
-        shown(facts.message_bytes_max)
-    );
+        value(settings.min_insync.as_ref()),
+        value(settings.message_bytes_max.as_ref()),
+        value(settings.cleanup_policy.as_ref()),
+        value(settings.retention_ms.as_ref())
+    )
+}
+
+fn is_compacted(facts: &TopicFacts) -> bool {
+    facts.settings.cleanup_policy.as_deref().is_some_and(|policy| policy.contains("compact"))
+}
+
+/// Whether an acknowledged message survives a broker, and whether one can be acknowledged at all.
+fn replicas(facts: &TopicFacts) -> Vec<Fault> {
+    let (mut faults, least) = (Vec::new(), facts.settings.min_insync);
     if facts.leaderless > 0 {
-        let mend = "bring the brokers back that lead them: until then what belongs there waits";
-        return bad(format!("{found}; {} partitions have no leader", facts.leaderless), mend.to_owned());
+        let what = format!("{} partitions have no leader", facts.leaderless);
+        faults
+            .push(fault(what, "bring the brokers back that lead them: until then what belongs there waits"));
+    } else if least.is_some_and(|least| (facts.in_sync as u64) < least.min(facts.replicas as u64)) {
+        let what =
+            format!("a partition has {} replicas in sync, fewer than min.insync.replicas", facts.in_sync);
+        faults.push(fault(what, "bring the brokers back that are away: until then that partition takes nothing, and the journal keeps it"));
+    } else if facts.behind > 0 {
+        let what = format!("{} partitions have replicas that are not in sync", facts.behind);
+        faults.push(fault(what, "bring the brokers back that hold them: what is published now is on fewer disks than it should be"));
     }
-    if facts.message_bytes_max.is_some_and(|bytes| bytes < MESSAGE_BYTES_MAX as u64) {
-        let mend = format!(
+    if facts.replicas < 2 || least.is_some_and(|replicas| replicas < 2) {
+        faults.push(mend("use 3 replicas and min.insync.replicas 2: as it is, one broker's disk can lose what was acknowledged, and the journal lets go of it"));
+    } else if least.is_some_and(|least| least > facts.replicas as u64) {
+        faults.push(mend(
+            "lower min.insync.replicas below the number of replicas: as it is, nothing can be published",
+        ));
+    } else if least.is_some_and(|least| least == facts.replicas as u64) {
+        faults.push(mend("lower min.insync.replicas below the number of replicas: as it is, one broker that is away stops publishing"));
+    }
+    if facts.settings.unclean_election == Some(true) {
+        faults.push(fault("unclean.leader.election.enable is true", "set unclean.leader.election.enable to false: as it is, a replica that lacks acknowledged events may lead, and they are gone"));
+    }
+    faults
+}
+
+/// Whether the topic takes every event, and keeps it long enough.
+fn keeping(kafka: &Kafka, facts: &TopicFacts) -> Vec<Fault> {
+    let (mut faults, settings) = (Vec::new(), &facts.settings);
+    if settings.message_bytes_max.is_some_and(|bytes| bytes < MESSAGE_BYTES_MAX as u64) {
+        faults.push(mend(format!(
             "set max.message.bytes of the topic to at least {MESSAGE_BYTES_MAX}: the first longer event would stop publishing"
-        );
-        return bad(found, mend);
+        )));
     }
-    if facts.replicas < 2 || facts.min_insync.is_some_and(|replicas| replicas < 2) {
-        let mend = "use 3 replicas and min.insync.replicas 2: as it is, one broker's disk can lose what was acknowledged, and the journal lets go of it";
-        return bad(found, mend.to_owned());
+    if is_compacted(facts) {
+        faults.push(mend("set cleanup.policy to delete: a compacted topic keeps one event of each session and loses the others"));
     }
-    if facts.min_insync.is_some_and(|replicas| replicas >= facts.replicas as u64) {
-        let mend = "lower min.insync.replicas below the number of replicas: as it is, one broker that is away stops publishing";
-        return bad(found, mend.to_owned());
+    let least = i64::try_from(kafka.replay_window.max(RETENTION_MIN).as_millis()).unwrap_or(i64::MAX);
+    // Without deletion retention says nothing; where it is unknown, it counts.
+    let deletes = settings.cleanup_policy.as_deref().is_none_or(|policy| policy.contains("delete"));
+    if deletes && settings.retention_ms.is_some_and(|ms| (0..least).contains(&ms)) {
+        faults.push(mend(format!(
+            "set retention.ms to more than the longest outage, and to {least} at least: it counts from when an event happened, so that what comes late is deleted at once"
+        )));
     }
-    Check::good(&name, Need::Should, found)
+    if let Some(bytes) = settings.retention_bytes.filter(|bytes| deletes && *bytes >= 0) {
+        faults.push(fault(
+            format!("retention.bytes is {bytes}"),
+            "set retention.bytes to -1: as it is, whoever makes many events has older ones deleted before retention.ms has passed",
+        ));
+    }
+    if settings.timestamp_type.as_deref() == Some("LogAppendTime") {
+        faults.push(fault("message.timestamp.type is LogAppendTime", "set message.timestamp.type to CreateTime: as it is, --since finds events by when they came, not by when they happened"));
+    }
+    if let Some(ms) = settings.age_ms_max.filter(|ms| (0..least).contains(ms)) {
+        faults.push(fault(
+            format!("message.timestamp.before.max.ms is {ms}"),
+            format!("set message.timestamp.before.max.ms to {least} at least: the first event that is older, after an outage, would stop publishing"),
+        ));
+    }
+    faults
 }
 
 #[cfg(test)]
@@ -83,6 +178,7 @@ mod tests {
     use std::{collections::BTreeMap, time::Duration};
 
     use super::{ClusterFacts, Failure, Kafka, TopicFacts, judge};
+    use crate::publishing::TopicSettings;
 
     fn kafka() -> Kafka {
         Kafka {
@@ -101,8 +197,22 @@ mod tests {
             partitions: Some(12),
             replicas: 3,
             leaderless: 0,
+            behind: 0,
+            in_sync: 3,
+            settings: settings(),
+        }
+    }
+
+    fn settings() -> TopicSettings {
+        TopicSettings {
             min_insync: Some(2),
             message_bytes_max: Some(1_048_588),
+            cleanup_policy: Some("delete".into()),
+            retention_ms: Some(604_800_000),
+            retention_bytes: Some(-1),
+            timestamp_type: Some("CreateTime".into()),
+            age_ms_max: Some(i64::MAX),
+            unclean_election: Some(false),
         }
     }
 
@@ -110,13 +220,15 @@ mod tests {
     fn mend(facts: TopicFacts) -> String {
         let checks = judge(&kafka(), Ok(ClusterFacts { brokers: 3, topics: vec![facts] }));
         assert!(checks[0].ok && checks[1].ok && checks.len() == 3);
-        assert!(!checks[2].ok);
+        assert!(!checks[2].ok && checks[2].need == super::Need::Should);
         checks[2].mend.clone().unwrap()
     }
 
     #[test]
     fn a_topic_as_it_should_be_is_good_also_where_its_settings_may_not_be_read() {
-        for facts in [good(), TopicFacts { min_insync: None, message_bytes_max: None, ..good() }] {
+        let forever = TopicSettings { retention_ms: Some(-1), ..settings() };
+        for settings in [settings(), forever, TopicSettings::default()] {
+            let facts = TopicFacts { settings, ..good() };
             let checks = judge(&kafka(), Ok(ClusterFacts { brokers: 3, topics: vec![facts] }));
             assert!(checks.iter().all(|check| check.ok), "{checks:?}");
         }
@@ -125,11 +237,42 @@ mod tests {
     #[test]
     fn what_a_topic_lacks_is_named_with_the_mend() {
         assert!(mend(TopicFacts { partitions: None, ..good() }).contains("create it"));
-        assert!(mend(TopicFacts { leaderless: 1, ..good() }).contains("bring the brokers back"));
-        assert!(mend(TopicFacts { message_bytes_max: Some(1000), ..good() }).contains("at least 540672"));
-        assert!(mend(TopicFacts { replicas: 1, ..good() }).contains("3 replicas"));
-        assert!(mend(TopicFacts { min_insync: Some(1), ..good() }).contains("min.insync.replicas 2"));
-        assert!(mend(TopicFacts { min_insync: Some(3), ..good() }).contains("lower min.insync.replicas"));
+        assert!(
+            mend(TopicFacts { leaderless: 1, in_sync: 0, ..good() })
+                .contains("bring the brokers back that lead")
+        );
+        assert!(mend(TopicFacts { behind: 1, in_sync: 1, ..good() }).contains("takes nothing"));
+        assert!(mend(TopicFacts { behind: 1, in_sync: 2, ..good() }).contains("fewer disks"));
+        assert!(mend(TopicFacts { replicas: 1, in_sync: 1, ..good() }).contains("3 replicas"));
+        let set = |change: fn(&mut TopicSettings)| {
+            let mut settings = settings();
+            change(&mut settings);
+            mend(TopicFacts { settings, ..good() })
+        };
+        assert!(set(|s| s.message_bytes_max = Some(1000)).contains("at least 540672"));
+        assert!(set(|s| s.min_insync = Some(1)).contains("min.insync.replicas 2"));
+        assert!(set(|s| s.min_insync = Some(3)).contains("one broker that is away stops publishing"));
+        assert!(set(|s| s.min_insync = Some(4)).contains("nothing can be published"));
+        assert!(set(|s| s.unclean_election = Some(true)).contains("unclean.leader.election.enable to false"));
+        assert!(set(|s| s.retention_ms = Some(3_600_000)).contains("retention.ms"));
+        assert!(set(|s| s.retention_bytes = Some(1 << 30)).contains("retention.bytes to -1"));
+        assert!(set(|s| s.timestamp_type = Some("LogAppendTime".into())).contains("CreateTime"));
+        assert!(
+            set(|s| s.age_ms_max = Some(3_600_000)).contains("message.timestamp.before.max.ms to 86400000")
+        );
+        let both = set(|s| (s.retention_bytes, s.min_insync) = (Some(1), Some(1)));
+        assert!(both.contains("retention.bytes to -1") && both.contains("min.insync.replicas 2"), "{both}");
+    }
+
+    #[test]
+    fn a_compacted_topic_is_a_must_since_it_loses_what_was_acknowledged() {
+        for policy in ["compact", "compact,delete"] {
+            let settings = TopicSettings { cleanup_policy: Some(policy.into()), ..settings() };
+            let facts = TopicFacts { settings, ..good() };
+            let checks = judge(&kafka(), Ok(ClusterFacts { brokers: 3, topics: vec![facts] }));
+            assert_eq!((checks[2].ok, checks[2].need), (false, super::Need::Must));
+            assert!(checks[2].mend.as_ref().unwrap().contains("cleanup.policy to delete"), "{checks:?}");
+        }
     }
 
     #[test]

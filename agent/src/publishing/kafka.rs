@@ -1,4 +1,4 @@
-//! Kafka through librdkafka: the only file of the agent that knows it.
+//! Kafka through librdkafka: only this file and [`super::inspection`] know it.
 //!
 //! The producer is idempotent and waits for all replicas that are in sync; it retries for ever by itself, and within one
 //! life of it the messages of a key stay in order. OpenSSL lives inside librdkafka alone.
@@ -16,7 +16,6 @@ use std::{
 
 use rdkafka::{
     ClientContext,
-    admin::{AdminClient, AdminOptions, ResourceSpecifier},
     config::{ClientConfig, RDKafkaLogLevel},
     error::{KafkaError, RDKafkaErrorCode},
     message::{DeliveryResult, Header, Message as _, OwnedHeaders},
@@ -35,10 +34,7 @@ use crate::config::Kafka;
 const PROPERTY_BYTES_MAX: u64 = 64 * 1024;
 
 /// How long a client that cannot go on may still tell why.
-const LAST_WORDS: Duration = Duration::from_millis(100);
-
-/// How long a topic's settings are waited for: they are of use, and not everybody may read them.
-const SETTINGS_TIMEOUT: Duration = Duration::from_secs(3);
+pub(super) const LAST_WORDS: Duration = Duration::from_millis(100);
 
 /// What may be set otherwise by `kafka.properties`.
 const DEFAULTS: [(&str, &str); 5] = [
@@ -75,7 +71,7 @@ fn fixed(kafka: &Kafka) -> [(&'static str, String); 11] {
 }
 
 /// The client's configuration; secrets are read from their files anew each time.
-fn client_config(kafka: &Kafka) -> Result<ClientConfig, Failure> {
+pub(super) fn client_config(kafka: &Kafka) -> Result<ClientConfig, Failure> {
     let mut config = ClientConfig::new();
     config.set_log_level(RDKafkaLogLevel::Info);
     for (name, value) in DEFAULTS {
@@ -109,7 +105,7 @@ fn read_property(path: &Path) -> std::io::Result<Zeroizing<String>> {
 }
 
 /// Why no client can be made. What librdkafka says of a value is left out where the value is a secret.
-fn refused(kafka: &Kafka, error: &KafkaError) -> Failure {
+pub(super) fn refused(kafka: &Kafka, error: &KafkaError) -> Failure {
     match error {
         KafkaError::ClientConfig(_, problem, name, _) => {
             let (key, problem) = if kafka.property_files.contains_key(name) {
@@ -132,16 +128,16 @@ const DOWN: u8 = 2;
 
 /// What librdkafka's threads tell.
 #[derive(Default)]
-struct Context {
+pub(super) struct Context {
     outcomes: Mutex<Vec<Outcome>>,
     connected: AtomicU8,
     /// Why the brokers let nobody in, as they say.
-    denied: Mutex<Option<String>>,
+    pub(super) denied: Mutex<Option<String>>,
     /// The last line that tells of a problem.
-    problem: Mutex<Option<String>>,
+    pub(super) problem: Mutex<Option<String>>,
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -223,7 +219,7 @@ impl MakeSink for Producers {
 }
 
 /// A producer of librdkafka.
-pub(super) struct Producer(BaseProducer<Context>);
+pub(super) struct Producer(pub(super) BaseProducer<Context>);
 
 impl Producer {
     /// Makes one; it connects by itself, sooner or later.
@@ -232,7 +228,7 @@ impl Producer {
         made.map(Self).map_err(|error| refused(kafka, &error))
     }
 
-    fn context(&self) -> &Context {
+    pub(super) fn context(&self) -> &Context {
         self.0.context()
     }
 }
@@ -287,79 +283,6 @@ impl Sink for Producer {
     }
 }
 
-/// What is known of a topic.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct TopicFacts {
-    pub(crate) name: String,
-    /// None: there is no such topic, or the agent may not see it.
-    pub(crate) partitions: Option<usize>,
-    /// Replicas of the partition that has the fewest.
-    pub(crate) replicas: usize,
-    /// Partitions that nobody leads just now.
-    pub(crate) leaderless: usize,
-    /// `min.insync.replicas`, where it may be read.
-    pub(crate) min_insync: Option<u64>,
-    /// `max.message.bytes`, where it may be read.
-    pub(crate) message_bytes_max: Option<u64>,
-}
-
-/// What is known of Kafka.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct ClusterFacts {
-    pub(crate) brokers: usize,
-    pub(crate) topics: Vec<TopicFacts>,
-}
-
-/// Asks the brokers for the topics; blocks for `timeout` and a few seconds at most.
-///
-/// # Errors
-/// The configuration is wrong, or no broker answers.
-pub(crate) fn inspect(kafka: &Kafka, timeout: Duration) -> Result<ClusterFacts, Failure> {
-    // A producer asks: what is wrong comes as an event, which nobody can take from an admin client's queue.
-    let producer = Producer::new(kafka)?;
-    // All topics: to ask for one by its name may make it.
-    let metadata = producer.0.client().fetch_metadata(None, timeout).map_err(|error| {
-        producer.0.poll(LAST_WORDS);
-        let context = producer.context();
-        if let Some(reason) = lock(&context.denied).take() {
-            return Failure::Denied { reason };
-        }
-        Failure::Unreachable { reason: lock(&context.problem).take().unwrap_or_else(|| error.to_string()) }
-    })?;
-    let admin: AdminClient<Context> = client_config(kafka)?
-        .create_with_context(Context::default())
-        .map_err(|error| refused(kafka, &error))?;
-    let mut names = vec![kafka.topic.clone()];
-    names.extend(Some(kafka.checkpoint_topic.clone()).filter(|name| *name != kafka.topic));
-    let topics = names.into_iter().map(|name| {
-        let found = metadata.topics().iter().find(|topic| topic.name() == name && topic.error().is_none());
-        let partitions = found.map(|topic| topic.partitions()).unwrap_or_default();
-        let replicas = partitions.iter().map(|partition| partition.replicas().len()).min();
-        let leaderless = partitions.iter().filter(|partition| partition.leader() < 0).count();
-        let settings = if found.is_some() { settings(&admin, &name, timeout) } else { [None; 2] };
-        TopicFacts {
-            name,
-            partitions: found.map(|topic| topic.partitions().len()),
-            replicas: replicas.unwrap_or_default(),
-            leaderless,
-            min_insync: settings[0],
-            message_bytes_max: settings[1],
-        }
-    });
-    let topics = topics.collect();
-    Ok(ClusterFacts { brokers: metadata.brokers().len(), topics })
-}
-
-/// `min.insync.replicas` and `max.message.bytes` of a topic, where they may be read.
-fn settings(admin: &AdminClient<Context>, topic: &str, timeout: Duration) -> [Option<u64>; 2] {
-    let options = AdminOptions::new().request_timeout(Some(timeout.min(SETTINGS_TIMEOUT)));
-    let asked = [ResourceSpecifier::Topic(topic)];
-    let described = futures::executor::block_on(admin.describe_configs(&asked, &options));
-    let resource = described.ok().and_then(|mut described| described.pop()?.ok());
-    ["min.insync.replicas", "max.message.bytes"]
-        .map(|name| resource.as_ref()?.get(name)?.value.as_ref()?.parse().ok())
-}
-
 #[cfg(test)]
 mod tests {
     use std::{
@@ -381,7 +304,7 @@ mod tests {
         segment::SEGMENT_HEADER_BYTES,
     };
 
-    use super::{Failure, Kafka, Outcome, Producer, Producers, Sink as _, inspect};
+    use super::{Kafka, Outcome, Producer, Producers, Sink as _};
     use crate::publishing::{
         fixture::{Log, Run},
         sink::Taken,
@@ -589,20 +512,6 @@ mod tests {
         std::fs::remove_file(&path).unwrap();
         let refused = Producer::new(&wrong).err().unwrap().to_string();
         assert!(refused.contains("cannot read") && refused.contains("secret"), "{refused}");
-    }
-
-    #[test]
-    fn a_look_at_kafka_finds_its_topics_or_says_that_nobody_answers() {
-        let cluster = cluster();
-        let mut asked = kafka(&cluster);
-        asked.checkpoint_topic = "other".to_owned();
-        let facts = inspect(&asked, Duration::from_secs(30)).unwrap();
-        assert_eq!((facts.brokers, facts.topics.len()), (1, 2));
-        assert_eq!((facts.topics[0].partitions, facts.topics[0].replicas), (Some(3), 1));
-        assert_eq!((facts.topics[1].name.as_str(), facts.topics[1].partitions), ("other", None));
-        cluster.broker_down(-1).unwrap();
-        let refused = inspect(&asked, Duration::from_millis(500)).unwrap_err();
-        assert!(matches!(refused, Failure::Unreachable { .. }), "{refused}");
     }
 
     #[test]

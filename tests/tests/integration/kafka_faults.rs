@@ -244,6 +244,26 @@ fn an_agent_whose_broker_or_topic_is_not_there_serves_and_says_so_until_it_is() 
     check(&recorded(&scene.journal()), &published(&kafka));
     sound(&source(&kafka.bootstrap()), &[]);
 
+    // A topic that would lose events in every way that its settings allow.
+    let settings = [
+        ("cleanup.policy", "compact,delete"),
+        ("retention.ms", "60000"),
+        ("retention.bytes", "1000000"),
+        ("message.timestamp.type", "LogAppendTime"),
+        ("message.timestamp.before.max.ms", "1000"),
+        ("unclean.leader.election.enable", "true"),
+    ];
+    kafka.create_topic("leaky", 2, &settings).unwrap();
+    let mut leaky = publishing(&kafka.bootstrap());
+    leaky["topic"] = "leaky".into();
+    let path = scene.scratch.path().join("leaky.yaml");
+    agent::write_configuration(&super::kafka::configuration(&scene, leaky), &path).unwrap();
+    let found = doctor(&path, "kafka topic leaky");
+    for (name, value) in settings {
+        assert!(found.contains(&format!("set {name} to ")), "{name}: {found}");
+        assert!(found.contains(value), "{name} is {value}: {found}");
+    }
+
     // What cannot be right keeps it from starting, with the place.
     let mut wrong = publishing(&kafka.bootstrap());
     wrong["properties"] = json!({"acks": "0"});
