@@ -1,7 +1,7 @@
 //! AWS: a caller's role, assumed at STS, and its token for an EKS cluster.
 //!
 //! Who gets which role is decided elsewhere and comes in as a [`RoleRequest`]; what comes out is a [`Bearer`] for the
-//! upstream request and what the record says of it. Credentials never leave this module, are wiped when dropped, and show
+//! upstream request and what the record says of it. The brokers of Amazon MSK take an [`MskToken`] of the agent's own. Credentials never leave this module, are wiped when dropped, and show
 //! themselves in no log, error or record.
 
 mod cache;
@@ -12,6 +12,8 @@ mod eks_token;
 mod error;
 mod identifier;
 mod measures;
+mod msk_token;
+mod presigned;
 mod request;
 #[cfg(test)]
 pub(crate) mod stand_in;
@@ -34,9 +36,10 @@ use tracing::{Level, Metadata};
 pub use error::StsError;
 pub use identifier::{RoleArn, SessionName, SourceIdentity, Tag};
 pub use measures::AwsMeasures;
+pub use msk_token::{MskToken, msk_token};
 pub use request::{
     AssumeRole, CHAINED_DURATION_MAX, EksCluster, RequestError, Role, RoleRequest, TokenSource, WebIdentity,
-    WebIdentityToken,
+    WebIdentityToken, is_region,
 };
 
 use cache::Cache;

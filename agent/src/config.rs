@@ -11,7 +11,7 @@ use std::{
 };
 
 pub use authentication::{AUDIENCES_MAX, Authentication, Documents, ISSUERS_MAX, JwtIssuer, RULES_MAX};
-pub use kafka::Kafka;
+pub use kafka::{Kafka, OAuth};
 pub use roles::Role;
 pub use selector::LabelSelector;
 pub use source::Source;

@@ -23,6 +23,7 @@ mod publisher_tests;
 mod retention;
 mod sink;
 mod stream;
+mod token;
 
 use std::{
     sync::{
@@ -38,6 +39,7 @@ use uuid::Uuid;
 #[cfg(test)]
 pub(crate) use self::inspection::TopicSettings;
 pub(crate) use self::inspection::{ClusterFacts, TopicFacts, inspect};
+pub(crate) use self::measures::DELIVERY_BOUNDS_MS;
 use self::{
     kafka::{Producer, Producers},
     measures::Measures,

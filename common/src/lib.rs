@@ -13,6 +13,8 @@ pub mod verdict;
 #[cfg(feature = "record")]
 pub mod attributes;
 #[cfg(feature = "record")]
+pub mod bearer;
+#[cfg(feature = "record")]
 pub mod checkpoint;
 #[cfg(feature = "record")]
 pub mod envelope;

@@ -6,9 +6,12 @@
 use std::io::{self, Write};
 
 use crate::{
-    source::{Journal, Record, SourceError},
+    source::{Journal, Record, SourceError, group::Group},
     terminal::{escaped, escaped_json},
 };
+
+/// Most events that are written before their offsets are committed.
+const COMMIT_EVENTS_MAX: usize = 512;
 
 /// What went wrong with listing events.
 #[derive(Debug, thiserror::Error)]
@@ -87,6 +90,24 @@ pub(crate) fn follow(
         if !wait() {
             return Ok(());
         }
+    }
+}
+
+/// Writes what comes to a member of a group, and lets it commit what is written.
+///
+/// # Errors
+/// The topics or output fail.
+pub(crate) fn follow_group(group: &mut Group, mut lines: Lines<'_>) -> Result<(), EventsError> {
+    loop {
+        let mut open = COMMIT_EVENTS_MAX;
+        while open > 0
+            && let Some(record) = group.next_record()?
+        {
+            lines.write(&record)?;
+            open -= 1;
+        }
+        lines.out.flush()?;
+        group.commit().map_err(SourceError::from)?;
     }
 }
 

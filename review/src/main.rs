@@ -25,7 +25,13 @@ use clap::{Args, Parser, Subcommand};
 
 use moment::Moment;
 use replay::Subject;
-use source::{Journal, address::Address, properties::Properties, topic::Reading};
+use source::{
+    Journal,
+    address::Address,
+    group::{Begin, Group},
+    properties::Properties,
+    topic::Reading,
+};
 use terminal::Style;
 
 /// How often a followed journal is looked at.
@@ -56,13 +62,21 @@ impl From {
     fn open(&self, reading: Reading) -> anyhow::Result<Journal> {
         Ok(match &self.address {
             Address::Directory(path) => Journal::open(path)?,
-            Address::Topics(topics) => {
-                let properties = match &self.kafka_config {
-                    Some(path) => Properties::read(path)?,
-                    None => Properties::default(),
-                };
-                Journal::of_topics(topics, &properties, reading)?
-            }
+            Address::Topics(topics) => Journal::of_topics(topics, &self.properties()?, reading)?,
+        })
+    }
+
+    fn join(&self, name: &str, begin: Begin) -> anyhow::Result<Group> {
+        let Address::Topics(topics) = &self.address else {
+            anyhow::bail!("a group reads topics, not a journal; give --from kafka://HOST:PORT/TOPIC");
+        };
+        Ok(Group::join(topics, &self.properties()?, name, begin)?)
+    }
+
+    fn properties(&self) -> anyhow::Result<Properties> {
+        Ok(match &self.kafka_config {
+            Some(path) => Properties::read(path)?,
+            None => Properties::default(),
         })
     }
 }
@@ -121,6 +135,18 @@ struct EventsArgs {
     /// Go on with what the agent records from now on, until interrupted.
     #[arg(long)]
     follow: bool,
+    /// Follow topics as a member of this consumer group: members share the partitions, and each goes on where the group was.
+    ///
+    /// At least once: what was written out is committed after it. An event may come again, after a member died or the
+    /// partitions were shared out anew: keep the first of each {epoch, sequence}.
+    #[arg(long, value_name = "NAME", requires = "follow", value_parser = Group::parse)]
+    group: Option<String>,
+    /// Where a group begins that was nowhere yet: earliest or latest.
+    #[arg(long, value_name = "WHERE", requires = "group", conflicts_with = "since", value_parser = ["earliest", "latest"])]
+    offset: Option<String>,
+    /// Of topics only what was recorded at or after this; a group that was somewhere goes on there instead.
+    #[arg(long, value_name = "T", value_parser = moment)]
+    since: Option<Moment>,
 }
 
 #[derive(Debug, Args)]
@@ -270,7 +296,21 @@ fn warn(journal: &Journal) {
 }
 
 fn print_events(args: &EventsArgs, out: &mut dyn Write) -> anyhow::Result<()> {
-    let journal = args.from.open(Reading { follow: args.follow, ..Reading::default() })?;
+    if let Some(group) = &args.group {
+        let begin = match (args.since, args.offset.as_deref()) {
+            (Some(since), _) => Begin::Since(since),
+            (None, Some("latest")) => Begin::Latest,
+            (None, _) => Begin::Earliest,
+        };
+        let mut group = args.from.join(group, begin)?;
+        let lines = events::Lines::new(out, io::stdout().is_terminal(), args.session.as_deref());
+        return Ok(events::follow_group(&mut group, lines)?);
+    }
+    if args.since.is_some() && matches!(args.from.address, Address::Directory(_)) {
+        anyhow::bail!("events --since reads topics, which have an index of times; a journal has none");
+    }
+    let reading = Reading { since: args.since, follow: args.follow, ..Reading::default() };
+    let journal = args.from.open(reading)?;
     let lines = events::Lines::new(out, io::stdout().is_terminal(), args.session.as_deref());
     if args.follow {
         warn(&journal);

@@ -25,12 +25,15 @@ pub(crate) use records::{Archive, Place, Record, Records};
 use topic::Topic;
 
 pub(crate) mod address;
+mod client;
+pub(crate) mod group;
 pub(crate) mod kafka;
 pub(crate) mod properties;
 mod ranges;
 mod records;
 pub(crate) mod spool;
 pub(crate) mod tail;
+mod token;
 pub(crate) mod topic;
 
 /// Longest segment that is read; a file beyond it is no segment of ours.

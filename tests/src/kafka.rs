@@ -1,7 +1,7 @@
 //! A real Kafka on loopback, one node without ZooKeeper, and what a test does to it: topics, SIGKILL, SIGSTOP, start anew.
 //!
-//! It is Apache's ([`installation`]) and runs only while a test has a [`Kafka`]. Two listeners: a plain one, and one that takes
-//! TLS and SCRAM-SHA-512 alone. What is on a topic is read by clients that share nothing with Weir ([`consumer`]).
+//! It is Apache's ([`installation`]) and runs only while a test has a [`Kafka`]. Its listeners: a plain one, one that takes TLS and
+//! SCRAM-SHA-512 alone, and for who asks one that takes TLS and bearer tokens alone. What is on a topic is read by clients that share nothing with Weir ([`consumer`]).
 
 mod consumer;
 mod installation;
@@ -52,10 +52,23 @@ const PORTS: std::ops::Range<u16> = 20_000..29_999;
 pub struct Kafka {
     folder: tempfile::TempDir,
     installation: installation::Installation,
-    /// Of the plain listener, of the one with TLS, of the controller.
-    ports: [u16; 3],
+    /// Of the plain listener, of the one with TLS, of the controller, of the one with tokens.
+    ports: [u16; 4],
+    /// Whose tokens are taken.
+    issuer: Option<Issuer>,
     process: Option<RecordedProcess>,
     starts: usize,
+}
+
+/// Who makes the tokens that the listener for them takes.
+#[derive(Clone, Debug)]
+pub struct Issuer {
+    /// `iss` of its tokens.
+    pub name: String,
+    /// Its keys, as a JSON Web Key Set.
+    pub keys: String,
+    /// `aud` of tokens for the broker.
+    pub audience: String,
 }
 
 /// How to reach the listener that takes TLS and SCRAM-SHA-512 alone.
@@ -77,12 +90,27 @@ impl Kafka {
     /// # Errors
     /// When it cannot be installed or does not come up.
     pub fn start() -> Result<Self> {
+        Self::start_with(None)
+    }
+
+    /// The same with a listener that takes tokens of an issuer, by Kafka's own check of them.
+    ///
+    /// # Errors
+    /// When it cannot be installed or does not come up.
+    pub fn start_with_tokens(issuer: Issuer) -> Result<Self> {
+        Self::start_with(Some(issuer))
+    }
+
+    fn start_with(issuer: Option<Issuer>) -> Result<Self> {
         let installation = installation::installed(Progress::Shown)?;
         let folder = tempfile::tempdir().context("cannot make a scratch folder")?;
         fs::create_dir(folder.path().join("tmp")).context("cannot make a scratch folder")?;
         let ports = quiet_ports()?;
         write_certificate(folder.path())?;
-        let mut kafka = Self { folder, installation, ports, process: None, starts: 0 };
+        let mut kafka = Self { folder, installation, ports, issuer, process: None, starts: 0 };
+        if let Some(issuer) = &kafka.issuer {
+            fs::write(kafka.path("keys.json"), &issuer.keys).context("cannot write the issuer's keys")?;
+        }
         fs::write(kafka.path("server.properties"), kafka.properties())
             .context("cannot write the broker's properties")?;
         kafka.format()?;
@@ -107,6 +135,12 @@ impl Kafka {
         }
     }
 
+    /// `HOST:PORT` of the listener that takes tokens.
+    #[must_use]
+    pub fn bootstrap_for_tokens(&self) -> String {
+        format!("{HOST}:{}", self.ports[3])
+    }
+
     /// Makes a topic and waits until it can be written to. `configs` are those of topics, as `retention.ms`.
     ///
     /// # Errors
@@ -129,6 +163,28 @@ impl Kafka {
     pub fn delete_topic(&self, name: &str) -> Result<()> {
         let mut command = self.tool("org.apache.kafka.tools.TopicCommand");
         run(command.args(["--delete", "--topic", name])).map(drop)
+    }
+
+    /// Bytes that a topic takes in the broker's log.
+    ///
+    /// # Errors
+    /// When the log cannot be read.
+    pub fn stored_bytes(&self, topic: &str) -> Result<u64> {
+        let mut bytes = 0;
+        for partition in fs::read_dir(self.path("data")).context("cannot read the broker's log")? {
+            let partition = partition.context("cannot read the broker's log")?.path();
+            let name = partition.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            if name.rsplit_once('-').is_none_or(|(of, _)| of != topic) {
+                continue;
+            }
+            for file in fs::read_dir(&partition).context("cannot read the broker's log")? {
+                let file = file.context("cannot read the broker's log")?;
+                if file.path().extension().is_some_and(|end| end == "log") {
+                    bytes += file.metadata().context("cannot read the broker's log")?.len();
+                }
+            }
+        }
+        Ok(bytes)
     }
 
     /// Writes one message, by kcat: what somebody else may write to a topic.
@@ -181,6 +237,9 @@ impl Kafka {
         self.starts += 1;
         let mut command = self.class("kafka.Kafka", "info");
         command.arg(self.path("server.properties")).current_dir(self.folder.path());
+        // It reads keys from nowhere that is not named here.
+        let allowed = format!("-Dorg.apache.kafka.sasl.oauthbearer.allowed.urls={}", self.keys_url());
+        command.env("JDK_JAVA_OPTIONS", allowed);
         let log = self.path(&format!("broker-{}.log", self.starts));
         self.process = Some(RecordedProcess::spawn("kafka", &mut command, &log)?);
         self.wait_until_led(None)
@@ -207,16 +266,47 @@ impl Kafka {
         command
     }
 
+    fn keys_url(&self) -> String {
+        format!("file://{}", self.path("keys.json").display())
+    }
+
+    /// What the listener for tokens adds to the properties, and its part of the lists.
+    fn token_properties(&self) -> (String, [String; 3]) {
+        let Some(issuer) = &self.issuer else { return Default::default() };
+        let port = self.ports[3];
+        let lists = [
+            format!(",TOKENS://{ADDRESS}:{port}"),
+            format!(",TOKENS://{HOST}:{port}"),
+            ",TOKENS:SASL_SSL".to_owned(),
+        ];
+        let (folder, url) = (self.folder.path().display(), self.keys_url());
+        let Issuer { name, audience, .. } = issuer;
+        let package = "org.apache.kafka.common.security.oauthbearer";
+        let properties = format!(
+            "listener.name.tokens.ssl.keystore.type=PEM
+listener.name.tokens.ssl.keystore.location={folder}/broker.pem
+listener.name.tokens.sasl.enabled.mechanisms=OAUTHBEARER
+listener.name.tokens.oauthbearer.sasl.jaas.config={package}.OAuthBearerLoginModule required;
+listener.name.tokens.oauthbearer.sasl.server.callback.handler.class={package}.OAuthBearerValidatorCallbackHandler
+sasl.oauthbearer.jwks.endpoint.url={url}
+sasl.oauthbearer.expected.issuer={name}
+sasl.oauthbearer.expected.audience={audience}
+"
+        );
+        (properties, lists)
+    }
+
     fn properties(&self) -> String {
-        let [plain, secured, controller] = self.ports;
+        let [plain, secured, controller, _] = self.ports;
+        let (tokens, [listens, advertised, protocol]) = self.token_properties();
         let folder = self.folder.path().display();
         format!(
             "process.roles=broker,controller
 node.id=1
 controller.quorum.voters=1@{ADDRESS}:{controller}
-listeners=PLAIN://{ADDRESS}:{plain},SECURED://{ADDRESS}:{secured},CONTROLLER://{ADDRESS}:{controller}
-advertised.listeners=PLAIN://{ADDRESS}:{plain},SECURED://{HOST}:{secured}
-listener.security.protocol.map=PLAIN:PLAINTEXT,SECURED:SASL_SSL,CONTROLLER:PLAINTEXT
+listeners=PLAIN://{ADDRESS}:{plain},SECURED://{ADDRESS}:{secured},CONTROLLER://{ADDRESS}:{controller}{listens}
+advertised.listeners=PLAIN://{ADDRESS}:{plain},SECURED://{HOST}:{secured}{advertised}
+listener.security.protocol.map=PLAIN:PLAINTEXT,SECURED:SASL_SSL,CONTROLLER:PLAINTEXT{protocol}
 inter.broker.listener.name=PLAIN
 controller.listener.names=CONTROLLER
 listener.name.secured.ssl.keystore.type=PEM
@@ -235,7 +325,7 @@ group.initial.rebalance.delay.ms=0
 # After SIGKILL the controller takes the broker for alive as long; it may not come back before.
 broker.session.timeout.ms=3000
 broker.heartbeat.interval.ms=500
-"
+{tokens}"
         )
     }
 

@@ -53,6 +53,8 @@ mod identity;
 mod identity_provider;
 #[path = "integration/kafka.rs"]
 mod kafka;
+#[path = "integration/kafka_access.rs"]
+mod kafka_access;
 #[path = "integration/kafka_faults.rs"]
 mod kafka_faults;
 #[path = "integration/monitoring.rs"]

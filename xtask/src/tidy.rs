@@ -25,7 +25,7 @@ const EDGES: [(&str, &[&str]); 18] = [
     ("aws_config", &["agent/src/aws/sts.rs"]),
     ("aws_credential_types", &["agent/src/aws/"]),
     ("aws_sdk_sts", &["agent/src/aws/sts.rs"]),
-    ("aws_sigv4", &["agent/src/aws/eks_token.rs"]),
+    ("aws_sigv4", &["agent/src/aws/presigned.rs"]),
     ("aya", &["agent/src/interception/", "agent/build.rs", "common/src/kernel.rs"]),
     ("aya_log", &["agent/src/interception/"]),
     ("hickory_resolver", &["agent/src/interception/"]),
@@ -36,6 +36,8 @@ const EDGES: [(&str, &[&str]); 18] = [
         &[
             "agent/src/publishing/inspection.rs",
             "agent/src/publishing/kafka.rs",
+            "review/src/source/client.rs",
+            "review/src/source/group.rs",
             "review/src/source/kafka.rs",
         ],
     ),

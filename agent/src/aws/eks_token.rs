@@ -11,22 +11,14 @@
 //! The signed header `x-k8s-aws-id` binds it to one cluster. X-Amz-Expires is there for old authenticators: STS takes the
 //! URL for 15 minutes after X-Amz-Date, whatever it says.
 
-use std::{
-    fmt::Write as _,
-    time::{Duration, SystemTime},
-};
+use std::time::{Duration, SystemTime};
 
-use aws_credential_types::Credentials as SigningCredentials;
-use aws_sigv4::{
-    http_request::{SignableBody, SignableRequest, SignatureLocation, SigningSettings, sign},
-    sign::v4,
-};
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use bytes::Bytes;
 use http::HeaderValue;
 use zeroize::Zeroizing;
 
-use super::{credentials::Credentials, error::StsError, request::EksCluster};
+use super::{credentials::Credentials, error::StsError, presigned::Request, request::EksCluster};
 
 /// How long a token is taken, from its X-Amz-Date.
 pub(super) const TOKEN_LIFE: Duration = Duration::from_mins(15);
@@ -49,7 +41,15 @@ pub(super) fn authorization(
     host: &str,
     now: SystemTime,
 ) -> Result<HeaderValue, StsError> {
-    let url = presigned_url(credentials, cluster, host, now)?;
+    let base = format!("https://{host}/?Action=GetCallerIdentity&Version=2011-06-15");
+    let request = Request {
+        url: &base,
+        headers: &[("host", host), (CLUSTER_HEADER, cluster.name())],
+        service: "sts",
+        region: cluster.region(),
+        expires: EXPIRES,
+    };
+    let url = request.presigned(credentials, now)?;
     let mut value =
         Zeroizing::new(String::with_capacity(SCHEME.len() + PREFIX.len() + url.len() * 4 / 3 + 4));
     value.push_str(SCHEME);
@@ -71,65 +71,6 @@ struct Text(Zeroizing<String>);
 impl AsRef<[u8]> for Text {
     fn as_ref(&self) -> &[u8] {
         self.0.as_bytes()
-    }
-}
-
-fn presigned_url(
-    credentials: &Credentials,
-    cluster: &EksCluster,
-    host: &str,
-    now: SystemTime,
-) -> Result<Zeroizing<String>, StsError> {
-    let failed = |cause: String| StsError::Signing { cause: cause.into() };
-    let base = format!("https://{host}/?Action=GetCallerIdentity&Version=2011-06-15");
-    let identity = SigningCredentials::new(
-        credentials.access_key_id.as_str(),
-        credentials.secret_access_key.as_str(),
-        Some(credentials.session_token.as_str().to_owned()).filter(|token| !token.is_empty()),
-        None,
-        "weir",
-    )
-    .into();
-    let mut settings = SigningSettings::default();
-    settings.signature_location = SignatureLocation::QueryParams;
-    settings.expires_in = Some(EXPIRES);
-    let params = v4::SigningParams::builder()
-        .identity(&identity)
-        .region(cluster.region())
-        .name("sts")
-        .time(now)
-        .settings(settings)
-        .build()
-        .map_err(|error| failed(error.to_string()))?
-        .into();
-    let headers = [("host", host), (CLUSTER_HEADER, cluster.name())];
-    let request = SignableRequest::new("GET", base.as_str(), headers.into_iter(), SignableBody::Bytes(&[]))
-        .map_err(|error| failed(error.to_string()))?;
-    let (instructions, _) = sign(request, &params).map_err(|error| failed(error.to_string()))?.into_parts();
-    let (_, query) = instructions.into_parts();
-    // Every byte may become three; room for all from the start, so that no copy is left behind by growing.
-    let room: usize = query.iter().map(|(name, value)| name.len() + value.len() * 3 + 2).sum();
-    let mut url = Zeroizing::new(String::with_capacity(base.len() + room));
-    url.push_str(&base);
-    for (name, value) in query {
-        let value = Zeroizing::new(value.into_owned());
-        url.push('&');
-        url.push_str(name);
-        url.push('=');
-        push_encoded(&mut url, &value);
-    }
-    Ok(url)
-}
-
-/// As SigV4 encodes the values of a query: everything but `A-Z a-z 0-9 - . _ ~`.
-fn push_encoded(url: &mut String, value: &str) {
-    for byte in value.bytes() {
-        if byte.is_ascii_alphanumeric() || b"-._~".contains(&byte) {
-            url.push(char::from(byte));
-        } else {
-            // Writing to a string does not fail.
-            let _ = write!(url, "%{byte:02X}");
-        }
     }
 }
 

@@ -34,6 +34,14 @@ const CLUSTER_NAME_CHARS_MAX: usize = 100;
 /// Longest name of a region that is taken; the longest of AWS has 14.
 const REGION_CHARS_MAX: usize = 32;
 
+/// Whether a text is in the form of a region's name, so that it may stand in a host's.
+#[must_use]
+pub fn is_region(text: &str) -> bool {
+    !text.is_empty()
+        && text.len() <= REGION_CHARS_MAX
+        && text.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-')
+}
+
 /// A role, assumed with the agent's own credentials.
 #[derive(Clone, Debug)]
 pub struct AssumeRole {
@@ -154,10 +162,7 @@ impl EksCluster {
                 name: name.chars().take(CLUSTER_NAME_CHARS_MAX).collect(),
             });
         }
-        let is_region = !region.is_empty()
-            && region.len() <= REGION_CHARS_MAX
-            && region.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-');
-        if !is_region {
+        if !is_region(region) {
             return Err(RequestError::Region { region: region.chars().take(REGION_CHARS_MAX).collect() });
         }
         Ok(Self { name: name.to_owned(), region: region.to_owned() })

@@ -12,7 +12,10 @@ use std::{
 };
 
 use aws_config::{BehaviorVersion, Region, SdkConfig, retry::RetryConfig, timeout::TimeoutConfig};
-use aws_credential_types::{Credentials as SdkCredentials, provider::error::CredentialsError};
+use aws_credential_types::{
+    Credentials as SdkCredentials,
+    provider::{ProvideCredentials as _, error::CredentialsError},
+};
 use aws_sdk_sts::{
     Client,
     config::endpoint::{DefaultResolver, Params, ResolveEndpoint},
@@ -114,7 +117,27 @@ impl Sts {
         Ok(regional.config.get_or_init(load).await.clone())
     }
 
-    async fn assume_role(&self, region: &str, request: &AssumeRole) -> Result<Credentials, StsError> {
+    /// The agent's own credentials, from the SDK's default chain.
+    pub(super) async fn own(&self, region: &str) -> Result<Credentials, StsError> {
+        let config = self.config(region).await?;
+        let none = |cause: String| StsError::NoCredentials { cause: shortened(&cause) };
+        let provider = config.credentials_provider().ok_or_else(|| none("no provider".to_owned()))?;
+        let own = provider.provide_credentials().await.map_err(|error| none(causes(&error)))?;
+        Ok(Credentials {
+            access_key_id: own.access_key_id().to_owned(),
+            secret_access_key: Zeroizing::new(own.secret_access_key().to_owned()),
+            session_token: Zeroizing::new(own.session_token().unwrap_or_default().to_owned()),
+            // Keys of a user have no end; a token has its own.
+            expires: own.expiry().unwrap_or_else(|| SystemTime::now() + CHAINED_DURATION_MAX),
+            assumed_role_arn: String::new(),
+        })
+    }
+
+    pub(super) async fn assume_role(
+        &self,
+        region: &str,
+        request: &AssumeRole,
+    ) -> Result<Credentials, StsError> {
         let config = self.config(region).await?;
         let mut client = Client::new(&config);
         for hop in &request.chain {

@@ -5,6 +5,7 @@ use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 use serde::Deserialize;
 
 use super::raw::{Invalid, invalid, readable};
+use crate::aws::{RoleArn, is_region};
 
 /// Most brokers that are named.
 const BROKERS_MAX: usize = 64;
@@ -45,6 +46,12 @@ const FIXED: [&str; 24] = [
     "transactional.id",
 ];
 
+/// Properties that `kafka.oauth` sets, or makes meaningless.
+const OAUTH_FIXED: [&str; 5] =
+    ["sasl.mechanism", "sasl.mechanisms", "sasl.password", "sasl.username", "security.protocol"];
+/// How others of those begin.
+const OAUTH_PREFIX: &str = "sasl.oauthbearer.";
+
 /// Words in the names of properties whose values are secrets.
 const SECRET: [&str; 6] =
     ["password", "secret", "passphrase", "key.pem", "private.key", "sasl.oauthbearer.config"];
@@ -62,8 +69,24 @@ pub struct Kafka {
     pub properties: BTreeMap<String, String>,
     /// Files with values of others.
     pub property_files: BTreeMap<String, PathBuf>,
+    /// Whose token the brokers are shown, if they are to be.
+    pub oauth: Option<OAuth>,
     /// How long what was acknowledged stays in the journal.
     pub replay_window: Duration,
+}
+
+/// Where the token comes from that the brokers are shown by SASL OAUTHBEARER.
+#[derive(Clone, Debug)]
+pub enum OAuth {
+    /// From a file that somebody else renews.
+    TokenFile(PathBuf),
+    /// The agent signs it: Amazon MSK knows callers by IAM.
+    AwsMskIam {
+        /// Region of the brokers.
+        region: String,
+        /// A role to sign as; without it the agent's own credentials sign.
+        role_arn: Option<RoleArn>,
+    },
 }
 
 impl Kafka {
@@ -94,10 +117,53 @@ pub(super) struct RawKafka {
     /// makes a new client.
     #[serde(default)]
     property_files: BTreeMap<String, PathBuf>,
+    /// SASL OAUTHBEARER over TLS: the brokers are shown a token, which is renewed before it ends.
+    oauth: Option<RawOAuth>,
     /// Seconds that segments of the journal stay after all in them was acknowledged; then they are removed.
     #[cfg_attr(test, schemars(range(max = REPLAY_WINDOW_SECONDS_MAX)))]
     #[serde(default = "replay_window_seconds")]
     replay_window_seconds: u64,
+}
+
+// Exactly one of the two.
+#[derive(Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+struct RawOAuth {
+    /// File with the token, which somebody else renews: a projected service account token, or what a sidecar writes. It is read
+    /// anew before the token that was in it ends.
+    token_file: Option<PathBuf>,
+    /// For Amazon MSK with IAM: the agent signs tokens itself.
+    aws_msk_iam: Option<RawMskIam>,
+}
+
+#[derive(Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+struct RawMskIam {
+    /// Region of the brokers.
+    region: String,
+    /// IAM role that is assumed to sign. Without it the agent's own credentials sign.
+    role_arn: Option<String>,
+}
+
+impl RawOAuth {
+    fn validate(self) -> Result<OAuth, Invalid> {
+        match (self.token_file, self.aws_msk_iam) {
+            (Some(path), None) => Ok(OAuth::TokenFile(readable("kafka.oauth.tokenFile".to_owned(), path)?)),
+            (None, Some(RawMskIam { region, .. })) if !is_region(&region) => {
+                let problem = format!("{region:?} is no name of an AWS region; give one like eu-central-1");
+                invalid("kafka.oauth.awsMskIam.region", problem)
+            }
+            (None, Some(RawMskIam { region, role_arn })) => {
+                let role_arn = role_arn.map(|arn| RoleArn::parse(&arn)).transpose();
+                let key = "kafka.oauth.awsMskIam.roleArn";
+                let role_arn = role_arn.or_else(|error| invalid(key, error.to_string()))?;
+                Ok(OAuth::AwsMskIam { region, role_arn })
+            }
+            _ => invalid("kafka.oauth", "say either `tokenFile: FILE` or `awsMskIam: {region: REGION}`"),
+        }
+    }
 }
 
 fn replay_window_seconds() -> u64 {
@@ -134,9 +200,10 @@ impl RawKafka {
         if self.properties.len() > PROPERTIES_MAX || self.property_files.len() > PROPERTIES_MAX {
             return invalid("kafka.properties", format!("has more than {PROPERTIES_MAX} entries"));
         }
+        let has_oauth = self.oauth.is_some();
         for name in self.properties.keys() {
             let key = format!("kafka.properties.{name}");
-            not_fixed(&key, name)?;
+            not_fixed(&key, name, has_oauth)?;
             if SECRET.iter().any(|word| name.contains(word)) && !name.ends_with(".file") {
                 let problem = "is a secret, which must not stand in a configuration; put it into a file and name that in kafka.propertyFiles";
                 return invalid(key, problem);
@@ -145,7 +212,7 @@ impl RawKafka {
         let mut property_files = BTreeMap::new();
         for (name, path) in self.property_files {
             let key = format!("kafka.propertyFiles.{name}");
-            not_fixed(&key, &name)?;
+            not_fixed(&key, &name, has_oauth)?;
             if self.properties.contains_key(&name) {
                 return invalid(key, "is in kafka.properties as well; keep one");
             }
@@ -161,6 +228,7 @@ impl RawKafka {
             topic: self.topic,
             properties: self.properties.into_iter().map(|(name, value)| (name, value.text())).collect(),
             property_files,
+            oauth: self.oauth.map(RawOAuth::validate).transpose()?,
             replay_window: Duration::from_secs(self.replay_window_seconds),
         })
     }
@@ -203,7 +271,10 @@ fn topic(key: &str, name: &str) -> Result<(), Invalid> {
     Ok(())
 }
 
-fn not_fixed(key: &str, name: &str) -> Result<(), Invalid> {
+fn not_fixed(key: &str, name: &str, has_oauth: bool) -> Result<(), Invalid> {
+    if has_oauth && (OAUTH_FIXED.contains(&name) || name.starts_with(OAUTH_PREFIX)) {
+        return invalid(key, "is set by kafka.oauth, or of no use with it; leave it out");
+    }
     // A client that plays broker would take everything, and the journal would let go of it.
     if FIXED.contains(&name) || name.starts_with("test.") {
         return invalid(key, "is set by Weir, whose promises rest on it; leave it out");
@@ -268,6 +339,38 @@ mod tests {
             refused(
                 &WHOLE.replace("linger.ms", name),
                 &format!("kafka.properties.{name}: is set by Weir, whose promises rest on it; leave it out"),
+            );
+        }
+    }
+
+    #[test]
+    fn one_source_of_tokens_is_named_and_sets_what_belongs_to_it() {
+        const PLAIN: &str = "{brokers: ['kafka:9093'], topic: weir, properties: {linger.ms: 5}}";
+        let with = |oauth: &str| format!("{}, oauth: {oauth}}}", &PLAIN[..PLAIN.len() - 1]);
+        let neither = "kafka.oauth: say either `tokenFile: FILE` or `awsMskIam: {region: REGION}`";
+        refused(&with("{}"), neither);
+        refused(&with("{tokenFile: /t, awsMskIam: {region: eu-central-1}}"), neither);
+        refused(
+            &with("{tokenFile: /nowhere/token}"),
+            "kafka.oauth.tokenFile: cannot open /nowhere/token: No such file or directory (os error 2); is it mounted?",
+        );
+        refused(
+            &with("{awsMskIam: {region: 'evil.example/'}}"),
+            "kafka.oauth.awsMskIam.region: \"evil.example/\" is no name of an AWS region; give one like eu-central-1",
+        );
+        let role: RawKafka =
+            serde_yaml_ng::from_str(&with("{awsMskIam: {region: eu-central-1, roleArn: x}}")).unwrap();
+        assert!(role.validate().is_err_and(|invalid| invalid.key == "kafka.oauth.awsMskIam.roleArn"));
+        let msk =
+            with("{awsMskIam: {region: eu-central-1, roleArn: 'arn:aws:iam::123456789012:role/kafka'}}");
+        let kafka = serde_yaml_ng::from_str::<RawKafka>(&msk).unwrap().validate().ok().unwrap();
+        assert!(matches!(kafka.oauth, Some(super::OAuth::AwsMskIam { role_arn: Some(_), .. })));
+        for name in ["security.protocol", "sasl.mechanisms", "sasl.username", "sasl.oauthbearer.config"] {
+            refused(
+                &msk.replace("linger.ms", name),
+                &format!(
+                    "kafka.properties.{name}: is set by kafka.oauth, or of no use with it; leave it out"
+                ),
             );
         }
     }

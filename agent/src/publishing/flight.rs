@@ -68,15 +68,15 @@ impl Flight {
         self.settle();
     }
 
-    /// A message was acknowledged; returns its length, and none if it is not one of these.
-    pub(super) fn acknowledge(&mut self, ticket: Ticket) -> Option<usize> {
+    /// A message was acknowledged; returns its length and when its event was made, and none if it is not one of these.
+    pub(super) fn acknowledge(&mut self, ticket: Ticket) -> Option<(usize, i64)> {
         let index = self.sent.binary_search_by_key(&ticket, |sent| sent.ticket).ok()?;
         let sent = self.sent.get_mut(index).filter(|sent| !sent.done)?;
         sent.done = true;
-        let bytes = sent.bytes;
+        let (bytes, time_unix_us) = (sent.bytes, sent.time_unix_us);
         self.bytes -= bytes;
         self.settle();
-        Some(bytes)
+        Some((bytes, time_unix_us))
     }
 
     fn settle(&mut self) {
@@ -108,7 +108,7 @@ mod tests {
         let mut flight = Flight::new(at(0));
         (1..=3).for_each(|n| flight.sent(n, at(n), 10, n as i64));
         flight.passed(4, at(4));
-        assert_eq!(flight.acknowledge(2), Some(10));
+        assert_eq!(flight.acknowledge(2).map(|(bytes, _)| bytes), Some(10));
         assert_eq!((flight.watermark(), flight.bytes(), flight.oldest_unix_us()), (at(0), 20, Some(1)));
         flight.acknowledge(1);
         assert_eq!((flight.watermark(), flight.oldest_unix_us()), (at(2), Some(3)));

@@ -70,6 +70,10 @@ pub(crate) struct ClusterFacts {
 pub(crate) fn inspect(kafka: &Kafka, timeout: Duration) -> Result<ClusterFacts, Failure> {
     // A producer asks: what is wrong comes as an event, which nobody can take from an admin client's queue.
     let producer = Producer::new(kafka)?;
+    if kafka.oauth.is_some() {
+        // The first token is asked for by an event, which a question that blocks does not look at.
+        producer.0.poll(LAST_WORDS);
+    }
     // All topics: to ask for one by its name may make it.
     let metadata = producer.0.client().fetch_metadata(None, timeout).map_err(|error| {
         producer.0.poll(LAST_WORDS);
@@ -79,15 +83,21 @@ pub(crate) fn inspect(kafka: &Kafka, timeout: Duration) -> Result<ClusterFacts, 
         }
         Failure::Unreachable { reason: lock(&context.problem).take().unwrap_or_else(|| error.to_string()) }
     })?;
-    let admin: AdminClient<Context> = client_config(kafka)?
-        .create_with_context(Context::default())
-        .map_err(|error| refused(kafka, &error))?;
+    // Nor can an admin client be given a token, for the same reason.
+    let admin: Option<AdminClient<Context>> = match kafka.oauth {
+        Some(_) => None,
+        None => Some(
+            client_config(kafka)?
+                .create_with_context(Context::new(kafka))
+                .map_err(|error| refused(kafka, &error))?,
+        ),
+    };
     let mut names = vec![kafka.topic.clone()];
     names.extend(Some(kafka.checkpoint_topic.clone()).filter(|name| *name != kafka.topic));
     let topics = names.into_iter().map(|name| {
         let found = metadata.topics().iter().find(|topic| topic.name() == name && topic.error().is_none());
         let Some(found) = found else { return TopicFacts { name, ..TopicFacts::default() } };
-        let settings = settings(&admin, &name, timeout);
+        let settings = admin.as_ref().map(|admin| settings(admin, &name, timeout)).unwrap_or_default();
         TopicFacts { settings, ..partitions(name, found.partitions()) }
     });
     let topics = topics.collect();
@@ -151,6 +161,7 @@ mod tests {
             checkpoint_topic: "other".to_owned(),
             properties: BTreeMap::new(),
             property_files: BTreeMap::new(),
+            oauth: None,
             replay_window: Duration::ZERO,
         };
         let facts = inspect(&asked, Duration::from_secs(30)).unwrap();

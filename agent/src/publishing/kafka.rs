@@ -4,6 +4,7 @@
 //! life of it the messages of a key stay in order. OpenSSL lives inside librdkafka alone.
 
 use std::{
+    error::Error,
     fs::File,
     io::Read as _,
     path::Path,
@@ -11,11 +12,12 @@ use std::{
         Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU8, Ordering},
     },
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use rdkafka::{
     ClientContext,
+    client::OAuthToken,
     config::{ClientConfig, RDKafkaLogLevel},
     error::{KafkaError, RDKafkaErrorCode},
     message::{DeliveryResult, Header, Message as _, OwnedHeaders},
@@ -27,8 +29,9 @@ use zeroize::Zeroizing;
 use super::{
     publisher::{FLIGHT_BYTES_MAX, FLIGHT_MESSAGES_MAX},
     sink::{Failure, MakeSink, Outcome, Sink, Taken, Ticket},
+    token::token,
 };
-use crate::config::Kafka;
+use crate::config::{Kafka, OAuth};
 
 /// Most bytes of a file with a property's value.
 const PROPERTY_BYTES_MAX: u64 = 64 * 1024;
@@ -93,6 +96,10 @@ pub(super) fn client_config(kafka: &Kafka) -> Result<ClientConfig, Failure> {
     for (name, value) in fixed(kafka) {
         config.set(name, value);
     }
+    if kafka.oauth.is_some() {
+        // A token in the clear is anybody's.
+        config.set("security.protocol", "SASL_SSL").set("sasl.mechanisms", "OAUTHBEARER");
+    }
     Ok(config)
 }
 
@@ -129,6 +136,8 @@ const DOWN: u8 = 2;
 /// What librdkafka's threads tell.
 #[derive(Default)]
 pub(super) struct Context {
+    /// Where the token comes from that the brokers are shown.
+    oauth: Option<OAuth>,
     outcomes: Mutex<Vec<Outcome>>,
     connected: AtomicU8,
     /// Why the brokers let nobody in, as they say.
@@ -141,7 +150,23 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+impl Context {
+    pub(super) fn new(kafka: &Kafka) -> Self {
+        Self { oauth: kafka.oauth.clone(), ..Self::default() }
+    }
+}
+
 impl ClientContext for Context {
+    const ENABLE_REFRESH_OAUTH_TOKEN: bool = true;
+
+    fn generate_oauth_token(&self, _config: Option<&str>) -> Result<OAuthToken, Box<dyn Error>> {
+        let token = token(self.oauth.as_ref(), SystemTime::now())?;
+        tracing::debug!(end_unix_ms = token.end_unix_ms, "the brokers are shown a new token");
+        // The name is the client's own word; the brokers take the token's.
+        let principal_name = "weir-agent".to_owned();
+        Ok(OAuthToken { token: token.text.to_string(), principal_name, lifetime_ms: token.end_unix_ms })
+    }
+
     fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
         // What matters of it is said in the agent's own words.
         tracing::debug!(facility, message, "librdkafka");
@@ -224,7 +249,7 @@ pub(super) struct Producer(pub(super) BaseProducer<Context>);
 impl Producer {
     /// Makes one; it connects by itself, sooner or later.
     pub(super) fn new(kafka: &Kafka) -> Result<Self, Failure> {
-        let made = client_config(kafka)?.create_with_context(Context::default());
+        let made = client_config(kafka)?.create_with_context(Context::new(kafka));
         made.map(Self).map_err(|error| refused(kafka, &error))
     }
 
@@ -339,6 +364,7 @@ mod tests {
                 ("retry.backoff.max.ms".to_owned(), "100".to_owned()),
             ]),
             property_files: BTreeMap::new(),
+            oauth: None,
             replay_window: Duration::from_secs(3600),
         }
     }

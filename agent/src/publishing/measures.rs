@@ -7,12 +7,19 @@ use std::sync::{
 
 use super::{LATE, sink::Failure};
 
+/// Upper bounds of the classes of delivery times, in milliseconds: what a client that waits for a batch takes, and what a broker
+/// that is away makes of it.
+pub(crate) const DELIVERY_BOUNDS_MS: [u64; 9] = [100, 250, 500, 1000, 2500, 5000, 10_000, 60_000, 600_000];
+
 /// What is counted where it happens.
 #[derive(Debug, Default)]
 pub(super) struct Measures {
     messages: AtomicU64,
     bytes: AtomicU64,
     errors: [AtomicU64; Failure::NAMES.len()],
+    resent: AtomicU64,
+    deliveries: [AtomicU64; DELIVERY_BOUNDS_MS.len() + 1],
+    delivery_us: AtomicU64,
     backlog_bytes: AtomicU64,
     /// When the oldest event was made that is not acknowledged; 0: there is none.
     oldest_unix_us: AtomicU64,
@@ -31,6 +38,12 @@ pub struct Published {
     pub bytes: u64,
     /// Failures by name.
     pub errors: Vec<(&'static str, u64)>,
+    /// Messages that were on their way when a client was given up, and are sent again.
+    pub resent: u64,
+    /// Messages by how long they took from being recorded to being acknowledged: the classes of `DELIVERY_BOUNDS_MS`, and longer.
+    pub deliveries: [u64; DELIVERY_BOUNDS_MS.len() + 1],
+    /// How long all of them took, in microseconds.
+    pub delivery_us: u64,
     /// Bytes in the journal that are not acknowledged.
     pub backlog_bytes: u64,
     /// Age of the oldest event that is not acknowledged, in seconds.
@@ -71,6 +84,20 @@ impl Measures {
         self.errors[failure.index()].fetch_add(1, Ordering::Relaxed);
     }
 
+    /// Messages were on their way to a client that is given up.
+    pub(super) fn resent(&self, messages: usize) {
+        self.resent.fetch_add(messages as u64, Ordering::Relaxed);
+    }
+
+    /// A message was acknowledged so long after its event was made.
+    pub(super) fn delivered(&self, after_us: i64) {
+        // A clock that was set back makes it negative.
+        let after_us = u64::try_from(after_us).unwrap_or_default();
+        let class = DELIVERY_BOUNDS_MS.partition_point(|bound| bound * 1000 < after_us);
+        self.deliveries[class].fetch_add(1, Ordering::Relaxed);
+        self.delivery_us.fetch_add(after_us, Ordering::Relaxed);
+    }
+
     pub(super) fn removed(&self, segments: u64) {
         self.removed.fetch_add(segments, Ordering::Relaxed);
     }
@@ -105,6 +132,9 @@ impl Measures {
             messages: read(&self.messages),
             bytes: read(&self.bytes),
             errors: Failure::NAMES.into_iter().zip(self.errors.iter().map(read)).collect(),
+            resent: read(&self.resent),
+            deliveries: std::array::from_fn(|class| read(&self.deliveries[class])),
+            delivery_us: read(&self.delivery_us),
             backlog_bytes: read(&self.backlog_bytes),
             backlog_seconds: u64::try_from(age).unwrap_or_default(),
             connected: self.connected.load(Ordering::Relaxed),
@@ -138,6 +168,17 @@ mod tests {
         measures.trouble(Some("no broker answers".into()));
         let why = "10 bytes of the journal are not in Kafka yet, the oldest event since 1 seconds: no broker answers";
         assert_eq!(measures.read(2_000_000).unpublished().as_deref(), Some(why));
+    }
+
+    #[test]
+    fn deliveries_are_classed_by_how_long_they_took() {
+        let measures = Measures::default();
+        for after_us in [-1, 0, 100_000, 100_001, 600_000_001] {
+            measures.delivered(after_us);
+        }
+        let read = measures.read(0);
+        assert_eq!((read.deliveries[0], read.deliveries[1], read.deliveries[9]), (3, 1, 1));
+        assert_eq!(read.delivery_us, 600_200_002);
     }
 
     #[test]

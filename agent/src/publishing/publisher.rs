@@ -230,7 +230,9 @@ impl Publisher {
         if self.measures.trouble(Some(failure.to_string())) {
             tracing::warn!(%failure, "events are not published just now; the journal keeps them");
         }
-        self.sink = None;
+        if self.sink.take().is_some() {
+            self.measures.resent(self.in_flight().1);
+        }
         self.outcomes.clear();
         self.is_probing = true;
         self.oldest = self.oldest_in_flight().or(self.oldest);
@@ -377,8 +379,11 @@ impl Publisher {
                 Ok(()) => {
                     let acknowledged =
                         self.streams.iter_mut().find_map(|stream| stream.flight.acknowledge(ticket));
-                    messages += u64::from(acknowledged.is_some());
-                    bytes += acknowledged.unwrap_or_default() as u64;
+                    if let Some((length, made_unix_us)) = acknowledged {
+                        messages += 1;
+                        bytes += length as u64;
+                        self.measures.delivered(now.unix_us.saturating_sub(made_unix_us));
+                    }
                 }
                 Err(error) => failure = Some(failure.map_or(error.clone(), |other| other.or_clearer(error))),
             }

@@ -1,7 +1,9 @@
 //! The metrics of publishing: what Kafka has taken, what waits, what left the journal.
 
-use super::families::{Family, Gathered, Kind, Sample, counter, gauge, labelled};
-use crate::publishing::Published;
+use std::time::Duration;
+
+use super::families::{Family, Gathered, Kind, Sample, Value, counter, gauge, labelled};
+use crate::publishing::{DELIVERY_BOUNDS_MS, Published};
 
 static MESSAGES: Family = counter("weir_kafka_messages", &[], "Messages that Kafka has acknowledged.");
 static BYTES: Family = Family {
@@ -16,6 +18,18 @@ static ERRORS: Family = counter(
     &["kind"],
     "Messages or clients that failed, by why; everything that was not acknowledged is sent again.",
 );
+static RESENT: Family = counter(
+    "weir_kafka_messages_resent",
+    &[],
+    "Messages that were on their way when a client of Kafka was given up; they are sent again.",
+);
+static DELIVERY: Family = Family {
+    name: "weir_kafka_delivery_duration",
+    unit: Some("seconds"),
+    kind: Kind::Histogram,
+    labels: &[],
+    help: "From when an event was recorded until Kafka acknowledged it.",
+};
 static BACKLOG: Family = Family {
     name: "weir_kafka_backlog",
     unit: Some("bytes"),
@@ -48,8 +62,8 @@ static DAMAGES: Family = counter(
 
 /// All of them.
 #[cfg(test)]
-pub(super) static ALL: [&Family; 8] =
-    [&MESSAGES, &BYTES, &ERRORS, &BACKLOG, &AGE, &CONNECTED, &REMOVED, &DAMAGES];
+pub(super) static ALL: [&Family; 10] =
+    [&MESSAGES, &BYTES, &ERRORS, &RESENT, &DELIVERY, &BACKLOG, &AGE, &CONNECTED, &REMOVED, &DAMAGES];
 
 /// Reads them; no series where nothing is published.
 pub(super) fn gather(published: Option<Published>, out: &mut Gathered) {
@@ -62,10 +76,24 @@ pub(super) fn gather(published: Option<Published>, out: &mut Gathered) {
         (&MESSAGES, each(&|published| published.messages)),
         (&BYTES, each(&|published| published.bytes)),
         (&ERRORS, errors.map(|(kind, count)| labelled([*kind], *count)).collect()),
+        (&RESENT, each(&|published| published.resent)),
+        (&DELIVERY, published.map(delivery).into_iter().collect()),
         (&BACKLOG, each(&|published| published.backlog_bytes)),
         (&AGE, each(&|published| published.backlog_seconds)),
         (&CONNECTED, each(&|published| u64::from(published.connected))),
         (&REMOVED, each(&|published| published.segments_removed)),
         (&DAMAGES, each(&|published| published.damages)),
-    ] as [(&'static Family, Vec<Sample>); 8]);
+    ] as [(&'static Family, Vec<Sample>); 10]);
+}
+
+fn delivery(published: &Published) -> Sample {
+    #[expect(clippy::cast_precision_loss, reason = "a sum of times, for a graph")]
+    let sum = published.delivery_us as f64 / 1e6;
+    let bounds =
+        DELIVERY_BOUNDS_MS.into_iter().map(|ms| Duration::from_millis(ms).as_secs_f64()).chain([f64::MAX]);
+    let classes = bounds.zip(published.deliveries).collect();
+    Sample {
+        labels: Vec::new(),
+        value: Value::Classes { sum, count: published.deliveries.iter().sum(), classes },
+    }
 }

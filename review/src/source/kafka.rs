@@ -1,53 +1,33 @@
-//! The one place that knows the Kafka library: reads a topic's partitions between two offsets, and follows them.
+//! Knows the Kafka library, with [`super::client`] and [`super::group`] alone: reads a topic's partitions between two offsets, and follows them.
 //!
 //! Partitions are assigned by hand from known offsets; nothing is ever committed and no group is joined, so reading
-//! leaves no trace in the cluster. Every wait has an end. What messages mean is told by `weir_common::message`; what is
+//! leaves no trace in the cluster (but for [`super::group`], which is asked for by name). Every wait has an end. What messages mean is told by `weir_common::message`; what is
 //! done with them is the caller's. Values of properties are secrets and never part of an error.
 
 use std::{
     cell::Cell,
     collections::BTreeMap,
     panic::{AssertUnwindSafe, catch_unwind},
-    sync::{Mutex, Once, PoisonError},
+    sync::Once,
     time::{Duration, Instant},
 };
 
 use rdkafka::{
-    ClientConfig, ClientContext, Message as _, Offset, TopicPartitionList,
-    config::RDKafkaLogLevel,
-    consumer::{BaseConsumer, Consumer as _, ConsumerContext},
+    Message as _, Offset, TopicPartitionList,
+    consumer::{BaseConsumer, Consumer as _},
     error::{KafkaError, RDKafkaErrorCode},
     message::{BorrowedMessage, Headers as _},
-    types::RDKafkaConfRes,
 };
 use weir_common::message::{HEADERS_MAX, MessageError, Received};
 
 use super::{
     address::Topics,
+    client::{Context, client},
     properties::{Properties, PropertiesError},
 };
-use crate::terminal::escaped;
 
 /// How long one look for messages waits.
 const POLL: Duration = Duration::from_millis(100);
-
-/// What Weir sets itself; properties of the user come before these. `group.id` is needed to assign partitions, although
-/// no group is joined; the user may set another one, where access is granted by its name.
-const SETTINGS: [(&str, &str); 10] = [
-    ("allow.auto.create.topics", "false"),
-    ("auto.offset.reset", "earliest"),
-    ("enable.auto.commit", "false"),
-    ("enable.auto.offset.store", "false"),
-    ("enable.partition.eof", "true"),
-    // Nobody's open transaction may hold the reading up; Weir writes none.
-    ("isolation.level", "read_uncommitted"),
-    // Reading sees to it itself that much is not held in memory.
-    ("queued.max.messages.kbytes", "16384"),
-    ("client.id", "weir"),
-    ("group.id", "weir"),
-    // The vendored OpenSSL knows no certificates of its own: the system's are looked for.
-    ("ssl.ca.location", "probe"),
-];
 
 /// How long Kafka may keep a reader waiting.
 #[derive(Clone, Copy, Debug)]
@@ -87,6 +67,9 @@ pub(crate) enum ReadError {
     /// The reader may not read it.
     #[error("you may not read topic {topic}: {reason}; it takes DESCRIBE and READ on the topic")]
     Forbidden { topic: String, reason: String },
+    /// The reader may not be of the group.
+    #[error("you may not read as group {group}: {reason}; it takes READ on the group")]
+    Group { group: String, reason: String },
     /// Something else.
     #[error("topic {topic} cannot be read: {reason}")]
     Topic { topic: String, reason: String },
@@ -130,47 +113,6 @@ pub(crate) enum Foreign {
     HeaderName,
 }
 
-/// Keeps what the library says of its connections, for errors.
-#[derive(Debug, Default)]
-struct Context {
-    reason: Mutex<Option<String>>,
-}
-
-impl Context {
-    fn remember(&self, reason: &str) {
-        // It has words of whoever answers in it.
-        let reason = escaped(reason).into_owned();
-        *self.reason.lock().unwrap_or_else(PoisonError::into_inner) = Some(reason);
-    }
-
-    fn known_reason(&self) -> Option<String> {
-        self.reason.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
-    fn reason(&self) -> String {
-        self.known_reason().unwrap_or_else(|| "nothing is known".into())
-    }
-}
-
-impl ClientContext for Context {
-    fn log(&self, _level: RDKafkaLogLevel, facility: &str, message: &str) {
-        // Why a connection failed may stand nowhere else: a broker that wants TLS just hangs up.
-        if facility == "FAIL" && self.known_reason().is_none() {
-            self.remember(message);
-        }
-    }
-
-    fn error(&self, error: KafkaError, reason: &str) {
-        // That all brokers are down tells less than why the last one is.
-        let summary = matches!(error.rdkafka_error_code(), Some(RDKafkaErrorCode::AllBrokersDown));
-        if !summary && !matches!(error, KafkaError::PartitionEOF(_)) {
-            self.remember(reason);
-        }
-    }
-}
-
-impl ConsumerContext for Context {}
-
 /// Reads one topic.
 pub(crate) struct Consumer {
     inner: BaseConsumer<Context>,
@@ -190,18 +132,7 @@ impl Consumer {
         properties: &Properties,
         patience: Patience,
     ) -> Result<Self, ReadError> {
-        silence_guarded_panics();
-        let mut config = ClientConfig::new();
-        // Nothing of it is shown, but for the reason of an error.
-        config.set_log_level(RDKafkaLogLevel::Info);
-        for (name, value) in SETTINGS {
-            config.set(name, value);
-        }
-        for property in properties.list() {
-            config.set(&property.name, &property.value);
-        }
-        config.set("bootstrap.servers", &topics.brokers);
-        let inner = config.create_with_context(Context::default()).map_err(|e| refusal(&e, properties))?;
+        let inner = client(topics, properties, &[], None)?;
         Ok(Self { inner, brokers: topics.brokers.clone(), topic: topic.to_owned(), patience })
     }
 
@@ -212,6 +143,10 @@ impl Consumer {
     /// No broker answers, or the topic cannot be read.
     pub(crate) fn spans(&self, since_ms: Option<i64>) -> Result<Vec<Span>, ReadError> {
         let wait = self.patience.answer;
+        if self.inner.client().context().has_token() {
+            // The first one is asked for by an event, which a question that blocks does not look at.
+            let _ = self.inner.poll(POLL);
+        }
         let metadata = self.inner.fetch_metadata(Some(&self.topic), wait).map_err(|e| self.failed(&e))?;
         let topic = metadata.topics().iter().find(|topic| topic.name() == self.topic);
         let topic = topic.ok_or_else(|| self.no_topic())?;
@@ -419,27 +354,7 @@ impl Consumer {
     }
 }
 
-/// Why the library refuses its configuration, without the value that it shows in its own text.
-fn refusal(error: &KafkaError, properties: &Properties) -> ReadError {
-    match error {
-        KafkaError::ClientConfig(result, _, name, _) => {
-            let why = match result {
-                RDKafkaConfRes::RD_KAFKA_CONF_UNKNOWN => {
-                    "is no property that the Kafka client (librdkafka) knows"
-                }
-                _ => "has a value that the Kafka client (librdkafka) does not take",
-            };
-            match properties.refused(name, why) {
-                Some(error) => error.into(),
-                None => ReadError::Client { reason: format!("{name} {why}") },
-            }
-        }
-        KafkaError::ClientCreation(reason) => ReadError::Client { reason: reason.clone() },
-        other => ReadError::Client { reason: other.to_string() },
-    }
-}
-
-fn taken<'a>(message: &'a BorrowedMessage<'_>) -> Taken<'a> {
+pub(super) fn taken<'a>(message: &'a BorrowedMessage<'_>) -> Taken<'a> {
     let received = match guarded(|| headers(message)) {
         Some(headers) => Received::parse(message.key(), headers, message.payload()).map_err(Foreign::from),
         None => Err(Foreign::HeaderName),
@@ -467,7 +382,7 @@ fn guarded<T>(read: impl FnOnce() -> T) -> Option<T> {
 }
 
 /// Panics that [`guarded`] catches are not printed.
-fn silence_guarded_panics() {
+pub(super) fn silence_guarded_panics() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
         let print = std::panic::take_hook();

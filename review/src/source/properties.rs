@@ -13,6 +13,9 @@ const FILE_BYTES_MAX: u64 = 256 * 1024;
 /// Longest name.
 const NAME_BYTES_MAX: usize = 80;
 
+/// Weir's own: a file with a token, for SASL OAUTHBEARER.
+const TOKEN_FILE: &str = "weir.oauth.token.file";
+
 /// What Weir sets itself, or does not allow: another value would read something else than the whole topic, or run
 /// foreign code.
 const FIXED: [&str; 13] = [
@@ -116,9 +119,15 @@ impl Properties {
         Ok(Self { path: path.to_owned(), list })
     }
 
-    /// All of them.
-    pub(crate) fn list(&self) -> &[Property] {
-        &self.list
+    /// Those of the library.
+    pub(crate) fn list(&self) -> impl Iterator<Item = &Property> {
+        self.list.iter().filter(|property| property.name != TOKEN_FILE)
+    }
+
+    /// The file with the token that brokers are shown.
+    pub(crate) fn token_file(&self) -> Option<&Path> {
+        let property = self.list.iter().find(|property| property.name == TOKEN_FILE)?;
+        Some(Path::new(&property.value))
     }
 
     /// An error about a property that librdkafka refused, without its value.
@@ -145,7 +154,7 @@ mod tests {
             "# TLS\n\nsecurity.protocol = SASL_SSL\r\nsasl.password=a=b #c \n ssl.ca.location=/etc/ca.pem\n";
         let properties = parse(text).unwrap();
         let list: Vec<(&str, &str)> =
-            properties.list().iter().map(|p| (p.name.as_str(), p.value.as_str())).collect();
+            properties.list().map(|p| (p.name.as_str(), p.value.as_str())).collect();
         assert_eq!(
             list,
             [
@@ -154,6 +163,14 @@ mod tests {
                 ("ssl.ca.location", "/etc/ca.pem")
             ]
         );
+    }
+
+    #[test]
+    fn the_file_of_a_token_is_no_property_of_the_library() {
+        let properties = parse("weir.oauth.token.file=/run/token\nclient.id=x").unwrap();
+        assert_eq!(properties.token_file(), Some(Path::new("/run/token")));
+        assert_eq!(properties.list().count(), 1);
+        assert_eq!(parse("client.id=x").unwrap().token_file(), None);
     }
 
     #[test]

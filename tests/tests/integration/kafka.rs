@@ -45,7 +45,7 @@ pub(super) struct Recorded {
     pub(super) epoch: String,
     kind: FrameType,
     envelope: Envelope,
-    value: String,
+    pub(super) value: String,
     /// What verifies the epoch's checkpoints.
     verifier: String,
 }

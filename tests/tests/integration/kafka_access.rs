@@ -1,0 +1,268 @@
+//! Who may publish and read, by bearer token, and what groups of readers share: on a real Kafka.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io::{BufRead as _, BufReader},
+    path::Path,
+    process::{Child, Command, Stdio},
+    sync::mpsc::{Receiver, channel},
+    time::Duration,
+};
+
+use serde_json::{Value, json};
+use weir_common::event::Event;
+use weir_tests::{Kafka, Pod, PodSpec, agent, kafka::Issuer, wait_until};
+
+use super::{
+    Scene,
+    kafka::{
+        CHECKPOINTS, EVENTS, PUBLISHED_DEADLINE, check, configuration, doctor, kafka, published, publishing,
+        recorded, sound, source, start, wait_until_published, weir,
+    },
+    monitoring::Monitored,
+    shown,
+};
+
+/// `aud` of tokens for the broker.
+const AUDIENCE: &str = "kafka.example.test";
+
+/// A few requests.
+fn work(pod: &Pod<'_>, name: &str) {
+    pod.shell(&format!(
+        "kubectl create configmap {name} --from-literal=a=b && kubectl get configmaps -o yaml"
+    ))
+    .unwrap();
+}
+
+/// A token of the cluster's service account issuer.
+fn token(scene: &Scene, namespace: &str, audience: &str) -> String {
+    let arguments =
+        ["create", "token", "default", "-n", namespace, "--duration", "10m", "--audience", audience];
+    scene.testbed.kubectl(&arguments).unwrap().trim().to_owned()
+}
+
+/// Puts a token into a file as the kubelet does: whole, under its name.
+fn renew(file: &Path, token: &str) {
+    let fresh = file.with_extension("fresh");
+    std::fs::write(&fresh, format!("{token}\n")).unwrap();
+    std::fs::rename(fresh, file).unwrap();
+}
+
+#[test]
+fn the_agent_and_readers_show_a_token_from_a_file_which_is_renewed_while_they_run() {
+    let Some(mut scene) = Scene::new() else { return };
+    let keys = scene.testbed.kubectl(&["get", "--raw", "/openid/v1/jwks"]).unwrap();
+    let discovery = scene.testbed.kubectl(&["get", "--raw", "/.well-known/openid-configuration"]).unwrap();
+    let discovery: Value = serde_json::from_str(&discovery).unwrap();
+    let name = discovery["issuer"].as_str().unwrap().to_owned();
+    let kafka = Kafka::start_with_tokens(Issuer { name, keys, audience: AUDIENCE.to_owned() }).unwrap();
+    kafka.create_topic(EVENTS, 3, &[]).unwrap();
+    kafka.create_topic(CHECKPOINTS, 1, &[]).unwrap();
+    scene.namespace("it-kafka-token", true);
+    let pod = scene.testbed.run_pod(&PodSpec::idle("it-kafka-token", "caller")).unwrap();
+    let file = scene.scratch.path().join("token");
+    // One that is for somebody else: the brokers' own check refuses it.
+    let foreign = token(&scene, "it-kafka-token", "somebody.else.test");
+    renew(&file, &foreign);
+    let mut publishing = publishing(&kafka.bootstrap_for_tokens());
+    let authority = kafka.secured().certificate_authority;
+    publishing["properties"] = json!({"ssl.ca.location": authority});
+    publishing["oauth"] = json!({"tokenFile": file});
+    let (mut agent, monitored) = Monitored::start_with(&scene, configuration(&scene, publishing));
+    work(&pod, "one");
+    let refused = wait_until("readiness to say that the brokers refuse", PUBLISHED_DEADLINE, || {
+        let (_, text) = monitored.get("/readyz")?;
+        Ok(text.contains("the brokers refuse the agent").then_some(text))
+    });
+    let refused = refused.unwrap_or_else(|error| panic!("{error}; {}", agent.last_lines()));
+    let agent_yaml = scene.scratch.path().join("agent.yaml");
+    let found = doctor(&agent_yaml, "kafka");
+    for said in [&refused, &found] {
+        assert!(said.contains("invalid_token"), "{said}");
+        assert!(!said.contains(&foreign), "{said}");
+    }
+    assert!(published(&kafka).is_empty());
+
+    // The right one takes its place, and nobody starts anything anew.
+    let right = token(&scene, "it-kafka-token", AUDIENCE);
+    renew(&file, &right);
+    wait_until_published(&kafka, &scene.journal());
+    work(&pod, "two");
+    wait_until_published(&kafka, &scene.journal());
+    assert!(agent.terminate().unwrap().success(), "{}", agent.last_lines());
+    check(&recorded(&scene.journal()), &published(&kafka));
+    assert!(!agent.log().unwrap().contains(&right), "a token is in the log");
+
+    // Readers have it from a file too.
+    let properties = scene.scratch.path().join("weir.properties");
+    let lines =
+        format!("weir.oauth.token.file={}\nssl.ca.location={}\n", file.display(), authority.display());
+    std::fs::write(&properties, lines).unwrap();
+    let (properties, topics) = (properties.to_str().unwrap(), source(&kafka.bootstrap_for_tokens()));
+    sound(&topics, &["--kafka-config", properties]);
+    // One that has ended is said by who reads the file. {"exp":1}
+    renew(&file, "e30.eyJleHAiOjF9.c2ln");
+    let (code, out, err) = shown(&weir(&["sessions", "--from", &topics, "--kafka-config", properties]));
+    assert_eq!(code, Some(1), "{out}{err}");
+    assert!(err.contains("ago; does somebody renew it?"), "{err}");
+    let found = doctor(&agent_yaml, "kafka");
+    assert!(found.contains("ago; does somebody renew it?"), "{found}");
+}
+
+/// A `weir events --group` and what it has written so far.
+struct Member {
+    process: Child,
+    lines: Receiver<String>,
+    events: Vec<Event>,
+}
+
+impl Member {
+    fn join(from: &str, properties: &Path, more: &[&str]) -> Self {
+        let mut command = Command::new(agent::built_binary("weir").unwrap());
+        command.args(["events", "--follow", "--group", "siem", "--from", from, "--kafka-config"]);
+        command.arg(properties).args(more).stdout(Stdio::piped());
+        let mut process = command.spawn().unwrap();
+        let output = BufReader::new(process.stdout.take().unwrap());
+        let (sender, lines) = channel();
+        // It ends with the process, whose output then does.
+        std::thread::spawn(move || {
+            for line in output.lines() {
+                // The last may be half a line, when it was killed in the middle of one.
+                let Ok(line) = line else { break };
+                if sender.send(line).is_err() {
+                    break;
+                }
+            }
+        });
+        Self { process, lines, events: Vec::new() }
+    }
+
+    fn take(&mut self) -> usize {
+        while let Ok(line) = self.lines.try_recv() {
+            if let Ok(event) = serde_json::from_str(&line) {
+                self.events.push(event);
+            }
+        }
+        self.events.len()
+    }
+
+    /// SIGKILL: it says nothing more, and leaves no group.
+    fn kill(&mut self) {
+        self.process.kill().unwrap();
+        self.process.wait().unwrap();
+        // What it wrote before is in the pipe still.
+        while let Ok(line) = self.lines.recv_timeout(Duration::from_secs(10)) {
+            if let Ok(event) = serde_json::from_str(&line) {
+                self.events.push(event);
+            }
+        }
+    }
+}
+
+impl Drop for Member {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+/// What names an event wherever it comes from.
+fn key(event: &Event) -> (String, u64) {
+    (event.epoch.clone(), event.sequence)
+}
+
+/// All events of the topic by their key, with their partition.
+fn on_topic(kafka: &Kafka) -> BTreeMap<(String, u64), u32> {
+    let messages = kafka.messages(EVENTS).unwrap();
+    let events = messages.iter().map(|message| {
+        let event: Event = serde_json::from_str(&message.value).unwrap();
+        (key(&event), message.partition)
+    });
+    events.collect()
+}
+
+/// Checks that each session came in its order.
+#[track_caller]
+fn check_order(member: &Member) {
+    let mut last = BTreeMap::new();
+    for event in member.events.iter().filter(|event| !event.session.is_empty()) {
+        let before = last.insert((event.session.clone(), event.epoch.clone()), event.sequence);
+        assert!(before < Some(event.sequence), "{} after {before:?}: {}", event.sequence, event.session);
+    }
+}
+
+#[test]
+fn members_of_a_group_share_the_partitions_and_nothing_is_missing_when_one_is_killed() {
+    let Some(mut scene) = Scene::new() else { return };
+    let kafka = kafka();
+    scene.namespace("it-kafka-group", true);
+    let names: Vec<String> = (0..6).map(|number| format!("caller-{number}")).collect();
+    let pods: Vec<_> = names
+        .iter()
+        .map(|name| scene.testbed.run_pod(&PodSpec::idle("it-kafka-group", name)).unwrap())
+        .collect();
+    let properties = scene.scratch.path().join("weir.properties");
+    // A member that was killed is missed after so long.
+    std::fs::write(&properties, "session.timeout.ms=6000\nheartbeat.interval.ms=1000\n").unwrap();
+    let from = format!("kafka://{}/{EVENTS}", kafka.bootstrap());
+    let mut agent = start(&scene, publishing(&kafka.bootstrap()), "agent.log");
+    let work_of_all = |round: &str| {
+        pods.iter().zip(&names).for_each(|(pod, name)| work(pod, &format!("{name}-{round}")));
+    };
+    work_of_all("first");
+    let mut members = [Member::join(&from, &properties, &[]), Member::join(&from, &properties, &[])];
+    // Both have something to do: six sessions, three partitions.
+    let mut round = 0;
+    wait_until("both members to be given events", PUBLISHED_DEADLINE, || {
+        round += 1;
+        work_of_all(&format!("shared-{round}"));
+        Ok(members.iter_mut().all(|member| member.take() > 0).then_some(()))
+    })
+    .unwrap();
+    members[0].kill();
+    work_of_all("after");
+    assert!(agent.terminate().unwrap().success(), "{}", agent.last_lines());
+    let expected = on_topic(&kafka);
+    wait_until("the other member to give what the killed one has not", PUBLISHED_DEADLINE, || {
+        members[1].take();
+        let given: BTreeSet<_> = members.iter().flat_map(|member| &member.events).map(key).collect();
+        Ok(expected.keys().all(|key| given.contains(key)).then_some(()))
+    })
+    .unwrap();
+
+    // Duplicates are removed by the key, and each session is in order at each member.
+    let given: Vec<_> = members.iter().flat_map(|member| &member.events).map(key).collect();
+    let distinct: BTreeSet<_> = given.iter().cloned().collect();
+    assert_eq!(distinct, expected.keys().cloned().collect());
+    println!("{} events, {} given twice", distinct.len(), given.len() - distinct.len());
+    members.iter().for_each(check_order);
+    members[1].kill();
+
+    // The group goes on where it was: nothing is new. Another one begins where it is told.
+    let mut agent = start(&scene, publishing(&kafka.bootstrap()), "later.log");
+    let since = jiff::Timestamp::now();
+    work_of_all("later");
+    assert!(agent.terminate().unwrap().success(), "{}", agent.last_lines());
+    let all = on_topic(&kafka);
+    let fresh: BTreeSet<_> = all.keys().filter(|key| !expected.contains_key(*key)).cloned().collect();
+    let mut later = Member::join(&from, &properties, &[]);
+    wait_until("the group to go on", PUBLISHED_DEADLINE, || {
+        later.take();
+        let given: BTreeSet<_> = later.events.iter().map(key).collect();
+        Ok(fresh.is_subset(&given).then_some(()))
+    })
+    .unwrap();
+    let again = later.events.iter().map(key).filter(|key| !fresh.contains(key)).count();
+    // At most what the last member had not committed when it was killed.
+    assert!(again < expected.len() / 2, "{again} of {} came again", expected.len());
+    let since = since.to_string();
+    let other = ["--group", "other", "--since", &since];
+    let mut command = Command::new(agent::built_binary("weir").unwrap());
+    command.args(["events", "--follow", "--from", &from]).args(other).stdout(Stdio::piped());
+    let mut other = command.spawn().unwrap();
+    let mut lines = BufReader::new(other.stdout.take().unwrap()).lines();
+    let first: Event = serde_json::from_str(&lines.next().unwrap().unwrap()).unwrap();
+    other.kill().unwrap();
+    other.wait().unwrap();
+    assert!(!expected.contains_key(&key(&first)), "it is of before: {first:?}");
+}
