@@ -71,6 +71,8 @@ mod pod_kinds;
 mod rules;
 #[path = "integration/scale.rs"]
 mod scale;
+#[path = "integration/siem.rs"]
+mod siem;
 #[path = "integration/starting.rs"]
 mod starting;
 #[path = "integration/storage_faults.rs"]

@@ -12,7 +12,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
-use weir_tests::{Testbed, components, kafka, progress::Progress, wait::interrupt_on_signals};
+use weir_tests::{Testbed, components, kafka, opensearch, progress::Progress, wait::interrupt_on_signals};
 
 use crate::{build_ebpf, native};
 
@@ -40,7 +40,7 @@ pub(crate) fn run(root: &Path, long: bool) -> Result<()> {
         println!("first: {line}");
     }
     let xtask = std::env::current_exe().context("cannot find this program's own path")?;
-    if let Some(line) = kafka::plan()? {
+    for line in [kafka::plan()?, opensearch::plan()?].into_iter().flatten() {
         println!("first: {line}");
     }
     let seed = seed()?;

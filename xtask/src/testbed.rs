@@ -6,9 +6,9 @@ use anyhow::{Result, bail};
 use clap::{Args, Subcommand};
 use weir_tests::Testbed;
 use weir_tests::components::Components;
-use weir_tests::kafka;
 use weir_tests::progress::Progress;
 use weir_tests::wait::interrupt_on_signals;
+use weir_tests::{kafka, opensearch};
 
 /// A one-node Kubernetes cluster of real components on this machine.
 #[derive(Debug, Args)]
@@ -42,7 +42,8 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     match arguments.command {
         Command::Build => {
             Components::build(Progress::Shown)?;
-            kafka::install(Progress::Shown)
+            kafka::install(Progress::Shown)?;
+            opensearch::install(Progress::Shown)
         }
         Command::Up => {
             let testbed = Testbed::up(&folder, Progress::Shown)?;
