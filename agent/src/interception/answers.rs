@@ -9,23 +9,27 @@ use std::{
     io,
     mem::size_of,
     net::{IpAddr, SocketAddr},
-    os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
+    os::{
+        fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd},
+        unix::net::UnixStream,
+    },
     sync::Arc,
-    time::Duration,
+    thread,
+    time::{Duration, Instant},
 };
 
 use hickory_resolver::proto::{
     op::{Message, MessageType},
     rr::{Name, RData},
 };
-use tokio::{
-    io::unix::AsyncFd,
-    sync::{Notify, mpsc},
-    time::MissedTickBehavior,
-};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
-use super::resolution::{ADDRESSES_MAX, is_of_a_machine};
+use super::{
+    api_set::Suspicions,
+    resolution::{ADDRESSES_MAX, is_of_a_machine},
+};
 use crate::config::EndpointName;
 
 /// Longest packet that is read: what name servers send over UDP is shorter (RFC 6891 recommends 4096 bytes at most).
@@ -36,6 +40,8 @@ const NAMES_MAX: usize = 32;
 const RECEIVE_BUFFER_BYTES: usize = 4 * 1024 * 1024;
 /// How often it is asked whether packets were lost.
 const LOSS_CHECK: Duration = Duration::from_secs(1);
+/// The least niceness: who is told an address is awake as soon as this thread is, and must not be the first to use it.
+const NICENESS: libc::c_int = -20;
 /// `ETH_P_ALL`, linux/if_ether.h.
 const ALL: u16 = 3;
 
@@ -81,15 +87,14 @@ fn plain(name: &Name) -> String {
     name.to_ascii().trim_end_matches('.').to_ascii_lowercase()
 }
 
-/// Who wants to know what is said of a name.
+/// A name, and where its addresses go.
 pub(super) struct Interest {
     pub(super) name: EndpointName,
-    pub(super) seen: mpsc::Sender<(EndpointName, SocketAddr)>,
-    pub(super) ask: Arc<Notify>,
+    pub(super) suspicions: Arc<Suspicions>,
 }
 
 /// The packet socket.
-pub(super) struct Answers(AsyncFd<OwnedFd>);
+pub(super) struct Answers(OwnedFd);
 
 impl Answers {
     /// Starts to see the answers of all interfaces of this network namespace.
@@ -123,12 +128,11 @@ impl Answers {
             libc::bind(socket.as_raw_fd(), (&raw const address).cast(), length)
         };
         nix::Error::result(bound)?;
-        // SAFETY: an owned descriptor, which stays open as long as this value has it.
-        let socket = unsafe { AsyncFd::register(socket) }?;
         Ok(Self(socket))
     }
 
-    /// Tells who is interested until cancelled.
+    /// Puts the addresses that are seen under suspicion until cancelled. On a thread of its own: each microsecond from the
+    /// packet to the kernel's map is one in which whom it is for may be quicker.
     ///
     /// # Errors
     /// The kernel refuses.
@@ -137,37 +141,69 @@ impl Answers {
         interests: Vec<Interest>,
         cancellation: CancellationToken,
     ) -> io::Result<()> {
-        let mut buffer = vec![0; PACKET_BYTES_MAX];
-        let mut check = tokio::time::interval(LOSS_CHECK);
-        check.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let (stop, stopped) = UnixStream::pair()?;
+        let (end, mut ended) = oneshot::channel();
+        thread::Builder::new().name("answers".to_owned()).spawn(move || {
+            // Nobody waits for it any more where the agent ends in disorder.
+            let _ = end.send(self.see(&interests, &stopped));
+        })?;
+        let result = tokio::select! {
+            result = &mut ended => result,
+            () = cancellation.cancelled() => {
+                drop(stop);
+                ended.await
+            }
+        };
+        result.unwrap_or_else(|_| Err(io::Error::other("the thread panicked")))
+    }
+
+    /// Until the other end of `stopped` is closed.
+    fn see(&self, interests: &[Interest], stopped: &UnixStream) -> io::Result<()> {
+        // SAFETY: takes numbers only; 0 is this thread.
+        if unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, NICENESS) } != 0 {
+            tracing::warn!(
+                "cannot be quicker than others in seeing the answers of name servers; has the agent CAP_SYS_NICE?"
+            );
+        }
+        let wait = PollTimeout::try_from(LOSS_CHECK).unwrap_or(PollTimeout::MAX);
+        let (mut buffer, mut checked) = (vec![0; PACKET_BYTES_MAX], Instant::now());
         loop {
-            let length = tokio::select! {
-                () = cancellation.cancelled() => return Ok(()),
-                _ = check.tick() => {
-                    if self.lost()? > 0 {
-                        // What it was, the name servers say.
-                        interests.iter().for_each(|interest| interest.ask.notify_one());
-                    }
-                    continue;
+            let mut ready = [
+                PollFd::new(self.0.as_fd(), PollFlags::POLLIN),
+                PollFd::new(stopped.as_fd(), PollFlags::POLLIN),
+            ];
+            match poll(&mut ready, wait) {
+                Ok(_) | Err(nix::Error::EINTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+            if ready[1].any().unwrap_or_default() {
+                return Ok(());
+            }
+            while let Some(length) = self.next(&mut buffer)? {
+                if let Some(answer) = answer(&buffer[..length]) {
+                    interests.iter().for_each(|interest| interest.tell(&answer));
                 }
-                length = self.next(&mut buffer) => length?,
-            };
-            if let Some(answer) = answer(&buffer[..length]) {
-                interests.iter().for_each(|interest| interest.tell(&answer));
+                if checked.elapsed() >= LOSS_CHECK {
+                    break;
+                }
+            }
+            if checked.elapsed() >= LOSS_CHECK {
+                checked = Instant::now();
+                if self.lost()? > 0 {
+                    // What it was, the name servers say.
+                    interests.iter().for_each(|interest| interest.suspicions.ask());
+                }
             }
         }
     }
 
-    async fn next(&self, buffer: &mut [u8]) -> io::Result<usize> {
-        loop {
-            let mut ready = self.0.readable().await?;
-            match ready.try_io(|socket| nix::unistd::read(socket.get_ref(), buffer).map_err(io::Error::from))
-            {
-                // An interface that goes down is told to every packet socket, and is no end of it.
-                Ok(Err(error)) if error.raw_os_error() == Some(libc::ENETDOWN) => {}
-                Ok(length) => return length,
-                Err(_would_block) => {}
-            }
+    /// The next packet, if there is one.
+    fn next(&self, buffer: &mut [u8]) -> io::Result<Option<usize>> {
+        match nix::unistd::read(&self.0, buffer) {
+            Ok(length) => Ok(Some(length)),
+            // An interface that goes down is told to every packet socket, and is no end of it.
+            Err(nix::Error::EAGAIN | nix::Error::EINTR | nix::Error::ENETDOWN) => Ok(None),
+            Err(errno) => Err(errno.into()),
         }
     }
 
@@ -178,7 +214,7 @@ impl Answers {
         // SAFETY: the kernel writes no more than the length that it is given.
         let result = unsafe {
             libc::getsockopt(
-                self.0.get_ref().as_raw_fd(),
+                self.0.as_raw_fd(),
                 libc::SOL_PACKET,
                 libc::PACKET_STATISTICS,
                 (&raw mut statistics).cast(),
@@ -196,10 +232,7 @@ impl Interest {
             return;
         }
         for address in &answer.addresses {
-            let seen = (self.name.clone(), SocketAddr::new(*address, self.name.port));
-            if self.seen.try_send(seen).is_err() {
-                self.ask.notify_one();
-            }
+            self.suspicions.meet(&self.name, SocketAddr::new(*address, self.name.port));
         }
     }
 }

@@ -168,9 +168,78 @@ pub(super) struct Learnt {
     /// What name servers say, to the agent itself.
     pub(super) resolved: watch::Receiver<HashSet<SocketAddr>>,
     /// What they say to anybody on this node.
-    pub(super) seen: mpsc::Receiver<(EndpointName, SocketAddr)>,
+    pub(super) suspicions: Arc<Suspicions>,
+    /// Which of it is under suspicion and must be proven.
+    pub(super) suspected: mpsc::Receiver<(EndpointName, SocketAddr)>,
+}
+
+/// Where the addresses go that somebody on this node was told of a cluster's names: at once into the API set, on the
+/// thread that saw them; then to who has them proven.
+pub(super) struct Suspicions {
+    cluster: u32,
+    addresses: Arc<Addresses>,
+    /// Has room for all that are proven at once.
+    suspected: mpsc::Sender<(EndpointName, SocketAddr)>,
     /// Has the agent ask the name servers now.
-    pub(super) ask: Arc<Notify>,
+    ask: Arc<Notify>,
+    state: Mutex<Suspected>,
+}
+
+#[derive(Default)]
+struct Suspected {
+    /// How many are under suspicion.
+    open: usize,
+    /// Those that gave no proof, and when.
+    acquitted: HashMap<SocketAddr, Instant>,
+}
+
+impl Suspicions {
+    pub(super) fn new(
+        cluster: u32,
+        addresses: Arc<Addresses>,
+        ask: Arc<Notify>,
+    ) -> (Arc<Self>, mpsc::Receiver<(EndpointName, SocketAddr)>) {
+        let (suspected, receiver) = mpsc::channel(PROOFS_MAX);
+        (Arc::new(Self { cluster, addresses, suspected, ask, state: Mutex::default() }), receiver)
+    }
+
+    /// Has the agent ask the name servers now.
+    pub(super) fn ask(&self) {
+        self.ask.notify_one();
+    }
+
+    /// Takes an address under suspicion, if it is of nobody.
+    pub(super) fn meet(&self, name: &EndpointName, address: SocketAddr) {
+        let mut state = lock(&self.state);
+        let young = |acquitted: &Instant| acquitted.elapsed() < ACQUITTED_FOR;
+        if state.acquitted.get(&address).is_some_and(young) {
+            return;
+        }
+        if state.open >= PROOFS_MAX {
+            // What is genuine among so many, the name servers say to the agent as well.
+            self.ask();
+        } else if self.addresses.suspect(self.cluster, address) {
+            state.open += 1;
+            // As many are open at most as there is room for; nobody receives where the agent ends.
+            let _ = self.suspected.try_send((name.clone(), address));
+            self.ask();
+        }
+    }
+
+    /// An address has given its proof, or not.
+    fn settle(&self, address: SocketAddr, proven: bool) {
+        // In this order: who meets it in between must not find it of nobody and not acquitted.
+        let mut state = lock(&self.state);
+        state.open = state.open.saturating_sub(1);
+        if !proven {
+            if state.acquitted.len() >= ACQUITTED_MAX {
+                state.acquitted.clear();
+            }
+            state.acquitted.insert(address, Instant::now());
+        }
+        drop(state);
+        self.addresses.settle(self.cluster, address, proven);
+    }
 }
 
 /// Keeps one cluster's part of the API set up to date until cancelled.
@@ -184,7 +253,6 @@ pub(super) async fn follow(
     let mut check = tokio::time::interval(RETENTION_CHECK);
     let (mut watched, mut resolving) = (true, true);
     let mut proofs = JoinSet::new();
-    let mut acquitted: HashMap<SocketAddr, Instant> = HashMap::new();
     let mut stale = true;
     loop {
         if stale {
@@ -203,30 +271,14 @@ pub(super) async fn follow(
             changed = learnt.resolved.changed(), if resolving => resolving = changed.is_ok(),
             Ok(()) = hosts.changed() => {}
             _ = check.tick() => {}
-            Some((name, address)) = learnt.seen.recv() => {
+            Some((name, address)) = learnt.suspected.recv() => {
                 stale = false;
-                let young = |acquitted: &Instant| acquitted.elapsed() < ACQUITTED_FOR;
-                if acquitted.get(&address).is_some_and(young) {
-                    continue;
-                }
-                if proofs.len() >= PROOFS_MAX {
-                    // What is genuine among so many, the name servers say to the agent as well.
-                    learnt.ask.notify_one();
-                } else if addresses.suspect(cluster.cluster, address) {
-                    tracing::info!(cluster = cluster.cluster, %name, %address, "somebody on this node was told a new address of this name");
-                    proofs.spawn(proof::given(cluster.proof.clone(), name, address));
-                    learnt.ask.notify_one();
-                }
+                tracing::info!(cluster = cluster.cluster, %name, %address, "somebody on this node was told a new address of this name");
+                proofs.spawn(proof::given(cluster.proof.clone(), name, address));
             }
             Some(Ok((address, proven))) = proofs.join_next() => {
                 stale = false;
-                addresses.settle(cluster.cluster, address, proven);
-                if !proven {
-                    if acquitted.len() >= ACQUITTED_MAX {
-                        acquitted.clear();
-                    }
-                    acquitted.insert(address, Instant::now());
-                }
+                learnt.suspicions.settle(address, proven);
             }
         }
     }

@@ -35,7 +35,7 @@ struct Claim {
 /// What is to be written after a publication.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Changes {
-    /// Addresses that belong to the API set from now on, or whose owner is another one.
+    /// Addresses that belong to the API set from now on, for certain, or whose owner is another one.
     pub(super) added: Vec<SocketAddr>,
     /// Addresses that do no longer.
     pub(super) removed: Vec<SocketAddr>,
@@ -75,7 +75,8 @@ impl Claims {
                     changes.refused.push((address, claim.owner));
                     continue;
                 }
-                Some(claim) if claim.owner == owner => {}
+                Some(claim) if claim.owner == owner && claim.proven => {}
+                // Also what was under suspicion until now: what pods have open there is still to be ended.
                 _ => changes.added.push(address),
             }
             self.0.insert(address, Claim { owner, published: true, proven: true, last: now });
@@ -208,6 +209,9 @@ mod tests {
         assert!(claims.suspect(0, third, now));
         assert_eq!(claims.publish(1, [third], now).added, [third]);
         assert!(!claims.settle(0, third, false, now), "meanwhile another's");
+        assert!(claims.suspect(0, one, now));
+        assert_eq!(claims.publish(0, [one], now).added, [one], "certain from now on");
+        assert!(!claims.settle(0, one, false, now), "published");
         assert_eq!(claims.publish(0, [], now + RETENTION * 2).removed, [other]);
     }
 }

@@ -21,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     accept::Sink,
     answers::{Answers, Interest},
-    api_set::{self, Addresses, ClusterAddresses, Learnt},
+    api_set::{self, Addresses, ClusterAddresses, Learnt, Suspicions},
     canary::Canary,
     cgroup::CgroupError,
     cgroup_tree::{Tree, TreeWatch},
@@ -49,9 +49,6 @@ const RESCAN_WAITING: Duration = Duration::from_millis(10);
 /// How long a pod may make the agent look that often; after that (a sandbox that does not start) it is looked at
 /// with the others.
 const WAITING_MAX: Duration = Duration::from_secs(30);
-/// Most addresses that pods were told and that were not looked at yet, of each cluster; beyond it the name servers are
-/// asked.
-const SEEN_MAX: usize = 64;
 
 /// Why interception cannot start or go on.
 #[derive(Debug, thiserror::Error)]
@@ -189,7 +186,8 @@ pub async fn run(
         direct.await;
         Ok("ending direct connections")
     });
-    let clusters = follow_names(&mut tasks, options.clusters, &options.name_servers, &recorder, &part);
+    let asked = (&options.name_servers[..], &recorder);
+    let clusters = follow_names(&mut tasks, options.clusters, &addresses, asked, &part);
     follow_addresses(&mut tasks, &addresses, clusters, options.nodes, &part)?;
     let mut succession =
         Succession { taken, path: options.handover, requests: None, frozen, observed, part: part.clone() };
@@ -315,25 +313,24 @@ fn follow_addresses(
 fn follow_names(
     tasks: &mut Tasks,
     clusters: Vec<ClusterAddresses>,
-    name_servers: &[SocketAddr],
-    recorder: &Recorder,
+    addresses: &Arc<Addresses>,
+    (name_servers, recorder): (&[SocketAddr], &Recorder),
     part: &CancellationToken,
 ) -> Vec<(ClusterAddresses, Learnt)> {
     let mut interests = Vec::new();
     let mut learning = Vec::with_capacity(clusters.len());
     for (index, cluster) in clusters.into_iter().enumerate() {
         let (publish, resolved) = watch::channel(HashSet::new());
-        let (told, seen) = mpsc::channel(SEEN_MAX);
         let ask = Arc::new(Notify::new());
-        let interested =
-            |name: &_| Interest { name: Clone::clone(name), seen: told.clone(), ask: ask.clone() };
+        let (suspicions, suspected) = Suspicions::new(cluster.cluster, addresses.clone(), ask.clone());
+        let interested = |name: &_| Interest { name: Clone::clone(name), suspicions: suspicions.clone() };
         interests.extend(cluster.names.iter().map(interested));
         if !cluster.names.is_empty() {
             let resolution = Resolution {
                 cluster: index,
                 names: cluster.names.clone(),
                 servers: name_servers.to_vec(),
-                ask: ask.clone(),
+                ask,
                 recorder: recorder.clone(),
             };
             let part = part.clone();
@@ -342,7 +339,7 @@ fn follow_names(
                 Ok("resolving host names")
             });
         }
-        learning.push((cluster, Learnt { resolved, seen, ask }));
+        learning.push((cluster, Learnt { resolved, suspicions, suspected }));
     }
     if !interests.is_empty() {
         let (recorder, part) = (recorder.clone(), part.clone());

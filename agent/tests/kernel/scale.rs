@@ -7,7 +7,7 @@ use std::{
     io::ErrorKind,
     net::TcpListener,
     sync::Arc,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use weir_agent::{
@@ -28,6 +28,8 @@ const FIRST: usize = 30;
 const FIRST_LONG: usize = 1000;
 /// How many of them live at a time.
 const ALIVE: usize = 100;
+/// How long it may take until they are enrolled, in the build that users run (`cargo xtask bench enrolment`).
+const ENROLLED_MAX: Duration = Duration::from_secs(if cfg!(debug_assertions) { 8 } else { 2 });
 /// Open files: of each pod two listeners, and the two pipes of the process that stands for it.
 const OPEN_FILES: u64 = 4096;
 
@@ -57,9 +59,11 @@ async fn a_full_node_is_enrolled_again_when_its_agent_starts_anew() {
         let started = Instant::now();
         node.restart(Pinning::Pinned(pins.clone()), all.clone()).await;
         node.ready.wait_for(|ready| *ready).await.unwrap();
-        let ms = started.elapsed().as_millis();
+        let took = started.elapsed();
+        let ms = took.as_millis();
         let load = std::fs::read_to_string("/proc/loadavg").unwrap();
         println!("{agent}: {PODS} pods enrolled in {ms} ms; load {}", load.trim());
+        assert!(took < ENROLLED_MAX, "{agent}: {took:?}");
         let state = pinned_state(&pins).unwrap().unwrap();
         let listening = state.pods.iter().filter(|pod| pod.class == "Enrolled" && pod.listener_port != 0);
         assert_eq!(listening.count(), PODS, "{agent}");

@@ -63,6 +63,9 @@ fn main() -> ExitCode {
 fn act(words: &[&str], place: &sockets::Place) -> Outcome {
     match *words {
         ["race", name, server, address] => forge::race(name, server, address, place),
+        ["race-until-redirected", name, server, address] => {
+            forge::race_until_redirected(name, server, address)
+        }
         ["forge", name, address, to] => forge::answer(name, address, to),
         [way, target] => match target.parse() {
             Ok(SocketAddr::V4(target)) => attempt(way, target, place),

@@ -20,7 +20,7 @@ use super::{
 };
 
 const BRIDGE: &str = "weirtb0";
-const BRIDGE_ADDRESS: &str = "10.244.0.1";
+pub(super) const BRIDGE_ADDRESS: &str = "10.244.0.1";
 const POD_NETWORK: &str = "10.244.0.0";
 /// Given to the bridge by the tests: nothing publishes it.
 const ALIAS: &str = "10.244.0.253";
@@ -29,6 +29,7 @@ const OVERLAY: &str = "weirtbvx0";
 const SERVICE: &str = "10.96.0.1:443";
 
 /// What may come of a way while an agent serves the pod.
+#[derive(Debug)]
 pub(super) enum Expected {
     /// The listener has it: a request over it is answered with Weir's certificate, and the API server has it from Weir.
     Proxied,
@@ -46,7 +47,7 @@ pub(super) const REFUSED: Expected = Says("refused");
 pub(super) const GUARDED: Expected = Says("failed EPERM");
 
 /// From an ordinary container: its capabilities are the runtime's default, NET_RAW among them.
-const WAYS: [(&str, Target, Expected); 43] = [
+pub(super) const WAYS: [(&str, Target, Expected); 43] = [
     ("tcp", Target::Service, Proxied),
     ("bound", Target::Service, Proxied),
     ("nonblocking", Target::Service, Proxied),

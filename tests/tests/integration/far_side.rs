@@ -3,9 +3,9 @@
 //! real name server, dnsmasq, whose records can be changed.
 
 use std::{
-    collections::BTreeSet,
+    collections::BTreeMap,
     fs::{self, File},
-    io,
+    io::{self, Read},
     net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream},
     path::{Path, PathBuf},
     process::{Child, Command},
@@ -31,12 +31,16 @@ pub(super) const SECOND: &str = "10.244.0.242";
 pub(super) const V6: &str = "fd00:10:244::241";
 pub(super) const V6_NETWORK: &str = "fd00:10:244::";
 const BRIDGE: &str = "weirtb0";
+/// The host's own, while the far side is there: the agent looks at addresses of both families as well.
+const HOST_V6: &str = "fd00:10:244::1/64";
 /// Longer than a test: the agent has no reason to ask again before.
 const RECORD_SECONDS: &str = "3600";
 
+/// Who came to which address, and how many bytes they sent.
+type Came = Arc<Mutex<BTreeMap<(IpAddr, IpAddr), u64>>>;
+
 pub(super) struct FarSide {
-    /// Who came to which address.
-    came: Arc<Mutex<BTreeSet<(IpAddr, IpAddr)>>>,
+    came: Came,
     name_server: Option<Child>,
     records: PathBuf,
 }
@@ -48,13 +52,14 @@ impl FarSide {
         ip(&["netns", "add", NAMESPACE]);
         ip(&["link", "add", INTERFACE, "type", "veth", "peer", "name", "eth0", "netns", NAMESPACE]);
         ip(&["link", "set", INTERFACE, "master", BRIDGE, "up"]);
+        ip(&["address", "replace", HOST_V6, "dev", BRIDGE, "nodad"]);
         for address in [FIRST, SECOND] {
             ip(&["-n", NAMESPACE, "address", "add", &format!("{address}/24"), "dev", "eth0"]);
         }
         ip(&["-n", NAMESPACE, "address", "add", &format!("{V6}/64"), "dev", "eth0", "nodad"]);
         ip(&["-n", NAMESPACE, "link", "set", "eth0", "up"]);
         ip(&["-n", NAMESPACE, "link", "set", "lo", "up"]);
-        let came: Arc<Mutex<BTreeSet<_>>> = Arc::default();
+        let came = Came::default();
         let noted = came.clone();
         let (listening, is_listening) = std::sync::mpsc::channel();
         let (accepted, connections) = std::sync::mpsc::channel();
@@ -63,19 +68,20 @@ impl FarSide {
             let listener = TcpListener::bind("[::]:443").unwrap();
             listening.send(()).unwrap();
             for client in listener.incoming().map_while(Result::ok) {
-                let ends = (client.peer_addr(), client.local_addr());
-                if let (Ok(from), Ok(to)) = ends {
-                    noted.lock().unwrap().insert((from.ip().to_canonical(), to.ip().to_canonical()));
-                }
-                if accepted.send(client).is_err() {
+                let (Ok(from), Ok(to)) = (client.peer_addr(), client.local_addr()) else { continue };
+                let ends = (from.ip().to_canonical(), to.ip().to_canonical());
+                noted.lock().unwrap().entry(ends).or_default();
+                if accepted.send((client, ends)).is_err() {
                     return;
                 }
             }
         });
         // From the host's namespace: to Weir, a namespace that it does not know is no other machine, but a way around.
+        let noted = came.clone();
         thread::spawn(move || {
-            for client in connections {
-                thread::spawn(move || relay(client, api_server));
+            for (client, ends) in connections {
+                let noted = noted.clone();
+                thread::spawn(move || relay(client, api_server, &noted, ends));
             }
         });
         is_listening.recv().unwrap();
@@ -123,12 +129,23 @@ impl FarSide {
         }
     }
 
+    /// Has it another address, at which the relay is reached.
+    pub(super) fn take(&self, address: &str) {
+        ip(&["-n", NAMESPACE, "address", "add", &format!("{address}/64"), "dev", "eth0", "nodad"]);
+    }
+
     /// Where the relay met this address since the last time.
     pub(super) fn came_from(&self, address: IpAddr) -> Vec<IpAddr> {
-        let mut came = self.came.lock().unwrap();
-        let found = came.iter().filter(|(from, _)| *from == address).map(|(_, to)| *to).collect();
-        came.clear();
-        found
+        self.got_from(address).into_iter().map(|(to, _)| to).collect()
+    }
+
+    /// The same with the bytes that came.
+    pub(super) fn got_from(&self, address: IpAddr) -> Vec<(IpAddr, u64)> {
+        let came = std::mem::take(&mut *self.came.lock().unwrap());
+        came.into_iter()
+            .filter(|((from, _), _)| *from == address)
+            .map(|((_, to), bytes)| (to, bytes))
+            .collect()
     }
 }
 
@@ -164,6 +181,7 @@ pub(super) fn wait_for_record_of(pod: &Pod<'_>, name: &str, address: &str) {
 fn remove() {
     let _ = command::output(Command::new("ip").args(["netns", "delete", NAMESPACE]));
     let _ = command::output(Command::new("ip").args(["link", "delete", INTERFACE]));
+    let _ = command::output(Command::new("ip").args(["address", "delete", HOST_V6, "dev", BRIDGE]));
 }
 
 fn ip(arguments: &[&str]) {
@@ -175,10 +193,26 @@ fn enter() -> io::Result<()> {
     Ok(())
 }
 
-fn relay(client: TcpStream, api_server: SocketAddr) {
+/// What a client sends, counted.
+struct Counted {
+    client: TcpStream,
+    came: Came,
+    ends: (IpAddr, IpAddr),
+}
+
+impl Read for Counted {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let length = self.client.read(buffer)?;
+        *self.came.lock().unwrap().entry(self.ends).or_default() += length as u64;
+        Ok(length)
+    }
+}
+
+fn relay(client: TcpStream, api_server: SocketAddr, came: &Came, ends: (IpAddr, IpAddr)) {
     let both = || -> io::Result<()> {
         let server = TcpStream::connect(api_server)?;
-        let (mut up, mut down) = (client.try_clone()?, server.try_clone()?);
+        let mut up = Counted { client: client.try_clone()?, came: came.clone(), ends };
+        let mut down = server.try_clone()?;
         let upward = thread::spawn({
             let mut server = server.try_clone()?;
             move || {

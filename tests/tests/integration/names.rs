@@ -1,6 +1,6 @@
 //! Host names of API servers: what they stand for changes while the agent runs, and pods are told so first.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use serde_json::json;
 use weir_common::event::Kind;
@@ -14,12 +14,19 @@ use weir_tests::{
 
 use super::{
     DEADLINE, Scene, escape,
-    far_side::{FIRST, FarSide, SECOND, wait_for_record},
-    shown, watch,
+    far_side::{self, FIRST, FarSide, SECOND, V6, wait_for_record},
+    shown,
+    watch::{self, PROGRAM, UDP, Watch},
+    witness::{Server, Witness},
 };
 
 /// Where nothing listens.
 const FORGED: &str = "10.244.0.249";
+/// Given to the pod that races.
+const POD6: &str = "fd00:10:244::8";
+/// Races of each kind; with `WEIR_TEST_LONG` more.
+const RACES: usize = 20;
+const RACES_LONG: usize = 300;
 
 /// Whether the agent knows an address as an API server's.
 fn is_known(agent: &AgentProcess, address: &str) -> anyhow::Result<bool> {
@@ -109,4 +116,134 @@ fn a_new_address_of_an_endpoint_is_no_way_out_for_the_pod_that_is_told_it_first(
     let audited = audit::finished_by_pod(&scene.testbed.layout().audit_log(), &pod.uid).unwrap();
     let coverage = Coverage::compare(&audited[before..], &events, &pod.uid);
     assert!(coverage.is_complete(), "{coverage}");
+}
+
+/// What a pod races for: each time an address of the endpoint that nobody on the node was told before.
+struct Course<'a> {
+    scene: &'a Scene,
+    pod: &'a Pod<'a>,
+    far_side: FarSide,
+    watch: Watch,
+    number: usize,
+}
+
+/// What of a race arrived at the far side directly.
+struct Arrived {
+    /// Requests for a connection.
+    connects: usize,
+    /// Bytes over connections.
+    bytes: u64,
+}
+
+impl Course<'_> {
+    /// Gives the endpoint a fresh address.
+    fn fresh(&mut self) -> SocketAddr {
+        self.number += 1;
+        let address = format!("fd00:10:244::1:{:x}", self.number);
+        self.far_side.take(&address);
+        self.far_side.record(&address);
+        SocketAddr::new(address.parse().unwrap(), 443)
+    }
+
+    /// Arguments of a program that connects in the moment in which it is told this address.
+    fn race(way: &str, to: SocketAddr) -> [String; 4] {
+        [way.to_owned(), ENDPOINT_NAME.to_owned(), FIRST.to_owned(), to.to_string()]
+    }
+
+    /// The same with a request over the connection, which `witness` has looked at.
+    fn ask(&mut self, witness: &Witness<'_>) -> (String, Arrived) {
+        let to = self.fresh();
+        let mut command = self.scene.testbed.kubectl_command();
+        command.args(["exec", "-i", "-n", &self.pod.namespace, &self.pod.name, "--", PROGRAM, "--relay"]);
+        command.args(Self::race("race", to));
+        (witness.ask(command), self.arrived(to))
+    }
+
+    /// Microseconds from the answer to the first connection that was redirected.
+    fn until_redirected(&mut self) -> (u64, Arrived) {
+        let to = self.fresh();
+        let mut command = self.pod.exec_command();
+        let said =
+            weir_tests::command::run(command.arg(PROGRAM).args(Self::race("race-until-redirected", to)))
+                .unwrap();
+        let words: Vec<&str> = said.split_whitespace().collect();
+        let ["redirected", microseconds, _] = words[..] else { panic!("{said}") };
+        (microseconds.parse().unwrap(), self.arrived(to))
+    }
+
+    fn arrived(&self, to: SocketAddr) -> Arrived {
+        let seen = self.watch.until_marker(V6.parse().unwrap(), UDP, |marker| {
+            self.pod.exec(&[PROGRAM, "udp-sendto", marker]).unwrap();
+        });
+        let packet = format!("{POD6} {} 6 443", to.ip());
+        let connects = seen.iter().filter(|seen| **seen == packet).count();
+        let got = self.far_side.got_from(POD6.parse().unwrap());
+        Arrived { connects, bytes: got.iter().map(|(_, bytes)| bytes).sum() }
+    }
+}
+
+#[test]
+fn no_request_of_a_pod_that_connects_as_soon_as_it_is_told_a_fresh_address_goes_past_weir() {
+    let Some(mut scene) = Scene::new() else { return };
+    scene.namespace("it-race", true);
+    let pod = scene.testbed.run_pod(&PodSpec::idle("it-race", "caller")).unwrap();
+    let program = watch::program();
+    pod.install(&program, PROGRAM).unwrap();
+    let far_side = FarSide::new(escape::endpoint(&scene), scene.scratch.path());
+    far_side::give_v6_address(&pod, POD6);
+    let watch = Watch::start(&program, far_side::INTERFACE, far_side::V6_NETWORK);
+    let mut course = Course { scene: &scene, pod: &pod, far_side, watch, number: 0 };
+    let witness = Witness::new(&scene, &pod);
+
+    // Without an agent the race is won: the request arrives at the far side, which sees it.
+    let (said, arrived) = course.ask(&witness);
+    assert_eq!((said.as_str(), witness.check(Server::Relay, None)), ("connected", 1));
+    assert!(arrived.connects > 0 && arrived.bytes > 0);
+    let before = audit::finished_by_pod(&scene.testbed.layout().audit_log(), &pod.uid).unwrap().len();
+
+    let mut configuration =
+        agent::configuration(&scene.testbed, &scene.journal(), TrustSource::ClusterSigner);
+    configuration["nameServers"] = json!([FIRST]);
+    configuration["clusters"][0]["addresses"] = json!([format!("{ENDPOINT_NAME}:443")]);
+    let path = scene.scratch.path().join("agent.yaml");
+    agent::write_configuration(&configuration, &path).unwrap();
+    let mut agent = AgentProcess::start(&path, &scene.scratch.path().join("agent.log")).unwrap();
+    course.far_side.record(FIRST);
+    wait_until("the name server to be asked", DEADLINE, || Ok(is_known(&agent, FIRST)?.then_some(())))
+        .unwrap();
+
+    let races = if std::env::var_os("WEIR_TEST_LONG").is_some() { RACES_LONG } else { RACES };
+    let (mut served, mut begun, mut bytes) = (0, 0, 0);
+    for number in 1..=races {
+        let (said, arrived) = course.ask(&witness);
+        served += usize::from(said == "connected");
+        begun += usize::from(arrived.connects > 0);
+        bytes += arrived.bytes;
+        println!(
+            "race {number}: {said}; {} packets and {} bytes past the redirect",
+            arrived.connects, arrived.bytes
+        );
+    }
+    // Whatever was answered was answered by Weir; the rest was stalled and ended.
+    assert_eq!(witness.check(Server::Weir, Some(&agent)), served, "{}", agent.last_lines());
+    let (mut times, mut first, mut others) = (Vec::new(), 0, 0);
+    for _ in 0..races {
+        let (microseconds, arrived) = course.until_redirected();
+        times.push(microseconds);
+        first += usize::from(arrived.connects > 0);
+        others += arrived.bytes;
+    }
+    times.sort_unstable();
+    println!(
+        "{races} races for a request: {served} served by Weir, {begun} with a packet past the redirect, {bytes} bytes; 0 requests past \
+         Weir. {races} races without a pause: redirected {} µs after the answer in the median, {} µs at most; {first} with a packet \
+         past the redirect, {others} bytes; load {}",
+        times[races / 2],
+        times[races - 1],
+        std::fs::read_to_string("/proc/loadavg").unwrap().trim()
+    );
+    assert!(agent.terminate().unwrap().success(), "{}", agent.last_lines());
+    let audited = audit::finished_by_pod(&scene.testbed.layout().audit_log(), &pod.uid).unwrap();
+    let coverage = Coverage::compare(&audited[before..], &scene.events(), &pod.uid);
+    assert!(coverage.unrecorded.is_empty() && audited.len() - before == served, "{coverage}");
 }
