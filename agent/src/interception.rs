@@ -45,6 +45,7 @@ mod report;
 mod resolution;
 pub mod run;
 pub mod security;
+mod service_dial;
 mod sieve;
 mod sockets;
 pub mod stored_set;

@@ -145,6 +145,16 @@ impl AgentProcess {
         Self::spawn_by(Command::new(built_binary("weir-agent")?), config, log)
     }
 
+    /// The same with these variables in its environment.
+    ///
+    /// # Errors
+    /// As of [`AgentProcess::spawn`].
+    pub fn spawn_with(config: &Path, log: &Path, environment: &[(&str, &str)]) -> Result<Self> {
+        let mut command = Command::new(built_binary("weir-agent")?);
+        command.envs(environment.iter().copied());
+        Self::spawn_by(command, config, log)
+    }
+
     /// `command` becomes the agent, once it has its arguments.
     fn spawn_by(mut command: Command, config: &Path, log: &Path) -> Result<Self> {
         let binary = built_binary("weir-agent")?;

@@ -27,6 +27,8 @@ mod api_server_faults;
 mod client;
 #[path = "integration/client_faults.rs"]
 mod client_faults;
+#[path = "integration/clusters.rs"]
+mod clusters;
 #[path = "integration/doctor.rs"]
 mod doctor;
 #[path = "integration/eks.rs"]
@@ -51,6 +53,8 @@ mod http_attacks;
 mod identity;
 #[path = "integration/identity_provider.rs"]
 mod identity_provider;
+#[path = "integration/in_cluster.rs"]
+mod in_cluster;
 #[path = "integration/kafka.rs"]
 mod kafka;
 #[path = "integration/kafka_access.rs"]

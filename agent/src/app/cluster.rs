@@ -18,6 +18,7 @@ use crate::{
         cluster_access::ClusterAccess,
         cluster_watch::{self, ApiSet},
         proof::Proof,
+        stored_set::StoredSet,
     },
     proxy::{ClusterUpstream, Endpoints, upstream_tls},
     trust::{
@@ -59,8 +60,9 @@ async fn connect(
     (publish, proof): Publish,
     parts: &mut JoinSet<&'static str>,
 ) -> Result<Connected, AppError> {
-    let access =
-        ClusterAccess::load(&cluster.name, &cluster.access, cluster.certificate_authority.as_deref()).await?;
+    let known = known(config, cluster);
+    let ca = cluster.certificate_authority.as_deref();
+    let access = ClusterAccess::load_with(&cluster.name, &cluster.access, ca, &known).await?;
     let tls = upstream_tls((*access.ca.roots()).clone(), None)?;
     proof.send_replace(Some(tls.clone()));
     let clients = cluster.client_certificate_authority.as_deref().map(ClientCa::load).transpose()?;
@@ -105,6 +107,14 @@ async fn connect(
         serving,
     };
     Ok(Connected { access, upstream, live })
+}
+
+/// Addresses at which the cluster's API servers are, or were when an agent last ran.
+fn known(config: &Config, cluster: &Cluster) -> Vec<SocketAddr> {
+    // What is wrong with the file was said when the guard read it.
+    let stored = StoredSet::read(&config.state_directory).ok().flatten().unwrap_or_default();
+    let stored = stored.clusters.into_iter().filter(|stored| stored.name == cluster.name);
+    cluster.addresses.iter().copied().chain(stored.flat_map(|stored| stored.addresses)).collect()
 }
 
 /// What of a cluster changes while the agent runs.

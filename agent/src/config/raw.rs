@@ -143,8 +143,9 @@ struct RawCluster {
     /// Name in records; unique.
     #[cfg_attr(test, schemars(length(min = 1)))]
     name: String,
-    /// The agent reaches it with the service account of its own pod, at `KUBERNETES_SERVICE_HOST`: set that to the API
-    /// server's own address, since a ClusterIP needs a kube-proxy, which may wait for the agent. Either this or `kubeconfig`.
+    /// The agent reaches it with the service account of its own pod, at `KUBERNETES_SERVICE_HOST`. Where that does not answer (a
+    /// ClusterIP needs a kube-proxy, which may wait for the agent), `addresses` and those that an agent has stored are tried:
+    /// for a node's first boot set it, or `addresses`, to the API server's own address. Either this or `kubeconfig`.
     #[serde(default)]
     in_cluster: bool,
     /// The agent reaches it with this kubeconfig file. Either this or `inCluster`.

@@ -3,6 +3,7 @@
 use std::{
     fmt,
     future::{Ready, ready},
+    net::SocketAddr,
     path::Path,
     sync::Arc,
     task::{Context, Poll},
@@ -13,6 +14,7 @@ use bytes::Bytes;
 use futures::{FutureExt as _, future::BoxFuture};
 use http::{HeaderValue, Request, Response, StatusCode, header::AUTHORIZATION};
 use http_body_util::{BodyExt as _, Collected, Empty, LengthLimitError, Limited};
+use hyper_util::{client::legacy, rt::TokioExecutor};
 use k8s_openapi::api::{
     authentication::v1::{BoundObjectReference, TokenRequest, TokenRequestSpec},
     authorization::v1::{
@@ -27,10 +29,11 @@ use kube::{
     client::{Body, ConfigExt as _, middleware::AuthLayer},
     config::{KubeConfigOptions, Kubeconfig},
 };
-use tower::{BoxError, Layer as _, Service, ServiceExt as _};
+use tower::{BoxError, Layer as _, Service, ServiceBuilder, ServiceExt as _};
 use weir_common::event::{Pod, UserInfo};
 use zeroize::Zeroizing;
 
+use super::service_dial::ServiceDial;
 use crate::{
     auth::{
         OwnCredential, Right, effective_groups,
@@ -292,6 +295,20 @@ impl ClusterAccess {
         access: &Access,
         ca_file: Option<&Path>,
     ) -> Result<Self, ClusterAccessError> {
+        Self::load_with(cluster, access, ca_file, &[]).await
+    }
+
+    /// The same, with addresses at which API servers of the cluster were known to be: where the Service's address is all
+    /// there is, and leads nowhere, those are tried.
+    ///
+    /// # Errors
+    /// As of [`Self::load`].
+    pub async fn load_with(
+        cluster: &str,
+        access: &Access,
+        ca_file: Option<&Path>,
+        known: &[SocketAddr],
+    ) -> Result<Self, ClusterAccessError> {
         let mut config = load(access).await?;
         config.connect_timeout = Some(CONNECT_TIMEOUT);
         config.read_timeout = None;
@@ -304,7 +321,11 @@ impl ClusterAccess {
         let authorization = config.auth_layer().map_err(failed)?;
         let resolver = config.rustls_client_config().map_err(failed)?.client_auth_cert_resolver;
         let certificate = resolver.has_certs().then_some(resolver);
-        let client = Client::try_from(config).map_err(failed)?;
+        let client = match access {
+            Access::InCluster => of_service(&config, known),
+            Access::Kubeconfig(_) => Client::try_from(config),
+        };
+        let client = client.map_err(failed)?;
         let own = Arc::new(Own { client: client.clone(), authorization });
         Ok(Self { client, ca, host, own, certificate })
     }
@@ -354,6 +375,18 @@ impl ClusterAccess {
             Err(_) => Err(format!("no answer within {} s", READ_TIMEOUT.as_secs())),
         }
     }
+}
+
+/// A client that finds the API server also where its Service's address leads nowhere.
+fn of_service(config: &Config, known: &[SocketAddr]) -> Result<Client, kube::Error> {
+    let dial = config.rustls_https_connector_with_connector(ServiceDial::new(known))?;
+    let client = legacy::Client::builder(TokioExecutor::new()).build::<_, Body>(dial);
+    let service = ServiceBuilder::new()
+        .layer(config.base_uri_layer())
+        .option_layer(config.auth_layer()?)
+        .map_err(BoxError::from)
+        .service(client);
+    Ok(Client::new(service, config.default_namespace.clone()))
 }
 
 async fn load(access: &Access) -> Result<Config, ClusterAccessError> {

@@ -30,7 +30,7 @@ const NODE: &str = "10.244.0.1";
 const ASK: [&str; 6] = ["kubectl", "get", "namespace", "default", "-o", "name"];
 
 /// What is left of the time before a reboot: an agent has run, and stored the addresses.
-fn before_reboot(scene: &Scene, attack: &Attack<'_>) -> PathBuf {
+pub(super) fn before_reboot(scene: &Scene, attack: &Attack<'_>) -> PathBuf {
     let mut agent = scene.agent(TrustSource::ClusterSigner);
     attack.wait_until_known(&agent);
     let file = scene.journal().with_file_name("state/api-set.json");

@@ -12,6 +12,8 @@ use weir_tests::{AgentProcess, PodSpec, agent, agent::TrustSource, wait_until};
 
 use super::{DEADLINE, Scene, client::Requests, storage_faults::Mounted};
 
+/// How long it may take until a detached program is noticed, attached again and in the record.
+const NOTICED_MAX: Duration = Duration::from_secs(5);
 /// How long an answer may take; far longer than it takes.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(10);
 /// Every family there is, as operators read of it.
@@ -159,15 +161,20 @@ fn programs_that_someone_detaches_are_attached_again_and_the_agent_is_ready() {
 
     // Everything at the root and at the pods' root, as a privileged hand would.
     let links = Path::new(status["folder"].as_str().unwrap()).join("links");
-    let mut removed = 0;
+    let (mut removed, began) = (0, SystemTime::now());
     for entry in std::fs::read_dir(&links).unwrap() {
         std::fs::remove_file(entry.unwrap().path()).unwrap();
         removed += 1;
     }
     assert!(removed > 20, "{removed}");
-    scene.event("the finding", |event| {
+    let finding = scene.event("the finding", |event| {
         matches!(&event.kind, weir_common::event::Kind::Finding { name, .. } if name == "programDetached")
     });
+    // Written when they are attached again.
+    let noticed = Duration::from_micros(finding.time_unix_us.try_into().unwrap());
+    let noticed = noticed.saturating_sub(began.duration_since(SystemTime::UNIX_EPOCH).unwrap());
+    println!("{removed} links removed; noticed and repaired within {} ms", noticed.as_millis());
+    assert!(noticed < NOTICED_MAX, "{noticed:?}");
     wait_until("the agent to be ready", DEADLINE, || Ok((monitored.get("/readyz")?.0 == 200).then_some(())))
         .unwrap();
     let out = pod.exec(&["kubectl", "get", "namespace", "default", "-o", "name"]).unwrap();

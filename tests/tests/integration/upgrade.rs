@@ -48,8 +48,18 @@ fn an_upgrade_refuses_no_connection_and_cuts_no_stream() {
         writeln!(to_session, "{line}").unwrap();
         assert_eq!(from_session.next().unwrap().unwrap(), line);
     };
+    // And a watch of the pod's: what happens is told, before and after.
+    let script = "kubectl get configmaps -n it-upgrade -w -o name & while [ ! -e /tmp/stop ]; do sleep 0.1; done; kill $!";
+    let mut watching = pod.exec_command().args(["sh", "-c", script]).stdout(Stdio::piped()).spawn().unwrap();
+    let mut told = BufReader::new(watching.stdout.take().unwrap()).lines();
+    assert_eq!(told.next().unwrap().unwrap(), "configmap/kube-root-ca.crt");
+    let mut hears = |name: &str| {
+        scene.testbed.kubectl(&["create", "configmap", name, "-n", "it-upgrade"]).unwrap();
+        assert_eq!(told.next().unwrap().unwrap(), format!("configmap/{name}"));
+    };
     call("before");
     say("before the upgrade");
+    hears("before");
 
     let calls_after = if long { CALLS_AFTER_LONG } else { CALLS_AFTER };
     let mut first = None;
@@ -61,6 +71,7 @@ fn an_upgrade_refuses_no_connection_and_cuts_no_stream() {
             call(&format!("during upgrade {upgrade}: {}", current.last_lines()));
         }
         say(&format!("after upgrade {upgrade}"));
+        hears(&format!("after-{upgrade}"));
         if upgrade == 2 {
             // It serves no stream, and so has nothing to drain.
             let mut former = former;
@@ -75,6 +86,7 @@ fn an_upgrade_refuses_no_connection_and_cuts_no_stream() {
         assert!(code == "0" || code.is_empty(), "{code}");
     }
     calling.wait().unwrap();
+    watching.wait().unwrap();
     drop(to_session);
     assert!(session.wait().unwrap().success());
     let mut first = first.unwrap();
