@@ -21,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     auth::IssuersError,
     config::{Cluster, Config, Source},
-    doctor,
+    doctor, emergency,
     interception::{
         api_set::ClusterAddresses,
         canary::Health,
@@ -319,8 +319,16 @@ async fn start_proxy(
         "the watch of pods"
     });
     let (upstreams, live) = clusters.into_iter().map(|cluster| (cluster.upstream, cluster.live)).unzip();
+    reload::announce_async_mutations(recorder, &config.recording);
+    let (change_recording, recording) = watch::channel(config.recording.clone());
+    let followed = emergency::follow(recorder.clone(), recording, PathBuf::from(emergency::STANDARD));
+    parts.spawn(async move {
+        followed.await;
+        "the emergency switch"
+    });
     let reload = Reload {
         clusters: live,
+        recording: change_recording,
         enrolment: change_enrolment,
         recorder: recorder.clone(),
         observed: Arc::clone(observed),
@@ -358,6 +366,8 @@ pub(crate) fn recorder_options(config: &Config) -> RecorderOptions {
         tenant: config.tenant.clone(),
         response_bytes_max: config.limits.response_bytes_max,
         session_idle_timeout: config.limits.session_idle_timeout,
+        rules: config.recording.commits.clone(),
+        pod_quota: config.limits.pod_quota,
         ..RecorderOptions::new(config.journal.directory.clone(), config.node.clone(), clusters)
     }
 }

@@ -12,14 +12,19 @@ use std::{
 
 pub use authentication::{AUDIENCES_MAX, Authentication, Documents, ISSUERS_MAX, JwtIssuer, RULES_MAX};
 pub use kafka::{Kafka, OAuth};
+pub use recording::Recording;
 pub use roles::Role;
 pub use selector::LabelSelector;
 pub use source::Source;
 
+use crate::recording::PodQuota;
+
 mod authentication;
 pub mod aws_role;
 mod kafka;
+mod limits;
 mod raw;
+mod recording;
 #[cfg(test)]
 mod reference;
 pub mod roles;
@@ -94,6 +99,8 @@ pub struct Config {
     pub journal: Journal,
     /// Where events are published; nowhere if absent, and the journal keeps everything then.
     pub kafka: Option<Kafka>,
+    /// When records must be on disk.
+    pub recording: Recording,
     /// Folder of what else must outlive a reboot: the API set; made if absent.
     pub state_directory: PathBuf,
     /// The clusters, in the order of their indices.
@@ -216,6 +223,8 @@ pub struct Limits {
     pub response_bytes_max: usize,
     /// A session ends after this time without a request.
     pub session_idle_timeout: Duration,
+    /// What one pod may have recorded.
+    pub pod_quota: PodQuota,
 }
 
 impl Config {
@@ -331,7 +340,7 @@ limits: {drainSeconds: 10, responseBytesMax: 4096, sessionIdleTimeoutSeconds: 60
         refused(
             &WHOLE.replace("tenant", "tenent"),
             expect![
-                "configuration weir.yaml: unknown field `tenent`, expected one of `apiVersion`, `kind`, `node`, `tenant`, `journal`, `kafka`, `stateDirectory`, `clusters`, `nameServers`, `enrolment`, `intentAnnotations`, `cgroupRoot`, `metrics`, `limits` at line 5 column 1"
+                "configuration weir.yaml: unknown field `tenent`, expected one of `apiVersion`, `kind`, `node`, `tenant`, `journal`, `kafka`, `recording`, `stateDirectory`, `clusters`, `nameServers`, `enrolment`, `intentAnnotations`, `cgroupRoot`, `metrics`, `limits` at line 5 column 1"
             ],
         );
     }

@@ -27,7 +27,7 @@ use crate::{
     auth::Policy,
     config::{self, Config, ConfigError},
     proxy::{self, ClusterUpstream, Endpoints, Proxy, ProxyOptions},
-    recording::{Recorder, RecorderOptions, RecordingError},
+    recording::{PodQuota, Recorder, RecorderOptions, RecordingError},
     trust::{self, Authority, ServingNames, TrustError, authority::EphemeralCa},
 };
 
@@ -274,7 +274,9 @@ fn recorder_options(
     if let Some(directory) = &options.journal {
         recorder.directory.clone_from(directory);
     }
-    RecorderOptions { clusters, session_idle_timeout: SESSION_IDLE_TIMEOUT, ..recorder }
+    // There is one caller, who takes nothing from a neighbour.
+    let pod_quota = PodQuota::UNLIMITED;
+    RecorderOptions { clusters, session_idle_timeout: SESSION_IDLE_TIMEOUT, pod_quota, ..recorder }
 }
 
 impl Session {

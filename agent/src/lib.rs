@@ -10,6 +10,7 @@ pub mod auth;
 pub mod aws;
 pub mod config;
 pub mod doctor;
+pub mod emergency;
 pub mod exec;
 pub mod explain;
 pub mod interception;

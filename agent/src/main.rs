@@ -6,6 +6,7 @@ use std::{
     ffi::OsString,
     path::{Path, PathBuf},
     process::ExitCode,
+    time::Duration,
 };
 
 use clap::{Parser, Subcommand};
@@ -14,6 +15,7 @@ use weir_agent::{
     app, aws,
     config::{self, Config, Source},
     doctor::{self, DoctorOptions},
+    emergency,
     exec::{self, ExecOptions},
     explain::{self, ExplainOptions, Explanation},
     interception::{
@@ -121,12 +123,49 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Let requests go on for a time although their records cannot be made durable: the last resort while a journal or its
+    /// disk is broken. Only where the configuration allows it; recorded, and shown by metrics and an alert.
+    Emergency {
+        #[command(subcommand)]
+        action: Action,
+    },
     /// Remove every pin: the kernel programs detach, and nothing is intercepted any more.
     Uninstall {
         /// Also while an agent runs, which then ends.
         #[arg(long)]
         force: bool,
     },
+}
+
+#[derive(Subcommand)]
+enum Action {
+    /// Begin, or begin anew.
+    On {
+        /// Configuration of `run`.
+        #[arg(long, value_name = "FILE")]
+        config: PathBuf,
+        /// Why; it is recorded.
+        #[arg(long, value_name = "TEXT")]
+        reason: String,
+        /// How long at most: seconds, or a number with s, m or h.
+        #[arg(long = "for", value_name = "TIME", value_parser = duration)]
+        duration: Duration,
+    },
+    /// End it.
+    Off,
+}
+
+/// `90`, `90s`, `30m`, `2h`.
+fn duration(text: &str) -> Result<Duration, String> {
+    let (number, unit) = match text.chars().last() {
+        Some('s') => (&text[..text.len() - 1], 1),
+        Some('m') => (&text[..text.len() - 1], 60),
+        Some('h') => (&text[..text.len() - 1], 3600),
+        _ => (text, 1),
+    };
+    let seconds = number.parse::<u64>().ok().and_then(|number| number.checked_mul(unit));
+    let seconds = seconds.filter(|seconds| *seconds > 0);
+    seconds.map(Duration::from_secs).ok_or_else(|| "is no time such as 90s, 30m or 2h".to_owned())
 }
 
 fn main() -> ExitCode {
@@ -151,6 +190,7 @@ fn main() -> ExitCode {
             explain(&ExplainOptions { config, cluster, token, pod, request }, json)
         }
         Command::Quarantine { pod, lift, json } => finish(set_quarantine(&pod, lift, json)),
+        Command::Emergency { action } => finish(set_emergency(action)),
         Command::Uninstall { force } => finish(uninstall(force)),
         Command::Exec { config, kubeconfig, journal, quiet, command } => {
             log_to_stderr("warn", false);
@@ -262,12 +302,20 @@ fn status(json: bool) -> anyhow::Result<()> {
         );
     };
     let agent = handover::presence(Path::new(handover::STANDARD));
+    // Whether the agent takes it up is its configuration's to say.
+    let asked_for = emergency::read(Path::new(emergency::STANDARD))?;
+    let asked_for = asked_for.filter(|emergency| emergency.left(Duration::MAX).is_some());
     if json {
         let mut value = serde_json::to_value(&state)?;
         value["agent"] = serde_json::to_value(&agent)?;
+        value["emergency"] = serde_json::to_value(&asked_for)?;
         println!("{}", serde_json::to_string_pretty(&value)?);
     } else {
-        println!("agent           {agent}\n{state}");
+        println!("agent           {agent}");
+        if let Some(emergency) = asked_for {
+            println!("emergency       asked for by {}: {}", emergency.by, emergency.reason);
+        }
+        println!("{state}");
     }
     Ok(())
 }
@@ -287,6 +335,31 @@ fn set_quarantine(pod: &str, lift: bool, json: bool) -> anyhow::Result<()> {
         println!("{} is out of quarantine", done.pod);
     } else {
         println!("{} is in quarantine; {} open connections were ended", done.pod, done.connections_ended);
+    }
+    Ok(())
+}
+
+#[expect(clippy::print_stdout, reason = "says what was done")]
+fn set_emergency(action: Action) -> anyhow::Result<()> {
+    require_root("emergency")?;
+    let path = Path::new(emergency::STANDARD);
+    match action {
+        Action::On { config, reason, duration } => {
+            let recording = Config::load(&config, &config::default_node())?.recording;
+            let by = match std::env::var("SUDO_USER") {
+                Ok(user) => format!("root, by its word for {user:?}"),
+                Err(_) => "root".to_owned(),
+            };
+            emergency::begin(path, &recording, &reason, by, duration)?;
+            println!(
+                "requests go on without durable records for {} seconds, from within a second on; `weir-agent emergency off` ends it",
+                duration.as_secs()
+            );
+        }
+        Action::Off => match emergency::end(path)? {
+            true => println!("ended; requests wait for their records again within a second"),
+            false => println!("there was none"),
+        },
     }
     Ok(())
 }

@@ -7,6 +7,8 @@
 //! (the API server's side); `upgrade` joins both sides of exec and port-forward; `status` is what Weir says itself.
 
 mod body;
+#[cfg(test)]
+mod commit_tests;
 mod headers;
 mod measures;
 mod pipeline;

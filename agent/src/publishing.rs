@@ -58,6 +58,10 @@ const IDLE_WAIT: Duration = Duration::from_millis(250);
 /// From this age on a backlog is worth a word.
 const LATE: Duration = Duration::from_secs(60);
 
+/// Said once, until the journal has room again.
+const SHORTENED: &str = "the journal has no room for its next segment: segments that Kafka has acknowledged are removed before their \
+                         replay window has passed; raise journal.bytesMax, or lower kafka.replayWindowSeconds";
+
 /// Why nothing can be published.
 #[derive(Debug, thiserror::Error)]
 pub enum PublishingError {
@@ -119,11 +123,23 @@ impl Publishing {
             gap,
             Arc::clone(&measures),
         );
-        let ends = Arc::clone(&stop);
+        let (ends, counted, behind) = (Arc::clone(&stop), Arc::clone(&measures), recorder.clone());
+        let (mut early, mut is_said_early) = (0, false);
         let run = move || {
             while !ends.load(Ordering::Acquire) {
                 let seen = durable.get();
-                if !publisher.turn(now()) {
+                let more = publisher.turn(now());
+                // Rules may refuse or delay requests while Kafka is behind.
+                let (bytes, oldest) = counted.unacknowledged();
+                behind.set_unacknowledged(bytes, oldest);
+                counted.set_short(behind.is_short_of_space());
+                if counted.early() > early && !std::mem::replace(&mut is_said_early, true) {
+                    behind.finding(None, None, "replayWindowShortened", SHORTENED);
+                }
+                if !counted.is_short() {
+                    (is_said_early, early) = (false, counted.early());
+                }
+                if !more {
                     durable.wait_beyond(seen, IDLE_WAIT);
                 }
             }

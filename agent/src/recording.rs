@@ -4,11 +4,15 @@
 //! threads share the work: the proxy's tasks make events, the workers decode and mask what was tapped, one writer
 //! numbers, frames and commits. Nothing unmasked reaches the writer.
 
+mod admission;
 mod body;
+#[cfg(test)]
+mod commit_tests;
 mod content;
 #[cfg(test)]
 mod durability_tests;
 mod durable;
+mod emergency;
 mod entry;
 mod epoch;
 mod error;
@@ -20,12 +24,15 @@ mod journal;
 pub(crate) mod ledger;
 mod mask;
 mod measures;
+mod opening;
+mod plan;
 #[doc(hidden)]
 pub mod probe;
 mod queue;
 mod request;
 mod segment;
 mod session;
+mod share;
 #[cfg(test)]
 mod tests;
 mod throttle;
@@ -39,38 +46,38 @@ use std::{
     time::{Duration, Instant},
 };
 
+use arc_swap::ArcSwap;
 use bytes::Bytes;
-use http::{
-    HeaderMap, Method,
-    header::{CONTENT_ENCODING, CONTENT_TYPE},
-};
+use http::{HeaderMap, Method};
 use weir_common::{
     attributes::Attributes,
-    event::{BodySummary, Caller, Channel, Coverage, Identity, IdentityMethod, Kind, RequestOpened},
+    event::{Caller, Coverage, Identity, Kind},
 };
 
 pub(crate) use self::durable::has_ended;
 use self::{
-    body::Sensitivity,
-    content::Held,
+    admission::Unacknowledged,
+    emergency::Emergency,
     entry::{Append, Ids, Origin},
     epoch::Epoch,
     journal::{Journal, Tuning},
     mask::Masker,
     measures::Measures,
     queue::Queue,
-    request::Level,
-    session::{Belonging, Sessions},
+    session::Sessions,
+    share::Shares,
     throttle::Throttle,
-    worker::{Context, Workers},
+    worker::Workers,
     writer::Status,
 };
 pub use self::{
     durable::{Durable, DurablePosition},
     error::RecordingError,
     measures::{Measured, SYNC_BOUNDS},
+    plan::{BacklogLimits, Commit, CommitRule, CommitRules, Resources, WhenBehind},
     queue::COMMIT_BEHIND_MS,
-    request::RequestRecord,
+    request::{Committed, RequestRecord},
+    share::PodQuota,
 };
 use crate::storage::{FileSystem, Storage};
 
@@ -80,18 +87,6 @@ pub const JOURNAL_BYTES_MAX: u64 = 8 * 1024 * 1024 * 1024;
 pub const RESPONSE_BYTES_MAX: usize = 1024 * 1024;
 /// A session ends after this time without a request, unless it is configured.
 pub const SESSION_IDLE_TIMEOUT: Duration = Duration::from_secs(1800);
-
-/// Most bytes of a mutating request's body that are recorded: above the API server's own limit of 3 MiB.
-const REQUEST_BYTES_MAX: usize = 4 * 1024 * 1024;
-
-/// Most bytes of the response to a mutation that are recorded.
-const MUTATION_RESPONSE_BYTES_MAX: usize = 4 * 1024 * 1024;
-
-/// Most bytes of an error's body that are recorded where a success would be recorded otherwise.
-const ERROR_BYTES_MAX: usize = 64 * 1024;
-
-/// A request body up to this length is masked in the request's own task; a longer one on a blocking thread.
-const INLINE_BYTES_MAX: usize = 64 * 1024;
 
 /// A body that no mask has seen. It cannot be serialised, and its `Debug` shows only its length.
 pub struct Unmasked(pub Bytes);
@@ -122,6 +117,10 @@ pub struct RecorderOptions {
     /// Ed25519 key (PKCS#8, PEM) that signs checkpoints; without one each epoch makes its own and publishes only
     /// its public half.
     pub signing_key_file: Option<PathBuf>,
+    /// How requests are committed.
+    pub rules: CommitRules,
+    /// What one pod may take.
+    pub pod_quota: PodQuota,
 }
 
 impl RecorderOptions {
@@ -136,12 +135,14 @@ impl RecorderOptions {
             response_bytes_max: RESPONSE_BYTES_MAX,
             session_idle_timeout: SESSION_IDLE_TIMEOUT,
             signing_key_file: None,
+            rules: CommitRules::default(),
+            pod_quota: PodQuota::UNLIMITED,
         }
     }
 }
 
 /// A request as the proxy knows it when it arrives.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 pub struct RequestHead<'a> {
     /// HTTP method.
     pub method: &'a Method,
@@ -157,15 +158,6 @@ pub struct RequestHead<'a> {
     pub upgrade: Option<&'a str>,
     /// Who it is for, where that is known.
     pub identity: Option<&'a Identity>,
-}
-
-/// Whether a record must be on disk before the request goes on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Durability {
-    /// Mutations and streams: `open` returns after fdatasync.
-    BeforeForward,
-    /// Reads: `open` returns when the record is queued.
-    Behind,
 }
 
 /// Records what one agent process sees. Cheap to clone.
@@ -187,6 +179,11 @@ struct Inner {
     maskers: Vec<Arc<Masker>>,
     sessions: Mutex<SessionTable>,
     response_bytes_max: usize,
+    rules: ArcSwap<CommitRules>,
+    shares: Shares,
+    emergency: Arc<Emergency>,
+    unacknowledged: Unacknowledged,
+    journal_bytes_max: u64,
     folder: PathBuf,
     writer: Mutex<Option<JoinHandle<Result<(), RecordingError>>>>,
 }
@@ -261,6 +258,11 @@ impl Recorder {
             sessions: Mutex::new(SessionTable { sessions, losses: 0 }),
             response_bytes_max: options.response_bytes_max,
             throttle: Throttle::default(),
+            rules: ArcSwap::from_pointee(options.rules),
+            shares: Shares::new(options.pod_quota),
+            emergency: Arc::default(),
+            unacknowledged: Unacknowledged::default(),
+            journal_bytes_max: options.journal_bytes_max,
             folder,
             writer: Mutex::new(Some(writer)),
         };
@@ -281,140 +283,20 @@ impl Recorder {
     pub fn measured(&self) -> Measured {
         let inner = &self.inner;
         let failure = inner.status.failure().map(|failure| failure.for_client());
-        inner.measures.read(inner.queue.backlog_bytes(), failure)
-    }
-
-    /// Records that a request arrived (with its session and invocation, if they are new) and returns its record.
-    ///
-    /// # Errors
-    /// The journal cannot accept: the request must be refused.
-    pub async fn open(
-        &self,
-        caller: &Arc<Caller>,
-        cluster: usize,
-        head: RequestHead<'_>,
-        body: Option<Unmasked>,
-        durability: Durability,
-    ) -> Result<RequestRecord, RecordingError> {
-        let belonging = self.belonging(caller, cluster, &head)?;
-        let context = self.context(cluster, &belonging, head.attributes);
-        let (content, summary) = match body {
-            Some(body) if !body.0.is_empty() => {
-                let (content, summary) = mask_request(&context, head.headers, body.0).await?;
-                (content, Some(summary))
-            }
-            _ => (Vec::new(), None),
-        };
-        let opened = RequestOpened {
-            method: head.method.as_str().to_owned(),
-            uri: context.masker.request_uri(head.uri),
-            protocol: protocol(head.version),
-            headers: context.masker.headers(head.headers),
-            attributes: head.attributes.clone(),
-            upgrade: head.upgrade.map(str::to_owned),
-            identity: head.identity.cloned().map(Box::new),
-            body: summary,
-        };
-        let mut kinds = vec![Kind::RequestOpened(Box::new(opened))];
-        kinds.append(&mut content::split(Channel::RequestBody, 0, &content));
-        let ids = Ids {
-            session: &context.session,
-            invocation: context.invocation.as_deref(),
-            request: Some(&context.request),
-        };
-        // Not `Context::entry`: a request whose record does not fit is refused, not recorded as a gap.
-        let entries: Result<Vec<_>, _> =
-            kinds.into_iter().map(|kind| self.inner.origin.entry(Some(cluster), ids, kind)).collect();
-        let entries = entries?;
-        let durable = durability == Durability::BeforeForward;
-        let level = self.level(head.attributes, durable);
-        let watch = head.attributes.verb == "watch";
-        let record = RequestRecord::new(context, Arc::clone(&self.inner.status), level, watch);
-        // The record exists before the wait: should the client go away meanwhile, it closes itself.
-        let appended = record.append(entries, durable).await;
-        if appended.is_err() {
-            record.disarm();
+        let measured = inner.measures.read(inner.queue.backlog_bytes(), failure);
+        Measured {
+            used: (measured.used.0, inner.journal_bytes_max),
+            emergency: inner.emergency.left(Instant::now()),
+            emergency_requests: inner.emergency.requests(),
+            async_mutations: inner.rules.load().async_mutations,
+            ..measured
         }
-        appended.map(|()| record)
     }
 
     fn masker(&self, cluster: Option<usize>) -> &Arc<Masker> {
         let maskers = &self.inner.maskers;
         let last = maskers.len() - 1;
         &maskers[cluster.unwrap_or(last).min(last)]
-    }
-
-    /// Finds the request's session and invocation; queues their beginnings, if they are new, under the table's lock, so
-    /// that no other request of theirs can come before.
-    fn belonging(
-        &self,
-        caller: &Arc<Caller>,
-        cluster: usize,
-        head: &RequestHead<'_>,
-    ) -> Result<Belonging, RecordingError> {
-        let inner = &self.inner;
-        let verified = head.identity.filter(|identity| identity.method != IdentityMethod::Unverified);
-        let user = verified.map(|identity| identity.user.username.clone());
-        let claimed = || caller.claimed_user.clone().or_else(|| session::claimed_user(head.headers));
-        let claimed_user = if user.is_none() { claimed() } else { None };
-        let caller = Caller { claimed_user, user, ..Caller::clone(caller) };
-        let mut table = inner.sessions.lock().unwrap_or_else(PoisonError::into_inner);
-        let losses = inner.status.losses();
-        if table.losses != losses {
-            table.losses = losses;
-            table.sessions.forget();
-        }
-        let belonging = table.sessions.belonging(&caller, cluster, Instant::now());
-        let masker = self.masker(Some(cluster));
-        let mut entries = Vec::new();
-        if belonging.session_is_new {
-            let ids = Ids { session: &belonging.session, ..Ids::default() };
-            let kind = Kind::SessionStarted { caller: Box::new(masker.caller(&caller)) };
-            entries.push(inner.origin.entry(Some(cluster), ids, kind)?);
-        }
-        if let (true, Some(process)) = (belonging.invocation_is_new, &caller.process) {
-            let ids = Ids {
-                session: &belonging.session,
-                invocation: belonging.invocation.as_deref(),
-                request: None,
-            };
-            let process = masker.process(process);
-            let kind = Kind::InvocationStarted { process, container: caller.container.clone() };
-            entries.push(inner.origin.entry(Some(cluster), ids, kind)?);
-        }
-        if !entries.is_empty() {
-            inner.queue.push_small(Append::behind(entries));
-        }
-        Ok(belonging)
-    }
-
-    fn context(&self, cluster: usize, belonging: &Belonging, attributes: &Attributes) -> Context {
-        let inner = &self.inner;
-        Context {
-            origin: Arc::clone(&inner.origin),
-            queue: Arc::clone(&inner.queue),
-            workers: Arc::clone(&inner.workers),
-            worker: inner.workers.assign(),
-            masker: Arc::clone(self.masker(Some(cluster))),
-            sensitivity: Sensitivity::of(attributes),
-            cluster,
-            session: Arc::clone(&belonging.session),
-            invocation: belonging.invocation.clone(),
-            request: session::new_id(),
-            streamed: Mutex::new(None),
-            waiting: worker::Budget::default(),
-        }
-    }
-
-    fn level(&self, attributes: &Attributes, durable: bool) -> Level {
-        if durable {
-            return Level::Bounded(self.inner.response_bytes_max.max(MUTATION_RESPONSE_BYTES_MAX));
-        }
-        match (attributes.resource.as_str(), attributes.subresource.as_str()) {
-            ("", _) => Level::Metadata,
-            ("pods", "log") => Level::Streamed,
-            _ => Level::Bounded(self.inner.response_bytes_max),
-        }
     }
 
     /// Records a connection that never became a request. What one pod has of them beyond a rate is recorded as a number.
@@ -474,36 +356,5 @@ impl Recorder {
             }
         });
         stopped.await.unwrap_or(Err(RecordingError::Closed))
-    }
-}
-
-/// Decodes and masks the body of a mutating request.
-async fn mask_request(
-    context: &Context,
-    headers: &HeaderMap,
-    body: Bytes,
-) -> Result<(Vec<u8>, BodySummary), RecordingError> {
-    let text = |name| headers.get(name).and_then(|value| value.to_str().ok()).map(str::to_owned);
-    let held = Held {
-        wire_bytes: body.len() as u64,
-        cut: None,
-        content_type: text(CONTENT_TYPE),
-        content_encoding: text(CONTENT_ENCODING),
-        bytes_max: REQUEST_BYTES_MAX,
-        chunks: vec![body],
-    };
-    if held.wire_bytes <= INLINE_BYTES_MAX as u64 {
-        return Ok(content::reduce(&context.masker, context.sensitivity, &held));
-    }
-    let (masker, sensitivity) = (Arc::clone(&context.masker), context.sensitivity);
-    let reduced = tokio::task::spawn_blocking(move || content::reduce(&masker, sensitivity, &held));
-    reduced.await.map_err(|_| RecordingError::Closed)
-}
-
-fn protocol(version: http::Version) -> String {
-    match version {
-        http::Version::HTTP_2 => "HTTP/2".to_owned(),
-        http::Version::HTTP_10 => "HTTP/1.0".to_owned(),
-        _ => "HTTP/1.1".to_owned(),
     }
 }

@@ -22,6 +22,7 @@ use crate::{
 
 mod exposition;
 mod families;
+mod journal;
 mod publishing;
 #[cfg(test)]
 mod reference;
@@ -61,7 +62,14 @@ impl Telemetry {
 
     /// What an operator should know although it costs no pod anything.
     pub fn notes(&self) -> Option<String> {
-        self.observed.unpublished()
+        let emergency = self.recorder.measured().emergency.map(|left| {
+            format!(
+                "an emergency is on for {} more seconds: requests go on although their records may be lost",
+                left.as_secs()
+            )
+        });
+        let notes: Vec<_> = emergency.into_iter().chain(self.observed.unpublished()).collect();
+        (!notes.is_empty()).then(|| notes.join("\n"))
     }
 
     /// The proxy serves from now on.

@@ -49,7 +49,7 @@ impl Attributes {
     /// Reads the attributes from a method (upper case), a path as sent (percent-encoded) and its query. Never
     /// fails: what is no resource request is a non-resource request, as in the API server.
     pub fn parse(method: &str, path: &str, query: Option<&str>) -> Self {
-        let decoded = percent_decode(path, false).unwrap_or(Cow::Borrowed(path));
+        let decoded = decoded_path(path);
         let trimmed = decoded.trim_matches('/');
         let parts: Vec<&str> = trimmed.split('/').collect();
         let non_resource = || Self { verb: method.to_ascii_lowercase(), ..Self::default() };
@@ -162,6 +162,11 @@ fn query_value<'a>(query: &'a str, key: &str) -> Option<Cow<'a, str>> {
         let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
         (percent_decode(name, true)? == key).then(|| percent_decode(value, true)).flatten()
     })
+}
+
+/// A path as rules compare it, without percent-encoding; as it is if that is malformed.
+pub fn decoded_path(path: &str) -> Cow<'_, str> {
+    percent_decode(path, false).unwrap_or(Cow::Borrowed(path))
 }
 
 /// Undoes percent-encoding; none if it is malformed. Bytes that are not UTF-8 are replaced.

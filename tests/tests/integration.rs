@@ -29,6 +29,8 @@ mod client;
 mod client_faults;
 #[path = "integration/clusters.rs"]
 mod clusters;
+#[path = "integration/commits.rs"]
+mod commits;
 #[path = "integration/doctor.rs"]
 mod doctor;
 #[path = "integration/eks.rs"]

@@ -20,6 +20,9 @@ pub(crate) struct Arguments {
 enum What {
     /// Time to know whose a request is: a token that was verified before, and one rule. In the build that users run.
     Auth,
+    /// What a mutation waits for until its record is durable, beside fdatasync alone; `WEIR_BENCH_DIR` names a folder on the
+    /// disk in question.
+    Commits,
     /// Time of the kernel programs per run, by the kernel's own count, beside that of empty ones. Needs root.
     Hooks,
     /// Time until a node of 250 pods is enrolled, and what becomes of 1,000 pods that connect at once. Needs root.
@@ -33,6 +36,8 @@ enum What {
 pub(crate) fn run(root: &Path, arguments: &Arguments) -> Result<()> {
     match arguments.what {
         What::Auth => cargo_bench(root, "auth", "release"),
+        // What is waited for is the disk; a release build is long, and takes some µs off the rest.
+        What::Commits => cargo_bench(root, "commits", "dev"),
         What::Hooks => {
             build_ebpf::run(root, build_ebpf::Options::default())?;
             // The programs are the kernel's; how the rest is compiled makes no difference, and a release build is long.

@@ -6,7 +6,7 @@ use tokio::sync::watch;
 
 use super::cluster::Live;
 use crate::{
-    config::{Enrolment, Source, source::Changed},
+    config::{Enrolment, Recording, Source, source::Changed},
     interception::observed::Observed,
     recording::Recorder,
 };
@@ -16,10 +16,24 @@ const INTERVAL: Duration = Duration::from_secs(2);
 /// The finding by which an operator hears of a change that was not taken.
 const FINDING: &str = "configurationRefused";
 
+/// The finding by which a change of the rules for recording is in the record.
+const RECORDING_FINDING: &str = "recordingRulesChanged";
+
+/// Records that mutations may go on although their records could be lost, if they may.
+pub(super) fn announce_async_mutations(recorder: &Recorder, recording: &Recording) {
+    if recording.commits.async_mutations {
+        let message = "recording.allowAsyncMutations is set: what rules make async goes on before its record is durable, \
+             mutations and streams included; a crash can lose such records";
+        tracing::warn!(message);
+        recorder.finding(None, None, "asyncMutations", message);
+    }
+}
+
 /// What a change reaches.
 pub(super) struct Reload {
     pub(super) clusters: Vec<Live>,
     pub(super) enrolment: watch::Sender<Arc<[Enrolment]>>,
+    pub(super) recording: watch::Sender<Recording>,
     pub(super) recorder: Recorder,
     pub(super) observed: Arc<Observed>,
 }
@@ -53,8 +67,23 @@ impl Reload {
             Err(error) => return self.refuse(&error.to_string()),
         }
         self.enrolment.send_replace(config.enrolment.clone().into());
+        self.take_recording(&config.recording);
         self.observed.configured(None);
-        tracing::info!("configuration changed: rules, issuers and enrolment are in force");
+        tracing::info!("configuration changed: rules, issuers, recording and enrolment are in force");
+    }
+
+    /// What may weaken the record is recorded before it is in force.
+    fn take_recording(&self, recording: &Recording) {
+        let before = self.recording.send_replace(recording.clone());
+        if before == *recording {
+            return;
+        }
+        let message = "rules by which requests are committed have changed (`recording` in the configuration)";
+        self.recorder.finding(None, None, RECORDING_FINDING, message);
+        if !before.commits.async_mutations {
+            announce_async_mutations(&self.recorder, recording);
+        }
+        self.recorder.set_rules(recording.commits.clone());
     }
 
     fn refuse(&self, problem: &str) {

@@ -7,7 +7,6 @@ use std::{
     fs::File,
     net::{IpAddr, Ipv4Addr, SocketAddr},
     path::PathBuf,
-    time::Duration,
 };
 
 use serde::Deserialize;
@@ -15,12 +14,14 @@ use serde::Deserialize;
 use super::authentication::RawAuthentication;
 use super::{
     API_VERSION, Access, Authentication, CLUSTERS_MAX, Cluster, Config, ENDPOINT_NAMES_MAX, EndpointName,
-    Enrolment, JOURNAL_BYTES_MIN, Journal, KIND, LabelSelector, Limits, Mode, NAME_SERVERS_MAX,
-    STATE_DIRECTORY, Trust,
+    Enrolment, JOURNAL_BYTES_MIN, Journal, KIND, LabelSelector, Mode, NAME_SERVERS_MAX, STATE_DIRECTORY,
+    Trust,
     kafka::RawKafka,
+    limits::RawLimits,
+    recording::RawRecording,
     roles::{self, RawRole},
 };
-use crate::recording::{JOURNAL_BYTES_MAX, RESPONSE_BYTES_MAX, SESSION_IDLE_TIMEOUT};
+use crate::recording::JOURNAL_BYTES_MAX;
 
 /// A value that makes no sense: where, and why.
 pub(super) struct Invalid {
@@ -32,12 +33,8 @@ pub(super) fn invalid<T>(key: impl Into<String>, problem: impl Into<String>) -> 
     Err(Invalid { key: key.into(), problem: problem.into() })
 }
 
-/// Longest time to drain.
-const DRAIN_SECONDS_MAX: u64 = 3600;
 /// Port of metrics and health, unless another is configured.
 const METRICS_PORT: u16 = 9155;
-/// Shortest idle time of a session.
-const SESSION_IDLE_TIMEOUT_SECONDS_MIN: u64 = 1;
 
 /// The configuration of a node's agent.
 #[derive(Deserialize)]
@@ -59,6 +56,9 @@ pub(super) struct AgentConfiguration {
     journal: RawJournal,
     /// Where events are published, and what was published leaves the journal. Without it nothing leaves the journal.
     kafka: Option<RawKafka>,
+    /// When records must be on disk, and what happens while they cannot be.
+    #[serde(default)]
+    recording: RawRecording,
     /// Folder of what else must outlive a reboot, an absolute path; made if absent. `api-set.json` in it has the addresses
     /// from which `weir-agent guard` and an agent that starts keep pods before they have reached a cluster.
     #[serde(default = "state_directory")]
@@ -211,30 +211,6 @@ struct RawEnrolment {
     mode: Option<Mode>,
 }
 
-#[derive(Deserialize)]
-#[cfg_attr(test, derive(schemars::JsonSchema))]
-#[serde(deny_unknown_fields, rename_all = "camelCase", default)]
-struct RawLimits {
-    /// Seconds that open requests and streams may go on after SIGTERM.
-    #[cfg_attr(test, schemars(range(max = DRAIN_SECONDS_MAX)))]
-    drain_seconds: u64,
-    /// Most bytes of a read's response that are recorded, per request; beyond it the length and a mark.
-    response_bytes_max: usize,
-    /// Seconds without a request after which a session ends.
-    #[cfg_attr(test, schemars(range(min = SESSION_IDLE_TIMEOUT_SECONDS_MIN)))]
-    session_idle_timeout_seconds: u64,
-}
-
-impl Default for RawLimits {
-    fn default() -> Self {
-        Self {
-            drain_seconds: 30,
-            response_bytes_max: RESPONSE_BYTES_MAX,
-            session_idle_timeout_seconds: SESSION_IDLE_TIMEOUT.as_secs(),
-        }
-    }
-}
-
 impl AgentConfiguration {
     pub(super) fn validate(self, default_node: &str) -> Result<Config, Invalid> {
         if self.api_version != API_VERSION {
@@ -260,6 +236,7 @@ impl AgentConfiguration {
             tenant: self.tenant,
             journal: Journal { directory: self.journal.directory, bytes_max: self.journal.bytes_max },
             kafka: self.kafka.map(RawKafka::validate).transpose()?,
+            recording: self.recording.validate()?,
             state_directory: self.state_directory,
             clusters: clusters(self.clusters)?,
             name_servers: name_servers(&self.name_servers)?,
@@ -268,23 +245,6 @@ impl AgentConfiguration {
             cgroup_root: self.cgroup_root,
             metrics: self.metrics.map(RawMetrics::validate).transpose()?,
             limits: self.limits.validate()?,
-        })
-    }
-}
-
-impl RawLimits {
-    fn validate(self) -> Result<Limits, Invalid> {
-        if self.drain_seconds > DRAIN_SECONDS_MAX {
-            return invalid("limits.drainSeconds", format!("must be at most {DRAIN_SECONDS_MAX}"));
-        }
-        if self.session_idle_timeout_seconds < SESSION_IDLE_TIMEOUT_SECONDS_MIN {
-            let problem = format!("must be at least {SESSION_IDLE_TIMEOUT_SECONDS_MIN}");
-            return invalid("limits.sessionIdleTimeoutSeconds", problem);
-        }
-        Ok(Limits {
-            drain: Duration::from_secs(self.drain_seconds),
-            response_bytes_max: self.response_bytes_max,
-            session_idle_timeout: Duration::from_secs(self.session_idle_timeout_seconds),
         })
     }
 }

@@ -12,7 +12,7 @@ use super::{Config, ConfigError};
 /// The key of a cluster's issuers.
 const ISSUERS: &str = "authentication";
 /// Keys of the file that change while the agent runs.
-const LIVE: [&str; 1] = ["enrolment"];
+const LIVE: [&str; 2] = ["enrolment", "recording"];
 /// The same, of one cluster.
 const LIVE_OF_CLUSTER: [&str; 2] = [ISSUERS, "roles"];
 

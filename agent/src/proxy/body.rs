@@ -1,6 +1,8 @@
 //! Bodies: requests are held whole within a limit, answers stream through a tap.
 //!
-//! The tap shows each piece to the record and passes it on at once; nothing here may collect an answer.
+//! The tap shows each piece to the record and passes it on at once; nothing here may collect an answer. Only what ends an
+//! answer (the last piece where that is known, else the end itself) waits, where the rules want the record of the whole
+//! to be durable first.
 
 use std::{
     pin::Pin,
@@ -22,7 +24,7 @@ use super::{
     quota::{HeldBytes, Quota},
     status::Refusal,
 };
-use crate::recording::RequestRecord;
+use crate::recording::{Committed, RecordingError, RequestRecord};
 
 /// How much room a body of unknown length gets before the next piece asks for more.
 const HOLD_STEP_BYTES: usize = 64 * 1024;
@@ -147,15 +149,41 @@ impl ResponseBody {
     }
 }
 
+/// Why an answer breaks off.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum BodyError {
+    /// The API server's side.
+    #[error(transparent)]
+    Upstream(#[from] hyper::Error),
+    /// Its record is not durable, so the rest is kept back.
+    #[error("the answer cannot be recorded, so it is cut: {}", .0.for_client())]
+    Recording(RecordingError),
+}
+
 /// The API server's body on its way to the client.
-#[derive(Debug)]
 pub(super) struct Tapped {
     inner: Incoming,
     record: Arc<RequestRecord>,
     lease: Option<Lease>,
     cut: CancellationToken,
     closed: bool,
+    held_back: Option<HeldBack>,
     _request_room: Option<HeldBytes>,
+}
+
+/// The next piece of a body, or its end.
+type Next = Option<Result<Frame<Bytes>, BodyError>>;
+
+/// What goes on when a record is durable: a piece, or the end.
+struct HeldBack {
+    committed: Committed,
+    frame: Option<Frame<Bytes>>,
+}
+
+impl std::fmt::Debug for Tapped {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Tapped").field("record", &self.record.id()).finish_non_exhaustive()
+    }
 }
 
 impl Tapped {
@@ -167,7 +195,13 @@ impl Tapped {
         cut: CancellationToken,
         request_room: Option<HeldBytes>,
     ) -> Self {
-        Self { inner, record, lease: Some(lease), cut, closed: false, _request_room: request_room }
+        let (lease, closed, held_back) = (Some(lease), false, None);
+        Self { inner, record, lease, cut, closed, held_back, _request_room: request_room }
+    }
+
+    /// What the head waits for where nothing follows it: nobody would ask for the end of such a body.
+    pub(super) fn ends_with_head(&mut self) -> Option<Committed> {
+        if self.inner.is_end_stream() { self.finish() } else { None }
     }
 
     fn close(&mut self, outcome: Outcome, reason: Option<&str>) {
@@ -176,11 +210,51 @@ impl Tapped {
         }
     }
 
-    fn finish(&mut self) {
-        self.close(Outcome::Complete, None);
+    /// The answer is whole; what ends it goes to the client when what is returned is ready.
+    fn finish(&mut self) -> Option<Committed> {
+        let first = !std::mem::replace(&mut self.closed, true);
+        let committed = if first { self.record.close_durably(Outcome::Complete, None) } else { None };
         if let Some(lease) = self.lease.take() {
             lease.finish();
         }
+        committed
+    }
+
+    /// The next piece of the API server's body, and what it waits for.
+    fn poll_inner(&mut self, context: &mut Context<'_>) -> Poll<(Next, Option<Committed>)> {
+        let next = ready!(Pin::new(&mut self.inner).poll_frame(context));
+        Poll::Ready(match next {
+            Some(Ok(frame)) => {
+                let piece = frame.data_ref().and_then(|data| self.record.response_data(data));
+                let is_last = frame.is_trailers() || self.inner.is_end_stream();
+                let whole = if is_last { self.finish() } else { None };
+                (Some(Ok(frame)), whole.or(piece))
+            }
+            Some(Err(error)) => {
+                let reason = super::upstream::explain(&error);
+                self.close(Outcome::UpstreamFailed, Some(&reason));
+                (Some(Err(error.into())), None)
+            }
+            None => (None, self.finish()),
+        })
+    }
+
+    fn poll_next(&mut self, context: &mut Context<'_>) -> Poll<Next> {
+        if self.held_back.is_none() {
+            let (next, committed) = ready!(self.poll_inner(context));
+            let Some(committed) = committed else { return Poll::Ready(next) };
+            match next.transpose() {
+                Ok(frame) => self.held_back = Some(HeldBack { committed, frame }),
+                Err(error) => return Poll::Ready(Some(Err(error))),
+            }
+        }
+        let Some(held_back) = &mut self.held_back else { return Poll::Ready(None) };
+        let committed = ready!(held_back.committed.as_mut().poll(context));
+        let frame = self.held_back.take().and_then(|held_back| held_back.frame);
+        Poll::Ready(match committed {
+            Ok(()) => frame.map(Ok),
+            Err(error) => Some(Err(BodyError::Recording(error))),
+        })
     }
 }
 
@@ -191,7 +265,7 @@ impl Drop for Tapped {
         }
         // hyper does not ask for the end of a body whose length it knows.
         if self.inner.is_end_stream() {
-            self.finish();
+            drop(self.finish());
         } else if self.cut.is_cancelled() {
             self.close(Outcome::Drained, Some("the agent reached its drain limit"));
         } else {
@@ -202,36 +276,19 @@ impl Drop for Tapped {
 
 impl Body for ResponseBody {
     type Data = Bytes;
-    type Error = hyper::Error;
+    type Error = BodyError;
 
-    fn poll_frame(
-        self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
-        let tapped = match self.get_mut() {
-            Self::Whole(bytes) => return Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
-            Self::Tapped(tapped) => tapped,
-        };
-        let next = ready!(Pin::new(&mut tapped.inner).poll_frame(context));
-        match &next {
-            Some(Ok(frame)) => {
-                if let Some(data) = frame.data_ref() {
-                    tapped.record.response_data(data);
-                }
-            }
-            Some(Err(error)) => {
-                let reason = super::upstream::explain(error);
-                tapped.close(Outcome::UpstreamFailed, Some(&reason));
-            }
-            None => tapped.finish(),
+    fn poll_frame(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Next> {
+        match self.get_mut() {
+            Self::Whole(bytes) => Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
+            Self::Tapped(tapped) => tapped.poll_next(context),
         }
-        Poll::Ready(next)
     }
 
     fn is_end_stream(&self) -> bool {
         match self {
             Self::Whole(bytes) => bytes.is_none(),
-            Self::Tapped(tapped) => tapped.inner.is_end_stream(),
+            Self::Tapped(tapped) => tapped.held_back.is_none() && tapped.inner.is_end_stream(),
         }
     }
 

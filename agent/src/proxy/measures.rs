@@ -31,6 +31,10 @@ pub enum Verdict {
     BodyAborted,
     /// The journal does not accept.
     NotRecorded,
+    /// The pod records more than it may.
+    OverQuota,
+    /// The journal does not accept the answer, which is kept back.
+    AnswerNotRecorded,
     /// The API server cannot be reached.
     Unreachable,
     /// The API server broke off.
@@ -39,7 +43,7 @@ pub enum Verdict {
 
 impl Verdict {
     /// All of them.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 17] = [
         Self::Forwarded,
         Self::Unsupported,
         Self::MalformedHost,
@@ -53,6 +57,8 @@ impl Verdict {
         Self::BodyTimeout,
         Self::BodyAborted,
         Self::NotRecorded,
+        Self::OverQuota,
+        Self::AnswerNotRecorded,
         Self::Unreachable,
         Self::UpstreamFailed,
     ];
@@ -73,6 +79,8 @@ impl Verdict {
             Self::BodyTimeout => "body_timeout",
             Self::BodyAborted => "body_aborted",
             Self::NotRecorded => "not_recorded",
+            Self::OverQuota => "over_quota",
+            Self::AnswerNotRecorded => "answer_not_recorded",
             Self::Unreachable => "unreachable",
             Self::UpstreamFailed => "upstream_failed",
         }

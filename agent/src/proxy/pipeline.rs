@@ -29,7 +29,7 @@ use super::{
 };
 use crate::{
     auth::{Asked, Credential, Decision, Onward, Policy, Question},
-    recording::{Durability, RequestHead, RequestRecord, Unmasked},
+    recording::{RecordingError, RequestHead, RequestRecord, Unmasked},
 };
 
 /// Answers one request, whatever happens with it.
@@ -64,7 +64,10 @@ pub(super) async fn answer(
     guard.armed = false;
     let verdict = forwarded.as_ref().map_or_else(Refusal::verdict, |_| Verdict::Forwarded);
     connection.cluster().measures.request(verdict);
-    Ok(forwarded.unwrap_or_else(|refusal| refuse(&refusal, &record)))
+    Ok(match forwarded {
+        Ok(response) => response,
+        Err(refusal) => refuse(&refusal, &record).await,
+    })
 }
 
 /// Says in the record that it was the drain limit, should that end the wait for an answer. Disarmed
@@ -170,11 +173,6 @@ async fn record(
     identity: Option<&Identity>,
 ) -> Result<RequestRecord, Refusal> {
     let upgrade = headers::upgrade_protocol(head);
-    let durability = if upgrade.is_some() || attributes.is_mutating(head.method.as_str()) {
-        Durability::BeforeForward
-    } else {
-        Durability::Behind
-    };
     let request_head = RequestHead {
         method: &head.method,
         uri: &head.uri,
@@ -188,9 +186,12 @@ async fn record(
     connection
         .shared
         .recorder
-        .open(connection.origin.caller(), connection.cluster_index, request_head, body, durability)
+        .open(connection.origin.caller(), connection.cluster_index, request_head, body)
         .await
-        .map_err(|error| Refusal::NotRecorded { cause: error.for_client() })
+        .map_err(|error| match error.is_of_pod() {
+            true => Refusal::OverQuota { cause: error.for_client() },
+            false => Refusal::NotRecorded { cause: error.for_client() },
+        })
 }
 
 async fn forward(
@@ -219,7 +220,7 @@ async fn forward(
     drop(outgoing);
     let (response, lease) = answer;
     let request_room = held.forwarded();
-    Ok(respond(connection, response, (lease, request_room), streaming, record, client_upgrade))
+    respond(connection, response, (lease, request_room), streaming, record, client_upgrade).await
 }
 
 /// Sends a request with a credential, on a connection that is meant for it.
@@ -267,14 +268,14 @@ fn outgoing(
 }
 
 /// Turns the API server's answer into the client's.
-fn respond(
+async fn respond(
     connection: &Connection,
     mut response: Response<Incoming>,
     (lease, request_room): (Lease, Option<HeldBytes>),
     streaming: bool,
     record: &Arc<RequestRecord>,
     client_upgrade: OnUpgrade,
-) -> Response<ResponseBody> {
+) -> Result<Response<ResponseBody>, Refusal> {
     let upgraded = response.status() == StatusCode::SWITCHING_PROTOCOLS;
     headers::prepare_response(response.headers_mut(), upgraded);
     // The version is the connection's own, on each side.
@@ -282,9 +283,13 @@ fn respond(
     record.response_started(response.status(), response.headers(), streaming || upgraded);
     if !upgraded {
         let cut = connection.shared.cut.clone();
-        return response.map(|inner| {
-            ResponseBody::Tapped(Tapped::new(inner, Arc::clone(record), lease, cut, request_room))
-        });
+        let (head, inner) = response.into_parts();
+        let mut tapped = Tapped::new(inner, Arc::clone(record), lease, cut, request_room);
+        if let Some(committed) = tapped.ends_with_head() {
+            let cause = |error: RecordingError| Refusal::AnswerNotRecorded { cause: error.for_client() };
+            committed.await.map_err(cause)?;
+        }
+        return Ok(Response::from_parts(head, ResponseBody::Tapped(tapped)));
     }
     let server_upgrade = hyper::upgrade::on(&mut response);
     let (shared, record) = (&connection.shared, Arc::clone(record));
@@ -293,7 +298,7 @@ fn respond(
         upgrade::run(client_upgrade, server_upgrade, record, cut).await;
         drop((lease, request_room));
     });
-    response.map(|_| ResponseBody::Whole(None))
+    Ok(response.map(|_| ResponseBody::Whole(None)))
 }
 
 fn upstream_refusal(connection: &Connection, error: UpstreamError) -> Refusal {
@@ -305,19 +310,22 @@ fn upstream_refusal(connection: &Connection, error: UpstreamError) -> Refusal {
     }
 }
 
-/// Answers with a refusal and records it.
-fn refuse(refusal: &Refusal, record: &RequestRecord) -> Response<ResponseBody> {
+/// Answers with a refusal when it is recorded, as durably as the rules want it.
+async fn refuse(refusal: &Refusal, record: &RequestRecord) -> Response<ResponseBody> {
     let message = refusal.to_string();
-    match refusal {
-        Refusal::BodyAborted => record.close(Outcome::ClientAborted, Some(&message)),
-        Refusal::UpstreamFailed { .. } | Refusal::Unreachable { .. } => {
-            record.refused(refusal.status(), &message);
-            record.close(Outcome::UpstreamFailed, Some(&message));
-        }
-        _ => {
-            record.refused(refusal.status(), &message);
-            record.close(Outcome::Refused, Some(&message));
-        }
+    let outcome = match refusal {
+        // That the answer was whole is said already, or lost.
+        Refusal::AnswerNotRecorded { .. } => return refusal.response(Some(record.id())),
+        Refusal::BodyAborted => Outcome::ClientAborted,
+        Refusal::UpstreamFailed { .. } | Refusal::Unreachable { .. } => Outcome::UpstreamFailed,
+        _ => Outcome::Refused,
+    };
+    if !matches!(refusal, Refusal::BodyAborted) {
+        record.refused(refusal.status(), &message);
+    }
+    if let Some(committed) = record.close_durably(outcome, Some(&message)) {
+        // It is refused either way.
+        let _ = committed.await;
     }
     refusal.response(Some(record.id()))
 }

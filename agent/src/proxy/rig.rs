@@ -36,7 +36,10 @@ use weir_common::{
 use super::{Accepted, ClusterUpstream, Endpoints, Limits, Proxy, ProxyOptions, upstream_tls};
 use crate::{
     auth::Policy,
-    recording::{Recorder, RecorderOptions},
+    recording::{
+        Recorder, RecorderOptions,
+        fixture::{self, TestDisk},
+    },
     trust::ServingCertificate,
 };
 
@@ -96,21 +99,31 @@ impl Rig {
     }
 
     pub(super) async fn with_limits(upstream_alpn: &[&str], limits: Limits) -> Self {
+        let start = |options| Recorder::start(options).expect("a recorder");
+        Self::recorded_by(upstream_alpn, limits, start).await
+    }
+
+    /// The same, with a journal on a disk that the test has in its hands.
+    pub(super) async fn on_disk(upstream_alpn: &[&str], disk: &Arc<TestDisk>) -> Self {
+        let start = |options| fixture::on(disk, options).expect("a recorder");
+        Self::recorded_by(upstream_alpn, Limits::default(), start).await
+    }
+
+    async fn recorded_by(
+        upstream_alpn: &[&str],
+        limits: Limits,
+        start: impl FnOnce(RecorderOptions) -> Recorder,
+    ) -> Self {
         let (server_tls, roots) = certificates();
         let (upstream, address) = Upstream::start(&server_tls, upstream_alpn).await;
         let endpoints = Arc::new(ArcSwap::from_pointee(vec![address]));
         let folder = tempfile::tempdir().expect("a temporary folder");
-        let recorder = Recorder::start(RecorderOptions {
-            directory: folder.path().to_owned(),
+        let recorder = start(RecorderOptions {
             journal_bytes_max: 256 * 1024 * 1024,
-            node: "node".into(),
-            tenant: None,
-            clusters: vec!["test".into()],
             response_bytes_max: 64 * 1024,
             session_idle_timeout: Duration::from_secs(60),
-            signing_key_file: None,
-        })
-        .expect("a recorder");
+            ..RecorderOptions::new(folder.path().to_owned(), "node".into(), vec!["test".into()])
+        });
         let tls = upstream_tls(roots.clone(), None).expect("a client configuration");
         let policy = Arc::new(ArcSwap::from_pointee(Policy::open("test".into())));
         let cluster = ClusterUpstream {
@@ -295,9 +308,10 @@ async fn serve(upstream: Arc<Upstream>, mut request: Request<Incoming>) -> Resul
     let path = head.uri.path().to_owned();
     let seen = Seen { uri: head.uri, version: head.version, headers: head.headers, body: body.clone() };
     let audit_id = seen.headers.get("audit-id").cloned();
-    let refused = upstream.refused.lock().expect("not poisoned");
-    let refuses = seen.headers.get("authorization").is_some_and(|presented| refused.contains(presented));
-    drop(refused);
+    let refuses = {
+        let refused = upstream.refused.lock().expect("not poisoned");
+        seen.headers.get("authorization").is_some_and(|presented| refused.contains(presented))
+    };
     upstream.seen.lock().expect("not poisoned").push(seen);
     let mut response = Response::new(full("not found"));
     if let Some(id) = audit_id {
@@ -309,6 +323,11 @@ async fn serve(upstream: Arc<Upstream>, mut request: Request<Incoming>) -> Resul
         "/watch" => *response.body_mut() = watch(upstream, false),
         "/hangup" => return Err(io::Error::other("hung up")),
         "/broken" => *response.body_mut() = watch(upstream, true),
+        "/later" => {
+            upstream.next_event.notified().await;
+            *response.body_mut() = full(body);
+        }
+        "/two" => *response.body_mut() = two(upstream),
         "/trailers" => *response.body_mut() = trailers(),
         path if path.ends_with("/exec") => {
             *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
@@ -358,6 +377,20 @@ fn watch(upstream: Arc<Upstream>, breaks: bool) -> Body {
         }
     });
     StreamBody::new(events).boxed_unsync()
+}
+
+/// Sends a piece, and the last one when the test asks, without having said how long it is.
+fn two(upstream: Arc<Upstream>) -> Body {
+    let pieces = stream::unfold(0, move |count| {
+        let upstream = Arc::clone(&upstream);
+        async move {
+            if count == 1 {
+                upstream.next_event.notified().await;
+            }
+            (count < 2).then(|| (Ok(Frame::data(Bytes::from(format!("piece {count}")))), count + 1))
+        }
+    });
+    StreamBody::new(pieces).boxed_unsync()
 }
 
 fn trailers() -> Body {

@@ -67,6 +67,21 @@ pub(super) enum Refusal {
         /// Why, in recording's words for clients.
         cause: &'static str,
     },
+    /// The pod records more than it may.
+    #[error("too much of this pod is being recorded, so the request is not forwarded: {cause}")]
+    OverQuota {
+        /// Why, in recording's words for clients.
+        cause: &'static str,
+    },
+    /// The request was carried out, but the record of its answer cannot be made durable: the answer is kept back.
+    #[error(
+        "the API server has answered, but its answer cannot be recorded, so it is kept back: {cause}; look at what \
+         became of the request before you repeat it"
+    )]
+    AnswerNotRecorded {
+        /// Why, in recording's words for clients.
+        cause: &'static str,
+    },
     /// The API server cannot be reached.
     #[error("the API server of cluster {cluster:?} cannot be reached: {cause}")]
     Unreachable {
@@ -118,7 +133,8 @@ impl Refusal {
                 Kind::Unavailable(_) => StatusCode::SERVICE_UNAVAILABLE,
             },
             Self::BodyTooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
-            Self::TooManyBodies => StatusCode::TOO_MANY_REQUESTS,
+            Self::TooManyBodies | Self::OverQuota { .. } => StatusCode::TOO_MANY_REQUESTS,
+            Self::AnswerNotRecorded { .. } => StatusCode::INTERNAL_SERVER_ERROR,
             Self::BodyTimeout { .. } => StatusCode::REQUEST_TIMEOUT,
             Self::NotRecorded { .. } | Self::Unreachable { .. } => StatusCode::SERVICE_UNAVAILABLE,
             Self::UpstreamFailed { .. } => StatusCode::BAD_GATEWAY,
@@ -142,6 +158,8 @@ impl Refusal {
             Self::BodyTimeout { .. } => Verdict::BodyTimeout,
             Self::BodyAborted => Verdict::BodyAborted,
             Self::NotRecorded { .. } => Verdict::NotRecorded,
+            Self::OverQuota { .. } => Verdict::OverQuota,
+            Self::AnswerNotRecorded { .. } => Verdict::AnswerNotRecorded,
             Self::Unreachable { .. } => Verdict::Unreachable,
             Self::UpstreamFailed { .. } => Verdict::UpstreamFailed,
         }
@@ -159,7 +177,8 @@ impl Refusal {
                 Kind::Unavailable(_) => "ServiceUnavailable",
             },
             Self::BodyTooLarge { .. } => "RequestEntityTooLarge",
-            Self::TooManyBodies => "TooManyRequests",
+            Self::TooManyBodies | Self::OverQuota { .. } => "TooManyRequests",
+            Self::AnswerNotRecorded { .. } => "InternalError",
             Self::BodyTimeout { .. } => "Timeout",
             Self::NotRecorded { .. } | Self::Unreachable { .. } => "ServiceUnavailable",
             Self::UpstreamFailed { .. } => "BadGateway",
@@ -167,10 +186,10 @@ impl Refusal {
     }
 
     /// Whether the client should try again by itself. Not for an API server that is down: kubectl would then wait
-    /// through ten attempts where without Weir it says so at once.
+    /// through ten attempts where without Weir it says so at once. Not where the request was carried out.
     fn retry_after_s(&self) -> Option<u32> {
         match self {
-            Self::NotRecorded { .. } | Self::TooManyBodies => Some(RETRY_AFTER_S),
+            Self::NotRecorded { .. } | Self::OverQuota { .. } | Self::TooManyBodies => Some(RETRY_AFTER_S),
             Self::Identity(refused) => match refused.kind() {
                 Kind::Unavailable(after) => {
                     Some(u32::try_from(after.as_secs()).unwrap_or(u32::MAX).max(RETRY_AFTER_S))

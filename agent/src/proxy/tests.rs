@@ -18,7 +18,7 @@ use super::{
 
 const POD: &str = "/api/v1/namespaces/a/pods/p";
 
-fn request(builder: Builder, body: impl Into<Bytes>) -> Request<Full<Bytes>> {
+pub(super) fn request(builder: Builder, body: impl Into<Bytes>) -> Request<Full<Bytes>> {
     builder.body(Full::new(body.into())).expect("a request")
 }
 

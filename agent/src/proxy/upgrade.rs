@@ -1,6 +1,7 @@
 //! Upgraded connections (exec, attach, port-forward): bytes pass unchanged both ways, each half closed by itself.
 //!
-//! Client to server, a piece is durable before it is forwarded; server to client, it is queued for recording. No
+//! Client to server, a piece is durable before it is forwarded; server to client, it is queued for recording, and
+//! durable before the end is forwarded (`strict`: before itself is). No
 //! idle limit here: a port-forward may be silent for hours.
 
 use std::{
@@ -142,6 +143,9 @@ async fn pump(
             let first = !ends.one_ended.swap(true, Ordering::Relaxed);
             if first && !said_so && direction == Direction::ClientToServer {
                 ends.client_gone.store(true, Ordering::Relaxed);
+            }
+            if direction == Direction::ServerToClient {
+                record.server_stream_end().await.map_err(StreamError::Recording)?;
             }
             return match writer.shutdown().await {
                 Err(error) if first && error.kind() != io::ErrorKind::NotConnected => {

@@ -375,7 +375,7 @@ pub(crate) struct Run {
     pub(super) publisher: Publisher,
     pub(super) durable: Arc<DurablePosition>,
     pub(super) gaps: Arc<Mutex<Vec<Gap>>>,
-    measures: Arc<Measures>,
+    pub(super) measures: Arc<Measures>,
 }
 
 /// How long tests keep what was acknowledged.

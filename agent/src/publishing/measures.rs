@@ -25,6 +25,11 @@ pub(super) struct Measures {
     oldest_unix_us: AtomicU64,
     connected: AtomicBool,
     removed: AtomicU64,
+    /// Of those, the ones that went before their replay window had passed.
+    removed_early: AtomicU64,
+    /// The journal needs room.
+    is_short: AtomicBool,
+    unreadable: AtomicU64,
     damages: AtomicU64,
     trouble: Mutex<Option<String>>,
 }
@@ -52,6 +57,10 @@ pub struct Published {
     pub connected: bool,
     /// Segments that were published and removed.
     pub segments_removed: u64,
+    /// Of those, the ones that went before the replay window had passed, since the journal needed room.
+    pub segments_removed_early: u64,
+    /// Epochs in the journal that cannot be opened.
+    pub epochs_unreadable: u64,
     /// Places in the journal that could not be read.
     pub damages: u64,
     /// Why nothing is published just now, in words; none while all is well.
@@ -102,6 +111,30 @@ impl Measures {
         self.removed.fetch_add(segments, Ordering::Relaxed);
     }
 
+    /// A segment went before its replay window had passed.
+    pub(super) fn removed_early(&self, segments: u64) {
+        self.removed(segments);
+        self.removed_early.fetch_add(segments, Ordering::Relaxed);
+    }
+
+    /// How many did.
+    pub(super) fn early(&self) -> u64 {
+        self.removed_early.load(Ordering::Relaxed)
+    }
+
+    /// Whether the journal needs room.
+    pub(super) fn set_short(&self, is_short: bool) {
+        self.is_short.store(is_short, Ordering::Relaxed);
+    }
+
+    pub(super) fn is_short(&self) -> bool {
+        self.is_short.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn unreadable(&self, epochs: u64) {
+        self.unreadable.store(epochs, Ordering::Relaxed);
+    }
+
     pub(super) fn damaged(&self) {
         self.damages.fetch_add(1, Ordering::Relaxed);
     }
@@ -110,6 +143,12 @@ impl Measures {
         self.backlog_bytes.store(bytes, Ordering::Relaxed);
         let oldest = oldest_unix_us.and_then(|oldest| u64::try_from(oldest).ok()).unwrap_or_default();
         self.oldest_unix_us.store(oldest, Ordering::Relaxed);
+    }
+
+    /// The backlog, and when the oldest event in it was made.
+    pub(super) fn unacknowledged(&self) -> (u64, Option<i64>) {
+        let oldest = i64::try_from(self.oldest_unix_us.load(Ordering::Relaxed)).ok();
+        (self.backlog_bytes.load(Ordering::Relaxed), oldest.filter(|oldest| *oldest > 0))
     }
 
     pub(super) fn connected(&self, connected: bool) {
@@ -139,6 +178,8 @@ impl Measures {
             backlog_seconds: u64::try_from(age).unwrap_or_default(),
             connected: self.connected.load(Ordering::Relaxed),
             segments_removed: read(&self.removed),
+            segments_removed_early: read(&self.removed_early),
+            epochs_unreadable: read(&self.unreadable),
             damages: read(&self.damages),
             trouble: self.trouble.lock().unwrap_or_else(PoisonError::into_inner).clone(),
         }

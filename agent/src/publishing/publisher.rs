@@ -22,7 +22,7 @@ use super::{
     measures::Measures,
     retention,
     sink::{Failure, MakeSink, Outcome, Sink, Taken, Ticket},
-    stream::{Now, Stream},
+    stream::{Now, Stream, is_due, remove_oldest},
 };
 use crate::{
     recording::{Durable, DurablePosition, has_ended},
@@ -146,8 +146,12 @@ impl Publisher {
         });
         let heard = self.hear(now);
         self.write_cursors(now, false);
-        if is_due(&mut self.removed, now, REMOVE_INTERVAL) {
+        let is_short = self.measures.is_short();
+        if is_due(&mut self.removed, now, if is_short { MEASURE_INTERVAL } else { REMOVE_INTERVAL }) {
             self.remove(now);
+            if is_short {
+                self.measures.removed_early(remove_oldest(&mut self.streams, now));
+            }
         }
         if is_due(&mut self.measured, now, MEASURE_INTERVAL) {
             self.measure(now);
@@ -183,6 +187,7 @@ impl Publisher {
                 return;
             }
         };
+        let mut unreadable = 0;
         for (epoch, folder) in epochs {
             if self.streams.iter().any(|stream| stream.epoch == epoch) {
                 continue;
@@ -202,9 +207,13 @@ impl Publisher {
                     self.streams.push(stream);
                 }
                 Ok(None) => {}
-                Err(error) => tracing::warn!(%epoch, %error, "cannot publish this epoch yet"),
+                Err(error) => {
+                    unreadable += 1;
+                    tracing::warn!(%epoch, %error, "cannot publish this epoch yet");
+                }
             }
         }
+        self.measures.unreadable(unreadable);
         // Those that ended come first, whatever their age: the own one never ends.
         self.streams.sort_by_key(|stream| (stream.epoch == self.settings.own, stream.epoch));
     }
@@ -484,13 +493,4 @@ impl Publisher {
     fn watermarks(&self) -> impl Iterator<Item = Position> {
         self.streams.iter().map(|stream| stream.flight.watermark())
     }
-}
-
-/// Whether something is due that was done at `last`, and is done now.
-fn is_due(last: &mut Option<Instant>, now: Now, interval: Duration) -> bool {
-    let due = last.is_none_or(|last| now.instant.duration_since(last) >= interval);
-    if due {
-        *last = Some(now.instant);
-    }
-    due
 }

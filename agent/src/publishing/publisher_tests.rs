@@ -151,6 +151,53 @@ fn nothing_is_removed_before_it_is_acknowledged_and_the_window_has_passed() {
 }
 
 #[test]
+fn a_journal_that_is_short_of_room_gives_up_what_was_acknowledged_one_segment_at_a_time() {
+    let (mut log, broker, mut clock) = (Log::new(), Broker::new(), Clock::new());
+    for _ in 0..3 {
+        log.events(4);
+        log.rotate();
+    }
+    log.events(1);
+    let mut run = Run::with(&log, Box::new(broker.clone()));
+    run.measures.set_short(true);
+    run.turn_at(clock.pass(Duration::ZERO));
+    (0..4).for_each(|_| run.turn_at(clock.pass(Duration::from_secs(2))));
+    assert!(log.segment(0).exists(), "what was not acknowledged stays, however short room is");
+    broker.acknowledge_all();
+    // Once to hear of it and write it down, perhaps.
+    for _ in 0..3 {
+        if log.segment(0).exists() {
+            run.turn_at(clock.pass(Duration::from_secs(2)));
+        }
+    }
+    assert!(!log.segment(0).exists() && log.segment(1).exists() && log.segment(2).exists());
+    // There is room again: the others stay for the rest of their window.
+    run.measures.set_short(false);
+    (0..4).for_each(|_| run.turn_at(clock.pass(Duration::from_secs(2))));
+    assert!(log.segment(1).exists());
+    let published = run.published();
+    assert_eq!((published.segments_removed, published.segments_removed_early), (1, 1));
+    (0..3).for_each(|_| run.turn_at(clock.pass(WINDOW)));
+    assert!(!log.segment(1).exists() && !log.segment(2).exists() && log.segment(3).exists());
+    assert_eq!(run.published().segments_removed_early, 1);
+}
+
+#[test]
+fn an_epoch_that_cannot_be_opened_is_counted_until_it_can_be() {
+    let journal = Log::new();
+    let other = Log::in_journal(Arc::clone(journal.journal()), 3);
+    let (broker, mut clock) = (Broker::new(), Clock::new());
+    // A folder where the file should be.
+    std::fs::create_dir(other.folder().join(CURSOR_FILE)).unwrap();
+    let mut run = Run::with(&journal, Box::new(broker));
+    run.turn_at(clock.pass(Duration::ZERO));
+    assert_eq!(run.published().epochs_unreadable, 1);
+    std::fs::remove_dir(other.folder().join(CURSOR_FILE)).unwrap();
+    run.turn_at(clock.pass(Duration::from_secs(11)));
+    assert_eq!(run.published().epochs_unreadable, 0);
+}
+
+#[test]
 fn an_epoch_that_has_ended_goes_whole_once_nobody_names_it() {
     let journal = Arc::new(TempDir::new().unwrap());
     let mut ended = Log::in_journal(Arc::clone(&journal), 1);

@@ -132,6 +132,18 @@ impl Stream {
         self.retention.as_mut().map_or(Ok(()), |retention| retention.keep(segment))
     }
 
+    /// Removes the oldest segment although its window has not passed, if all of it was acknowledged; returns how many went.
+    ///
+    /// # Errors
+    /// The disk.
+    fn remove_oldest_acknowledged(&mut self, now: Now) -> io::Result<u64> {
+        // A copy: the marks still say when others may go.
+        let acknowledged = self.cursor.clone().removable_before(now.unix_seconds(), Duration::ZERO);
+        let Some(retention) = &mut self.retention else { return Ok(0) };
+        let next = retention.beginning().segment + 1;
+        if next > acknowledged { Ok(0) } else { retention.remove_before(next) }
+    }
+
     /// Whether nothing of it is left but what others refer to.
     pub(super) fn is_gone(&self) -> bool {
         self.is_done()
@@ -156,6 +168,33 @@ impl Stream {
         });
         behind.sum()
     }
+}
+
+/// Makes room: of all epochs' segments the oldest goes that is acknowledged, although its window has not passed; returns how
+/// many went.
+pub(super) fn remove_oldest(streams: &mut [Stream], now: Now) -> u64 {
+    for stream in streams {
+        match stream.remove_oldest_acknowledged(now) {
+            Ok(0) => {}
+            Ok(count) => {
+                tracing::warn!(epoch = %stream.epoch, "a published segment goes before its replay window has passed, for want of room");
+                return count;
+            }
+            Err(error) => {
+                tracing::warn!(epoch = %stream.epoch, %error, "published segments cannot be removed");
+            }
+        }
+    }
+    0
+}
+
+/// Whether something is due that was done at `last`, and is done now.
+pub(super) fn is_due(last: &mut Option<Instant>, now: Now, interval: Duration) -> bool {
+    let due = last.is_none_or(|last| now.instant.duration_since(last) >= interval);
+    if due {
+        *last = Some(now.instant);
+    }
+    due
 }
 
 /// The time, both ways.

@@ -3,7 +3,10 @@
 //! The writer is one thread, so it should only number, hash and copy. An [`Entry`] therefore holds the finished JSON
 //! behind the sequence; the writer puts the sequence in front of it.
 
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::{
+    sync::Arc,
+    time::{Instant, SystemTime, UNIX_EPOCH},
+};
 
 use tokio::sync::oneshot;
 use weir_common::{
@@ -11,7 +14,7 @@ use weir_common::{
     frame::VALUE_BYTES_MAX,
 };
 
-use super::error::RecordingError;
+use super::{error::RecordingError, share::Share};
 
 /// What the JSON of every event starts with while its sequence is 0.
 const UNNUMBERED: &[u8] = br#"{"schema":1,"sequence":0"#;
@@ -114,26 +117,41 @@ impl Entry {
     }
 }
 
+/// Tells whoever waits whether events are durable.
+pub(super) type Waiter = oneshot::Sender<Result<(), RecordingError>>;
+
 /// Events that go to the journal together, and who waits for them.
 #[derive(Debug)]
 pub(super) struct Append {
     pub(super) entries: Vec<Entry>,
     /// Told when all of them are durable, or why not.
-    pub(super) waiter: Option<oneshot::Sender<Result<(), RecordingError>>>,
+    pub(super) waiter: Option<Waiter>,
     /// Since when they wait.
     pub(super) since: Instant,
+    /// Whose they are; none: the agent's own.
+    pub(super) share: Option<Arc<Share>>,
 }
 
 impl Append {
     /// Events that nobody waits for: durable within the bound.
     pub(super) fn behind(entries: Vec<Entry>) -> Self {
-        Self { entries, waiter: None, since: Instant::now() }
+        Self { entries, waiter: None, since: Instant::now(), share: None }
     }
 
     /// Events that somebody waits for.
     pub(super) fn durable(entries: Vec<Entry>) -> (Self, oneshot::Receiver<Result<(), RecordingError>>) {
         let (waiter, result) = oneshot::channel();
-        (Self { entries, waiter: Some(waiter), since: Instant::now() }, result)
+        (Self::behind(entries).told_to(Some(waiter)), result)
+    }
+
+    /// The same, told to `waiter`.
+    pub(super) fn told_to(self, waiter: Option<Waiter>) -> Self {
+        Self { waiter, ..self }
+    }
+
+    /// The same, of a pod.
+    pub(super) fn of(self, share: &Arc<Share>) -> Self {
+        Self { share: Some(Arc::clone(share)), ..self }
     }
 
     /// Their length.

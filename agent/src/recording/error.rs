@@ -79,6 +79,28 @@ pub enum RecordingError {
         /// Its length.
         bytes: usize,
     },
+    /// What is recorded is not acknowledged fast enough.
+    #[error(
+        "{bytes} bytes of the journal wait to be acknowledged, the oldest event for {seconds} seconds: more than \
+         recording.backlog allows; see to Kafka, and requests go on by themselves"
+    )]
+    Behind {
+        /// How many.
+        bytes: u64,
+        /// For how long.
+        seconds: u64,
+    },
+    /// A pod records more than it may, on and on.
+    #[error("the pod is over recording.quotas.bytesPerSecond")]
+    OverQuota,
+    /// A pod has filled its part of a backlog.
+    #[error(
+        "the pod has filled recording.quotas.backlogPercent of the journal, which is more than half full"
+    )]
+    OverPart,
+    /// The disk hangs.
+    #[error("the journal does not become durable in time; is its disk overloaded or gone?")]
+    TooSlow,
     /// The recorder has stopped.
     #[error("recording has stopped; the agent is shutting down")]
     Closed,
@@ -96,8 +118,35 @@ impl RecordingError {
             }
             Self::Key { .. } | Self::Node { .. } | Self::Thread(_) => "recording is not set up",
             Self::TooLong { .. } => "an event of it is longer than a journal frame may be",
+            Self::Behind { .. } => {
+                "what is recorded is not acknowledged fast enough; the operator must see to Kafka"
+            }
+            Self::OverQuota => {
+                "the pod records more bytes a second than it may; make fewer requests, or smaller ones"
+            }
+            Self::OverPart => {
+                "the journal is more than half full and the pod has used its part of it; the operator must make room"
+            }
+            Self::TooSlow => "the journal does not become durable in time",
             Self::Closed => "recording has stopped; the agent is shutting down",
         }
+    }
+
+    /// Whether it is the pod itself that has to wait, not everybody.
+    pub fn is_of_pod(&self) -> bool {
+        matches!(self, Self::OverQuota | Self::OverPart)
+    }
+
+    /// Whether waiting may help.
+    pub(super) fn may_pass(&self) -> bool {
+        matches!(
+            self,
+            Self::Full { .. }
+                | Self::NoSpace { .. }
+                | Self::ReadOnly { .. }
+                | Self::Denied { .. }
+                | Self::Storage { .. }
+        )
     }
 
     /// Names what the system said about `path`.

@@ -22,7 +22,7 @@ use weir_common::{
 };
 
 use super::{
-    Durability, Recorder, RecorderOptions, RecordingError, RequestHead, RequestRecord, Unmasked,
+    CommitRules, PodQuota, Recorder, RecorderOptions, RecordingError, RequestHead, RequestRecord, Unmasked,
     journal::Tuning,
 };
 use crate::storage::{Entry, FileSystem, Lock, Open, Storage, StoredFile};
@@ -32,7 +32,7 @@ pub(super) const JSON: &str = "application/json";
 
 /// A disk that counts, fails and waits on demand.
 #[derive(Debug, Default)]
-pub(super) struct TestDisk {
+pub(crate) struct TestDisk {
     pub(super) syncs: AtomicU64,
     /// What every creation, write and sync fails with.
     fault: Mutex<Option<io::ErrorKind>>,
@@ -55,7 +55,7 @@ impl TestDisk {
         self.fault.lock().unwrap().map_or(Ok(()), |kind| Err(kind.into()))
     }
 
-    pub(super) fn fail(&self, kind: Option<io::ErrorKind>) {
+    pub(crate) fn fail(&self, kind: Option<io::ErrorKind>) {
         *self.fault.lock().unwrap() = kind;
     }
 
@@ -70,11 +70,11 @@ impl TestDisk {
     }
 
     /// Whether a sync waits.
-    pub(super) fn is_holding(&self) -> bool {
+    pub(crate) fn is_holding(&self) -> bool {
         self.holding.load(Ordering::SeqCst)
     }
 
-    pub(super) fn hold(&self, held: bool) {
+    pub(crate) fn hold(&self, held: bool) {
         *self.held.lock().unwrap() = held;
         self.released.notify_all();
     }
@@ -174,6 +174,8 @@ pub(super) fn options(directory: &Path) -> RecorderOptions {
         response_bytes_max: 64 * 1024,
         session_idle_timeout: Duration::from_secs(600),
         signing_key_file: None,
+        rules: CommitRules::default(),
+        pod_quota: PodQuota::UNLIMITED,
     }
 }
 
@@ -191,7 +193,7 @@ pub(crate) fn start_small(directory: &Path) -> Recorder {
     Recorder::start_on(Arc::new(FileSystem), options(directory), tuning).unwrap()
 }
 
-pub(super) fn on(disk: &Arc<TestDisk>, options: RecorderOptions) -> Result<Recorder, RecordingError> {
+pub(crate) fn on(disk: &Arc<TestDisk>, options: RecorderOptions) -> Result<Recorder, RecordingError> {
     Recorder::start_on(Arc::new(SharedDisk(Arc::clone(disk))), options, TUNING)
 }
 
@@ -226,7 +228,6 @@ pub(super) async fn open(
     headers: &HeaderMap,
     body: Option<&str>,
 ) -> Result<RequestRecord, RecordingError> {
-    let durability = if method == Method::GET { Durability::Behind } else { Durability::BeforeForward };
     let head = RequestHead {
         method: &method,
         uri: &Uri::from_static("/api/v1/x"),
@@ -237,7 +238,7 @@ pub(super) async fn open(
         identity: None,
     };
     let body = body.map(|body| Unmasked(Bytes::copy_from_slice(body.as_bytes())));
-    recorder.open(&caller(), 0, head, body, durability).await
+    recorder.open(&caller(), 0, head, body).await
 }
 
 pub(super) async fn get(recorder: &Recorder, attributes: &Attributes) -> RequestRecord {

@@ -39,6 +39,15 @@ const CHECKPOINT_EVENTS: u64 = 4096;
 /// While recording is not possible, it is tried again at most this often.
 const RETRY_INTERVAL: Duration = Duration::from_millis(250);
 
+/// The same without a group.
+const RECOVERY_INTERVAL: Duration = Duration::from_secs(1);
+
+/// A journal that is more than half full is measured this often: room that others have made is known soon.
+const MEASURE_INTERVAL: Duration = Duration::from_secs(5);
+
+/// A journal is not short of space before this part of it is left, however large its next segment would be.
+const SEGMENTS_MIN: u64 = 4;
+
 /// What tests set otherwise.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Tuning {
@@ -69,8 +78,9 @@ pub(super) struct Journal {
     storage: Arc<dyn Storage>,
     folder: PathBuf,
     bytes_max: u64,
-    /// Bytes of all segments in the journal, as far as known.
+    /// Bytes of all segments in the journal, as far as known, and when they were measured.
     bytes_used: u64,
+    measured: Instant,
     tuning: Tuning,
     epoch: Epoch,
     origin: Arc<Origin>,
@@ -115,6 +125,7 @@ impl Journal {
             folder,
             bytes_max,
             bytes_used: 0,
+            measured: Instant::now(),
             tuning,
             epoch,
             origin,
@@ -159,14 +170,45 @@ impl Journal {
     }
 
     /// When the next checkpoint is due; none if the last one covers everything.
-    pub(super) fn checkpoint_due(&self) -> Option<Instant> {
+    fn checkpoint_due(&self) -> Option<Instant> {
         let (covered, at) = self.checkpointed;
         (covered < self.sequence && self.failure.is_none()).then(|| at + CHECKPOINT_INTERVAL)
+    }
+
+    /// When there is something to do without a group; none while there is not.
+    pub(super) fn due(&self) -> Option<Instant> {
+        self.checkpoint_due().into_iter().chain(self.recovery_due()).chain(self.measure_due()).min()
+    }
+
+    /// Does it.
+    pub(super) fn do_what_is_due(&mut self) {
+        let now = Instant::now();
+        self.checkpoint_if_due();
+        // Requests that wait for the journal bring no group. A failure stays where it is.
+        if self.recovery_due().is_some_and(|due| due <= now) {
+            let _ = self.recover();
+        }
+        if self.measure_due().is_some_and(|due| due <= now) {
+            let _ = self.measure();
+        }
+    }
+
+    fn recovery_due(&self) -> Option<Instant> {
+        self.failure.as_ref().map(|(_, tried)| *tried + RECOVERY_INTERVAL)
+    }
+
+    fn measure_due(&self) -> Option<Instant> {
+        let is_full = self.failure.is_none() && self.bytes_used > self.bytes_max / 2;
+        is_full.then(|| self.measured + MEASURE_INTERVAL)
     }
 
     /// Makes a group durable: all of it or nothing.
     pub(super) fn commit(&mut self, appends: &[Append]) -> Result<(), RecordingError> {
         let entries = || appends.iter().flat_map(|append| &append.entries);
+        // Whoever only asks whether all before is durable costs no sync.
+        if entries().next().is_none() && self.lost == 0 && self.failure.is_none() {
+            return Ok(());
+        }
         let result = self.try_commit(&mut entries(), false);
         if result.is_err() {
             self.measures.failed();
@@ -176,7 +218,7 @@ impl Journal {
     }
 
     /// Signs a checkpoint if one is due.
-    pub(super) fn checkpoint_if_due(&mut self) {
+    fn checkpoint_if_due(&mut self) {
         if self.checkpoint_due().is_some_and(|due| due <= Instant::now()) {
             // A failure is kept in `failure` and meets the next group.
             let _ = self.try_commit(&mut std::iter::empty(), true);
@@ -344,11 +386,7 @@ impl Journal {
 
     /// Ends the current segment and begins the next, with room for `needed` bytes of frames.
     fn rotate(&mut self, needed: u64) -> Result<(), RecordingError> {
-        let wanted = segment::size(
-            (self.tuning.segment_bytes_first, self.tuning.segment_bytes_max),
-            self.growth,
-            needed,
-        );
+        let wanted = self.next_bytes(needed);
         if self.bytes_used + wanted > self.bytes_max {
             // What was published may have been removed since.
             self.measure()?;
@@ -393,8 +431,16 @@ impl Journal {
                 }
             }
         }
+        self.measures.set_used(self.bytes_used);
+        self.measures.set_next(self.next_bytes(0).min(self.bytes_max / SEGMENTS_MIN));
         self.publish_durable();
         Ok(())
+    }
+
+    /// How large the next segment is to be.
+    fn next_bytes(&self, needed: u64) -> u64 {
+        let Tuning { segment_bytes_first, segment_bytes_max, .. } = self.tuning;
+        segment::size((segment_bytes_first, segment_bytes_max), self.growth, needed)
     }
 
     fn publish_durable(&self) {
@@ -405,8 +451,10 @@ impl Journal {
 
     /// Takes the journal's size anew: others may have removed epochs.
     fn measure(&mut self) -> Result<(), RecordingError> {
+        self.measured = Instant::now();
         let used = segment::bytes_of_all(self.storage.as_ref(), &self.folder);
         self.bytes_used = used.map_err(|error| RecordingError::storage(&self.folder, error))?;
+        self.measures.set_used(self.bytes_used);
         Ok(())
     }
 

@@ -27,17 +27,23 @@ pub const SYNC_BOUNDS: [Duration; 12] = [
 
 /// Findings that are counted from 0 on, so that the first one is seen as an increase; others are counted from their
 /// first on.
-const FINDINGS: [&str; 12] = [
+const FINDINGS: [&str; 18] = [
+    "asyncMutations",
     "canaryFailed",
     "canaryRecovered",
     "cannotEnrol",
     "directConnectionsEnded",
+    "emergencyBegan",
+    "emergencyEnded",
+    "emergencyRefused",
     "foreignProgram",
     "notEnrolledAnyMore",
     "programDetached",
     "proxyEnvironment",
     "quarantineLifted",
     "quarantined",
+    "recordingRulesChanged",
+    "replayWindowShortened",
     "unguardedInterface",
     "wouldRedirect",
 ];
@@ -52,6 +58,10 @@ pub(super) struct Measures {
     syncs: [AtomicU64; SYNC_BOUNDS.len() + 1],
     sync_ns: AtomicU64,
     connections_refused: AtomicU64,
+    /// Bytes of all segments, as far as known.
+    used: AtomicU64,
+    /// Bytes of the next segment.
+    next: AtomicU64,
     /// Findings are rare, and their names are literals of this program: a handful.
     findings: Mutex<BTreeMap<String, u64>>,
 }
@@ -77,6 +87,14 @@ pub struct Measured {
     pub findings: BTreeMap<String, u64>,
     /// Bytes that wait for the disk.
     pub backlog_bytes: usize,
+    /// Bytes of all segments of the journal, preallocated space included, and the most that they may be.
+    pub used: (u64, u64),
+    /// For how long requests may still go on without waiting for their records; none: they may not.
+    pub emergency: Option<Duration>,
+    /// Requests that did.
+    pub emergency_requests: u64,
+    /// Whether rules may make mutations and streams wait for nothing.
+    pub async_mutations: bool,
     /// Why recording is not possible just now, in words that may be shown.
     pub failure: Option<&'static str>,
 }
@@ -91,6 +109,8 @@ impl Default for Measures {
             syncs: Default::default(),
             sync_ns: AtomicU64::default(),
             connections_refused: AtomicU64::default(),
+            used: AtomicU64::default(),
+            next: AtomicU64::default(),
             findings: Mutex::new(FINDINGS.iter().map(|name| ((*name).to_owned(), 0)).collect()),
         }
     }
@@ -120,6 +140,22 @@ impl Measures {
         self.connections_refused.fetch_add(1, Ordering::Relaxed);
     }
 
+    pub(super) fn set_used(&self, bytes: u64) {
+        self.used.store(bytes, Ordering::Relaxed);
+    }
+
+    pub(super) fn set_next(&self, bytes: u64) {
+        self.next.store(bytes, Ordering::Relaxed);
+    }
+
+    pub(super) fn next(&self) -> u64 {
+        self.next.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn used(&self) -> u64 {
+        self.used.load(Ordering::Relaxed)
+    }
+
     pub(super) fn finding(&self, name: &str) {
         let mut findings = self.findings.lock().unwrap_or_else(PoisonError::into_inner);
         match findings.get_mut(name) {
@@ -141,6 +177,10 @@ impl Measures {
             connections_refused: read(&self.connections_refused),
             findings: self.findings.lock().unwrap_or_else(PoisonError::into_inner).clone(),
             backlog_bytes,
+            used: (read(&self.used), 0),
+            emergency: None,
+            emergency_requests: 0,
+            async_mutations: false,
             failure,
         }
     }

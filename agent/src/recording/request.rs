@@ -4,6 +4,7 @@
 //! in the workers. The one lock is the request's own.
 
 use std::{
+    pin::Pin,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
@@ -16,13 +17,17 @@ use http::{
     HeaderMap, StatusCode,
     header::{CONTENT_ENCODING, CONTENT_TYPE},
 };
+use tokio::sync::oneshot;
 use weir_common::event::{Channel, Kind, Outcome, RequestClosed, RoleAssumed};
 
 use super::{
+    admission::COMMIT_WAIT_MAX,
     content::{self, Held, Streamed},
-    entry::{Append, Entry},
+    entry::{Append, Entry, Waiter},
     error::RecordingError,
     mask::KeyedDigest,
+    opening::{ERROR_BYTES_MAX, INLINE_BYTES_MAX},
+    plan::{Commit, Plan},
     worker::{Closing, Context},
     writer::Status,
 };
@@ -38,14 +43,20 @@ pub(super) enum Level {
     Streamed,
 }
 
+/// Ready when a record is durable: what it is about may go on then.
+pub type Committed = Pin<Box<dyn Future<Output = Result<(), RecordingError>> + Send>>;
+
 /// The record of one request, from arrival to end. Dropped without [`RequestRecord::close`] it closes itself as
 /// `ClientAborted`. Shared by both directions of an upgraded stream through an `Arc`.
 #[derive(Debug)]
 pub struct RequestRecord {
     context: Arc<Context>,
     status: Arc<Status>,
+    plan: Plan,
     opened: Instant,
     level: Level,
+    /// Why bodies are left out, if they are.
+    left_out: Option<String>,
     watch: bool,
     state: Mutex<State>,
     client_bytes: AtomicU64,
@@ -76,12 +87,20 @@ enum Response {
 }
 
 impl RequestRecord {
-    pub(super) fn new(context: Context, status: Arc<Status>, level: Level, watch: bool) -> Self {
+    pub(super) fn new(
+        context: Context,
+        status: Arc<Status>,
+        plan: Plan,
+        (level, left_out): (Level, Option<String>),
+        watch: bool,
+    ) -> Self {
         Self {
             context: Arc::new(context),
             status,
+            plan,
             opened: Instant::now(),
-            level,
+            level: if left_out.is_some() { Level::Metadata } else { level },
+            left_out,
             watch,
             state: Mutex::default(),
             client_bytes: AtomicU64::new(0),
@@ -121,10 +140,11 @@ impl RequestRecord {
         let (content_type, content_encoding) = (text(CONTENT_TYPE), text(CONTENT_ENCODING));
         state.response = match self.level {
             _ if status == StatusCode::SWITCHING_PROTOCOLS => Response::None,
-            Level::Metadata if status.is_success() => Response::Held(Held {
-                cut: Some(("only metadata is recorded of this request".to_owned(), None)),
-                ..Held::default()
-            }),
+            Level::Metadata if status.is_success() || self.left_out.is_some() => {
+                state.digest = self.left_out.as_ref().map(|_| self.context.masker.digest());
+                let reason = self.left_out.as_deref().unwrap_or("only metadata is recorded of this request");
+                Response::Held(Held { cut: Some((reason.to_owned(), None)), ..Held::default() })
+            }
             // An error to a watch or log request is a short `Status`, not a stream.
             Level::Streamed | Level::Bounded(_)
                 if (streaming || self.level == Level::Streamed) && status.is_success() =>
@@ -145,7 +165,7 @@ impl RequestRecord {
                 content_encoding,
                 bytes_max: match level {
                     Level::Bounded(bytes_max) => bytes_max,
-                    Level::Metadata | Level::Streamed => super::ERROR_BYTES_MAX,
+                    Level::Metadata | Level::Streamed => ERROR_BYTES_MAX,
                 },
                 ..Held::default()
             }),
@@ -155,10 +175,11 @@ impl RequestRecord {
         self.push_small(Kind::ResponseStarted { status: status.as_u16(), headers });
     }
 
-    /// A piece of the answer's body is being forwarded. Cheap: keeps a reference, never waits, bounded.
-    pub fn response_data(&self, data: &Bytes) {
+    /// A piece of the answer's body is being forwarded. Cheap: keeps a reference, never waits, bounded. With `strict` a
+    /// piece of a stream is forwarded only when what is returned is ready.
+    pub fn response_data(&self, data: &Bytes) -> Option<Committed> {
         if data.is_empty() {
-            return;
+            return None;
         }
         let workers = &self.context.workers;
         let mut state = self.lock();
@@ -167,9 +188,14 @@ impl RequestRecord {
         match &mut state.response {
             Response::None => {}
             Response::Streamed => {
-                if !workers.piece(&self.context, data) {
+                let waits = self.plan.commit == Commit::Strict && !self.context.emergency.is_on();
+                let (waiter, committed) = waits.then(committed).unzip();
+                if let Err(waiter) = workers.piece(&self.context, data, waiter) {
+                    // Whoever waits is told that it is not recorded.
+                    drop(waiter);
                     workers.lost(&self.context, data.len() as u64);
                 }
+                return committed;
             }
             Response::Held(held) if held.cut.is_some() => {
                 if let Some(digest) = &mut state.digest {
@@ -179,7 +205,7 @@ impl RequestRecord {
             Response::Held(held) => {
                 let room = held.bytes_max - state.held_bytes;
                 let kept = data.len().min(room);
-                let affordable = workers.hold(kept);
+                let affordable = workers.hold(&self.context.share, kept);
                 if affordable {
                     state.held_bytes += kept;
                     held.chunks.push(data.slice(..kept));
@@ -201,6 +227,7 @@ impl RequestRecord {
                 }
             }
         }
+        None
     }
 
     /// Bytes of an upgraded connection, client to server: durable when this returns; forward them then.
@@ -208,31 +235,54 @@ impl RequestRecord {
     /// # Errors
     /// The journal cannot accept: the stream must be cut.
     pub async fn client_stream_data(&self, data: Bytes) -> Result<(), RecordingError> {
+        self.pace().await;
         let entries = self.raw(Channel::ClientRaw, &self.client_bytes, &data);
-        self.durable(entries).await
+        self.append(entries, self.plan.is_durable()).await
     }
 
-    /// Bytes of an upgraded connection, server to client: queued (waits only while the queue is full).
+    /// Bytes of an upgraded connection, server to client: queued (waits only while the queue is full); with `strict`
+    /// durable.
     ///
     /// # Errors
     /// The journal cannot accept: the stream must be cut.
     pub async fn server_stream_data(&self, data: Bytes) -> Result<(), RecordingError> {
+        self.pace().await;
         let entries = self.raw(Channel::ServerRaw, &self.server_bytes, &data);
-        self.append(entries, false).await
+        self.append(entries, self.plan.commit == Commit::Strict).await
+    }
+
+    /// The server has sent its last byte: when this returns, all of them are durable, where the rules want that.
+    ///
+    /// # Errors
+    /// The journal cannot accept.
+    pub async fn server_stream_end(&self) -> Result<(), RecordingError> {
+        self.append(Vec::new(), self.plan.is_durable()).await
+    }
+
+    /// Waits until the pod owes nothing: a stream is slowed down, not cut.
+    async fn pace(&self) {
+        let owes = self.context.share.owes(Instant::now());
+        if !owes.is_zero() && !self.context.emergency.is_on() {
+            tokio::time::sleep(owes.min(COMMIT_WAIT_MAX)).await;
+        }
     }
 
     /// Queues events, and waits until they are durable if that is asked or if the journal is failing.
     pub(super) async fn append(&self, entries: Vec<Entry>, durable: bool) -> Result<(), RecordingError> {
-        if durable || self.status.is_failing() {
-            return self.durable(entries).await;
+        let context = &self.context;
+        if context.emergency.is_on() {
+            context.queue.push_or_drop(Append::behind(entries).of(&context.share));
+            return Ok(());
         }
-        self.context.queue.push(Append::behind(entries)).await
-    }
-
-    async fn durable(&self, entries: Vec<Entry>) -> Result<(), RecordingError> {
+        if !durable && !self.status.is_failing() {
+            return context.queue.push(Append::behind(entries).of(&context.share)).await;
+        }
         let (append, result) = Append::durable(entries);
-        self.context.queue.push(append).await?;
-        result.await.unwrap_or(Err(RecordingError::Closed))
+        let committed = async {
+            context.queue.push(append.of(&context.share)).await?;
+            result.await.unwrap_or(Err(RecordingError::Closed))
+        };
+        tokio::time::timeout(COMMIT_WAIT_MAX, committed).await.unwrap_or(Err(RecordingError::TooSlow))
     }
 
     fn raw(&self, channel: Channel, count: &AtomicU64, data: &[u8]) -> Vec<Entry> {
@@ -245,7 +295,7 @@ impl RequestRecord {
 
     fn push_small(&self, kind: Kind) {
         if let Some(entry) = self.context.entry(kind) {
-            self.context.queue.push_small(Append::behind(vec![entry]));
+            self.context.queue.push_small(Append::behind(vec![entry]).of(&self.context.share));
         }
     }
 
@@ -261,11 +311,25 @@ impl RequestRecord {
 
     /// The request is over.
     pub fn close(&self, outcome: Outcome, reason: Option<&str>) {
+        self.end(outcome, reason, None);
+    }
+
+    /// The request is over. Where the rules want its record to be durable before the last byte of the answer, that byte
+    /// goes when what is returned is ready.
+    pub fn close_durably(&self, outcome: Outcome, reason: Option<&str>) -> Option<Committed> {
+        let waits = self.plan.is_durable() && !self.context.emergency.is_on();
+        let (waiter, committed) = waits.then(committed).unzip();
+        self.end(outcome, reason, waiter).then_some(committed).flatten()
+    }
+
+    /// Whether this was the end: there is only one.
+    fn end(&self, outcome: Outcome, reason: Option<&str>, waiter: Option<Waiter>) -> bool {
         let mut state = self.lock();
         if std::mem::replace(&mut state.closed, true) {
-            return;
+            return false;
         }
         let response_bytes = state.response_bytes + self.server_bytes.load(Ordering::Relaxed);
+        let streamed = matches!(state.response, Response::Streamed);
         let body = match std::mem::take(&mut state.response) {
             Response::Held(mut held) => {
                 held.wire_bytes = response_bytes;
@@ -287,8 +351,31 @@ impl RequestRecord {
         };
         let held_bytes = std::mem::take(&mut state.held_bytes);
         drop(state);
-        self.context.workers.close(&self.context, Closing { closed, body, held_bytes });
+        let (context, workers) = (&self.context, &self.context.workers);
+        if streamed || waiter.is_none() || held_bytes > INLINE_BYTES_MAX {
+            workers.close(context, Closing { closed, body, held_bytes, waiter });
+            return true;
+        }
+        // Somebody waits for it, and it is short: no thread need be woken for it.
+        let kinds = Closing { closed, body, held_bytes, waiter: None }.reduce(context);
+        match context.queue.try_push(context.appendix(kinds, waiter)) {
+            Ok(()) => workers.release(&context.share, held_bytes),
+            Err(append) => workers.push(context, append, held_bytes),
+        }
+        true
     }
+}
+
+/// Somebody to be told that a record is durable, and what waits for it.
+fn committed() -> (Waiter, Committed) {
+    let (waiter, result) = oneshot::channel();
+    let waits = async {
+        match tokio::time::timeout(COMMIT_WAIT_MAX, result).await {
+            Ok(told) => told.unwrap_or(Err(RecordingError::Closed)),
+            Err(_) => Err(RecordingError::TooSlow),
+        }
+    };
+    (waiter, Box::pin(waits))
 }
 
 impl Drop for RequestRecord {

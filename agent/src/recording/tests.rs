@@ -15,7 +15,7 @@ use weir_common::{
     event::{Channel, Event, Kind, Outcome, RequestClosed},
 };
 
-use super::{Durability, Recorder, RecordingError, RequestHead, fixture::*};
+use super::{Recorder, RecordingError, RequestHead, fixture::*};
 
 fn content(events: &[Event], wanted: Channel) -> Vec<u8> {
     let mut all = Vec::new();
@@ -121,15 +121,7 @@ async fn a_request_is_read_back_as_it_was_recorded_and_verifies() {
     );
     assert!(events[3..8].iter().all(|event| event.session == events[1].session && !event.session.is_empty()));
     assert!(matches!(
-        recorder
-            .open(
-                &caller(),
-                0,
-                head(&HeaderMap::new(), &attributes("get", "pods", "")),
-                None,
-                Durability::Behind
-            )
-            .await,
+        recorder.open(&caller(), 0, head(&HeaderMap::new(), &attributes("get", "pods", "")), None).await,
         Err(RecordingError::Closed)
     ));
 }

@@ -9,6 +9,8 @@ use std::{
 
 use weir_common::event::Caller;
 
+use super::share::Owner;
+
 /// Events of one pod that are recorded at once.
 const BURST: f64 = 100.0;
 /// Events of one pod that are recorded in a second, on and on.
@@ -20,13 +22,6 @@ const OWNERS_MAX: usize = 1024;
 #[derive(Debug, Default)]
 pub(super) struct Throttle {
     owners: Mutex<HashMap<Owner, Allowance>>,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-enum Owner {
-    Pod(String),
-    Cgroup(u64),
-    Others,
 }
 
 #[derive(Debug)]
@@ -49,13 +44,12 @@ impl Allowance {
 impl Throttle {
     /// Whether one more event of this caller is recorded by itself.
     pub(super) fn admits(&self, caller: Option<&Caller>, now: Instant) -> bool {
-        let (owner, name) = match caller {
-            Some(Caller { pod: Some(pod), .. }) => {
-                (Owner::Pod(pod.uid.clone()), format!("pod {}/{}", pod.namespace, pod.name))
-            }
-            Some(caller) => (Owner::Cgroup(caller.cgroup), format!("cgroup {}", caller.cgroup)),
-            None => (Owner::Others, "callers that are not known".to_owned()),
+        let name = match caller {
+            Some(Caller { pod: Some(pod), .. }) => format!("pod {}/{}", pod.namespace, pod.name),
+            Some(caller) => format!("cgroup {}", caller.cgroup),
+            None => "callers that are not known".to_owned(),
         };
+        let owner = caller.map_or(Owner::Others, Owner::of);
         let mut owners = self.owners.lock().unwrap_or_else(PoisonError::into_inner);
         let full = owners.len() >= OWNERS_MAX && !owners.contains_key(&owner);
         let (owner, name) =

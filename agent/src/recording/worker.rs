@@ -19,13 +19,18 @@ use weir_common::event::{Channel, Kind, RequestClosed};
 use super::{
     body::Sensitivity,
     content::{self, Held, Streamed},
-    entry::{Append, Entry, Ids, Origin},
+    emergency::Emergency,
+    entry::{Append, Entry, Ids, Origin, Waiter},
     mask::Masker,
     queue::Queue,
+    share::{Budget, Share},
 };
 
 /// Most bytes that all requests together hold for the threads.
 const TAPPED_BYTES_MAX: usize = 64 * 1024 * 1024;
+
+/// Most bytes of it that the requests of one pod hold.
+const TAPPED_BYTES_PER_POD_MAX: usize = 16 * 1024 * 1024;
 
 /// Most bytes that one streamed response holds for its thread.
 const STREAMED_BYTES_MAX: usize = 4 * 1024 * 1024;
@@ -33,27 +38,14 @@ const STREAMED_BYTES_MAX: usize = 4 * 1024 * 1024;
 /// Most threads.
 const THREADS_MAX: usize = 4;
 
-/// Bytes in use, against a limit.
-#[derive(Debug, Default)]
-pub(super) struct Budget(AtomicUsize);
-
-impl Budget {
-    /// Takes `bytes` if the limit allows.
-    fn take(&self, bytes: usize, bytes_max: usize) -> bool {
-        let add = |used: usize| used.checked_add(bytes).filter(|sum| *sum <= bytes_max);
-        self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, add).is_ok()
-    }
-
-    fn give(&self, bytes: usize) {
-        self.0.fetch_sub(bytes, Ordering::Relaxed);
-    }
-}
-
 /// What events of one request need.
 #[derive(Debug)]
 pub(super) struct Context {
     pub(super) origin: Arc<Origin>,
     pub(super) queue: Arc<Queue>,
+    pub(super) emergency: Arc<Emergency>,
+    /// What its pod may take.
+    pub(super) share: Arc<Share>,
     pub(super) workers: Arc<Workers>,
     pub(super) worker: usize,
     pub(super) masker: Arc<Masker>,
@@ -88,11 +80,24 @@ impl Context {
         kinds.into_iter().filter_map(|kind| self.entry(kind)).collect()
     }
 
-    fn append(&self, kinds: Vec<Kind>) {
-        if !kinds.is_empty() {
-            // After the end of the recorder nothing can be recorded; the request stays open in the record.
-            let _ = self.queue.push_blocking(Append::behind(self.entries(kinds)));
+    /// Events of this request, with whoever waits for them.
+    pub(super) fn appendix(&self, kinds: Vec<Kind>, waiter: Option<Waiter>) -> Append {
+        Append::behind(self.entries(kinds)).of(&self.share).told_to(waiter)
+    }
+
+    /// Queues, and blocks the thread for room: not a request's.
+    fn append(&self, kinds: Vec<Kind>, waiter: Option<Waiter>) {
+        if !kinds.is_empty() || waiter.is_some() {
+            self.push(self.appendix(kinds, waiter));
         }
+    }
+
+    fn push(&self, append: Append) {
+        if self.emergency.is_on() {
+            return self.queue.push_or_drop(append);
+        }
+        // After the end of the recorder nothing can be recorded; the request stays open in the record.
+        let _ = self.queue.push_blocking(append);
     }
 }
 
@@ -103,12 +108,30 @@ pub(super) struct Closing {
     pub(super) body: Option<Held>,
     /// Bytes that `body` takes of the budget.
     pub(super) held_bytes: usize,
+    /// Told when the record of the whole is durable.
+    pub(super) waiter: Option<Waiter>,
+}
+
+impl Closing {
+    /// What is recorded of the end, with what was held of the response.
+    pub(super) fn reduce(mut self, context: &Context) -> Vec<Kind> {
+        let mut kinds = Vec::new();
+        if let Some(held) = &self.body {
+            let (recorded, summary) = content::reduce(&context.masker, context.sensitivity, held);
+            kinds = content::split(Channel::ResponseBody, 0, &recorded);
+            self.closed.body = Some(summary);
+        }
+        kinds.push(Kind::RequestClosed(Box::new(self.closed)));
+        kinds
+    }
 }
 
 enum Job {
-    Piece(Arc<Context>, Bytes),
+    Piece(Arc<Context>, Bytes, Option<Waiter>),
     Lost(Arc<Context>, u64),
     Close(Arc<Context>, Box<Closing>),
+    /// What is made already and found no room, and the bytes of the budget that it takes.
+    Made(Arc<Context>, Append, usize),
     Stop,
 }
 
@@ -145,26 +168,45 @@ impl Workers {
     }
 
     /// Takes budget to hold `bytes` of a response.
-    pub(super) fn hold(&self, bytes: usize) -> bool {
-        self.tapped.take(bytes, TAPPED_BYTES_MAX)
+    pub(super) fn hold(&self, share: &Share, bytes: usize) -> bool {
+        if !share.tapped.take(bytes, TAPPED_BYTES_PER_POD_MAX) {
+            return false;
+        }
+        let held = self.tapped.take(bytes, TAPPED_BYTES_MAX);
+        if !held {
+            share.tapped.give(bytes);
+        }
+        held
     }
 
     /// Gives it back.
-    pub(super) fn release(&self, bytes: usize) {
+    pub(super) fn release(&self, share: &Share, bytes: usize) {
+        share.tapped.give(bytes);
         self.tapped.give(bytes);
     }
 
-    /// Hands on a piece of a streamed response; false if it does not fit.
-    pub(super) fn piece(&self, context: &Arc<Context>, bytes: &Bytes) -> bool {
+    /// Hands on a piece of a streamed response; `waiter` is told when what it makes is durable. Gives the waiter back if
+    /// the piece does not fit.
+    pub(super) fn piece(
+        &self,
+        context: &Arc<Context>,
+        bytes: &Bytes,
+        waiter: Option<Waiter>,
+    ) -> Result<(), Option<Waiter>> {
         if !context.waiting.take(bytes.len(), STREAMED_BYTES_MAX) {
-            return false;
+            return Err(waiter);
         }
-        if !self.hold(bytes.len()) {
+        if !self.hold(&context.share, bytes.len()) {
             context.waiting.give(bytes.len());
-            return false;
+            return Err(waiter);
         }
-        self.send(context.worker, Job::Piece(Arc::clone(context), bytes.clone()));
-        true
+        self.send(context.worker, Job::Piece(Arc::clone(context), bytes.clone(), waiter));
+        Ok(())
+    }
+
+    /// Hands on what is made already and found no room in the queue.
+    pub(super) fn push(&self, context: &Arc<Context>, append: Append, held_bytes: usize) {
+        self.send(context.worker, Job::Made(Arc::clone(context), append, held_bytes));
     }
 
     /// Says that pieces did not fit.
@@ -201,29 +243,33 @@ impl Workers {
 fn run(jobs: &Receiver<Job>) {
     while let Ok(job) = jobs.recv() {
         let (context, held_bytes, waiting_bytes) = match &job {
-            Job::Piece(context, bytes) => (Arc::clone(context), bytes.len(), bytes.len()),
+            Job::Piece(context, bytes, _) => (Arc::clone(context), bytes.len(), bytes.len()),
             Job::Lost(context, _) => (Arc::clone(context), 0, 0),
             Job::Close(context, closing) => (Arc::clone(context), closing.held_bytes, 0),
+            Job::Made(context, _, held_bytes) => (Arc::clone(context), *held_bytes, 0),
             Job::Stop => return,
         };
         // A defect in a decoder must cost one response, said in its record, not all that follow on this thread.
         let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| work(job)));
         if done.is_err() {
             let reason = "the recorder failed on this response; please report it".to_owned();
-            context.append(vec![Kind::Gap { reason, events: None, bytes: None }]);
+            context.append(vec![Kind::Gap { reason, events: None, bytes: None }], None);
         }
         context.waiting.give(waiting_bytes);
-        context.workers.release(held_bytes);
+        context.workers.release(&context.share, held_bytes);
     }
 }
 
 fn work(job: Job) {
     match job {
-        Job::Piece(context, bytes) => {
-            context.append(streamed(&context, |streamed| streamed.push(&context.masker, &bytes)));
+        Job::Piece(context, bytes, waiter) => {
+            context.append(streamed(&context, |streamed| streamed.push(&context.masker, &bytes)), waiter);
         }
-        Job::Lost(context, bytes) => context.append(streamed(&context, |streamed| streamed.lost(bytes))),
+        Job::Lost(context, bytes) => {
+            context.append(streamed(&context, |streamed| streamed.lost(bytes)), None);
+        }
         Job::Close(context, closing) => close(&context, *closing),
+        Job::Made(context, append, _) => context.push(append),
         Job::Stop => {}
     }
 }
@@ -234,17 +280,14 @@ fn streamed(context: &Context, take: impl FnOnce(&mut Streamed) -> Vec<Kind>) ->
 }
 
 fn close(context: &Context, mut closing: Closing) {
+    let waiter = closing.waiter.take();
     let streamed = context.streamed.lock().unwrap_or_else(PoisonError::into_inner).take();
     let mut kinds = Vec::new();
     if let Some(streamed) = streamed {
         let (rest, summary) = streamed.finish(&context.masker, closing.closed.response_bytes);
         kinds = rest;
         closing.closed.body = Some(summary);
-    } else if let Some(held) = &closing.body {
-        let (recorded, summary) = content::reduce(&context.masker, context.sensitivity, held);
-        kinds = content::split(Channel::ResponseBody, 0, &recorded);
-        closing.closed.body = Some(summary);
     }
-    kinds.push(Kind::RequestClosed(Box::new(closing.closed)));
-    context.append(kinds);
+    kinds.append(&mut closing.reduce(context));
+    context.append(kinds, waiter);
 }

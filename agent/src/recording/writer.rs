@@ -62,7 +62,7 @@ pub(super) fn start(
     std::thread::Builder::new().name("weir-journal".to_owned()).spawn(move || {
         let _close = CloseOnExit(Arc::clone(&queue));
         loop {
-            let group = queue.take(journal.checkpoint_due());
+            let group = queue.take(journal.due());
             journal.lose(group.dropped);
             if !group.appends.is_empty() {
                 let result = journal.commit(&group.appends);
@@ -76,7 +76,7 @@ pub(super) fn start(
                     let _ = waiter.send(result.clone());
                 }
             }
-            journal.checkpoint_if_due();
+            journal.do_what_is_due();
             status.publish(journal.failure());
             if let Some(reason) = group.closed {
                 return journal.finish(&reason);

@@ -231,7 +231,7 @@ static CANARY_CONNECTIONS: Family = counter(
 /// All of them, in the order of the exposition.
 #[cfg(test)]
 pub(super) fn all() -> impl Iterator<Item = &'static Family> {
-    ALL.into_iter().chain(super::publishing::ALL).chain(super::roles::ALL)
+    ALL.into_iter().chain(super::journal::ALL).chain(super::publishing::ALL).chain(super::roles::ALL)
 }
 
 #[cfg(test)]
@@ -313,6 +313,7 @@ pub(super) fn gather(telemetry: &Telemetry) -> Gathered {
     }
     connections(telemetry, &mut out);
     recording(telemetry, &mut out);
+    super::journal::gather(telemetry, &mut out);
     super::publishing::gather(telemetry.published(), &mut out);
     super::roles::gather(telemetry.proxy.get(), &mut out);
     out

@@ -60,10 +60,33 @@ static DAMAGES: Family = counter(
     "Places in the journal that could not be read; a gap record says which, and the segment is kept.",
 );
 
+static REMOVED_EARLY: Family = counter(
+    "weir_journal_segments_removed_early",
+    &[],
+    "Of those, the ones that went before the replay window had passed, since the journal had no room.",
+);
+static UNREADABLE: Family = gauge(
+    "weir_journal_epochs_unreadable",
+    &[],
+    "Epochs in the journal that cannot be opened, so that nothing of them is published.",
+);
+
 /// All of them.
 #[cfg(test)]
-pub(super) static ALL: [&Family; 10] =
-    [&MESSAGES, &BYTES, &ERRORS, &RESENT, &DELIVERY, &BACKLOG, &AGE, &CONNECTED, &REMOVED, &DAMAGES];
+pub(super) static ALL: [&Family; 12] = [
+    &MESSAGES,
+    &BYTES,
+    &ERRORS,
+    &RESENT,
+    &DELIVERY,
+    &BACKLOG,
+    &AGE,
+    &CONNECTED,
+    &REMOVED,
+    &REMOVED_EARLY,
+    &DAMAGES,
+    &UNREADABLE,
+];
 
 /// Reads them; no series where nothing is published.
 pub(super) fn gather(published: Option<Published>, out: &mut Gathered) {
@@ -82,8 +105,10 @@ pub(super) fn gather(published: Option<Published>, out: &mut Gathered) {
         (&AGE, each(&|published| published.backlog_seconds)),
         (&CONNECTED, each(&|published| u64::from(published.connected))),
         (&REMOVED, each(&|published| published.segments_removed)),
+        (&REMOVED_EARLY, each(&|published| published.segments_removed_early)),
         (&DAMAGES, each(&|published| published.damages)),
-    ] as [(&'static Family, Vec<Sample>); 10]);
+        (&UNREADABLE, each(&|published| published.epochs_unreadable)),
+    ] as [(&'static Family, Vec<Sample>); 12]);
 }
 
 fn delivery(published: &Published) -> Sample {

@@ -131,14 +131,10 @@ impl Node {
         let kubepods = root.below("kubepods");
         let journal = tempfile::tempdir().unwrap();
         let recorder = Recorder::start(RecorderOptions {
-            directory: journal.path().to_owned(),
             journal_bytes_max: 256 * 1024 * 1024,
-            node: "node".to_owned(),
-            tenant: None,
-            clusters: vec!["cluster".to_owned()],
             response_bytes_max: 1024,
             session_idle_timeout: Duration::from_secs(60),
-            signing_key_file: None,
+            ..RecorderOptions::new(journal.path().to_owned(), "node".to_owned(), vec!["cluster".to_owned()])
         })
         .unwrap();
         let agent = Agent::start(&root, pinning, None, &recorder, journal.path());

@@ -227,11 +227,19 @@ impl Requests {
 
     #[track_caller]
     pub(super) fn create(&mut self, name: &str, bytes: usize) -> Answer {
+        self.try_create(name, bytes).expect("an answer")
+    }
+
+    /// The same; none if the answer breaks off.
+    #[track_caller]
+    pub(super) fn try_create(&mut self, name: &str, bytes: usize) -> Option<Answer> {
         let path = format!("/api/v1/namespaces/{}/configmaps", self.namespace);
         let object = serde_json::json!({
             "apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name}, "data": {"value": random_text(bytes)},
         });
-        self.ask("POST", &path, &object.to_string())
+        let request = self.request("POST", &path, "application/json", &object.to_string());
+        self.client.send(request.as_bytes()).unwrap();
+        self.client.answer()
     }
 
     /// Changes an object that [`Self::create`] made, once for each marker; all requests are sent before the first answer is

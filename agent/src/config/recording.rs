@@ -1,0 +1,264 @@
+//! `recording`: how requests are committed, what happens while the journal is behind, and the emergency switch.
+
+use std::time::Duration;
+
+use serde::Deserialize;
+
+use super::raw::{Invalid, invalid};
+use crate::recording::{BacklogLimits, Commit, CommitRule, CommitRules, Resources, WhenBehind};
+
+/// Most rules.
+const RULES_MAX: usize = 256;
+/// The longest that a request may wait.
+const WAIT_SECONDS_MAX: u64 = 60;
+/// The longest that one emergency may last.
+const EMERGENCY_SECONDS_MAX: u64 = 24 * 3600;
+/// Verbs that only read, on a resource or on another path.
+const READS: [&str; 5] = ["get", "list", "watch", "head", "options"];
+
+/// How requests are recorded.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Recording {
+    /// When records must be on disk, and what happens while they cannot be.
+    pub commits: CommitRules,
+    /// The longest that requests may go on without durable records, by the emergency switch; none: never.
+    pub emergency_max: Option<Duration>,
+}
+
+// As it is written.
+#[derive(Default, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields, rename_all = "camelCase", default)]
+pub(super) struct RawRecording {
+    /// When records must be on disk; the first rule that matches decides. Without one: mutations and streams `sync`, reads
+    /// `async`. See recording.md.
+    #[cfg_attr(test, schemars(length(max = RULES_MAX)))]
+    rules: Vec<RawRule>,
+    /// Whether rules may make mutations and streams `async`. They then go on although a crash could lose their records; the
+    /// agent records a finding that says so, and a metric shows it.
+    allow_async_mutations: bool,
+    /// What becomes of requests while the journal is behind, unless a rule says it. Without it: `refuse`.
+    when_behind: Option<WhenBehind>,
+    /// When the journal counts as behind, and how long requests wait.
+    backlog: RawBacklog,
+    /// Allows the emergency switch, `weir-agent emergency`. Without this key it has no effect.
+    emergency: Option<RawEmergency>,
+}
+
+#[derive(Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+struct RawRule {
+    /// When records of what it matches are on disk: `sync`, the request before it is forwarded and the answer before its last
+    /// byte; `strict`, and each piece of a stream before it is forwarded; `async`, soon. Without it: as without a rule.
+    commit: Option<Commit>,
+    /// What becomes of what it matches while the journal is behind. Without it: as without a rule.
+    when_behind: Option<WhenBehind>,
+    /// Names of users; only those that Weir has verified match.
+    #[serde(default)]
+    users: Vec<String>,
+    /// Groups of users; only those that Weir has verified match.
+    #[serde(default)]
+    user_groups: Vec<String>,
+    /// Verbs, such as `get`, `list`, `create`; without any: all.
+    #[serde(default)]
+    verbs: Vec<String>,
+    /// Resources; without any: all.
+    #[serde(default)]
+    resources: Vec<RawResources>,
+    /// Namespaces; `""` matches what has none. Without any: all.
+    #[serde(default)]
+    namespaces: Vec<String>,
+    /// Paths that are no resources, such as `/metrics` or `/logs/*`. Not together with `resources` or `namespaces`.
+    #[serde(default, rename = "nonResourceURLs")]
+    non_resource_urls: Vec<String>,
+}
+
+#[derive(Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+struct RawResources {
+    /// API group; `""` is the core group.
+    #[serde(default)]
+    group: String,
+    /// `pods`, `pods/log`, `pods/*`, `*/scale` or `*`; without any: all of the group.
+    #[serde(default)]
+    resources: Vec<String>,
+    /// Names of objects; without any: all.
+    #[serde(default)]
+    resource_names: Vec<String>,
+}
+
+#[derive(Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields, rename_all = "camelCase", default)]
+struct RawBacklog {
+    /// Bytes that Kafka has not acknowledged (without Kafka: that the journal holds) from which on the journal is behind.
+    /// Without it: only a journal that is full, or cannot be written, refuses.
+    bytes_max: Option<u64>,
+    /// Seconds that the oldest event may wait for Kafka. Without it: any.
+    age_seconds_max: Option<u64>,
+    /// Seconds that a request waits, with `block` or where its pod is over its quota, before it is refused.
+    #[cfg_attr(test, schemars(range(max = WAIT_SECONDS_MAX)))]
+    wait_seconds: u64,
+}
+
+impl Default for RawBacklog {
+    fn default() -> Self {
+        Self { bytes_max: None, age_seconds_max: None, wait_seconds: BacklogLimits::default().wait.as_secs() }
+    }
+}
+
+#[derive(Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+struct RawEmergency {
+    /// The longest that one emergency may last, in seconds.
+    #[cfg_attr(test, schemars(range(min = 1, max = EMERGENCY_SECONDS_MAX)))]
+    seconds_max: u64,
+}
+
+impl RawRecording {
+    pub(super) fn validate(self) -> Result<Recording, Invalid> {
+        if self.rules.len() > RULES_MAX {
+            let problem = format!("has {} entries; at most {RULES_MAX} are read", self.rules.len());
+            return invalid("recording.rules", problem);
+        }
+        let allowed = self.allow_async_mutations;
+        let rules = self.rules.into_iter().enumerate();
+        let rules = rules.map(|(index, rule)| rule.validate(&format!("recording.rules[{index}]"), allowed));
+        let rules = rules.collect::<Result<_, _>>()?;
+        let RawBacklog { bytes_max, age_seconds_max, wait_seconds } = self.backlog;
+        if wait_seconds > WAIT_SECONDS_MAX {
+            return invalid("recording.backlog.waitSeconds", format!("must be at most {WAIT_SECONDS_MAX}"));
+        }
+        let emergency_max = match self.emergency {
+            Some(RawEmergency { seconds_max }) if !(1..=EMERGENCY_SECONDS_MAX).contains(&seconds_max) => {
+                let problem = format!("must be from 1 to {EMERGENCY_SECONDS_MAX}");
+                return invalid("recording.emergency.secondsMax", problem);
+            }
+            emergency => emergency.map(|emergency| Duration::from_secs(emergency.seconds_max)),
+        };
+        let backlog = BacklogLimits {
+            bytes_max,
+            age_max: age_seconds_max.map(Duration::from_secs),
+            wait: Duration::from_secs(wait_seconds),
+        };
+        let when_behind = self.when_behind;
+        let commits = CommitRules { rules, async_mutations: allowed, when_behind, backlog };
+        Ok(Recording { commits, emergency_max })
+    }
+}
+
+impl RawRule {
+    fn validate(self, key: &str, async_mutations: bool) -> Result<CommitRule, Invalid> {
+        let of_resources = !self.resources.is_empty() || !self.namespaces.is_empty();
+        if of_resources && !self.non_resource_urls.is_empty() {
+            let problem = "a request is for a resource or for another path; make two rules of it";
+            return invalid(format!("{key}.nonResourceURLs"), problem);
+        }
+        let changing = self.verbs.iter().find(|verb| !READS.contains(&verb.as_str()));
+        if let (Some(Commit::Async), Some(verb), false) = (self.commit, changing, async_mutations) {
+            let problem = format!(
+                "is async, but {verb:?} changes something, whose record would be lost in a crash; leave the verb out, or \
+                 set recording.allowAsyncMutations"
+            );
+            return invalid(format!("{key}.commit"), problem);
+        }
+        let star = |pattern: &&String| pattern.trim_end_matches('*').contains('*') || pattern.ends_with("**");
+        if let Some(pattern) = self.non_resource_urls.iter().find(star) {
+            let problem =
+                format!("{pattern:?} has a `*` that is not its last character, where alone it has a meaning");
+            return invalid(format!("{key}.nonResourceURLs"), problem);
+        }
+        let resources = self.resources.into_iter().map(|of| Resources {
+            group: of.group,
+            resources: of.resources,
+            resource_names: of.resource_names,
+        });
+        Ok(CommitRule {
+            commit: self.commit,
+            when_behind: self.when_behind,
+            users: self.users,
+            user_groups: self.user_groups,
+            verbs: self.verbs,
+            resources: resources.collect(),
+            namespaces: self.namespaces,
+            non_resource_urls: self.non_resource_urls,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use expect_test::{Expect, expect};
+
+    use super::{Commit, RawRecording, Recording, WhenBehind};
+
+    fn parse(text: &str) -> Result<Recording, String> {
+        let raw: RawRecording = serde_yaml_ng::from_str(text).map_err(|error| error.to_string())?;
+        raw.validate().map_err(|invalid| format!("{}: {}", invalid.key, invalid.problem))
+    }
+
+    #[track_caller]
+    fn refused(text: &str, expected: Expect) {
+        expected.assert_eq(&parse(text).expect_err("is refused"));
+    }
+
+    #[test]
+    fn rules_are_read_in_the_shape_of_an_audit_policy() {
+        let text = "
+rules:
+- {commit: strict, whenBehind: block, resources: [{group: '', resources: [secrets, 'pods/*'], resourceNames: [a]}], namespaces: [prod]}
+- {commit: sync, verbs: [get], nonResourceURLs: ['/logs/*'], users: [anna], userGroups: [admins]}
+- {whenBehind: metadataOnly}
+backlog: {bytesMax: 1000, ageSecondsMax: 60, waitSeconds: 3}
+emergency: {secondsMax: 600}
+";
+        let Recording { commits, emergency_max } = parse(text).expect("is valid");
+        assert_eq!((commits.rules.len(), commits.rules[0].commit), (3, Some(Commit::Strict)));
+        assert_eq!(commits.rules[2].when_behind, Some(WhenBehind::MetadataOnly));
+        assert_eq!(commits.rules[1].non_resource_urls, ["/logs/*"]);
+        assert_eq!((commits.backlog.bytes_max, commits.backlog.wait), (Some(1000), Duration::from_secs(3)));
+        assert_eq!(emergency_max, Some(Duration::from_secs(600)));
+    }
+
+    #[test]
+    fn without_it_nothing_is_weakened() {
+        assert_eq!(parse("{}"), Ok(Recording::default()));
+        assert_eq!(Recording::default().emergency_max, None);
+    }
+
+    #[test]
+    fn what_would_lose_records_of_changes_is_refused_without_the_switch() {
+        refused(
+            "rules: [{commit: async, verbs: [get, create]}]",
+            expect![[
+                r#"recording.rules[0].commit: is async, but "create" changes something, whose record would be lost in a crash; leave the verb out, or set recording.allowAsyncMutations"#
+            ]],
+        );
+        parse("{rules: [{commit: async, verbs: [create]}], allowAsyncMutations: true}").expect("with it");
+    }
+
+    #[test]
+    fn what_could_never_match_is_refused() {
+        refused(
+            "rules: [{nonResourceURLs: [/metrics], namespaces: [a]}]",
+            expect![
+                "recording.rules[0].nonResourceURLs: a request is for a resource or for another path; make two rules of it"
+            ],
+        );
+        refused(
+            "rules: [{nonResourceURLs: ['/a*b']}]",
+            expect![[
+                r#"recording.rules[0].nonResourceURLs: "/a*b" has a `*` that is not its last character, where alone it has a meaning"#
+            ]],
+        );
+        refused(
+            "emergency: {secondsMax: 0}",
+            expect!["recording.emergency.secondsMax: must be from 1 to 86400"],
+        );
+    }
+}

@@ -1,0 +1,271 @@
+//! How a request's record begins: admission, session and invocation, the masked body, the first commit.
+
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Instant,
+};
+
+use bytes::Bytes;
+use http::{
+    HeaderMap, StatusCode,
+    header::{CONTENT_ENCODING, CONTENT_TYPE},
+};
+use weir_common::{
+    attributes::Attributes,
+    event::{BodySummary, Caller, Channel, IdentityMethod, Kind, RequestOpened},
+};
+
+use super::{
+    Recorder, RecordingError, RequestHead, RequestRecord, Unmasked,
+    admission::Reduced,
+    body::Sensitivity,
+    content::{self, Held},
+    entry::{Append, Entry, Ids},
+    plan::{Plan, WhenBehind},
+    request::Level,
+    session::{self, Belonging},
+    share::{Budget, Share},
+    worker::Context,
+};
+
+/// Most bytes of a mutating request's body that are recorded: above the API server's own limit of 3 MiB.
+const REQUEST_BYTES_MAX: usize = 4 * 1024 * 1024;
+
+/// Most bytes of the response to a mutation that are recorded.
+const MUTATION_RESPONSE_BYTES_MAX: usize = 4 * 1024 * 1024;
+
+/// Most bytes of an error's body that are recorded where a success would be recorded otherwise.
+pub(super) const ERROR_BYTES_MAX: usize = 64 * 1024;
+
+/// A request body up to this length is masked in the request's own task; a longer one on a blocking thread.
+pub(super) const INLINE_BYTES_MAX: usize = 64 * 1024;
+
+/// How a request begins.
+struct Begin<'a> {
+    plan: Plan,
+    share: &'a Arc<Share>,
+    /// Why its bodies are left out, if they are.
+    reduced: Option<Reduced>,
+}
+
+impl Recorder {
+    /// Records that a request arrived (with its session and invocation, if they are new) and returns its record: when the
+    /// rules say that somebody waits for it, durable.
+    ///
+    /// # Errors
+    /// The journal cannot accept, or the pod is over its quota: the request must be refused.
+    pub async fn open(
+        &self,
+        caller: &Arc<Caller>,
+        cluster: usize,
+        head: RequestHead<'_>,
+        body: Option<Unmasked>,
+    ) -> Result<RequestRecord, RecordingError> {
+        let plan = self.plan(&head);
+        let share = self.inner.shares.of(caller, Instant::now());
+        let deadline = Instant::now() + self.inner.rules.load().backlog.wait;
+        loop {
+            let reduced = self.admit(&share, plan, head.upgrade.is_some(), deadline).await?;
+            let begin = Begin { plan, share: &share, reduced };
+            let body = body.as_ref().map(|body| body.0.clone()).unwrap_or_default();
+            match self.begin(caller, cluster, head, body, begin).await {
+                Err(error) if plan.when_behind == WhenBehind::Block && error.may_pass() => {}
+                begun => return begun,
+            }
+        }
+    }
+
+    async fn begin(
+        &self,
+        caller: &Arc<Caller>,
+        cluster: usize,
+        head: RequestHead<'_>,
+        body: Bytes,
+        Begin { plan, share, reduced }: Begin<'_>,
+    ) -> Result<RequestRecord, RecordingError> {
+        let belonging = self.belonging(caller, cluster, &head, share)?;
+        let context = self.context(cluster, &belonging, head.attributes, share);
+        let left_out = reduced.map(|why| format!("left out: {}", why.for_client()));
+        let gap = left_out.as_ref().map(|reason| Kind::Gap {
+            reason: format!("bodies of this request are {reason}"),
+            events: None,
+            bytes: Some(body.len() as u64).filter(|bytes| *bytes > 0),
+        });
+        let (content, summary) = match body {
+            body if body.is_empty() => (Vec::new(), None),
+            body => {
+                let (content, summary) =
+                    mask_request(&context, head.headers, body, left_out.as_deref()).await?;
+                (content, Some(summary))
+            }
+        };
+        let opened = RequestOpened {
+            method: head.method.as_str().to_owned(),
+            uri: context.masker.request_uri(head.uri),
+            protocol: protocol(head.version),
+            headers: context.masker.headers(head.headers),
+            attributes: head.attributes.clone(),
+            upgrade: head.upgrade.map(str::to_owned),
+            identity: head.identity.cloned().map(Box::new),
+            body: summary,
+        };
+        let mut kinds = vec![Kind::RequestOpened(Box::new(opened))];
+        kinds.append(&mut content::split(Channel::RequestBody, 0, &content));
+        kinds.extend(gap);
+        let entries = self.first_entries(&context, kinds)?;
+        let level = self.level(&head);
+        let watch = head.attributes.verb == "watch";
+        let status = Arc::clone(&self.inner.status);
+        let record = RequestRecord::new(context, status, plan, (level, left_out), watch);
+        if self.inner.emergency.is_on() {
+            self.inner.emergency.count();
+        }
+        // The record exists before the wait: should the client go away meanwhile, it closes itself.
+        match record.append(entries, plan.is_durable()).await {
+            Ok(()) => Ok(record),
+            Err(error) => {
+                match error {
+                    // It may still become durable: then it says what became of it.
+                    RecordingError::TooSlow => {
+                        record.refused(StatusCode::SERVICE_UNAVAILABLE, error.for_client());
+                    }
+                    _ => record.disarm(),
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Not [`Context::entry`]: a request whose record does not fit is refused, not recorded as a gap.
+    fn first_entries(&self, context: &Context, kinds: Vec<Kind>) -> Result<Vec<Entry>, RecordingError> {
+        let ids = Ids {
+            session: &context.session,
+            invocation: context.invocation.as_deref(),
+            request: Some(&context.request),
+        };
+        let cluster = Some(context.cluster);
+        kinds.into_iter().map(|kind| self.inner.origin.entry(cluster, ids, kind)).collect()
+    }
+
+    /// Finds the request's session and invocation; queues their beginnings, if they are new, under the table's lock, so
+    /// that no other request of theirs can come before.
+    fn belonging(
+        &self,
+        caller: &Arc<Caller>,
+        cluster: usize,
+        head: &RequestHead<'_>,
+        share: &Arc<Share>,
+    ) -> Result<Belonging, RecordingError> {
+        let inner = &self.inner;
+        let verified = head.identity.filter(|identity| identity.method != IdentityMethod::Unverified);
+        let user = verified.map(|identity| identity.user.username.clone());
+        let claimed = || caller.claimed_user.clone().or_else(|| session::claimed_user(head.headers));
+        let claimed_user = if user.is_none() { claimed() } else { None };
+        let caller = Caller { claimed_user, user, ..Caller::clone(caller) };
+        let mut table = inner.sessions.lock().unwrap_or_else(PoisonError::into_inner);
+        let losses = inner.status.losses();
+        if table.losses != losses {
+            table.losses = losses;
+            table.sessions.forget();
+        }
+        let belonging = table.sessions.belonging(&caller, cluster, Instant::now());
+        let masker = self.masker(Some(cluster));
+        let mut entries = Vec::new();
+        if belonging.session_is_new {
+            let ids = Ids { session: &belonging.session, ..Ids::default() };
+            let kind = Kind::SessionStarted { caller: Box::new(masker.caller(&caller)) };
+            entries.push(inner.origin.entry(Some(cluster), ids, kind)?);
+        }
+        if let (true, Some(process)) = (belonging.invocation_is_new, &caller.process) {
+            let ids = Ids {
+                session: &belonging.session,
+                invocation: belonging.invocation.as_deref(),
+                request: None,
+            };
+            let process = masker.process(process);
+            let kind = Kind::InvocationStarted { process, container: caller.container.clone() };
+            entries.push(inner.origin.entry(Some(cluster), ids, kind)?);
+        }
+        if !entries.is_empty() {
+            inner.queue.push_small(Append::behind(entries).of(share));
+        }
+        Ok(belonging)
+    }
+
+    fn context(
+        &self,
+        cluster: usize,
+        belonging: &Belonging,
+        attributes: &Attributes,
+        share: &Arc<Share>,
+    ) -> Context {
+        let inner = &self.inner;
+        Context {
+            origin: Arc::clone(&inner.origin),
+            queue: Arc::clone(&inner.queue),
+            emergency: Arc::clone(&inner.emergency),
+            share: Arc::clone(share),
+            workers: Arc::clone(&inner.workers),
+            worker: inner.workers.assign(),
+            masker: Arc::clone(self.masker(Some(cluster))),
+            sensitivity: Sensitivity::of(attributes),
+            cluster,
+            session: Arc::clone(&belonging.session),
+            invocation: belonging.invocation.clone(),
+            request: session::new_id(),
+            streamed: Mutex::new(None),
+            waiting: Budget::default(),
+        }
+    }
+
+    fn level(&self, head: &RequestHead<'_>) -> Level {
+        let attributes = head.attributes;
+        if head.upgrade.is_some() || attributes.is_mutating(head.method.as_str()) {
+            return Level::Bounded(self.inner.response_bytes_max.max(MUTATION_RESPONSE_BYTES_MAX));
+        }
+        match (attributes.resource.as_str(), attributes.subresource.as_str()) {
+            ("", _) => Level::Metadata,
+            ("pods", "log") => Level::Streamed,
+            _ => Level::Bounded(self.inner.response_bytes_max),
+        }
+    }
+}
+
+/// Decodes and masks the body of a request; of one that is left out only length and digest are kept.
+async fn mask_request(
+    context: &Context,
+    headers: &HeaderMap,
+    body: Bytes,
+    left_out: Option<&str>,
+) -> Result<(Vec<u8>, BodySummary), RecordingError> {
+    let text = |name| headers.get(name).and_then(|value| value.to_str().ok()).map(str::to_owned);
+    let mut held = Held {
+        wire_bytes: body.len() as u64,
+        cut: None,
+        content_type: text(CONTENT_TYPE),
+        content_encoding: text(CONTENT_ENCODING),
+        bytes_max: REQUEST_BYTES_MAX,
+        chunks: vec![body],
+    };
+    if let Some(reason) = left_out {
+        let mut digest = context.masker.digest();
+        held.chunks.iter().for_each(|chunk| digest.update(chunk));
+        held.cut = Some((reason.to_owned(), Some(digest.finish())));
+        held.chunks = Vec::new();
+        held.content_encoding = None;
+    }
+    if held.wire_bytes <= INLINE_BYTES_MAX as u64 {
+        return Ok(content::reduce(&context.masker, context.sensitivity, &held));
+    }
+    let (masker, sensitivity) = (Arc::clone(&context.masker), context.sensitivity);
+    let reduced = tokio::task::spawn_blocking(move || content::reduce(&masker, sensitivity, &held));
+    reduced.await.map_err(|_| RecordingError::Closed)
+}
+
+fn protocol(version: http::Version) -> String {
+    match version {
+        http::Version::HTTP_2 => "HTTP/2".to_owned(),
+        http::Version::HTTP_10 => "HTTP/1.0".to_owned(),
+        _ => "HTTP/1.1".to_owned(),
+    }
+}

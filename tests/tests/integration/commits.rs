@@ -1,0 +1,195 @@
+//! What kubectl is told while the journal or Kafka is behind, the emergency switch, and a neighbour of a pod that floods.
+
+use std::{path::Path, process::Command, time::Instant};
+
+use serde_json::{Value, json};
+use weir_common::event::{Event, Kind};
+use weir_tests::{AgentProcess, PodSpec, agent, agent::TrustSource, command, wait_until};
+
+use super::{
+    DEADLINE, Scene,
+    client::Requests,
+    kafka::{PUBLISHED_DEADLINE, kafka, publishing},
+    monitoring::Monitored,
+    shown, verify,
+};
+
+/// `weir-agent emergency`, with what it said.
+fn emergency(arguments: &[&str]) -> (Option<i32>, String, String) {
+    let binary = agent::built_binary("weir-agent").unwrap();
+    shown(&command::output(Command::new(binary).arg("emergency").args(arguments)).unwrap())
+}
+
+/// Changes `recording` of a running agent's configuration.
+#[track_caller]
+fn change(agent: &AgentProcess, configuration: &mut Value, recording: Value) {
+    let before = agent.log().unwrap().matches("configuration changed").count();
+    configuration["recording"] = recording;
+    agent::write_configuration(configuration, agent.config()).unwrap();
+    wait_until("the change to be taken", DEADLINE, || {
+        Ok((agent.log()?.matches("configuration changed").count() > before).then_some(()))
+    })
+    .unwrap();
+}
+
+fn findings(events: &[Event], wanted: &str) -> Vec<String> {
+    let message = |event: &Event| match &event.kind {
+        Kind::Finding { name, message, .. } if name == wanted => Some(message.clone()),
+        _ => None,
+    };
+    events.iter().filter_map(message).collect()
+}
+
+fn with_metrics(scene: &Scene, recording: Value) -> (Value, AgentProcess, Monitored) {
+    let mut configuration =
+        agent::configuration(&scene.testbed, &scene.journal(), TrustSource::ClusterSigner);
+    configuration["recording"] = recording;
+    let (agent, monitored) = Monitored::start_with(scene, configuration.clone());
+    let written = std::fs::read_to_string(agent.config()).unwrap();
+    (serde_yaml_ng::from_str(&written).unwrap(), agent, monitored)
+}
+
+/// Takes the switch back, whatever becomes of the test.
+struct Off;
+
+impl Drop for Off {
+    fn drop(&mut self) {
+        emergency(&["off"]);
+    }
+}
+
+#[test]
+fn kubectl_is_told_why_it_is_refused_and_only_an_emergency_that_is_allowed_lets_it_through() {
+    let Some(mut scene) = Scene::new() else { return };
+    scene.namespace("it-behind", true);
+    let pod = scene.testbed.run_pod(&PodSpec::idle("it-behind", "caller")).unwrap();
+    // Without Kafka the journal itself is the backlog; it has more bytes than one.
+    let full = json!({"backlog": {"bytesMax": 1}});
+    let (mut configuration, mut agent, monitored) = with_metrics(&scene, full);
+    let create = |name: &str| {
+        shown(&pod.exec(&["kubectl", "create", "configmap", name, "-n", "it-behind", "-o", "name"]).unwrap())
+    };
+    let refused = |(code, out, err): (Option<i32>, String, String)| {
+        assert_eq!((code, out.as_str()), (Some(1), ""), "{err}");
+        let why = "the request cannot be recorded, so it is not forwarded: what is recorded is not acknowledged fast enough; \
+                   the operator must see to Kafka";
+        assert!(err.contains(why), "{err}");
+        err
+    };
+    let said = refused(create("refused"));
+    assert!(said.starts_with("error: failed to create configmap: the request"), "{said}");
+    let read = pod.exec(&["kubectl", "get", "--raw", "/api/v1/namespaces/default"]).unwrap();
+    let said = refused(shown(&read));
+    assert!(said.starts_with("Error from server (ServiceUnavailable): the request"), "{said}");
+
+    let _off = Off;
+    let config = agent.config().to_str().unwrap().to_owned();
+    let on = ["on", "--config", &config, "--reason", "the test wants it", "--for", "5m"];
+    let (code, _, err) = emergency(&on);
+    assert!(code == Some(1) && err.contains("does not allow an emergency"), "{err}");
+    change(&agent, &mut configuration, json!({"backlog": {"bytesMax": 1}, "emergency": {"secondsMax": 600}}));
+    refused(create("refused"));
+    let (code, out, err) = emergency(&on);
+    assert_eq!(code, Some(0), "{err}");
+    assert!(out.contains("300 seconds"), "{out}");
+    scene.event(
+        "the finding",
+        |event| matches!(&event.kind, Kind::Finding { name, .. } if name == "emergencyBegan"),
+    );
+    let relaxed = "weir_recording_relaxed{what=\"emergency\"}";
+    wait_until("the emergency", DEADLINE, || Ok((monitored.metrics()[relaxed] == 1.0).then_some(())))
+        .unwrap();
+    assert_eq!(create("one"), (Some(0), "configmap/one\n".to_owned(), String::new()));
+    assert_eq!(agent.status().unwrap()["emergency"]["reason"], "the test wants it");
+    assert!(monitored.get("/readyz").unwrap().1.contains("an emergency is on"));
+
+    // It outlives the agent.
+    assert!(agent.terminate().unwrap().success(), "{}", agent.last_lines());
+    let mut agent =
+        AgentProcess::start(Path::new(&config), &scene.scratch.path().join("second.log")).unwrap();
+    wait_until("the emergency", DEADLINE, || Ok((monitored.metrics()[relaxed] == 1.0).then_some(())))
+        .unwrap();
+    assert_eq!(create("two").0, Some(0));
+    assert!(monitored.metrics()["weir_emergency_requests_total"] >= 1.0);
+    assert_eq!(emergency(&["off"]).0, Some(0));
+    wait_until("its end", DEADLINE, || Ok((monitored.metrics()[relaxed] == 0.0).then_some(()))).unwrap();
+    refused(create("refused"));
+    assert!(agent.terminate().unwrap().success(), "{}", agent.last_lines());
+
+    let events = scene.events();
+    let began = findings(&events, "emergencyBegan");
+    assert_eq!(began.len(), 2, "each run of the agent says so: {began:?}");
+    assert!(began[0].contains("the test wants it") && began[0].contains("begun by root"), "{began:?}");
+    assert_eq!(findings(&events, "emergencyEnded").len(), 1);
+    assert_eq!(findings(&events, "recordingRulesChanged").len(), 1);
+    let verified = verify(&scene.journal());
+    assert!(verified.status.success(), "{:?}", shown(&verified));
+}
+
+#[test]
+fn while_kafka_is_away_for_too_long_requests_are_refused_and_go_on_when_it_is_back() {
+    let Some(mut scene) = Scene::new() else { return };
+    let mut kafka = kafka();
+    scene.namespace("it-late", true);
+    let pod = scene.testbed.run_pod(&PodSpec::idle("it-late", "caller")).unwrap();
+    let mut configuration =
+        agent::configuration(&scene.testbed, &scene.journal(), TrustSource::ClusterSigner);
+    configuration["kafka"] = publishing(&kafka.bootstrap());
+    configuration["recording"] = json!({"backlog": {"ageSecondsMax": 10}});
+    let (agent, _monitored) = Monitored::start_with(&scene, configuration);
+    let mut requests = Requests::new(&scene.testbed, &pod);
+    assert_eq!(requests.create("before", 10).status, 201);
+    kafka.kill().unwrap();
+    let mut number = 0;
+    let refused = wait_until("a refusal", PUBLISHED_DEADLINE, || {
+        number += 1;
+        let answer = requests.create(&format!("while-{number}"), 10);
+        Ok((answer.status != 201).then_some(answer))
+    })
+    .unwrap();
+    assert_eq!(refused.status, 503, "{}", refused.head);
+    assert!(refused.head.to_ascii_lowercase().contains("retry-after: 1"), "{}", refused.head);
+    let status: Value = serde_json::from_slice(&refused.body).unwrap();
+    assert!(status["message"].as_str().unwrap().ends_with("the operator must see to Kafka"), "{status}");
+    kafka.restart().unwrap();
+    wait_until("requests to go on", PUBLISHED_DEADLINE, || {
+        number += 1;
+        Ok((requests.create(&format!("after-{number}"), 10).status == 201).then_some(()))
+    })
+    .unwrap_or_else(|error| panic!("{error:#}: {}", agent.last_lines()));
+}
+
+#[test]
+fn a_pod_that_floods_is_told_to_wait_and_its_neighbour_notices_nothing() {
+    const READS: usize = 30;
+    let Some(mut scene) = Scene::new() else { return };
+    scene.namespace("it-flood", true);
+    let greedy = scene.testbed.run_pod(&PodSpec::idle("it-flood", "greedy")).unwrap();
+    let quiet = scene.testbed.run_pod(&PodSpec::idle("it-flood", "quiet")).unwrap();
+    let mut configuration =
+        agent::configuration(&scene.testbed, &scene.journal(), TrustSource::ClusterSigner);
+    configuration["limits"] = json!({"podBytesPerSecond": 1 << 20, "podBurstBytes": 2 << 20});
+    configuration["recording"] = json!({"backlog": {"waitSeconds": 0}});
+    let (agent, monitored) = Monitored::start_with(&scene, configuration);
+    let (mut flood, mut calm) =
+        (Requests::new(&scene.testbed, &greedy), Requests::new(&scene.testbed, &quiet));
+    let mut number = 0;
+    let refused = wait_until("the pod to be over its quota", DEADLINE, || {
+        number += 1;
+        let answer = flood.create(&format!("flood-{number}"), 900_000);
+        Ok((answer.status != 201).then_some(answer))
+    })
+    .unwrap();
+    assert_eq!(refused.status, 429, "{}", refused.head);
+    let status: Value = serde_json::from_slice(&refused.body).unwrap();
+    assert_eq!(status["reason"], "TooManyRequests", "{status}");
+    for read in 0..READS {
+        let since = Instant::now();
+        // It goes on flooding: what it owes is paid back at 1 MiB a second.
+        let _ = flood.create(&format!("more-{read}"), 900_000);
+        let answer = calm.create(&format!("calm-{read}"), 10);
+        assert_eq!(answer.status, 201, "{} after {:?}", answer.head, since.elapsed());
+    }
+    let over = "weir_proxy_requests_total{cluster=\"testbed\",verdict=\"over_quota\"}";
+    assert!(monitored.metrics()[over] >= 1.0, "{}", agent.last_lines());
+}
