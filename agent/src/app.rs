@@ -32,6 +32,7 @@ use crate::{
         hosts::Hosts,
         loader::{self, Pinning},
         observed::Observed,
+        pod_lookup::{NAMED_MAX, NamedPod},
         run::{self as interception, Ended, InterceptionError},
     },
     proxy::{self, Drained, Proxy, ProxyOptions},
@@ -137,6 +138,7 @@ async fn run_recorded(
     let (publish_pods, pods) = watch::channel(KnownPods::None);
     let (publish, clusters) = addresses(config);
     let (publish_nodes, nodes) = watch::channel(Hosts::default());
+    let (name_pod, named) = mpsc::channel(NAMED_MAX);
     let (accepted, mut connections) = mpsc::channel(ACCEPTED_MAX);
     let (settled, ready) = watch::channel(false);
     let observed: Arc<Observed> = Arc::default();
@@ -148,17 +150,18 @@ async fn run_recorded(
         name_servers: config.name_servers.clone(),
         nodes,
         handover: Some(PathBuf::from(handover::STANDARD)),
+        nri: config.nri.clone().map(|socket| (socket, name_pod)),
         accepted,
         ready: settled,
         observed: observed.clone(),
     };
     let intercepted = interception::run(options, in_force, recorder.clone(), stop.clone());
-    tokio::pin!(intercepted);
+    let mut intercepted = std::pin::pin!(intercepted);
     // What runs as long as the agent does; the set aborts what is left when it is dropped.
     let mut parts: JoinSet<&'static str> = JoinSet::new();
     let metrics = Monitoring::start(config, &telemetry);
     let proxy = tokio::select! {
-        proxy = start_proxy((source, config), (recorder, &observed), (publish_pods, publish_nodes), publish, &mut parts) => proxy?,
+        proxy = start_proxy((source, config), (recorder, &observed), (publish_pods, named, publish_nodes), publish, &mut parts) => proxy?,
         ended = &mut intercepted => return Err(early(ended)),
         signal = signals.next() => {
             stop.cancel();
@@ -167,8 +170,7 @@ async fn run_recorded(
         }
     };
     telemetry.serves(proxy.clone());
-    let announced = announce(ready, observed.watch_canary());
-    tokio::pin!(announced);
+    let mut announced = std::pin::pin!(announce(ready, observed.watch_canary()));
     let mut handed_over = false;
     let ending = loop {
         tokio::select! {
@@ -296,7 +298,11 @@ fn addresses(config: &Config) -> (Vec<cluster::Publish>, Vec<ClusterAddresses>) 
 async fn start_proxy(
     (source, config): (Source, &Config),
     (recorder, observed): (&Recorder, &Arc<Observed>),
-    (publish_pods, publish_nodes): (watch::Sender<KnownPods>, watch::Sender<Hosts>),
+    (publish_pods, named, publish_nodes): (
+        watch::Sender<KnownPods>,
+        mpsc::Receiver<NamedPod>,
+        watch::Sender<Hosts>,
+    ),
     publish: Vec<cluster::Publish>,
     parts: &mut JoinSet<&'static str>,
 ) -> Result<Proxy, AppError> {
@@ -315,7 +321,7 @@ async fn start_proxy(
         intent_annotations: config.intent_annotations.clone(),
     };
     parts.spawn(async move {
-        pods.watch_pods(publish_pods).await;
+        pods.watch_pods(publish_pods, named).await;
         "the watch of pods"
     });
     let (upstreams, live) = clusters.into_iter().map(|cluster| (cluster.upstream, cluster.live)).unzip();

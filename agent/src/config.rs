@@ -23,6 +23,7 @@ mod authentication;
 pub mod aws_role;
 mod kafka;
 mod limits;
+mod nri;
 mod raw;
 mod recording;
 #[cfg(test)]
@@ -113,6 +114,8 @@ pub struct Config {
     pub intent_annotations: Vec<String>,
     /// Mount point of cgroup v2; found in `/proc/self/mountinfo` if absent.
     pub cgroup_root: Option<PathBuf>,
+    /// The container runtime's NRI socket, by which containers wait until their pods are enrolled; none: they do not.
+    pub nri: Option<PathBuf>,
     /// Where metrics and health are served; nowhere if absent.
     pub metrics: Option<SocketAddr>,
     /// Limits.
@@ -296,6 +299,7 @@ enrolment:
   podSelector: {matchExpressions: [{key: role, operator: NotIn, values: [system]}]}
   mode: observe
 intentAnnotations: [ci.example/job-url]
+nri: {socket: /run/nri/nri.sock}
 metrics: {address: '127.0.0.1:9155'}
 limits: {drainSeconds: 10, responseBytesMax: 4096, sessionIdleTimeoutSeconds: 60}
 ";
@@ -318,6 +322,7 @@ limits: {drainSeconds: 10, responseBytesMax: 4096, sessionIdleTimeoutSeconds: 60
         assert_eq!(config.name_servers, servers.map(|server| server.parse().expect("an address")));
         assert_eq!(config.enrolment[0].mode, Mode::Observe);
         assert_eq!(config.metrics, Some(([127, 0, 0, 1], 9155).into()));
+        assert_eq!(config.nri.as_deref(), Some(Path::new("/run/nri/nri.sock")));
         assert_eq!(config.limits.drain.as_secs(), 10);
     }
 
@@ -330,6 +335,9 @@ limits: {drainSeconds: 10, responseBytesMax: 4096, sessionIdleTimeoutSeconds: 60
         assert_eq!(config.state_directory, Path::new("/var/lib/weir"));
         assert_eq!(config.enrolment[0].mode, Mode::Enforce);
         assert_eq!(config.metrics, None);
+        assert_eq!(config.nri.as_deref(), Some(Path::new("/var/run/nri/nri.sock")));
+        let off = Config::parse(Path::new("weir.yaml"), &format!("{text}\nnri: {{enabled: false}}"), "here");
+        assert_eq!(off.expect("is valid").nri, None);
         let text = format!("{text}\nmetrics: {{}}");
         let config = Config::parse(Path::new("weir.yaml"), &text, "here").expect("is valid");
         assert_eq!(config.metrics, Some(([127, 0, 0, 1], 9155).into()));
@@ -340,7 +348,7 @@ limits: {drainSeconds: 10, responseBytesMax: 4096, sessionIdleTimeoutSeconds: 60
         refused(
             &WHOLE.replace("tenant", "tenent"),
             expect![
-                "configuration weir.yaml: unknown field `tenent`, expected one of `apiVersion`, `kind`, `node`, `tenant`, `journal`, `kafka`, `recording`, `stateDirectory`, `clusters`, `nameServers`, `enrolment`, `intentAnnotations`, `cgroupRoot`, `metrics`, `limits` at line 5 column 1"
+                "configuration weir.yaml: unknown field `tenent`, expected one of `apiVersion`, `kind`, `node`, `tenant`, `journal`, `kafka`, `recording`, `stateDirectory`, `clusters`, `nameServers`, `enrolment`, `intentAnnotations`, `cgroupRoot`, `nri`, `metrics`, `limits` at line 5 column 1"
             ],
         );
     }
@@ -351,6 +359,10 @@ limits: {drainSeconds: 10, responseBytesMax: 4096, sessionIdleTimeoutSeconds: 60
             &WHOLE.replace("tenant: acme", "stateDirectory: state"),
             expect!["configuration weir.yaml: stateDirectory: must be an absolute path"],
         );
+        refused(
+            &WHOLE.replace("/run/nri/nri.sock", "nri.sock"),
+            expect!["configuration weir.yaml: nri.socket: must be an absolute path"],
+        );
     }
 
     #[test]
@@ -358,7 +370,7 @@ limits: {drainSeconds: 10, responseBytesMax: 4096, sessionIdleTimeoutSeconds: 60
         refused(
             &WHOLE.replace("drainSeconds: 10", "drainSeconds: soon"),
             expect![[
-                r#"configuration weir.yaml: limits.drainSeconds: invalid type: string "soon", expected u64 at line 20 column 24"#
+                r#"configuration weir.yaml: limits.drainSeconds: invalid type: string "soon", expected u64 at line 21 column 24"#
             ]],
         );
     }

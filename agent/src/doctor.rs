@@ -15,6 +15,8 @@ use crate::{
 pub mod clusters;
 pub mod kafka;
 pub mod kernel;
+pub mod nri;
+pub mod pods;
 pub mod storage;
 
 /// Most characters of what was found: a verifier's log can have megabytes.
@@ -168,7 +170,9 @@ pub fn run(options: &DoctorOptions) -> Report {
             Ok(config) => {
                 checks.push(Check::good("config", Need::Must, path.display().to_string()));
                 checks.push(storage::check(&config.journal.directory, config.journal.bytes_max));
+                checks.push(nri::check(config.nri.as_deref()));
                 checks.extend(runtime.block_on(clusters::configured(&config)));
+                checks.extend(runtime.block_on(pods::checks(&config)));
                 checks.extend(config.kafka.iter().flat_map(kafka::checks));
             }
         },

@@ -23,7 +23,7 @@ use crate::{
     config::{self, Config, ConfigError},
     interception::{
         cluster_access::{ClusterAccess, ClusterAccessError},
-        cluster_watch::{self, PodLookupError},
+        pod_lookup::{self, PodLookupError},
     },
     proxy::Labels,
 };
@@ -151,7 +151,7 @@ pub async fn run(options: &ExplainOptions) -> Result<Explanation, ExplainError> 
     let (pod, labels) = match &named {
         None => (None, Labels::default()),
         Some(pod) => {
-            let (pod, labels) = cluster_watch::look_up_pod(home.client, pod).await?;
+            let (pod, labels) = pod_lookup::describe(home.client, pod).await?;
             (Some(pod), labels)
         }
     };

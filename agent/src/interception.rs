@@ -2,7 +2,7 @@
 //!
 //! [`loader`] puts the programs into the kernel and writes their maps, [`attach`] keeps them attached, [`listener`]
 //! listens in other network namespaces, [`accept`] lets through what [`flow`], [`caller`] and [`process`] vouch for,
-//! [`cluster_watch`] and [`pod`] which pods there are, [`api_set`] what is an API server. [`guard`] puts in force what must
+//! [`cluster_watch`] and [`pod`] which pods there are, `held_back` has their containers wait until they are enrolled, [`api_set`] what is an API server. [`guard`] puts in force what must
 //! be so before anything else, with what [`stored_set`] remembers; [`run`] puts it all to work on a node. What a connection says is
 //! not read here.
 
@@ -10,6 +10,7 @@ pub mod accept;
 pub mod answers;
 pub mod api_set;
 pub mod attach;
+mod beside;
 mod bpf;
 pub mod caller;
 pub mod canary;
@@ -26,6 +27,9 @@ pub mod enrolment;
 pub mod flow;
 pub mod guard;
 pub mod handover;
+mod held_back;
+#[cfg(test)]
+mod held_back_tests;
 pub mod hosts;
 mod interface;
 pub mod layouts;
@@ -33,11 +37,14 @@ pub mod listener;
 pub mod loader;
 mod maps;
 mod namespace;
+mod nested;
 mod netlink;
 pub mod observed;
 pub mod pinned;
 pub mod pod;
+pub mod pod_lookup;
 mod pod_network;
+pub mod powers;
 pub mod process;
 pub mod proof;
 pub mod quarantine;
@@ -46,8 +53,11 @@ mod resolution;
 pub mod run;
 pub mod security;
 mod service_dial;
+mod settled;
 mod sieve;
 mod sockets;
 pub mod stored_set;
+mod succession;
 mod trouble;
 pub mod usage;
+pub mod waits;

@@ -14,6 +14,7 @@ pub mod emergency;
 pub mod exec;
 pub mod explain;
 pub mod interception;
+pub mod nri;
 pub mod proxy;
 pub mod publishing;
 pub mod recording;

@@ -23,6 +23,7 @@ use crate::{
 mod exposition;
 mod families;
 mod journal;
+mod nri;
 mod publishing;
 #[cfg(test)]
 mod reference;

@@ -11,6 +11,8 @@ pub const LAYOUT_VERSION: u32 = 3;
 pub const API_ENDPOINTS_MAX: u32 = 65_536;
 /// Most pod (and other classified) cgroups on a node.
 pub const CGROUPS_MAX: u32 = 8192;
+/// Most network namespaces inside pods that have a listener.
+pub const NESTED_MAX: u32 = 4096;
 /// Most flows between `connect` and `accept` that are kept; the oldest are dropped (and then refused on accept).
 pub const FLOWS_MAX: u32 = 65_536;
 /// Most network interfaces (the host's ends of enrolled pods') that are guarded.
@@ -59,6 +61,17 @@ pub struct CgroupEntry {
     pub class: u32,
     /// The listener's port on 127.0.0.1 and ::1, host order.
     pub listener_port: u32,
+}
+
+/// A network namespace that an enrolled pod has made in itself; key of the map of listeners there, whose value is the
+/// listener's port on 127.0.0.1 and ::1, host order (`u32`).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct NestedKey {
+    /// Id of the pod's cgroup.
+    pub cgroup: u64,
+    /// Cookie of the network namespace.
+    pub netns: u64,
 }
 
 /// How connections from a cgroup to the API set are treated.
@@ -177,6 +190,8 @@ pub mod maps {
     pub const API_SET: &str = "API_SET";
     /// Hash of cgroup id (`u64`) → [`CgroupEntry`](super::CgroupEntry).
     pub const CGROUPS: &str = "CGROUPS";
+    /// Hash of [`NestedKey`](super::NestedKey) → port of the listener there (`u32`).
+    pub const NESTED: &str = "NESTED";
     /// LRU hash of [`FlowKey`](super::FlowKey) → [`FlowRecord`](super::FlowRecord).
     pub const FLOWS: &str = "FLOWS";
     /// Per-CPU array of `u64`, indexed by [`Counter`](super::Counter).
@@ -204,9 +219,10 @@ pub mod maps {
     /// is kept does not count, and nothing is kept), and then a number below 2^63 that was never there before.
     pub const GENERATION: &str = "GENERATION";
     /// All that are pinned; what the programs keep for themselves (`sieve`) is not.
-    pub const ALL: [&str; 14] = [
+    pub const ALL: [&str; 15] = [
         API_SET,
         CGROUPS,
+        NESTED,
         SIEVE,
         GENERATION,
         FLOWS,
@@ -396,6 +412,7 @@ const _: () = {
     use core::mem::size_of;
     assert!(size_of::<ApiEndpoint>() == 20);
     assert!(size_of::<CgroupEntry>() == 16);
+    assert!(size_of::<NestedKey>() == 16);
     assert!(size_of::<FlowKey>() == 48);
     assert!(size_of::<FlowRecord>() == 64);
     assert!(size_of::<Notice>() == 72);
@@ -406,7 +423,7 @@ const _: () = {
 
 #[cfg(feature = "user")]
 mod pod {
-    use super::{ApiEndpoint, CgroupEntry, FlowKey, FlowRecord, Notice, PodName, Settings};
+    use super::{ApiEndpoint, CgroupEntry, FlowKey, FlowRecord, NestedKey, Notice, PodName, Settings};
     // SAFETY: all are repr(C), made of integers only, and without padding (the sizes are asserted above).
     unsafe impl aya::Pod for ApiEndpoint {}
     // SAFETY: as above.
@@ -415,6 +432,8 @@ mod pod {
     unsafe impl aya::Pod for FlowKey {}
     // SAFETY: as above.
     unsafe impl aya::Pod for FlowRecord {}
+    // SAFETY: see above.
+    unsafe impl aya::Pod for NestedKey {}
     // SAFETY: as above.
     unsafe impl aya::Pod for Notice {}
     // SAFETY: as above.

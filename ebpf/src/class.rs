@@ -10,11 +10,11 @@ use aya_ebpf::helpers::{
     },
 };
 use weir_common::{
-    kernel::{ApiEndpoint, CgroupEntry, Counter, FlowRecord, Notice, NoticeKind, Settings},
+    kernel::{ApiEndpoint, CgroupEntry, Counter, FlowRecord, NestedKey, Notice, NoticeKind, Settings},
     sieve::walk,
 };
 
-use crate::{CGROUPS, COUNTERS, NOTICES, POD_COUNTERS, SETTINGS, TICK_NS, sieve};
+use crate::{CGROUPS, COUNTERS, NESTED, NOTICES, POD_COUNTERS, SETTINGS, TICK_NS, sieve};
 
 /// The nearest classified cgroup of the calling task.
 #[derive(Clone, Copy)]
@@ -62,6 +62,13 @@ pub(crate) fn entry(cgroup: u64) -> Option<CgroupEntry> {
     // SAFETY: entries are written whole by user space; one that is replaced while it is read belongs to the same
     // cgroup, whose verdict changes at this moment anyway.
     unsafe { CGROUPS.get(&cgroup) }.copied()
+}
+
+/// The port of the listener in a network namespace inside a pod; 0 if there is none.
+#[inline(always)]
+pub(crate) fn nested_listener(cgroup: u64, netns: u64) -> u32 {
+    // SAFETY: values are single words.
+    unsafe { NESTED.get(&NestedKey { cgroup, netns }) }.copied().unwrap_or(0)
 }
 
 /// The settings, or none at all if the map cannot be read: then nothing passes for the host.

@@ -158,7 +158,13 @@ fn judge(ctx: &SockAddrContext, address: [u32; 4], call: Call) -> Answer {
         _ if quarantined => 0,
         _ => return elsewhere(ctx, &settings, &original, call),
     };
-    let listener_here = listener_port != 0 && listener_netns == netns;
+    let (listener_here, listener_port) = if listener_port != 0 && listener_netns == netns {
+        (true, listener_port)
+    } else {
+        // Rare: nothing that is redirected in a pod's own network comes this way.
+        let nested = if number == Class::Enrolled as u32 { class::nested_listener(pod_cgroup, netns) } else { 0 };
+        (nested != 0, nested)
+    };
     // A number that no class has is a class of a newer agent: unknown, and denied.
     let class = Class::from_number(number);
     let target = if cluster == KUBELET { Target::Kubelet } else { Target::ApiServer };

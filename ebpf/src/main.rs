@@ -29,6 +29,7 @@ use aya_ebpf::{
 };
 use weir_common::{
     kernel::{
+        NESTED_MAX, NestedKey,
         API_ENDPOINTS_MAX, ApiEndpoint, CGROUPS_MAX, COUNTERS as COUNTERS_MAX, CgroupEntry, FLOWS_MAX,
         FlowKey, FlowRecord, INTERFACES_MAX, NOTICES_BYTES, PodCounters, PodName, REPORTED_MAX, Settings,
         SocketState, TICK_NS_MAX,
@@ -42,6 +43,10 @@ static API_SET: HashMap<ApiEndpoint, u32> = HashMap::with_max_entries(API_ENDPOI
 
 #[map]
 static CGROUPS: HashMap<u64, CgroupEntry> = HashMap::with_max_entries(CGROUPS_MAX, 0);
+
+// Not allocated ahead: most nodes have none.
+#[map]
+static NESTED: HashMap<NestedKey, u32> = HashMap::with_max_entries(NESTED_MAX, BPF_F_NO_PREALLOC);
 
 #[map]
 static SIEVE: Array<u64> = Array::with_max_entries(SIEVE_SLOTS, 0);

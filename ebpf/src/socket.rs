@@ -99,12 +99,17 @@ pub(crate) fn bound(ctx: &SockAddrContext) -> i32 {
     let cgroup = class::own();
     let Some(nearest) = class::nearest(cgroup) else { return PROCEED };
     let entry = nearest.entry;
-    if entry.class != Class::Enrolled as u32 || entry.listener_port != port {
+    if entry.class != Class::Enrolled as u32 {
         return PROCEED;
     }
     // SAFETY: the context is valid while the program runs.
     let netns = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
-    if netns != entry.listener_netns {
+    let taken = if netns == entry.listener_netns {
+        entry.listener_port
+    } else {
+        class::nested_listener(nearest.id, netns)
+    };
+    if taken != port {
         return PROCEED;
     }
     class::count(Counter::BindRefused, nearest.id);

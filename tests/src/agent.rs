@@ -83,6 +83,8 @@ pub fn configuration(testbed: &Testbed, journal: &Path, trust: TrustSource) -> V
         "node": NODE_NAME,
         "journal": {"directory": journal},
         "stateDirectory": journal.with_file_name("state"),
+        // Tests that are about it name the testbed's socket; a runtime of the machine itself is left alone.
+        "nri": {"enabled": false},
         "clusters": [{
             "name": "testbed",
             "kubeconfig": testbed.layout().kubeconfig("agent"),

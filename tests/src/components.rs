@@ -77,6 +77,14 @@ pub const GO_MODULES: &[GoModule] = &[
         minutes: 0.5,
     },
     GoModule {
+        folder: "nri",
+        tags: "nri_no_wasm",
+        linker_flags: "-s -w",
+        copied: &[],
+        binaries: &[(crate::nri::BINARY, ".")],
+        minutes: 0.5,
+    },
+    GoModule {
         folder: "aws-iam-authenticator",
         tags: "",
         linker_flags: "-s -w",

@@ -14,6 +14,7 @@ pub mod coverage;
 pub mod identity_provider;
 pub mod kafka;
 mod maven;
+pub mod nri;
 pub mod opensearch;
 pub mod packages;
 pub mod pods;

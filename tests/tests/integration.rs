@@ -69,12 +69,16 @@ mod monitoring;
 mod names;
 #[path = "integration/nested.rs"]
 mod nested;
+#[path = "integration/nri.rs"]
+mod nri;
 #[path = "integration/own_pod.rs"]
 mod own_pod;
 #[path = "integration/pod_kinds.rs"]
 mod pod_kinds;
 #[path = "integration/rules.rs"]
 mod rules;
+#[path = "integration/run_time.rs"]
+mod run_time;
 #[path = "integration/scale.rs"]
 mod scale;
 #[path = "integration/siem.rs"]

@@ -21,7 +21,7 @@ const ARCHITECTURE_LINES_MAX: usize = 200;
 const EMPTY_NAMES: [&str; 6] = ["utils", "util", "helpers", "types", "manager", "misc"];
 
 /// A third-party library of the edges: the crate's name as imported, and where it may be imported.
-const EDGES: [(&str, &[&str]); 18] = [
+const EDGES: [(&str, &[&str]); 19] = [
     ("aws_config", &["agent/src/aws/sts.rs"]),
     ("aws_credential_types", &["agent/src/aws/"]),
     ("aws_sdk_sts", &["agent/src/aws/sts.rs"]),
@@ -43,6 +43,7 @@ const EDGES: [(&str, &[&str]); 18] = [
     ),
     ("rcgen", &["agent/src/trust/", "agent/src/proxy/", "tests/src/"]),
     ("prometheus_client", &["agent/src/telemetry/exposition.rs"]),
+    ("prost", &["agent/src/nri/messages.rs"]),
     ("openidconnect", &["agent/src/auth/keys.rs"]),
     ("bincode", &["common/src/envelope.rs"]),
     ("cel", &["agent/src/auth/expression.rs", "agent/src/auth/syntax.rs", "agent/src/auth/value.rs"]),

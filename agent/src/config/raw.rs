@@ -18,6 +18,7 @@ use super::{
     Trust,
     kafka::RawKafka,
     limits::RawLimits,
+    nri::RawNri,
     recording::RawRecording,
     roles::{self, RawRole},
 };
@@ -83,6 +84,9 @@ pub(super) struct AgentConfiguration {
     intent_annotations: Vec<String>,
     /// Mount point of cgroup v2. Without it: the first one in `/proc/self/mountinfo`.
     cgroup_root: Option<PathBuf>,
+    /// The container runtime's NRI, by which containers wait until their pods are enrolled. On unless turned off.
+    #[serde(default)]
+    nri: RawNri,
     /// Metrics and health over plain HTTP: `/metrics`, `/healthz`, `/readyz`. Without it nothing is served. `{}` serves them
     /// on the default address.
     metrics: Option<RawMetrics>,
@@ -243,6 +247,7 @@ impl AgentConfiguration {
             enrolment: enrolment(self.enrolment)?,
             intent_annotations: self.intent_annotations,
             cgroup_root: self.cgroup_root,
+            nri: self.nri.validate()?,
             metrics: self.metrics.map(RawMetrics::validate).transpose()?,
             limits: self.limits.validate()?,
         })

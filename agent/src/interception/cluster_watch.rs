@@ -3,7 +3,7 @@
 //! Two reflectors (pods of this node, namespaces) are joined into one table of [`KnownPod`]s; a third and fourth
 //! (Service and EndpointSlices of `default/kubernetes`) give the API set, a fifth (Nodes) the machines. All are published through watch channels.
 //! Losing a watch keeps the last state: nothing that was denied becomes allowed because the API server is away.
-//! This is the only file of the interception that imports kube.
+//! A pod that somebody names before the watch does is asked for ([`pod_lookup`]) and joins the others.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -20,12 +20,12 @@ use kube::{
     Api, Client, ResourceExt as _,
     runtime::{WatchStreamExt as _, watcher},
 };
-use tokio::sync::watch;
-use weir_common::event;
+use tokio::sync::{mpsc, watch};
 
 use super::{
     hosts::{self, Host, Hosts},
     pod::PodUid,
+    pod_lookup::{self, NamedPod},
 };
 use crate::{
     config::{Enrolment, Mode},
@@ -86,13 +86,17 @@ const CONFIG_MIRROR_ANNOTATION: &str = "kubernetes.io/config.mirror";
 enum Change {
     Pod(Box<watcher::Event<Pod>>),
     Namespace(Box<watcher::Event<Namespace>>),
+    /// A pod that was asked for by name, and its namespace.
+    Named(Box<(Pod, Namespace)>),
     /// The selectors are others.
     Enrolment,
 }
 
 impl ClusterWatch {
     /// Watches until dropped, publishing each new state. Errors are logged and retried with backoff, for ever.
-    pub async fn watch_pods(self, publish: watch::Sender<KnownPods>) {
+    ///
+    /// Pods that come by `named` are asked for at once. What the watch says of a pod counts more than that.
+    pub async fn watch_pods(self, publish: watch::Sender<KnownPods>, named: mpsc::Receiver<NamedPod>) {
         let own = watcher::Config::default().fields(&format!("spec.nodeName={}", self.node));
         let pods =
             events(Api::<Pod>::all(self.client.clone()), own).map(|event| Change::Pod(Box::new(event)));
@@ -102,13 +106,23 @@ impl ClusterWatch {
             selectors.changed().await.ok()?;
             Some((Change::Enrolment, selectors))
         });
-        let mut changes = stream::select(stream::select(pods.boxed(), namespaces.boxed()), selectors.boxed());
+        let found =
+            pod_lookup::follow(self.client.clone(), named).map(|found| Change::Named(Box::new(found)));
+        let own = stream::select(selectors.boxed(), found.boxed());
+        let mut changes = stream::select(stream::select(pods.boxed(), namespaces.boxed()), own.boxed());
         let mut pods = Objects::default();
         let mut namespaces = Objects::default();
         while let Some(change) = changes.next().await {
             match change {
                 Change::Pod(event) => pods.apply(*event),
                 Change::Namespace(event) => namespaces.apply(*event),
+                Change::Named(found) => {
+                    let (pod, namespace) = *found;
+                    if pod.spec.as_ref().and_then(|spec| spec.node_name.as_deref()) == Some(&self.node) {
+                        namespaces.add(namespace);
+                        pods.add(pod);
+                    }
+                }
                 Change::Enrolment => {}
             }
             if pods.complete && namespaces.complete {
@@ -147,7 +161,7 @@ impl ClusterWatch {
         known
     }
 
-    fn known_pod(
+    pub(super) fn known_pod(
         &self,
         pod: &Pod,
         namespace: String,
@@ -157,10 +171,6 @@ impl ClusterWatch {
         let spec = pod.spec.as_ref()?;
         let status = pod.status.as_ref();
         let annotations = pod.annotations();
-        let static_hash = annotations
-            .contains_key(CONFIG_MIRROR_ANNOTATION)
-            .then(|| annotations.get(CONFIG_HASH_ANNOTATION).and_then(|hash| PodUid::new(hash)))
-            .flatten();
         let statuses = status.into_iter().flat_map(|status| {
             [
                 &status.container_statuses,
@@ -184,7 +194,7 @@ impl ClusterWatch {
             .map(|entry| entry.mode);
         Some(KnownPod {
             uid,
-            static_hash,
+            static_hash: static_hash(pod),
             name: pod.name_any(),
             namespace,
             service_account: spec.service_account_name.clone().unwrap_or_default(),
@@ -202,48 +212,11 @@ impl ClusterWatch {
     }
 }
 
-/// Why a pod that was named cannot be looked at.
-#[derive(Debug, thiserror::Error)]
-pub enum PodLookupError {
-    /// Not `NAMESPACE/NAME`.
-    #[error("{text:?} is no pod; say NAMESPACE/NAME")]
-    Name {
-        /// What was given.
-        text: String,
-    },
-    /// The API server does not give it.
-    #[error("cannot read {what}: {message}")]
-    Read {
-        /// Pod or namespace.
-        what: String,
-        /// What the API server says.
-        message: String,
-    },
-}
-
-/// A pod that is named `NAMESPACE/NAME`, on whatever node, as the agent would know it.
-///
-/// # Errors
-/// It is not named so, or the API server does not give it.
-pub async fn look_up_pod(client: Client, named: &str) -> Result<(event::Pod, Labels), PodLookupError> {
-    let malformed = || PodLookupError::Name { text: named.to_owned() };
-    let (namespace, name) = named.split_once('/').ok_or_else(malformed)?;
-    let failed =
-        |what: String| move |error: kube::Error| PodLookupError::Read { what, message: error.to_string() };
-    let pods = Api::<Pod>::namespaced(client.clone(), namespace);
-    let pod = pods.get(name).await.map_err(failed(format!("pod {named}")))?;
-    let namespaces = Api::<Namespace>::all(client);
-    let labels = namespaces.get(namespace).await.map_err(failed(format!("namespace {namespace}")))?;
-    let spec = pod.spec.as_ref();
-    let described = event::Pod {
-        namespace: namespace.to_owned(),
-        name: name.to_owned(),
-        uid: pod.metadata.uid.clone().unwrap_or_default(),
-        service_account: spec.and_then(|spec| spec.service_account_name.clone()).unwrap_or_default(),
-        ip: pod.status.as_ref().and_then(|status| status.pod_ip.clone()),
-        intent: BTreeMap::new(),
-    };
-    Ok((described, Labels { pod: pod.labels().clone(), namespace: labels.labels().clone() }))
+/// The UID that a static pod's cgroup bears, of its mirror pod.
+pub(super) fn static_hash(pod: &Pod) -> Option<PodUid> {
+    let annotations = pod.annotations();
+    annotations.get(CONFIG_MIRROR_ANNOTATION)?;
+    PodUid::new(annotations.get(CONFIG_HASH_ANNOTATION)?)
 }
 
 /// The addresses that are one cluster's API server.
@@ -418,12 +391,23 @@ impl<K> Default for Objects<K> {
     }
 }
 
+fn key<K: kube::Resource>(object: &K) -> String {
+    match object.namespace() {
+        Some(namespace) => format!("{namespace}/{}", object.name_any()),
+        None => object.name_any(),
+    }
+}
+
 impl<K: kube::Resource> Objects<K> {
+    /// Adds an object that the watch does not have, or has another in the place of, which bore its name before.
+    fn add(&mut self, object: K) {
+        let known = self.current.get(&key(&object)).map(|known| known.meta().uid.as_ref());
+        if known.is_none_or(|uid| uid != object.meta().uid.as_ref()) {
+            self.current.insert(key(&object), object);
+        }
+    }
+
     fn apply(&mut self, event: watcher::Event<K>) {
-        let key = |object: &K| match object.namespace() {
-            Some(namespace) => format!("{namespace}/{}", object.name_any()),
-            None => object.name_any(),
-        };
         match event {
             watcher::Event::Init => self.listing = Some(HashMap::new()),
             watcher::Event::InitApply(object) => {

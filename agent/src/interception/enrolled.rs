@@ -5,12 +5,16 @@ use std::sync::{Arc, atomic::AtomicU64};
 
 use tokio::{sync::watch, time::Instant};
 use tokio_util::sync::CancellationToken;
-use weir_common::kernel::{CgroupEntry, Class};
+use weir_common::{
+    event,
+    kernel::{CgroupEntry, Class},
+};
 
 use super::{
     accept::Sink,
     caller::Tenant,
     cgroup_tree::PodFolder,
+    cluster_watch::KnownPod,
     handover::Passed,
     interface,
     listener::{Listener, Namespace},
@@ -150,5 +154,23 @@ pub(super) fn entry(class: Class, listener: Option<&Listener>) -> CgroupEntry {
         listener_netns: listener.map_or(0, Listener::netns),
         class: class as u32,
         listener_port: listener.map_or(0, |listener| u32::from(listener.port())),
+    }
+}
+
+/// Whom connections from a pod are attributed to.
+pub(super) fn tenant(folder: &PodFolder, known: &KnownPod) -> Tenant {
+    Tenant {
+        cgroup: folder.cgroup,
+        folder: folder.path.clone(),
+        pod: Some(event::Pod {
+            namespace: known.namespace.clone(),
+            name: known.name.clone(),
+            uid: known.uid.as_str().to_owned(),
+            service_account: known.service_account.clone(),
+            ip: known.ip.map(|ip| ip.to_string()),
+            intent: known.intent.clone(),
+        }),
+        containers: known.containers.clone(),
+        labels: known.labels.clone(),
     }
 }

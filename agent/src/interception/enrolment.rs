@@ -14,7 +14,7 @@ use std::{
 use futures::{StreamExt as _, stream};
 use tokio::{sync::watch, task::JoinSet, time::Instant};
 use tokio_util::sync::CancellationToken;
-use weir_common::{event::Pod, kernel::Class};
+use weir_common::kernel::Class;
 
 use super::{
     accept::{self, Sink},
@@ -22,14 +22,15 @@ use super::{
     cgroup_tree::{PodFolder, Tree},
     cluster_watch::{KnownPod, KnownPods},
     coverage::{Counted, Ledger},
-    enrolled::{Enrolled, Outcome, Step, entry},
+    enrolled::{Enrolled, Outcome, Step, entry, tenant},
     handover::Passed,
     interface::HostEnd,
     loader::{Kernel, KernelError},
     namespace::NamespaceId,
     pinned::pod_name,
-    pod::PodUid,
+    pod::{self, PodUid},
     pod_network::{PodInterfaces, guard_stranger, name},
+    settled::{Settled, Verdict},
     trouble::Troubles,
 };
 use crate::config::Mode;
@@ -54,6 +55,18 @@ pub(super) struct Settings {
     pub(super) own_cgroup: Option<u64>,
     /// Where accepted connections go.
     pub(super) sink: Sink,
+    /// Where it is said which pods have everything.
+    pub(super) settled: Arc<Settled>,
+}
+
+/// What is to be done about a pod's listener.
+enum Judged {
+    /// It must be seen to.
+    ListenerDue,
+    /// It was, lately.
+    LookedAtLately,
+    /// The pod needs none.
+    WithoutListener,
 }
 
 /// The pods of this node and what was made of them.
@@ -78,6 +91,8 @@ pub(super) struct Enrolment {
     coverage_recorded: Instant,
     /// Cgroups in quarantine that are reported.
     quarantined: HashSet<u64>,
+    /// Pods that are looked at in this pass, however lately they were.
+    wanted: HashSet<PodUid>,
     /// Whether entries of a former process have been looked through.
     reconciled: bool,
     tenants: watch::Sender<Arc<HashMap<u64, Arc<Tenant>>>>,
@@ -104,6 +119,7 @@ impl Enrolment {
             ledger: Ledger::default(),
             coverage_recorded: Instant::now(),
             quarantined: HashSet::new(),
+            wanted: HashSet::new(),
             reconciled: false,
             tenants,
             serving: JoinSet::new(),
@@ -115,6 +131,7 @@ impl Enrolment {
     /// waits for its network namespace: then this should be called again soon.
     pub(super) async fn apply(&mut self, tree: Tree, known: &KnownPods) -> Result<bool, KernelError> {
         while self.serving.try_join_next().is_some() {}
+        self.wanted = self.settled().take_wanted();
         self.containers(&tree)?;
         self.remove_gone(&tree)?;
         self.guard_strangers(&tree, known).await;
@@ -161,8 +178,14 @@ impl Enrolment {
         for folder in &tree.pods {
             let Some(pod) = known.get(&folder.uid) else { continue };
             match self.judge(folder, pod) {
-                Ok(true) => steps.extend(self.step(folder).map(|step| step.take(sink.clone(), host))),
-                Ok(false) => self.troubles.over(folder.cgroup),
+                Ok(Judged::ListenerDue) => {
+                    steps.extend(self.step(folder).map(|step| step.take(sink.clone(), host)));
+                }
+                Ok(Judged::WithoutListener) => {
+                    self.settled().set(&folder.uid, Some(Verdict::WithoutListener));
+                    self.troubles.over(folder.cgroup);
+                }
+                Ok(Judged::LookedAtLately) => self.troubles.over(folder.cgroup),
                 Err(error) => self.troubles.met(&tenant(folder, pod), &error.into(), &sink.recorder),
             }
         }
@@ -171,6 +194,7 @@ impl Enrolment {
         while let Some((step, outcome)) = steps.next().await {
             let Step { folder, pod, adopted, .. } = step;
             self.adopted.extend(adopted.map(|adopted| (folder.cgroup, adopted)));
+            let listens = matches!(outcome, Ok(Outcome::Same | Outcome::Listens));
             match outcome {
                 Ok(Outcome::Waits) => waiting = true,
                 Ok(Outcome::Same) => self.troubles.over(folder.cgroup),
@@ -179,6 +203,9 @@ impl Enrolment {
                     self.serve(&pod);
                 }
                 Err(error) => self.troubles.met(&pod.tenant.borrow(), &error, &sink.recorder),
+            }
+            if let Some(listening) = pod.listening.as_ref().filter(|_| listens) {
+                self.settled().set(&folder.uid, Some(Verdict::Listens(listening.namespace)));
             }
             self.pods.insert(folder.cgroup, pod);
         }
@@ -231,6 +258,11 @@ impl Enrolment {
         Ok(())
     }
 
+    /// Which pods have everything.
+    pub(super) fn settled(&self) -> &Arc<Settled> {
+        &self.settings.settled
+    }
+
     /// The programs and maps that verdicts are written to.
     pub(super) fn kernel(&self) -> &Kernel {
         &self.settings.sink.kernel
@@ -270,7 +302,7 @@ impl Enrolment {
                 let sockets = sockets.inspect_err(|error| {
                     tracing::error!(%error, "cannot share a listener; are there too many open files?");
                 });
-                Some(Passed { cgroup, namespace: listening.namespace, sockets: sockets.ok()? })
+                Some(Passed { cgroup, namespace: listening.namespace, nested: false, sockets: sockets.ok()? })
             })
             .collect()
     }
@@ -325,6 +357,9 @@ impl Enrolment {
             if let Some(pod) = self.pods.remove(&cgroup) {
                 self.settings.sink.kernel.forget_interfaces(&pod.interfaces.guarded)?;
                 let tenant = pod.tenant.borrow().clone();
+                if let Some(found) = pod::parse(&tenant.folder) {
+                    self.settled().set(&found.pod, None);
+                }
                 self.settings.sink.observed.forget(tenant.pod.as_ref().map_or("", |pod| &pod.uid));
                 tracing::info!(pod = %name(&tenant), "pod is gone");
             }
@@ -355,6 +390,7 @@ impl Enrolment {
         class: Class,
         tenant: &Arc<Tenant>,
     ) -> Result<(), KernelError> {
+        self.settled().set(&folder.uid, None);
         let kernel = &self.settings.sink.kernel;
         // An enrolled pod is denied until its listener is there; another one's listener ends after its entry.
         kernel.name_pod(folder.cgroup, pod_name(known))?;
@@ -397,8 +433,8 @@ impl Enrolment {
         Ok(())
     }
 
-    /// Writes a pod's verdict; returns whether its listener must be seen to.
-    fn judge(&mut self, folder: &PodFolder, known: &KnownPod) -> Result<bool, KernelError> {
+    /// Writes a pod's verdict; returns what is to be done about its listener.
+    fn judge(&mut self, folder: &PodFolder, known: &KnownPod) -> Result<Judged, KernelError> {
         let tenant = Arc::new(tenant(folder, known));
         let class = match known.mode {
             None => Class::Unselected,
@@ -408,7 +444,8 @@ impl Enrolment {
         if self.pods.get(&folder.cgroup).is_none_or(|pod| pod.class != class) {
             self.classify(folder, known, class, &tenant)?;
         }
-        let Some(pod) = self.pods.get_mut(&folder.cgroup) else { return Ok(false) };
+        let wanted = self.wanted.contains(&folder.uid);
+        let Some(pod) = self.pods.get_mut(&folder.cgroup) else { return Ok(Judged::LookedAtLately) };
         pod.tenant.send_if_modified(|current| {
             let differs = **current != *tenant;
             *current = tenant;
@@ -418,7 +455,11 @@ impl Enrolment {
             let (found, links) = listening.found;
             links == folder.links && found.elapsed() < NAMESPACE_RECHECK
         });
-        Ok(class == Class::Enrolled && !recent)
+        Ok(match class {
+            Class::Enrolled if recent && !wanted => Judged::LookedAtLately,
+            Class::Enrolled => Judged::ListenerDue,
+            _ => Judged::WithoutListener,
+        })
     }
 
     /// Takes a pod out of the table for as long as its listener is seen to.
@@ -445,22 +486,5 @@ impl Enrolment {
             }
             changed
         });
-    }
-}
-
-fn tenant(folder: &PodFolder, known: &KnownPod) -> Tenant {
-    Tenant {
-        cgroup: folder.cgroup,
-        folder: folder.path.clone(),
-        pod: Some(Pod {
-            namespace: known.namespace.clone(),
-            name: known.name.clone(),
-            uid: known.uid.as_str().to_owned(),
-            service_account: known.service_account.clone(),
-            ip: known.ip.map(|ip| ip.to_string()),
-            intent: known.intent.clone(),
-        }),
-        containers: known.containers.clone(),
-        labels: known.labels.clone(),
     }
 }

@@ -1,6 +1,7 @@
 //! Hot upgrade: a new agent takes the listeners of the one that runs, so that no connection is refused meanwhile.
 //!
-//! Over a unix socket whose folder only root can enter, one message per packet, listening sockets as SCM_RIGHTS:
+//! Over a unix socket whose folder only root can enter, to a process that may follow ([`succession`](super::succession)), one
+//! message per packet, listening sockets as SCM_RIGHTS:
 //!
 //! ```text
 //! new                      running
@@ -23,7 +24,6 @@ use std::{
         unix::fs::{DirBuilderExt as _, PermissionsExt as _},
     },
     path::{Path, PathBuf},
-    sync::Arc,
     time::Duration,
 };
 
@@ -49,7 +49,7 @@ use weir_common::kernel::LAYOUT_VERSION;
 use super::{
     listener::{ListenerError, Sockets},
     namespace::NamespaceId,
-    observed::Observed,
+    succession::Gate,
 };
 
 /// Version of the messages; another one is refused.
@@ -120,6 +120,9 @@ enum Message {
     Listener {
         cgroup: u64,
         namespace: NamespaceId,
+        /// An agent of an earlier version says nothing of it, and has none of them.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        nested: bool,
     },
     Complete,
     Goodbye,
@@ -142,6 +145,8 @@ pub(super) struct Passed {
     pub(super) cgroup: u64,
     /// The network namespace it listens in.
     pub(super) namespace: NamespaceId,
+    /// Whether that is one inside the pod, not the pod's.
+    pub(super) nested: bool,
     /// Its sockets.
     pub(super) sockets: Sockets,
 }
@@ -260,9 +265,9 @@ fn take_blocking(path: &Path) -> Result<Option<Taken>, HandoverError> {
     let mut listeners = Vec::with_capacity(count);
     for _ in 0..count {
         match receive(&connection)? {
-            (Message::Listener { cgroup, namespace }, sockets) => {
+            (Message::Listener { cgroup, namespace, nested }, sockets) => {
                 let sockets = Sockets::of_descriptors(sockets)?;
-                listeners.push(Passed { cgroup, namespace, sockets });
+                listeners.push(Passed { cgroup, namespace, nested, sockets });
             }
             (other, _) => return Err(unexpected(&other).into()),
         }
@@ -317,7 +322,7 @@ impl Server {
     pub(super) async fn serve(
         self,
         requests: mpsc::Sender<Request>,
-        observed: Arc<Observed>,
+        gate: Gate,
         cancellation: CancellationToken,
     ) {
         loop {
@@ -326,7 +331,7 @@ impl Server {
                 connection = self.accept() => connection,
             };
             let result = match connection {
-                Ok(connection) => hand_over(connection, &requests, &observed).await,
+                Ok(connection) => hand_over(connection, &requests, &gate).await,
                 Err(error) => Err(error.into()),
             };
             match result {
@@ -356,8 +361,9 @@ impl Server {
 async fn hand_over(
     connection: OwnedFd,
     requests: &mpsc::Sender<Request>,
-    observed: &Observed,
+    gate: &Gate,
 ) -> Result<bool, HandoverError> {
+    let observed = &gate.observed;
     let peer = getsockopt(&connection, PeerCredentials).map_err(io::Error::from)?;
     if peer.uid() != 0 {
         return Err(io::Error::from(io::ErrorKind::PermissionDenied).into());
@@ -392,6 +398,10 @@ async fn hand_over(
         send(&connection, &Message::Refused { reason }, &[])?;
         return Ok(false);
     }
+    if let Some(reason) = gate.refusal(peer.pid()) {
+        send(&connection, &Message::Refused { reason }, &[])?;
+        return Ok(false);
+    }
     tracing::info!(pid, "a successor takes over");
     let (passed, listeners) = oneshot::channel();
     let (complete, completed) = oneshot::channel();
@@ -411,7 +421,8 @@ async fn hand_over(
 fn give(connection: OwnedFd, listeners: &[Passed]) -> io::Result<OwnedFd> {
     send(&connection, &Message::Welcome { listeners: listeners.len() }, &[])?;
     for passed in listeners {
-        let message = Message::Listener { cgroup: passed.cgroup, namespace: passed.namespace };
+        let (cgroup, namespace, nested) = (passed.cgroup, passed.namespace, passed.nested);
+        let message = Message::Listener { cgroup, namespace, nested };
         send(&connection, &message, &passed.sockets.descriptors())?;
     }
     set_timeout(&connection, COMPLETE_TIMEOUT)?;
@@ -473,10 +484,14 @@ mod tests {
     use std::{os::fd::AsRawFd as _, sync::Arc};
 
     use nix::sys::socket::{Backlog, SockFlag, UnixAddr, bind, listen};
-    use tokio::sync::mpsc;
+    use tokio::sync::{mpsc, watch};
     use tokio_util::sync::CancellationToken;
 
-    use super::{Observed, Presence, Server, presence, unix_socket};
+    use super::{
+        super::{observed::Observed, succession::Successors},
+        Gate, Presence, Server, presence, unix_socket,
+    };
+    use crate::recording::{Recorder, RecorderOptions};
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn an_agent_that_serves_successors_says_that_it_is_alive() {
@@ -492,7 +507,14 @@ mod tests {
         let cancellation = CancellationToken::new();
         let server = Server::bind(&path).expect("listens");
         let observed = Arc::new(Observed::default());
-        let serving = tokio::spawn(server.serve(requests, observed.clone(), cancellation.clone()));
+        let (_pods, pods) = watch::channel(None);
+        let options = RecorderOptions::new(folder.path().join("journal"), "node".to_owned(), Vec::new());
+        let gate = Gate {
+            successors: Successors::new(pods),
+            recorder: Recorder::start(options).expect("a recorder"),
+            observed: observed.clone(),
+        };
+        let serving = tokio::spawn(server.serve(requests, gate, cancellation.clone()));
         let ask = || {
             let path = path.clone();
             async move { tokio::task::spawn_blocking(move || presence(&path)).await.expect("ends") }

@@ -15,8 +15,8 @@ use aya::{
     programs::{Program, ProgramError},
 };
 use weir_common::kernel::{
-    ApiEndpoint, CgroupEntry, FlowKey, FlowRecord, LAYOUT_VERSION, PodCounters, PodName, Settings, TICK_NS,
-    TICK_NS_MAX, maps, programs,
+    ApiEndpoint, CgroupEntry, FlowKey, FlowRecord, LAYOUT_VERSION, NestedKey, PodCounters, PodName, Settings,
+    TICK_NS, TICK_NS_MAX, maps, programs,
 };
 
 use super::{
@@ -125,6 +125,7 @@ pub struct Kernel {
     pub(super) api_set: Mutex<HashMap<MapData, ApiEndpoint, u32>>,
     pub(super) api_set_changed: tokio::sync::Notify,
     pub(super) cgroups: Mutex<HashMap<MapData, u64, CgroupEntry>>,
+    pub(super) nested: Mutex<HashMap<MapData, NestedKey, u32>>,
     pub(super) sieve: Sieve,
     pub(super) flows: Mutex<HashMap<MapData, FlowKey, FlowRecord>>,
     pub(super) counters: PerCpuArray<MapData, u64>,
@@ -174,6 +175,7 @@ impl Kernel {
             api_set: Mutex::new(map(&mut ebpf, maps::API_SET)?),
             api_set_changed: tokio::sync::Notify::new(),
             cgroups: Mutex::new(map(&mut ebpf, maps::CGROUPS)?),
+            nested: Mutex::new(map(&mut ebpf, maps::NESTED)?),
             sieve: Sieve {
                 marks: Mutex::new(map(&mut ebpf, maps::SIEVE)?),
                 generation: Mutex::new(map(&mut ebpf, maps::GENERATION)?),
@@ -316,6 +318,7 @@ fn prepare_pins(folder: &Path) -> Result<PathBuf, KernelError> {
     for (name, key, value) in [
         (maps::API_SET, size_of::<ApiEndpoint>(), size_of::<u32>()),
         (maps::CGROUPS, size_of::<u64>(), size_of::<CgroupEntry>()),
+        (maps::NESTED, size_of::<NestedKey>(), size_of::<u32>()),
         (maps::SIEVE, size_of::<u32>(), size_of::<u64>()),
         (maps::GENERATION, size_of::<u32>(), size_of::<u64>()),
         (maps::FLOWS, size_of::<FlowKey>(), size_of::<FlowRecord>()),

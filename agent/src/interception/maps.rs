@@ -10,7 +10,7 @@ use std::{
 
 use aya::maps::{HashMap, MapData, MapError};
 use weir_common::{
-    kernel::{Address, ApiEndpoint, CgroupEntry, Class, Notice, PodName, Settings, maps},
+    kernel::{Address, ApiEndpoint, CgroupEntry, Class, NestedKey, Notice, PodName, Settings, maps},
     packet::PORT_UNKNOWN,
 };
 
@@ -187,6 +187,46 @@ impl Kernel {
         let enrolled = |entry: &CgroupEntry| entry.class == Class::Enrolled as u32;
         let cgroups = self.cgroups()?.into_iter();
         Ok(cgroups.filter(|(_, entry)| enrolled(entry)).map(|(cgroup, _)| cgroup).collect())
+    }
+
+    /// Whether a cgroup is classified as enrolled.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub(super) fn is_enrolled(&self, cgroup: u64) -> Result<bool, KernelError> {
+        match lock(&self.cgroups).get(&cgroup, 0) {
+            Ok(entry) => Ok(entry.class == Class::Enrolled as u32),
+            Err(error) => absent_is_fine(Err(error), maps::CGROUPS).map(|()| false),
+        }
+    }
+
+    /// Sends an enrolled pod's connections from a network namespace inside it to the listener there, which listens already.
+    ///
+    /// # Errors
+    /// The map is full, or the kernel refuses.
+    pub(super) fn nest(&self, key: NestedKey, port: u16) -> Result<(), KernelError> {
+        let inserted = lock(&self.nested).insert(key, u32::from(port), 0);
+        inserted.map_err(|source| KernelError::Map { map: maps::NESTED, source })
+    }
+
+    /// Forgets one: connections from it are denied.
+    ///
+    /// # Errors
+    /// The kernel refuses. That it was not there is no error.
+    pub(super) fn unnest(&self, key: &NestedKey) -> Result<(), KernelError> {
+        absent_is_fine(lock(&self.nested).remove(key), maps::NESTED)
+    }
+
+    /// Forgets all but these.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub(super) fn keep_nested(&self, keep: impl Fn(&NestedKey) -> bool) -> Result<(), KernelError> {
+        let mut nested = lock(&self.nested);
+        let keys = nested.keys().collect::<Result<Vec<_>, _>>();
+        let keys = keys.map_err(|source| KernelError::Map { map: maps::NESTED, source })?;
+        let stale: Vec<_> = keys.iter().filter(|key| !keep(key)).collect();
+        stale.into_iter().try_for_each(|key| absent_is_fine(nested.remove(key), maps::NESTED))
     }
 
     /// The counters, summed over all CPUs.

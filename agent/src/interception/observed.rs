@@ -11,7 +11,11 @@ use std::{
 
 use tokio::sync::watch;
 
-use super::{canary::Health, counters::Counters};
+use super::{
+    canary::Health,
+    counters::Counters,
+    waits::{WaitNumbers, Waits},
+};
 
 /// Something that publishes what is recorded.
 pub trait Publishes: std::fmt::Debug + Send + Sync {
@@ -23,6 +27,8 @@ pub trait Publishes: std::fmt::Debug + Send + Sync {
 #[derive(Debug, Default)]
 pub struct Observed {
     settled: AtomicBool,
+    /// Containers that waited for their pod.
+    pub(super) waits: Waits,
     proxied: AtomicU64,
     closed: AtomicU64,
     handovers_taken: AtomicU64,
@@ -157,6 +163,11 @@ impl Observed {
             configurations_taken: read(&self.configurations_taken),
             configurations_refused: read(&self.configurations_refused),
         }
+    }
+
+    /// What is counted of containers that waited for their pod.
+    pub fn waits(&self) -> WaitNumbers {
+        self.waits.read()
     }
 
     /// Connections of a pod that reached the proxy.

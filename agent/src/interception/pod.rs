@@ -48,14 +48,29 @@ pub fn is_kubepods_root(name: &str) -> bool {
     KUBEPODS_ROOTS.contains(&name)
 }
 
+/// Whether a folder is the root of all pods, wherever a node keeps it (kind's `kubelet.slice`).
+fn is_root(name: &str) -> bool {
+    is_kubepods_root(name) || name.ends_with("-kubepods.slice")
+}
+
+/// Whether what a kubelet names a sandbox's parent is below a root of pods: a path, or with `systemd` the slice's name alone,
+/// which has the names of those above it in it.
+pub(super) fn is_below_kubepods(parent: &str) -> bool {
+    let of_slice = |name: &str| {
+        let (above, _) = name.split_once("-pod").unwrap_or((name, ""));
+        above.split('-').any(is_kubepods_root)
+    };
+    parent.split('/').any(|name| is_root(name) || of_slice(name))
+}
+
 /// Reads a cgroup's path, absolute or relative to the mount; none if it is not a pod's or below one.
 ///
 /// A name below the pod's that is no container id (an own cgroup that a container made, say) is passed over: the first
 /// container on the way counts.
 pub fn parse(path: &Path) -> Option<PodCgroup> {
     let mut names = path.iter().filter_map(|name| name.to_str());
-    // Some nodes keep pods below a further folder (kind's `kubelet.slice`), so the root may come at any depth.
-    names.by_ref().find(|name| is_kubepods_root(name) || name.ends_with("-kubepods.slice"))?;
+    // Some nodes keep pods below a further folder, so the root may come at any depth.
+    names.by_ref().find(|name| is_root(name))?;
     let pod = names.by_ref().find_map(pod_uid)?;
     let container = names.find_map(container_id).map(str::to_owned);
     Some(PodCgroup { pod, container })
@@ -84,7 +99,7 @@ fn container_id(name: &str) -> Option<&str> {
 mod tests {
     use std::path::Path;
 
-    use super::parse;
+    use super::{is_below_kubepods, parse};
 
     const UID: &str = "0b5e2f6a-3c1d-4e5f-8a9b-0c1d2e3f4a5b";
     const ID: &str = "4f1c0c9a7f0e4d7b8a6f5e4d3c2b1a09f8e7d6c5b4a392817060504030201000";
@@ -125,6 +140,24 @@ mod tests {
     fn static_pods_are_read() {
         let hash = "0123456789abcdef0123456789abcdef";
         check(&format!("/kubepods/burstable/pod{hash}/{ID}"), Some((hash, Some(ID))));
+    }
+
+    #[test]
+    fn what_a_kubelet_names_a_sandboxs_parent_is_told_from_others() {
+        for parent in [
+            "/kubepods/besteffort/pod1",
+            "/kubepods/pod1",
+            "kubepods-besteffort-pod1.slice",
+            "/kubepods.slice/kubepods-pod1.slice",
+            "kubelet-kubepods-burstable-pod1.slice",
+            "/kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-pod1.slice",
+            "/weir-kubepods.slice/kubepods-besteffort-pod1.slice",
+        ] {
+            assert!(is_below_kubepods(parent), "{parent}");
+        }
+        for parent in ["", "/", "/k8s.io", "system.slice", "/user.slice/user-0.slice"] {
+            assert!(!is_below_kubepods(parent), "{parent}");
+        }
     }
 
     #[test]

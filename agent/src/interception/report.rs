@@ -8,7 +8,10 @@ use std::{
     time::Duration,
 };
 
-use tokio::{sync::watch, time::Instant};
+use tokio::{
+    sync::{mpsc, watch},
+    time::Instant,
+};
 use tokio_util::sync::CancellationToken;
 use weir_common::{
     event::Caller,
@@ -22,6 +25,7 @@ use super::{
     flow::{Flow, Notices},
     loader::Kernel,
     namespace,
+    nested::Wanted,
     observed::Observed,
     process::{Proc, ProxyVariable},
     run::InterceptionError,
@@ -50,6 +54,7 @@ pub(super) async fn notices(
     recorder: Recorder,
     observed: Arc<Observed>,
     mut frozen: watch::Receiver<bool>,
+    wanted: mpsc::Sender<Wanted>,
     cancellation: CancellationToken,
 ) -> Result<&'static str, InterceptionError> {
     // Bounded for each pod apart: the noise of one must not hide what another does.
@@ -73,6 +78,10 @@ pub(super) async fn notices(
         // What it is refused is what it was sent for.
         if observed.is_canary(notice.flow.pod_cgroup) {
             continue;
+        }
+        if kind == NoticeKind::DeniedNoListener {
+            // More than fit come again: clients do.
+            let _ = wanted.try_send(Wanted::of(&notice));
         }
         let now = Instant::now();
         if refusals.len() >= REPORTED_PODS_MAX {

@@ -13,7 +13,6 @@ use std::{
 
 use tokio::{
     sync::{Notify, mpsc, watch},
-    task::JoinSet,
     time::Instant,
 };
 use tokio_util::sync::CancellationToken;
@@ -22,25 +21,28 @@ use super::{
     accept::Sink,
     answers::{Answers, Interest},
     api_set::{self, Addresses, ClusterAddresses, Learnt, Suspicions},
-    canary::Canary,
+    beside::{Beside, Tasks, also},
     cgroup::CgroupError,
     cgroup_tree::{Tree, TreeWatch},
     cluster_watch::KnownPods,
-    enrolment::{Enrolment, Settings, Tenants},
+    enrolment::{Enrolment, Settings},
     guard::{self, InForce},
-    handover::{self, HandoverError, Taken},
+    handover::{self, HandoverError, Passed},
+    held_back::HeldBack,
     hosts::{self, Hosts},
     layouts::OlderLayouts,
     listener::ListenerError,
     loader::{Kernel, KernelError},
     namespace,
+    nested::Nested,
     observed::Observed,
-    pod_network, report,
+    pod_lookup::NamedPod,
     resolution::Resolution,
     security::Security,
     stored_set,
+    succession::Succession,
 };
-use crate::{proxy::Accepted, recording::Recorder};
+use crate::{nri, proxy::Accepted, recording::Recorder};
 
 /// How often the tree is read even if nothing was heard: inotify can lose events.
 const RESCAN: Duration = Duration::from_secs(1);
@@ -99,6 +101,9 @@ pub struct Options {
     pub nodes: watch::Receiver<Hosts>,
     /// Where listeners are taken from the agent that runs, and given to the one that follows; none: neither.
     pub handover: Option<PathBuf>,
+    /// The container runtime's NRI socket, and where pods go that the API server is to be asked for; none: containers are not
+    /// held back.
+    pub nri: Option<(PathBuf, mpsc::Sender<NamedPod>)>,
     /// The proxy.
     pub accepted: mpsc::Sender<Accepted>,
     /// Becomes true once the programs are attached and every pod that was known then has its verdict, and its
@@ -151,8 +156,9 @@ pub async fn run(
         accepted: options.accepted,
         observed: observed.clone(),
     };
-    let settings = Settings { host_namespace, own_cgroup, sink: sink.clone() };
+    let settings = Settings { host_namespace, own_cgroup, sink: sink.clone(), settled: Arc::default() };
     let listeners = taken.as_mut().map(|taken| std::mem::take(&mut taken.listeners)).unwrap_or_default();
+    let (inside, listeners) = listeners.into_iter().partition(|passed: &Passed| passed.nested);
     let (mut enrolment, tenants) = Enrolment::new(settings, listeners, cancellation.child_token());
     // This process's programs take the place of a former one's, at the root first, which has the guard.
     attach(&kernel, &mount)?;
@@ -164,33 +170,33 @@ pub async fn run(
     let part = cancellation.child_token();
     // While a successor takes over, what the kernel reports is for it to read.
     let (frozen, is_frozen) = watch::channel(false);
-    let canary = Canary::new(kernel.clone(), recorder.clone(), observed.clone(), &mount);
-    let canary = canary.run(options.ready.subscribe(), is_frozen.clone(), part.clone());
-    let mut tasks = beside(&kernel, &tenants, (&recorder, &observed), is_frozen, &part)?;
-    tasks.spawn(canary);
+    let nested = Arc::new(Nested::default());
+    let beside =
+        Beside { sink, tenants, host: host_namespace, frozen: is_frozen.clone(), cancellation: part.clone() };
+    let mut tasks = beside.start(&mount, &options.ready, addresses.grown(), (&nested, inside))?;
     let names = options.guard.clusters.into_iter().flatten().map(|cluster| cluster.name).collect();
     let storing =
         stored_set::follow(kernel.clone(), names, options.guard.state_directory, stored, part.clone());
-    tasks.spawn(async {
-        storing.await;
-        Ok("storing the API set")
-    });
-    let direct = pod_network::end_direct_connections_of_all(
-        sink,
-        host_namespace,
-        tenants,
-        addresses.grown(),
-        part.clone(),
-    );
-    tasks.spawn(async {
-        direct.await;
-        Ok("ending direct connections")
-    });
+    also(&mut tasks, "storing the API set", storing);
+    if let Some((socket, named)) = options.nri {
+        let (settled, known) = (enrolment.settled().clone(), options.pods.clone());
+        let held_back = HeldBack { settled, known, named, observed: observed.clone(), frozen: is_frozen };
+        also(&mut tasks, "answering the container runtime", nri::follow(socket, held_back, part.clone()));
+    }
     let asked = (&options.name_servers[..], &recorder);
     let clusters = follow_names(&mut tasks, options.clusters, &addresses, asked, &part);
     follow_addresses(&mut tasks, &addresses, clusters, options.nodes, &part)?;
-    let mut succession =
-        Succession { taken, path: options.handover, requests: None, frozen, observed, part: part.clone() };
+    let mut succession = Succession {
+        taken,
+        path: options.handover,
+        requests: None,
+        frozen,
+        observed,
+        part: part.clone(),
+        recorder,
+        pods: options.pods.clone(),
+        nested,
+    };
     let result = tokio::select! {
         result = enrol(&mut enrolment, (&mount, &watch), options.pods, &options.ready, &mut succession) => result,
         Some(ended) = tasks.join_next(), if !tasks.is_empty() => Err(ended_early(ended)),
@@ -213,69 +219,6 @@ fn attach(kernel: &Kernel, mount: &Path) -> Result<(), KernelError> {
     Ok(())
 }
 
-/// The agents before and after this one.
-struct Succession {
-    /// What was taken from the one before, until all of it is served.
-    taken: Option<Taken>,
-    path: Option<PathBuf>,
-    /// What successors ask, once this agent is ready for one.
-    requests: Option<mpsc::Receiver<handover::Request>>,
-    frozen: watch::Sender<bool>,
-    observed: Arc<Observed>,
-    part: CancellationToken,
-}
-
-impl Succession {
-    /// This agent serves all there is: the former one may go, the next one may come.
-    async fn ready(&mut self) -> Result<(), HandoverError> {
-        if let Some(taken) = self.taken.take() {
-            taken.complete().await?;
-            self.observed.taken();
-            tracing::info!("took over from the agent that ran before");
-        }
-        if let Some(path) = &self.path {
-            let server = handover::Server::bind(path)?;
-            let (sender, requests) = mpsc::channel(1);
-            tokio::spawn(server.serve(sender, self.observed.clone(), self.part.clone()));
-            self.requests = Some(requests);
-        }
-        Ok(())
-    }
-
-    /// The next request of a successor; waits for ever while none can come.
-    async fn request(&mut self) -> handover::Request {
-        match &mut self.requests {
-            Some(requests) => match requests.recv().await {
-                Some(request) => request,
-                None => std::future::pending().await,
-            },
-            None => std::future::pending().await,
-        }
-    }
-
-    /// Shares the listeners and changes nothing until the successor is complete; returns whether it is.
-    async fn hand_over(&self, enrolment: &Enrolment, request: handover::Request) -> bool {
-        self.frozen.send_replace(true);
-        let mut completed = false;
-        if request.passed.send(enrolment.share()).is_ok() {
-            completed = tokio::select! {
-                () = self.part.cancelled() => false,
-                completed = request.completed => completed.is_ok(),
-            };
-        }
-        if completed {
-            self.observed.given();
-        } else {
-            self.observed.broken_off();
-            self.frozen.send_replace(false);
-            tracing::warn!("the successor did not take over; this agent goes on");
-        }
-        completed
-    }
-}
-
-type Tasks = JoinSet<Result<&'static str, InterceptionError>>;
-
 /// Starts to keep the API set up to date.
 fn follow_addresses(
     tasks: &mut Tasks,
@@ -291,21 +234,12 @@ fn follow_addresses(
     let (publish, hosts) = watch::channel(Arc::new(hosts::with_local(&nodes.borrow(), local)));
     for (cluster, learnt) in clusters {
         let following = api_set::follow(cluster, learnt, hosts.clone(), addresses.clone(), part.clone());
-        tasks.spawn(async {
-            following.await;
-            Ok("following the API set")
-        });
+        also(tasks, "following the API set", following);
     }
     let following = api_set::follow_kubelets(hosts, addresses.clone(), part.clone());
-    tasks.spawn(async {
-        following.await;
-        Ok("following the kubelets")
-    });
+    also(tasks, "following the kubelets", following);
     let following = hosts::follow(nodes, publish, part.clone());
-    tasks.spawn(async {
-        following.await;
-        Ok("following this machine's addresses")
-    });
+    also(tasks, "following this machine's addresses", following);
     Ok(())
 }
 
@@ -361,42 +295,6 @@ fn follow_names(
     learning
 }
 
-/// Starts what else runs beside enrolment: reports, the programs' log.
-fn beside(
-    kernel: &Arc<Kernel>,
-    tenants: &Tenants,
-    (recorder, observed): (&Recorder, &Arc<Observed>),
-    frozen: watch::Receiver<bool>,
-    part: &CancellationToken,
-) -> Result<Tasks, InterceptionError> {
-    let mut tasks = JoinSet::new();
-    if let Some(notices) =
-        kernel.notices().map_err(|source| InterceptionError::Io { action: "wait for notices", source })?
-    {
-        tasks.spawn(report::notices(
-            notices,
-            tenants.clone(),
-            recorder.clone(),
-            observed.clone(),
-            frozen,
-            part.clone(),
-        ));
-    }
-    if let Some(log) = kernel.take_debug_log() {
-        let part = part.clone();
-        tasks.spawn(async move {
-            tokio::select! {
-                () = part.cancelled() => Ok("copying the programs' log"),
-                result = log => result
-                    .map(|()| "copying the programs' log")
-                    .map_err(|source| InterceptionError::Io { action: "read the programs' log", source }),
-            }
-        });
-    }
-    tasks.spawn(report::proxy_environments(tenants.clone(), kernel.clone(), recorder.clone(), part.clone()));
-    Ok(tasks)
-}
-
 /// Applies each change of the tree or of what is known, until cancelled.
 async fn enrol(
     enrolment: &mut Enrolment,
@@ -405,7 +303,7 @@ async fn enrol(
     ready: &watch::Sender<bool>,
     succession: &mut Succession,
 ) -> Result<Ended, InterceptionError> {
-    let cancellation = succession.part.clone();
+    let (cancellation, settled) = (succession.part.clone(), enrolment.settled().clone());
     let mut waiting_since = None;
     let mut inspected = None;
     let mut watched = true;
@@ -447,6 +345,7 @@ async fn enrol(
                 }
             }
             () = watch.changed() => waiting_since = None,
+            () = settled.asked() => waiting_since = None,
             changed = pods.changed(), if watched => match changed {
                 Ok(()) => waiting_since = None,
                 Err(_) => {

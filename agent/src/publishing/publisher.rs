@@ -22,7 +22,7 @@ use super::{
     measures::Measures,
     retention,
     sink::{Failure, MakeSink, Outcome, Sink, Taken, Ticket},
-    stream::{Now, Stream, is_due, remove_oldest},
+    stream::{Now, Stream, remove_oldest},
 };
 use crate::{
     recording::{Durable, DurablePosition, has_ended},
@@ -136,7 +136,7 @@ impl Publisher {
 
     /// One turn; returns whether there is more to do at once.
     pub(super) fn turn(&mut self, now: Now) -> bool {
-        if is_due(&mut self.adopted, now, ADOPT_INTERVAL) {
+        if now.is_due(&mut self.adopted, ADOPT_INTERVAL) {
             self.adopt();
         }
         self.connect(now);
@@ -147,13 +147,13 @@ impl Publisher {
         let heard = self.hear(now);
         self.write_cursors(now, false);
         let is_short = self.measures.is_short();
-        if is_due(&mut self.removed, now, if is_short { MEASURE_INTERVAL } else { REMOVE_INTERVAL }) {
+        if now.is_due(&mut self.removed, if is_short { MEASURE_INTERVAL } else { REMOVE_INTERVAL }) {
             self.remove(now);
             if is_short {
                 self.measures.removed_early(remove_oldest(&mut self.streams, now));
             }
         }
-        if is_due(&mut self.measured, now, MEASURE_INTERVAL) {
+        if now.is_due(&mut self.measured, MEASURE_INTERVAL) {
             self.measure(now);
         }
         sent || heard || self.in_flight().1 > 0

@@ -188,15 +188,6 @@ pub(super) fn remove_oldest(streams: &mut [Stream], now: Now) -> u64 {
     0
 }
 
-/// Whether something is due that was done at `last`, and is done now.
-pub(super) fn is_due(last: &mut Option<Instant>, now: Now, interval: Duration) -> bool {
-    let due = last.is_none_or(|last| now.instant.duration_since(last) >= interval);
-    if due {
-        *last = Some(now.instant);
-    }
-    due
-}
-
 /// The time, both ways.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Now {
@@ -207,5 +198,14 @@ pub(super) struct Now {
 impl Now {
     fn unix_seconds(self) -> u64 {
         u64::try_from(self.unix_us / 1_000_000).unwrap_or_default()
+    }
+
+    /// Whether something is due that was done at `last`, and is done now.
+    pub(super) fn is_due(self, last: &mut Option<Instant>, interval: Duration) -> bool {
+        let due = last.is_none_or(|last| self.instant.duration_since(last) >= interval);
+        if due {
+            *last = Some(self.instant);
+        }
+        due
     }
 }

@@ -231,7 +231,8 @@ static CANARY_CONNECTIONS: Family = counter(
 /// All of them, in the order of the exposition.
 #[cfg(test)]
 pub(super) fn all() -> impl Iterator<Item = &'static Family> {
-    ALL.into_iter().chain(super::journal::ALL).chain(super::publishing::ALL).chain(super::roles::ALL)
+    let more = super::publishing::ALL.into_iter().chain(super::roles::ALL).chain(super::nri::ALL);
+    ALL.into_iter().chain(super::journal::ALL).chain(more)
 }
 
 #[cfg(test)]
@@ -316,6 +317,7 @@ pub(super) fn gather(telemetry: &Telemetry) -> Gathered {
     super::journal::gather(telemetry, &mut out);
     super::publishing::gather(telemetry.published(), &mut out);
     super::roles::gather(telemetry.proxy.get(), &mut out);
+    super::nri::gather(&telemetry.observed.waits(), &mut out);
     out
 }
 

@@ -111,6 +111,7 @@ impl Agent {
             name_servers: Vec::new(),
             nodes: watch::channel(Hosts::default()).1,
             handover: None,
+            nri: None,
             accepted: sender,
             ready,
             observed: observed.clone(),

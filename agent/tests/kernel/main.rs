@@ -6,6 +6,7 @@
 mod canary;
 mod cold_start;
 mod enrolment;
+mod full;
 mod guards;
 mod interfaces;
 mod pins;

@@ -12,6 +12,7 @@ use weir_agent::{
         answers,
         pod::{self, PodCgroup},
     },
+    nri::wire::{Decoder, Message},
     proxy,
     trust::{ClusterCa, ServingNames, authority::EphemeralCa},
 };
@@ -40,6 +41,33 @@ pub fn request_head(bytes: &[u8]) {
         for upgrade in [false, upgrade.is_some()] {
             goes_on(&headers, upgrade);
         }
+    }
+}
+
+/// The input is what a container runtime sends, and how long the reads are that it comes in. The messages do not depend on that,
+/// and no more is kept than what the longest message needs.
+pub fn nri(bytes: &[u8]) {
+    const KEPT_MAX: usize = 2 * ((4 << 20) + 10) + 8;
+    let Some((read, bytes)) = bytes.split_first() else { return };
+    let whole = Decoder::default().push(bytes);
+    let (mut decoder, mut parts) = (Decoder::default(), Ok(Vec::new()));
+    for part in bytes.chunks(usize::from(*read).max(1)) {
+        match (&mut parts, decoder.push(part)) {
+            (Ok(parts), Ok(more)) => parts.extend(more),
+            (Ok(_), Err(error)) => {
+                parts = Err(error);
+                break;
+            }
+            (Err(_), _) => break,
+        }
+        assert!(decoder.kept() <= KEPT_MAX.min(bytes.len()), "more is kept than came");
+    }
+    assert_eq!(whole, parts);
+    for message in parts.into_iter().flatten() {
+        // What the agent can send itself, it reads as it was.
+        let Ok(sent) = message.encode() else { continue };
+        let read: Vec<Message> = Decoder::default().push(&sent).expect("is a message");
+        assert_eq!(read, [message]);
     }
 }
 

@@ -15,7 +15,7 @@ pub mod record;
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets; each has a corpus folder and a fuzz target of its name.
-pub const TARGETS: [Target; 23] = [
+pub const TARGETS: [Target; 24] = [
     ("answer", agent::answer),
     ("attributes", record::attributes),
     ("body", masks::body),
@@ -31,6 +31,7 @@ pub const TARGETS: [Target; 23] = [
     ("key_set", auth::key_set),
     ("kubeconfig", agent::kubeconfig),
     ("message", journal::message),
+    ("nri", agent::nri),
     ("packet", kernel::packet),
     ("removed", journal::removed),
     ("request_head", agent::request_head),

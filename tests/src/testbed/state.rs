@@ -57,6 +57,12 @@ impl Layout {
         self.root.join("kubeconfig").join(format!("{user}.kubeconfig"))
     }
 
+    /// Where containerd listens for NRI plugins.
+    #[must_use]
+    pub fn nri_socket(&self) -> PathBuf {
+        self.path("containerd").join("state/nri.sock")
+    }
+
     /// Socket of containerd.
     #[must_use]
     pub fn containerd_socket(&self) -> PathBuf {

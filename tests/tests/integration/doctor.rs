@@ -7,9 +7,13 @@ use std::{
 };
 
 use serde_json::{Value, json};
-use weir_tests::{agent, command};
+use weir_tests::{
+    PodSpec,
+    agent::{self, TrustSource},
+    command,
+};
 
-use super::shown;
+use super::{Scene, escape::place, shown};
 
 /// Runs `doctor --json` without any capability, whoever runs the test.
 fn doctor(configuration: &Path) -> (Option<i32>, Vec<Value>) {
@@ -89,4 +93,45 @@ fn doctor_names_a_cgroup_tree_that_is_mounted_read_only() {
     let (code, checks) = said_by(command, &configured(scratch.path()));
     assert_eq!(code, Some(1));
     check(&checks, "cgroup v2, writable", tree, "read-write");
+}
+
+#[test]
+fn doctor_names_selected_pods_that_could_go_past_weir() {
+    let Some(mut scene) = Scene::new() else { return };
+    scene.namespace("it-powers", true);
+    let plain = scene.testbed.run_pod(&PodSpec::idle("it-powers", "plain")).unwrap();
+    let configuration = scene.config(TrustSource::MountedCa);
+    let look = || {
+        let mut command = Command::new(agent::built_binary("weir-agent").unwrap());
+        let ended =
+            command::output(command.args(["doctor", "--json", "--config"]).arg(&configuration)).unwrap();
+        let report: Value = serde_json::from_str(&shown(&ended).1).unwrap();
+        let of = |name: &str| {
+            let all = report["checks"].as_array().unwrap().iter();
+            let check = all.clone().find(|check| check["name"] == name).unwrap_or_else(|| panic!("{report}"));
+            (check["ok"] == true, check["found"].as_str().unwrap().to_owned(), check["mend"].to_string())
+        };
+        (of("selected pods"), of("selected pods' interfaces"))
+    };
+    let ((ok, found, mend), (guarded, _, _)) = look();
+    assert!(ok && guarded && found.starts_with("none of 1 is privileged"), "{found}");
+    assert!(
+        mend.contains("detach the programs") && mend.contains("enforce=baseline"),
+        "what one could do is said anyway: {mend}"
+    );
+
+    let mut manifest = PodSpec::idle("it-powers", "powerful").manifest();
+    manifest["spec"]["hostPID"] = json!(true);
+    manifest["spec"]["containers"][0]["securityContext"] = json!({"privileged": true});
+    scene.testbed.apply(&manifest.to_string()).unwrap();
+    // A device without an end on the host, as macvlan and ipvlan networks give pods one.
+    let (_, pid) = place(&plain);
+    let macvlan = ["ip", "link", "add", "link", "eth0", "name", "mac9", "type", "macvlan"];
+    command::run(Command::new("nsenter").args(["-t", &pid, "-n"]).args(macvlan)).unwrap();
+    let ((ok, found, _), (guarded, ends, mend)) = look();
+    assert!(
+        !ok && found.contains("it-powers/powerful (hostPID, privileged)") && !found.contains("plain"),
+        "{found}"
+    );
+    assert!(!guarded && ends.contains("it-powers/plain (mac9)") && mend.contains("NET_RAW"), "{ends}");
 }

@@ -1,16 +1,16 @@
 //! A network inside a pod, as docker-in-docker makes one: a bridge, a network namespace behind it, and the pod's own address
-//! on what leaves it. To Weir that namespace is nobody's: its sockets are refused, and what passes them is seen at the pod's
-//! interface like the pod's own.
+//! on what leaves it. Sockets there are refused until Weir listens there too; what passes them is seen at the pod's interface like
+//! the pod's own. Tasks outside the pod's cgroup stay refused.
 
 use std::{
     path::Path,
     process::{Child, Command, Stdio},
 };
 
-use weir_tests::{PodSpec, agent::TrustSource, command};
+use weir_tests::{AgentProcess, PodSpec, agent::TrustSource, command, wait_until};
 
 use super::{
-    Scene,
+    DEADLINE, Scene,
     escape::{Attack, Folder, place},
     witness::Server,
 };
@@ -103,19 +103,70 @@ fn a_network_inside_a_pod_leads_not_around_weir() {
     assert_eq!(attack.witness.check(Server::Api, None), 1);
     let before = attack.witness.direct();
 
-    let agent = scene.agent(TrustSource::ClusterSigner);
-    for cgroup in places {
-        for (way, expected) in
-            [("tcp", "refused"), ("udp-sendto", "refused"), ("raw", "failed EPERM"), ("frame", "sent")]
-        {
-            let (said, direct) = attack.try_from(&["--netns", &inside, "--cgroup", cgroup], way);
-            assert_eq!(said, expected, "{way} in {cgroup}: {}", agent.last_lines());
-            assert!(direct.is_empty(), "{way} in {cgroup}: the far side saw {direct:?}");
+    let mut agent = scene.agent(TrustSource::ClusterSigner);
+    // Denied at first, which is reported; then there is a listener there as well.
+    let (said, direct) = attack.try_from(&["--netns", &inside, "--cgroup", places[1]], "tcp");
+    assert_eq!((said.as_str(), direct.as_slice()), ("refused", &[][..]), "{}", agent.last_lines());
+    let served = |agent: &AgentProcess| {
+        wait_until("the network inside the pod to be served", DEADLINE, || {
+            let (said, direct) = attack.try_from(&["--netns", &inside, "--cgroup", places[1]], "tcp");
+            assert!(direct.is_empty(), "the far side saw {direct:?}: {}", agent.last_lines());
+            Ok((said == "connected").then_some(()))
+        })
+        .unwrap();
+        assert_eq!(attack.witness.check(Server::Weir, Some(agent)), 1);
+    };
+    served(&agent);
+    let check = |agent: &AgentProcess| {
+        for (cgroup, tcp) in places.into_iter().zip(["connected", "connected", "refused"]) {
+            for (way, expected) in
+                [("tcp", tcp), ("udp-sendto", "refused"), ("raw", "failed EPERM"), ("frame", "sent")]
+            {
+                let (said, direct) = attack.try_from(&["--netns", &inside, "--cgroup", cgroup], way);
+                assert_eq!(said, expected, "{way} in {cgroup}: {}", agent.last_lines());
+                assert!(direct.is_empty(), "{way} in {cgroup}: the far side saw {direct:?}");
+            }
         }
-    }
+        assert_eq!(attack.witness.check(Server::Weir, Some(agent)), 2);
+    };
+    check(&agent);
+    // The next agent takes over this listener like the others, and refuses no connection meanwhile.
+    let mut next = AgentProcess::start(agent.config(), &scene.scratch.path().join("next.log")).unwrap();
+    assert!(agent.wait_for_succession().unwrap().success(), "{}", agent.last_lines());
+    check(&next);
+    // After a crash nobody listens there, and the one after it finds the way anew.
+    next.crash().unwrap();
+    let (said, direct) = attack.try_from(&["--netns", &inside, "--cgroup", places[1]], "tcp");
+    assert_eq!((said.as_str(), direct.as_slice()), ("refused", &[][..]));
+    let agent = scene.agent(TrustSource::ClusterSigner);
+    served(&agent);
     assert_eq!(attack.witness.direct(), before, "requests that the API server had from the pod itself");
     scene.event("the refused connections", |event| {
         matches!(&event.kind, weir_common::event::Kind::ConnectionRefused { reason, .. }
             if reason.contains("denied by the kernel"))
     });
+}
+
+#[test]
+fn a_pod_is_not_served_in_the_network_of_another() {
+    let Some(mut scene) = Scene::new() else { return };
+    scene.namespace("it-strange", true);
+    scene.namespace("it-plain", false);
+    let pod = scene.testbed.run_pod(&PodSpec::idle("it-strange", "caller")).unwrap();
+    let others = ["it-strange", "it-plain"]
+        .map(|namespace| scene.testbed.run_pod(&PodSpec::idle(namespace, "other")).unwrap());
+    let agent = scene.agent(TrustSource::ClusterSigner);
+    let attack = Attack::new(&scene, &pod);
+    let (own, _) = place(&pod);
+    for other in &others {
+        let (_, pid) = place(other);
+        // Often enough for a listener to have come, had one been made.
+        for _ in 0..20 {
+            let (said, direct) =
+                attack.try_from(&["--netns", &pid, "--cgroup", own.to_str().unwrap()], "tcp");
+            assert_eq!((said.as_str(), direct.as_slice()), ("refused", &[][..]), "{}", agent.last_lines());
+        }
+    }
+    let nested = |event: &weir_common::event::Event| matches!(&event.kind, weir_common::event::Kind::Finding { name, .. } if name == "nestedNetwork");
+    assert!(!scene.events().iter().any(nested));
 }

@@ -10,6 +10,7 @@ use std::{
 
 use weir_tests::{
     command,
+    nri::AskedFor,
     testbed::{BRIDGE, BRIDGE_ADDRESS},
     wait_until,
 };
@@ -117,6 +118,12 @@ impl OwnPod {
         let folder = self.folder.join(format!("cri-containerd-{id}.scope"));
         fs::create_dir(&folder).unwrap();
         folder
+    }
+
+    /// The pod as a container runtime names it.
+    pub(super) fn named<'a>(&'a self, namespace: &'a str, name: &'a str) -> AskedFor<'a> {
+        let cgroup = self.folder.to_str().unwrap();
+        AskedFor { uid: &self.uid, namespace, name, pid: self.sandbox.id(), cgroup }
     }
 
     /// A process that is cloned into a container; what it is told to try is its first instruction.

@@ -6,7 +6,7 @@ use std::{
 };
 
 use weir_common::event::{Kind, Outcome};
-use weir_tests::{AgentProcess, PodSpec, agent, agent::TrustSource, wait_until};
+use weir_tests::{AgentProcess, PodSpec, agent, agent::TrustSource, command, wait_until};
 
 use super::{DEADLINE, Scene, verify};
 
@@ -166,5 +166,25 @@ fn a_successor_that_fails_leaves_the_running_agent_in_charge() {
     let late = scene.testbed.run_pod(&PodSpec::idle("it-successor", "late")).unwrap();
     let out = late.exec(&["kubectl", "get", "namespace", "default", "-o", "name"]).unwrap();
     assert!(out.status.success(), "{}", running.last_lines());
+    // A process of a pod that has got at the socket is no successor, root or not: its own pod is on its side of the wall.
+    let (cgroup, _) = super::escape::place(&pod);
+    let script = format!("echo $$ > {}/cgroup.procs && exec \"$@\"", cgroup.display());
+    let stranger = command::output(
+        std::process::Command::new("sh")
+            .args(["-c", &script, "sh"])
+            .arg(agent::built_binary("weir-agent").unwrap())
+            .args(["run", "--config"])
+            .arg(running.config()),
+    );
+    let (code, _, err) = super::shown(&stranger.unwrap());
+    assert!(
+        code == Some(1) && err.contains("does not hand over: it runs in the pod it-successor/caller"),
+        "{code:?} {err}"
+    );
+    scene.event(
+        "the stranger in the record",
+        |event| matches!(&event.kind, Kind::Finding { name, .. } if name == "successorRefused"),
+    );
+    assert_eq!(ask().0, Some(0), "the running agent goes on");
     assert!(running.terminate().unwrap().success(), "{}", running.last_lines());
 }

@@ -36,11 +36,13 @@ pub(super) fn program() -> PathBuf {
     target.join(triple).join("debug/weir-escape")
 }
 
+/// Ports of markers: each its own, since every watch sees those of the others.
+static MARKERS: AtomicU16 = AtomicU16::new(20_000);
+
 /// The watcher and what it has seen.
 pub(super) struct Watch {
     process: Child,
     seen: Arc<Mutex<Vec<String>>>,
-    markers: AtomicU16,
 }
 
 impl Watch {
@@ -56,12 +58,12 @@ impl Watch {
                 collected.lock().unwrap().push(line);
             }
         });
-        Self { process, seen, markers: 20_000.into() }
+        Self { process, seen }
     }
 
     /// Has a marker sent, waits until it is seen, and takes what was seen before it.
     pub(super) fn until_marker(&self, to: IpAddr, protocol: u8, send: impl Fn(&str)) -> Vec<String> {
-        let port = self.markers.fetch_add(1, Ordering::Relaxed) + 1;
+        let port = MARKERS.fetch_add(1, Ordering::Relaxed) + 1;
         let marker = format!(" {to} {protocol} {port}");
         wait_until("the marker at the far side", DEADLINE, || {
             send(&SocketAddr::new(to, port).to_string());

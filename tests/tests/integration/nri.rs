@@ -1,0 +1,261 @@
+//! The container runtime asks the agent before it starts a container: containerd with a real kubelet.
+
+use std::{
+    io::{Read as _, Write as _},
+    net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream},
+    sync::{Arc, Condvar, Mutex, PoisonError},
+    thread,
+};
+
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+use weir_tests::{
+    AgentProcess, PodSpec,
+    agent::{self, TrustSource},
+    testbed::API_CLUSTER_IP,
+    wait_until,
+};
+
+use super::{DEADLINE, Scene, enrolment::check_first_calls, monitoring::Monitored, shown};
+
+/// Pods that start at a time.
+const PODS: usize = 30;
+/// … and after an upgrade, which is only about the connection to the runtime.
+const PODS_AFTER_UPGRADE: usize = 5;
+/// A call. With a flag for its patience kubectl would not look for the cluster that it runs in.
+const ASK: [&str; 5] = ["kubectl", "get", "namespace", "default", "-o=name"];
+
+/// Takes connections to an API server on, and can hold those that there are: what comes over them is late for ever, as with a
+/// watch whose connection has died without a word.
+struct Relay {
+    address: SocketAddr,
+    held: Arc<Held>,
+}
+
+#[derive(Default)]
+struct Held {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    /// Connections so far.
+    count: usize,
+    /// Those before this one are held.
+    held: usize,
+    streams: Vec<TcpStream>,
+    over: bool,
+}
+
+impl Held {
+    fn wait_while_held(&self, number: usize) {
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        drop(self.changed.wait_while(state, |state| number < state.held && !state.over));
+    }
+}
+
+impl Relay {
+    fn start(server: &str) -> Self {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let (address, held): (_, Arc<Held>) = (listener.local_addr().unwrap(), Arc::default());
+        let (server, shared) = (server.to_owned(), held.clone());
+        thread::spawn(move || {
+            for client in listener.incoming() {
+                let (client, server) = (client.unwrap(), TcpStream::connect(&server).unwrap());
+                let number = {
+                    let mut state = shared.state.lock().unwrap();
+                    if state.over {
+                        return;
+                    }
+                    state.streams.extend([client.try_clone().unwrap(), server.try_clone().unwrap()]);
+                    state.count += 1;
+                    state.count - 1
+                };
+                for (from, to) in
+                    [(client.try_clone().unwrap(), server.try_clone().unwrap()), (server, client)]
+                {
+                    let shared = shared.clone();
+                    thread::spawn(move || copy(from, to, || shared.wait_while_held(number)));
+                }
+            }
+        });
+        Self { address, held }
+    }
+
+    /// From now on nothing comes over the connections that there are.
+    fn hold(&self) {
+        let mut state = self.held.state.lock().unwrap();
+        state.held = state.count;
+    }
+}
+
+impl Drop for Relay {
+    fn drop(&mut self) {
+        let mut state = self.held.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.over = true;
+        for stream in state.streams.drain(..) {
+            let _ = stream.shutdown(Shutdown::Both);
+        }
+        drop(state);
+        self.held.changed.notify_all();
+        // Wakes the one that accepts.
+        let _ = TcpStream::connect(self.address);
+    }
+}
+
+fn copy(mut from: TcpStream, mut to: TcpStream, wait: impl Fn()) {
+    let mut buffer = [0; 16 * 1024];
+    while let Ok(length @ 1..) = from.read(&mut buffer) {
+        wait();
+        if to.write_all(&buffer[..length]).is_err() {
+            break;
+        }
+    }
+    let _ = to.shutdown(Shutdown::Write);
+}
+
+/// The configuration of an agent that containerd asks.
+fn asked(scene: &Scene) -> Value {
+    let mut configuration = agent::configuration(&scene.testbed, &scene.journal(), TrustSource::MountedCa);
+    configuration["nri"] = json!({"socket": scene.testbed.layout().nri_socket()});
+    configuration
+}
+
+/// What containers waited for.
+struct Starts {
+    settled: f64,
+    timed_out: f64,
+    looked_up: f64,
+    waited_seconds: f64,
+}
+
+impl Starts {
+    fn of(monitored: &Monitored) -> Self {
+        let metrics = monitored.metrics();
+        let starts =
+            |result: &str| metrics[&format!("weir_nri_container_starts_total{{result=\"{result}\"}}")];
+        Self {
+            settled: starts("settled"),
+            timed_out: starts("timed_out"),
+            looked_up: metrics["weir_nri_pods_looked_up_total"],
+            waited_seconds: metrics["weir_nri_wait_duration_seconds_sum"],
+        }
+    }
+
+    fn since(&self, before: &Self) -> Self {
+        Self {
+            settled: self.settled - before.settled,
+            timed_out: self.timed_out - before.timed_out,
+            looked_up: self.looked_up - before.looked_up,
+            waited_seconds: self.waited_seconds - before.waited_seconds,
+        }
+    }
+
+    /// Every pod's container waited until its pod had everything.
+    fn check(&self, what: &str, pods: usize) -> String {
+        let summary = format!(
+            "{pods} pods {what}: {} containers held back until enrolled, {:.1} ms each in the mean; the API server asked for {} pods",
+            self.settled,
+            self.waited_seconds * 1e3 / self.settled,
+            self.looked_up
+        );
+        let pods = pods.to_string().parse::<f64>().unwrap();
+        assert!(
+            self.settled >= pods && self.timed_out == 0.0,
+            "{what}: {} and {}",
+            self.settled,
+            self.timed_out
+        );
+        summary
+    }
+}
+
+fn wait_until_asked(monitored: &Monitored) {
+    wait_until("the runtime to ask the agent", DEADLINE, || {
+        // Between two agents nobody may listen.
+        let metrics = monitored.get("/metrics").map(|(_, text)| text).unwrap_or_default();
+        Ok(metrics.lines().any(|line| line == "weir_nri_connected 1").then_some(()))
+    })
+    .unwrap();
+}
+
+#[test]
+fn a_first_call_is_intercepted_although_the_watch_stands_still() {
+    let Some(mut scene) = Scene::new() else { return };
+    scene.namespace("it-asked", true);
+    let relay = Relay::start(scene.testbed.api_server());
+    let kubeconfig = std::fs::read_to_string(scene.testbed.layout().kubeconfig("agent")).unwrap();
+    let through = kubeconfig.replace(scene.testbed.api_server(), &relay.address.to_string());
+    assert_ne!(through, kubeconfig);
+    let path = scene.scratch.path().join("through-relay.kubeconfig");
+    std::fs::write(&path, through).unwrap();
+    let mut configuration = asked(&scene);
+    configuration["clusters"][0]["kubeconfig"] = json!(path);
+    let (mut agent, monitored) = Monitored::start_with(&scene, configuration);
+    wait_until_asked(&monitored);
+
+    let before = Starts::of(&monitored);
+    check_first_calls(&scene, &agent, "it-asked", "first", PODS);
+    let with_watch = Starts::of(&monitored);
+    println!("{}", with_watch.since(&before).check("with a watch", PODS));
+
+    relay.hold();
+    check_first_calls(&scene, &agent, "it-asked", "held", PODS);
+    let without = Starts::of(&monitored).since(&with_watch);
+    println!("{}", without.check("with a watch that stands still", PODS));
+    let pods = PODS.to_string().parse::<f64>().unwrap();
+    assert!(without.looked_up >= pods, "the watch did not stand still: {} looked up", without.looked_up);
+
+    // A successor is asked in its turn; it watches anew.
+    let mut next = AgentProcess::start(agent.config(), &scene.scratch.path().join("next.log")).unwrap();
+    assert!(agent.wait_for_succession().unwrap().success(), "{}", agent.last_lines());
+    wait_until_asked(&monitored);
+    check_first_calls(&scene, &next, "it-asked", "next", PODS_AFTER_UPGRADE);
+    println!("{}", Starts::of(&monitored).check("after an upgrade", PODS_AFTER_UPGRADE));
+    assert!(next.terminate().unwrap().success(), "{}", next.last_lines());
+}
+
+#[test]
+fn pods_start_and_are_denied_while_the_agent_is_stopped_or_killed() {
+    let Some(mut scene) = Scene::new() else { return };
+    scene.namespace("it-unasked", true);
+    let (mut agent, monitored) = Monitored::start_with(&scene, asked(&scene));
+    wait_until_asked(&monitored);
+    let refused = |name: &str| {
+        let pod = scene.testbed.run_pod(&PodSpec::idle("it-unasked", name)).unwrap();
+        let (code, out, err) = shown(&pod.exec(&ASK).unwrap());
+        assert_eq!((code, out.as_str()), (Some(1), ""), "{err}");
+        assert!(err.contains(API_CLUSTER_IP) && err.contains("refused"), "{err}");
+        pod
+    };
+    let served = |pod: &weir_tests::Pod<'_>, last_lines: &dyn Fn() -> String| {
+        let mut said = Default::default();
+        wait_until("the pod to be served", DEADLINE, || {
+            said = shown(&pod.exec(&ASK)?);
+            Ok((said.1 == "namespace/default\n").then_some(()))
+        })
+        .unwrap_or_else(|error| panic!("{error:#}: {said:?}\n{}", last_lines()));
+    };
+    // containerd waits for it no longer than it waits for any plugin, and then not again.
+    agent.signal(Signal::SIGSTOP).unwrap();
+    let stopped = refused("stopped");
+    agent.signal(Signal::SIGCONT).unwrap();
+    served(&stopped, &|| agent.last_lines());
+    // It is thrown out and comes back.
+    wait_until("the runtime to ask the agent again", DEADLINE, || {
+        let registered = agent.log()?.matches("asks before it starts a container").count();
+        Ok((registered > 1).then_some(()))
+    })
+    .unwrap();
+    wait_until_asked(&monitored);
+    let before = Starts::of(&monitored);
+    check_first_calls(&scene, &agent, "it-unasked", "again", 1);
+    println!("{}", Starts::of(&monitored).since(&before).check("after the agent was stopped", 1));
+
+    agent.crash().unwrap();
+    let killed = refused("killed");
+    let next = AgentProcess::start(agent.config(), &scene.scratch.path().join("next.log")).unwrap();
+    served(&killed, &|| next.last_lines());
+    served(&stopped, &|| next.last_lines());
+}
