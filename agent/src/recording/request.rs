@@ -287,6 +287,17 @@ impl RequestRecord {
 
     fn raw(&self, channel: Channel, count: &AtomicU64, data: &[u8]) -> Vec<Entry> {
         let offset = count.fetch_add(data.len() as u64, Ordering::Relaxed);
+        if self.watch {
+            // Objects in the frames of another protocol: no mask can see what is a secret in them.
+            let reason =
+                "a watch over an upgraded connection is recorded without its content, which cannot be masked";
+            let bytes = Some(data.len() as u64);
+            return self
+                .context
+                .entry(Kind::Gap { reason: reason.to_owned(), events: None, bytes })
+                .into_iter()
+                .collect();
+        }
         content::split(channel, offset, data)
             .into_iter()
             .filter_map(|kind| self.context.entry(kind))

@@ -214,6 +214,28 @@ async fn both_directions_of_a_stream_are_recorded_whole_and_the_clients_durably(
 }
 
 #[tokio::test]
+async fn nothing_of_a_watch_over_an_upgraded_connection_reaches_the_journal_unmasked() {
+    let directory = TempDir::new().unwrap();
+    let recorder = Recorder::start(options(directory.path())).unwrap();
+    let record = get(&recorder, &attributes("watch", "secrets", "")).await;
+    record.response_started(StatusCode::SWITCHING_PROTOCOLS, &HeaderMap::new(), false);
+    let canary = b"\x81\x7e{\"object\":{\"data\":{\"password\":\"canary\"}}}";
+    record.server_stream_data(Bytes::from_static(canary)).await.unwrap();
+    record.client_stream_data(Bytes::from_static(b"canary")).await.unwrap();
+    record.close(Outcome::Complete, None);
+    recorder.stop("test").await.unwrap();
+    let events = read(recorder.folder());
+    let text = serde_json::to_string(&events).unwrap();
+    assert!(!text.contains("canary") && content(&events, Channel::ServerRaw).is_empty(), "{text}");
+    let left_out = |event: &Event| match &event.kind {
+        Kind::Gap { bytes, .. } => *bytes,
+        _ => None,
+    };
+    assert_eq!(events.iter().filter_map(left_out).sum::<u64>(), canary.len() as u64 + 6);
+    assert_eq!(closed(&events).response_bytes, canary.len() as u64);
+}
+
+#[tokio::test]
 async fn a_watch_is_recorded_event_by_event_and_masked_also_when_it_is_compressed() {
     for compressed in [false, true] {
         let directory = TempDir::new().unwrap();
