@@ -53,10 +53,10 @@ pub enum EmergencyError {
         max_s: u64,
     },
     /// Nobody could tell later why.
-    #[error("the reason must be one line of 1 to {REASON_BYTES_MAX} bytes")]
+    #[error("--reason must be one line of 1 to {REASON_BYTES_MAX} bytes, without control characters")]
     Reason,
     /// The file cannot be read or written.
-    #[error("cannot use {path}")]
+    #[error("cannot use {path}; is its folder writable, and is this root?")]
     File {
         /// The file.
         path: PathBuf,

@@ -95,8 +95,10 @@ struct RawResources {
 struct RawBacklog {
     /// Bytes that Kafka has not acknowledged (without Kafka: that the journal holds) from which on the journal is behind.
     /// Without it: only a journal that is full, or cannot be written, refuses.
+    #[cfg_attr(test, schemars(range(min = 1)))]
     bytes_max: Option<u64>,
     /// Seconds that the oldest event may wait for Kafka. Without it: any.
+    #[cfg_attr(test, schemars(range(min = 1)))]
     age_seconds_max: Option<u64>,
     /// Seconds that a request waits, with `block` or where its pod is over its quota, before it is refused.
     #[cfg_attr(test, schemars(range(max = WAIT_SECONDS_MAX)))]
@@ -129,6 +131,15 @@ impl RawRecording {
         let rules = rules.map(|(index, rule)| rule.validate(&format!("recording.rules[{index}]"), allowed));
         let rules = rules.collect::<Result<_, _>>()?;
         let RawBacklog { bytes_max, age_seconds_max, wait_seconds } = self.backlog;
+        // With 0 every request would be refused, always.
+        for (key, limit) in [("bytesMax", bytes_max), ("ageSecondsMax", age_seconds_max)] {
+            if limit == Some(0) {
+                return invalid(
+                    format!("recording.backlog.{key}"),
+                    "must be at least 1; leave it out for no limit",
+                );
+            }
+        }
         if wait_seconds > WAIT_SECONDS_MAX {
             return invalid("recording.backlog.waitSeconds", format!("must be at most {WAIT_SECONDS_MAX}"));
         }
@@ -255,6 +266,10 @@ emergency: {secondsMax: 600}
             expect![[
                 r#"recording.rules[0].nonResourceURLs: "/a*b" has a `*` that is not its last character, where alone it has a meaning"#
             ]],
+        );
+        refused(
+            "backlog: {bytesMax: 0}",
+            expect!["recording.backlog.bytesMax: must be at least 1; leave it out for no limit"],
         );
         refused(
             "emergency: {secondsMax: 0}",

@@ -81,8 +81,8 @@ pub enum RecordingError {
     },
     /// What is recorded is not acknowledged fast enough.
     #[error(
-        "{bytes} bytes of the journal wait to be acknowledged, the oldest event for {seconds} seconds: more than \
-         recording.backlog allows; see to Kafka, and requests go on by themselves"
+        "{bytes} bytes of the journal are not acknowledged by Kafka (without Kafka: are in it), the oldest event for {seconds} \
+         seconds: more than recording.backlog allows; see to Kafka, or copy epochs away, or raise the limit"
     )]
     Behind {
         /// How many.
@@ -91,11 +91,15 @@ pub enum RecordingError {
         seconds: u64,
     },
     /// A pod records more than it may, on and on.
-    #[error("the pod is over recording.quotas.bytesPerSecond")]
+    #[error(
+        "the pod records more than limits.podBytesPerSecond allows; it goes on by itself when the pod slows down, or raise that key \
+         and restart the agent"
+    )]
     OverQuota,
     /// A pod has filled its part of a backlog.
     #[error(
-        "the pod has filled recording.quotas.backlogPercent of the journal, which is more than half full"
+        "the pod has filled limits.podBacklogPercent of the journal, which is more than half full; make room (with Kafka: see why it \
+         does not acknowledge), or raise that key and restart the agent"
     )]
     OverPart,
     /// The disk hangs.
@@ -119,7 +123,7 @@ impl RecordingError {
             Self::Key { .. } | Self::Node { .. } | Self::Thread(_) => "recording is not set up",
             Self::TooLong { .. } => "an event of it is longer than a journal frame may be",
             Self::Behind { .. } => {
-                "what is recorded is not acknowledged fast enough; the operator must see to Kafka"
+                "the journal holds more than its operator allows; the operator must see to Kafka or make room"
             }
             Self::OverQuota => {
                 "the pod records more bytes a second than it may; make fewer requests, or smaller ones"

@@ -52,7 +52,7 @@ static CONNECTED: Family = gauge(
 static REMOVED: Family = counter(
     "weir_journal_segments_removed",
     &[],
-    "Segments of the journal that were published and, after the replay window, removed.",
+    "Segments of the journal that were published and removed, after the replay window or for want of room.",
 );
 static DAMAGES: Family = counter(
     "weir_journal_damages",
