@@ -213,6 +213,8 @@ impl Suspicions {
         let mut state = lock(&self.state);
         let young = |acquitted: &Instant| acquitted.elapsed() < ACQUITTED_FOR;
         if state.acquitted.get(&address).is_some_and(young) {
+            // It may have become genuine since: then the name servers say so to the agent as well.
+            self.ask();
             return;
         }
         if state.open >= PROOFS_MAX {

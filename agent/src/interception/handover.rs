@@ -64,6 +64,8 @@ const UNPUBLISHED_CHARS_MAX: usize = 250;
 const LISTENERS_MAX: usize = 8192;
 /// How long one message may take.
 const MESSAGE_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long whoever connects may take to its first message: others wait meanwhile.
+const HELLO_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long an agent may take to say that it is alive.
 const PING_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long the new agent may take from its welcome to being complete: it must reach the clusters first.
@@ -368,12 +370,15 @@ async fn hand_over(
     if peer.uid() != 0 {
         return Err(io::Error::from(io::ErrorKind::PermissionDenied).into());
     }
-    set_timeout(&connection, MESSAGE_TIMEOUT)?;
+    // Before and after its first message: a process that has ended must not be taken for another one with its number.
+    let stranger = gate.successors.refusal(u32::try_from(peer.pid()).unwrap_or(0));
+    set_timeout(&connection, HELLO_TIMEOUT)?;
     let (connection, hello) = tokio::task::spawn_blocking(move || {
         let hello = receive(&connection);
         (connection, hello)
     })
     .await?;
+    set_timeout(&connection, MESSAGE_TIMEOUT)?;
     let (version, layout, pid) = match hello {
         Ok((Message::Hello { version, layout, pid }, _)) => (version, layout, pid),
         Ok((Message::Ping, _)) => {
@@ -398,7 +403,7 @@ async fn hand_over(
         send(&connection, &Message::Refused { reason }, &[])?;
         return Ok(false);
     }
-    if let Some(reason) = gate.refusal(peer.pid()) {
+    if let Some(reason) = gate.refusal(peer.pid(), stranger) {
         send(&connection, &Message::Refused { reason }, &[])?;
         return Ok(false);
     }

@@ -201,9 +201,10 @@ impl Nested {
         // The pod's own namespace has a listener, or gets one by enrolment; another pod's is no place for this one.
         let is_a_pods = blocking(move || {
             let of = |tenant: &Tenant| namespace::of_pod(&tenant.folder, host).map(|found| found.id);
+            // All others only if need be: that takes reading the processes of every pod.
             namespace == host
-                || tenants.values().any(|tenant| tenant.cgroup != own && of(tenant) == Some(namespace))
                 || tenants.get(&own).is_some_and(|tenant| of(tenant) == Some(namespace))
+                || tenants.values().any(|tenant| tenant.cgroup != own && of(tenant) == Some(namespace))
         })
         .await?;
         if is_a_pods {

@@ -99,9 +99,9 @@ pub(super) struct Gate {
 }
 
 impl Gate {
-    /// Why this process may not follow; it is said and recorded.
-    pub(super) fn refusal(&self, pid: i32) -> Option<String> {
-        let reason = self.successors.refusal(u32::try_from(pid).unwrap_or(0))?;
+    /// Why this process may not follow, or might not `before`; it is said and recorded.
+    pub(super) fn refusal(&self, pid: i32, before: Option<String>) -> Option<String> {
+        let reason = before.or_else(|| self.successors.refusal(u32::try_from(pid).unwrap_or(0)))?;
         tracing::error!(pid, reason, "a process that may not be the next agent asked for the listeners");
         let message = format!("process {pid} asked to take over from this agent and was refused: {reason}");
         self.recorder.finding(None, None, "successorRefused", &message);

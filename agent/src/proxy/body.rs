@@ -167,6 +167,9 @@ pub(super) struct Tapped {
     lease: Option<Lease>,
     cut: CancellationToken,
     closed: bool,
+    /// Bytes that are still to come where the length was announced, else more than any: with the last of them the client has everything,
+    /// whatever HTTP/2 says of the end only later.
+    left: u64,
     held_back: Option<HeldBack>,
     _request_room: Option<HeldBytes>,
 }
@@ -196,7 +199,8 @@ impl Tapped {
         request_room: Option<HeldBytes>,
     ) -> Self {
         let (lease, closed, held_back) = (Some(lease), false, None);
-        Self { inner, record, lease, cut, closed, held_back, _request_room: request_room }
+        let left = inner.size_hint().exact().unwrap_or(u64::MAX);
+        Self { inner, record, lease, cut, closed, left, held_back, _request_room: request_room }
     }
 
     /// What the head waits for where nothing follows it: nobody would ask for the end of such a body.
@@ -208,6 +212,11 @@ impl Tapped {
         if !std::mem::replace(&mut self.closed, true) {
             self.record.close(outcome, reason);
         }
+    }
+
+    /// Whether the last byte was given.
+    fn is_whole(&self) -> bool {
+        self.inner.is_end_stream() || self.left == 0
     }
 
     /// The answer is whole; what ends it goes to the client when what is returned is ready.
@@ -226,7 +235,9 @@ impl Tapped {
         Poll::Ready(match next {
             Some(Ok(frame)) => {
                 let piece = frame.data_ref().and_then(|data| self.record.response_data(data));
-                let is_last = frame.is_trailers() || self.inner.is_end_stream();
+                let length = frame.data_ref().map_or(0, |data| data.len() as u64);
+                self.left = self.left.saturating_sub(length);
+                let is_last = frame.is_trailers() || self.is_whole();
                 let whole = if is_last { self.finish() } else { None };
                 (Some(Ok(frame)), whole.or(piece))
             }
@@ -264,7 +275,7 @@ impl Drop for Tapped {
             return;
         }
         // hyper does not ask for the end of a body whose length it knows.
-        if self.inner.is_end_stream() {
+        if self.is_whole() {
             drop(self.finish());
         } else if self.cut.is_cancelled() {
             self.close(Outcome::Drained, Some("the agent reached its drain limit"));

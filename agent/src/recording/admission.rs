@@ -108,7 +108,10 @@ impl Recorder {
             let failing = || self.failure().filter(|_| plan.when_behind == WhenBehind::Block);
             let (wait, why) = match self.behind(share).or_else(failing) {
                 Some(why) => match plan.when_behind {
-                    WhenBehind::MetadataOnly if !is_stream && owes.is_zero() => return Ok(Some(why)),
+                    // What a pod has brought about by itself must not spare it the record of its bodies.
+                    WhenBehind::MetadataOnly if !is_stream && owes.is_zero() && !why.is_of_pod() => {
+                        return Ok(Some(why));
+                    }
                     WhenBehind::Refuse | WhenBehind::MetadataOnly => return Err(why),
                     WhenBehind::Block => (LOOK_INTERVAL, why),
                 },

@@ -21,6 +21,9 @@ const DECODED_FACTOR: usize = 4;
 /// Most bytes of one line (one event) of a watch.
 const LINE_BYTES_MAX: usize = 4 * 1024 * 1024;
 
+/// See [`Held::is_small`].
+const SMALL_BYTES_MAX: usize = 64 * 1024;
+
 /// A body that was held while it passed.
 #[derive(Debug, Default)]
 pub(super) struct Held {
@@ -37,6 +40,13 @@ pub(super) struct Held {
 }
 
 impl Held {
+    /// Whether it is masked in the task that has it, not on a thread for what takes long: a compressed one may be many times as
+    /// long as it looks.
+    pub(super) fn is_small(&self) -> bool {
+        self.content_encoding.is_none()
+            && self.chunks.iter().map(Bytes::len).sum::<usize>() <= SMALL_BYTES_MAX
+    }
+
     fn bytes(&self) -> Cow<'_, [u8]> {
         match &self.chunks[..] {
             [one] => Cow::Borrowed(one),

@@ -10,6 +10,7 @@ use http::{
     HeaderMap, StatusCode,
     header::{CONTENT_ENCODING, CONTENT_TYPE},
 };
+use tokio::sync::Semaphore;
 use weir_common::{
     attributes::Attributes,
     event::{BodySummary, Caller, Channel, IdentityMethod, Kind, RequestOpened},
@@ -37,8 +38,8 @@ const MUTATION_RESPONSE_BYTES_MAX: usize = 4 * 1024 * 1024;
 /// Most bytes of an error's body that are recorded where a success would be recorded otherwise.
 pub(super) const ERROR_BYTES_MAX: usize = 64 * 1024;
 
-/// A request body up to this length is masked in the request's own task; a longer one on a blocking thread.
-pub(super) const INLINE_BYTES_MAX: usize = 64 * 1024;
+/// How many bodies that are not small are masked at a time: each may take many times its length of memory.
+static MASKING: Semaphore = Semaphore::const_new(4);
 
 /// How a request begins.
 struct Begin<'a> {
@@ -254,9 +255,11 @@ async fn mask_request(
         held.chunks = Vec::new();
         held.content_encoding = None;
     }
-    if held.wire_bytes <= INLINE_BYTES_MAX as u64 {
+    if held.is_small() {
         return Ok(content::reduce(&context.masker, context.sensitivity, &held));
     }
+    // Never closed.
+    let _permit = MASKING.acquire().await;
     let (masker, sensitivity) = (Arc::clone(&context.masker), context.sensitivity);
     let reduced = tokio::task::spawn_blocking(move || content::reduce(&masker, sensitivity, &held));
     reduced.await.map_err(|_| RecordingError::Closed)

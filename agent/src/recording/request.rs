@@ -26,7 +26,7 @@ use super::{
     entry::{Append, Entry, Waiter},
     error::RecordingError,
     mask::KeyedDigest,
-    opening::{ERROR_BYTES_MAX, INLINE_BYTES_MAX},
+    opening::ERROR_BYTES_MAX,
     plan::{Commit, Plan},
     worker::{Closing, Context},
     writer::Status,
@@ -363,7 +363,7 @@ impl RequestRecord {
         let held_bytes = std::mem::take(&mut state.held_bytes);
         drop(state);
         let (context, workers) = (&self.context, &self.context.workers);
-        if streamed || waiter.is_none() || held_bytes > INLINE_BYTES_MAX {
+        if streamed || waiter.is_none() || body.as_ref().is_some_and(|body| !body.is_small()) {
             workers.close(context, Closing { closed, body, held_bytes, waiter });
             return true;
         }
