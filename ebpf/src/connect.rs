@@ -162,7 +162,8 @@ fn judge(ctx: &SockAddrContext, address: [u32; 4], call: Call) -> Answer {
         (true, listener_port)
     } else {
         // Rare: nothing that is redirected in a pod's own network comes this way.
-        let nested = if number == Class::Enrolled as u32 { class::nested_listener(pod_cgroup, netns) } else { 0 };
+        let nested =
+            if number == Class::Enrolled as u32 { class::nested_listener(pod_cgroup, netns) } else { 0 };
         (nested != 0, nested)
     };
     // A number that no class has is a class of a newer agent: unknown, and denied.

@@ -29,10 +29,9 @@ use aya_ebpf::{
 };
 use weir_common::{
     kernel::{
-        NESTED_MAX, NestedKey,
         API_ENDPOINTS_MAX, ApiEndpoint, CGROUPS_MAX, COUNTERS as COUNTERS_MAX, CgroupEntry, FLOWS_MAX,
-        FlowKey, FlowRecord, INTERFACES_MAX, NOTICES_BYTES, PodCounters, PodName, REPORTED_MAX, Settings,
-        SocketState, TICK_NS_MAX,
+        FlowKey, FlowRecord, INTERFACES_MAX, NESTED_MAX, NOTICES_BYTES, NestedKey, PodCounters, PodName,
+        REPORTED_MAX, Settings, SocketState, TICK_NS_MAX,
     },
     sieve::{ENDPOINT_SLOTS, Endpoint, NEAREST_SLOTS, Nearest, SIEVE_SLOTS},
 };
