@@ -71,8 +71,8 @@ fn kubectl_is_told_why_it_is_refused_and_only_an_emergency_that_is_allowed_lets_
     };
     let refused = |(code, out, err): (Option<i32>, String, String)| {
         assert_eq!((code, out.as_str()), (Some(1), ""), "{err}");
-        let why = "the request cannot be recorded, so it is not forwarded: what is recorded is not acknowledged fast enough; \
-                   the operator must see to Kafka";
+        let why = "the request cannot be recorded, so it is not forwarded: the journal holds more than its operator allows; \
+                   the operator must see to Kafka or make room";
         assert!(err.contains(why), "{err}");
         err
     };
@@ -150,7 +150,10 @@ fn while_kafka_is_away_for_too_long_requests_are_refused_and_go_on_when_it_is_ba
     assert_eq!(refused.status, 503, "{}", refused.head);
     assert!(refused.head.to_ascii_lowercase().contains("retry-after: 1"), "{}", refused.head);
     let status: Value = serde_json::from_slice(&refused.body).unwrap();
-    assert!(status["message"].as_str().unwrap().ends_with("the operator must see to Kafka"), "{status}");
+    assert!(
+        status["message"].as_str().unwrap().ends_with("the operator must see to Kafka or make room"),
+        "{status}"
+    );
     kafka.restart().unwrap();
     wait_until("requests to go on", PUBLISHED_DEADLINE, || {
         number += 1;
