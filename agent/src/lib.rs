@@ -3,7 +3,7 @@
 //! A connection's way: [`interception`] (kernel hooks, in-pod listeners, flow lookup) hands an accepted
 //! connection to [`proxy`] (TLS with a certificate from [`trust`], HTTP, upstream), which records through
 //! [`recording`] (sessions, masks, journal); [`publishing`] carries the journal to Kafka. [`telemetry`] shows how all
-//! of them do.
+//! of them do. [`streams`] decodes what is said on upgraded connections; recording does not use it yet.
 
 pub mod app;
 pub mod auth;
@@ -19,5 +19,6 @@ pub mod proxy;
 pub mod publishing;
 pub mod recording;
 mod storage;
+pub mod streams;
 pub mod telemetry;
 pub mod trust;

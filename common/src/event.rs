@@ -7,13 +7,14 @@
 
 use std::collections::BTreeMap;
 
-use base64::Engine as _;
 use serde::{Deserialize, Serialize};
 
 use crate::attributes::Attributes;
 
+mod content;
 mod identity;
 
+pub use content::{Bytes, BytesError, Change, Channel, Connection, Content};
 pub use identity::{ActsAs, Identity, IdentityMethod, RoleAssumed, UserInfo};
 
 /// Version of this schema, in every event.
@@ -99,6 +100,16 @@ pub enum Kind {
     RoleAssumed(Box<RoleAssumed>),
     /// A piece of a body or stream.
     Content(Content),
+    /// A channel of an upgraded connection begins or ends.
+    ChannelChanged {
+        /// Which.
+        channel: Channel,
+        /// Which of several, for what a port-forward carries.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        connection: Option<Connection>,
+        /// What becomes of it.
+        change: Change,
+    },
     /// The answer's status and headers arrived.
     ResponseStarted {
         /// HTTP status.
@@ -382,81 +393,6 @@ pub struct BodySummary {
     pub truncated: Option<String>,
 }
 
-/// A piece of a body or stream. JSON holds it as text where it is UTF-8, else as base64.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Content {
-    /// Which.
-    pub channel: Channel,
-    /// Offset of the first byte within the channel's recorded content.
-    pub offset: u64,
-    /// The bytes.
-    #[serde(flatten)]
-    pub bytes: Bytes,
-}
-
-/// What a [`Content`] belongs to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub enum Channel {
-    /// The request's body.
-    RequestBody,
-    /// The response's body.
-    ResponseBody,
-    /// Raw bytes of an upgraded connection, client to server.
-    ClientRaw,
-    /// Raw bytes of an upgraded connection, server to client.
-    ServerRaw,
-}
-
-/// Bytes in JSON: `{"text": …}` where they are UTF-8, else `{"base64": …}`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub enum Bytes {
-    /// UTF-8.
-    Text(String),
-    /// Anything else, standard base64 with padding.
-    Base64(String),
-}
-
-/// Why the bytes of a [`Content`] cannot be had.
-#[derive(Debug, thiserror::Error)]
-#[error("content is not valid base64")]
-pub struct BytesError(#[from] base64::DecodeError);
-
-impl Bytes {
-    /// Text if the bytes are UTF-8 and do not grow much as JSON, else base64.
-    pub fn from_slice(bytes: &[u8]) -> Self {
-        match std::str::from_utf8(bytes) {
-            Ok(text) if escaped_bytes(bytes) <= bytes.len() + bytes.len() / 3 + 64 => {
-                Self::Text(text.to_owned())
-            }
-            _ => Self::Base64(base64::engine::general_purpose::STANDARD.encode(bytes)),
-        }
-    }
-
-    /// The bytes.
-    ///
-    /// # Errors
-    /// The base64 is not valid.
-    pub fn to_vec(&self) -> Result<Vec<u8>, BytesError> {
-        match self {
-            Self::Text(text) => Ok(text.clone().into_bytes()),
-            Self::Base64(text) => Ok(base64::engine::general_purpose::STANDARD.decode(text)?),
-        }
-    }
-}
-
-/// Length as a JSON string, so that no event outgrows a frame: a control character takes six bytes.
-fn escaped_bytes(bytes: &[u8]) -> usize {
-    let escaped = |byte: &u8| match byte {
-        b'"' | b'\\' | b'\n' | b'\r' | b'\t' => 2,
-        0..0x20 => 6,
-        _ => 1,
-    };
-    bytes.iter().map(escaped).sum()
-}
-
 impl Kind {
     /// The name that stands in `type`.
     pub fn name(&self) -> &'static str {
@@ -469,6 +405,7 @@ impl Kind {
             Self::RequestRefused { .. } => "requestRefused",
             Self::RoleAssumed(_) => "roleAssumed",
             Self::Content(_) => "content",
+            Self::ChannelChanged { .. } => "channelChanged",
             Self::ResponseStarted { .. } => "responseStarted",
             Self::RequestClosed(_) => "requestClosed",
             Self::ConnectionRefused { .. } => "connectionRefused",
@@ -503,8 +440,12 @@ mod tests {
     #[test]
     fn content_has_its_name_as_type_and_round_trips_whatever_its_bytes_are() {
         for bytes in [&b"text \"quoted\""[..], b"\xff\x00", b"", b"\x01\x02\x03"] {
-            let content =
-                Content { channel: Channel::ResponseBody, offset: 3, bytes: Bytes::from_slice(bytes) };
+            let content = Content {
+                channel: Channel::ResponseBody,
+                connection: None,
+                offset: 3,
+                bytes: Bytes::from_slice(bytes),
+            };
             let event = event(Kind::Content(content));
             let json = serde_json::to_string(&event).unwrap();
             assert!(json.contains(&format!("\"type\":\"{}\"", event.kind.name())), "{json}");
@@ -519,7 +460,12 @@ mod tests {
     fn no_content_outgrows_a_frame() {
         for byte in [b'"', 1, 0xff, b'a'] {
             let bytes = Bytes::from_slice(&vec![byte; CONTENT_BYTES_MAX]);
-            let event = event(Kind::Content(Content { channel: Channel::ClientRaw, offset: 0, bytes }));
+            let event = event(Kind::Content(Content {
+                channel: Channel::ClientRaw,
+                connection: None,
+                offset: 0,
+                bytes,
+            }));
             assert!(serde_json::to_vec(&event).unwrap().len() < VALUE_BYTES_MAX);
         }
     }

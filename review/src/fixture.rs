@@ -195,7 +195,7 @@ impl Writer {
         offset: u64,
         bytes: &[u8],
     ) -> &mut Self {
-        let content = Content { channel, offset, bytes: Bytes::from_slice(bytes) };
+        let content = Content { channel, connection: None, offset, bytes: Bytes::from_slice(bytes) };
         self.event(ids[0], ids[1], ids[2], Kind::Content(content))
     }
 

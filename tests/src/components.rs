@@ -120,6 +120,16 @@ static PROMTOOL: GoModule = GoModule {
     minutes: 1.0,
 };
 
+/// Kubernetes' clients and servers of streams, which the decoders' conversations are recorded from; no part of the testbed.
+static STREAMS: GoModule = GoModule {
+    folder: "streams",
+    tags: "",
+    linker_flags: "-s -w",
+    copied: &[],
+    binaries: &[("streams-capture", ".")],
+    minutes: 1.0,
+};
+
 /// A Debian package and the file or command that shows it is there (or an equal of another distribution).
 const PACKAGES: &[(&str, &[&str])] = &[
     ("runc", &["runc"]),
@@ -231,6 +241,18 @@ pub fn plan() -> Result<Vec<String>> {
         }
     }
     Ok(lines)
+}
+
+/// What records conversations for the stream decoders, built if it is not there.
+///
+/// # Errors
+/// When it cannot be built.
+pub fn streams_capture(progress: Progress) -> Result<PathBuf> {
+    let folder = cache_folder()?.join("testbed/bin");
+    if !STREAMS.is_built(&folder)? {
+        STREAMS.build(&folder, progress)?;
+    }
+    Ok(folder.join(STREAMS.binaries[0].0))
 }
 
 /// The part of promtool that tests alert rules, built if it is not there.

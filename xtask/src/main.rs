@@ -36,6 +36,8 @@ enum Command {
     BuildEbpf(build_ebpf::Options),
     /// The whole story on this machine: set-up, a pod at work, its record replayed, verified and compared.
     Demo(demo::Arguments),
+    /// Record conversations of Kubernetes' own clients and servers of streams anew: what `cargo test` holds the decoders to.
+    Conversations,
     /// Write the documentation that is generated from types: docs/configuration.md with its JSON schema, docs/metrics.md.
     Docs,
     /// Run the fuzz targets of `tests/fuzz`, all or one.
@@ -76,6 +78,7 @@ fn run(command: Command) -> Result<()> {
         Command::Bench(arguments) => bench::run(root, &arguments),
         Command::BuildEbpf(options) => build_ebpf::run(root, options).map(drop),
         Command::Demo(arguments) => demo::run(root, &arguments),
+        Command::Conversations => test::conversations(root),
         Command::Docs => docs::run(root),
         Command::Fuzz(arguments) => fuzz::run(root, &arguments),
         Command::Testbed(arguments) => testbed::run(&arguments),

@@ -205,6 +205,22 @@ impl Drop for Background {
 /// Where the alert rules and their tests are.
 const RULES: &str = "deploy/prometheus";
 
+/// Where the decoders' tests find what was recorded.
+const CONVERSATIONS: &str = "agent/src/streams/conversations";
+
+/// Records the conversations of streams anew.
+///
+/// # Errors
+/// The recording program cannot be built or fails; its output is shown.
+pub(crate) fn conversations(root: &Path) -> Result<()> {
+    let status = Command::new(components::streams_capture(Progress::Shown)?)
+        .arg(root.join(CONVERSATIONS))
+        .status()
+        .context("cannot start streams-capture")?;
+    ensure!(status.success(), "streams-capture ended with {status}; see above");
+    Ok(())
+}
+
 /// `cargo xtask rules`: the alert rules fire on what they are for, and on nothing else, by Prometheus' own account.
 ///
 /// # Errors

@@ -159,7 +159,12 @@ pub(super) fn split(channel: Channel, offset: u64, mut content: &[u8]) -> Vec<Ki
             end = boundary;
         }
         let (piece, rest) = content.split_at(end);
-        kinds.push(Kind::Content(Content { channel, offset, bytes: event::Bytes::from_slice(piece) }));
+        kinds.push(Kind::Content(Content {
+            channel,
+            connection: None,
+            offset,
+            bytes: event::Bytes::from_slice(piece),
+        }));
         offset += end as u64;
         content = rest;
     }

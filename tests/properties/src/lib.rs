@@ -10,12 +10,13 @@ pub mod journal;
 pub mod kernel;
 pub mod masks;
 pub mod record;
+pub mod streams;
 
 /// A property and the folder of its corpus.
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets; each has a corpus folder and a fuzz target of its name.
-pub const TARGETS: [Target; 24] = [
+pub const TARGETS: [Target; 25] = [
     ("answer", agent::answer),
     ("attributes", record::attributes),
     ("body", masks::body),
@@ -39,5 +40,6 @@ pub const TARGETS: [Target; 24] = [
     ("sealed_segment", journal::sealed_segment),
     ("secret_body", masks::secret_body),
     ("segment", journal::segment),
+    ("streams", streams::streams),
     ("token", auth::token),
 ];

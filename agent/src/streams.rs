@@ -1,0 +1,303 @@
+//! What is said on upgraded connections: exec, attach and port-forward, over WebSocket and SPDY/3.1. Sans-IO.
+//!
+//! A [`Decoder`] is fed the bytes of both directions as they pass, and yields what they mean as [`Event`]s. It never
+//! fails and changes nothing: what it cannot decode comes out as raw bytes behind a [`Event::Gap`] that says why, and
+//! the stream goes on. Every byte of a payload comes out in the piece that completes it; what a decoder keeps back is
+//! part of a frame's head, a control frame or a base64 quantum, on which no server can act either.
+//!
+//! What is left out: framing (masks, lengths, pings, windows, names of streams). It has no meaning of its own.
+//! Sources: RFC 6455; the SPDY/3.1 draft; `k8s.io/streaming/pkg/httpstream` and `k8s.io/cri-streaming`.
+
+mod channels;
+mod header_block;
+mod output;
+#[doc(hidden)]
+pub mod probe;
+mod spdy;
+#[cfg(test)]
+mod spdy_tests;
+mod status;
+#[cfg(test)]
+mod tests;
+mod websocket;
+
+use bytes::Bytes;
+use weir_common::event::{Change, Channel, Connection};
+
+use self::{
+    channels::{Layout, Messages},
+    output::{Ledger, Output},
+    spdy::Session,
+    status::Status,
+    websocket::{Frames, Part},
+};
+
+/// Most ports of one port-forward whose channels are told apart.
+const PORTS_MAX: usize = 64;
+
+/// Which way bytes go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Direction {
+    /// From the client.
+    ClientToServer,
+    /// From the API server.
+    ServerToClient,
+}
+
+impl Direction {
+    fn index(self) -> usize {
+        usize::from(self == Self::ServerToClient)
+    }
+
+    /// The channel of bytes that are not decoded.
+    fn raw(self) -> Channel {
+        match self {
+            Self::ClientToServer => Channel::ClientRaw,
+            Self::ServerToClient => Channel::ServerRaw,
+        }
+    }
+}
+
+/// Where bytes belong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Lane {
+    /// The channel.
+    pub channel: Channel,
+    /// Which of several, for what a port-forward carries.
+    pub connection: Option<Connection>,
+}
+
+impl Lane {
+    fn of(channel: Channel) -> Self {
+        Self { channel, connection: None }
+    }
+}
+
+/// What bytes meant.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// Bytes of a lane, in one or more parts that follow one another.
+    Data {
+        /// Where they belong.
+        lane: Lane,
+        /// Offset of the first one within the lane.
+        offset: u64,
+        /// The bytes; mostly slices of what was fed.
+        parts: Vec<Bytes>,
+    },
+    /// A lane begins or ends.
+    Changed(Lane, Change),
+    /// Something could not be decoded: it follows as raw bytes. Each reason comes once for each direction.
+    Gap(Reason),
+}
+
+/// Why something is not decoded, or not surely as the server takes it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Reason {
+    /// Neither a subprotocol nor a resource that is known.
+    #[error("the protocol of this upgrade is not one that is decoded; all of it is recorded raw")]
+    Protocol,
+    /// `permessage-deflate` or another one, which Weir does not offer.
+    #[error("the server took up a websocket extension that was not offered; all of it is recorded raw")]
+    Extension,
+    /// RFC 6455 forbids it.
+    #[error("not a valid websocket frame; this and what follows in this direction is recorded raw")]
+    Frame,
+    /// API servers take each fragment for a message; RFC 6455 says otherwise.
+    #[error(
+        "a fragmented websocket message, joined here as RFC 6455 says; API servers take each fragment for a message \
+         with a channel of its own, so its pieces may have reached other channels"
+    )]
+    Fragment,
+    /// A channel that does not exist or is the other side's to write.
+    #[error("a message for a channel that this side does not write; it is recorded raw")]
+    Channel,
+    /// Not base64.
+    #[error("a message that is not valid base64; what is left of it is recorded raw")]
+    Base64,
+    /// The port that a port-forward's channel begins with is another one.
+    #[error("a forwarded connection does not begin with its port; it is recorded with what it begins with")]
+    Port,
+    /// Not SPDY version 3.
+    #[error("not a valid SPDY/3.1 frame; this and what follows in this direction is recorded raw")]
+    SpdyFrame,
+    /// A control frame of another type, or longer than [`spdy::CONTROL_BYTES_MAX`].
+    #[error("a SPDY control frame of an unknown type or length; it is recorded raw")]
+    SpdyControl,
+    /// Headers that do not decompress within their bound.
+    #[error("SPDY headers that cannot be decompressed; streams that begin from here on are recorded raw")]
+    SpdyHeaders,
+    /// A stream that was not opened, or is the other side's to write.
+    #[error("data of a SPDY stream whose meaning is not known; it is recorded raw")]
+    SpdyStream,
+    /// The connection ended within a frame.
+    #[error("the stream ended within a frame; its beginning is recorded raw")]
+    Cut,
+}
+
+/// What an upgrade was agreed to be, as far as it decides the decoder.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Agreed<'a> {
+    /// API group of the resource.
+    pub api_group: &'a str,
+    /// Subresource, for example `exec`.
+    pub subresource: &'a str,
+    /// Verb, for example `watch`.
+    pub verb: &'a str,
+    /// Query of the request.
+    pub query: &'a str,
+    /// `Upgrade` of the response.
+    pub upgrade: &'a str,
+    /// `Sec-WebSocket-Protocol` of the response.
+    pub subprotocol: &'a str,
+    /// Whether the response has `Sec-WebSocket-Extensions`.
+    pub extensions: bool,
+}
+
+/// Decodes both directions of one upgraded connection.
+#[derive(Debug)]
+pub struct Decoder {
+    transport: Transport,
+    ledgers: [Ledger; 2],
+    status: Status,
+}
+
+#[derive(Debug)]
+enum Transport {
+    Raw(Reason),
+    Spdy(Box<Session>),
+    Messages {
+        frames: [Frames; 2],
+        messages: Box<[Messages; 2]>,
+    },
+    /// SPDY in the messages of a WebSocket, whose borders mean nothing.
+    Tunnel {
+        frames: [Frames; 2],
+        session: Box<Session>,
+    },
+}
+
+impl Transport {
+    fn of(agreed: Agreed<'_>) -> Self {
+        let session = |forwards| Box::new(Session::new(forwards));
+        let pod = agreed.api_group.is_empty();
+        let process = pod && matches!(agreed.subresource, "exec" | "attach");
+        let forward = pod && agreed.subresource == "portforward";
+        if agreed.upgrade.eq_ignore_ascii_case("SPDY/3.1") {
+            return if process || forward {
+                Self::Spdy(session(forward))
+            } else {
+                Self::Raw(Reason::Protocol)
+            };
+        }
+        if !agreed.upgrade.eq_ignore_ascii_case("websocket") {
+            return Self::Raw(Reason::Protocol);
+        }
+        if agreed.extensions {
+            return Self::Raw(Reason::Extension);
+        }
+        let base64 = agreed.subprotocol.split('.').any(|part| part == "base64");
+        let layout = match agreed.subprotocol {
+            "SPDY/3.1+portforward.k8s.io" if forward => {
+                return Self::Tunnel { frames: Default::default(), session: session(true) };
+            }
+            "v5.channel.k8s.io" if process => Layout::Process { closes: true },
+            ""
+            | "channel.k8s.io"
+            | "base64.channel.k8s.io"
+            | "v4.channel.k8s.io"
+            | "v4.base64.channel.k8s.io" => match (process, forward) {
+                (true, _) => Layout::Process { closes: false },
+                (_, true) => Layout::Forward { ports: ports(agreed.query) },
+                _ if agreed.subprotocol.is_empty() && is_body(agreed) => Layout::Body,
+                _ => return Self::Raw(Reason::Protocol),
+            },
+            "binary.k8s.io" | "base64.binary.k8s.io" if is_body(agreed) => Layout::Body,
+            _ => return Self::Raw(Reason::Protocol),
+        };
+        let messages = |direction| Messages::new(direction, layout.clone(), base64);
+        Self::Messages {
+            frames: Default::default(),
+            messages: Box::new([messages(Direction::ClientToServer), messages(Direction::ServerToClient)]),
+        }
+    }
+}
+
+/// Whether the API server sends a response body as messages: a watch, or what it streams of a log.
+fn is_body(agreed: Agreed<'_>) -> bool {
+    agreed.verb == "watch" || (agreed.api_group.is_empty() && agreed.subresource == "log")
+}
+
+/// The ports of a port-forward over WebSocket channels: `ports=80&ports=443`, or `ports=80,443`.
+fn ports(query: &str) -> Vec<u16> {
+    let values = query.split('&').filter_map(|pair| pair.strip_prefix("ports="));
+    let numbers = values.flat_map(|value| value.split(',').flat_map(|part| part.split("%2C")));
+    numbers.map(|number| number.parse().unwrap_or_default()).take(PORTS_MAX).collect()
+}
+
+impl Decoder {
+    /// A decoder for what both sides agreed on.
+    pub fn new(agreed: Agreed<'_>) -> Self {
+        Self {
+            transport: Transport::of(agreed),
+            ledgers: [Ledger::new(Direction::ClientToServer), Ledger::new(Direction::ServerToClient)],
+            status: Status::default(),
+        }
+    }
+
+    /// Takes the next bytes of one direction.
+    pub fn feed(&mut self, direction: Direction, piece: &Bytes) -> Vec<Event> {
+        let at = direction.index();
+        let mut out = Output::new(&mut self.ledgers[at], &mut self.status);
+        match &mut self.transport {
+            Transport::Raw(reason) => {
+                out.gap(*reason);
+                out.raw(piece.clone());
+            }
+            Transport::Spdy(session) => session.feed(direction, piece.clone(), &mut out),
+            Transport::Messages { frames, messages } => {
+                frames[at].feed(piece.clone(), &mut |part| messages[at].part(part, &mut out));
+            }
+            Transport::Tunnel { frames, session } => frames[at].feed(piece.clone(), &mut |part| match part {
+                Part::Payload(bytes) => session.feed(direction, bytes, &mut out),
+                Part::Invalid(bytes) => {
+                    out.gap(Reason::Frame);
+                    out.raw(bytes);
+                }
+                Part::End { .. } | Part::Closed => {}
+            }),
+        }
+        out.into_events()
+    }
+
+    /// One direction is over: what was kept of an unfinished frame comes out.
+    pub fn finish(&mut self, direction: Direction) -> Vec<Event> {
+        let at = direction.index();
+        let mut out = Output::new(&mut self.ledgers[at], &mut self.status);
+        let rest = match &mut self.transport {
+            Transport::Raw(_) => Vec::new(),
+            Transport::Spdy(session) => session.take_rest(direction),
+            Transport::Messages { frames, messages } => {
+                [messages[at].take_rest(), frames[at].take_rest()].concat()
+            }
+            Transport::Tunnel { frames, session } => {
+                [session.take_rest(direction), frames[at].take_rest()].concat()
+            }
+        };
+        if !rest.is_empty() {
+            out.gap(Reason::Cut);
+            out.raw(rest.into());
+        }
+        out.into_events()
+    }
+
+    /// Whether the server's messages are pieces of a response body.
+    pub fn has_body(&self) -> bool {
+        matches!(&self.transport, Transport::Messages { messages, .. } if messages[0].is_body())
+    }
+
+    /// Exit code of the process, if the server has said how it ended.
+    pub fn exit_code(&self) -> Option<i32> {
+        self.status.exit_code()
+    }
+}

@@ -1,0 +1,381 @@
+//! SPDY/3.1, as Kubernetes uses it: the client opens streams whose headers say what they are for.
+//!
+//! Data comes out as it comes in. Both directions share the table of streams: a server writes to streams that the
+//! client has opened. Stream ids go up, so one that is used again is the peer's mistake and opens nothing
+//! (`github.com/moby/spdystream`).
+
+use std::collections::BTreeMap;
+
+use bytes::Bytes;
+use weir_common::event::{Change, Channel, Connection};
+
+use super::{
+    Direction, Lane, Reason,
+    header_block::{HeaderBlocks, headers},
+    output::Output,
+};
+
+/// Most bytes of a control frame that is read; header blocks are compressed and far shorter.
+pub(super) const CONTROL_BYTES_MAX: usize = 64 * 1024;
+
+/// Most streams that are kept, those that have ended too while there is room: a peer may still write to them.
+const STREAMS_MAX: usize = 1024;
+
+/// Most bytes of a request id, which joins the two streams of a forwarded connection.
+const REQUEST_ID_BYTES_MAX: usize = 64;
+
+const HEAD_BYTES: usize = 8;
+const VERSION: u16 = 3;
+const FIN: u8 = 1;
+
+const SYN_STREAM: u16 = 1;
+const SYN_REPLY: u16 = 2;
+const RST_STREAM: u16 = 3;
+const SETTINGS: u16 = 4;
+const PING: u16 = 6;
+const GOAWAY: u16 = 7;
+const HEADERS: u16 = 8;
+const WINDOW_UPDATE: u16 = 9;
+
+/// One connection.
+#[derive(Debug)]
+pub(super) struct Session {
+    /// A port-forward; else exec or attach.
+    forwards: bool,
+    sides: [Side; 2],
+    streams: BTreeMap<u32, Stream>,
+    /// Bytes so far of the channels of exec and attach: nothing keeps a client from opening two streams for one.
+    counts: BTreeMap<Channel, u64>,
+}
+
+/// What one side sends.
+#[derive(Debug, Default)]
+struct Side {
+    /// Head of the frame, until its bytes are known to belong somewhere.
+    head: Vec<u8>,
+    state: State,
+    headers: HeaderBlocks,
+    last_stream: u32,
+}
+
+/// Where in a frame a side is.
+#[derive(Debug, Default)]
+enum State {
+    #[default]
+    Head,
+    Data {
+        stream: u32,
+        fin: bool,
+        remaining: usize,
+    },
+    Control {
+        kind: u16,
+        flags: u8,
+        remaining: usize,
+        payload: Vec<u8>,
+    },
+    /// A control frame that is not read.
+    Raw {
+        remaining: usize,
+    },
+    /// No frames any more.
+    Invalid,
+}
+
+#[derive(Debug)]
+struct Stream {
+    role: Option<Role>,
+    /// Joins the streams of a connection.
+    request: Vec<u8>,
+    /// By direction: bytes so far, of a forwarded connection.
+    counts: [u64; 2],
+    /// By direction: nothing more is to come.
+    ended: [bool; 2],
+    reset: bool,
+    /// It and another one are of one connection.
+    paired: bool,
+}
+
+impl Stream {
+    /// Whether data of this direction is part of it. What was on its way when the other side broke it off still is.
+    fn takes(&self, direction: Direction) -> bool {
+        self.reset || !self.ended[direction.index()]
+    }
+}
+
+/// What a stream is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Role {
+    Process(Channel),
+    Data(Connection),
+    Error(Connection),
+}
+
+impl Role {
+    /// Where bytes of one direction belong.
+    fn lane(self, direction: Direction) -> Option<Lane> {
+        let from_client = direction == Direction::ClientToServer;
+        let (channel, connection) = match self {
+            Self::Process(channel) => (channel, None),
+            Self::Data(connection) if from_client => (Channel::PortIn, Some(connection)),
+            Self::Data(connection) => (Channel::PortOut, Some(connection)),
+            Self::Error(connection) => (Channel::PortError, Some(connection)),
+        };
+        (channel.is_from_client() == from_client).then_some(Lane { channel, connection })
+    }
+}
+
+impl Session {
+    pub(super) fn new(forwards: bool) -> Self {
+        Self { forwards, sides: Default::default(), streams: BTreeMap::new(), counts: BTreeMap::new() }
+    }
+
+    /// Takes the next bytes of one direction.
+    pub(super) fn feed(&mut self, direction: Direction, mut input: Bytes, out: &mut Output<'_>) {
+        while !input.is_empty() {
+            let side = &mut self.sides[direction.index()];
+            match &mut side.state {
+                State::Head => {
+                    let length = (HEAD_BYTES - side.head.len()).min(input.len());
+                    side.head.extend_from_slice(&input.split_to(length));
+                    if side.head.len() == HEAD_BYTES {
+                        side.begin(out);
+                    }
+                }
+                State::Data { stream, remaining, .. } => {
+                    let bytes = take(&mut input, remaining);
+                    let open = self.streams.get_mut(stream).filter(|stream| stream.takes(direction));
+                    let lane = open.as_ref().and_then(|stream| stream.role?.lane(direction));
+                    match (open, lane) {
+                        (Some(stream), Some(lane)) => {
+                            side.head.clear();
+                            let count = match lane.connection {
+                                Some(_) => &mut stream.counts[direction.index()],
+                                None => self.counts.entry(lane.channel).or_default(),
+                            };
+                            out.data(lane, count, bytes);
+                        }
+                        _ => {
+                            out.gap(Reason::SpdyStream);
+                            out.raw(std::mem::take(&mut side.head).into());
+                            out.raw(bytes);
+                        }
+                    }
+                }
+                State::Control { remaining, payload, .. } => {
+                    payload.extend_from_slice(&take(&mut input, remaining));
+                }
+                State::Raw { remaining } => out.raw(take(&mut input, remaining)),
+                State::Invalid => {
+                    out.raw(input);
+                    return;
+                }
+            }
+            self.end(direction, out);
+        }
+    }
+
+    /// What was kept of a frame that is not whole.
+    pub(super) fn take_rest(&mut self, direction: Direction) -> Vec<u8> {
+        let side = &mut self.sides[direction.index()];
+        let mut rest = std::mem::take(&mut side.head);
+        if let State::Control { payload, .. } = std::mem::take(&mut side.state) {
+            rest.extend(payload);
+        }
+        rest
+    }
+
+    /// Acts on a frame that has no bytes left.
+    fn end(&mut self, direction: Direction, out: &mut Output<'_>) {
+        let side = &mut self.sides[direction.index()];
+        match &mut side.state {
+            State::Data { stream, fin, remaining: 0 } => {
+                let (stream, fin) = (*stream, *fin);
+                side.state = State::Head;
+                side.head.clear();
+                if fin {
+                    self.fin(direction, stream, out);
+                }
+            }
+            State::Control { kind, flags, remaining: 0, payload } => {
+                let (kind, flags, payload) = (*kind, *flags, std::mem::take(payload));
+                side.state = State::Head;
+                self.control(direction, kind, flags, &payload, out);
+                self.sides[direction.index()].head.clear();
+            }
+            State::Raw { remaining: 0 } => side.state = State::Head,
+            _ => {}
+        }
+    }
+
+    fn control(&mut self, direction: Direction, kind: u16, flags: u8, payload: &[u8], out: &mut Output<'_>) {
+        let side = &mut self.sides[direction.index()];
+        let stream = payload.first_chunk::<4>().map(|id| u32::from_be_bytes(*id) & 0x7fff_ffff);
+        let (Some(id), true) = (stream, matches!(kind, SYN_STREAM | SYN_REPLY | RST_STREAM | HEADERS)) else {
+            return;
+        };
+        if kind == RST_STREAM {
+            return self.reset(direction, id, out);
+        }
+        let compressed = payload.get(if kind == SYN_STREAM { 10 } else { 4 }..).unwrap_or_default();
+        let block = side.headers.next(compressed);
+        let headers = block.as_deref().and_then(headers);
+        if headers.is_none() {
+            out.gap(Reason::SpdyHeaders);
+            out.raw([&side.head[..], payload].concat().into());
+        }
+        if kind == SYN_STREAM {
+            if id <= side.last_stream {
+                out.gap(Reason::SpdyStream);
+                return;
+            }
+            side.last_stream = id;
+            self.open(direction, id, &headers.unwrap_or_default(), out);
+        }
+        if flags & FIN != 0 {
+            self.fin(direction, id, out);
+        }
+    }
+
+    fn open(&mut self, direction: Direction, id: u32, headers: &[(&[u8], &[u8])], out: &mut Output<'_>) {
+        let header = |wanted: &[u8]| {
+            let found = headers.iter().find(|(name, _)| name.eq_ignore_ascii_case(wanted));
+            found.map(|(_, value)| *value).unwrap_or_default()
+        };
+        let (kind, request) = (header(b"streamtype"), header(b"requestid"));
+        let request = request[..request.len().min(REQUEST_ID_BYTES_MAX)].to_vec();
+        // No server of Kubernetes opens streams.
+        let role = if direction == Direction::ServerToClient {
+            None
+        } else if self.forwards {
+            let port = std::str::from_utf8(header(b"port")).ok().and_then(|port| port.parse().ok());
+            self.forwarded(id, kind, port.unwrap_or_default(), &request)
+        } else {
+            process(kind).map(Role::Process)
+        };
+        match role {
+            None => out.gap(Reason::SpdyStream),
+            Some(Role::Data(_)) => {
+                if let Some(lane) = role.and_then(|role| role.lane(Direction::ClientToServer)) {
+                    out.changed(lane, Change::Opened);
+                }
+            }
+            Some(_) => {}
+        }
+        self.make_room();
+        let paired = matches!(role, Some(Role::Data(of) | Role::Error(of)) if of.id != id);
+        let stream = Stream { role, request, counts: [0; 2], ended: [false; 2], reset: false, paired };
+        self.streams.insert(id, stream);
+    }
+
+    /// The role of a port-forward's stream. A connection has two of them with the same request id, and the number of
+    /// the first one; a client without request ids opens the data stream right behind the error stream.
+    fn forwarded(&mut self, id: u32, kind: &[u8], port: u16, request: &[u8]) -> Option<Role> {
+        let partner = |stream: &&mut Stream| match (kind, stream.role) {
+            (b"data", Some(Role::Error(of))) | (b"error", Some(Role::Data(of))) => {
+                !stream.paired && stream.request == request && of.port == port
+            }
+            _ => false,
+        };
+        let connection = match self.streams.values_mut().rev().find(partner) {
+            Some(Stream { role: Some(Role::Data(of) | Role::Error(of)), paired, .. }) => {
+                *paired = true;
+                *of
+            }
+            _ => Connection { port, id },
+        };
+        match kind {
+            b"data" => Some(Role::Data(connection)),
+            b"error" => Some(Role::Error(connection)),
+            _ => None,
+        }
+    }
+
+    /// Forgets the oldest stream that has ended, or else the oldest.
+    fn make_room(&mut self) {
+        if self.streams.len() >= STREAMS_MAX {
+            let ended = self.streams.iter().find(|(_, stream)| stream.ended == [true; 2]);
+            if let Some(id) = ended.or_else(|| self.streams.iter().next()).map(|(id, _)| *id) {
+                self.streams.remove(&id);
+            }
+        }
+    }
+
+    fn fin(&mut self, direction: Direction, id: u32, out: &mut Output<'_>) {
+        let Some(stream) = self.streams.get_mut(&id) else { return };
+        if !std::mem::replace(&mut stream.ended[direction.index()], true)
+            && let Some(lane) = stream.role.and_then(|role| role.lane(direction))
+        {
+            out.changed(lane, Change::Ended);
+        }
+    }
+
+    fn reset(&mut self, direction: Direction, id: u32, out: &mut Output<'_>) {
+        let Some(stream) = self.streams.get_mut(&id) else { return };
+        let other = match direction {
+            Direction::ClientToServer => Direction::ServerToClient,
+            Direction::ServerToClient => Direction::ClientToServer,
+        };
+        let was_open = std::mem::replace(&mut stream.ended, [true; 2]) != [true; 2];
+        stream.reset = true;
+        if was_open
+            && let Some(role) = stream.role
+            && let Some(lane) = role.lane(direction).or_else(|| role.lane(other))
+        {
+            out.changed(lane, Change::Reset);
+        }
+    }
+}
+
+impl Side {
+    /// Begins the frame whose head is there.
+    fn begin(&mut self, out: &mut Output<'_>) {
+        let Some([a, b, c, d, flags, length @ ..]) = self.head.first_chunk::<HEAD_BYTES>().copied() else {
+            return;
+        };
+        let remaining = length.iter().fold(0, |number: usize, byte| number << 8 | usize::from(*byte));
+        if a & 0x80 == 0 {
+            let stream = u32::from_be_bytes([a, b, c, d]);
+            self.state = State::Data { stream, fin: flags & FIN != 0, remaining };
+            return;
+        }
+        if u16::from_be_bytes([a & 0x7f, b]) != VERSION {
+            out.gap(Reason::SpdyFrame);
+            out.raw(std::mem::take(&mut self.head).into());
+            self.state = State::Invalid;
+            return;
+        }
+        let kind = u16::from_be_bytes([c, d]);
+        let has_headers = matches!(kind, SYN_STREAM | SYN_REPLY | HEADERS);
+        let known = has_headers || matches!(kind, RST_STREAM | SETTINGS | PING | GOAWAY | WINDOW_UPDATE);
+        if known && remaining <= CONTROL_BYTES_MAX {
+            self.state = State::Control { kind, flags, remaining, payload: Vec::new() };
+            return;
+        }
+        if has_headers {
+            self.headers.lose();
+        }
+        out.gap(Reason::SpdyControl);
+        out.raw(std::mem::take(&mut self.head).into());
+        self.state = State::Raw { remaining };
+    }
+}
+
+/// The next bytes of a frame.
+fn take(input: &mut Bytes, remaining: &mut usize) -> Bytes {
+    let length = input.len().min(*remaining);
+    *remaining -= length;
+    input.split_to(length)
+}
+
+/// `k8s.io/api/core/v1`: the `streamType` header.
+fn process(kind: &[u8]) -> Option<Channel> {
+    Some(match kind {
+        b"stdin" => Channel::Stdin,
+        b"stdout" => Channel::Stdout,
+        b"stderr" => Channel::Stderr,
+        b"error" => Channel::Status,
+        b"resize" => Channel::Resize,
+        _ => return None,
+    })
+}
