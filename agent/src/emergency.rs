@@ -2,7 +2,7 @@
 //!
 //! It is the one way to open what fails closed, so it has four locks: the configuration must allow it, only root on the node
 //! throws it, it ends by itself, and it is recorded, before it has an effect where the journal still takes anything. A
-//! file says that it is on. It is on tmpfs, so that it can be written when no disk can, and a restart of the agent does not
+//! file says that it is on; no other way would keep out a pod that is root and has the host's `/run` (ADR 9). It is on tmpfs, so that it can be written when no disk can, and a restart of the agent does not
 //! end it but a reboot does. Times in it are of the clock that nobody can set.
 
 use std::{
@@ -189,6 +189,11 @@ pub fn read(path: &Path) -> Result<Option<Emergency>, EmergencyError> {
     }
     if metadata.mode() & 0o077 != 0 {
         return Err(not_believed("others may read or write it"));
+    }
+    // Who may change the folder can put an old file back.
+    let folder = std::fs::metadata(path.parent().unwrap_or(Path::new("/"))).map_err(failed)?;
+    if folder.uid() != nix::unistd::geteuid().as_raw() || folder.mode() & 0o022 != 0 {
+        return Err(not_believed("others may write its folder"));
     }
     let mut text = Vec::new();
     file.take(FILE_BYTES_MAX).read_to_end(&mut text).map_err(failed)?;
@@ -386,6 +391,10 @@ mod tests {
         assert!(matches!(read(&path), Err(EmergencyError::NotBelieved { .. })));
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
         assert!(read(&path).unwrap().is_some());
+        let run = path.parent().unwrap();
+        std::fs::set_permissions(run, std::fs::Permissions::from_mode(0o777)).unwrap();
+        assert!(matches!(read(&path), Err(EmergencyError::NotBelieved { .. })));
+        std::fs::set_permissions(run, std::fs::Permissions::from_mode(0o700)).unwrap();
         let link = folder.path().join("link");
         std::os::unix::fs::symlink(&path, &link).unwrap();
         assert!(read(&link).is_err());

@@ -18,7 +18,10 @@ mod epoch;
 mod error;
 #[cfg(test)]
 pub(crate) mod fixture;
+#[cfg(test)]
+mod flood_tests;
 mod gzip;
+mod jobs;
 mod journal;
 #[cfg(test)]
 pub(crate) mod ledger;

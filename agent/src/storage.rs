@@ -12,6 +12,8 @@ mod memory;
 #[cfg(test)]
 mod operation_tests;
 #[cfg(test)]
+mod outage_tests;
+#[cfg(test)]
 mod power_tests;
 #[cfg(test)]
 mod world;

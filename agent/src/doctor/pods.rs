@@ -16,7 +16,7 @@ use crate::{
 const NAMED_MAX: usize = 10;
 /// What such a pod could do, whoever it is, and what prevents it.
 const CLOSES: &str = "such a pod can, as root of the node: detach the programs (the agent attaches them again within a second and \
-                      records it), write the kernel maps, read the agent's memory and journal, take the credentials of the kubelet or \
+                      records it), write the kernel maps, throw the emergency switch where the configuration allows one, read the agent's memory and journal, take the credentials of the kubelet or \
                       of other pods, and on the host's network send frames past the guards. Keep them out: label enrolled namespaces \
                       pod-security.kubernetes.io/enforce=baseline, give their service accounts no rights of their own (then what goes \
                       past Weir is refused by the API server), and boot with bpf in lsm=";

@@ -25,7 +25,7 @@ pub(super) const COMMIT_WAIT_MAX: Duration = Duration::from_secs(30);
 /// How often a request that waits looks again.
 const LOOK_INTERVAL: Duration = Duration::from_millis(50);
 
-/// A backlog below this part of its limit is none: what pods added to it is forgotten.
+/// A backlog up to this part of its limit is none: what pods added to it is forgotten.
 const BACKLOG_PARTS: u64 = 8;
 
 /// A record without its bodies, and why.
@@ -63,6 +63,8 @@ impl Recorder {
     /// Lets requests go on without waiting for their records, for `duration`; none: no more.
     pub fn set_emergency(&self, duration: Option<Duration>) {
         self.inner.emergency.set(duration.and_then(|duration| Instant::now().checked_add(duration)));
+        // What waits for room need not wait now.
+        self.inner.workers.resume();
     }
 
     /// Records a finding, durably.
@@ -143,9 +145,9 @@ impl Recorder {
         {
             return Some(RecordingError::Behind { bytes, seconds: age.as_secs() });
         }
-        if bytes <= limit / BACKLOG_PARTS {
-            inner.shares.forget_backlog(Instant::now());
-        } else if bytes >= limit / 2 && share.has_used_its_part(limit) {
+        // What is below is no backlog.
+        inner.shares.settle(if bytes <= limit / BACKLOG_PARTS { 0 } else { bytes }, Instant::now());
+        if bytes >= limit / 2 && share.has_used_its_part(limit) {
             return Some(RecordingError::OverPart);
         }
         None

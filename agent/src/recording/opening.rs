@@ -1,7 +1,7 @@
 //! How a request's record begins: admission, session and invocation, the masked body, the first commit.
 
 use std::{
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError, atomic::AtomicU64},
     time::Instant,
 };
 
@@ -18,7 +18,7 @@ use weir_common::{
 
 use super::{
     Recorder, RecordingError, RequestHead, RequestRecord, Unmasked,
-    admission::Reduced,
+    admission::{COMMIT_WAIT_MAX, Reduced},
     body::Sensitivity,
     content::{self, Held},
     entry::{Append, Entry, Ids},
@@ -84,6 +84,11 @@ impl Recorder {
         body: Bytes,
         Begin { plan, share, reduced }: Begin<'_>,
     ) -> Result<RequestRecord, RecordingError> {
+        if !self.inner.emergency.is_on() {
+            // Before anything is queued of it: what is under way is bounded, what comes and goes is not.
+            let room = tokio::time::timeout(COMMIT_WAIT_MAX, self.inner.queue.room(share));
+            room.await.unwrap_or(Err(RecordingError::TooSlow))?;
+        }
         let belonging = self.belonging(caller, cluster, &head, share)?;
         let context = self.context(cluster, &belonging, head.attributes, share);
         let left_out = reduced.map(|why| format!("left out: {}", why.for_client()));
@@ -188,7 +193,12 @@ impl Recorder {
             entries.push(inner.origin.entry(Some(cluster), ids, kind)?);
         }
         if !entries.is_empty() {
-            inner.queue.push_small(Append::behind(entries).of(share));
+            let append = Append::behind(entries).of(share);
+            if inner.emergency.is_on() {
+                inner.queue.push_or_drop(append);
+            } else {
+                inner.queue.push_small(append);
+            }
         }
         Ok(belonging)
     }
@@ -216,6 +226,7 @@ impl Recorder {
             request: session::new_id(),
             streamed: Mutex::new(None),
             waiting: Budget::default(),
+            lost: AtomicU64::new(0),
         }
     }
 

@@ -9,15 +9,23 @@
 use std::{
     collections::{HashMap, VecDeque},
     sync::{Condvar, Mutex, MutexGuard, PoisonError},
+    task::Waker,
     time::{Duration, Instant},
 };
 
 use tokio::sync::Notify;
 
-use super::{entry::Append, error::RecordingError};
+use super::{entry::Append, error::RecordingError, share::Share};
 
 /// Most bytes that wait for the writer; a producer beyond that waits (or, where it cannot, loses with a gap record).
 pub(super) const QUEUE_BYTES_MAX: usize = 32 * 1024 * 1024;
+
+/// Most bytes with the small events that requests add which are under way already; what comes beyond that is lost with a gap
+/// record.
+const QUEUE_BYTES_WITH_SMALL_MAX: usize = QUEUE_BYTES_MAX + 16 * 1024 * 1024;
+
+/// Room that there must be in its lane before a request begins: for its small events.
+const SMALL_BYTES: usize = 64 * 1024;
 
 /// Most bytes of one group commit, beyond its first append.
 const GROUP_BYTES_MAX: usize = 4 * 1024 * 1024;
@@ -51,6 +59,8 @@ struct State {
     bytes: usize,
     durable: usize,
     dropped: u64,
+    /// Woken when there is room.
+    wakers: Vec<Waker>,
     closed: Option<String>,
 }
 
@@ -62,9 +72,12 @@ struct Lane {
 
 impl State {
     fn has_room(&self, append: &Append) -> bool {
-        let bytes = append.bytes();
+        self.has_room_for(lane(append), append.bytes())
+    }
+
+    fn has_room_for(&self, lane: u64, bytes: usize) -> bool {
         let free = QUEUE_BYTES_MAX.saturating_sub(self.bytes);
-        match self.lanes.get(&lane(append)) {
+        match self.lanes.get(&lane) {
             _ if self.bytes == 0 => true,
             None => bytes <= free,
             Some(lane) => lane.bytes + bytes <= free / 2,
@@ -139,6 +152,21 @@ impl Queue {
 
     /// Queues, waiting for room.
     pub(super) async fn push(&self, append: Append) -> Result<(), RecordingError> {
+        let (lane, bytes) = (lane(&append), append.bytes());
+        self.when_room(lane, bytes, |queue, state| queue.put(state, append)).await
+    }
+
+    /// Waits until a request of this pod may begin: its small events find room.
+    pub(super) async fn room(&self, share: &Share) -> Result<(), RecordingError> {
+        self.when_room(share.lane, SMALL_BYTES, |_, _| ()).await
+    }
+
+    async fn when_room(
+        &self,
+        lane: u64,
+        bytes: usize,
+        then: impl FnOnce(&Self, &mut State),
+    ) -> Result<(), RecordingError> {
         loop {
             let mut room = std::pin::pin!(self.room_async.notified());
             room.as_mut().enable();
@@ -147,8 +175,8 @@ impl Queue {
                 if state.closed.is_some() {
                     return Err(RecordingError::Closed);
                 }
-                if state.has_room(&append) {
-                    self.put(&mut state, append);
+                if state.has_room_for(lane, bytes) {
+                    then(self, &mut state);
                     return Ok(());
                 }
             }
@@ -179,12 +207,35 @@ impl Queue {
         Ok(())
     }
 
-    /// Queues even beyond the limit: only for the few small events that each admitted request adds.
+    /// Queues if there is room; else gives back, and wakes whoever asked when there is some. After the end of the recorder
+    /// nothing can be recorded: it is dropped.
+    pub(super) fn push_or_wake(&self, append: Append, waker: &Waker) -> Result<(), Append> {
+        let mut state = self.lock();
+        if state.closed.is_some() {
+            return Ok(());
+        }
+        if state.has_room(&append) {
+            self.put(&mut state, append);
+            return Ok(());
+        }
+        if !state.wakers.iter().any(|waiting| waiting.will_wake(waker)) {
+            state.wakers.push(waker.clone());
+        }
+        Err(append)
+    }
+
+    /// Queues also beyond the room of its lane: only for the few small events that each request adds which began while there was
+    /// room ([`Self::room`]).
     pub(super) fn push_small(&self, append: Append) {
         let mut state = self.lock();
-        if state.closed.is_none() {
-            self.put(&mut state, append);
+        if state.closed.is_some() {
+            return;
         }
+        if state.bytes + append.bytes() > QUEUE_BYTES_WITH_SMALL_MAX {
+            state.dropped += append.entries.len() as u64;
+            return;
+        }
+        self.put(&mut state, append);
     }
 
     /// Queues if there is room; else the events are lost, and counted for a gap record.
@@ -202,8 +253,14 @@ impl Queue {
         let mut state = self.lock();
         state.closed.get_or_insert_with(|| reason.to_owned());
         self.work.notify_one();
+        self.tell_of_room(&mut state);
+    }
+
+    /// Whoever is woken may take locks of its own, but never asks this queue under one of them.
+    fn tell_of_room(&self, state: &mut State) {
         self.room.notify_all();
         self.room_async.notify_waiters();
+        state.wakers.drain(..).for_each(Waker::wake);
     }
 
     /// Takes the next group: as soon as somebody waits for an append, or the oldest one has waited long enough, or the
@@ -233,6 +290,12 @@ impl Queue {
         }
     }
 
+    /// Bytes in a pod's lane.
+    #[cfg(test)]
+    pub(super) fn lane_bytes(&self, share: &Share) -> usize {
+        self.lock().lanes.get(&share.lane).map_or(0, |lane| lane.bytes)
+    }
+
     /// Number of appends that somebody waits for.
     #[cfg(test)]
     pub(super) fn waiting_durable(&self) -> usize {
@@ -249,8 +312,7 @@ impl Queue {
         if state.lanes.is_empty() {
             group.closed.clone_from(&state.closed);
         }
-        self.room.notify_all();
-        self.room_async.notify_waiters();
+        self.tell_of_room(state);
         group
     }
 }
@@ -265,7 +327,7 @@ mod tests {
     use super::{
         super::entry::{Append, Entry, Ids, Origin},
         super::share::{PodQuota, Share, Shares},
-        QUEUE_BYTES_MAX, Queue,
+        QUEUE_BYTES_MAX, QUEUE_BYTES_WITH_SMALL_MAX, Queue,
     };
 
     fn entry(bytes: usize) -> Entry {
@@ -320,6 +382,18 @@ mod tests {
         while !queue.take(Some(Instant::now())).appends.is_empty() {}
         assert!(queue.try_push(append(&one, 100_000)).is_ok());
         assert_eq!(queue.lock().lanes.len(), 1);
+    }
+
+    #[test]
+    fn small_events_have_a_bound_of_their_own_and_what_is_beyond_it_is_counted() {
+        let (queue, [one]) = (Queue::default(), pods());
+        flood(&queue, &one);
+        for _ in 0..100 {
+            queue.push_small(append(&one, 400_000));
+        }
+        let (bytes, state) = (queue.backlog_bytes(), queue.lock());
+        assert!(bytes > QUEUE_BYTES_MAX && bytes <= QUEUE_BYTES_WITH_SMALL_MAX, "{bytes}");
+        assert!(state.dropped > 0 && state.dropped + state.lanes[&one.lane].waiting.len() as u64 > 100);
     }
 
     proptest! {

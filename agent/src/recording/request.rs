@@ -28,7 +28,7 @@ use super::{
     mask::KeyedDigest,
     opening::ERROR_BYTES_MAX,
     plan::{Commit, Plan},
-    worker::{Closing, Context},
+    worker::{Closing, Context, PIECE_BYTES},
     writer::Status,
 };
 
@@ -69,7 +69,8 @@ struct State {
     refused: Option<String>,
     response: Response,
     response_bytes: u64,
-    /// Bytes of the budget that are held.
+    /// Bytes of the response that are kept, and those of the budget that they take.
+    kept_bytes: usize,
     held_bytes: usize,
     /// The keyed digest of a response that is cut.
     digest: Option<KeyedDigest>,
@@ -203,11 +204,12 @@ impl RequestRecord {
                 }
             }
             Response::Held(held) => {
-                let room = held.bytes_max - state.held_bytes;
+                let room = held.bytes_max - state.kept_bytes;
                 let kept = data.len().min(room);
-                let affordable = workers.hold(&self.context.share, kept);
+                let affordable = workers.hold(&self.context.share, kept + PIECE_BYTES);
                 if affordable {
-                    state.held_bytes += kept;
+                    state.kept_bytes += kept;
+                    state.held_bytes += kept + PIECE_BYTES;
                     held.chunks.push(data.slice(..kept));
                 }
                 if !affordable || kept < data.len() {
@@ -274,12 +276,15 @@ impl RequestRecord {
             context.queue.push_or_drop(Append::behind(entries).of(&context.share));
             return Ok(());
         }
-        if !durable && !self.status.is_failing() {
-            return context.queue.push(Append::behind(entries).of(&context.share)).await;
-        }
-        let (append, result) = Append::durable(entries);
+        let (append, result) = if durable || self.status.is_failing() {
+            let (append, result) = Append::durable(entries);
+            (append, Some(result))
+        } else {
+            (Append::behind(entries), None)
+        };
         let committed = async {
             context.queue.push(append.of(&context.share)).await?;
+            let Some(result) = result else { return Ok(()) };
             result.await.unwrap_or(Err(RecordingError::Closed))
         };
         tokio::time::timeout(COMMIT_WAIT_MAX, committed).await.unwrap_or(Err(RecordingError::TooSlow))
@@ -306,7 +311,7 @@ impl RequestRecord {
 
     fn push_small(&self, kind: Kind) {
         if let Some(entry) = self.context.entry(kind) {
-            self.context.queue.push_small(Append::behind(vec![entry]).of(&self.context.share));
+            self.context.push_small(Append::behind(vec![entry]).of(&self.context.share));
         }
     }
 

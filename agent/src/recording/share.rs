@@ -19,7 +19,7 @@ use weir_common::event::Caller;
 const SHARES_MAX: usize = 4096;
 
 /// How often it is looked at all of them.
-const FORGET_INTERVAL: Duration = Duration::from_millis(500);
+const SETTLE_INTERVAL: Duration = Duration::from_millis(500);
 
 /// What one pod may take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,7 +86,7 @@ pub(super) struct Share {
     pub(super) tapped: Budget,
     quota: PodQuota,
     bucket: Mutex<Bucket>,
-    /// Bytes of records since the backlog began.
+    /// Bytes of records that are in the backlog still, near enough.
     backlog: AtomicU64,
 }
 
@@ -159,8 +159,8 @@ struct Table {
     shares: HashMap<Owner, Arc<Share>>,
     /// Lanes that were given; the first one is the agent's own.
     lanes: u64,
-    /// When what pods added to a backlog was last forgotten.
-    forgotten: Option<Instant>,
+    /// When it was last settled what pods have in the backlog, and how long that was.
+    settled: Option<(Instant, u64)>,
 }
 
 impl Shares {
@@ -189,14 +189,27 @@ impl Shares {
         Arc::clone(share)
     }
 
-    /// The backlog is gone: a new one begins with nothing of anybody. Not for each request that finds it so.
-    pub(super) fn forget_backlog(&self, now: Instant) {
+    /// The backlog has `bytes` left: what pods added beyond that is gone, of each in proportion to what it had. Looks at
+    /// all of them only when it has become shorter, or after a while: each request asks.
+    pub(super) fn settle(&self, bytes: u64, now: Instant) {
         let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
-        if table.forgotten.is_some_and(|at| now.saturating_duration_since(at) < FORGET_INTERVAL) {
+        let is_settled =
+            |(at, before)| bytes >= before && now.saturating_duration_since(at) < SETTLE_INTERVAL;
+        if table.settled.is_some_and(is_settled) {
             return;
         }
-        table.forgotten = Some(now);
-        table.shares.values().for_each(|share| share.backlog.store(0, Ordering::Relaxed));
+        table.settled = Some((now, bytes));
+        let added: u64 = table.shares.values().map(|share| share.backlog.load(Ordering::Relaxed)).sum();
+        if added <= bytes {
+            return;
+        }
+        for share in table.shares.values() {
+            // What is added meanwhile stays.
+            let of_pod = share.backlog.load(Ordering::Relaxed);
+            let left = u128::from(of_pod) * u128::from(bytes) / u128::from(added);
+            let gone = of_pod.saturating_sub(u64::try_from(left).unwrap_or(of_pod));
+            share.backlog.fetch_sub(gone, Ordering::Relaxed);
+        }
     }
 }
 
@@ -206,7 +219,7 @@ mod tests {
 
     use weir_common::event::{Caller, Pod};
 
-    use super::{PodQuota, SHARES_MAX, Shares};
+    use super::{PodQuota, SETTLE_INTERVAL, SHARES_MAX, Shares};
 
     const QUOTA: PodQuota = PodQuota { bytes_per_second: 100, burst_bytes: 300, backlog_percent: 25 };
 
@@ -236,8 +249,32 @@ mod tests {
         one.charge(251, now);
         other.charge(250, now);
         assert!(one.has_used_its_part(1000) && !other.has_used_its_part(1000));
-        shares.forget_backlog(now);
+        shares.settle(0, now);
         assert!(!one.has_used_its_part(1000));
+    }
+
+    #[test]
+    fn what_kafka_has_taken_of_a_backlog_is_gone_for_each_pod_though_there_is_always_one() {
+        let (shares, now) = (Shares::new(QUOTA), Instant::now());
+        let (one, other) = (shares.of(&caller("a"), now), shares.of(&caller("b"), now));
+        one.charge(600, now);
+        shares.settle(600, now);
+        assert!(one.has_used_its_part(1000), "nothing of it is gone");
+        // The backlog stays as long as it is, and is another pod's after a while.
+        for turn in 1..=10 {
+            let later = now + turn * SETTLE_INTERVAL;
+            other.charge(100, later);
+            shares.settle(600, later);
+        }
+        assert!(!one.has_used_its_part(1000) && other.has_used_its_part(1000));
+        // Not for each request.
+        let backlog = |share: &super::Share| share.backlog.load(std::sync::atomic::Ordering::Relaxed);
+        other.charge(100, now);
+        let before = backlog(&other);
+        shares.settle(600, now + 10 * SETTLE_INTERVAL);
+        assert_eq!(backlog(&other), before);
+        shares.settle(0, now + 10 * SETTLE_INTERVAL);
+        assert_eq!(backlog(&one) + backlog(&other), 0);
     }
 
     #[test]
@@ -257,7 +294,7 @@ mod tests {
         }
         let count = || shares.table.lock().unwrap().shares.len();
         assert_eq!(count(), SHARES_MAX + 1, "those beyond share one");
-        shares.forget_backlog(now);
+        shares.settle(0, now);
         shares.of(&caller("new"), now + Duration::from_secs(1_000_000));
         assert_eq!(count(), 1);
     }

@@ -1,15 +1,16 @@
 //! The threads beside the forwarding path: they decode, mask and split what requests tapped.
 //!
 //! A request stays with one thread, so its pieces keep their order. What waits for a thread is bounded by bytes, for
-//! all requests together and for each one; what does not fit is lost with a gap record, never delayed.
+//! all requests together, for each pod and for each request; what does not fit is lost with a gap record, never delayed. A
+//! thread never waits for a pod's room before the writer: it goes on with the next pod's ([`Jobs`]).
 
 use std::{
     io,
     sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicUsize, Ordering},
-        mpsc::{Receiver, Sender, channel},
+        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, AtomicUsize, Ordering},
     },
+    task::{Wake, Waker},
     thread::JoinHandle,
 };
 
@@ -21,6 +22,7 @@ use super::{
     content::{self, Held, Streamed},
     emergency::Emergency,
     entry::{Append, Entry, Ids, Origin, Waiter},
+    jobs::Jobs,
     mask::Masker,
     queue::Queue,
     share::{Budget, Share},
@@ -34,6 +36,9 @@ const TAPPED_BYTES_PER_POD_MAX: usize = 16 * 1024 * 1024;
 
 /// Most bytes that one streamed response holds for its thread.
 const STREAMED_BYTES_MAX: usize = 4 * 1024 * 1024;
+
+/// What a piece takes of these bounds beside its bytes: a stream of single bytes is not free.
+pub(super) const PIECE_BYTES: usize = 256;
 
 /// Most threads.
 const THREADS_MAX: usize = 4;
@@ -58,6 +63,8 @@ pub(super) struct Context {
     pub(super) streamed: Mutex<Option<Streamed>>,
     /// Bytes of the streamed response that wait.
     pub(super) waiting: Budget,
+    /// Bytes of it that did not fit, which its thread has not been told of yet.
+    pub(super) lost: AtomicU64,
 }
 
 impl Context {
@@ -85,19 +92,26 @@ impl Context {
         Append::behind(self.entries(kinds)).of(&self.share).told_to(waiter)
     }
 
-    /// Queues, and blocks the thread for room: not a request's.
-    fn append(&self, kinds: Vec<Kind>, waiter: Option<Waiter>) {
-        if !kinds.is_empty() || waiter.is_some() {
-            self.push(self.appendix(kinds, waiter));
-        }
+    /// What is made of a piece; none if that is nothing, and nobody waits for it.
+    fn made(&self, kinds: Vec<Kind>, waiter: Option<Waiter>) -> Option<Append> {
+        (!kinds.is_empty() || waiter.is_some()).then(|| self.appendix(kinds, waiter))
     }
 
-    fn push(&self, append: Append) {
+    /// Queues one of the few small events that each request adds.
+    pub(super) fn push_small(&self, append: Append) {
         if self.emergency.is_on() {
             return self.queue.push_or_drop(append);
         }
-        // After the end of the recorder nothing can be recorded; the request stays open in the record.
-        let _ = self.queue.push_blocking(append);
+        self.queue.push_small(append);
+    }
+
+    /// Queues if there is room; else gives back, and `waker` is woken when there is.
+    fn push(&self, append: Append, waker: &Waker) -> Result<(), Append> {
+        if self.emergency.is_on() {
+            self.queue.push_or_drop(append);
+            return Ok(());
+        }
+        self.queue.push_or_wake(append, waker)
     }
 }
 
@@ -126,19 +140,79 @@ impl Closing {
     }
 }
 
+#[derive(Debug)]
 enum Job {
     Piece(Arc<Context>, Bytes, Option<Waiter>),
-    Lost(Arc<Context>, u64),
+    /// Pieces did not fit; the context knows how much.
+    Lost(Arc<Context>),
     Close(Arc<Context>, Box<Closing>),
-    /// What is made already and found no room, and the bytes of the budget that it takes.
-    Made(Arc<Context>, Append, usize),
-    Stop,
+    /// What is made already and found no room.
+    Made(Arc<Context>, Append, Taken),
+}
+
+/// Bytes of budgets that a job takes until its records are queued.
+#[derive(Clone, Copy, Debug, Default)]
+struct Taken {
+    /// Of what all requests, and those of the pod, may hold.
+    held: usize,
+    /// Of what the request may have waiting.
+    waiting: usize,
+}
+
+impl Job {
+    fn context(&self) -> &Arc<Context> {
+        match self {
+            Self::Piece(context, ..)
+            | Self::Lost(context)
+            | Self::Close(context, _)
+            | Self::Made(context, ..) => context,
+        }
+    }
+
+    fn taken(&self) -> Taken {
+        match self {
+            Self::Piece(_, bytes, _) => {
+                let bytes = bytes.len() + PIECE_BYTES;
+                Taken { held: bytes, waiting: bytes }
+            }
+            Self::Lost(_) => Taken::default(),
+            Self::Close(_, closing) => Taken { held: closing.held_bytes, waiting: 0 },
+            Self::Made(_, _, taken) => *taken,
+        }
+    }
+}
+
+/// What waits for a thread.
+#[derive(Debug, Default)]
+struct Desk {
+    state: Mutex<DeskState>,
+    work: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct DeskState {
+    jobs: Jobs<Job>,
+    ends: bool,
+}
+
+impl Desk {
+    fn lock(&self) -> MutexGuard<'_, DeskState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Wake for Desk {
+    /// There is room before the writer.
+    fn wake(self: Arc<Self>) {
+        self.lock().jobs.resume();
+        self.work.notify_one();
+    }
 }
 
 /// The threads and what waits for them.
 #[derive(Debug)]
 pub(super) struct Workers {
-    senders: Vec<Sender<Job>>,
+    desks: Vec<Arc<Desk>>,
     threads: Mutex<Vec<JoinHandle<()>>>,
     tapped: Budget,
     next: AtomicUsize,
@@ -147,24 +221,19 @@ pub(super) struct Workers {
 impl Workers {
     pub(super) fn start() -> io::Result<Self> {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let (mut senders, mut threads) = (Vec::new(), Vec::new());
+        let (mut desks, mut threads) = (Vec::new(), Vec::new());
         for number in 0..cores.div_ceil(2).min(THREADS_MAX) {
-            let (sender, receiver) = channel();
+            let desk = Arc::new(Desk::default());
+            desks.push(Arc::clone(&desk));
             let thread = std::thread::Builder::new().name(format!("weir-mask-{number}"));
-            threads.push(thread.spawn(move || run(&receiver))?);
-            senders.push(sender);
+            threads.push(thread.spawn(move || run(&desk))?);
         }
-        Ok(Self {
-            senders,
-            threads: Mutex::new(threads),
-            tapped: Budget::default(),
-            next: AtomicUsize::new(0),
-        })
+        Ok(Self { desks, threads: Mutex::new(threads), tapped: Budget::default(), next: AtomicUsize::new(0) })
     }
 
     /// The thread for the next request.
     pub(super) fn assign(&self) -> usize {
-        self.next.fetch_add(1, Ordering::Relaxed) % self.senders.len().max(1)
+        self.next.fetch_add(1, Ordering::Relaxed) % self.desks.len().max(1)
     }
 
     /// Takes budget to hold `bytes` of a response.
@@ -193,43 +262,71 @@ impl Workers {
         bytes: &Bytes,
         waiter: Option<Waiter>,
     ) -> Result<(), Option<Waiter>> {
-        if !context.waiting.take(bytes.len(), STREAMED_BYTES_MAX) {
+        let taken = bytes.len() + PIECE_BYTES;
+        // What is lost is one stretch until its thread knows of it: what follows must not be taken for its continuation.
+        if context.lost.load(Ordering::Acquire) > 0 || !context.waiting.take(taken, STREAMED_BYTES_MAX) {
             return Err(waiter);
         }
-        if !self.hold(&context.share, bytes.len()) {
-            context.waiting.give(bytes.len());
+        if !self.hold(&context.share, taken) {
+            context.waiting.give(taken);
             return Err(waiter);
         }
-        self.send(context.worker, Job::Piece(Arc::clone(context), bytes.clone(), waiter));
+        self.send(Job::Piece(Arc::clone(context), bytes.clone(), waiter));
         Ok(())
     }
 
     /// Hands on what is made already and found no room in the queue.
     pub(super) fn push(&self, context: &Arc<Context>, append: Append, held_bytes: usize) {
-        self.send(context.worker, Job::Made(Arc::clone(context), append, held_bytes));
+        let taken = Taken { held: held_bytes, waiting: 0 };
+        self.send(Job::Made(Arc::clone(context), append, taken));
     }
 
-    /// Says that pieces did not fit.
+    /// Says that pieces did not fit: to the thread once, until it knows.
     pub(super) fn lost(&self, context: &Arc<Context>, bytes: u64) {
-        self.send(context.worker, Job::Lost(Arc::clone(context), bytes));
+        if context.lost.fetch_add(bytes, Ordering::AcqRel) == 0 {
+            self.send(Job::Lost(Arc::clone(context)));
+        }
     }
 
     /// Hands on the end of a request.
     pub(super) fn close(&self, context: &Arc<Context>, closing: Closing) {
-        self.send(context.worker, Job::Close(Arc::clone(context), Box::new(closing)));
+        self.send(Job::Close(Arc::clone(context), Box::new(closing)));
     }
 
-    fn send(&self, worker: usize, job: Job) {
-        if let Some(sender) = self.senders.get(worker) {
+    fn send(&self, job: Job) {
+        if let Some(desk) = self.desks.get(job.context().worker) {
             // The thread is gone only after `stop`: what comes later stays unrecorded, an open request.
-            let _ = sender.send(job);
+            let mut state = desk.lock();
+            if !state.ends {
+                state.jobs.push(job.context().share.lane, job);
+                desk.work.notify_one();
+            }
         }
+    }
+
+    /// What found no room is tried again.
+    pub(super) fn resume(&self) {
+        self.desks.iter().for_each(|desk| Arc::clone(desk).wake());
+    }
+
+    /// Jobs that wait.
+    #[cfg(test)]
+    pub(super) fn waiting(&self) -> usize {
+        self.desks.iter().map(|desk| desk.lock().jobs.len()).sum()
+    }
+
+    /// Whether all of them wait for room.
+    #[cfg(test)]
+    pub(super) fn are_stuck(&self) -> bool {
+        let stuck: Option<usize> = self.desks.iter().map(|desk| desk.lock().jobs.stuck()).sum();
+        stuck.is_some_and(|lanes| lanes > 0)
     }
 
     /// Waits until the threads have done what was handed to them, and ends them.
     pub(super) fn stop(&self) {
-        for sender in &self.senders {
-            let _ = sender.send(Job::Stop);
+        for desk in &self.desks {
+            desk.lock().ends = true;
+            desk.work.notify_one();
         }
         let threads = std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner));
         for thread in threads {
@@ -240,37 +337,50 @@ impl Workers {
     }
 }
 
-fn run(jobs: &Receiver<Job>) {
-    while let Ok(job) = jobs.recv() {
-        let (context, held_bytes, waiting_bytes) = match &job {
-            Job::Piece(context, bytes, _) => (Arc::clone(context), bytes.len(), bytes.len()),
-            Job::Lost(context, _) => (Arc::clone(context), 0, 0),
-            Job::Close(context, closing) => (Arc::clone(context), closing.held_bytes, 0),
-            Job::Made(context, _, held_bytes) => (Arc::clone(context), *held_bytes, 0),
-            Job::Stop => return,
+fn run(desk: &Arc<Desk>) {
+    let waker = Waker::from(Arc::clone(desk));
+    let mut state = desk.lock();
+    loop {
+        let Some((turn, job)) = state.jobs.take() else {
+            if state.ends && state.jobs.is_empty() {
+                return;
+            }
+            state = desk.work.wait(state).unwrap_or_else(PoisonError::into_inner);
+            continue;
         };
+        drop(state);
+        let (context, taken) = (Arc::clone(job.context()), job.taken());
         // A defect in a decoder must cost one response, said in its record, not all that follow on this thread.
-        let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| work(job)));
-        if done.is_err() {
+        let made = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| work(job)));
+        let made = made.unwrap_or_else(|_| {
             let reason = "the recorder failed on this response; please report it".to_owned();
-            context.append(vec![Kind::Gap { reason, events: None, bytes: None }], None);
+            context.made(vec![Kind::Gap { reason, events: None, bytes: None }], None)
+        });
+        let queued = made.map_or(Ok(()), |append| context.push(append, &waker));
+        if queued.is_ok() {
+            context.waiting.give(taken.waiting);
+            context.workers.release(&context.share, taken.held);
         }
-        context.waiting.give(waiting_bytes);
-        context.workers.release(&context.share, held_bytes);
+        state = desk.lock();
+        match queued {
+            Ok(()) => state.jobs.done(&turn),
+            Err(append) => state.jobs.put_back(&turn, Job::Made(context, append, taken)),
+        }
     }
 }
 
-fn work(job: Job) {
+fn work(job: Job) -> Option<Append> {
     match job {
         Job::Piece(context, bytes, waiter) => {
-            context.append(streamed(&context, |streamed| streamed.push(&context.masker, &bytes)), waiter);
+            let kinds = streamed(&context, |streamed| streamed.push(&context.masker, &bytes));
+            context.made(kinds, waiter)
         }
-        Job::Lost(context, bytes) => {
-            context.append(streamed(&context, |streamed| streamed.lost(bytes)), None);
+        Job::Lost(context) => {
+            let bytes = context.lost.swap(0, Ordering::AcqRel);
+            context.made(streamed(&context, |streamed| streamed.lost(bytes)), None)
         }
         Job::Close(context, closing) => close(&context, *closing),
-        Job::Made(context, append, _) => context.push(append),
-        Job::Stop => {}
+        Job::Made(_, append, _) => Some(append),
     }
 }
 
@@ -279,7 +389,7 @@ fn streamed(context: &Context, take: impl FnOnce(&mut Streamed) -> Vec<Kind>) ->
     streamed.as_mut().map(take).unwrap_or_default()
 }
 
-fn close(context: &Context, mut closing: Closing) {
+fn close(context: &Context, mut closing: Closing) -> Option<Append> {
     let waiter = closing.waiter.take();
     let streamed = context.streamed.lock().unwrap_or_else(PoisonError::into_inner).take();
     let mut kinds = Vec::new();
@@ -289,5 +399,5 @@ fn close(context: &Context, mut closing: Closing) {
         closing.closed.body = Some(summary);
     }
     kinds.append(&mut closing.reduce(context));
-    context.append(kinds, waiter);
+    context.made(kinds, waiter)
 }
