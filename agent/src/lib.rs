@@ -2,8 +2,8 @@
 //!
 //! A connection's way: [`interception`] (kernel hooks, in-pod listeners, flow lookup) hands an accepted
 //! connection to [`proxy`] (TLS with a certificate from [`trust`], HTTP, upstream), which records through
-//! [`recording`] (sessions, masks, journal); [`publishing`] carries the journal to Kafka. [`telemetry`] shows how all
-//! of them do. [`streams`] decodes what is said on upgraded connections; recording does not use it yet.
+//! [`recording`] (sessions, masks, journal; what is said on upgraded connections comes from [`streams`]); [`publishing`]
+//! carries the journal to Kafka. [`telemetry`] shows how all of them do.
 
 pub mod app;
 pub mod auth;

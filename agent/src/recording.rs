@@ -39,6 +39,9 @@ mod share;
 #[cfg(test)]
 mod tests;
 mod throttle;
+mod upgraded;
+#[cfg(test)]
+mod upgraded_tests;
 mod worker;
 mod writer;
 

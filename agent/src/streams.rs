@@ -8,8 +8,11 @@
 //! What is left out: framing (masks, lengths, pings, windows, names of streams). It has no meaning of its own.
 //! Sources: RFC 6455; the SPDY/3.1 draft; `k8s.io/streaming/pkg/httpstream` and `k8s.io/cri-streaming`.
 
+mod archive;
 mod channels;
+mod greeting;
 mod header_block;
+mod meaning;
 mod output;
 #[doc(hidden)]
 pub mod probe;
@@ -22,10 +25,11 @@ mod tests;
 mod websocket;
 
 use bytes::Bytes;
-use weir_common::event::{Change, Channel, Connection};
+use weir_common::event::{Change, Channel, Connection, ConnectionForwarded, FileCopied};
 
 use self::{
     channels::{Layout, Messages},
+    meaning::Meaning,
     output::{Ledger, Output},
     spdy::Session,
     status::Status,
@@ -87,6 +91,10 @@ pub enum Event {
     },
     /// A lane begins or ends.
     Changed(Lane, Change),
+    /// A file or link of an archive is whole, or cut by the end of the stream.
+    Copied(FileCopied),
+    /// A connection of a port-forward is over.
+    Forwarded(ConnectionForwarded),
     /// Something could not be decoded: it follows as raw bytes. Each reason comes once for each direction.
     Gap(Reason),
 }
@@ -130,6 +138,11 @@ pub enum Reason {
     /// A stream that was not opened, or is the other side's to write.
     #[error("data of a SPDY stream whose meaning is not known; it is recorded raw")]
     SpdyStream,
+    /// Sparse files, broken headers, long names without end.
+    #[error(
+        "a tar archive that cannot be followed from here on; its bytes are recorded, its files are not listed"
+    )]
+    Archive,
     /// The connection ended within a frame.
     #[error("the stream ended within a frame; its beginning is recorded raw")]
     Cut,
@@ -160,6 +173,8 @@ pub struct Decoder {
     transport: Transport,
     ledgers: [Ledger; 2],
     status: Status,
+    meaning: Meaning,
+    finished: [bool; 2],
 }
 
 #[derive(Debug)]
@@ -242,13 +257,15 @@ impl Decoder {
             transport: Transport::of(agreed),
             ledgers: [Ledger::new(Direction::ClientToServer), Ledger::new(Direction::ServerToClient)],
             status: Status::default(),
+            meaning: Meaning::default(),
+            finished: [false; 2],
         }
     }
 
     /// Takes the next bytes of one direction.
     pub fn feed(&mut self, direction: Direction, piece: &Bytes) -> Vec<Event> {
         let at = direction.index();
-        let mut out = Output::new(&mut self.ledgers[at], &mut self.status);
+        let mut out = Output::new(&mut self.ledgers[at], &mut self.status, &mut self.meaning);
         match &mut self.transport {
             Transport::Raw(reason) => {
                 out.gap(*reason);
@@ -273,7 +290,7 @@ impl Decoder {
     /// One direction is over: what was kept of an unfinished frame comes out.
     pub fn finish(&mut self, direction: Direction) -> Vec<Event> {
         let at = direction.index();
-        let mut out = Output::new(&mut self.ledgers[at], &mut self.status);
+        let mut out = Output::new(&mut self.ledgers[at], &mut self.status, &mut self.meaning);
         let rest = match &mut self.transport {
             Transport::Raw(_) => Vec::new(),
             Transport::Spdy(session) => session.take_rest(direction),
@@ -288,7 +305,13 @@ impl Decoder {
             out.gap(Reason::Cut);
             out.raw(rest.into());
         }
-        out.into_events()
+        let mut events = out.into_events();
+        self.finished[at] = true;
+        self.meaning.finish(direction, &mut events);
+        if self.finished == [true; 2] {
+            self.meaning.finish_both(&mut events);
+        }
+        events
     }
 
     /// Whether the server's messages are pieces of a response body.

@@ -150,15 +150,56 @@ fn verb_of(method: &str) -> &'static str {
     }
 }
 
+/// What exec runs in a pod, or attach reaches there, as the request's query says it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Execution {
+    /// The container; none where the API server chooses.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub container: Option<String>,
+    /// The command's arguments in their order; none for attach.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub command: Vec<String>,
+    /// Whether the client writes to it.
+    #[serde(default)]
+    pub stdin: bool,
+    /// Whether it has a terminal.
+    #[serde(default)]
+    pub tty: bool,
+}
+
+impl Execution {
+    /// Reads it from the query of a request; none for other requests.
+    pub fn parse(attributes: &Attributes, query: Option<&str>) -> Option<Self> {
+        let pods = attributes.api_group.is_empty() && attributes.resource == "pods";
+        if !pods || !matches!(attributes.subresource.as_str(), "exec" | "attach") {
+            return None;
+        }
+        let query = query.unwrap_or_default();
+        let flag = |key| query_value(query, key).is_some_and(|value| is_true(&value));
+        Some(Self {
+            container: query_value(query, "container").map(Cow::into_owned).filter(|name| !name.is_empty()),
+            command: query_values(query, "command").map(Cow::into_owned).collect(),
+            stdin: flag("stdin"),
+            tty: flag("tty"),
+        })
+    }
+}
+
 /// Kubernetes' reading of a boolean parameter: present means true unless it says `false` or `0`
 /// (apimachinery `Convert_Slice_string_To_bool`).
 fn is_true(value: &str) -> bool {
     !(value == "0" || value.eq_ignore_ascii_case("false"))
 }
 
-/// First value of a query parameter, decoded. As in Go, a pair that does not decode or holds a `;` does not count.
+/// First value of a query parameter.
 fn query_value<'a>(query: &'a str, key: &str) -> Option<Cow<'a, str>> {
-    query.split('&').filter(|pair| !pair.contains(';')).find_map(|pair| {
+    query_values(query, key).next()
+}
+
+/// Values of a query parameter, decoded. As in Go, a pair that does not decode or holds a `;` does not count.
+fn query_values<'a>(query: &'a str, key: &str) -> impl Iterator<Item = Cow<'a, str>> {
+    query.split('&').filter(|pair| !pair.contains(';')).filter_map(move |pair| {
         let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
         (percent_decode(name, true)? == key).then(|| percent_decode(value, true)).flatten()
     })
@@ -247,6 +288,20 @@ mod tests {
             a.verb, a.api_group, a.api_version, a.namespace, a.resource, a.subresource, a.name
         );
         assert_eq!(got, expected, "{request}");
+    }
+
+    #[test]
+    fn an_execution_has_every_argument_in_its_order() {
+        let path = "/api/v1/namespaces/a/pods/p/exec";
+        let query =
+            "command=sh&container=c&command=-c&command=echo+%22a%26b%22&stdin=true&stdout=true&tty=false";
+        let execution = Execution::parse(&Attributes::parse("POST", path, Some(query)), Some(query));
+        let command = ["sh", "-c", "echo \"a&b\""].map(str::to_owned).to_vec();
+        let expected = Execution { container: Some("c".to_owned()), command, stdin: true, tty: false };
+        assert_eq!(execution, Some(expected));
+        for other in ["/api/v1/namespaces/a/pods/p/portforward", "/apis/x/v1/namespaces/a/pods/p/exec"] {
+            assert_eq!(Execution::parse(&Attributes::parse("POST", other, None), Some(query)), None);
+        }
     }
 
     #[test]

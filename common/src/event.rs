@@ -9,11 +9,13 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::attributes::Attributes;
+use crate::attributes::{Attributes, Execution};
 
+mod carried;
 mod content;
 mod identity;
 
+pub use carried::{ConnectionForwarded, FileCopied};
 pub use content::{Bytes, BytesError, Change, Channel, Connection, Content};
 pub use identity::{ActsAs, Identity, IdentityMethod, RoleAssumed, UserInfo};
 
@@ -110,6 +112,10 @@ pub enum Kind {
         /// What becomes of it.
         change: Change,
     },
+    /// A file went through exec in a tar archive, as with `kubectl cp`.
+    FileCopied(Box<FileCopied>),
+    /// A connection through a port-forward is over.
+    ConnectionForwarded(Box<ConnectionForwarded>),
     /// The answer's status and headers arrived.
     ResponseStarted {
         /// HTTP status.
@@ -318,6 +324,9 @@ pub struct RequestOpened {
     pub headers: Vec<Header>,
     /// What it means.
     pub attributes: Attributes,
+    /// What it runs in a pod or attaches to there; none for other requests.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub execution: Option<Box<Execution>>,
     /// The protocol it asks to upgrade to, if it does.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub upgrade: Option<String>,
@@ -349,6 +358,9 @@ pub struct RequestClosed {
     pub client_bytes: u64,
     /// From arrival to end, in microseconds.
     pub duration_us: u64,
+    /// Exit code of a process that was run by exec, as the server says it; none where it does not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exit_code: Option<i32>,
     /// How the response body is recorded; none where there is none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub body: Option<BodySummary>,
@@ -406,6 +418,8 @@ impl Kind {
             Self::RoleAssumed(_) => "roleAssumed",
             Self::Content(_) => "content",
             Self::ChannelChanged { .. } => "channelChanged",
+            Self::FileCopied(_) => "fileCopied",
+            Self::ConnectionForwarded(_) => "connectionForwarded",
             Self::ResponseStarted { .. } => "responseStarted",
             Self::RequestClosed(_) => "requestClosed",
             Self::ConnectionRefused { .. } => "connectionRefused",

@@ -215,6 +215,7 @@ impl Writer {
             response_bytes: 10,
             client_bytes: 0,
             duration_us,
+            exit_code: None,
             body: None,
         };
         self.event(ids[0], ids[1], ids[2], Kind::RequestClosed(Box::new(closed)))
@@ -243,6 +244,7 @@ pub(crate) fn request(method: &str, verb: &str, uri: &str, namespace: &str) -> R
             namespace: namespace.into(),
             ..Attributes::default()
         },
+        execution: None,
         upgrade: None,
         identity: None,
         body: None,

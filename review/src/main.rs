@@ -24,7 +24,7 @@ use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand};
 
 use moment::Moment;
-use replay::Subject;
+use replay::{Pace, Subject};
 use source::{
     Journal,
     address::Address,
@@ -92,7 +92,7 @@ enum Command {
     /// Each line has the time since the session's start and [process.request]. Without --speed requests stand
     /// together, process by process; with it everything comes in the order it happened. What processes wrote is
     /// escaped (\x1b, \u{202e}), so it cannot act on your terminal. Exec, attach and port-forward streams are
-    /// raw upgrade bytes, not decoded yet: a replay shows the text found in them, --request every byte.
+    /// shown by channel and connection; what could not be decoded is marked raw, and --request shows every byte of it.
     Replay(ReplayArgs),
     /// Verify a journal or topic: frames, sequence, Merkle log, checkpoints; exit 1 on damage, naming the place.
     Verify(VerifyArgs),
@@ -160,12 +160,22 @@ struct ReplayArgs {
     #[arg(long, value_name = "ID", conflicts_with = "session")]
     request: Option<String>,
     /// Wait as it happened, X times faster (1: real time). Without it nothing is waited for.
-    #[arg(long, value_name = "X", value_parser = speed)]
+    #[arg(long, value_name = "X", value_parser = speed, group = "timed")]
     speed: Option<f64>,
-    /// Write what servers sent over upgraded connections as asciicast v2 instead: raw bytes, not decoded.
-    /// They are not escaped: playing the file lets them act on your terminal.
-    #[arg(long, value_name = "FILE", conflicts_with = "speed")]
+    /// Wait no longer than this many seconds at once, with --speed or in the player of a --cast.
+    #[arg(long, value_name = "SECONDS", value_parser = seconds, requires = "timed")]
+    idle_limit: Option<Duration>,
+    /// Write exec and attach streams as asciicast v2 instead: output, input and sizes of the terminal.
+    /// Their bytes are not escaped: playing the file lets them act on your terminal.
+    #[arg(long, value_name = "FILE", group = "timed")]
     cast: Option<PathBuf>,
+    /// Print what was said in exec and attach streams instead, as plain text: a line of a channel at a time. What is no
+    /// text is \xNN, a backslash is doubled.
+    #[arg(long, conflicts_with = "timed")]
+    transcript: bool,
+    /// Print events as recorded instead, one JSON object a line: {"at": seconds since the first, "event": …}.
+    #[arg(long, conflicts_with_all = ["timed", "transcript"])]
+    json: bool,
 }
 
 #[derive(Debug, Args)]
@@ -206,6 +216,12 @@ fn speed(text: &str) -> Result<f64, String> {
         .ok()
         .filter(|speed| speed.is_finite() && *speed > 0.0)
         .ok_or_else(|| "give a number above 0, for example 1 or 2.5".into())
+}
+
+fn seconds(text: &str) -> Result<Duration, String> {
+    let number = text.parse::<f64>().ok().filter(|seconds| *seconds > 0.0);
+    let length = number.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+    length.ok_or_else(|| "give a number of seconds above 0, for example 2 or 0.5".into())
 }
 
 fn main() -> ExitCode {
@@ -331,11 +347,13 @@ fn replay(args: ReplayArgs, out: &mut dyn Write, style: Style) -> anyhow::Result
         (Some(request), _) => Subject::Request(request),
         (None, session) => Subject::Session(session.unwrap_or_default()),
     };
+    let pace = args.speed.map(|speed| Pace { speed, idle_limit: args.idle_limit });
     let played = match args.cast {
-        None => replay::play(&journal, &subject, args.speed, out, style),
-        Some(path) => {
-            replay::write_cast(&journal, &subject, &path).and_then(|text| Ok(writeln!(out, "{text}")?))
-        }
+        _ if args.transcript => replay::write_transcript(&journal, &subject, out),
+        _ if args.json => replay::write_json(&journal, &subject, out, io::stdout().is_terminal()),
+        None => replay::play(&journal, &subject, pace, out, style),
+        Some(path) => replay::write_cast(&journal, &subject, &path, args.idle_limit)
+            .and_then(|text| Ok(writeln!(out, "{text}")?)),
     };
     warn(&journal);
     Ok(played?)

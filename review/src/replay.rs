@@ -1,12 +1,15 @@
 //! `weir replay`: a session (or one request of it) as it happened.
 //!
-//! Finds the session, builds its [`story`], and has it printed by [`print`] or written as a cast by [`cast`].
-//! Exec, attach and port-forward streams are raw upgrade bytes for now and are shown as such.
+//! Finds the session, builds its [`story`], and has it printed by [`print`], written as a cast by [`cast`] or as plain
+//! text by [`transcript`].
+//! Exec and attach streams are shown by channel; what the agent could not decode is shown raw.
 
 mod body;
 mod cast;
 mod print;
 mod story;
+mod transcript;
+mod wording;
 
 use std::{
     collections::BTreeSet,
@@ -16,16 +19,18 @@ use std::{
     time::{Duration, Instant},
 };
 
-use weir_common::event::{BytesError, Channel, Kind};
+use serde_json::json;
+use weir_common::event::{BytesError, Channel, Content, Event, Kind};
 
 use crate::{
     source::{Journal, Record, SourceError},
-    terminal::{Style, escaped},
+    terminal::{Style, escaped, escaped_json},
 };
 use body::Detail;
 use cast::Cast;
 use print::Printer;
 use story::{Order, Step, Story};
+use transcript::Transcript;
 
 /// Most ids that an ambiguous prefix is answered with.
 const CANDIDATES_MAX: usize = 10;
@@ -40,8 +45,8 @@ pub(crate) enum ReplayError {
     #[error("{what} id {id} is not unique; give more of it: {candidates}")]
     Ambiguous { what: &'static str, id: String, candidates: String },
     /// No stream to write.
-    #[error("nothing for a cast: no server bytes of exec, attach or port-forward are on record here")]
-    NothingToCast,
+    #[error("nothing to write: no exec or attach stream is on record here")]
+    NothingSaid,
     /// The cast cannot be written.
     #[error("cannot write the cast {path}")]
     WriteCast { path: PathBuf, source: io::Error },
@@ -68,20 +73,29 @@ pub(crate) enum Subject {
     Request(String),
 }
 
-/// Prints a session or request; with `speed` waiting as it happened, that many times faster.
+/// How long to wait between what happened at different times.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Pace {
+    /// That many times faster than it happened.
+    pub(crate) speed: f64,
+    /// No longer than this at once.
+    pub(crate) idle_limit: Option<Duration>,
+}
+
+/// Prints a session or request; with `pace` waiting as it happened.
 ///
 /// # Errors
 /// The subject is unknown, or journal or output fail.
 pub(crate) fn play(
     journal: &Journal,
     subject: &Subject,
-    speed: Option<f64>,
+    pace: Option<Pace>,
     out: &mut dyn Write,
     style: Style,
 ) -> Result<(), ReplayError> {
     let found = find(journal, subject)?;
     let story = tell(journal, &found)?;
-    let (detail, order) = match (subject, speed) {
+    let (detail, order) = match (subject, pace) {
         (Subject::Request(_), _) => (Detail::Full, Order::Grouped),
         (_, Some(_)) => (Detail::Readable, Order::Chronological),
         (_, None) => (Detail::Readable, Order::Grouped),
@@ -91,26 +105,27 @@ pub(crate) fn play(
     let mut printer = Printer::new(out, style, &story, &mut contents, detail, &full_command);
     printer.header()?;
     let mut wait = |length: Duration| wait(length);
-    perform(&mut printer, &story.steps(order), speed, &mut wait)
+    perform(&mut printer, &story.steps(order), pace, &mut wait)
 }
 
-/// Shows the steps, waiting between them if a speed is given. Time that overlaps is not waited for twice.
+/// Shows the steps, waiting between them if a pace is given. Time that overlaps is not waited for twice.
 fn perform(
     printer: &mut Printer<'_>,
     steps: &[(i64, Step)],
-    speed: Option<f64>,
+    pace: Option<Pace>,
     wait: &mut dyn FnMut(Duration),
 ) -> Result<(), ReplayError> {
     let mut now_us = steps.first().map_or(0, |(time, _)| *time);
     for (time_us, step) in steps {
-        if let Some(speed) = speed
+        if let Some(Pace { speed, idle_limit }) = pace
             && *time_us > now_us
         {
             printer.flush()?;
             let micros = time_us.abs_diff(now_us);
             // A pause that is too long for the type cannot be waited for anyway.
             let length = Duration::from_micros(micros).as_secs_f64() / speed;
-            wait(Duration::try_from_secs_f64(length).unwrap_or(Duration::MAX));
+            let length = Duration::try_from_secs_f64(length).unwrap_or(Duration::MAX);
+            wait(idle_limit.map_or(length, |limit| length.min(limit)));
             now_us = *time_us;
         }
         printer.step(*time_us, *step)?;
@@ -127,49 +142,140 @@ fn wait(length: Duration) {
     }
 }
 
-/// Writes the server's raw bytes of a session or request to `path`; says how much that was.
+/// Writes the terminals of a session or request to `path`, for a player that waits no longer than `idle_limit` at once;
+/// says how much that was.
 ///
 /// # Errors
 /// The subject is unknown, has no such bytes, or journal or file fail.
-pub(crate) fn write_cast(journal: &Journal, subject: &Subject, path: &Path) -> Result<String, ReplayError> {
+pub(crate) fn write_cast(
+    journal: &Journal,
+    subject: &Subject,
+    path: &Path,
+    idle_limit: Option<Duration>,
+) -> Result<String, ReplayError> {
     let found = find(journal, subject)?;
     let error = |source| ReplayError::WriteCast { path: path.to_owned(), source };
     let mut cast: Option<Cast<BufWriter<File>>> = None;
     let mut last_us = 0;
-    for record in journal.records() {
-        let record = record?;
-        if !found.admits(&record) {
-            continue;
+    visit(journal, &found, &mut |record, event| {
+        let (Kind::Content(content), Some(request)) = (&event.kind, &event.request) else { return Ok(()) };
+        let shown = matches!(
+            content.channel,
+            Channel::Stdin | Channel::Stdout | Channel::Stderr | Channel::Resize | Channel::ServerRaw
+        );
+        if !shown {
+            return Ok(());
         }
-        let Some(event) = journal.event(&record) else { continue };
-        let Kind::Content(content) = &event.kind else { continue };
-        let Some(request) = event.request.as_deref().filter(|id| found.admits_request(id)) else { continue };
-        if content.channel != Channel::ServerRaw {
-            continue;
-        }
-        let bytes = content
-            .bytes
-            .to_vec()
-            .map_err(|source| ReplayError::Content { place: journal.place(record.place), source })?;
+        let bytes = bytes_of(journal, record, content)?;
         last_us = event.time_unix_us;
         let writer = match &mut cast {
             Some(writer) => writer,
             None => {
                 let file = BufWriter::new(File::create(path).map_err(error)?);
-                cast.insert(Cast::new(file, &found.session, last_us).map_err(error)?)
+                cast.insert(Cast::new(file, &found.session, last_us, idle_limit).map_err(error)?)
             }
         };
-        writer.add(last_us, request, &bytes).map_err(error)?;
-    }
-    let cast = cast.ok_or(ReplayError::NothingToCast)?;
+        writer.add(last_us, request, content.channel, &bytes).map_err(error)
+    })?;
+    let cast = cast.ok_or(ReplayError::NothingSaid)?;
     let text = format!(
-        "wrote {} in {} of raw upgrade bytes (not decoded) to {}; playing it lets them act on the terminal",
+        "wrote {} in {} to {}; playing it lets them act on the terminal",
         crate::moment::bytes(cast.bytes),
         crate::moment::counted(cast.pieces, "piece"),
         path.display()
     );
     cast.finish(last_us).map_err(error)?;
     Ok(text)
+}
+
+/// Writes what was said in exec and attach as plain text.
+///
+/// # Errors
+/// The subject is unknown, nothing was said, or journal or output fail.
+pub(crate) fn write_transcript(
+    journal: &Journal,
+    subject: &Subject,
+    out: &mut dyn Write,
+) -> Result<(), ReplayError> {
+    let found = find(journal, subject)?;
+    let mut transcript = Transcript::new(out);
+    visit(journal, &found, &mut |record, event| {
+        let Some(request) = event.request.as_deref() else { return Ok(()) };
+        match &event.kind {
+            Kind::RequestOpened(opened) => transcript.opened(request, opened),
+            Kind::RequestClosed(closed) => transcript.closed(request, closed.exit_code)?,
+            Kind::Content(content) => {
+                let shown = matches!(
+                    content.channel,
+                    Channel::Stdin
+                        | Channel::Stdout
+                        | Channel::Stderr
+                        | Channel::ClientRaw
+                        | Channel::ServerRaw
+                );
+                if shown {
+                    let bytes = bytes_of(journal, record, content)?;
+                    transcript.add(request, content.channel, &bytes)?;
+                }
+            }
+            _ => {}
+        }
+        Ok(())
+    })?;
+    transcript.finish()?;
+    if transcript.is_empty { Err(ReplayError::NothingSaid) } else { Ok(()) }
+}
+
+/// Writes what is on record as lines of JSON: seconds since the first of it, and the event as it was recorded.
+///
+/// # Errors
+/// The subject is unknown, or journal or output fail.
+pub(crate) fn write_json(
+    journal: &Journal,
+    subject: &Subject,
+    out: &mut dyn Write,
+    terminal: bool,
+) -> Result<(), ReplayError> {
+    let found = find(journal, subject)?;
+    let mut first_us = None;
+    visit(journal, &found, &mut |record, event| {
+        let since_us = event.time_unix_us.saturating_sub(*first_us.get_or_insert(event.time_unix_us));
+        #[expect(clippy::cast_precision_loss, reason = "seconds with microseconds fit for centuries")]
+        let at = since_us as f64 / 1e6;
+        // Not made anew: a reader gets the recorded bytes.
+        let Ok(recorded) = std::str::from_utf8(&record.value) else { return Ok(()) };
+        let line = format!("{{\"at\":{},\"event\":{recorded}}}", json!(at));
+        let written = if terminal {
+            writeln!(out, "{}", escaped_json(line.as_bytes()))
+        } else {
+            writeln!(out, "{line}")
+        };
+        Ok(written?)
+    })
+}
+
+/// Shows each event of what was found.
+fn visit(
+    journal: &Journal,
+    found: &Found,
+    show: &mut dyn FnMut(&Record, &Event) -> Result<(), ReplayError>,
+) -> Result<(), ReplayError> {
+    for record in journal.records() {
+        let record = record?;
+        if !found.admits(&record) {
+            continue;
+        }
+        let Some(event) = journal.event(&record) else { continue };
+        if found.request.is_none() || event.request == found.request {
+            show(&record, &event)?;
+        }
+    }
+    Ok(())
+}
+
+fn bytes_of(journal: &Journal, record: &Record, content: &Content) -> Result<Vec<u8>, ReplayError> {
+    let place = || journal.place(record.place);
+    content.bytes.to_vec().map_err(|source| ReplayError::Content { place: place(), source })
 }
 
 /// What a prefix stands for.
@@ -182,10 +288,6 @@ struct Found {
 impl Found {
     fn admits(&self, record: &Record) -> bool {
         record.session == self.session
-    }
-
-    fn admits_request(&self, id: &str) -> bool {
-        self.request.as_deref().is_none_or(|request| request == id)
     }
 }
 

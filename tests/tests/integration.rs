@@ -87,6 +87,8 @@ mod siem;
 mod starting;
 #[path = "integration/storage_faults.rs"]
 mod storage_faults;
+#[path = "integration/streams.rs"]
+mod streams;
 #[path = "integration/upgrade.rs"]
 mod upgrade;
 #[path = "integration/watch.rs"]

@@ -192,6 +192,8 @@ pub(super) fn prepare_request(headers: &mut HeaderMap, forwarded: Forwarded<'_>)
     }
     headers.remove(header::HOST);
     headers.remove(header::FORWARDED);
+    // A compressed stream would have to be decompressed to be recorded; no API server compresses one.
+    headers.remove(header::SEC_WEBSOCKET_EXTENSIONS);
     // Trailers of a request are not forwarded: the body is held whole, and the API server reads none.
     headers.remove(header::TRAILER);
     match forwarded.pod_ip {
@@ -341,6 +343,7 @@ mod tests {
                 .header("host", "api.example")
                 .header("connection", "Upgrade")
                 .header("upgrade", "SPDY/3.1")
+                .header("sec-websocket-extensions", "permessage-deflate")
                 .header("x-stream-protocol-version", "v4.channel.k8s.io"),
             true,
             0,

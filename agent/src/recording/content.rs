@@ -14,6 +14,7 @@ use super::{
     gzip::{self, Gunzip},
     mask::{KeyedDigest, Masker},
 };
+use crate::streams::Lane;
 
 /// A compressed body may become this many times its limit before it counts as cut.
 const DECODED_FACTOR: usize = 4;
@@ -148,7 +149,13 @@ pub(super) fn reduce(masker: &Masker, sensitivity: Sensitivity, held: &Held) -> 
 }
 
 /// Splits content into events, at the boundaries of characters where it is text.
-pub(super) fn split(channel: Channel, offset: u64, mut content: &[u8]) -> Vec<Kind> {
+pub(super) fn split(channel: Channel, offset: u64, content: &[u8]) -> Vec<Kind> {
+    split_lane(Lane { channel, connection: None }, offset, content)
+}
+
+/// Content of one lane of a stream, split over as many events as it needs.
+pub(super) fn split_lane(lane: Lane, offset: u64, mut content: &[u8]) -> Vec<Kind> {
+    let Lane { channel, connection } = lane;
     let (mut kinds, mut offset) = (Vec::new(), offset);
     while !content.is_empty() {
         let mut end = content.len().min(CONTENT_BYTES_MAX);
@@ -161,7 +168,7 @@ pub(super) fn split(channel: Channel, offset: u64, mut content: &[u8]) -> Vec<Ki
         let (piece, rest) = content.split_at(end);
         kinds.push(Kind::Content(Content {
             channel,
-            connection: None,
+            connection,
             offset,
             bytes: event::Bytes::from_slice(piece),
         }));

@@ -234,7 +234,7 @@ pub(super) async fn open(
         version: Version::HTTP_2,
         headers,
         attributes,
-        upgrade: None,
+        upgrade: headers.get("upgrade").and_then(|to| to.to_str().ok()),
         identity: None,
     };
     let body = body.map(|body| Unmasked(Bytes::copy_from_slice(body.as_bytes())));

@@ -12,7 +12,7 @@ use http::{
 };
 use tokio::sync::Semaphore;
 use weir_common::{
-    attributes::Attributes,
+    attributes::{Attributes, Execution},
     event::{BodySummary, Caller, Channel, IdentityMethod, Kind, RequestOpened},
 };
 
@@ -26,6 +26,7 @@ use super::{
     request::Level,
     session::{self, Belonging},
     share::{Budget, Share},
+    upgraded::Asked,
     worker::Context,
 };
 
@@ -111,6 +112,10 @@ impl Recorder {
             protocol: protocol(head.version),
             headers: context.masker.headers(head.headers),
             attributes: head.attributes.clone(),
+            execution: Execution::parse(head.attributes, head.uri.query()).map(|mut execution| {
+                execution.command = context.masker.arguments(&execution.command);
+                Box::new(execution)
+            }),
             upgrade: head.upgrade.map(str::to_owned),
             identity: head.identity.cloned().map(Box::new),
             body: summary,
@@ -123,6 +128,7 @@ impl Recorder {
         let watch = head.attributes.verb == "watch";
         let status = Arc::clone(&self.inner.status);
         let record = RequestRecord::new(context, status, plan, (level, left_out), watch);
+        let record = if head.upgrade.is_some() { record.asking(Asked::of(&head)) } else { record };
         if self.inner.emergency.is_on() {
             self.inner.emergency.count();
         }

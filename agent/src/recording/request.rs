@@ -18,19 +18,21 @@ use http::{
     header::{CONTENT_ENCODING, CONTENT_TYPE},
 };
 use tokio::sync::oneshot;
-use weir_common::event::{Channel, Kind, Outcome, RequestClosed, RoleAssumed};
+use weir_common::event::{Kind, Outcome, RequestClosed, RoleAssumed};
 
 use super::{
     admission::COMMIT_WAIT_MAX,
-    content::{self, Held, Streamed},
+    content::{Held, Streamed},
     entry::{Append, Entry, Waiter},
     error::RecordingError,
     mask::KeyedDigest,
     opening::ERROR_BYTES_MAX,
     plan::{Commit, Plan},
+    upgraded::{Asked, Decoded, Upgraded},
     worker::{Closing, Context, PIECE_BYTES},
     writer::Status,
 };
+use crate::streams::Direction;
 
 /// How much of a response is recorded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,7 +60,11 @@ pub struct RequestRecord {
     /// Why bodies are left out, if they are.
     left_out: Option<String>,
     watch: bool,
+    /// What its upgrade asks for, if it asks for one.
+    asked: Asked,
     state: Mutex<State>,
+    /// The stream that it was upgraded to.
+    upgraded: Mutex<Option<Upgraded>>,
     client_bytes: AtomicU64,
     server_bytes: AtomicU64,
 }
@@ -103,10 +109,18 @@ impl RequestRecord {
             level: if left_out.is_some() { Level::Metadata } else { level },
             left_out,
             watch,
+            asked: Asked::default(),
             state: Mutex::default(),
+            upgraded: Mutex::default(),
             client_bytes: AtomicU64::new(0),
             server_bytes: AtomicU64::new(0),
         }
+    }
+
+    /// Remembers what its upgrade asks for.
+    pub(super) fn asking(mut self, asked: Asked) -> Self {
+        self.asked = asked;
+        self
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -140,7 +154,10 @@ impl RequestRecord {
         let text = |name| headers.get(name).and_then(|value| value.to_str().ok()).map(str::to_owned);
         let (content_type, content_encoding) = (text(CONTENT_TYPE), text(CONTENT_ENCODING));
         state.response = match self.level {
-            _ if status == StatusCode::SWITCHING_PROTOCOLS => Response::None,
+            _ if status == StatusCode::SWITCHING_PROTOCOLS => {
+                self.upgraded(headers);
+                Response::None
+            }
             Level::Metadata if status.is_success() || self.left_out.is_some() => {
                 state.digest = self.left_out.as_ref().map(|_| self.context.masker.digest());
                 let reason = self.left_out.as_deref().unwrap_or("only metadata is recorded of this request");
@@ -150,15 +167,7 @@ impl RequestRecord {
             Level::Streamed | Level::Bounded(_)
                 if (streaming || self.level == Level::Streamed) && status.is_success() =>
             {
-                let context = &self.context;
-                let streamed = Streamed::new(
-                    &context.masker,
-                    context.sensitivity,
-                    content_type,
-                    content_encoding.as_deref(),
-                    self.watch,
-                );
-                *context.streamed.lock().unwrap_or_else(PoisonError::into_inner) = Some(streamed);
+                self.streamed(content_type, content_encoding.as_deref());
                 Response::Streamed
             }
             level => Response::Held(Held {
@@ -176,6 +185,22 @@ impl RequestRecord {
         self.push_small(Kind::ResponseStarted { status: status.as_u16(), headers });
     }
 
+    fn streamed(&self, content_type: Option<String>, content_encoding: Option<&str>) {
+        let context = &self.context;
+        let (masker, sensitivity) = (&context.masker, context.sensitivity);
+        let streamed = Streamed::new(masker, sensitivity, content_type, content_encoding, self.watch);
+        *context.streamed.lock().unwrap_or_else(PoisonError::into_inner) = Some(streamed);
+    }
+
+    fn upgraded(&self, headers: &HeaderMap) {
+        let upgraded = Upgraded::new(&self.asked, headers, self.context.sensitivity);
+        if upgraded.has_body() && self.left_out.is_none() {
+            // The head of an upgrade has no content type; a watch that is not JSON is recorded as it is, or withheld.
+            self.streamed(self.watch.then(|| "application/json".to_owned()), None);
+        }
+        *self.upgraded.lock().unwrap_or_else(PoisonError::into_inner) = Some(upgraded);
+    }
+
     /// A piece of the answer's body is being forwarded. Cheap: keeps a reference, never waits, bounded. With `strict` a
     /// piece of a stream is forwarded only when what is returned is ready.
     pub fn response_data(&self, data: &Bytes) -> Option<Committed> {
@@ -188,16 +213,7 @@ impl RequestRecord {
         state.response_bytes += data.len() as u64;
         match &mut state.response {
             Response::None => {}
-            Response::Streamed => {
-                let waits = self.plan.commit == Commit::Strict && !self.context.emergency.is_on();
-                let (waiter, committed) = waits.then(committed).unzip();
-                if let Err(waiter) = workers.piece(&self.context, data, waiter) {
-                    // Whoever waits is told that it is not recorded.
-                    drop(waiter);
-                    workers.lost(&self.context, data.len() as u64);
-                }
-                return committed;
-            }
+            Response::Streamed => return self.streamed_data(data),
             Response::Held(held) if held.cut.is_some() => {
                 if let Some(digest) = &mut state.digest {
                     digest.update(data);
@@ -232,14 +248,29 @@ impl RequestRecord {
         None
     }
 
-    /// Bytes of an upgraded connection, client to server: durable when this returns; forward them then.
+    fn streamed_data(&self, data: &Bytes) -> Option<Committed> {
+        let workers = &self.context.workers;
+        let waits = self.plan.commit == Commit::Strict && !self.context.emergency.is_on();
+        let (waiter, committed) = waits.then(committed).unzip();
+        if let Err(waiter) = workers.piece(&self.context, data, waiter) {
+            // Whoever waits is told that it is not recorded.
+            drop(waiter);
+            workers.lost(&self.context, data.len() as u64);
+        }
+        committed
+    }
+
+    /// Bytes of an upgraded connection, client to server: what they mean is durable when this returns; forward them
+    /// then. What is not recorded yet is the beginning of something (a frame's head, a control frame) that no server can
+    /// act on before the rest has come, which waits in its turn.
     ///
     /// # Errors
     /// The journal cannot accept: the stream must be cut.
     pub async fn client_stream_data(&self, data: Bytes) -> Result<(), RecordingError> {
         self.pace().await;
-        let entries = self.raw(Channel::ClientRaw, &self.client_bytes, &data);
-        self.append(entries, self.plan.is_durable()).await
+        self.client_bytes.fetch_add(data.len() as u64, Ordering::Relaxed);
+        let (entries, _) = self.decoded(Direction::ClientToServer, &data);
+        if entries.is_empty() { Ok(()) } else { self.append(entries, self.plan.is_durable()).await }
     }
 
     /// Bytes of an upgraded connection, server to client: queued (waits only while the queue is full); with `strict`
@@ -249,7 +280,14 @@ impl RequestRecord {
     /// The journal cannot accept: the stream must be cut.
     pub async fn server_stream_data(&self, data: Bytes) -> Result<(), RecordingError> {
         self.pace().await;
-        let entries = self.raw(Channel::ServerRaw, &self.server_bytes, &data);
+        self.server_bytes.fetch_add(data.len() as u64, Ordering::Relaxed);
+        let (entries, body) = self.decoded(Direction::ServerToClient, &data);
+        for committed in body {
+            committed.await?;
+        }
+        if entries.is_empty() {
+            return Ok(());
+        }
         self.append(entries, self.plan.commit == Commit::Strict).await
     }
 
@@ -290,23 +328,15 @@ impl RequestRecord {
         tokio::time::timeout(COMMIT_WAIT_MAX, committed).await.unwrap_or(Err(RecordingError::TooSlow))
     }
 
-    fn raw(&self, channel: Channel, count: &AtomicU64, data: &[u8]) -> Vec<Entry> {
-        let offset = count.fetch_add(data.len() as u64, Ordering::Relaxed);
-        if self.watch {
-            // Objects in the frames of another protocol: no mask can see what is a secret in them.
-            let reason =
-                "a watch over an upgraded connection is recorded without its content, which cannot be masked";
-            let bytes = Some(data.len() as u64);
-            return self
-                .context
-                .entry(Kind::Gap { reason: reason.to_owned(), events: None, bytes })
-                .into_iter()
-                .collect();
-        }
-        content::split(channel, offset, data)
-            .into_iter()
-            .filter_map(|kind| self.context.entry(kind))
-            .collect()
+    /// What a piece of an upgraded connection means, as events; and what to wait for where it is a response body.
+    fn decoded(&self, direction: Direction, data: &Bytes) -> (Vec<Entry>, Vec<Committed>) {
+        let Decoded { kinds, body } = {
+            let mut upgraded = self.upgraded.lock().unwrap_or_else(PoisonError::into_inner);
+            let nothing_agreed = || Upgraded::new(&self.asked, &HeaderMap::new(), self.context.sensitivity);
+            upgraded.get_or_insert_with(nothing_agreed).feed(direction, data)
+        };
+        let committed = body.iter().filter_map(|piece| self.streamed_data(piece)).collect();
+        (kinds.into_iter().filter_map(|kind| self.context.entry(kind)).collect(), committed)
     }
 
     fn push_small(&self, kind: Kind) {
@@ -345,7 +375,7 @@ impl RequestRecord {
             return false;
         }
         let response_bytes = state.response_bytes + self.server_bytes.load(Ordering::Relaxed);
-        let streamed = matches!(state.response, Response::Streamed);
+        let was_streamed = matches!(state.response, Response::Streamed);
         let body = match std::mem::take(&mut state.response) {
             Response::Held(mut held) => {
                 held.wire_bytes = response_bytes;
@@ -356,6 +386,9 @@ impl RequestRecord {
             }
             Response::None | Response::Streamed => None,
         };
+        let mut upgraded = self.upgraded.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let streamed = was_streamed || upgraded.as_ref().is_some_and(Upgraded::has_body);
+        let rest = upgraded.as_mut().map(|upgraded| upgraded.finish().kinds).unwrap_or_default();
         let closed = RequestClosed {
             status: state.http_status,
             outcome,
@@ -363,17 +396,19 @@ impl RequestRecord {
             response_bytes,
             client_bytes: self.client_bytes.load(Ordering::Relaxed),
             duration_us: u64::try_from(self.opened.elapsed().as_micros()).unwrap_or(u64::MAX),
+            exit_code: upgraded.as_ref().and_then(Upgraded::exit_code),
             body: None,
         };
         let held_bytes = std::mem::take(&mut state.held_bytes);
         drop(state);
         let (context, workers) = (&self.context, &self.context.workers);
-        if streamed || waiter.is_none() || body.as_ref().is_some_and(|body| !body.is_small()) {
-            workers.close(context, Closing { closed, body, held_bytes, waiter });
+        let is_small = rest.is_empty() && body.as_ref().is_none_or(Held::is_small);
+        if streamed || waiter.is_none() || !is_small {
+            workers.close(context, Closing { closed, body, held_bytes, rest, waiter });
             return true;
         }
         // Somebody waits for it, and it is short: no thread need be woken for it.
-        let kinds = Closing { closed, body, held_bytes, waiter: None }.reduce(context);
+        let kinds = Closing { closed, body, held_bytes, rest, waiter: None }.reduce(context);
         match context.queue.try_push(context.appendix(kinds, waiter)) {
             Ok(()) => workers.release(&context.share, held_bytes),
             Err(append) => workers.push(context, append, held_bytes),

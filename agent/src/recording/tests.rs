@@ -17,7 +17,7 @@ use weir_common::{
 
 use super::{Recorder, RecordingError, RequestHead, fixture::*};
 
-fn content(events: &[Event], wanted: Channel) -> Vec<u8> {
+pub(super) fn content(events: &[Event], wanted: Channel) -> Vec<u8> {
     let mut all = Vec::new();
     for event in events {
         if let Kind::Content(content) = &event.kind
@@ -31,7 +31,7 @@ fn content(events: &[Event], wanted: Channel) -> Vec<u8> {
 }
 
 #[track_caller]
-fn closed(events: &[Event]) -> &RequestClosed {
+pub(super) fn closed(events: &[Event]) -> &RequestClosed {
     let mut found = events.iter().filter_map(|event| match &event.kind {
         Kind::RequestClosed(closed) => Some(&**closed),
         _ => None,
@@ -63,7 +63,7 @@ fn gzip(content: &[u8]) -> Vec<u8> {
 
 /// Neither the canary nor any base64 of it, at whatever alignment, is in any file of the journal.
 #[track_caller]
-fn no_canary(directory: &Path) {
+pub(super) fn no_canary(directory: &Path) {
     let mut forms = vec![CANARY.as_bytes().to_vec()];
     for shift in 0..3 {
         let encoded = STANDARD.encode([&vec![b' '; shift], CANARY.as_bytes()].concat());

@@ -122,6 +122,8 @@ pub(super) struct Closing {
     pub(super) body: Option<Held>,
     /// Bytes that `body` takes of the budget.
     pub(super) held_bytes: usize,
+    /// What an upgraded stream ended with.
+    pub(super) rest: Vec<Kind>,
     /// Told when the record of the whole is durable.
     pub(super) waiter: Option<Waiter>,
 }
@@ -129,10 +131,10 @@ pub(super) struct Closing {
 impl Closing {
     /// What is recorded of the end, with what was held of the response.
     pub(super) fn reduce(mut self, context: &Context) -> Vec<Kind> {
-        let mut kinds = Vec::new();
+        let mut kinds = self.rest;
         if let Some(held) = &self.body {
             let (recorded, summary) = content::reduce(&context.masker, context.sensitivity, held);
-            kinds = content::split(Channel::ResponseBody, 0, &recorded);
+            kinds.append(&mut content::split(Channel::ResponseBody, 0, &recorded));
             self.closed.body = Some(summary);
         }
         kinds.push(Kind::RequestClosed(Box::new(self.closed)));
@@ -392,10 +394,10 @@ fn streamed(context: &Context, take: impl FnOnce(&mut Streamed) -> Vec<Kind>) ->
 fn close(context: &Context, mut closing: Closing) -> Option<Append> {
     let waiter = closing.waiter.take();
     let streamed = context.streamed.lock().unwrap_or_else(PoisonError::into_inner).take();
-    let mut kinds = Vec::new();
+    let mut kinds = std::mem::take(&mut closing.rest);
     if let Some(streamed) = streamed {
-        let (rest, summary) = streamed.finish(&context.masker, closing.closed.response_bytes);
-        kinds = rest;
+        let (mut rest, summary) = streamed.finish(&context.masker, closing.closed.response_bytes);
+        kinds.append(&mut rest);
         closing.closed.body = Some(summary);
     }
     kinds.append(&mut closing.reduce(context));

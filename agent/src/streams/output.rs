@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use weir_common::event::{Change, Channel};
 
-use super::{Direction, Event, Lane, Reason, status::Status};
+use super::{Direction, Event, Lane, Reason, meaning::Meaning, status::Status};
 
 /// From so many events of one piece on, bytes join the last ones of their lane, whatever came between: a peer that
 /// changes lanes with every byte must not make an event of each.
@@ -27,12 +27,13 @@ impl Ledger {
 pub(super) struct Output<'a> {
     ledger: &'a mut Ledger,
     status: &'a mut Status,
+    meaning: &'a mut Meaning,
     events: Vec<Event>,
 }
 
 impl<'a> Output<'a> {
-    pub(super) fn new(ledger: &'a mut Ledger, status: &'a mut Status) -> Self {
-        Self { ledger, status, events: Vec::new() }
+    pub(super) fn new(ledger: &'a mut Ledger, status: &'a mut Status, meaning: &'a mut Meaning) -> Self {
+        Self { ledger, status, meaning, events: Vec::new() }
     }
 
     pub(super) fn into_events(self) -> Vec<Event> {
@@ -49,6 +50,11 @@ impl<'a> Output<'a> {
         }
         let offset = *count;
         *count += bytes.len() as u64;
+        self.push(lane, offset, bytes.clone());
+        self.meaning.data(lane, &bytes, &mut self.events);
+    }
+
+    fn push(&mut self, lane: Lane, offset: u64, bytes: Bytes) {
         let reach = if self.events.len() < RUNS_MAX { 1 } else { usize::MAX };
         for event in self.events.iter_mut().rev().take(reach) {
             match event {
@@ -72,6 +78,7 @@ impl<'a> Output<'a> {
     /// A lane begins or ends.
     pub(super) fn changed(&mut self, lane: Lane, change: Change) {
         self.events.push(Event::Changed(lane, change));
+        self.meaning.changed(lane, change, &mut self.events);
     }
 
     /// Says why the next raw bytes are raw, unless that was said before.

@@ -50,6 +50,8 @@ fn take(decoded: &mut Decoded, direction: Direction, events: Vec<Event>) {
                 decoded.said[direction.index()]
                     .push(format!("{:?} {:?} {change:?}", lane.channel, lane.connection));
             }
+            Event::Copied(file) => decoded.said[direction.index()].push(format!("{file:?}")),
+            Event::Forwarded(connection) => decoded.said[direction.index()].push(format!("{connection:?}")),
             Event::Gap(reason) => decoded.said[direction.index()].push(format!("{reason:?}")),
         }
     }

@@ -185,10 +185,13 @@ fn ends_and_connections_are_told() {
             [
                 "PortIn Some(Connection { port: 8080, id: 1 }) Opened",
                 "PortIn Some(Connection { port: 8080, id: 1 }) Reset",
+                "ConnectionForwarded { connection: Connection { port: 8080, id: 1 }, bytes_in: 4, bytes_out: 4, protocol: None, server_name: None }",
                 "PortIn Some(Connection { port: 443, id: 5 }) Opened",
                 "PortIn Some(Connection { port: 443, id: 5 }) Reset",
+                "ConnectionForwarded { connection: Connection { port: 443, id: 5 }, bytes_in: 8, bytes_out: 8, protocol: None, server_name: None }",
                 "PortIn Some(Connection { port: 8080, id: 9 }) Opened",
                 "PortIn Some(Connection { port: 8080, id: 9 }) Reset",
+                "ConnectionForwarded { connection: Connection { port: 8080, id: 9 }, bytes_in: 6, bytes_out: 6, protocol: None, server_name: None }",
             ],
             [
                 "PortError Some(Connection { port: 443, id: 5 }) Ended",
@@ -285,6 +288,8 @@ pub(super) fn text(events: &[Event]) -> String {
                 format!("{:?} @{offset} {}\n", lane.channel, parts.concat().escape_ascii())
             }
             Event::Changed(lane, change) => format!("{:?} {change:?}\n", lane.channel),
+            Event::Copied(file) => format!("{file:?}\n"),
+            Event::Forwarded(connection) => format!("{connection:?}\n"),
             Event::Gap(reason) => format!("gap {reason:?}\n"),
         });
     }

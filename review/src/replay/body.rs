@@ -97,6 +97,23 @@ pub(crate) fn show_raw(bytes: &[u8], detail: Detail) -> Shown {
     }
 }
 
+/// Shows what a process read or wrote: as a body where it is text, else every byte of it, escaped.
+pub(crate) fn show_said(bytes: &[u8], detail: Detail) -> Shown {
+    if detail == Detail::Full || std::str::from_utf8(bytes).is_ok_and(|text| !text.contains('\0')) {
+        return Shown { label: None, ..show(bytes, detail) };
+    }
+    let line = |line: &[u8]| {
+        let line = line.strip_suffix(b"\n").unwrap_or(line);
+        let (shown, more) = line.split_at(line.len().min(LINE_CHARS_MAX));
+        let more = if more.is_empty() { String::new() } else { format!("… ({} more bytes)", more.len()) };
+        format!("{}{more}", escaped_exactly(shown))
+    };
+    Shown {
+        label: Some("not all of it text".into()),
+        lines: bytes.split_inclusive(|byte| *byte == b'\n').map(line).collect(),
+    }
+}
+
 /// Version and kind, if the bytes are a `runtime.Unknown` as Kubernetes sends it: `k8s\0`, then field 1 (the type:
 /// field 1 its version, field 2 its kind). Escaped. See k8s.io/apimachinery `pkg/runtime/generated.proto`.
 fn kubernetes_protobuf(bytes: &[u8]) -> Option<String> {

@@ -8,12 +8,13 @@ use std::{
     io::{self, Write},
 };
 
-use weir_common::event::{ActsAs, BodySummary, Channel, Header, Identity, Kind};
+use weir_common::event::{BodySummary, Channel, Header, Kind};
 
 use super::{
     ReplayError,
     body::{self, Detail, Shown},
-    story::{Invocation, Piece, Request, Step, Story, outcome},
+    story::{Invocation, Piece, Request, Step, Story, channel_name, outcome},
+    wording::{acting, execution, meaning, quoted},
 };
 use crate::{
     moment::{Moment, bytes, counted, length},
@@ -126,7 +127,10 @@ impl<'a> Printer<'a> {
             }
             Step::RequestNote(index, note) => {
                 let request = &story.requests[index];
-                self.line(time_us, request, &self.style.bad(&escaped(&request.notes[note].text)))?;
+                let note = &request.notes[note];
+                let text = escaped(&note.text);
+                let text = if note.calm { self.style.faint(&text) } else { self.style.bad(&text) };
+                self.line(time_us, request, &text)?;
             }
             Step::Note(note) => {
                 let text = self.style.bad(&escaped(&story.notes[note].text));
@@ -180,6 +184,9 @@ impl<'a> Printer<'a> {
         let wire = format!("{} {} ({}{upgrade})", opened.method, opened.uri, opened.protocol);
         let text = format!("{}  {}", self.style.strong(&what), self.style.faint(&escaped(&wire)));
         self.line(*time_us, request, &text)?;
+        if let Some(text) = opened.execution.as_deref().map(execution) {
+            writeln!(self.out, "{MARGIN}{}", self.style.strong(&text))?;
+        }
         if let Some(text) = opened.identity.as_deref().and_then(acting) {
             self.note(&text)?;
         }
@@ -230,6 +237,9 @@ impl<'a> Printer<'a> {
         text.push_str(&format!("{} from the server", bytes(closed.response_bytes)));
         if closed.client_bytes > 0 {
             text.push_str(&format!(", {} from the client", bytes(closed.client_bytes)));
+        }
+        if let Some(code) = closed.exit_code {
+            text.push_str(&format!(", exit code {code}"));
         }
         self.line(time_us, request, &(text + &self.how_it_ended(request)))?;
         if let Some(summary) = &closed.body {
@@ -363,23 +373,25 @@ impl<'a> Printer<'a> {
     fn piece(&mut self, index: usize, piece: Piece) -> Result<(), ReplayError> {
         let request = &self.story.requests[index];
         let content = self.read(piece)?;
-        let raw = |who| format!("{who}, {} (raw, not decoded)", bytes(content.len() as u64));
+        let title =
+            format!("{}, {}", channel_name(piece.channel, piece.connection), bytes(content.len() as u64));
         match piece.channel {
             Channel::ClientRaw | Channel::ServerRaw => {
-                let title = raw(if piece.channel == Channel::ClientRaw {
-                    "client → server"
-                } else {
-                    "server → client"
-                });
+                let title = format!("{title} (raw, not decoded)");
                 let shown = Shown { label: None, ..body::show_raw(&content, self.detail) };
                 self.content(piece.time_us, request, &title, &shown, PIECE_LINES_MAX)
             }
-            _ if request.opened.as_ref().is_some_and(|(_, opened)| opened.attributes.verb == "watch") => {
+            Channel::ResponseBody
+                if request.opened.as_ref().is_some_and(|(_, opened)| opened.attributes.verb == "watch") =>
+            {
                 self.watch_piece(index, piece.time_us, content)
+            }
+            Channel::Stdin | Channel::Stdout | Channel::Stderr => {
+                let shown = body::show_said(&content, self.detail);
+                self.content(piece.time_us, request, &title, &shown, PIECE_LINES_MAX)
             }
             _ => {
                 let shown = body::show(&content, self.detail);
-                let title = format!("output, {}", bytes(content.len() as u64));
                 self.content(piece.time_us, request, &title, &shown, PIECE_LINES_MAX)
             }
         }
@@ -445,45 +457,5 @@ impl<'a> Printer<'a> {
     fn more(&mut self, request: &Request, what: &str) -> io::Result<()> {
         let text = format!("… {what}: {} {}", self.full_command, request.id);
         self.note(&text)
-    }
-}
-
-/// What a request means, in words: `get pods web in default`, `create pods/exec web in default`.
-fn meaning(opened: &weir_common::event::RequestOpened) -> String {
-    let attributes = &opened.attributes;
-    if attributes.resource.is_empty() {
-        return format!("{} {}", attributes.verb, opened.uri.split('?').next().unwrap_or_default());
-    }
-    let mut text = format!("{} {}", attributes.verb, attributes.resource);
-    for (before, part) in [
-        ("/", &attributes.subresource),
-        (".", &attributes.api_group),
-        (" ", &attributes.name),
-        (" in ", &attributes.namespace),
-    ] {
-        if !part.is_empty() {
-            text.push_str(before);
-            text.push_str(part);
-        }
-    }
-    text
-}
-
-/// An argument as one would type it to a shell; for reading only. Escaped.
-fn quoted(argument: &str) -> String {
-    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:=,@%+".contains(c);
-    if !argument.is_empty() && argument.chars().all(plain) {
-        return argument.to_owned();
-    }
-    format!("'{}'", escaped(&argument.replace('\'', r"'\''")))
-}
-
-/// As whom a request went on, where that is not the caller.
-fn acting(identity: &Identity) -> Option<String> {
-    let rule = identity.rule.as_deref().unwrap_or_default();
-    match identity.acts_as.as_ref()? {
-        ActsAs::PassThrough => None,
-        ActsAs::Impersonate { user } => Some(format!("as {} by rule {rule}", user.username)),
-        ActsAs::Role { arn, by } => Some(format!("in {arn} ({by}) by rule {rule}")),
     }
 }

@@ -6,9 +6,11 @@
 use std::collections::HashMap;
 
 use weir_common::event::{
-    Caller, Channel, Container, Content, Event, Header, Kind, Outcome, Process, RequestClosed, RequestOpened,
+    Caller, Change, Channel, Connection, Container, Content, Event, Header, Kind, Outcome, Process,
+    RequestClosed, RequestOpened,
 };
 
+use super::wording;
 use crate::source::Place;
 
 /// A session.
@@ -66,14 +68,45 @@ pub(crate) struct Piece {
     pub(crate) time_us: i64,
     pub(crate) place: Place,
     pub(crate) channel: Channel,
+    pub(crate) connection: Option<Connection>,
     pub(crate) offset: u64,
 }
 
-/// A gap or finding, in words.
+/// What a channel is called, in words that need no escaping.
+pub(crate) fn channel_name(channel: Channel, connection: Option<Connection>) -> String {
+    let port = || connection.map_or_else(String::new, |of| format!(" {} (connection {})", of.port, of.id));
+    match channel {
+        Channel::RequestBody => "request body".into(),
+        Channel::ResponseBody => "output".into(),
+        Channel::ClientRaw => "client → server".into(),
+        Channel::ServerRaw => "server → client".into(),
+        Channel::Stdin => "stdin".into(),
+        Channel::Stdout => "stdout".into(),
+        Channel::Stderr => "stderr".into(),
+        Channel::Status => "status".into(),
+        Channel::Resize => "terminal size".into(),
+        Channel::PortIn => format!("to port{}", port()),
+        Channel::PortOut => format!("from port{}", port()),
+        Channel::PortError => format!("error of port{}", port()),
+    }
+}
+
+/// A gap, a finding, or the end of a channel, in words.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Note {
     pub(crate) time_us: i64,
     pub(crate) text: String,
+    /// Nothing to worry about.
+    pub(crate) calm: bool,
+}
+
+impl Note {
+    /// None for other kinds.
+    fn of(time_us: i64, kind: &Kind) -> Option<Self> {
+        let calm =
+            matches!(kind, Kind::ChannelChanged { .. } | Kind::FileCopied(_) | Kind::ConnectionForwarded(_));
+        note(kind).map(|text| Self { time_us, text, calm })
+    }
 }
 
 impl Story {
@@ -116,7 +149,7 @@ impl Story {
                     let invocation = self.invocation(event.invocation, time_us);
                     self.request(id, invocation, time_us).add(place, time_us, kind);
                 }
-                None => self.notes.extend(note(&kind).map(|text| Note { time_us, text })),
+                None => self.notes.extend(Note::of(time_us, &kind)),
             },
         }
     }
@@ -157,18 +190,18 @@ impl Request {
             Kind::RequestRefused { status, reason } => self.refused = Some((time_us, status, reason)),
             Kind::ResponseStarted { status, headers } => self.response = Some((time_us, status, headers)),
             Kind::RequestClosed(closed) => self.closed = Some((time_us, closed)),
-            Kind::Content(Content { channel, offset, .. }) => {
-                self.pieces.push(Piece { time_us, place, channel, offset });
+            Kind::Content(Content { channel, connection, offset, .. }) => {
+                self.pieces.push(Piece { time_us, place, channel, connection, offset });
             }
-            kind => self.notes.extend(note(&kind).map(|text| Note { time_us, text })),
+            kind => self.notes.extend(Note::of(time_us, &kind)),
         }
     }
 
     /// Whether its answer is a stream that is shown piece by piece: a watch, a followed log, an upgrade. An error
     /// (or a refusal) in their place is an answer like any other.
     pub(crate) fn is_stream(&self) -> bool {
-        let raw = |piece: &Piece| matches!(piece.channel, Channel::ClientRaw | Channel::ServerRaw);
-        if self.pieces.iter().any(raw) {
+        let body = |piece: &Piece| matches!(piece.channel, Channel::RequestBody | Channel::ResponseBody);
+        if !self.pieces.iter().all(body) {
             return true;
         }
         let Some((_, opened)) = &self.opened else { return false };
@@ -189,9 +222,21 @@ impl Request {
     }
 }
 
-/// A gap or finding in words; none for other kinds.
+/// What a note says; none for other kinds.
 fn note(kind: &Kind) -> Option<String> {
     match kind {
+        // The bytes are there, only not decoded.
+        Kind::Gap { reason, events: None, bytes: Some(0) } => Some(reason.clone()),
+        Kind::ChannelChanged { channel, connection, change } => {
+            let change = match change {
+                Change::Opened => "is opened",
+                Change::Ended => "ends",
+                Change::Reset => "is broken off",
+            };
+            Some(format!("{} {change}", channel_name(*channel, *connection)))
+        }
+        Kind::FileCopied(file) => Some(wording::copied(file)),
+        Kind::ConnectionForwarded(forwarded) => Some(wording::forwarded(forwarded)),
         Kind::Gap { reason, events, bytes } => {
             let number = |number: &Option<u64>, noun| number.map(|n| crate::moment::counted(n, noun));
             let missing: Vec<String> =

@@ -3,9 +3,17 @@
 use std::{path::Path, time::Duration};
 
 use expect_test::{Expect, expect};
-use weir_common::event::{ActsAs, BodySummary, Channel, Identity, Kind, Outcome, RequestClosed, UserInfo};
+use tempfile::TempDir;
+use weir_common::attributes::Execution;
+use weir_common::event::{
+    ActsAs, BodySummary, Bytes, Change, Channel, Connection, ConnectionForwarded, Content, FileCopied,
+    Identity, Kind, Outcome, RequestClosed, UserInfo,
+};
 
-use super::{Detail, Order, Printer, ReplayError, Subject, find, perform, play, tell, write_cast};
+use super::{
+    Detail, Order, Pace, Printer, ReplayError, Subject, find, perform, play, tell, write_cast, write_json,
+    write_transcript,
+};
 use crate::{
     fixture::{SESSION, Writer, one_session, request},
     source::Journal,
@@ -123,18 +131,24 @@ fn one_request_is_printed_in_full() {
 }
 
 #[test]
-fn with_a_speed_everything_comes_in_its_order_and_time() {
+fn with_a_speed_everything_comes_in_its_order_and_time_but_no_pause_longer_than_wanted() {
     let (directory, _) = one_session();
     let journal = Journal::open(directory.path()).unwrap();
     let found = find(&journal, &Subject::Session(SESSION.into())).unwrap();
     let story = tell(&journal, &found).unwrap();
-    let (mut out, mut archive, mut waited) = (Vec::new(), journal.archive(), Vec::new());
-    let mut printer = Printer::new(&mut out, Style::PLAIN, &story, &mut archive, Detail::Readable, "weir");
-    let mut wait = |length: Duration| waited.push(length.as_micros());
     let steps = story.steps(Order::Chronological);
     assert!(steps.is_sorted_by_key(|(time, _)| *time));
-    perform(&mut printer, &steps, Some(2.0), &mut wait).unwrap();
-    assert_eq!(waited, [6000, 50_000, 2500, 500, 250_000, 10_000, 250_000]);
+    let waited = |idle_limit| {
+        let (mut out, mut archive, mut waited) = (Vec::new(), journal.archive(), Vec::new());
+        let mut printer =
+            Printer::new(&mut out, Style::PLAIN, &story, &mut archive, Detail::Readable, "weir");
+        let mut wait = |length: Duration| waited.push(length.as_micros());
+        perform(&mut printer, &steps, Some(Pace { speed: 2.0, idle_limit }), &mut wait).unwrap();
+        waited
+    };
+    assert_eq!(waited(None), [6000, 50_000, 2500, 500, 250_000, 10_000, 250_000]);
+    let limit = Some(Duration::from_millis(50));
+    assert_eq!(waited(limit), [6000, 50_000, 2500, 500, 50_000, 10_000, 50_000]);
 }
 
 #[test]
@@ -156,17 +170,197 @@ fn a_cast_holds_what_servers_sent_over_upgraded_connections() {
     let (directory, _) = one_session();
     let journal = Journal::open(directory.path()).unwrap();
     let path = directory.path().join("out.cast");
-    let text = write_cast(&journal, &Subject::Session(SESSION.into()), &path).unwrap();
-    assert!(text.starts_with("wrote 21 bytes in 1 piece of raw upgrade bytes (not decoded)"), "{text}");
+    let text = write_cast(&journal, &Subject::Session(SESSION.into()), &path, None).unwrap();
+    assert!(text.starts_with("wrote 21 bytes in 1 piece to "), "{text}");
     expect![[r#"
-        {"height":24,"timestamp":1769860800,"title":"weir session 0198aaaa-0000-7000-8000-000000000001: raw upgrade bytes, server to client, not decoded","version":2,"width":80}
-        [0.0,"m","raw: request req-exec"]
+        {"height":24,"timestamp":1769860800,"title":"weir session 0198aaaa-0000-7000-8000-000000000001","version":2,"width":80}
+        [0.0,"m","raw, not decoded: request req-exec"]
         [0.0,"o","\\x82\u000f\u0001hello \u001b]0;owned\u0007\n\\xff"]
     "#]]
     .assert_eq(&std::fs::read_to_string(&path).unwrap());
-    let none = write_cast(&journal, &Subject::Request("req-list".into()), &directory.path().join("none"));
-    assert!(matches!(none, Err(ReplayError::NothingToCast)));
+    let list = Subject::Request("req-list".into());
+    let none = write_cast(&journal, &list, &directory.path().join("none"), None);
+    assert!(matches!(none, Err(ReplayError::NothingSaid)));
+    assert!(matches!(write_transcript(&journal, &list, &mut Vec::new()), Err(ReplayError::NothingSaid)));
     assert!(!directory.path().join("none").exists());
+}
+
+/// An exec, a port-forward and a copy.
+fn streams() -> TempDir {
+    let directory = tempfile::tempdir().unwrap();
+    let mut writer = Writer::new(1, 7);
+    write_exec(&mut writer);
+    write_forward(&mut writer);
+    let file = FileCopied {
+        channel: Channel::Stdin,
+        path: "tmp/a\u{1b}b".to_owned(),
+        bytes: 12,
+        digest: Some("sha256:00".to_owned()),
+        link_target: None,
+        passed_bytes: None,
+    };
+    let link = FileCopied { link_target: Some("/etc".to_owned()), digest: None, ..file.clone() };
+    for file in [file, link] {
+        writer.event(SESSION, "i1", "copy", Kind::FileCopied(Box::new(file)));
+    }
+    writer.save(directory.path(), 0);
+    directory
+}
+
+fn content(channel: Channel, connection: Option<Connection>, text: &[u8]) -> Kind {
+    Kind::Content(Content { channel, connection, offset: 0, bytes: Bytes::from_slice(text) })
+}
+
+fn write_exec(writer: &mut Writer) {
+    let mut opened = request("POST", "create", "/api/v1/namespaces/web/pods/a/exec?command=sh", "web");
+    let command = ["sh", "-c", "cat; exit 3\u{1b}"].map(str::to_owned).to_vec();
+    let container = Some("main".to_owned());
+    opened.execution = Some(Box::new(Execution { container, command, stdin: true, tty: true }));
+    let Kind::RequestClosed(mut end) = closed(Some(101), Outcome::Complete, "", None) else { panic!() };
+    end.exit_code = Some(3);
+    for kind in [
+        Kind::RequestOpened(Box::new(opened)),
+        content(Channel::Resize, None, b"{\"Width\":120,\"Height\":40}\n"),
+        content(Channel::Stdin, None, b"cat\n"),
+        Kind::ChannelChanged { channel: Channel::Stdin, connection: None, change: Change::Ended },
+        content(Channel::Stdout, None, b"one\n\x1b[2Jtwo\xc3\n\\ $ "),
+        content(Channel::Stderr, None, b"warning\n"),
+        Kind::Gap { reason: "what follows is recorded raw".to_owned(), events: None, bytes: Some(0) },
+        content(Channel::Status, None, br#"{"status":"Failure","reason":"NonZeroExitCode"}"#),
+        Kind::RequestClosed(end),
+    ] {
+        writer.event(SESSION, "i1", "exec", kind);
+    }
+}
+
+fn write_forward(writer: &mut Writer) {
+    let connection = Connection { port: 8080, id: 5 };
+    let forwarded = ConnectionForwarded {
+        connection,
+        bytes_in: 16,
+        bytes_out: 17,
+        protocol: Some("tls".to_owned()),
+        server_name: Some("db\u{1b}.example".to_owned()),
+    };
+    let connection = Some(connection);
+    for kind in [
+        Kind::ChannelChanged { channel: Channel::PortIn, connection, change: Change::Opened },
+        content(Channel::PortIn, connection, b"GET / HTTP/1.1\r\n"),
+        content(Channel::PortOut, connection, b"HTTP/1.1 200 OK\r\n"),
+        Kind::ConnectionForwarded(Box::new(forwarded)),
+    ] {
+        writer.event(SESSION, "i1", "forward", kind);
+    }
+}
+
+#[test]
+fn streams_are_replayed_by_channel_and_connection() {
+    let directory = streams();
+    check_journal(
+        directory.path(),
+        Subject::Session(SESSION.into()),
+        expect![[r#"
+        session   0198aaaa-0000-7000-8000-000000000001
+        cluster   prod
+        node      node-1
+        caller    not on record: this journal does not hold the session's start
+        started   2026-01-31T12:00:00.000Z, on record for 0 µs
+        holds     1 process, 3 requests
+
+        process 1 not on record
+            +0.000s [1.1] create pods in web  POST /api/v1/namespaces/web/pods/a/exec?command=sh (HTTP/2)
+                     │ runs sh -c 'cat; exit 3\x1b', in container main, with input and a terminal
+            +0.000s [1.1] terminal size, 26 bytes
+                     │ {
+                     │   "Width": 120,
+                     │   "Height": 40
+                     │ }
+            +0.000s [1.1] stdin, 4 bytes
+                     │ cat
+            +0.000s [1.1] stdout, 17 bytes (not all of it text)
+                     │ one
+                     │ \x1b[2Jtwo\xc3
+                     │ \\ $ 
+            +0.000s [1.1] stderr, 8 bytes
+                     │ warning
+            +0.000s [1.1] status, 47 bytes
+                     │ {
+                     │   "status": "Failure",
+                     │   "reason": "NonZeroExitCode"
+                     │ }
+            +0.000s [1.1] stdin ends
+            +0.000s [1.1] what follows is recorded raw
+            +0.000s [1.1] 101 stream ends after 1.5 ms, 7 bytes from the server, exit code 3
+            +0.000s [1.2] request forward: its beginning is not on record
+            +0.000s [1.2] to port 8080 (connection 5), 16 bytes
+                     │ GET / HTTP/1.1
+            +0.000s [1.2] from port 8080 (connection 5), 17 bytes
+                     │ HTTP/1.1 200 OK
+            +0.000s [1.2] to port 8080 (connection 5) is opened
+            +0.000s [1.2] connection 5 to port 8080 is over: 16 bytes in, 17 bytes out, tls to db\x1b.example
+            +0.000s [1.2] no end on record: still running, or the agent ended without a word
+            +0.000s [1.3] request copy: its beginning is not on record
+            +0.000s [1.3] file into the container: tmp/a\x1bb, 12 bytes, sha256:00
+            +0.000s [1.3] link into the container: tmp/a\x1bb → /etc
+            +0.000s [1.3] no end on record: still running, or the agent ended without a word
+    "#]],
+    );
+}
+
+#[test]
+fn streams_are_written_as_a_cast_and_as_a_transcript() {
+    let directory = streams();
+    let journal = Journal::open(directory.path()).unwrap();
+    let path = directory.path().join("out.cast");
+    write_cast(&journal, &Subject::Session(SESSION.into()), &path, None).unwrap();
+    expect![[r#"
+        {"height":24,"timestamp":1769860800,"title":"weir session 0198aaaa-0000-7000-8000-000000000001","version":2,"width":80}
+        [0.0,"m","request exec"]
+        [0.0,"r","120x40"]
+        [0.0,"i","cat\n"]
+        [0.0,"o","one\n\u001b[2Jtwo\\xc3\n\\ $ "]
+        [0.0,"o","warning\n"]
+    "#]]
+    .assert_eq(&std::fs::read_to_string(&path).unwrap());
+    let mut out = Vec::new();
+    write_transcript(&journal, &Subject::Session(SESSION.into()), &mut out).unwrap();
+    expect![[r#"
+        # request exec: create pods in web, runs sh -c 'cat; exit 3\x1b', in container main, with input and a terminal
+        stdin: cat
+        stdout: one
+        stdout: \x1b[2Jtwo\xc3
+        stderr: warning
+        stdout: \\ $  (no line end)
+        # exit code 3
+    "#]]
+    .assert_eq(&String::from_utf8(out).unwrap());
+}
+
+#[test]
+fn as_json_every_event_stands_as_it_was_recorded() {
+    let (directory, _) = one_session();
+    let journal = Journal::open(directory.path()).unwrap();
+    for (subject, expected) in
+        [(Subject::Session(SESSION.into()), None), (Subject::Request("req-exec".into()), Some("req-exec"))]
+    {
+        let mut out = Vec::new();
+        write_json(&journal, &subject, &mut out, false).unwrap();
+        let recorded = journal.records().map(Result::unwrap).filter(|record| record.session == SESSION);
+        let wanted = recorded.filter(|record| {
+            expected.is_none() || journal.event(record).unwrap().request.as_deref() == expected
+        });
+        let mut lines = out.split_inclusive(|byte| *byte == b'\n');
+        let mut last = 0.0;
+        for record in wanted {
+            let line: serde_json::Value = serde_json::from_slice(lines.next().unwrap()).unwrap();
+            let event: serde_json::Value = serde_json::from_slice(&record.value).unwrap();
+            assert_eq!(line["event"], event);
+            assert!(line["at"].as_f64().unwrap() >= last);
+            last = line["at"].as_f64().unwrap();
+        }
+        assert_eq!(lines.next(), None);
+        assert!(last > 0.0);
+    }
 }
 
 fn closed(status: Option<u16>, outcome: Outcome, reason: &str, body: Option<BodySummary>) -> Kind {
@@ -177,6 +371,7 @@ fn closed(status: Option<u16>, outcome: Outcome, reason: &str, body: Option<Body
         response_bytes: 7,
         client_bytes: 0,
         duration_us: 1500,
+        exit_code: None,
         body,
     }))
 }

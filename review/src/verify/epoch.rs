@@ -355,6 +355,8 @@ impl Check<'_> {
         let number =
             |number: Option<u64>| number.map_or("an unknown number of".to_owned(), |n| n.to_string());
         let what = match serde_json::from_slice::<Event>(frame.value).map(|event| event.kind) {
+            // Bytes of a stream that are there, only not decoded.
+            Ok(Kind::Gap { reason, events: None, bytes: Some(0) }) => format!("nothing missing: {reason}"),
             Ok(Kind::Gap { reason, events, bytes }) => {
                 format!("{} events, {} bytes missing: {reason}", number(events), number(bytes))
             }

@@ -1,0 +1,134 @@
+//! The record of an upgraded stream: what [`crate::streams`] decodes, as events.
+//!
+//! Framing is not kept; payload is, and so is whatever could not be decoded.
+
+use bytes::Bytes;
+use http::{
+    HeaderMap,
+    header::{SEC_WEBSOCKET_EXTENSIONS, SEC_WEBSOCKET_PROTOCOL, UPGRADE},
+};
+use weir_common::event::{Channel, Kind};
+
+use super::{RequestHead, body::Sensitivity, content};
+use crate::streams::{self, Agreed, Decoder, Direction};
+
+/// What an upgrade asks for, as far as it decides how the stream is read.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Asked {
+    api_group: String,
+    subresource: String,
+    verb: String,
+    query: String,
+}
+
+impl Asked {
+    pub(super) fn of(head: &RequestHead<'_>) -> Self {
+        Self {
+            api_group: head.attributes.api_group.clone(),
+            subresource: head.attributes.subresource.clone(),
+            verb: head.attributes.verb.clone(),
+            query: head.uri.query().unwrap_or_default().to_owned(),
+        }
+    }
+}
+
+/// What one piece means.
+#[derive(Debug, Default)]
+pub(super) struct Decoded {
+    /// In their order.
+    pub(super) kinds: Vec<Kind>,
+    /// Pieces of a response body, which the masks must see.
+    pub(super) body: Vec<Bytes>,
+}
+
+/// A stream while it passes.
+#[derive(Debug)]
+pub(super) struct Upgraded {
+    decoder: Decoder,
+    /// Raw bytes may hold objects of the API, which no mask can see in them.
+    withholds: bool,
+}
+
+impl Upgraded {
+    /// The stream that `asked` and the head of the response agree on.
+    pub(super) fn new(asked: &Asked, headers: &HeaderMap, sensitivity: Sensitivity) -> Self {
+        let text = |name| headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default();
+        let decoder = Decoder::new(Agreed {
+            api_group: &asked.api_group,
+            subresource: &asked.subresource,
+            verb: &asked.verb,
+            query: &asked.query,
+            upgrade: text(UPGRADE),
+            subprotocol: text(SEC_WEBSOCKET_PROTOCOL),
+            extensions: headers.contains_key(SEC_WEBSOCKET_EXTENSIONS),
+        });
+        Self { decoder, withholds: asked.verb == "watch" || sensitivity != Sensitivity::None }
+    }
+
+    /// Takes the next bytes of one direction.
+    pub(super) fn feed(&mut self, direction: Direction, piece: &Bytes) -> Decoded {
+        let events = self.decoder.feed(direction, piece);
+        self.decoded(events)
+    }
+
+    /// The stream is over.
+    pub(super) fn finish(&mut self) -> Decoded {
+        let mut events = self.decoder.finish(Direction::ClientToServer);
+        events.append(&mut self.decoder.finish(Direction::ServerToClient));
+        self.decoded(events)
+    }
+
+    /// Whether the server's messages are a response body.
+    pub(super) fn has_body(&self) -> bool {
+        self.decoder.has_body()
+    }
+
+    /// Exit code of the process, if the server has said how it ended.
+    pub(super) fn exit_code(&self) -> Option<i32> {
+        self.decoder.exit_code()
+    }
+
+    fn decoded(&self, events: Vec<streams::Event>) -> Decoded {
+        let mut decoded = Decoded::default();
+        for event in events {
+            match event {
+                streams::Event::Data { lane, parts, .. } if lane.channel == Channel::ResponseBody => {
+                    decoded.body.extend(parts);
+                }
+                streams::Event::Data { lane, offset, parts } => {
+                    let bytes = match &parts[..] {
+                        [one] => one.clone(),
+                        many => many.concat().into(),
+                    };
+                    if self.withholds && matches!(lane.channel, Channel::ClientRaw | Channel::ServerRaw) {
+                        decoded.kinds.push(withheld(bytes.len()));
+                        continue;
+                    }
+                    decoded.kinds.append(&mut content::split_lane(lane, offset, &bytes));
+                }
+                streams::Event::Changed(streams::Lane { channel, connection }, change) => {
+                    decoded.kinds.push(Kind::ChannelChanged { channel, connection, change });
+                }
+                streams::Event::Copied(file) => decoded.kinds.push(Kind::FileCopied(Box::new(file))),
+                streams::Event::Forwarded(connection) => {
+                    decoded.kinds.push(Kind::ConnectionForwarded(Box::new(connection)));
+                }
+                streams::Event::Gap(reason) => {
+                    // The bytes follow as they are, so none are missing.
+                    decoded.kinds.push(Kind::Gap {
+                        reason: reason.to_string(),
+                        events: None,
+                        bytes: Some(0),
+                    });
+                }
+            }
+        }
+        decoded
+    }
+}
+
+/// Bytes of a stream that the masks cannot see into.
+fn withheld(bytes: usize) -> Kind {
+    let reason = "withheld: objects in a stream that is not decoded cannot be masked".to_owned();
+    Kind::Gap { reason, events: None, bytes: Some(bytes as u64) }
+}

@@ -1,0 +1,133 @@
+//! What the journal has of an upgraded stream. What the decoders make of bytes is tested beside them.
+
+use std::sync::{Arc, atomic::Ordering};
+
+use base64::{Engine as _, engine::general_purpose::STANDARD};
+use bytes::Bytes;
+use http::{HeaderMap, Method, StatusCode};
+use sha2::{Digest as _, Sha256};
+use tempfile::TempDir;
+use weir_common::event::{Channel, Kind, Outcome};
+
+use super::{
+    Recorder,
+    fixture::{CANARY, TestDisk, attributes, names, on, open, options, read},
+    tests::{closed, content, no_canary},
+};
+
+fn agreed(subprotocol: &str) -> HeaderMap {
+    let mut headers = HeaderMap::new();
+    headers.insert("upgrade", "websocket".parse().unwrap());
+    headers.insert("sec-websocket-protocol", subprotocol.parse().unwrap());
+    headers
+}
+
+/// A frame whose mask is zero: the payload stands in it as it is.
+fn from_client(payload: &[u8]) -> Vec<u8> {
+    [&[0x82, 0x80 | payload.len() as u8, 0, 0, 0, 0][..], payload].concat()
+}
+
+fn from_server(payload: &[u8]) -> Bytes {
+    [&[0x82, 126][..], &(payload.len() as u16).to_be_bytes(), payload].concat().into()
+}
+
+#[tokio::test]
+async fn an_exec_is_recorded_by_channel_and_its_input_is_durable_when_it_is_forwarded() {
+    let directory = TempDir::new().unwrap();
+    let disk = Arc::new(TestDisk::default());
+    let recorder = on(&disk, options(directory.path())).unwrap();
+    let headers = agreed("v4.channel.k8s.io");
+    let record =
+        open(&recorder, Method::POST, &attributes("create", "pods", "exec"), &headers, None).await.unwrap();
+    record.response_started(StatusCode::SWITCHING_PROTOCOLS, &headers, true);
+    let syncs = || disk.syncs.load(Ordering::SeqCst);
+    let mut head = Bytes::from(from_client(b"\0rm -r x\n"));
+    let payload = head.split_off(7);
+    record.client_stream_data(head).await.unwrap();
+    let before = syncs();
+    record.client_stream_data(payload).await.unwrap();
+    assert!(syncs() > before, "nothing is forwarded that is not durable");
+    record.server_stream_data(from_server(b"\x01done")).await.unwrap();
+    let status = br#"{"status":"Failure","reason":"NonZeroExitCode","details":{"causes":[{"reason":"ExitCode","message":"7"}]}}"#;
+    record.server_stream_data(from_server(&[b"\x03", &status[..]].concat())).await.unwrap();
+    record.server_stream_data(Bytes::from_static(&[0x82])).await.unwrap();
+    record.close(Outcome::Complete, None);
+    recorder.stop("test").await.unwrap();
+    let events = read(recorder.folder());
+    assert_eq!(content(&events, Channel::Stdin), b"rm -r x\n");
+    assert_eq!(content(&events, Channel::Stdout), b"done");
+    assert_eq!(content(&events, Channel::Status), status);
+    // The head that no payload followed is the last that is said of it.
+    assert_eq!(content(&events, Channel::ServerRaw), [0x82]);
+    assert!(content(&events, Channel::ClientRaw).is_empty());
+    assert_eq!(
+        names(&events)[names(&events).len() - 4..],
+        ["gap", "content", "requestClosed", "agentStopped"]
+    );
+    let closed = closed(&events);
+    assert_eq!(
+        (closed.exit_code, closed.client_bytes, closed.response_bytes),
+        (Some(7), 15, 9 + 4 + 1 + status.len() as u64 + 1)
+    );
+}
+
+#[tokio::test]
+async fn a_watch_of_secrets_over_websocket_is_masked_and_what_is_not_decoded_of_one_is_withheld() {
+    for (subprotocol, coded) in [("", false), ("base64.binary.k8s.io", true), ("chat", false)] {
+        let directory = TempDir::new().unwrap();
+        let recorder = Recorder::start(options(directory.path())).unwrap();
+        let headers = agreed(subprotocol);
+        let watch = attributes("watch", "secrets", "");
+        let record = open(&recorder, Method::GET, &watch, &headers, None).await.unwrap();
+        record.response_started(StatusCode::SWITCHING_PROTOCOLS, &headers, true);
+        let line = format!(
+            "{{\"type\":\"ADDED\",\"object\":{{\"kind\":\"Secret\",\"data\":{{\"a\":\"{}\"}}}}}}\n",
+            STANDARD.encode(CANARY)
+        );
+        let message = if coded { STANDARD.encode(&line) } else { line };
+        record.server_stream_data(from_server(message.as_bytes())).await.unwrap();
+        record.close(Outcome::Complete, None);
+        recorder.stop("test").await.unwrap();
+        let events = read(recorder.folder());
+        let body = String::from_utf8(content(&events, Channel::ResponseBody)).unwrap();
+        let withheld = events.iter().any(|event| {
+            matches!(&event.kind, Kind::Gap { reason, bytes: Some(1..), .. } if reason.starts_with("withheld"))
+        });
+        assert_eq!(
+            (body.contains("weir:masked:"), withheld),
+            (subprotocol != "chat", subprotocol == "chat"),
+            "{body}"
+        );
+        no_canary(directory.path());
+    }
+}
+
+#[tokio::test]
+async fn files_that_go_through_exec_are_named_with_length_and_digest() {
+    let folder = TempDir::new().unwrap();
+    std::fs::write(folder.path().join("a"), b"content").unwrap();
+    let mut tar = std::process::Command::new("tar");
+    let archive = tar.args(["-c", "-f", "-", "-C"]).arg(folder.path()).arg("a").output().unwrap().stdout;
+    let directory = TempDir::new().unwrap();
+    let recorder = Recorder::start(options(directory.path())).unwrap();
+    let headers = agreed("v5.channel.k8s.io");
+    let exec = attributes("create", "pods", "exec");
+    let record = open(&recorder, Method::POST, &exec, &headers, None).await.unwrap();
+    record.response_started(StatusCode::SWITCHING_PROTOCOLS, &headers, true);
+    for piece in archive.chunks(100) {
+        record.client_stream_data(from_client(&[b"\0", piece].concat()).into()).await.unwrap();
+    }
+    record.close(Outcome::Complete, None);
+    recorder.stop("test").await.unwrap();
+    let events = read(recorder.folder());
+    assert_eq!(content(&events, Channel::Stdin), archive);
+    let files: Vec<_> = events
+        .iter()
+        .filter_map(|event| match &event.kind {
+            Kind::FileCopied(file) => Some((file.path.as_str(), file.bytes, file.digest.clone())),
+            _ => None,
+        })
+        .collect();
+    let digest = format!("sha256:{}", hex::encode(Sha256::digest(b"content")));
+    assert_eq!(files, [("a", 7, Some(digest))]);
+}

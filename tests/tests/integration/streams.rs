@@ -1,0 +1,245 @@
+//! Exec, cp and port-forward of a real kubectl, over WebSocket and over SPDY: what the processes said is what is on record.
+
+use std::{
+    collections::BTreeMap,
+    io::{Read as _, Write as _},
+    process::{Command, Stdio},
+};
+
+use sha2::{Digest as _, Sha256};
+use weir_common::event::{Channel, Connection, ConnectionForwarded, Event, FileCopied, Kind};
+use weir_tests::{Pod, PodSpec, agent, agent::TrustSource, command, wait_until};
+
+use super::{DEADLINE, Scene, shown, verify};
+
+/// Bytes that go through an exec each way; with `WEIR_TEST_LONG` more.
+const BYTES: usize = 4 * 1024 * 1024;
+const BYTES_LONG: usize = 64 * 1024 * 1024;
+
+/// The bytes of one request's lanes.
+fn lanes(events: &[Event], request: &str) -> BTreeMap<(Channel, Option<Connection>), Vec<u8>> {
+    let mut lanes: BTreeMap<_, Vec<u8>> = BTreeMap::new();
+    for event in events.iter().filter(|event| event.request.as_deref() == Some(request)) {
+        if let Kind::Content(content) = &event.kind {
+            let lane = lanes.entry((content.channel, content.connection)).or_default();
+            assert_eq!(lane.len() as u64, content.offset, "nothing is missing");
+            lane.extend(content.bytes.to_vec().unwrap());
+        }
+    }
+    lanes
+}
+
+/// The requests that were upgraded, in their order: id, URI, and what they were upgraded to.
+fn upgrades(events: &[Event]) -> Vec<(String, String, String)> {
+    let opened = events.iter().filter_map(|event| match &event.kind {
+        Kind::RequestOpened(opened) => {
+            Some((event.request.clone()?, opened.uri.clone(), opened.upgrade.clone()?))
+        }
+        _ => None,
+    });
+    opened.collect()
+}
+
+fn exit_code(events: &[Event], request: &str) -> Option<i32> {
+    events.iter().find_map(|event| match &event.kind {
+        Kind::RequestClosed(closed) if event.request.as_deref() == Some(request) => closed.exit_code,
+        _ => None,
+    })
+}
+
+fn sha256(bytes: &[u8]) -> String {
+    hex::encode(Sha256::digest(bytes))
+}
+
+fn files<'a>(events: &'a [Event], request: &str) -> Vec<&'a FileCopied> {
+    let of = events.iter().filter(|event| event.request.as_deref() == Some(request));
+    of.filter_map(|event| match &event.kind {
+        Kind::FileCopied(file) => Some(&**file),
+        _ => None,
+    })
+    .collect()
+}
+
+fn forwarded<'a>(events: &'a [Event], request: &str) -> Vec<&'a ConnectionForwarded> {
+    let of = events.iter().filter(|event| event.request.as_deref() == Some(request));
+    of.filter_map(|event| match &event.kind {
+        Kind::ConnectionForwarded(forwarded) => Some(&**forwarded),
+        _ => None,
+    })
+    .collect()
+}
+
+#[track_caller]
+fn run(pod: &Pod<'_>, script: &str) -> String {
+    let (code, out, err) = shown(&pod.exec(&["sh", "-c", script]).unwrap());
+    assert_eq!(code, Some(0), "{script}: {out}{err}");
+    out
+}
+
+/// The requests that were upgraded since there were `earlier`, once all have ended; and all events.
+fn ended(scene: &Scene, earlier: usize) -> (Vec<(String, String, String)>, Vec<Event>) {
+    wait_until("the ends of all streams", DEADLINE, || {
+        let events = scene.events();
+        let streams = upgrades(&events).split_off(earlier);
+        let closed = |id: &str| {
+            events.iter().any(|event| {
+                event.request.as_deref() == Some(id) && matches!(event.kind, Kind::RequestClosed(_))
+            })
+        };
+        Ok(streams.iter().all(|(id, ..)| closed(id)).then_some((streams, events)))
+    })
+    .unwrap()
+}
+
+#[test]
+fn what_is_said_in_streams_is_on_record_by_channel_whatever_kubectl_speaks() {
+    let Some(mut scene) = Scene::new() else { return };
+    scene.namespace("it-streams", true);
+    let pod = scene.testbed.run_pod(&PodSpec::idle("it-streams", "caller")).unwrap();
+    let _agent = scene.agent(TrustSource::ClusterSigner);
+    let bytes = if std::env::var_os("WEIR_TEST_LONG").is_some() { BYTES_LONG } else { BYTES };
+    run(&pod, &format!("head -c {bytes} /dev/urandom > /tmp/sent"));
+    let sent = run(&pod, "sha256sum < /tmp/sent")[..64].to_owned();
+    for (websocket, spoken) in [("true", "websocket"), ("false", "SPDY/3.1")] {
+        let earlier = upgrades(&scene.events()).len();
+        say_everything(&pod, websocket, &sent);
+        type_into_a_terminal(&scene, websocket);
+        let (streams, events) = ended(&scene, earlier);
+        assert!(streams.iter().all(|(.., to)| to == spoken), "{streams:?}");
+        let id = |part: &str| {
+            let found = streams.iter().find(|(_, uri, _)| uri.contains(part));
+            &found.unwrap_or_else(|| panic!("{part} in {streams:?}")).0
+        };
+        let of = |part: &str| (lanes(&events, id(part)), exit_code(&events, id(part)));
+        let text = |lanes: &BTreeMap<(Channel, Option<Connection>), Vec<u8>>, channel| {
+            String::from_utf8_lossy(&lanes[&(channel, None)]).into_owned()
+        };
+        let (tee, code) = of("tee");
+        assert_eq!(code, Some(0));
+        let digest = |channel| sha256(&tee[&(channel, None)]);
+        assert_eq!(digest(Channel::Stdin), sent, "{spoken}");
+        assert_eq!(digest(Channel::Stdout), sent, "{spoken}");
+        assert_eq!(text(&tee, Channel::Stderr), "told\n", "{spoken}");
+        assert_eq!(of("exit").1, Some(7), "{spoken}");
+        let (terminal, code) = of("stty");
+        assert_eq!(code, Some(3), "{spoken}");
+        assert!(text(&terminal, Channel::Stdin).contains("typed"), "{spoken}");
+        assert!(text(&terminal, Channel::Stdout).contains("a terminal"), "{spoken}");
+        assert!(text(&terminal, Channel::Resize).contains("Width"), "{spoken}");
+        for (part, channel, path) in
+            [("-xmf", Channel::Stdin, "copied"), ("=cf", Channel::Stdout, "tmp/sent")]
+        {
+            let found = files(&events, id(part));
+            let [file] = found[..] else { panic!("{found:?}") };
+            assert_eq!((file.channel, file.path.as_str(), file.bytes), (channel, path, bytes as u64));
+            assert_eq!(file.digest, Some(format!("sha256:{sent}")), "{spoken}");
+        }
+        forwards(&events, id("/portforward"), spoken);
+        for (id, uri, _) in &streams {
+            let raw =
+                |(channel, _): &(Channel, _)| matches!(channel, Channel::ClientRaw | Channel::ServerRaw);
+            assert!(!lanes(&events, id).keys().any(raw), "all of {uri} is decoded");
+        }
+        let replay = replayed(&scene, &["--request", id("exit"), "--transcript"]);
+        assert!(replay.contains("runs sh -c 'exit 7'") && replay.contains("# exit code 7"), "{replay}");
+        let replay = replayed(&scene, &["--request", id("/portforward")]);
+        assert!(replay.contains("tls to db.example"), "{replay}");
+    }
+    let verified = verify(&scene.journal());
+    assert!(verified.status.success(), "{:?}", shown(&verified));
+}
+
+/// Exec, cp and port-forward in every way, by the pod's own kubectl.
+fn say_everything(pod: &Pod<'_>, websocket: &str, sent: &str) {
+    let kubectl = format!(
+        "export KUBECTL_REMOTE_COMMAND_WEBSOCKETS={websocket} KUBECTL_PORT_FORWARD_WEBSOCKETS={websocket}; "
+    );
+    let back = run(
+        pod,
+        &format!(
+            "{kubectl} kubectl exec -i -n it-streams caller -- sh -c 'tee /tmp/got; echo told >&2' < /tmp/sent \
+             2>/tmp/told | sha256sum; cat /tmp/told"
+        ),
+    );
+    assert_eq!((&back[..64], back.lines().last()), (sent, Some("told")));
+    let code = run(pod, &format!("{kubectl} kubectl exec -n it-streams caller -- sh -c 'exit 7'; echo $?"));
+    assert!(code.lines().last() == Some("7"), "{code}");
+    run(
+        pod,
+        &format!(
+            "{kubectl} kubectl cp /tmp/sent it-streams/caller:/tmp/copied && cmp /tmp/sent /tmp/copied && \
+             kubectl cp it-streams/caller:/tmp/sent /tmp/back && cmp /tmp/sent /tmp/back"
+        ),
+    );
+    // The second connection is that of a TLS client that will not be answered.
+    let answer = run(
+        pod,
+        &format!(
+            "{kubectl} (echo answer | timeout 20 nc -l -p 9000 >/tmp/asked; sleep 3 | timeout 20 nc -l -p 9000) \
+             >/dev/null 2>&1 & \
+             kubectl port-forward -n it-streams pod/caller 9001:9000 >/tmp/forwarding 2>&1 & forward=$!; \
+             until grep -q Forwarding /tmp/forwarding; do sleep 0.1; done; \
+             echo question | timeout 20 nc 127.0.0.1 9001; sleep 1; \
+             kubectl --kubeconfig /dev/null --server https://127.0.0.1:9001 --tls-server-name db.example --token x \
+             --insecure-skip-tls-verify --request-timeout 2s get --raw / >/dev/null 2>&1; \
+             kill $forward; rm /tmp/forwarding"
+        ),
+    );
+    assert_eq!(answer, "answer\n");
+}
+
+/// An exec of the pod's kubectl with a terminal, which it has from a terminal of the host.
+fn type_into_a_terminal(scene: &Scene, websocket: &str) {
+    let script = format!(
+        "KUBECTL_REMOTE_COMMAND_WEBSOCKETS={websocket} kubectl exec -it -n it-streams caller -- \
+         sh -c \"stty -a >/dev/null && echo a terminal; read it; exit 3\""
+    );
+    let mut outer = scene.testbed.kubectl_command();
+    outer.args(["exec", "-it", "-n", "it-streams", "caller", "--", "sh", "-c", &script]);
+    let words = std::iter::once(outer.get_program()).chain(outer.get_args());
+    let words: Vec<String> = words.map(|word| format!("'{}'", word.to_str().unwrap())).collect();
+    let mut terminal = Command::new("timeout");
+    terminal.args(["60", "script", "-q", "-c", &words.join(" "), "/dev/null"]);
+    for (name, value) in outer.get_envs() {
+        if let Some(value) = value {
+            terminal.env(name, value);
+        }
+    }
+    let mut child = terminal.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let (mut keyboard, mut screen) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
+    let (mut shown, mut piece) = (Vec::new(), [0; 256]);
+    loop {
+        let read = screen.read(&mut piece).unwrap();
+        shown.extend_from_slice(&piece[..read]);
+        let text = String::from_utf8_lossy(&shown);
+        if text.contains("a terminal") {
+            break;
+        }
+        assert!(read > 0, "{text}");
+    }
+    keyboard.write_all(b"typed\n").unwrap();
+    screen.read_to_end(&mut shown).unwrap();
+    child.wait().unwrap();
+}
+
+/// What the record says of the two connections.
+#[track_caller]
+fn forwards(events: &[Event], request: &str, spoken: &str) {
+    let lanes = lanes(events, request);
+    let found = forwarded(events, request);
+    let first = found.iter().find(|forwarded| forwarded.protocol.is_none()).unwrap();
+    assert_eq!((first.connection.port, first.bytes_in, first.bytes_out), (9000, 9, 7), "{spoken}: {found:?}");
+    assert_eq!(lanes[&(Channel::PortIn, Some(first.connection))], b"question\n", "{spoken}");
+    assert_eq!(lanes[&(Channel::PortOut, Some(first.connection))], b"answer\n", "{spoken}");
+    let tls = found.iter().find(|forwarded| forwarded.protocol.as_deref() == Some("tls")).unwrap();
+    assert_eq!(tls.server_name.as_deref(), Some("db.example"), "{spoken}: {found:?}");
+    assert_eq!(tls.bytes_in, lanes[&(Channel::PortIn, Some(tls.connection))].len() as u64, "{spoken}");
+}
+
+/// What `weir replay` says.
+fn replayed(scene: &Scene, arguments: &[&str]) -> String {
+    let weir = agent::built_binary("weir").unwrap();
+    let mut replay = Command::new(weir);
+    replay.args(["replay", "--from"]).arg(scene.journal()).args(arguments);
+    command::run(&mut replay).unwrap()
+}
