@@ -374,6 +374,7 @@ pub(crate) fn recorder_options(config: &Config) -> RecorderOptions {
         session_idle_timeout: config.limits.session_idle_timeout,
         rules: config.recording.commits.clone(),
         pod_quota: config.limits.pod_quota,
+        signing_key_files: config.journal.signing_key_files.clone(),
         ..RecorderOptions::new(config.journal.directory.clone(), config.node.clone(), clusters)
     }
 }

@@ -21,6 +21,7 @@ use crate::recording::PodQuota;
 
 mod authentication;
 pub mod aws_role;
+mod journal;
 mod kafka;
 mod limits;
 mod nri;
@@ -129,6 +130,8 @@ pub struct Journal {
     pub directory: PathBuf,
     /// Most bytes of all its segments together.
     pub bytes_max: u64,
+    /// Keys that sign its checkpoints; without any each run makes its own.
+    pub signing_key_files: Vec<PathBuf>,
 }
 
 /// A cluster that pods of this node act on.

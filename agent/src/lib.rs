@@ -18,6 +18,7 @@ pub mod nri;
 pub mod proxy;
 pub mod publishing;
 pub mod recording;
+pub mod signing;
 mod storage;
 pub mod streams;
 pub mod telemetry;

@@ -1,10 +1,11 @@
 //! Publishing: what the journal holds goes to Kafka, at least once, and what was acknowledged leaves the journal.
 //!
 //! Kafka is downstream of the journal: nothing here is on a request's way, and nothing waits for it. One thread, the
-//! [`publisher`], reads durable frames (`feed`) of this agent's epoch and of those whose agents have ended (`stream`),
+//! [`publisher`], reads durable frames (`feed`) of this agent's epoch and of those whose agents have ended (`adoption`, `stream`),
 //! sends them (`sink`, `kafka`), keeps account of what is on its way (`flight`), writes down how far all is acknowledged
 //! (`cursor`), and removes what was acknowledged long enough ago (`retention`). What Kafka is like, `inspection` asks.
 
+mod adoption;
 #[cfg(test)]
 pub(crate) mod clock;
 mod cursor;
@@ -21,6 +22,7 @@ mod publisher;
 #[cfg(test)]
 mod publisher_tests;
 mod retention;
+mod silence;
 mod sink;
 mod stream;
 mod token;

@@ -9,6 +9,7 @@ mod body;
 #[cfg(test)]
 mod commit_tests;
 mod content;
+mod draft;
 #[cfg(test)]
 mod durability_tests;
 mod durable;
@@ -60,7 +61,6 @@ use weir_common::{
     event::{Caller, Coverage, Identity, Kind},
 };
 
-pub(crate) use self::durable::has_ended;
 use self::{
     admission::Unacknowledged,
     emergency::Emergency,
@@ -76,6 +76,7 @@ use self::{
     worker::Workers,
     writer::Status,
 };
+pub(crate) use self::{durable::has_ended, epoch::CHECKPOINT_FILE};
 pub use self::{
     durable::{Durable, DurablePosition},
     error::RecordingError,
@@ -120,9 +121,9 @@ pub struct RecorderOptions {
     pub response_bytes_max: usize,
     /// A session ends after this time without a request.
     pub session_idle_timeout: Duration,
-    /// Ed25519 key (PKCS#8, PEM) that signs checkpoints; without one each epoch makes its own and publishes only
+    /// Ed25519 keys (PKCS#8, PEM) that all sign checkpoints; without any each epoch makes its own and publishes only
     /// its public half.
-    pub signing_key_file: Option<PathBuf>,
+    pub signing_key_files: Vec<PathBuf>,
     /// How requests are committed.
     pub rules: CommitRules,
     /// What one pod may take.
@@ -140,7 +141,7 @@ impl RecorderOptions {
             clusters,
             response_bytes_max: RESPONSE_BYTES_MAX,
             session_idle_timeout: SESSION_IDLE_TIMEOUT,
-            signing_key_file: None,
+            signing_key_files: Vec::new(),
             rules: CommitRules::default(),
             pod_quota: PodQuota::UNLIMITED,
         }
@@ -221,8 +222,8 @@ impl Recorder {
         options: RecorderOptions,
         tuning: Tuning,
     ) -> Result<Self, RecordingError> {
-        let key_file = options.signing_key_file.as_deref();
-        let epoch = Epoch::create(storage.as_ref(), &options.directory, &options.node, key_file)?;
+        let keys = &options.signing_key_files;
+        let epoch = Epoch::create(storage.as_ref(), &options.directory, &options.node, keys)?;
         let mask_key = epoch::mask_key(storage.as_ref(), &options.directory)?;
         let names = options.clusters.iter().map(String::as_str).chain([""]);
         let maskers = names.map(|name| Arc::new(Masker::for_cluster(&mask_key, name))).collect();

@@ -1,20 +1,33 @@
 //! Signed checkpoints of the log: C2SP `tlog-checkpoint` in a C2SP `signed-note`, with Ed25519.
 //!
 //! A checkpoint says: the log named `origin` had `size` events and this Merkle root. Whoever keeps one can prove
-//! later that nothing before it was changed. Formats: <https://c2sp.org/tlog-checkpoint> and
+//! later that nothing before it was changed. Two extension lines follow: when it was signed, so that a later one over as
+//! many events proves silence, and the tree's peaks, so that a reader can go on from it. Formats: <https://c2sp.org/tlog-checkpoint> and
 //! <https://c2sp.org/signed-note>. Sans-IO; where keys live is the agent's matter.
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
-use ed25519_dalek::{Signature, Signer as _, SigningKey, VerifyingKey};
+use ed25519_dalek::{Signature, Signer as _, SigningKey, VerifyingKey, pkcs8::DecodePublicKey as _};
 use sha2::{Digest as _, Sha256};
 
-use crate::merkle::Hash;
+use crate::{
+    merkle::{Hash, Tree},
+    message::{rfc3339, unix_us_of},
+};
 
 /// Most bytes of a signed note that is parsed.
 pub const NOTE_BYTES_MAX: usize = 16 * 1024;
 
 /// Signature type of Ed25519 in the signed-note format.
 const ED25519: u8 = 1;
+
+/// Beginning of the extension line with the time.
+const TIME: &str = "time ";
+
+/// Beginning of the extension line with the peaks.
+const PEAKS: &str = "peaks ";
+
+/// Most signature lines of a note that are looked at.
+const SIGNATURES_MAX: usize = 64;
 
 /// The state of a log.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -25,6 +38,10 @@ pub struct Checkpoint {
     pub size: u64,
     /// Merkle root over them.
     pub root: Hash,
+    /// When it was signed, in microseconds since the Unix epoch. None: an earlier version signed it.
+    pub time_unix_us: Option<i64>,
+    /// The tree that has this root. None: an earlier version signed it, or it is empty.
+    pub tree: Option<Tree>,
 }
 
 /// Why a note, a checkpoint or a key is not accepted.
@@ -67,12 +84,31 @@ pub enum CheckpointError {
 }
 
 impl Checkpoint {
-    /// The text that is signed.
-    pub fn text(&self) -> String {
-        format!("{}\n{}\n{}\n", self.origin, self.size, STANDARD.encode(self.root))
+    /// That of a log as it is now.
+    pub fn of(origin: &str, tree: &Tree, time_unix_us: i64) -> Self {
+        Self {
+            origin: origin.to_owned(),
+            size: tree.size(),
+            root: tree.root(),
+            time_unix_us: Some(time_unix_us),
+            tree: Some(tree.clone()).filter(|tree| tree.size() > 0),
+        }
     }
 
-    /// Reads a checkpoint's text; extension lines after the root are allowed and ignored.
+    /// The text that is signed.
+    pub fn text(&self) -> String {
+        let mut text = format!("{}\n{}\n{}\n", self.origin, self.size, STANDARD.encode(self.root));
+        if let Some(time) = self.time_unix_us {
+            text.push_str(&format!("{TIME}{}\n", rfc3339(time)));
+        }
+        if let Some(tree) = &self.tree {
+            text.push_str(&format!("{PEAKS}{}\n", STANDARD.encode(tree.peaks().as_flattened())));
+        }
+        text
+    }
+
+    /// Reads a checkpoint's text. Extension lines after the root that are not known are passed over; peaks must have the
+    /// root.
     ///
     /// # Errors
     /// The text is not a checkpoint.
@@ -86,19 +122,50 @@ impl Checkpoint {
         let root = lines.next().ok_or(wrong("root is missing"))?;
         let root = STANDARD.decode(root).ok().and_then(|bytes| Hash::try_from(bytes).ok());
         let root = root.ok_or(wrong("root is not 32 bytes in base64"))?;
-        if lines.any(str::is_empty) {
-            return Err(wrong("an extension line is empty"));
+        let mut checkpoint = Self { origin: origin.to_owned(), size, root, time_unix_us: None, tree: None };
+        for line in lines {
+            checkpoint.extend(line).map_err(wrong)?;
         }
-        Ok(Self { origin: origin.to_owned(), size, root })
+        Ok(checkpoint)
     }
 
-    /// Signs the checkpoint: a complete signed note.
-    pub fn sign(&self, signer: &NoteSigner) -> String {
+    /// Takes an extension line.
+    fn extend(&mut self, line: &str) -> Result<(), &'static str> {
+        if line.is_empty() {
+            return Err("an extension line is empty");
+        }
+        if let Some(time) = line.strip_prefix(TIME) {
+            let parsed = unix_us_of(time).filter(|parsed| rfc3339(*parsed) == time);
+            let time = parsed.ok_or("its time is not one as in RFC 3339 with six digits of a second")?;
+            if self.time_unix_us.replace(time).is_some() {
+                return Err("it has two times");
+            }
+        } else if let Some(peaks) = line.strip_prefix(PEAKS) {
+            let bytes = STANDARD.decode(peaks).map_err(|_| "its peaks are not base64")?;
+            let (peaks, rest) = bytes.as_chunks::<32>();
+            let tree = Tree::from_peaks(self.size, peaks.to_vec()).filter(|_| rest.is_empty());
+            let tree = tree.ok_or("its peaks are not those of a tree of its size")?;
+            if tree.root() != self.root {
+                return Err("its peaks have another root");
+            }
+            if self.tree.replace(tree).is_some() {
+                return Err("it has peaks twice");
+            }
+        }
+        Ok(())
+    }
+
+    /// Signs the checkpoint: a complete signed note, with a signature by each of `signers` (at least one).
+    pub fn sign(&self, signers: &[NoteSigner]) -> String {
         let text = self.text();
-        let signature = signer.key.sign(text.as_bytes());
-        let mut blob = signer.verifier.id.to_be_bytes().to_vec();
-        blob.extend_from_slice(&signature.to_bytes());
-        format!("{text}\n\u{2014} {} {}\n", signer.verifier.name, STANDARD.encode(blob))
+        let mut note = format!("{text}\n");
+        for signer in signers {
+            let signature = signer.key.sign(text.as_bytes());
+            let mut blob = signer.verifier.id.to_be_bytes().to_vec();
+            blob.extend_from_slice(&signature.to_bytes());
+            note.push_str(&format!("\u{2014} {} {}\n", signer.verifier.name, STANDARD.encode(blob)));
+        }
+        note
     }
 
     /// Verifies a signed note with this key and returns its checkpoint. Signatures by other keys are ignored.
@@ -148,6 +215,9 @@ fn split_note(note: &str) -> Result<(&str, Vec<SignatureLine<'_>>), CheckpointEr
     let lines = lines.strip_suffix('\n').ok_or(wrong("it does not end with a newline"))?;
     let mut signatures = Vec::new();
     for line in lines.split('\n') {
+        if signatures.len() == SIGNATURES_MAX {
+            return Err(wrong("it has too many signatures"));
+        }
         let line = line.strip_prefix("\u{2014} ").ok_or(wrong("a signature line has no dash"))?;
         let (name, blob) = line.split_once(' ').ok_or(wrong("a signature line has no signature"))?;
         let blob = STANDARD.decode(blob).map_err(|_| wrong("a signature is not base64"))?;
@@ -209,6 +279,22 @@ impl NoteVerifier {
         Ok(verifier)
     }
 
+    /// The key in a PEM file (`openssl pkey -pubout`), by the name that the log of this origin gives it. A key that a
+    /// PEM file holds has no name of its own: several nodes may sign with it.
+    ///
+    /// # Errors
+    /// It is no Ed25519 key, or the origin has no name for it.
+    pub fn from_pem(pem: &str, origin: &str) -> Result<Self, CheckpointError> {
+        let wrong = |reason| CheckpointError::Key { reason };
+        let key = VerifyingKey::from_public_key_pem(pem.trim())
+            .map_err(|_| wrong("its PEM holds no Ed25519 public key"))?;
+        let name = origin.rsplit_once('/').map_or(origin, |(name, _)| name);
+        if !valid_name(name) {
+            return Err(wrong("its name is not valid"));
+        }
+        Ok(Self::of(name.to_owned(), key))
+    }
+
     /// The key's name.
     pub fn name(&self) -> &str {
         &self.name
@@ -268,14 +354,23 @@ mod tests {
     use expect_test::expect;
     use proptest::prelude::*;
 
-    use super::{Checkpoint, CheckpointError, NoteSigner, NoteVerifier};
+    use super::{Checkpoint, CheckpointError, NOTE_BYTES_MAX, NoteSigner, NoteVerifier};
+    use crate::merkle::{LEAVES_MAX, Tree, leaf_hash};
 
     fn signer(seed: u8) -> NoteSigner {
         NoteSigner::new("weir/node-1", SigningKey::from_bytes(&[seed; 32])).unwrap()
     }
 
+    /// As versions before `time` and `peaks` signed it.
     fn sample() -> Checkpoint {
-        Checkpoint { origin: "weir/node-1/epoch".into(), size: 300, root: [7; 32] }
+        let origin = "weir/node-1/epoch".into();
+        Checkpoint { origin, size: 300, root: [7; 32], time_unix_us: None, tree: None }
+    }
+
+    fn extended(leaves: u8) -> Checkpoint {
+        let mut tree = Tree::new();
+        (0..leaves).for_each(|n| tree.push(leaf_hash(&[n])));
+        Checkpoint::of("weir/node-1/epoch", &tree, 1_700_000_000_000_001)
     }
 
     #[test]
@@ -286,9 +381,75 @@ mod tests {
             BwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwc=
 
             — weir/node-1 yXn1m3sILNqbJ+jM+OHopzlH80imXc47zamDXR3q0FBBGU7E9f6PFWeV+jWxm6TvxwLO2sAQLVBLJuOCfw6QSEnVgAs=
-        "#]].assert_eq(&sample().sign(&signer(1)));
+        "#]].assert_eq(&sample().sign(&[signer(1)]));
         expect!["weir/node-1+c979f59b+AYqI4910CfGV/VLbLTy6XXLKZwm/HZQSG/N0iAG0D29c"]
             .assert_eq(&signer(1).verifier().to_string());
+    }
+
+    #[test]
+    fn time_and_peaks_are_signed_lines_and_read_back() {
+        expect![[r#"
+            weir/node-1/epoch
+            3
+            O2zM1+PgI/85MAbwMDFe562esRGwIrQfun5bejlz9og=
+            time 2023-11-14T22:13:20.000001Z
+            peaks ogv5p8wtyKCPX0FacbGfasQnurVNJO7IaLXTEDRJlTr88KbHAN0T4nS2+6je6o3Zsm5O7d40lXF8rIQIycUXfw==
+
+            — weir/node-1 yXn1myMcN2eJ7lvJhjX+zaJfsAf3J+7plAKsdUXT54j7OhjFyOkxaSZ+yX6eiwGdVkgcNCNsTXq8fj/EMaKcPyE7LQc=
+            — weir/node-1 7Mxwq/TEq29Es+Kj/SxpV5unzeeHxepV9ErGf4UikKCo0YL50+raUKWVZgd1Q2avxfRSVJdxY9wxPiWp6RRlRGOgSgE=
+        "#]].assert_eq(&extended(3).sign(&[signer(1), signer(2)]));
+        for leaves in 0..40 {
+            assert_eq!(Checkpoint::parse(&extended(leaves).text()).unwrap(), extended(leaves));
+        }
+        let largest = Tree::from_peaks(LEAVES_MAX - 1, vec![[1; 32]; 48]).unwrap();
+        let longest = Checkpoint::of(&"o".repeat(320), &largest, i64::MAX);
+        let note = longest.sign(&[signer(1), signer(2), signer(3), signer(4)]);
+        assert!(note.len() <= NOTE_BYTES_MAX && Checkpoint::verify(&note, signer(4).verifier()).is_ok());
+    }
+
+    #[test]
+    fn peaks_that_do_not_have_the_root_and_times_that_are_none_are_refused() {
+        let text = extended(3).text();
+        let other = extended(5).text();
+        let peaks = |text: &str| text.lines().last().map(str::to_owned).unwrap();
+        for (from, to, expected) in [
+            ("\n3\n", "\n4\n", "its peaks are not those of a tree of its size"),
+            (peaks(&text).as_str(), peaks(&other).as_str(), "its peaks have another root"),
+            (peaks(&text).as_str(), "peaks ?", "its peaks are not base64"),
+            (peaks(&text).as_str(), "peaks AAAA", "its peaks are not those of a tree of its size"),
+            ("time 2023", "time x2023", "its time is not one as in RFC 3339"),
+            ("20.000001Z", "20.0000010Z", "its time is not one as in RFC 3339"),
+            ("peaks ", "time 2023-11-14T22:13:20.000000Z\npeaks ", "it has two times"),
+        ] {
+            let error = Checkpoint::parse(&text.replacen(from, to, 1)).unwrap_err().to_string();
+            assert!(error.contains(expected), "{from} {to}: {error}");
+        }
+        let unknown = text.replacen("peaks ", "later-version peaks ", 1);
+        assert_eq!(Checkpoint::parse(&unknown).unwrap().tree, None);
+    }
+
+    #[test]
+    fn while_keys_change_both_sign_and_either_verifies() {
+        let note = sample().sign(&[signer(1), signer(2)]);
+        for seed in [1, 2] {
+            assert_eq!(Checkpoint::verify(&note, signer(seed).verifier()).unwrap(), sample());
+        }
+        assert!(matches!(
+            Checkpoint::verify(&note, signer(3).verifier()),
+            Err(CheckpointError::Unsigned { .. })
+        ));
+    }
+
+    #[test]
+    fn a_key_in_pem_has_the_name_that_the_log_gives_it() {
+        let pem = "-----BEGIN PUBLIC KEY-----\nMCowBQYDK2VwAyEAiojj3XQJ8ZX9UtstPLpdcspnCb8dlBIb83SIAbQPb1w=\n-----END PUBLIC KEY-----\n";
+        let verifier = NoteVerifier::from_pem(pem, "weir/node-1/epoch").unwrap();
+        assert_eq!(&verifier, signer(1).verifier());
+        assert!(NoteVerifier::from_pem(pem, "").is_err());
+        assert!(
+            NoteVerifier::from_pem("-----BEGIN PUBLIC KEY-----\nAAAA\n-----END PUBLIC KEY-----", "a/b")
+                .is_err()
+        );
     }
 
     #[test]
@@ -303,7 +464,7 @@ mod tests {
 
     #[test]
     fn a_signed_checkpoint_verifies_with_its_key_only() {
-        let note = sample().sign(&signer(1));
+        let note = sample().sign(&[signer(1)]);
         let verifier = NoteVerifier::parse(&signer(1).verifier().to_string()).unwrap();
         assert_eq!(Checkpoint::verify(&note, &verifier).unwrap(), sample());
         let other = Checkpoint::verify(&note, signer(2).verifier());

@@ -69,6 +69,17 @@ const CONFIGURATION: Configuration<LittleEndian, Varint, Limit<ENVELOPE_BYTES_MA
     bincode::config::standard().with_limit::<ENVELOPE_BYTES_MAX>();
 
 impl Envelope {
+    /// That of a checkpoint over the first `size` events of an epoch, which was signed at this time.
+    pub fn of_checkpoint(node: &str, epoch: &str, size: u64, time_unix_us: i64) -> Self {
+        Self {
+            id: format!("{epoch}/{size}"),
+            event_type: "weir.v1.checkpoint".to_owned(),
+            source: format!("/weir/{node}/{epoch}"),
+            time_unix_us,
+            ..Self::default()
+        }
+    }
+
     /// Appends the envelope in codec [`CODEC_BINCODE_STANDARD`] and returns its length.
     ///
     /// # Errors

@@ -18,6 +18,9 @@ pub fn node_hash(left: &Hash, right: &Hash) -> Hash {
     Sha256::new().chain_update([1]).chain_update(left).chain_update(right).finalize().into()
 }
 
+/// Most leaves of a tree that goes on from its peaks: far more than any log has, and far from where numbers end.
+pub const LEAVES_MAX: u64 = 1 << 48;
+
 /// A tree of which only the roots of its perfect subtrees are kept: at most 64 hashes, however long the log.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Tree {
@@ -32,9 +35,11 @@ impl Tree {
         Self::default()
     }
 
-    /// Goes on from a tree whose [`Self::peaks`] were kept; none if there are not as many as a tree of this size has.
+    /// Goes on from a tree whose [`Self::peaks`] were kept; none if there are not as many as a tree of this size has, or
+    /// if it is larger than [`LEAVES_MAX`].
     pub fn from_peaks(size: u64, peaks: Vec<Hash>) -> Option<Self> {
-        (peaks.len() == size.count_ones() as usize).then_some(Self { peaks, size })
+        let is_one = size <= LEAVES_MAX && peaks.len() == size.count_ones() as usize;
+        is_one.then_some(Self { peaks, size })
     }
 
     /// Roots of the perfect subtrees, the largest (leftmost) first: one for each bit set in the size.
@@ -49,14 +54,23 @@ impl Tree {
 
     /// Appends a leaf, given its [`leaf_hash`].
     pub fn push(&mut self, leaf: Hash) {
+        self.push_with(leaf, &mut |_| ());
+    }
+
+    /// Appends a leaf and shows each root of a perfect subtree that is complete with it, the leaf first: over a whole log
+    /// that is the order of [`node_position`].
+    pub fn push_with(&mut self, leaf: Hash, complete: &mut dyn FnMut(&Hash)) {
         let mut carry = leaf;
         let mut rest = self.size;
+        complete(&carry);
         while rest & 1 == 1 {
             let Some(left) = self.peaks.pop() else { break };
             carry = node_hash(&left, &carry);
+            complete(&carry);
             rest >>= 1;
         }
         self.peaks.push(carry);
+        // Cannot overflow: it starts at LEAVES_MAX at most, and nobody pushes 2^63 times.
         self.size += 1;
     }
 
@@ -73,6 +87,57 @@ pub fn root(leaves: &[Hash]) -> Hash {
     let mut tree = Tree::new();
     leaves.iter().for_each(|leaf| tree.push(*leaf));
     tree.root()
+}
+
+/// Place of a perfect subtree's root where they are written down as they become complete, from 0: the subtree has
+/// 2^`level` leaves, the first of them is `index` × 2^`level`.
+pub fn node_position(level: u32, index: u64) -> u64 {
+    let first = index << level;
+    2 * first - u64::from(first.count_ones()) + (2 << level) - 2
+}
+
+/// The perfect subtrees over the leaves from `first` (a multiple of their largest) up to `size`, as (level, index).
+fn perfect_subtrees(first: u64, size: u64) -> impl Iterator<Item = (u32, u64)> {
+    let (mut first, mut left) = (first, size.saturating_sub(first));
+    std::iter::from_fn(move || {
+        let level = left.checked_ilog2()?;
+        let subtree = (level, first >> level);
+        first += 1 << level;
+        left -= 1 << level;
+        Some(subtree)
+    })
+}
+
+/// Proves that the leaf at `index` is in the tree over `size` leaves, given the roots of perfect subtrees: that of
+/// [`node_position`]`(level, index)`. None if there is no such leaf.
+///
+/// # Errors
+/// What `node` returns.
+pub fn inclusion_path<E>(
+    index: u64,
+    size: u64,
+    node: &mut dyn FnMut(u32, u64) -> Result<Hash, E>,
+) -> Result<Option<Vec<Hash>>, E> {
+    if index >= size {
+        return Ok(None);
+    }
+    let (mut at, mut last, mut level, mut proof) = (index, size - 1, 0, Vec::new());
+    while last > 0 {
+        if at & 1 == 1 {
+            proof.push(node(level, at - 1)?);
+        } else if at + 1 < last {
+            proof.push(node(level, at + 1)?);
+        } else if at < last {
+            // The right edge: not perfect, but made of perfect ones, the smallest last.
+            let mut roots = Vec::new();
+            for (level, index) in perfect_subtrees((at + 1) << level, size) {
+                roots.push(node(level, index)?);
+            }
+            proof.extend(roots.into_iter().rev().reduce(|right, left| node_hash(&left, &right)));
+        }
+        (at, last, level) = (at >> 1, last >> 1, level + 1);
+    }
+    Ok(Some(proof))
 }
 
 /// Largest power of two below `length`, which is at least 2.
@@ -205,8 +270,8 @@ pub fn verify_consistency(
 #[cfg(test)]
 mod tests {
     use super::{
-        Hash, Tree, consistency_proof, inclusion_proof, leaf_hash, node_hash, root, split,
-        verify_consistency, verify_inclusion,
+        Hash, LEAVES_MAX, Tree, consistency_proof, inclusion_path, inclusion_proof, leaf_hash, node_hash,
+        node_position, root, split, verify_consistency, verify_inclusion,
     };
 
     /// The definition of RFC 6962, word for word.
@@ -259,6 +324,43 @@ mod tests {
         }
         assert_eq!(Tree::from_peaks(3, vec![leaf_hash(b"")]), None);
         assert_eq!(Tree::from_peaks(u64::MAX, Vec::new()), None);
+        assert_eq!(Tree::from_peaks(u64::MAX, vec![[0; 32]; 64]), None, "it could not grow");
+        assert!(Tree::from_peaks(LEAVES_MAX, vec![[0; 32]]).is_some());
+    }
+
+    #[test]
+    fn proofs_from_nodes_as_they_became_complete_are_those_of_the_definition() {
+        for count in 1..70_u8 {
+            let leaves = leaves(count);
+            for kept in [0, 1, 6, 7, count / 2] {
+                // What is before `kept` is known by its peaks alone.
+                let (mut tree, mut nodes) = (Tree::new(), vec![None; 150]);
+                let kept = kept.min(count);
+                for (n, leaf) in (0..).zip(&leaves) {
+                    if n == kept {
+                        nodes = vec![None; 150];
+                        let mut first = 0_u64;
+                        for (bit, peak) in (0..8).rev().filter(|bit| kept >> bit & 1 == 1).zip(tree.peaks()) {
+                            nodes[node_position(bit, first >> bit) as usize] = Some(*peak);
+                            first += 1 << bit;
+                        }
+                    }
+                    let mut position = node_position(0, u64::from(n)) as usize;
+                    tree.push_with(*leaf, &mut |node| {
+                        nodes[position] = Some(*node);
+                        position += 1;
+                    });
+                    assert_eq!(position, node_position(0, u64::from(n) + 1) as usize);
+                }
+                for index in usize::from(kept)..leaves.len() {
+                    let mut node =
+                        |level, index| nodes[node_position(level, index) as usize].ok_or((level, index));
+                    let path = inclusion_path(index as u64, u64::from(count), &mut node).unwrap();
+                    assert_eq!(path, inclusion_proof(&leaves, index), "{index} of {count}, {kept} kept");
+                }
+            }
+        }
+        assert_eq!(inclusion_path::<()>(3, 3, &mut |_, _| Err(())), Ok(None));
     }
 
     #[test]

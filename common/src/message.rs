@@ -11,6 +11,7 @@ use jiff::Timestamp;
 use uuid::Uuid;
 
 use crate::{
+    checkpoint::Checkpoint,
     envelope::{ENVELOPE_BYTES_MAX, Envelope},
     frame::{Frame, FrameType, VALUE_BYTES_MAX},
 };
@@ -64,7 +65,9 @@ impl<'a> Message<'a> {
             // A checkpoint's own id is that of the event that follows it.
             FrameType::Checkpoint => {
                 let epoch = envelope.id.split('/').next().unwrap_or_default();
-                (format!("{epoch}/{CHECKPOINT}/{}", frame.sequence).into(), "text/plain; charset=utf-8")
+                let time = signed_at(frame.value).map_or_else(String::new, |time| format!("/{time}"));
+                let id = format!("{epoch}/{CHECKPOINT}/{}{time}", frame.sequence);
+                (id.into(), "text/plain; charset=utf-8")
             }
         };
         let mut headers = Vec::with_capacity(KNOWN.len() + 1);
@@ -73,7 +76,7 @@ impl<'a> Message<'a> {
             (ID, id),
             (SOURCE, envelope.source.as_str().into()),
             (TYPE, envelope.event_type.as_str().into()),
-            (TIME, time(envelope.time_unix_us).into()),
+            (TIME, rfc3339(envelope.time_unix_us).into()),
             (CONTENT_TYPE, content_type.into()),
         ]);
         if envelope.flags != 0 {
@@ -96,10 +99,21 @@ impl<'a> Message<'a> {
     }
 }
 
+/// When a checkpoint was signed: while nothing is recorded there are several over as many events.
+fn signed_at(note: &[u8]) -> Option<u64> {
+    let checkpoint = Checkpoint::parse_unverified(std::str::from_utf8(note).ok()?).ok()?;
+    checkpoint.time_unix_us.and_then(|time| u64::try_from(time).ok())
+}
+
 /// RFC 3339 in UTC with microseconds. A clock outside of the years that it can spell is set to the nearest one.
-fn time(unix_us: i64) -> String {
+pub(crate) fn rfc3339(unix_us: i64) -> String {
     let nearest = if unix_us < 0 { Timestamp::MIN } else { Timestamp::MAX };
     format!("{:.6}", Timestamp::from_microsecond(unix_us).unwrap_or(nearest))
+}
+
+/// The way back.
+pub(crate) fn unix_us_of(rfc3339: &str) -> Option<i64> {
+    rfc3339.parse::<Timestamp>().ok().map(Timestamp::as_microsecond)
 }
 
 /// What a message holds.
@@ -114,6 +128,8 @@ pub enum Kind {
     Checkpoint {
         /// Number of events before it.
         size: u64,
+        /// When it was signed, in microseconds since the Unix epoch; none if an earlier version signed it.
+        signed_unix_us: Option<u64>,
     },
 }
 
@@ -130,7 +146,7 @@ impl Kind {
     pub fn sequence(self) -> u64 {
         match self {
             Self::Event { sequence } => sequence,
-            Self::Checkpoint { size } => size,
+            Self::Checkpoint { size, .. } => size,
         }
     }
 }
@@ -215,16 +231,14 @@ impl<'a> Received<'a> {
         if value.len() > VALUE_BYTES_MAX {
             return Err(MessageError::TooLong { name: "value", bytes: value.len() });
         }
-        let time: Timestamp = headers
-            .required(TIME)?
-            .parse()
-            .map_err(|_| MessageError::Header { name: TIME, expected: "a time as in RFC 3339" })?;
+        let time_unix_us = unix_us_of(headers.required(TIME)?)
+            .ok_or(MessageError::Header { name: TIME, expected: "a time as in RFC 3339" })?;
         let envelope = Envelope {
             key: text("key", key.unwrap_or_default())?.to_owned(),
             id: format!("{epoch}/{}", kind.sequence()),
             event_type: headers.required(TYPE)?.to_owned(),
             source: headers.required(SOURCE)?.to_owned(),
-            time_unix_us: time.as_microsecond(),
+            time_unix_us,
             flags: headers.number(FLAGS)?,
             key_id: headers.number(KEY_ID)?,
         };
@@ -235,16 +249,21 @@ impl<'a> Received<'a> {
 
 /// Epoch and kind of an id; it must be spelt as Weir spells it, so that equal messages have equal ids.
 fn identity(id: &str) -> Result<(Uuid, Kind), MessageError> {
-    let wrong = MessageError::Header { name: ID, expected: "EPOCH/SEQUENCE or EPOCH/checkpoint/SIZE" };
+    let wrong = MessageError::Header { name: ID, expected: "EPOCH/SEQUENCE or EPOCH/checkpoint/SIZE/TIME" };
     let mut parts = id.split('/');
-    let (epoch, second, third, end) = (parts.next(), parts.next(), parts.next(), parts.next());
+    let (epoch, second, third, fourth) = (parts.next(), parts.next(), parts.next(), parts.next());
     let epoch = epoch.and_then(|epoch| {
         let parsed = Uuid::try_parse(epoch).ok()?;
         (parsed.hyphenated().encode_lower(&mut Uuid::encode_buffer()) == epoch).then_some(parsed)
     });
-    let kind = match (second, third, end) {
+    let checkpoint = |size, signed_unix_us| Kind::Checkpoint { size, signed_unix_us };
+    let kind = match (second, third, fourth) {
+        _ if parts.next().is_some() => None,
         (Some(sequence), None, None) => decimal(sequence).map(|sequence| Kind::Event { sequence }),
-        (Some(CHECKPOINT), Some(size), None) => decimal(size).map(|size| Kind::Checkpoint { size }),
+        (Some(CHECKPOINT), Some(size), None) => decimal(size).map(|size| checkpoint(size, None)),
+        (Some(CHECKPOINT), Some(size), Some(time)) => {
+            decimal(size).zip(decimal(time)).map(|(size, time)| checkpoint(size, Some(time)))
+        }
         _ => None,
     };
     epoch.zip(kind).ok_or(wrong)
@@ -306,9 +325,10 @@ mod tests {
 
     use super::{HEADER_BYTES_MAX, HEADERS_MAX, Kind, Message, MessageError, Received};
     use crate::{
+        checkpoint::Checkpoint,
         envelope::Envelope,
         frame::{Frame, FrameType, VALUE_BYTES_MAX},
-        merkle::leaf_hash,
+        merkle::{Tree, leaf_hash},
     };
 
     const EPOCH: Uuid = Uuid::from_u128(0x0197_0000_0000_7000_8000_0000_0000_0001);
@@ -391,9 +411,28 @@ mod tests {
         assert!(message.headers.contains(&("ce_id", format!("{EPOCH}/checkpoint/300").into())));
         assert!(message.headers.contains(&("content-type", "text/plain; charset=utf-8".into())));
         let received = parse(&message).unwrap();
-        assert_eq!((received.epoch, received.kind), (EPOCH, Kind::Checkpoint { size: 300 }));
+        assert_eq!(
+            (received.epoch, received.kind),
+            (EPOCH, Kind::Checkpoint { size: 300, signed_unix_us: None })
+        );
         assert_eq!(received.verifier.as_deref(), Some(KEY.trim()));
         assert_eq!(received.envelope, frame.envelope);
+    }
+
+    #[test]
+    fn checkpoints_over_as_many_events_have_ids_of_their_own() {
+        let mut tree = Tree::new();
+        tree.push(leaf_hash(b"{}"));
+        for time in [1_700_000_000_000_001, 1_700_000_060_000_001] {
+            let note = Checkpoint::of("weir/node-1/e", &tree, time).text();
+            let note = format!("{note}\n\u{2014} name AAAAAAA=\n");
+            let frame = frame(FrameType::Checkpoint, 1, note.as_bytes());
+            let message = Message::of_frame(&frame, None);
+            assert!(message.headers.contains(&("ce_id", format!("{EPOCH}/checkpoint/1/{time}").into())));
+            let received = parse(&message).unwrap();
+            assert_eq!(received.kind, Kind::Checkpoint { size: 1, signed_unix_us: Some(time as u64) });
+            assert_eq!(received.envelope, frame.envelope);
+        }
     }
 
     #[test]
@@ -407,14 +446,22 @@ mod tests {
             |message| message.headers.push(("ce_id", "x".into())),
             "header ce_id is there more than once",
         );
-        let id = "header ce_id is not EPOCH/SEQUENCE or EPOCH/checkpoint/SIZE";
+        let id = "header ce_id is not EPOCH/SEQUENCE or EPOCH/checkpoint/SIZE/TIME";
         let plain = EPOCH.simple();
         for wrong in ["", "7", "x/7", &format!("{plain}/7"), &format!("{EPOCH}/07"), &format!("{EPOCH}/+7")] {
             refused(|message| message.headers[1].1 = wrong.to_owned().into(), id);
         }
-        for end in
-            ["", "/", "/7/8", "/checkpoint", "/checkpoint/", "/checkpoint/7/8", "/18446744073709551616"]
-        {
+        for end in [
+            "",
+            "/",
+            "/7/8",
+            "/checkpoint",
+            "/checkpoint/",
+            "/checkpoint/7/",
+            "/checkpoint/7/08",
+            "/checkpoint/7/8/9",
+            "/18446744073709551616",
+        ] {
             refused(|message| message.headers[1].1 = format!("{EPOCH}{end}").into(), id);
         }
         refused(

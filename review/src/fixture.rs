@@ -121,18 +121,12 @@ impl Writer {
     /// The checkpoint over what is written so far, signed.
     pub(crate) fn note(&self) -> String {
         let origin = format!("weir/{NODE}/{}", self.epoch);
-        Checkpoint { origin, size: self.tree.size(), root: self.tree.root() }.sign(&self.signer)
+        Checkpoint::of(&origin, &self.tree, self.time_us).sign(std::slice::from_ref(&self.signer))
     }
 
     pub(crate) fn checkpoint(&mut self) -> &mut Self {
         let note = self.note();
-        let envelope = Envelope {
-            id: format!("{}/{}", self.epoch, self.sequence),
-            event_type: "weir.v1.checkpoint".into(),
-            source: format!("/weir/{NODE}/{}", self.epoch),
-            time_unix_us: self.time_us,
-            ..Envelope::default()
-        };
+        let envelope = Envelope::of_checkpoint(NODE, &self.epoch.to_string(), self.sequence, self.time_us);
         self.frame(FrameType::Checkpoint, &envelope, note.as_bytes())
     }
 

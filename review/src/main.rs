@@ -4,6 +4,7 @@
 //! 0, 1 for failure (and for damage that `verify` found), 2 for usage. A reader that closes the pipe is no failure.
 
 mod events;
+mod export;
 #[cfg(test)]
 mod fixture;
 mod moment;
@@ -47,7 +48,7 @@ struct Cli {
 
 #[derive(Debug, Args)]
 struct From {
-    /// Journal directory of an agent, or kafka://HOST:PORT[,HOST:PORT]/TOPIC[,TOPIC].
+    /// Journal directory of an agent, or kafka://HOST:PORT[,HOST:PORT]/TOPIC[,TOPIC]; of `verify` also an export.
     ///
     /// Topics are read from their beginning to what they hold now, and spooled into TMPDIR meanwhile. Name the topic of
     /// checkpoints too, where the agent has one of its own.
@@ -94,7 +95,11 @@ enum Command {
     /// escaped (\x1b, \u{202e}), so it cannot act on your terminal. Exec, attach and port-forward streams are
     /// shown by channel and connection; what could not be decoded is marked raw, and --request shows every byte of it.
     Replay(ReplayArgs),
-    /// Verify a journal or topic: frames, sequence, Merkle log, checkpoints; exit 1 on damage, naming the place.
+    /// Write one session with the proofs that its events are in their log, for someone who has no access to the rest.
+    ///
+    /// `weir verify --from DIR` checks it offline.
+    Export(ExportArgs),
+    /// Verify a journal, topic or export: frames, sequence, Merkle log, checkpoints; exit 1 on damage, naming the place.
     Verify(VerifyArgs),
 }
 
@@ -179,13 +184,29 @@ struct ReplayArgs {
 }
 
 #[derive(Debug, Args)]
+struct ExportArgs {
+    #[command(flatten)]
+    from: From,
+    /// Session to export (its whole id).
+    #[arg(long, value_name = "ID")]
+    session: String,
+    /// Folder to make.
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// Verifier keys that the checkpoint must be signed with, as for `verify`.
+    #[arg(long, value_name = "FILE")]
+    key: Vec<PathBuf>,
+}
+
+#[derive(Debug, Args)]
 struct VerifyArgs {
     #[command(flatten)]
     from: From,
-    /// Verifier key (C2SP note format: NAME+HASH+KEY, one a line) that checkpoints must be signed with. Without it keys
-    /// are taken from the journal itself: that proves consistency, not authorship.
+    /// Verifier keys that checkpoints must be signed with, any of them: a file of C2SP note keys (NAME+HASH+KEY, one a
+    /// line), or a public key in PEM, which verifies for every node. May be repeated. Without it keys are taken from
+    /// the journal itself: that proves consistency, not authorship.
     #[arg(long, value_name = "FILE")]
-    key: Option<PathBuf>,
+    key: Vec<PathBuf>,
     /// A checkpoint that you kept from earlier: the journal must still contain all that it covers.
     #[arg(long, value_name = "FILE")]
     checkpoint: Option<PathBuf>,
@@ -250,6 +271,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Sessions(args) => list_sessions(&args, &mut out, style)?,
         Command::Events(args) => print_events(&args, &mut out)?,
         Command::Replay(args) => replay(args, &mut out, style)?,
+        Command::Export(args) => export(&args, &mut out)?,
         Command::Verify(args) => code = verify(&args, &mut out, style)?,
     }
     out.flush().context("cannot write the output")?;
@@ -359,14 +381,32 @@ fn replay(args: ReplayArgs, out: &mut dyn Write, style: Style) -> anyhow::Result
     Ok(played?)
 }
 
-fn verify(args: &VerifyArgs, out: &mut dyn Write, style: Style) -> anyhow::Result<ExitCode> {
+fn export(args: &ExportArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     let journal = args.from.open(Reading::default())?;
-    let options = verify::Options {
-        key: args.key.as_deref(),
-        checkpoint: args.checkpoint.as_deref(),
-        partial: args.partial,
+    let keys = verify::Keys::load(&journal, &args.key)?;
+    let manifest = export::export(&journal, &args.session, &keys, &args.out)?;
+    warn(&journal);
+    let folder = args.out.display();
+    writeln!(out, "{} with proofs in {folder}", moment::counted(manifest.events, "event"))?;
+    if manifest.left_out > 0 {
+        writeln!(
+            out,
+            "{} of the session are not in it: no checkpoint that is here proves them (yet)",
+            moment::counted(manifest.left_out, "event")
+        )?;
+    }
+    Ok(())
+}
+
+fn verify(args: &VerifyArgs, out: &mut dyn Write, style: Style) -> anyhow::Result<ExitCode> {
+    let options =
+        verify::Options { keys: &args.key, checkpoint: args.checkpoint.as_deref(), partial: args.partial };
+    let report = match &args.from.address {
+        Address::Directory(path) if verify::export::is_export(path) => {
+            verify::export::verify(path, &options)?
+        }
+        _ => verify::verify(&args.from.open(Reading::default())?, &options)?,
     };
-    let report = verify::verify(&journal, &options)?;
     let written =
         if args.json { verify::print_json(out, &report) } else { verify::print(out, style, &report) };
     written.context("cannot write the output")?;

@@ -5,10 +5,12 @@
 //! is a [`Report`]; [`epoch`] checks one epoch, [`report`] prints.
 
 mod epoch;
+pub(crate) mod export;
 mod gone;
 mod keys;
 mod known;
 mod report;
+mod silence;
 
 use std::{
     fs, io,
@@ -25,7 +27,7 @@ use crate::{
     source::{Journal, SourceError, topic::Topic},
     terminal::Progress,
 };
-use keys::Keys;
+pub(crate) use keys::Keys;
 pub(crate) use report::{print, print_json};
 
 /// Most findings of one kind that are listed; more are counted.
@@ -58,6 +60,9 @@ pub(crate) enum VerifyError {
     /// `--key` holds something else.
     #[error("{path} holds something that is no verifier key")]
     Key { path: PathBuf, source: CheckpointError },
+    /// Not an export.
+    #[error("{path} is not that of an export which this version of `weir export` writes")]
+    Export { path: PathBuf },
     /// `--checkpoint` holds something else.
     #[error("{path} holds no signed checkpoint")]
     Checkpoint { path: PathBuf, source: CheckpointError },
@@ -69,8 +74,8 @@ pub(crate) enum VerifyError {
 /// What to verify against.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Options<'a> {
-    /// Verifier keys from elsewhere.
-    pub(crate) key: Option<&'a Path>,
+    /// Files with verifier keys from elsewhere.
+    pub(crate) keys: &'a [PathBuf],
     /// A checkpoint kept from earlier.
     pub(crate) checkpoint: Option<&'a Path>,
     /// The beginning may be gone.
@@ -147,6 +152,13 @@ pub(crate) struct EpochReport {
     pub(crate) covered: u64,
     /// Root over all events, hex; none if damage stands in the way.
     pub(crate) root: Option<String>,
+    /// Events that no checkpoint proves, as others before it are missing.
+    pub(crate) unproven: u64,
+    /// Time of the last signed checkpoint that says so.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) last_signed: Option<String>,
+    /// Times without an event that checkpoints prove.
+    pub(crate) silences: silence::Silences,
     /// Whether the agent ended the epoch in an orderly way.
     pub(crate) stopped: bool,
     /// Requests without an end.
@@ -233,7 +245,7 @@ pub(crate) fn verify(journal: &Journal, options: &Options<'_>) -> Result<Report,
 }
 
 fn verify_once(journal: &Journal, options: &Options<'_>) -> Result<Report, VerifyError> {
-    let keys = Keys::load(journal, options.key)?;
+    let keys = Keys::load(journal, options.keys)?;
     let mut kept = options.checkpoint.map(|path| load_checkpoint(path, &keys)).transpose()?;
     let mut report = Report {
         journal: journal.name(),

@@ -48,9 +48,9 @@ fn write_journal(directory: &Path, events: u64) -> std::path::PathBuf {
     }
     let signer = NoteSigner::from_seed("weir/node-1", &[7; 32]).unwrap();
     let origin = format!("weir/{node}/{epoch}");
-    let note = Checkpoint { origin, size: events, root: tree.root() }.sign(&signer);
-    let checkpoint = FrameType::Checkpoint;
-    frame::encode(&mut bytes, checkpoint, events, events, &Envelope::default(), note.as_bytes()).unwrap();
+    let note = Checkpoint::of(&origin, &tree, 5).sign(std::slice::from_ref(&signer));
+    let envelope = Envelope::of_checkpoint(&node, &epoch.to_string(), events, 5);
+    frame::encode(&mut bytes, FrameType::Checkpoint, events, events, &envelope, note.as_bytes()).unwrap();
     let folder = directory.join(epoch.to_string());
     std::fs::create_dir_all(&folder).unwrap();
     std::fs::write(folder.join("node.pub"), signer.verifier().to_string()).unwrap();

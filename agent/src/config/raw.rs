@@ -11,18 +11,17 @@ use std::{
 
 use serde::Deserialize;
 
-use super::authentication::RawAuthentication;
 use super::{
     API_VERSION, Access, Authentication, CLUSTERS_MAX, Cluster, Config, ENDPOINT_NAMES_MAX, EndpointName,
-    Enrolment, JOURNAL_BYTES_MIN, Journal, KIND, LabelSelector, Mode, NAME_SERVERS_MAX, STATE_DIRECTORY,
-    Trust,
+    Enrolment, KIND, LabelSelector, Mode, NAME_SERVERS_MAX, STATE_DIRECTORY, Trust,
+    authentication::RawAuthentication,
+    journal::RawJournal,
     kafka::RawKafka,
     limits::RawLimits,
     nri::RawNri,
     recording::RawRecording,
     roles::{self, RawRole},
 };
-use crate::recording::JOURNAL_BYTES_MAX;
 
 /// A value that makes no sense: where, and why.
 pub(super) struct Invalid {
@@ -119,25 +118,8 @@ impl RawMetrics {
     }
 }
 
-#[derive(Deserialize)]
-#[cfg_attr(test, derive(schemars::JsonSchema))]
-#[serde(deny_unknown_fields, rename_all = "camelCase", default)]
-struct RawJournal {
-    /// Folder, an absolute path; made if absent.
-    directory: PathBuf,
-    /// Most bytes of all segments together. A full journal refuses mutations, so that nothing goes on unrecorded.
-    #[cfg_attr(test, schemars(range(min = JOURNAL_BYTES_MIN)))]
-    bytes_max: u64,
-}
-
 fn state_directory() -> PathBuf {
     STATE_DIRECTORY.into()
-}
-
-impl Default for RawJournal {
-    fn default() -> Self {
-        Self { directory: "/var/lib/weir/journal".into(), bytes_max: JOURNAL_BYTES_MAX }
-    }
 }
 
 #[derive(Deserialize)]
@@ -226,19 +208,13 @@ impl AgentConfiguration {
         if self.kind != KIND {
             return invalid("kind", format!("is {:?}; it must be {KIND:?}", self.kind));
         }
-        if !self.journal.directory.is_absolute() {
-            return invalid("journal.directory", "must be an absolute path");
-        }
         if !self.state_directory.is_absolute() {
             return invalid("stateDirectory", "must be an absolute path");
-        }
-        if self.journal.bytes_max < JOURNAL_BYTES_MIN {
-            return invalid("journal.bytesMax", format!("must be at least {JOURNAL_BYTES_MIN}"));
         }
         Ok(Config {
             node: self.node.unwrap_or_else(|| default_node.to_owned()),
             tenant: self.tenant,
-            journal: Journal { directory: self.journal.directory, bytes_max: self.journal.bytes_max },
+            journal: self.journal.validate()?,
             kafka: self.kafka.map(RawKafka::validate).transpose()?,
             recording: self.recording.validate()?,
             state_directory: self.state_directory,

@@ -31,6 +31,9 @@ const WHOLE_BYTES_MAX: u64 = 128 * 1024 * 1024;
 /// So often a place must fail to be read before it is passed: an error may go away, and a damage is recorded for good.
 const TRIES: u32 = 4;
 
+/// Numbers of segments are below this.
+const SEGMENTS_MAX: u64 = 1 << 48;
+
 /// A place between two frames of an epoch.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Position {
@@ -445,6 +448,8 @@ fn is_lasting(error: &io::Error) -> bool {
 pub(super) fn segments(storage: &dyn Storage, folder: &Path) -> io::Result<BTreeMap<u64, (PathBuf, u64)>> {
     let files = storage::files_named(storage, folder, SEGMENT_SUFFIX)?;
     let index = |path: &Path| path.file_stem()?.to_str()?.parse::<u64>().ok();
+    // A number at which counting ends is not one that an agent gave.
+    let index = |path: &Path| index(path).filter(|index| *index < SEGMENTS_MAX);
     Ok(files.into_iter().filter_map(|(path, bytes)| Some((index(&path)?, (path, bytes)))).collect())
 }
 
@@ -479,6 +484,14 @@ fn is_zero(file: &dyn StoredFile, mut offset: u64) -> io::Result<bool> {
             read if bytes[..read].iter().all(|byte| *byte == 0) => offset += read as u64,
             _ => return Ok(false),
         }
+    }
+}
+
+/// The header of a segment that has one.
+pub(super) fn good_header(storage: &dyn Storage, path: &Path) -> Option<SegmentHeader> {
+    match read_header(storage, path) {
+        Ok(Header::Good(header)) => Some(header),
+        _ => None,
     }
 }
 

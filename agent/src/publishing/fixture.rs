@@ -163,10 +163,24 @@ impl Log {
     }
 
     pub(super) fn checkpoint(&mut self) {
+        self.logged_checkpoint(1_000_000 + self.sequence as i64);
+    }
+
+    pub(super) fn idle_checkpoint(&self, time_unix_us: i64) {
+        std::fs::write(self.folder.join("checkpoint"), self.note(time_unix_us)).unwrap();
+    }
+    fn note(&self, time_unix_us: i64) -> String {
         let origin = format!("weir/node-1/{}", self.epoch);
-        let checkpoint = Checkpoint { origin, size: self.tree.size(), root: self.tree.root() };
-        let note = checkpoint.sign(&self.signer);
-        let bytes = self.frame(FrameType::Checkpoint, "checkpoint", "", note.as_bytes());
+        Checkpoint::of(&origin, &self.tree, time_unix_us).sign(std::slice::from_ref(&self.signer))
+    }
+
+    pub(super) fn logged_checkpoint(&mut self, time_unix_us: i64) {
+        let (note, mut bytes) = (self.note(time_unix_us), Vec::new());
+        let epoch = self.epoch.to_string();
+        let envelope = Envelope::of_checkpoint("node-1", &epoch, self.sequence, time_unix_us);
+        let checkpoint = FrameType::Checkpoint;
+        frame::encode(&mut bytes, checkpoint, self.sequence, self.commit, &envelope, note.as_bytes())
+            .unwrap();
         self.file.write_all_at(&bytes, self.offset).unwrap();
         self.offset += bytes.len() as u64;
         self.commit += 1;

@@ -14,18 +14,18 @@ use uuid::Uuid;
 use weir_common::{
     frame::FrameType,
     message::{MESSAGE_BYTES_MAX, Message},
-    removed::REMOVED_FILE,
 };
 
 use super::{
-    feed::{self, Damage, Next, Position},
+    feed::{Damage, Next, Position},
     measures::Measures,
     retention,
+    silence::Stopped,
     sink::{Failure, MakeSink, Outcome, Sink, Taken, Ticket},
     stream::{Now, Stream, remove_oldest},
 };
 use crate::{
-    recording::{Durable, DurablePosition, has_ended},
+    recording::{Durable, DurablePosition},
     storage::Storage,
 };
 
@@ -73,36 +73,30 @@ pub(super) struct Settings {
 
 /// See the module.
 pub(super) struct Publisher {
-    settings: Settings,
+    pub(super) settings: Settings,
     durable: Arc<DurablePosition>,
     make: Box<dyn MakeSink>,
     gap: RecordGap,
-    measures: Arc<Measures>,
+    pub(super) measures: Arc<Measures>,
     sink: Option<Box<dyn Sink>>,
     /// When it is tried to make one, and the pause after that.
     retry: (Option<Instant>, Duration),
     /// The oldest first.
-    streams: Vec<Stream>,
-    ticket: Ticket,
+    pub(super) streams: Vec<Stream>,
+    pub(super) ticket: Ticket,
     adopted: Option<Instant>,
     removed: Option<Instant>,
     measured: Option<Instant>,
     heard: Option<Instant>,
     patience: Duration,
+    /// When the turn began.
+    pub(super) turned: Instant,
     outcomes: Vec<Outcome>,
     /// After a failure one message is sent at a time, until one arrives that holds the watermark back: what fails again
     /// and again must not make others arrive again and again.
     is_probing: bool,
     /// When the oldest event was made that waited when the sink failed.
     oldest: Option<i64>,
-}
-
-/// Why no more is sent.
-enum Stopped {
-    /// No room.
-    Full,
-    /// The sink must be made anew.
-    Failed(Failure),
 }
 
 impl Publisher {
@@ -128,6 +122,7 @@ impl Publisher {
             measured: None,
             heard: None,
             patience: POLL_SHORT,
+            turned: Instant::now(),
             outcomes: Vec::new(),
             is_probing: false,
             oldest: None,
@@ -136,6 +131,7 @@ impl Publisher {
 
     /// One turn; returns whether there is more to do at once.
     pub(super) fn turn(&mut self, now: Now) -> bool {
+        self.turned = now.instant;
         if now.is_due(&mut self.adopted, ADOPT_INTERVAL) {
             self.adopt();
         }
@@ -173,49 +169,6 @@ impl Publisher {
     pub(super) fn finish(&mut self, now: Now) {
         self.write_cursors(now, true);
         self.measure(now);
-    }
-
-    /// Takes epochs that nobody publishes: the agent's own, and those whose agents have ended.
-    fn adopt(&mut self) {
-        let Settings { storage, journal, own, .. } = &self.settings;
-        // An operator may have taken epochs away, for want of space.
-        self.streams.retain(|stream| stream.epoch == *own || storage.exists(&stream.folder));
-        let epochs = match retention::epochs(storage.as_ref(), journal) {
-            Ok(epochs) => epochs,
-            Err(error) => {
-                tracing::warn!(journal = %journal.display(), %error, "cannot look for epochs to publish");
-                return;
-            }
-        };
-        let mut unreadable = 0;
-        for (epoch, folder) in epochs {
-            if self.streams.iter().any(|stream| stream.epoch == epoch) {
-                continue;
-            }
-            // An epoch without a segment may be one that is just begun, and not locked yet.
-            let holds_something = feed::segments(storage.as_ref(), &folder)
-                .is_ok_and(|segments| !segments.is_empty())
-                || storage.exists(&folder.join(REMOVED_FILE));
-            if epoch != *own && !(holds_something && has_ended(storage.as_ref(), &folder)) {
-                continue;
-            }
-            match Stream::open(Arc::clone(storage), epoch, folder) {
-                Ok(Some(stream)) => {
-                    if epoch != *own {
-                        tracing::info!(%epoch, "publishes the journal of an agent that has ended");
-                    }
-                    self.streams.push(stream);
-                }
-                Ok(None) => {}
-                Err(error) => {
-                    unreadable += 1;
-                    tracing::warn!(%epoch, %error, "cannot publish this epoch yet");
-                }
-            }
-        }
-        self.measures.unreadable(unreadable);
-        // Those that ended come first, whatever their age: the own one never ends.
-        self.streams.sort_by_key(|stream| (stream.epoch == self.settings.own, stream.epoch));
     }
 
     /// Makes a sink where there is none and the pause has passed.
@@ -305,8 +258,15 @@ impl Publisher {
     ) -> Result<Option<usize>, Stopped> {
         let ticket = self.ticket;
         let (settings, verifier, flight) = (&self.settings, stream.verifier.as_deref(), &mut stream.flight);
+        let checkpoint = &mut stream.checkpoint;
         let mut sent = Ok(0);
         let next = stream.feed.next(limit, &mut |frame, end| {
+            let is_sent = Some((frame.sequence, frame.envelope.time_unix_us)) == *checkpoint;
+            if frame.frame_type == FrameType::Checkpoint && is_sent {
+                // The last word of a silence: it was in its file before it was in the log.
+                flight.passed(ticket, end);
+                return true;
+            }
             let message = Message::of_frame(frame, verifier);
             let topic = match frame.frame_type {
                 FrameType::Event => &settings.topic,
@@ -316,6 +276,9 @@ impl Publisher {
             match sink.send(ticket, topic, &message, time / 1000) {
                 Ok(Taken::Yes) => {
                     flight.sent(ticket, end, message.bytes(), time);
+                    if frame.frame_type == FrameType::Checkpoint {
+                        *checkpoint = Some((frame.sequence, time));
+                    }
                     sent = Ok(message.bytes());
                     true
                 }
@@ -335,11 +298,13 @@ impl Publisher {
                 self.pass(stream, ticket, &damage);
                 Ok(Some(0))
             }
-            Ok(Next::Waiting) => Ok(None),
+            Ok(Next::Waiting) => self.send_silence(stream, sink),
             Ok(Next::End) => {
-                stream.is_read = true;
                 stream.flight.passed(ticket, stream.feed.position());
-                Ok(None)
+                let sent = self.send_silence(stream, sink);
+                // Where there was no room, the end comes again.
+                stream.is_read = sent.is_ok();
+                sent
             }
             Err(error) => {
                 let trouble = format!("journal {} cannot be read: {error}", stream.folder.display());

@@ -30,7 +30,7 @@ fn other() -> Failure {
 }
 
 /// Turns, with everything acknowledged at once, until nothing more happens.
-fn settle(run: &mut Run, broker: &Broker, clock: &mut Clock) {
+pub(super) fn settle(run: &mut Run, broker: &Broker, clock: &mut Clock) {
     for _ in 0..20 {
         run.turn_at(clock.pass(Duration::from_secs(31)));
         broker.acknowledge_all();

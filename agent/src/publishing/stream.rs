@@ -1,6 +1,7 @@
 //! One epoch on its way to Kafka: what of it is read, on its way, acknowledged, written down and removed.
 
 use std::{
+    collections::BTreeMap,
     io,
     path::PathBuf,
     sync::Arc,
@@ -8,6 +9,10 @@ use std::{
 };
 
 use uuid::Uuid;
+use weir_common::{
+    checkpoint::{Checkpoint, NOTE_BYTES_MAX},
+    envelope::Envelope,
+};
 
 use super::{
     cursor::{Cursor, CursorFile},
@@ -16,8 +21,8 @@ use super::{
     retention::Retention,
 };
 use crate::{
-    recording::Durable,
-    storage::{Storage, read_bounded},
+    recording::{CHECKPOINT_FILE, Durable},
+    storage::{Open, Storage, read_bounded, read_full},
 };
 
 /// The cursor is written at most this often: what was acknowledged since is sent again after a crash.
@@ -40,6 +45,10 @@ pub(super) struct Stream {
     pub(super) is_read: bool,
     /// Damage up to here has been recorded.
     pub(super) damaged_to: (u64, u64),
+    /// Size and time of the last checkpoint that was sent.
+    pub(super) checkpoint: Option<(u64, i64)>,
+    /// When it was looked for one that is not in the log.
+    pub(super) looked: Option<Instant>,
     cursor: Cursor,
     file: CursorFile,
     written: Option<Instant>,
@@ -79,6 +88,8 @@ impl Stream {
             folder,
             is_read: false,
             damaged_to: (0, 0),
+            checkpoint: None,
+            looked: None,
             cursor,
             file,
             written: None,
@@ -95,6 +106,48 @@ impl Stream {
     pub(super) fn rewind(&mut self) {
         self.feed.seek(self.flight.rewind());
         self.is_read = false;
+        (self.checkpoint, self.looked) = (None, None);
+    }
+
+    /// The checkpoint that an agent signed since the last frame, while nothing was recorded; everything must be read. None if
+    /// there is none, or it was sent: note, envelope.
+    pub(super) fn idle_checkpoint(&self) -> Option<(String, Envelope)> {
+        let path = self.folder.join(CHECKPOINT_FILE);
+        let note = read_bounded(self.storage.as_ref(), &path, NOTE_BYTES_MAX).ok()?;
+        let note = String::from_utf8(note.to_vec()).ok()?;
+        // Whether it is signed is for readers to say, as it is of every frame.
+        let checkpoint = Checkpoint::parse_unverified(&note).ok()?;
+        let time = checkpoint.time_unix_us?;
+        let position = self.feed.position();
+        let epoch = self.epoch.to_string();
+        let is_last = checkpoint.size == position.sequence
+            && checkpoint.origin.ends_with(&epoch)
+            && self.checkpoint.is_none_or(|(size, sent)| size < checkpoint.size || sent < time);
+        if !is_last {
+            return None;
+        }
+        let segments = feed::segments(self.storage.as_ref(), &self.folder).ok()?;
+        if self.is_last_frame(&note, &segments) {
+            return None;
+        }
+        let header =
+            segments.values().rev().find_map(|(path, _)| feed::good_header(self.storage.as_ref(), path))?;
+        let envelope = Envelope::of_checkpoint(&header.node, &epoch, checkpoint.size, time);
+        Some((note, envelope))
+    }
+
+    /// Whether the log ends with this note, so that it was sent as a frame, if not by this process.
+    fn is_last_frame(&self, note: &str, segments: &BTreeMap<u64, (PathBuf, u64)>) -> bool {
+        let Some((index, (path, bytes))) = segments.last_key_value() else { return false };
+        let position = self.feed.position();
+        let end = if *index == position.segment { position.offset } else { *bytes };
+        let mut last = vec![0; note.len()];
+        let read = |offset| {
+            let file = self.storage.open(path, Open::Read)?;
+            read_full(file.as_ref(), &mut last, offset)
+        };
+        let read = end.checked_sub(note.len() as u64).map(read);
+        matches!(read, Some(Ok(_))) && last == note.as_bytes()
     }
 
     /// Writes down how far all is acknowledged, if it has moved; `at_once`, or not too often.

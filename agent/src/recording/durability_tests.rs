@@ -7,7 +7,12 @@ use std::{
 
 use http::{HeaderMap, Method};
 use tempfile::TempDir;
-use weir_common::event::{Event, Kind, Outcome};
+use weir_common::{
+    checkpoint::Checkpoint,
+    event::{Event, Kind, Outcome},
+    frame::FrameType,
+    segment::SegmentReader,
+};
 
 use super::{Recorder, RecorderOptions, RecordingError, fixture::*, segment};
 use crate::storage::FileSystem;
@@ -173,7 +178,7 @@ async fn a_journal_that_cannot_be_made_is_an_error_that_names_it() {
     assert!(error.to_string().contains(&*file.to_string_lossy()), "{error}");
     let tiny = RecorderOptions { journal_bytes_max: 100, ..options(directory.path()) };
     assert!(matches!(Recorder::start(tiny), Err(RecordingError::Full { .. })));
-    let key = RecorderOptions { signing_key_file: Some(file.clone()), ..options(directory.path()) };
+    let key = RecorderOptions { signing_key_files: vec![file.clone()], ..options(directory.path()) };
     assert!(matches!(Recorder::start(key), Err(RecordingError::Key { path, .. }) if path == file));
 }
 
@@ -247,4 +252,56 @@ async fn whichever_operation_fails_once_what_was_acknowledged_is_there_and_the_l
             break;
         }
     }
+}
+
+/// The checkpoints of the log: how many events each covers, and when it was signed.
+fn checkpoints(folder: &std::path::Path) -> Vec<(u64, i64)> {
+    let mut list = Vec::new();
+    for path in segments(folder) {
+        let bytes = std::fs::read(path).unwrap();
+        for located in SegmentReader::new(&bytes, None).unwrap() {
+            let frame = located.unwrap().frame;
+            if frame.frame_type == FrameType::Checkpoint {
+                list.push((frame.sequence, frame.envelope.time_unix_us));
+            }
+        }
+    }
+    list
+}
+
+#[tokio::test]
+async fn the_first_event_of_an_epoch_is_signed_for_at_once() {
+    let directory = TempDir::new().unwrap();
+    let recorder = Recorder::start(options(directory.path())).unwrap();
+    assert_eq!(checkpoints(recorder.folder()).iter().map(|(size, _)| *size).collect::<Vec<_>>(), [1]);
+    drop(recorder);
+}
+
+#[tokio::test]
+async fn silence_is_signed_for_in_the_checkpoint_file_and_takes_one_frame_when_it_ends() {
+    let directory = TempDir::new().unwrap();
+    let recorder = idling(&Arc::new(TestDisk::default()), options(directory.path())).unwrap();
+    let before =
+        segments(recorder.folder()).iter().map(|path| std::fs::read(path).unwrap()).collect::<Vec<_>>();
+    let note = || std::fs::read_to_string(recorder.folder().join("checkpoint")).unwrap();
+    let mut signed = Vec::new();
+    while signed.len() < 4 {
+        let checkpoint = Checkpoint::parse_unverified(&note()).unwrap();
+        assert_eq!(checkpoint.size, 1);
+        if signed.last() != Some(&checkpoint.time_unix_us) {
+            signed.push(checkpoint.time_unix_us);
+        }
+        std::thread::yield_now();
+    }
+    assert!(signed.is_sorted(), "{signed:?}");
+    let after =
+        segments(recorder.folder()).iter().map(|path| std::fs::read(path).unwrap()).collect::<Vec<_>>();
+    assert!(before == after, "nothing is written to the log meanwhile");
+    post(&recorder, "{}").await.unwrap().close(Outcome::Complete, None);
+    recorder.stop("test").await.unwrap();
+    let logged = checkpoints(recorder.folder());
+    let silent: Vec<_> = logged.iter().filter(|(size, _)| *size == 1).collect();
+    assert_eq!(silent.len(), 2, "that of the first event, and the last before the next one: {logged:?}");
+    assert!(Some(silent[1].1) >= *signed.last().unwrap());
+    read(recorder.folder());
 }

@@ -1,4 +1,4 @@
-//! A process epoch's folder: its lock, its signing key, the epoch before it; and the journal's mask key.
+//! A process epoch's folder: its lock, its verifier keys, the epoch before it; and the journal's mask key.
 //!
 //! `<journal>/mask.key` is shared by all epochs, so that equal secrets are recognisable across restarts;
 //! `<journal>/<epoch>/` holds `lock`, `node.pub`, `checkpoint` and the segments.
@@ -8,21 +8,23 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use ed25519_dalek::{SigningKey, pkcs8::DecodePrivateKey as _};
 use rand::{RngCore as _, rngs::OsRng};
 use uuid::Uuid;
 use weir_common::{
-    checkpoint::{Checkpoint, NOTE_BYTES_MAX, NoteSigner, valid_name},
+    checkpoint::{Checkpoint, NOTE_BYTES_MAX, NoteSigner},
     event::Predecessor,
     segment::NODE_BYTES_MAX,
 };
 use zeroize::Zeroizing;
 
 use super::error::RecordingError;
-use crate::storage::{self, FileSystem, Lock, Open, Storage, StoredFile, read_bounded};
+use crate::{
+    signing,
+    storage::{self, Lock, Open, Storage, StoredFile, read_bounded},
+};
 
 /// File in an epoch's folder that holds the last signed checkpoint.
-pub(super) const CHECKPOINT_FILE: &str = "checkpoint";
+pub(crate) const CHECKPOINT_FILE: &str = "checkpoint";
 
 const LOCK_FILE: &str = "lock";
 const VERIFIER_FILE: &str = "node.pub";
@@ -42,22 +44,26 @@ pub(super) struct Epoch {
     pub(super) node: String,
     /// Name of the log in checkpoints.
     pub(super) origin: String,
-    pub(super) signer: NoteSigner,
+    /// At least one; all of them sign.
+    pub(super) signers: Vec<NoteSigner>,
     pub(super) predecessor: Option<Predecessor>,
     _lock: Box<dyn StoredFile>,
 }
 
 impl Epoch {
-    /// Makes a new epoch in `journal` and publishes its verifier key there.
+    /// Makes a new epoch in `journal` and publishes its verifier keys there.
     pub(super) fn create(
         storage: &dyn Storage,
         journal: &Path,
         node: &str,
-        signing_key_file: Option<&Path>,
+        signing_key_files: &[PathBuf],
     ) -> Result<Self, RecordingError> {
         if node.len() > NODE_BYTES_MAX {
             return Err(RecordingError::Node { node: node.to_owned() });
         }
+        let name = signing::key_name(node);
+        // Before anything is made: a key that cannot be read leaves nothing behind.
+        let signers = signing::signers(&name, signing_key_files)?;
         storage::make_folders(storage, journal).map_err(|error| RecordingError::storage(journal, error))?;
         let predecessor = predecessor(storage, journal);
         let id = Uuid::now_v7();
@@ -65,28 +71,13 @@ impl Epoch {
         let made = storage.make_folder(&folder).and_then(|()| storage.sync_folder(journal));
         made.map_err(|error| RecordingError::storage(&folder, error))?;
         let lock = lock(storage, &folder)?;
-        let key = match signing_key_file {
-            Some(path) => read_signing_key(path)?,
-            None => SigningKey::generate(&mut OsRng),
-        };
-        let name = key_name(node);
-        let signer = NoteSigner::new(&name, key).map_err(|error| RecordingError::Key {
-            path: folder.join(VERIFIER_FILE),
-            reason: error.to_string(),
-        })?;
         let published = folder.join(VERIFIER_FILE);
-        storage::replace(storage, &published, format!("{}\n", signer.verifier()).as_bytes())
+        let verifiers: String = signers.iter().map(|signer| format!("{}\n", signer.verifier())).collect();
+        storage::replace(storage, &published, verifiers.as_bytes())
             .map_err(|error| RecordingError::storage(&published, error))?;
         let origin = format!("{name}/{id}");
-        Ok(Self { id, folder, node: node.to_owned(), origin, signer, predecessor, _lock: lock })
+        Ok(Self { id, folder, node: node.to_owned(), origin, signers, predecessor, _lock: lock })
     }
-}
-
-/// `weir/<node>`, with what a key name must not have replaced.
-fn key_name(node: &str) -> String {
-    let plain = |c: char| if valid_name(&c.to_string()) { c } else { '-' };
-    let node: String = node.chars().map(plain).collect();
-    if node.is_empty() { "weir/node".to_owned() } else { format!("weir/{node}") }
 }
 
 fn lock(storage: &dyn Storage, folder: &Path) -> Result<Box<dyn StoredFile>, RecordingError> {
@@ -107,17 +98,6 @@ pub(super) fn has_ended(storage: &dyn Storage, folder: &Path) -> bool {
         // A copy, perhaps: nobody can have it open.
         Err(error) => error.kind() == io::ErrorKind::NotFound,
     }
-}
-
-fn read_signing_key(path: &Path) -> Result<SigningKey, RecordingError> {
-    let wrong = |reason: &str| RecordingError::Key { path: path.to_owned(), reason: reason.to_owned() };
-    // The operator's, and not of the journal.
-    let pem =
-        read_bounded(&FileSystem, path, KEY_FILE_BYTES_MAX).map_err(|error| wrong(&error.to_string()))?;
-    let pem = std::str::from_utf8(&pem).map_err(|_| wrong("it is not PEM"))?;
-    SigningKey::from_pkcs8_pem(pem).map_err(|_| {
-        wrong("it is not an Ed25519 key in PKCS#8 PEM; make one with `openssl genpkey -algorithm ed25519`")
-    })
 }
 
 /// The newest epoch that has ended and left a checkpoint. A damaged one is passed over: `weir verify` names it.

@@ -173,7 +173,7 @@ pub(super) fn options(directory: &Path) -> RecorderOptions {
         clusters: vec!["prod".into()],
         response_bytes_max: 64 * 1024,
         session_idle_timeout: Duration::from_secs(600),
-        signing_key_file: None,
+        signing_key_files: Vec::new(),
         rules: CommitRules::default(),
         pod_quota: PodQuota::UNLIMITED,
     }
@@ -185,12 +185,20 @@ const TUNING: Tuning = Tuning {
     segment_bytes_first: 512 * 1024,
     segment_bytes_max: 64 * 1024 * 1024,
     checkpoint_events: 4096,
+    // Long enough that tests of other things see no such checkpoint.
+    idle_interval: Duration::from_secs(3600),
 };
 
 /// The real one, with segments as small as may be.
 pub(crate) fn start_small(directory: &Path) -> Recorder {
     let tuning = Tuning { retry_interval: Duration::from_millis(250), ..super::ledger::TUNING };
     Recorder::start_on(Arc::new(FileSystem), options(directory), tuning).unwrap()
+}
+
+/// On a disk, with a checkpoint as often as can be while nothing is recorded.
+pub(super) fn idling(disk: &Arc<TestDisk>, options: RecorderOptions) -> Result<Recorder, RecordingError> {
+    let tuning = Tuning { idle_interval: Duration::from_millis(2), ..TUNING };
+    Recorder::start_on(Arc::new(SharedDisk(Arc::clone(disk))), options, tuning)
 }
 
 pub(crate) fn on(disk: &Arc<TestDisk>, options: RecorderOptions) -> Result<Recorder, RecordingError> {
@@ -284,6 +292,8 @@ pub(super) fn read_some(folder: &Path) -> (Vec<Event>, u64) {
                     let note = std::str::from_utf8(frame.value).unwrap();
                     let checkpoint = Checkpoint::verify(note, &verifier).unwrap();
                     assert_eq!((checkpoint.size, checkpoint.root), (tree.size(), tree.root()));
+                    assert_eq!(checkpoint.time_unix_us, Some(frame.envelope.time_unix_us));
+                    assert_eq!(checkpoint.tree.as_ref().unwrap_or(&Tree::new()), &tree);
                     covered = checkpoint.size;
                 }
             }

@@ -11,16 +11,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use weir_common::{
-    checkpoint::Checkpoint,
-    envelope::Envelope,
-    event::Kind,
-    frame::{self, FrameType},
-    merkle::Tree,
-    segment::SegmentHeader,
-};
+use weir_common::{checkpoint::Checkpoint, event::Kind, merkle::Tree, segment::SegmentHeader};
 
 use super::{
+    draft::Draft,
     durable::DurablePosition,
     entry::{Append, Entry, Ids, Origin, unix_us},
     epoch::{CHECKPOINT_FILE, Epoch},
@@ -32,6 +26,10 @@ use crate::storage::{self, Storage};
 
 /// A checkpoint is signed at least after this time, if there are events since the last one.
 const CHECKPOINT_INTERVAL: Duration = Duration::from_secs(10);
+
+/// While nothing is recorded, a checkpoint that says so is signed this often: whoever holds one knows that until then there
+/// was nothing more.
+pub(super) const IDLE_INTERVAL: Duration = Duration::from_secs(60);
 
 /// A checkpoint is signed at least after this many events.
 const CHECKPOINT_EVENTS: u64 = 4096;
@@ -59,6 +57,8 @@ pub(super) struct Tuning {
     pub(super) segment_bytes_max: u64,
     /// A checkpoint is signed at least after this many events.
     pub(super) checkpoint_events: u64,
+    /// Time between checkpoints while nothing is recorded.
+    pub(super) idle_interval: Duration,
 }
 
 impl Default for Tuning {
@@ -68,6 +68,7 @@ impl Default for Tuning {
             segment_bytes_first: segment::SEGMENT_BYTES_FIRST,
             segment_bytes_max: segment::SEGMENT_BYTES_MAX,
             checkpoint_events: CHECKPOINT_EVENTS,
+            idle_interval: IDLE_INTERVAL,
         }
     }
 }
@@ -94,20 +95,25 @@ pub(super) struct Journal {
     tree: Tree,
     /// Number of events that the last checkpoint covers, and when it was signed.
     checkpointed: (u64, Instant),
+    /// A later checkpoint over as many events. Only the last one enters the log, before the next event: a year of silence
+    /// takes no more room than a minute.
+    idle: Option<Idle>,
     /// Why recording is not possible, and when it was tried last.
     failure: Option<(RecordingError, Instant)>,
     /// Events that were lost since the last gap record.
     lost: u64,
+    /// Room for the frames of the next group.
     frames: Vec<u8>,
     measures: Arc<Measures>,
     durable: Arc<DurablePosition>,
 }
 
-/// What a group adds: taken over only when it is durable.
-struct Draft {
-    sequence: u64,
-    tree: Tree,
-    checkpoint: Option<String>,
+/// A checkpoint that says that nothing was recorded since the last one.
+#[derive(Debug)]
+struct Idle {
+    note: String,
+    time_unix_us: i64,
+    signed: Instant,
 }
 
 impl Journal {
@@ -137,6 +143,7 @@ impl Journal {
             commit: 1,
             tree: Tree::new(),
             checkpointed: (0, Instant::now()),
+            idle: None,
             failure: None,
             lost: 0,
             frames: Vec::new(),
@@ -169,10 +176,16 @@ impl Journal {
         self.measures.lost(events);
     }
 
-    /// When the next checkpoint is due; none if the last one covers everything.
+    /// When the next checkpoint is due; none while recording is not possible.
     fn checkpoint_due(&self) -> Option<Instant> {
         let (covered, at) = self.checkpointed;
-        (covered < self.sequence && self.failure.is_none()).then(|| at + CHECKPOINT_INTERVAL)
+        if self.failure.is_some() {
+            return None;
+        }
+        if covered < self.sequence {
+            return Some(at + CHECKPOINT_INTERVAL);
+        }
+        Some(self.idle.as_ref().map_or(at, |idle| idle.signed) + self.tuning.idle_interval)
     }
 
     /// When there is something to do without a group; none while there is not.
@@ -219,9 +232,33 @@ impl Journal {
 
     /// Signs a checkpoint if one is due.
     fn checkpoint_if_due(&mut self) {
-        if self.checkpoint_due().is_some_and(|due| due <= Instant::now()) {
+        if self.checkpoint_due().is_none_or(|due| due > Instant::now()) {
+        } else if self.checkpointed.0 == self.sequence {
+            self.checkpoint_silence();
+        } else {
             // A failure is kept in `failure` and meets the next group.
             let _ = self.try_commit(&mut std::iter::empty(), true);
+        }
+    }
+
+    /// Signs that there is still nothing more.
+    fn checkpoint_silence(&mut self) {
+        let time_unix_us = unix_us();
+        let checkpoint = Checkpoint::of(&self.epoch.origin, &self.tree, time_unix_us);
+        let note = checkpoint.sign(&self.epoch.signers);
+        self.replace_checkpoint(&note);
+        self.idle = Some(Idle { note, time_unix_us, signed: Instant::now() });
+    }
+
+    fn replace_checkpoint(&self, note: &str) {
+        let path = self.epoch.folder.join(CHECKPOINT_FILE);
+        if let Err(error) = storage::replace(self.storage.as_ref(), &path, note.as_bytes()) {
+            // The log has it as well, or gets it with the next event, so nothing is lost by it.
+            tracing::warn!(
+                path = %path.display(),
+                %error,
+                "checkpoint file cannot be replaced; the journal itself has the checkpoint"
+            );
         }
     }
 
@@ -247,7 +284,7 @@ impl Journal {
     ) -> Result<(), RecordingError> {
         self.recover()?;
         let draft = self.draft(entries, checkpoint)?;
-        let needed = self.frames.len() as u64;
+        let needed = draft.frames.len() as u64;
         if self.segment.as_ref().is_none_or(|segment| segment.room(false) < needed)
             && let Err(error) = self.rotate(needed)
         {
@@ -275,86 +312,46 @@ impl Journal {
         Ok(())
     }
 
-    /// Frames a group into `self.frames`.
+    /// Frames a group.
     fn draft(
         &mut self,
         entries: &mut dyn Iterator<Item = &Entry>,
         checkpoint: bool,
     ) -> Result<Draft, RecordingError> {
-        self.frames.clear();
-        let mut draft = Draft { sequence: self.sequence, tree: self.tree.clone(), checkpoint: None };
+        let frames = std::mem::take(&mut self.frames);
+        let mut draft = Draft::begin(frames, self.sequence, self.tree.clone(), self.commit);
+        let origin = self.origin.as_ref();
+        if let Some(idle) = &self.idle {
+            // Kept until it is durable.
+            draft.note(origin, &idle.note, idle.time_unix_us)?;
+        }
         if self.lost > 0 {
             let reason = "events could not be written to the journal".to_owned();
             let gap = Kind::Gap { reason, events: Some(self.lost), bytes: None };
-            let gap = self.origin.entry(None, Ids::default(), gap)?;
-            self.frame(&mut draft, &gap)?;
+            draft.event(origin, &origin.entry(None, Ids::default(), gap)?)?;
         }
         for entry in entries {
-            self.frame(&mut draft, entry)?;
+            draft.event(origin, entry)?;
         }
         let (covered, at) = self.checkpointed;
-        if checkpoint
+        // The first group has one, so that every epoch is signed for, and its link to the one before it.
+        let is_due = covered == 0
             || draft.sequence - covered >= self.tuning.checkpoint_events
-            || at.elapsed() >= CHECKPOINT_INTERVAL
-        {
-            self.frame_checkpoint(&mut draft)?;
+            || at.elapsed() >= CHECKPOINT_INTERVAL;
+        if checkpoint || is_due {
+            draft.checkpoint(origin, &self.epoch)?;
         }
         Ok(draft)
     }
 
-    fn envelope(&self, key: &str, sequence: u64, name: &str, time_unix_us: i64) -> Envelope {
-        Envelope {
-            key: key.to_owned(),
-            id: format!("{}/{sequence}", self.origin.epoch),
-            event_type: format!("weir.v1.{name}"),
-            source: format!("/weir/{}/{}", self.origin.node, self.origin.epoch),
-            time_unix_us,
-            flags: 0,
-            key_id: 0,
-        }
-    }
-
-    fn frame(&mut self, draft: &mut Draft, entry: &Entry) -> Result<(), RecordingError> {
-        let sequence = draft.sequence;
-        let envelope = self.envelope(&entry.key, sequence, entry.name, entry.time_unix_us);
-        let value = entry.value(sequence);
-        let leaf =
-            frame::encode(&mut self.frames, FrameType::Event, sequence, self.commit, &envelope, &value)
-                .map_err(|_| RecordingError::TooLong { bytes: value.len() })?;
-        draft.tree.push(leaf);
-        draft.sequence += 1;
-        Ok(())
-    }
-
-    fn frame_checkpoint(&mut self, draft: &mut Draft) -> Result<(), RecordingError> {
-        let checkpoint = Checkpoint {
-            origin: self.epoch.origin.clone(),
-            size: draft.tree.size(),
-            root: draft.tree.root(),
-        };
-        let note = checkpoint.sign(&self.epoch.signer);
-        let envelope = self.envelope("", draft.sequence, "checkpoint", unix_us());
-        let sequence = draft.sequence;
-        frame::encode(
-            &mut self.frames,
-            FrameType::Checkpoint,
-            sequence,
-            self.commit,
-            &envelope,
-            note.as_bytes(),
-        )
-        .map_err(|_| RecordingError::TooLong { bytes: note.len() })?;
-        draft.checkpoint = Some(note);
-        Ok(())
-    }
-
-    /// Writes `self.frames` and, if that held, takes over what they add.
+    /// Writes the frames of a draft and, if that held, takes over what they add.
     fn write(&mut self, draft: Draft) -> Result<(), RecordingError> {
         let Some(segment) = &mut self.segment else { return Err(RecordingError::Closed) };
-        let committed = segment.commit(&self.frames);
+        let committed = segment.commit(&draft.frames);
         if let Ok(sync) = &committed {
-            self.measures.written(draft.sequence - self.sequence, self.frames.len() as u64, *sync);
+            self.measures.written(draft.sequence - self.sequence, draft.frames.len() as u64, *sync);
         }
+        self.frames = draft.frames;
         if let Err(error) = committed {
             let error = RecordingError::storage(&self.epoch.folder, error);
             // Never written to again. Cutting off the failed write may fail as well: readers then see that the
@@ -369,17 +366,10 @@ impl Journal {
         self.sequence = draft.sequence;
         self.tree = draft.tree;
         self.lost = 0;
-        if let Some(note) = draft.checkpoint {
+        self.idle = None;
+        if let Some(note) = draft.signed {
             self.checkpointed = (self.sequence, Instant::now());
-            let path = self.epoch.folder.join(CHECKPOINT_FILE);
-            if let Err(error) = storage::replace(self.storage.as_ref(), &path, note.as_bytes()) {
-                // The log has it as well, so nothing is lost by it.
-                tracing::warn!(
-                    path = %path.display(),
-                    %error,
-                    "checkpoint file cannot be replaced; the journal itself has the checkpoint"
-                );
-            }
+            self.replace_checkpoint(&note);
         }
         Ok(())
     }
@@ -471,7 +461,7 @@ impl Journal {
 
     fn last_words(&mut self, entries: &mut dyn Iterator<Item = &Entry>) -> Result<(), RecordingError> {
         let draft = self.draft(entries, true)?;
-        let needed = self.frames.len() as u64;
+        let needed = draft.frames.len() as u64;
         match &self.segment {
             Some(segment) if segment.room(true) >= needed => self.write(draft),
             _ => Err(RecordingError::Full { path: self.folder.clone(), bytes_max: self.bytes_max }),

@@ -21,6 +21,7 @@ pub(super) const TUNING: Tuning = Tuning {
     segment_bytes_first: 132 * 1024,
     segment_bytes_max: 132 * 1024,
     checkpoint_events: 6,
+    idle_interval: Duration::from_secs(3600),
 };
 
 /// What is tried and what holds, over all lives of the agent.
@@ -46,7 +47,7 @@ impl Life {
         folder: &Path,
         bytes_max: u64,
     ) -> Result<Self, RecordingError> {
-        let epoch = Epoch::create(storage.as_ref(), folder, "node-1", None)?;
+        let epoch = Epoch::create(storage.as_ref(), folder, "node-1", &[])?;
         epoch::mask_key(storage.as_ref(), folder)?;
         let id = epoch.id;
         let origin = Arc::new(Origin {

@@ -19,6 +19,7 @@ use uuid::Uuid;
 use weir_common::{
     checkpoint::{NOTE_BYTES_MAX, NoteVerifier},
     frame::{self, FRAME_BYTES_MAX, FRAME_HEADER_BYTES, FrameHeader, FrameType},
+    merkle::{Hash, leaf_hash},
     message::Received,
     segment::{NODE_BYTES_MAX, SegmentHeader},
 };
@@ -29,7 +30,7 @@ use super::ranges::Ranges;
 const MESSAGES_MAX: usize = 50_000_000;
 /// Most epochs.
 pub(super) const EPOCHS_MAX: usize = 100_000;
-/// Most keys of one epoch that are kept; an agent has one.
+/// Most keys of one epoch that are kept; an agent has few.
 const KEYS_MAX: usize = 8;
 /// Length at which a segment is ended.
 const SEGMENT_BYTES: u64 = 64 * 1024 * 1024;
@@ -240,11 +241,11 @@ impl Spool {
             return Ok(true);
         }
         epoch.first_us = epoch.first_us.min(envelope.time_unix_us);
-        if let Some(verifier) = &received.verifier {
+        for verifier in received.verifier.iter().flat_map(|keys| keys.lines()) {
             // Anyone may claim to have signed: what is no key, or one of many, is not kept, and then verifies nothing.
-            let known = epoch.keys.contains(verifier) || epoch.keys.len() == KEYS_MAX;
+            let known = epoch.keys.iter().any(|key| key == verifier) || epoch.keys.len() == KEYS_MAX;
             if !known && NoteVerifier::parse(verifier).is_ok() {
-                epoch.keys.push(verifier.clone());
+                epoch.keys.push(verifier.to_owned());
             }
         }
         let is_event = frame_type == FrameType::Event;
@@ -344,14 +345,22 @@ impl Writing<'_> {
             fs::write(folder.join("node.pub"), keys)?;
         }
         let mut header: Option<SegmentHeader> = None;
-        let mut last: Option<(Entry, MessagePlace, Vec<u8>)> = None;
+        let mut last = None;
+        let mut known: HashMap<i64, (MessagePlace, Hash)> = HashMap::new();
         for entry in entries {
             let (place, frame) = self.read(entry.position)?;
-            if let Some((_, first, known)) = last.as_ref().filter(|(last, ..)| last.is_again(entry)) {
+            if last.replace(*entry).is_none_or(|last: Entry| !last.is_again(entry)) {
+                known.clear();
+            }
+            // Of checkpoints there are several over as many events, signed at different times.
+            let time = if entry.is_event { 0 } else { signed_at(&frame) };
+            let digest = leaf_hash(&frame);
+            if let Some((first, other)) = known.insert(time, (place, digest)) {
+                known.insert(time, (first, other));
                 self.duplicates += 1;
-                if *known != frame {
+                if other != digest {
                     let frame_type = if entry.is_event { FrameType::Event } else { FrameType::Checkpoint };
-                    let (epoch, sequence, first) = (epoch.epoch, entry.sequence, *first);
+                    let (epoch, sequence) = (epoch.epoch, entry.sequence);
                     self.conflicts.push(Conflict { epoch, frame_type, sequence, first, other: place });
                 }
                 continue;
@@ -373,7 +382,6 @@ impl Writing<'_> {
                 segment.write_all(&frame)?;
                 *length += frame.len() as u64;
             }
-            last = Some((*entry, place, frame));
         }
         self.end()
     }
@@ -411,6 +419,11 @@ impl Writing<'_> {
         };
         Ok((place, frame))
     }
+}
+
+/// When a checkpoint was signed, as its envelope says: `verify` holds that against what is signed.
+fn signed_at(frame: &[u8]) -> i64 {
+    frame::decode(frame).map_or(0, |(frame, _)| frame.envelope.time_unix_us)
 }
 
 /// The header of an epoch's first segment, as far as messages tell.
@@ -497,7 +510,7 @@ mod tests {
         for seed in 0..20 {
             let signer = NoteSigner::from_seed("weir/node-1", &[seed; 32]).unwrap();
             for verifier in [signer.verifier().to_string(), format!("no key {seed}")] {
-                let kind = Kind::Checkpoint { size: u64::from(seed) };
+                let kind = Kind::Checkpoint { size: u64::from(seed), signed_unix_us: None };
                 let envelope = Envelope::default();
                 let received = Received { epoch, kind, envelope, value: b"note", verifier: Some(verifier) };
                 spool.add(&received, MessagePlace { topic: 0, partition: 0, offset: 0 }).unwrap();

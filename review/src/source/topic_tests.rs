@@ -266,6 +266,9 @@ fn long() -> (TempDir, Writer) {
     for number in 0..30_u64 {
         let ids = [SESSION, "i1", "r1"];
         writer.after_ms(1000).content(ids, Channel::ResponseBody, number * 262_144, &content);
+        if number % 10 == 9 {
+            writer.after_ms(70_000).checkpoint();
+        }
     }
     writer.checkpoint().save(directory.path(), 0);
     (directory, writer)
@@ -285,16 +288,75 @@ fn what_retention_has_removed_is_damage_unless_that_is_accepted() {
     let partial = Options { partial: true, ..Options::default() };
     let report = verify(&here, &partial).unwrap();
     assert!(report.is_sound(), "{report:#?}");
-    assert!(found(&report.notes).contains("its root cannot be computed, as events are gone"), "{report:#?}");
-    assert_eq!(report.epochs[0].root, None);
+    // The first checkpoint left brings the tree that the rest is proven with.
+    assert!(found(&report.notes).contains("nothing proves them; what follows is proven"), "{report:#?}");
+    let epoch = &report.epochs[0];
+    assert_eq!(epoch.root, Some(hex::encode(writer.tree.root())));
+    assert!(epoch.unproven > 0 && epoch.unproven < 20 && epoch.covered == 32, "{epoch:#?}");
+    assert_eq!((epoch.silences.number, epoch.silences.seconds), (2, 140), "{epoch:#?}");
     let mut out = Vec::new();
     crate::verify::print(&mut out, Style::PLAIN, &report).unwrap();
     let out = String::from_utf8(out).unwrap();
-    assert!(out.contains("root not computable: events are gone"), "{out}");
     assert!(out.contains("ok nothing is wrong with what is left in kafka://"), "{out}");
+    assert!(out.contains("silent 2 times for 2 m 20 s in all, proven; the longest from 2026-"), "{out}");
     let report = verify(&here, &Options { checkpoint: Some(&kept), ..partial }).unwrap();
-    assert_eq!(report.checkpoint.as_deref(), Some("cannot be compared"));
+    assert!(report.checkpoint.as_deref().unwrap().contains("are as they were"), "{report:#?}");
     assert!(report.is_sound());
+}
+
+#[test]
+fn a_value_that_was_changed_is_found_behind_the_first_checkpoint_that_retention_left() {
+    let (directory, _) = long();
+    let list = messages(directory.path());
+    let changed = |end: &str| {
+        let mut list = list.clone();
+        let sent = list.iter_mut().find(|sent| sent.id().ends_with(end)).unwrap();
+        let at = sent.value.len() - 100;
+        sent.value[at] = b'y';
+        let (_broker, here) = published(&list);
+        assert!(here.topic().unwrap().facts().trimmed > 0);
+        verify(&here, &Options { partial: true, ..Options::default() }).unwrap()
+    };
+    let report = changed("/28");
+    assert!(found(&report.damage).contains("does not match the signed checkpoint"), "{report:#?}");
+    assert!(changed("/20").is_sound(), "nothing proves what comes before the first checkpoint that is left");
+}
+
+#[test]
+fn where_no_checkpoint_with_its_tree_is_left_the_root_cannot_be_computed() {
+    let (directory, _) = long();
+    let mut left = messages(directory.path());
+    left.retain(|sent| sent.topic == EVENTS || sent.id().contains("/checkpoint/12/"));
+    let (_broker, here) = published(&left);
+    let report = verify(&here, &Options { partial: true, ..Options::default() }).unwrap();
+    assert!(report.is_sound(), "{report:#?}");
+    assert_eq!(report.epochs[0].root, None);
+    assert!(found(&report.notes).contains("its root cannot be computed, as events are gone"), "{report:#?}");
+    let mut out = Vec::new();
+    crate::verify::print(&mut out, Style::PLAIN, &report).unwrap();
+    assert!(String::from_utf8(out).unwrap().contains("root not computable: events are gone"));
+}
+
+#[test]
+fn checkpoints_of_a_silence_are_all_there_and_one_that_is_said_twice_differently_is_damage() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut writer = Writer::new(1, 7);
+    writer.started().checkpoint();
+    for _ in 0..3 {
+        writer.after_ms(60_000).checkpoint();
+    }
+    writer.after_ms(5_000).session(SESSION, "u").checkpoint().save(directory.path(), 0);
+    let mut list = messages(directory.path());
+    let again = list[2].clone();
+    assert!(again.id().contains("/checkpoint/1/"), "{}", again.id());
+    list.push(again.clone());
+    let report = verified(&published(&list).1);
+    assert!(report.is_sound(), "{report:#?}");
+    assert_eq!((report.epochs[0].checkpoints, report.topic.as_ref().unwrap().duplicates), (5, 1));
+    assert_eq!(report.epochs[0].silences.seconds, 180);
+    list.push(Sent { value: b"other".to_vec(), ..again });
+    let report = verified(&published(&list).1);
+    assert!(found(&report.damage).contains("says other than topic"), "{report:#?}");
 }
 
 #[test]

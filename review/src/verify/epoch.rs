@@ -18,11 +18,13 @@ use weir_common::{
 };
 
 use super::{
-    EpochReport, Finding, Findings, Kept, Report, VerifyError,
+    EpochReport, Finding, Findings, Kept, KeySource, Report, VerifyError,
     keys::Keys,
     known::{CHECKPOINT_FILE, Claim, Known},
+    silence::Words,
 };
 use crate::{
+    moment::{Moment, counted},
     source::{Epoch, Journal, is_unmade, made_us, missing, read_segment, with_sources},
     terminal::Progress,
 };
@@ -79,6 +81,8 @@ pub(crate) fn check(
         open: HashMap::new(),
         own: known.own.remove(&epoch.name),
         newer_schema: None,
+        words: Words::default(),
+        proven: 0,
     };
     checked.removed(epoch, id);
     checked.compare_root(checked.totals.end, None);
@@ -124,6 +128,10 @@ pub(super) struct Check<'a> {
     pub(super) newer_schema: Option<u32>,
     /// What [`CHECKPOINT_FILE`] says, until the log has reached its size.
     pub(super) own: Option<Checkpoint>,
+    /// What the agent said, and when.
+    pub(super) words: Words,
+    /// How many of the events were read when the last checkpoint proved them.
+    pub(super) proven: u64,
 }
 
 impl Check<'_> {
@@ -280,12 +288,19 @@ impl Check<'_> {
             let what = format!("checkpoint is for the log {}, not for {origin}", checkpoint.origin);
             return self.damage(Some(offset), sequence, what);
         }
+        if let Some(time) = checkpoint.time_unix_us.filter(|time| *time != frame.envelope.time_unix_us) {
+            let what = format!("checkpoint was signed at {}, its envelope says other", Moment(time).text());
+            return self.damage(Some(offset), sequence, what);
+        }
         if checkpoint.size != frame.sequence {
             let what = format!(
                 "checkpoint covers {} events, but {} stand before it",
                 checkpoint.size, frame.sequence
             );
             return self.damage(Some(offset), sequence, what);
+        }
+        if self.intact && !self.whole && checkpoint.tree.is_some() {
+            return self.go_on(checkpoint);
         }
         if !self.has_root() {
             // What is missing has been named; a root over what is left would only repeat it.
@@ -296,7 +311,28 @@ impl Check<'_> {
             let what = "Merkle root of the events does not match the signed checkpoint: an event before it was changed";
             return self.damage(Some(offset), sequence, what.into());
         }
+        self.vouched(&checkpoint);
+    }
+
+    /// Goes on from the tree that a signed checkpoint brings: events before it are gone, those behind it are proven by the
+    /// next.
+    fn go_on(&mut self, mut checkpoint: Checkpoint) {
+        self.totals.unproven += self.totals.events - self.proven;
+        self.whole = true;
+        if let Some(tree) = checkpoint.tree.take() {
+            self.tree = tree;
+        }
+        self.vouched(&checkpoint);
+        self.compare_root(checkpoint.size, None);
+    }
+
+    /// A checkpoint that is right covers everything that was read so far.
+    pub(super) fn vouched(&mut self, checkpoint: &Checkpoint) {
         self.totals.covered = checkpoint.size;
+        self.proven = self.totals.events;
+        if let Some(time) = checkpoint.time_unix_us {
+            self.words.signed(time);
+        }
     }
 
     fn event(&mut self, offset: usize, frame: &Frame<'_>) {
@@ -308,6 +344,15 @@ impl Check<'_> {
             }
         };
         self.last_us = event.time_unix_us;
+        if let Some((from, to)) = self.words.event(event.time_unix_us) {
+            let what = format!(
+                "nobody vouches that the agent ran between {} and {}, as no checkpoint was signed then and one is due each \
+                 minute: it was suspended, its clock was changed, or checkpoints are missing",
+                Moment(from).text(),
+                Moment(to).text(),
+            );
+            self.note(Some(offset), sequence, what);
+        }
         if event.schema > SCHEMA_VERSION {
             self.newer_schema = Some(event.schema);
         }
@@ -351,6 +396,39 @@ impl Check<'_> {
         }
     }
 
+    /// Says what stands between missing events and the checkpoint that follows.
+    fn unproven(&mut self) {
+        let events = self.totals.unproven;
+        if events > 0 && self.has_root() {
+            let what = format!(
+                "{} before the first checkpoint behind missing ones: nothing proves them; what follows is proven",
+                counted(events, "event")
+            );
+            self.note(None, None, what);
+        }
+    }
+
+    /// An epoch that nobody signed for: its first event comes with a checkpoint.
+    fn unsigned(&mut self) {
+        if self.totals.checkpoints > 0 || self.totals.events == 0 {
+            return;
+        }
+        let hint = if self.journal.topic().is_some() {
+            "; is the topic of checkpoints named, too? If the agent has just begun, read again"
+        } else {
+            ""
+        };
+        if self.totals.stopped {
+            self.damage(None, None, format!("the epoch ended in order, but has no checkpoint{hint}"));
+        } else if self.keys.source() == KeySource::Given {
+            let what = format!(
+                "no checkpoint of this epoch is signed by a given key: anybody may have made it{hint}"
+            );
+            // Where retention takes events it takes checkpoints.
+            if self.may_be_gone() { self.note(None, None, what) } else { self.damage(None, None, what) }
+        }
+    }
+
     fn gap(&mut self, offset: usize, frame: &Frame<'_>) {
         let number =
             |number: Option<u64>| number.map_or("an unknown number of".to_owned(), |n| n.to_string());
@@ -377,7 +455,12 @@ impl Check<'_> {
         }
         if let Some(kept) = &mut self.kept {
             kept.log_size = Some(self.totals.end);
+            // What it covers was reached, and could not be compared.
+            kept.gone |= kept.matches.is_none() && kept.checkpoint.size <= self.totals.end;
         }
+        self.words.end();
+        self.totals.silences = std::mem::take(&mut self.words.silences);
+        self.totals.last_signed = self.words.signed_us.map(|time| Moment(time).text());
         if let Some(schema) = self.newer_schema {
             let what =
                 format!("events of schema {schema}, newer than this version: checked, but not understood");
@@ -388,16 +471,13 @@ impl Check<'_> {
             let what = format!("the last {uncovered} events are not covered by a checkpoint (yet)");
             self.note(None, Some(self.totals.covered), what);
         }
+        self.unproven();
         if self.intact && !self.whole {
             let what = "its root cannot be computed, as events are gone: sequence, envelopes and the signatures of \
                         checkpoints were verified, but not that events are those that checkpoints cover";
             self.note(None, None, what.into());
         }
-        if self.totals.stopped && self.totals.checkpoints == 0 {
-            let hint =
-                if self.journal.topic().is_some() { "; is the topic of checkpoints named, too?" } else { "" };
-            self.damage(None, None, format!("the epoch ended in order, but has no checkpoint{hint}"));
-        }
+        self.unsigned();
         self.totals.open_requests = self.open.len() as u64;
         let mut open: Vec<(u64, String)> =
             self.open.drain().map(|(request, sequence)| (sequence, request)).collect();

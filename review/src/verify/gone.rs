@@ -44,12 +44,22 @@ impl Check<'_> {
         self.intact && self.whole
     }
 
+    fn is_before_horizon(&self) -> bool {
+        let horizon = self.journal.topic().and_then(|topic| topic.facts().horizon_us);
+        horizon.is_some_and(|horizon| self.last_us < horizon)
+    }
+
+    /// Whether retention may have removed what comes here, and that is accepted.
+    pub(super) fn may_be_gone(&self) -> bool {
+        self.partial && self.is_before_horizon()
+    }
+
     /// Events that a topic does not have.
     pub(super) fn lost(&mut self, expected: u64, next: u64) {
-        let horizon = self.journal.topic().and_then(|topic| topic.facts().horizon_us);
-        let may_be_gone = horizon.is_some_and(|horizon| self.last_us < horizon);
+        let before_horizon = self.is_before_horizon();
+        self.words.interrupted();
         let what = missing(expected, next);
-        if self.partial && may_be_gone {
+        if self.may_be_gone() {
             self.whole = false;
             return self.note(
                 None,
@@ -59,7 +69,7 @@ impl Check<'_> {
         }
         self.intact = false;
         let hint = "; the topic's retention may have removed them: --partial accepts that";
-        let hint = if may_be_gone { hint } else { "" };
+        let hint = if before_horizon { hint } else { "" };
         self.damage(None, Some(expected), format!("{what}{hint}"));
     }
 
@@ -68,6 +78,8 @@ impl Check<'_> {
     pub(super) fn compare_root(&mut self, size: u64, offset: Option<usize>) {
         let has_root = self.has_root();
         let kept = self.kept.as_mut().filter(|kept| kept.checkpoint.size <= size && !kept.is_judged());
+        // A checkpoint of the log that comes here may bring the root yet.
+        let kept = kept.filter(|kept| has_root || !self.intact || kept.checkpoint.size < size);
         let own = self.own.take_if(|own| own.size <= size);
         if kept.is_none()
             && own.is_none()
@@ -87,9 +99,9 @@ impl Check<'_> {
                 let what =
                     format!("root at {size} events is not the one in the epoch's file `{CHECKPOINT_FILE}`");
                 self.damage(offset, Some(size), what);
-            } else if self.totals.segments == 0 {
-                // Of a log that was removed nothing else is left to say so.
-                self.totals.covered = size;
+            } else {
+                // Signed while nothing was recorded, or all that is left of a log that was removed.
+                self.vouched(&own);
             }
         }
         let hex = hex::encode(root);

@@ -1,6 +1,6 @@
 //! The keys that checkpoints are verified with: given by the verifier, or else those that lie in the journal.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use weir_common::checkpoint::{Checkpoint, CheckpointError, NoteVerifier};
 
@@ -10,11 +10,16 @@ use crate::source::{Journal, entries as files};
 /// Ending of the files with verifier keys, in the journal's directory or an epoch's folder.
 const KEY_SUFFIX: &str = ".pub";
 
+/// How a public key begins that has no name of its own, and verifies for any node.
+const PEM: &str = "-----BEGIN PUBLIC KEY-----";
+
 /// Verifier keys.
 #[derive(Debug)]
 pub(crate) struct Keys {
     source: KeySource,
     list: Vec<NoteVerifier>,
+    /// Public keys in PEM: several nodes may sign with one, each in its own name.
+    pems: Vec<String>,
 }
 
 impl Keys {
@@ -22,22 +27,18 @@ impl Keys {
     ///
     /// # Errors
     /// A file cannot be read or holds something else.
-    pub(crate) fn load(journal: &Journal, given: Option<&Path>) -> Result<Self, VerifyError> {
-        let mut list = Vec::new();
-        if let Some(path) = given {
-            list.extend(read_keys(path)?);
-            if list.is_empty() {
-                return Err(VerifyError::NoKey { path: path.to_owned() });
-            }
-            return Ok(Self { source: KeySource::Given, list });
+    pub(crate) fn load(journal: &Journal, given: &[PathBuf]) -> Result<Self, VerifyError> {
+        if let Some(keys) = Self::given(given)? {
+            return Ok(keys);
         }
+        let mut list = Vec::new();
         let folders = journal.epochs.iter().map(|epoch| epoch.directory.as_path());
         let beside =
             journal.path().parent().filter(|_| journal.epochs.iter().any(|e| e.directory == journal.path()));
         for folder in folders.chain([journal.path()]).chain(beside) {
             for path in files(folder)? {
                 if path.to_string_lossy().ends_with(KEY_SUFFIX) && path.is_file() {
-                    let found = read_keys(&path)?;
+                    let found = read_keys(&path, &read_text(&path)?)?;
                     list.extend(found.into_iter().filter(|key| !list.contains(key)).collect::<Vec<_>>());
                 }
             }
@@ -48,7 +49,35 @@ impl Keys {
                 None => VerifyError::NoKeyInJournal { journal: journal.name() },
             });
         }
-        Ok(Self { source: KeySource::Journal, list })
+        Ok(Self { source: KeySource::Journal, list, pems: Vec::new() })
+    }
+
+    /// Reads the files that the verifier gave; none if there are none.
+    ///
+    /// # Errors
+    /// A file cannot be read or holds something else.
+    pub(super) fn given(given: &[PathBuf]) -> Result<Option<Self>, VerifyError> {
+        let (mut list, mut pems) = (Vec::new(), Vec::new());
+        for path in given {
+            let text = read_text(path)?;
+            if text.trim_start().starts_with(PEM) {
+                let wrong = |source| VerifyError::Key { path: path.clone(), source };
+                NoteVerifier::from_pem(&text, "weir/node/epoch").map_err(wrong)?;
+                pems.push(text);
+                continue;
+            }
+            let found = read_keys(path, &text)?;
+            if found.is_empty() {
+                return Err(VerifyError::NoKey { path: path.clone() });
+            }
+            list.extend(found);
+        }
+        Ok((!given.is_empty()).then_some(Self { source: KeySource::Given, list, pems }))
+    }
+
+    /// Keys that something brought with it.
+    pub(super) fn brought(list: Vec<NoteVerifier>) -> Self {
+        Self { source: KeySource::Journal, list, pems: Vec::new() }
     }
 
     /// Where they came from.
@@ -62,8 +91,10 @@ impl Keys {
     /// No key has signed it, or its signature is wrong.
     pub(crate) fn verify(&self, note: &str) -> Result<Checkpoint, CheckpointError> {
         let mut worst = None;
-        for key in &self.list {
-            match Checkpoint::verify(note, key) {
+        let origin = Checkpoint::parse_unverified(note)?.origin;
+        let of_pems = self.pems.iter().map(|pem| NoteVerifier::from_pem(pem, &origin));
+        for key in self.list.iter().cloned().map(Ok).chain(of_pems) {
+            match key.and_then(|key| Checkpoint::verify(note, &key)) {
                 Ok(checkpoint) => return Ok(checkpoint),
                 // A wrong signature tells more than a missing one.
                 Err(CheckpointError::Unsigned { .. }) if worst.is_some() => {}
@@ -74,8 +105,7 @@ impl Keys {
     }
 }
 
-fn read_keys(path: &Path) -> Result<Vec<NoteVerifier>, VerifyError> {
-    let text = read_text(path)?;
+fn read_keys(path: &Path, text: &str) -> Result<Vec<NoteVerifier>, VerifyError> {
     let lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
     lines
         .map(|line| {

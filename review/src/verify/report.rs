@@ -6,7 +6,7 @@ use std::io::{self, Write};
 
 use super::{EpochReport, Findings, KeySource, Report};
 use crate::{
-    moment::{counted, grouped},
+    moment::{counted, grouped, length},
     terminal::{Style, escaped, escaped_json},
 };
 
@@ -23,7 +23,18 @@ pub(crate) fn print_json(out: &mut dyn Write, report: &Report) -> io::Result<()>
 /// # Errors
 /// The output cannot be written.
 pub(crate) fn print(out: &mut dyn Write, style: Style, report: &Report) -> io::Result<()> {
-    for epoch in &report.epochs {
+    for epoch in report.epochs.iter().filter(|_| report.noun == "export") {
+        let text = format!(
+            "{} on {}: {}, checkpoint over {} events signed at {}",
+            epoch.epoch,
+            epoch.node,
+            counted(epoch.events, "event"),
+            grouped(epoch.covered),
+            epoch.last_signed.as_deref().unwrap_or("a time that it does not say"),
+        );
+        writeln!(out, "{} {}", style.strong("epoch"), escaped(&text))?;
+    }
+    for epoch in report.epochs.iter().filter(|_| report.noun != "export") {
         let state = match epoch {
             EpochReport { stopped: true, .. } => "ended in order",
             EpochReport { segments: 0, .. } => "nothing is left",
@@ -51,6 +62,7 @@ pub(crate) fn print(out: &mut dyn Write, style: Style, report: &Report) -> io::R
             "not computable: damage stands in the way"
         });
         writeln!(out, "      root {root}")?;
+        silences(out, epoch)?;
     }
     if let Some(topic) = &report.topic {
         writeln!(
@@ -70,7 +82,7 @@ pub(crate) fn print(out: &mut dyn Write, style: Style, report: &Report) -> io::R
         writeln!(out, "kept checkpoint: {}", escaped(text))?;
     }
     match report.key_source {
-        KeySource::Given => writeln!(out, "signatures were verified with the given key")?,
+        KeySource::Given => writeln!(out, "signatures were verified with the given keys")?,
         KeySource::Journal => writeln!(
             out,
             "keys were taken from the {} itself: this proves consistency, not authorship; give --key FILE with \
@@ -81,12 +93,34 @@ pub(crate) fn print(out: &mut dyn Write, style: Style, report: &Report) -> io::R
     verdict(out, style, report)
 }
 
+fn silences(out: &mut dyn Write, epoch: &EpochReport) -> io::Result<()> {
+    let silences = &epoch.silences;
+    if let Some(longest) = &silences.longest {
+        let total = length(silences.seconds.saturating_mul(1_000_000));
+        match silences.number {
+            1 => writeln!(out, "      silent from {} to {} ({total}), proven", longest.from, longest.to)?,
+            number => writeln!(
+                out,
+                "      silent {} times for {total} in all, proven; the longest from {} to {}",
+                grouped(number),
+                longest.from,
+                longest.to
+            )?,
+        }
+    }
+    match (&epoch.last_signed, epoch.stopped) {
+        (Some(time), false) => writeln!(out, "      its last checkpoint was signed at {time}"),
+        _ => Ok(()),
+    }
+}
+
 fn verdict(out: &mut dyn Write, style: Style, report: &Report) -> io::Result<()> {
     let name = escaped(&report.journal).into_owned();
     let gaps = counted(report.gaps.number(), "recorded gap");
     if report.sound {
         let whole = report.epochs.iter().all(|epoch| epoch.removed == 0);
-        let verdict = match report.epochs.iter().all(|epoch| epoch.root.is_some()) {
+        let is_proven = |epoch: &EpochReport| epoch.root.is_some() && epoch.unproven == 0;
+        let verdict = match report.epochs.iter().all(is_proven) {
             true if whole => format!("{name} is whole and unchanged"),
             true => format!("what is left in {name} is whole and unchanged"),
             false => format!(

@@ -162,12 +162,15 @@ fn a_rewritten_log_is_found_by_key_or_kept_checkpoint() {
     forger.checkpoint().save(forged.path(), 0);
     let journal = Journal::open(forged.path()).unwrap();
     assert!(verify(&journal, &Options::default()).unwrap().is_sound());
-    let report = verify(&journal, &Options { key: Some(&key), ..Options::default() }).unwrap();
+    let report =
+        verify(&journal, &Options { keys: std::slice::from_ref(&key), ..Options::default() }).unwrap();
     assert_eq!(report.key_source, KeySource::Given);
     assert!(damage(&report).contains("no signature by key"), "{}", damage(&report));
-    let report =
-        verify(&journal, &Options { key: Some(&key), checkpoint: Some(&kept), ..Options::default() })
-            .unwrap();
+    let report = verify(
+        &journal,
+        &Options { keys: std::slice::from_ref(&key), checkpoint: Some(&kept), ..Options::default() },
+    )
+    .unwrap();
     assert!(damage(&report).contains("are not those that the kept checkpoint covers"), "{}", damage(&report));
     let unknown = verify(&journal, &Options { checkpoint: Some(&kept), ..Options::default() });
     assert!(matches!(unknown, Err(VerifyError::Unsigned { .. })));
@@ -248,4 +251,104 @@ fn an_envelope_that_says_other_than_its_event_is_found() {
     let report = verified(directory.path());
     assert_eq!(report.damage.number(), 1, "{report:#?}");
     assert!(damage(&report).contains("key of the envelope is not the event's session"));
+}
+
+/// Two epochs of one node; the second one's key is `seed`.
+fn two_epochs(seed: u8) -> TempDir {
+    let directory = tempfile::tempdir().unwrap();
+    Writer::new(1, 7).started().checkpoint().save(directory.path(), 0);
+    let mut second = Writer::new(2, seed);
+    second.started();
+    if seed == 7 {
+        second.checkpoint();
+    }
+    second.save(directory.path(), 0);
+    directory
+}
+
+#[test]
+fn an_epoch_that_no_given_key_signed_is_damage_and_keys_may_be_several_or_pem() {
+    let keys = tempfile::tempdir().unwrap();
+    let file = |name: &str, text: &str| {
+        let path = keys.path().join(name);
+        fs::write(&path, text).unwrap();
+        path
+    };
+    let (mine, other) = (signer(7).verifier().to_string(), signer(8).verifier().to_string());
+    let (mine, other) = (file("mine", &mine), file("other", &other));
+    let with = |directory: &TempDir, keys: &[std::path::PathBuf]| {
+        verify(&Journal::open(directory.path()).unwrap(), &Options { keys, ..Options::default() }).unwrap()
+    };
+    let (whole, forged) = (two_epochs(7), two_epochs(9));
+    assert!(with(&whole, std::slice::from_ref(&mine)).is_sound());
+    assert!(with(&whole, &[other.clone(), mine.clone()]).is_sound());
+    assert!(verified(forged.path()).is_sound(), "its key lies beside it");
+    fs::remove_file(forged.path().join(uuid::Uuid::from_u128(2).to_string()).join("checkpoint")).unwrap();
+    let report = with(&forged, &[mine]);
+    assert!(damage(&report).contains("no checkpoint of this epoch is signed by a given key"), "{report:#?}");
+    assert!(!with(&whole, &[other]).is_sound());
+    // The public half of the key that the signer of seed 7 has.
+    let pem = "-----BEGIN PUBLIC KEY-----\nMCowBQYDK2VwAyEA6kpsY+KcUgq+9VB7Ey7F+ZVHdq6+vnuSQh7qaRRG0iw=\n-----END PUBLIC KEY-----\n";
+    let report = with(&whole, &[file("key.pem", pem)]);
+    assert_eq!((report.is_sound(), report.key_source), (true, KeySource::Given), "{report:#?}");
+}
+
+#[test]
+fn a_note_with_the_signatures_of_two_keys_verifies_with_either() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut writer = Writer::new(1, 7);
+    writer.started();
+    let note = weir_common::checkpoint::Checkpoint::of(
+        &format!("weir/node-1/{}", writer.epoch),
+        &writer.tree,
+        crate::fixture::START_US,
+    )
+    .sign(&[signer(8), signer(7)]);
+    let (size, time) = (writer.sequence, crate::fixture::START_US);
+    let envelope =
+        weir_common::envelope::Envelope::of_checkpoint("node-1", &writer.epoch.to_string(), size, time);
+    writer.frame(FrameType::Checkpoint, &envelope, note.as_bytes()).save(directory.path(), 0);
+    fs::write(directory.path().join(writer.epoch.to_string()).join("checkpoint"), note).unwrap();
+    for seed in [7, 8] {
+        let key = directory.path().join("key");
+        fs::write(&key, signer(seed).verifier().to_string()).unwrap();
+        let journal = Journal::open(directory.path()).unwrap();
+        let options = Options { keys: std::slice::from_ref(&key), ..Options::default() };
+        assert!(verify(&journal, &options).unwrap().is_sound());
+    }
+}
+
+#[test]
+fn silence_up_to_the_checkpoint_file_is_proven_and_a_time_without_any_word_is_named() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut writer = Writer::new(1, 7);
+    writer.started().checkpoint().after_ms(59_000).checkpoint().after_ms(200_000).session(SESSION, "u");
+    writer.checkpoint().save(directory.path(), 0);
+    // The agent is idle: only the file is replaced.
+    writer.after_ms(120_000);
+    fs::write(directory.path().join(writer.epoch.to_string()).join("checkpoint"), writer.note()).unwrap();
+    let report = verified(directory.path());
+    assert!(report.is_sound(), "{report:#?}");
+    let epoch = &report.epochs[0];
+    assert_eq!((epoch.silences.number, epoch.silences.seconds), (1, 120), "{report:#?}");
+    assert_eq!(epoch.last_signed.as_deref(), Some("2026-01-31T12:06:19.000Z"));
+    let wordless =
+        "nobody vouches that the agent ran between 2026-01-31T12:00:59.000Z and 2026-01-31T12:04:19.000Z";
+    assert!(report.notes.listed.iter().any(|note| note.what.contains(wordless)), "{report:#?}");
+    // An idle checkpoint over a log that was cut before it.
+    let segment = directory.path().join(writer.epoch.to_string()).join("00000000000000000000.seg");
+    let bytes = fs::read(&segment).unwrap();
+    fs::write(&segment, &bytes[..frames(&bytes)[3].start]).unwrap();
+    assert!(damage(&verified(directory.path())).contains("its file `checkpoint` covers 2 events"));
+}
+
+#[test]
+fn a_checkpoint_whose_envelope_has_another_time_is_damage() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut writer = Writer::new(1, 7);
+    writer.started();
+    let (note, epoch) = (writer.note(), writer.epoch.to_string());
+    let envelope = weir_common::envelope::Envelope::of_checkpoint("node-1", &epoch, 1, 5);
+    writer.frame(FrameType::Checkpoint, &envelope, note.as_bytes()).save(directory.path(), 0);
+    assert!(damage(&verified(directory.path())).contains("its envelope says other"));
 }

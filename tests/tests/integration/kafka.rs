@@ -135,9 +135,10 @@ pub(super) fn recorded(journal: &Path) -> Vec<Recorded> {
             let Ok(reader) = SegmentReader::new(bytes, next) else { continue };
             for located in reader {
                 let frame = located.unwrap().frame;
+                let (sequence, signed) = (frame.sequence, frame.envelope.time_unix_us);
                 let id = match frame.frame_type {
-                    FrameType::Event => format!("{epoch}/{}", frame.sequence),
-                    FrameType::Checkpoint => format!("{epoch}/checkpoint/{}", frame.sequence),
+                    FrameType::Event => format!("{epoch}/{sequence}"),
+                    FrameType::Checkpoint => format!("{epoch}/checkpoint/{sequence}/{signed}"),
                 };
                 let value = String::from_utf8(frame.value.to_vec()).unwrap();
                 let (epoch, verifier) = (epoch.clone(), verifier.clone());

@@ -1,0 +1,57 @@
+//! `journal` as it is written: where records are kept, and the keys that sign them.
+
+use std::path::PathBuf;
+
+use serde::Deserialize;
+
+use super::{
+    JOURNAL_BYTES_MIN, Journal,
+    raw::{Invalid, invalid},
+};
+use crate::{recording::JOURNAL_BYTES_MAX, signing::SIGNING_KEYS_MAX};
+
+#[derive(Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields, rename_all = "camelCase", default)]
+pub(super) struct RawJournal {
+    /// Folder, an absolute path; made if absent.
+    directory: PathBuf,
+    /// Most bytes of all segments together. A full journal refuses mutations, so that nothing goes on unrecorded.
+    #[cfg_attr(test, schemars(range(min = JOURNAL_BYTES_MIN)))]
+    bytes_max: u64,
+    /// Files with Ed25519 private keys (PKCS#8 PEM, as `openssl genpkey -algorithm ed25519` makes them) that sign checkpoints,
+    /// such as those of a mounted Secret; absolute paths. Nobody but the agent's user may read them (mode 0400). All of them
+    /// sign: to change a key, name the new one and the old one until every verifier knows the new one. They are read when the
+    /// agent starts. Without any, each run makes a key that ends with it.
+    #[cfg_attr(test, schemars(length(max = SIGNING_KEYS_MAX)))]
+    signing_key_files: Vec<PathBuf>,
+}
+
+impl Default for RawJournal {
+    fn default() -> Self {
+        Self {
+            directory: "/var/lib/weir/journal".into(),
+            bytes_max: JOURNAL_BYTES_MAX,
+            signing_key_files: Vec::new(),
+        }
+    }
+}
+
+impl RawJournal {
+    pub(super) fn validate(self) -> Result<Journal, Invalid> {
+        let Self { directory, bytes_max, signing_key_files } = self;
+        if !directory.is_absolute() {
+            return invalid("journal.directory", "must be an absolute path");
+        }
+        if bytes_max < JOURNAL_BYTES_MIN {
+            return invalid("journal.bytesMax", format!("must be at least {JOURNAL_BYTES_MIN}"));
+        }
+        if signing_key_files.len() > SIGNING_KEYS_MAX {
+            return invalid("journal.signingKeyFiles", format!("has more than {SIGNING_KEYS_MAX} files"));
+        }
+        if let Some(index) = signing_key_files.iter().position(|path| !path.is_absolute()) {
+            return invalid(format!("journal.signingKeyFiles[{index}]"), "must be an absolute path");
+        }
+        Ok(Journal { directory, bytes_max, signing_key_files })
+    }
+}
