@@ -63,7 +63,10 @@ impl From {
     fn open(&self, reading: Reading) -> anyhow::Result<Journal> {
         Ok(match &self.address {
             Address::Directory(path) => Journal::open(path)?,
-            Address::Topics(topics) => Journal::of_topics(topics, &self.properties()?, reading)?,
+            Address::Topics(topics) => {
+                source::interrupted::watch().context("cannot wait for signals")?;
+                Journal::of_topics(topics, &self.properties()?, reading)?
+            }
         })
     }
 
@@ -352,7 +355,13 @@ fn print_events(args: &EventsArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     let lines = events::Lines::new(out, io::stdout().is_terminal(), args.session.as_deref());
     if args.follow {
         warn(&journal);
+        let mut told = journal.warnings().0.len();
         let mut wait = || {
+            let (warnings, _) = journal.warnings();
+            for warning in warnings.iter().skip(told) {
+                let _ = writeln!(io::stderr(), "weir: warning: {}", terminal::escaped(warning));
+            }
+            told = warnings.len();
             std::thread::park_timeout(FOLLOW_INTERVAL);
             true
         };

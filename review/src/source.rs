@@ -27,6 +27,7 @@ use topic::Topic;
 pub(crate) mod address;
 mod client;
 pub(crate) mod group;
+pub(crate) mod interrupted;
 pub(crate) mod kafka;
 pub(crate) mod properties;
 mod ranges;

@@ -130,6 +130,16 @@ static STREAMS: GoModule = GoModule {
     minutes: 1.0,
 };
 
+/// Verifies Weir's notes and proofs with the libraries of other logs; no part of the testbed.
+static NOTE_VERIFIER: GoModule = GoModule {
+    folder: "note-verifier",
+    tags: "",
+    linker_flags: "-s -w",
+    copied: &[],
+    binaries: &[("note-verifier", ".")],
+    minutes: 0.2,
+};
+
 /// A Debian package and the file or command that shows it is there (or an equal of another distribution).
 const PACKAGES: &[(&str, &[&str])] = &[
     ("runc", &["runc"]),
@@ -265,6 +275,18 @@ pub fn promtool(progress: Progress) -> Result<PathBuf> {
         PROMTOOL.build(&folder, progress)?;
     }
     Ok(folder.join(PROMTOOL.binaries[0].0))
+}
+
+/// The program that verifies notes and proofs with other libraries than Weir's, built if it is not there.
+///
+/// # Errors
+/// There is no Go, or the build fails.
+pub fn note_verifier(progress: Progress) -> Result<PathBuf> {
+    let folder = cache_folder()?.join("testbed/bin");
+    if !NOTE_VERIFIER.is_built(&folder)? {
+        NOTE_VERIFIER.build(&folder, progress)?;
+    }
+    Ok(folder.join(NOTE_VERIFIER.binaries[0].0))
 }
 
 /// What [`promtool`] would do; none when it is there.
@@ -445,7 +467,7 @@ mod tests {
 
     #[test]
     fn the_go_that_is_asked_for_is_the_one_of_every_module() {
-        for module in GO_MODULES.iter().chain([&PROMTOOL]) {
+        for module in GO_MODULES.iter().chain([&PROMTOOL, &NOTE_VERIFIER]) {
             let go_mod = fs::read_to_string(module.source().join("go.mod")).unwrap();
             assert!(go_mod.contains(&format!("\ngo 1.{GO_MINOR}.")), "{}", module.folder);
         }

@@ -43,6 +43,8 @@ mod enrolment;
 mod escape;
 #[path = "integration/escape6.rs"]
 mod escape6;
+#[path = "integration/evidence.rs"]
+mod evidence;
 #[path = "integration/exec.rs"]
 mod exec;
 #[path = "integration/far_side.rs"]

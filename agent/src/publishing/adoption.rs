@@ -56,3 +56,23 @@ impl Publisher {
         self.streams.sort_by_key(|stream| (stream.epoch == self.settings.own, stream.epoch));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::publishing::{
+        clock::Clock,
+        fixture::{Broker, Log, Run},
+        publisher_tests::{events, settle},
+    };
+
+    #[test]
+    fn an_epoch_whose_account_of_removed_segments_cannot_be_read_is_counted_and_published() {
+        let (mut log, broker, mut clock) = (Log::new(), Broker::new(), Clock::new());
+        log.events(3);
+        std::fs::write(log.folder().join("removed"), "nonsense").unwrap();
+        let mut run = Run::with(&log, Box::new(broker.clone()));
+        settle(&mut run, &broker, &mut clock);
+        assert_eq!(run.published().unaccounted, 1);
+        assert_eq!(broker.with(|state| state.acknowledged.clone()), events(log.epoch, 0..3));
+    }
+}

@@ -31,6 +31,7 @@ pub(super) struct Measures {
     is_short: AtomicBool,
     unreadable: AtomicU64,
     damages: AtomicU64,
+    unaccounted: AtomicU64,
     trouble: Mutex<Option<String>>,
 }
 
@@ -63,6 +64,8 @@ pub struct Published {
     pub epochs_unreadable: u64,
     /// Places in the journal that could not be read.
     pub damages: u64,
+    /// Epochs of which it cannot be read what was removed, so that nothing more is.
+    pub unaccounted: u64,
     /// Why nothing is published just now, in words; none while all is well.
     pub trouble: Option<String>,
 }
@@ -139,6 +142,10 @@ impl Measures {
         self.damages.fetch_add(1, Ordering::Relaxed);
     }
 
+    pub(super) fn unaccounted(&self, epochs: u64) {
+        self.unaccounted.store(epochs, Ordering::Relaxed);
+    }
+
     pub(super) fn backlog(&self, bytes: u64, oldest_unix_us: Option<i64>) {
         self.backlog_bytes.store(bytes, Ordering::Relaxed);
         let oldest = oldest_unix_us.and_then(|oldest| u64::try_from(oldest).ok()).unwrap_or_default();
@@ -181,6 +188,7 @@ impl Measures {
             segments_removed_early: read(&self.removed_early),
             epochs_unreadable: read(&self.unreadable),
             damages: read(&self.damages),
+            unaccounted: read(&self.unaccounted),
             trouble: self.trouble.lock().unwrap_or_else(PoisonError::into_inner).clone(),
         }
     }

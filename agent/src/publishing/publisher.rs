@@ -445,6 +445,8 @@ impl Publisher {
     }
 
     fn measure(&self, now: Now) {
+        let unaccounted = self.streams.iter().filter(|stream| stream.is_unaccounted()).count();
+        self.measures.unaccounted(unaccounted as u64);
         let bytes: u64 = self.streams.iter().map(|stream| stream.backlog_bytes(self.limit(stream))).sum();
         // Without a sink nothing is on its way, and what waits is as old as what waited when it failed.
         let waiting = || (bytes > 0).then(|| self.oldest.unwrap_or(now.unix_us));

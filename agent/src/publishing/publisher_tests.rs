@@ -21,7 +21,7 @@ use super::{
 };
 use crate::storage::FileSystem;
 
-fn events(epoch: Uuid, sequences: std::ops::Range<u64>) -> BTreeSet<(Uuid, Kind)> {
+pub(super) fn events(epoch: Uuid, sequences: std::ops::Range<u64>) -> BTreeSet<(Uuid, Kind)> {
     sequences.map(|sequence| (epoch, Kind::Event { sequence })).collect()
 }
 

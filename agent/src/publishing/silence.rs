@@ -61,7 +61,7 @@ impl Publisher {
 
 #[cfg(test)]
 mod tests {
-    use std::{sync::Arc, time::Duration};
+    use std::sync::Arc;
 
     use weir_common::message::Kind;
 

@@ -197,6 +197,11 @@ impl Stream {
         if next > acknowledged { Ok(0) } else { retention.remove_before(next) }
     }
 
+    /// Whether its account of what was removed cannot be read, so that nothing more is.
+    pub(super) fn is_unaccounted(&self) -> bool {
+        self.retention.is_none()
+    }
+
     /// Whether nothing of it is left but what others refer to.
     pub(super) fn is_gone(&self) -> bool {
         self.is_done()

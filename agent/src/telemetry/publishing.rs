@@ -71,9 +71,15 @@ static UNREADABLE: Family = gauge(
     "Epochs in the journal that cannot be opened, so that nothing of them is published.",
 );
 
+static UNACCOUNTED: Family = gauge(
+    "weir_journal_unaccounted_epochs",
+    &[],
+    "Epochs whose file `removed` cannot be read: nothing more of them leaves the journal.",
+);
+
 /// All of them.
 #[cfg(test)]
-pub(super) static ALL: [&Family; 12] = [
+pub(super) static ALL: [&Family; 13] = [
     &MESSAGES,
     &BYTES,
     &ERRORS,
@@ -86,6 +92,7 @@ pub(super) static ALL: [&Family; 12] = [
     &REMOVED_EARLY,
     &DAMAGES,
     &UNREADABLE,
+    &UNACCOUNTED,
 ];
 
 /// Reads them; no series where nothing is published.
@@ -108,7 +115,8 @@ pub(super) fn gather(published: Option<Published>, out: &mut Gathered) {
         (&REMOVED_EARLY, each(&|published| published.segments_removed_early)),
         (&DAMAGES, each(&|published| published.damages)),
         (&UNREADABLE, each(&|published| published.epochs_unreadable)),
-    ] as [(&'static Family, Vec<Sample>); 12]);
+        (&UNACCOUNTED, each(&|published| published.unaccounted)),
+    ] as [(&'static Family, Vec<Sample>); 13]);
 }
 
 fn delivery(published: &Published) -> Sample {

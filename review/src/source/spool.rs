@@ -24,7 +24,10 @@ use weir_common::{
     segment::{NODE_BYTES_MAX, SegmentHeader},
 };
 
-use super::ranges::Ranges;
+use super::{
+    interrupted,
+    ranges::{Ranges, Recent},
+};
 
 /// Most messages that are spooled: what the index takes in memory is bounded by it (1.2 GB).
 const MESSAGES_MAX: usize = 50_000_000;
@@ -143,6 +146,14 @@ struct Arriving {
     limit: Option<u64>,
 }
 
+/// What tells whether two messages of the same name are the same: the digest of their frame. None: Weir did not write it.
+pub(super) fn digest(received: &Received<'_>) -> Option<Hash> {
+    let (frame_type, sequence) = (received.kind.frame_type(), received.kind.sequence());
+    let mut frame = Vec::new();
+    frame::encode(&mut frame, frame_type, sequence, COMMIT, &received.envelope, received.value).ok()?;
+    Some(leaf_hash(&frame))
+}
+
 /// Takes messages.
 #[derive(Debug)]
 pub(crate) struct Spool {
@@ -169,6 +180,8 @@ pub(crate) struct Spooled {
     pub(crate) conflicts: Places<Conflict>,
     /// Sequences of the events that are there, by epoch.
     pub(crate) events: BTreeMap<Uuid, Ranges>,
+    /// What the last of them say.
+    pub(crate) recent: Recent,
 }
 
 impl Spooled {
@@ -189,6 +202,7 @@ impl Spool {
         let private = fs::Permissions::from_mode(0o700);
         let directory = tempfile::Builder::new().prefix(PREFIX).permissions(private).tempdir_in(&parent);
         let directory = directory.map_err(error)?;
+        interrupted::remove_then(directory.path());
         let lock = File::create_new(directory.path().join(LOCK_FILE)).map_err(error)?;
         lock.lock().map_err(error)?;
         remove_abandoned(&parent, directory.path());
@@ -311,6 +325,7 @@ impl Spool {
             duplicates: 0,
             conflicts: Places::default(),
             events: BTreeMap::new(),
+            recent: Recent::default(),
         };
         for entries in self.index.chunk_by(|a, b| a.epoch == b.epoch) {
             let Some(epoch) = entries.first().and_then(|entry| self.epochs.get(entry.epoch as usize)) else {
@@ -318,9 +333,9 @@ impl Spool {
             };
             writing.epoch(epoch, entries).map_err(disk)?;
         }
-        let Writing { duplicates, conflicts, events, .. } = writing;
+        let Writing { duplicates, conflicts, events, recent, .. } = writing;
         fs::remove_file(path.join(ARRIVAL_FILE)).map_err(disk)?;
-        Ok(Spooled { directory: self.directory, _lock: self.lock, duplicates, conflicts, events })
+        Ok(Spooled { directory: self.directory, _lock: self.lock, duplicates, conflicts, events, recent })
     }
 }
 
@@ -333,6 +348,7 @@ struct Writing<'a> {
     duplicates: u64,
     conflicts: Places<Conflict>,
     events: BTreeMap<Uuid, Ranges>,
+    recent: Recent,
 }
 
 impl Writing<'_> {
@@ -367,6 +383,7 @@ impl Writing<'_> {
             }
             if entry.is_event {
                 self.events.entry(epoch.epoch).or_default().insert(entry.sequence);
+                self.recent.keep(epoch.epoch, entry.sequence, digest);
             }
             if self.segment.as_ref().is_none_or(|(_, length)| *length >= SEGMENT_BYTES) {
                 let next = match header.take() {

@@ -17,8 +17,8 @@ use super::{
     address::Topics,
     kafka::{Consumer, Patience, Span, Taken},
     properties::Properties,
-    ranges::Ranges,
-    spool::{Conflict, EPOCHS_MAX, MessagePlace, Places, Spool, SpoolError, Spooled},
+    ranges::{Ranges, Recent},
+    spool::{Conflict, EPOCHS_MAX, MessagePlace, Places, Spool, SpoolError, Spooled, digest},
     with_sources,
 };
 use crate::{
@@ -252,19 +252,25 @@ fn look_again(live: &mut [(Consumer, Vec<Span>)], reader: &mut Reader) -> Result
 
 /// Follows topics: what was there, then what comes.
 pub(crate) struct TopicTail<'a> {
+    journal: &'a Journal,
+    topic: &'a Topic,
     /// What was there, until all of it was given.
     stored: Option<Records<'a>>,
     live: Vec<(Consumer, Vec<Span>)>,
     seen: BTreeMap<Uuid, Ranges>,
+    recent: Recent,
     ready: VecDeque<Record>,
 }
 
 impl<'a> TopicTail<'a> {
-    pub(crate) fn new(journal: &'a Journal, topic: &Topic) -> Self {
+    pub(crate) fn new(journal: &'a Journal, topic: &'a Topic) -> Self {
         Self {
+            journal,
+            topic,
             stored: Some(journal.records()),
             live: topic.live.take(),
             seen: topic.spooled.events.clone(),
+            recent: topic.spooled.recent.clone(),
             ready: VecDeque::new(),
         }
     }
@@ -292,7 +298,7 @@ impl<'a> TopicTail<'a> {
     /// Takes what has come, in the order of epochs and sequences.
     fn look(&mut self) -> Result<(), SourceError> {
         let mut fresh = BTreeMap::new();
-        for (consumer, _) in &self.live {
+        for (number, (consumer, _)) in (0_u8..).zip(&self.live) {
             consumer.poll::<SourceError>(LOOK_MESSAGES_MAX, &mut |taken| {
                 let Ok(received) = &taken.received else { return Ok(()) };
                 let Kind::Event { sequence } = received.kind else { return Ok(()) };
@@ -300,7 +306,9 @@ impl<'a> TopicTail<'a> {
                 if self.seen.len() == EPOCHS_MAX && !self.seen.contains_key(&received.epoch) {
                     return Err(SpoolError::TooManyEpochs.into());
                 }
+                let Some(digest) = digest(received) else { return Ok(()) };
                 if self.seen.entry(received.epoch).or_default().insert(sequence) {
+                    self.recent.keep(received.epoch, sequence, digest);
                     let record = Record {
                         // Nothing is read back from what is followed.
                         place: Place { segment: usize::MAX, offset: 0 },
@@ -309,6 +317,14 @@ impl<'a> TopicTail<'a> {
                         value: received.value.to_vec(),
                     };
                     fresh.insert((received.epoch, sequence), record);
+                } else if self.recent.contradicts(received.epoch, sequence, &digest) {
+                    let place =
+                        MessagePlace { topic: number, partition: taken.partition, offset: taken.offset };
+                    self.journal.warn(format!(
+                        "epoch {} sequence {sequence}: {} says other than what was shown",
+                        received.epoch,
+                        self.topic.place(place),
+                    ));
                 }
                 Ok(())
             })?;
