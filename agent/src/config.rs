@@ -357,6 +357,19 @@ limits: {drainSeconds: 10, responseBytesMax: 4096, sessionIdleTimeoutSeconds: 60
     }
 
     #[test]
+    fn what_is_published_encrypted_needs_a_topic_for_its_keys() {
+        let encrypted = "tenant: acme\nrecording: {encryption: {recipientFiles: [/a]}}\nkafka: {brokers: ['k:9092'], topic: t";
+        refused(
+            &WHOLE.replace("tenant: acme", &format!("{encrypted}}}")),
+            expect![
+                "configuration weir.yaml: kafka.keyTopic: is needed with recording.encryption: without its keys nobody can read what is published"
+            ],
+        );
+        let whole = WHOLE.replace("tenant: acme", &format!("{encrypted}, keyTopic: keys}}"));
+        Config::parse(Path::new("weir.yaml"), &whole, "here").expect("is valid");
+    }
+
+    #[test]
     fn folders_that_depend_on_where_the_agent_is_started_are_refused() {
         refused(
             &WHOLE.replace("tenant: acme", "stateDirectory: state"),

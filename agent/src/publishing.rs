@@ -26,6 +26,9 @@ mod silence;
 mod sink;
 mod stream;
 mod token;
+#[cfg(test)]
+mod trial;
+mod wrapped;
 
 use std::{
     sync::{
@@ -107,6 +110,7 @@ impl Publishing {
             own,
             topic: kafka.topic.clone(),
             checkpoint_topic: kafka.checkpoint_topic.clone(),
+            key_topic: kafka.key_topic.clone(),
             replay_window: kafka.replay_window,
         };
         let durable = recorder.durable();

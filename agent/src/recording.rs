@@ -14,6 +14,7 @@ mod draft;
 mod durability_tests;
 mod durable;
 mod emergency;
+mod encryption;
 mod entry;
 mod epoch;
 mod error;
@@ -64,6 +65,7 @@ use weir_common::{
 use self::{
     admission::Unacknowledged,
     emergency::Emergency,
+    encryption::Encryption,
     entry::{Append, Ids, Origin},
     epoch::Epoch,
     journal::{Journal, Tuning},
@@ -86,7 +88,10 @@ pub use self::{
     request::{Committed, RequestRecord},
     share::PodQuota,
 };
-use crate::storage::{FileSystem, Storage};
+use crate::{
+    recipients,
+    storage::{FileSystem, Storage},
+};
 
 /// Most bytes of a journal, unless it is configured.
 pub const JOURNAL_BYTES_MAX: u64 = 8 * 1024 * 1024 * 1024;
@@ -124,6 +129,8 @@ pub struct RecorderOptions {
     /// Ed25519 keys (PKCS#8, PEM) that all sign checkpoints; without any each epoch makes its own and publishes only
     /// its public half.
     pub signing_key_files: Vec<PathBuf>,
+    /// X25519 public keys (PEM) of whoever may read bodies and streams; without any they are recorded in clear.
+    pub recipient_files: Vec<PathBuf>,
     /// How requests are committed.
     pub rules: CommitRules,
     /// What one pod may take.
@@ -142,6 +149,7 @@ impl RecorderOptions {
             response_bytes_max: RESPONSE_BYTES_MAX,
             session_idle_timeout: SESSION_IDLE_TIMEOUT,
             signing_key_files: Vec::new(),
+            recipient_files: Vec::new(),
             rules: CommitRules::default(),
             pod_quota: PodQuota::UNLIMITED,
         }
@@ -222,6 +230,8 @@ impl Recorder {
         options: RecorderOptions,
         tuning: Tuning,
     ) -> Result<Self, RecordingError> {
+        // Before anything is made: one that cannot be read leaves nothing behind.
+        let recipients = recipients::read_all(&options.recipient_files)?;
         let keys = &options.signing_key_files;
         let epoch = Epoch::create(storage.as_ref(), &options.directory, &options.node, keys)?;
         let mask_key = epoch::mask_key(storage.as_ref(), &options.directory)?;
@@ -231,7 +241,9 @@ impl Recorder {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             predecessor: epoch.predecessor.clone(),
         };
+        let encryption = Encryption::new(&storage, epoch.folder.clone(), epoch.id, recipients);
         let origin = Arc::new(Origin {
+            encryption,
             node: options.node,
             epoch: epoch.id.to_string(),
             tenant: options.tenant,

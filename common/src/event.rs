@@ -394,7 +394,7 @@ pub struct BodySummary {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub decoded: Option<String>,
     /// Digest of the recorded content: `sha256:…`, or `hmac-sha256:…` (keyed per cluster) of the whole content
-    /// where a mask applied or the content was cut.
+    /// where a mask applied or the content was cut. Where content is encrypted, `content-hmac-sha256:…` of that.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub digest: Option<String>,
     /// Number of values that a mask replaced.

@@ -16,6 +16,8 @@ pub mod attributes;
 pub mod bearer;
 #[cfg(feature = "record")]
 pub mod checkpoint;
+#[cfg(feature = "encryption")]
+pub mod encryption;
 #[cfg(feature = "record")]
 pub mod envelope;
 #[cfg(feature = "record")]

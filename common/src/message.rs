@@ -41,6 +41,9 @@ const VERIFIER: &str = "ce_weirverifier";
 /// The headers that are read; the others are passed over.
 const KNOWN: [&str; 8] = [SPEC_VERSION_HEADER, ID, SOURCE, TYPE, TIME, FLAGS, KEY_ID, VERIFIER];
 
+/// CloudEvents type of a wrapped key.
+const WRAPPED_KEY_TYPE: &str = "weir.v1.contentKey";
+
 /// What stands between epoch and size in the id of a checkpoint.
 const CHECKPOINT: &str = "checkpoint";
 
@@ -90,6 +93,20 @@ impl<'a> Message<'a> {
         }
         let key = Some(envelope.key.as_str()).filter(|key| !key.is_empty());
         Self { key, headers, value: frame.value }
+    }
+
+    /// Makes the message of a wrapped key: `key` is its Kafka key, by which a compacted topic keeps the last and lets go of one
+    /// that was erased; `source` is that of the epoch's envelopes.
+    pub fn of_wrapped_key(key: &'a str, source: &'a str, time_unix_us: i64, value: &'a [u8]) -> Self {
+        let headers = vec![
+            (SPEC_VERSION_HEADER, SPEC_VERSION.into()),
+            (ID, key.into()),
+            (SOURCE, source.into()),
+            (TYPE, WRAPPED_KEY_TYPE.into()),
+            (TIME, rfc3339(time_unix_us).into()),
+            (CONTENT_TYPE, "application/json".into()),
+        ];
+        Self { key: Some(key), headers, value }
     }
 
     /// Its length, as limits on memory count it.

@@ -1,4 +1,5 @@
-//! `weir events`: recorded events, one JSON object a line, byte for byte as they stand in the journal.
+//! `weir events`: recorded events, one JSON object a line, byte for byte as they stand in the journal, but for content that is
+//! decrypted.
 //!
 //! On a terminal control characters that JSON permits (DEL, C1, bidirectional overrides) are escaped the JSON way;
 //! anywhere else the bytes are those that went to Kafka. Memory is bounded by one event.
@@ -61,7 +62,7 @@ impl<'a> Lines<'a> {
 /// The session is unknown, or journal or output fail.
 pub(crate) fn list(journal: &Journal, mut lines: Lines<'_>) -> Result<(), EventsError> {
     for record in journal.records() {
-        lines.write(&record?)?;
+        lines.write(&journal.shown(record?))?;
     }
     lines.out.flush()?;
     match lines.session {
@@ -84,7 +85,7 @@ pub(crate) fn follow(
     let mut tail = journal.tail();
     loop {
         while let Some(record) = tail.next_record()? {
-            lines.write(&record)?;
+            lines.write(&journal.shown(record))?;
         }
         lines.out.flush()?;
         if !wait() {

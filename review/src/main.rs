@@ -29,6 +29,7 @@ use replay::{Pace, Subject};
 use source::{
     Journal,
     address::Address,
+    decryption,
     group::{Begin, Group},
     properties::Properties,
     topic::Reading,
@@ -155,6 +156,9 @@ struct EventsArgs {
     /// Of topics only what was recorded at or after this; a group that was somewhere goes on there instead.
     #[arg(long, value_name = "T", value_parser = moment)]
     since: Option<Moment>,
+    /// Private key (X25519, PEM) to decrypt content with; may be repeated. Of topics name that of the wrapped keys too.
+    #[arg(long, value_name = "FILE", conflicts_with = "group")]
+    identity: Vec<PathBuf>,
 }
 
 #[derive(Debug, Args)]
@@ -184,6 +188,9 @@ struct ReplayArgs {
     /// Print events as recorded instead, one JSON object a line: {"at": seconds since the first, "event": …}.
     #[arg(long, conflicts_with_all = ["timed", "transcript"])]
     json: bool,
+    /// Private key (X25519, PEM) to decrypt content with; may be repeated. Of topics name that of the wrapped keys too.
+    #[arg(long, value_name = "FILE")]
+    identity: Vec<PathBuf>,
 }
 
 #[derive(Debug, Args)]
@@ -350,8 +357,12 @@ fn print_events(args: &EventsArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     if args.since.is_some() && matches!(args.from.address, Address::Directory(_)) {
         anyhow::bail!("events --since reads topics, which have an index of times; a journal has none");
     }
+    if args.follow && !args.identity.is_empty() && matches!(args.from.address, Address::Topics(_)) {
+        anyhow::bail!("topics that are followed are not decrypted; leave out --follow or --identity");
+    }
+    let identities = decryption::identities(&args.identity)?;
     let reading = Reading { since: args.since, follow: args.follow, ..Reading::default() };
-    let journal = args.from.open(reading)?;
+    let journal = args.from.open(reading)?.read_by(identities);
     let lines = events::Lines::new(out, io::stdout().is_terminal(), args.session.as_deref());
     if args.follow {
         warn(&journal);
@@ -373,7 +384,8 @@ fn print_events(args: &EventsArgs, out: &mut dyn Write) -> anyhow::Result<()> {
 }
 
 fn replay(args: ReplayArgs, out: &mut dyn Write, style: Style) -> anyhow::Result<()> {
-    let journal = args.from.open(Reading::default())?;
+    let identities = decryption::identities(&args.identity)?;
+    let journal = args.from.open(Reading::default())?.read_by(identities);
     let subject = match (args.request, args.session) {
         (Some(request), _) => Subject::Request(request),
         (None, session) => Subject::Session(session.unwrap_or_default()),

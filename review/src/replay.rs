@@ -265,6 +265,7 @@ fn visit(
         if !found.admits(&record) {
             continue;
         }
+        let record = journal.shown(record);
         let Some(event) = journal.event(&record) else { continue };
         if found.request.is_none() || event.request == found.request {
             show(&record, &event)?;

@@ -14,21 +14,25 @@ use std::{
 
 use uuid::Uuid;
 use weir_common::{
+    encryption::Identity,
     event::Event,
     removed::{REMOVED_BYTES_MAX, REMOVED_FILE, Removed, RemovedError},
     segment::{SEGMENT_HEADER_BYTES, SEGMENT_SUFFIX, SegmentError, SegmentHeader, SegmentReader},
 };
 
 use crate::moment::counted;
+use decryption::Decryption;
 use records::Entry;
 pub(crate) use records::{Archive, Place, Record, Records};
 use topic::Topic;
 
 pub(crate) mod address;
 mod client;
+pub(crate) mod decryption;
 pub(crate) mod group;
 pub(crate) mod interrupted;
 pub(crate) mod kafka;
+mod places;
 pub(crate) mod properties;
 mod ranges;
 mod records;
@@ -101,6 +105,7 @@ pub(crate) struct Journal {
     pub(crate) segments: Vec<PathBuf>,
     bytes: u64,
     warnings: RefCell<(Vec<String>, u64)>,
+    decryption: Decryption,
     /// Where it came from, if not from a directory of the user.
     topic: Option<Topic>,
 }
@@ -163,6 +168,7 @@ impl Journal {
             segments: Vec::new(),
             bytes: 0,
             warnings: RefCell::default(),
+            decryption: Decryption::default(),
             topic: None,
         }
     }
@@ -175,6 +181,31 @@ impl Journal {
             let events = counted(events, "event");
             self.warn(format!("{events} of this journal were published and removed: the topic has them"));
         }
+    }
+
+    /// The same, with its content decrypted for these identities.
+    pub(crate) fn read_by(self, identities: Vec<Identity>) -> Self {
+        Self { decryption: Decryption::new(identities), ..self }
+    }
+
+    /// Decrypts the content of an event, as far as that can be; warns where it cannot.
+    fn open_content(&self, event: &mut Event) {
+        let epoch = self.epochs.iter().find(|epoch| epoch.name == event.epoch);
+        if let Err(reason) = self.decryption.open(event, epoch.map(|epoch| epoch.directory.as_path())) {
+            self.warn(format!("{reason}; its content stays encrypted"));
+        }
+    }
+
+    /// The value of a record as it is shown: the recorded bytes, but for content that is decrypted.
+    pub(crate) fn shown(&self, record: Record) -> Record {
+        // Nothing of a JSON string can look like this: its quotes would be escaped.
+        let encrypted = b"\"encrypted\":{";
+        let is_encrypted = || record.value.windows(encrypted.len()).any(|part| part == encrypted);
+        if !self.decryption.is_wanted() || !is_encrypted() {
+            return record;
+        }
+        let opened = self.event(&record).and_then(|event| serde_json::to_vec(&event).ok());
+        Record { value: opened.unwrap_or_else(|| record.value.clone()), ..record }
     }
 
     /// What the user called it.
@@ -226,7 +257,10 @@ impl Journal {
     /// The event of a record; none (and a warning) if this version cannot read it.
     pub(crate) fn event(&self, record: &Record) -> Option<Event> {
         match serde_json::from_slice(&record.value) {
-            Ok(event) => Some(event),
+            Ok(mut event) => {
+                self.open_content(&mut event);
+                Some(event)
+            }
             Err(error) => {
                 let place = self.place(record.place);
                 self.warn(format!("{place}: an event that this version cannot read: {error}"));

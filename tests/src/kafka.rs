@@ -202,6 +202,16 @@ impl Kafka {
         run(command.arg(&file)).map(drop)
     }
 
+    /// Sends a message with a key and no value: a compacted topic lets go of what has that key.
+    ///
+    /// # Errors
+    /// The broker does not take it.
+    pub fn erase(&self, topic: &str, key: &str) -> Result<()> {
+        let mut command = self.installation.kcat(KCAT_SECONDS);
+        command.args(["-P", "-b", &self.bootstrap(), "-t", topic, "-k", key, "-Z", "/dev/null"]);
+        run(&mut command).map(drop)
+    }
+
     /// Stops its process: connections stay, and nobody answers.
     ///
     /// # Errors

@@ -65,6 +65,8 @@ pub struct Kafka {
     pub topic: String,
     /// Topic of checkpoints; the same unless configured.
     pub checkpoint_topic: String,
+    /// Topic of the wrapped keys of content that is encrypted.
+    pub key_topic: Option<String>,
     /// Properties of librdkafka; none is a secret.
     pub properties: BTreeMap<String, String>,
     /// Files with values of others.
@@ -109,6 +111,9 @@ pub(super) struct RawKafka {
     topic: String,
     /// Topic of signed checkpoints. Without it: that of events.
     checkpoint_topic: Option<String>,
+    /// Topic of the wrapped keys of encrypted content; needed with `recording.encryption`, and one of its own, since it is
+    /// compacted: who erases a key there erases the content. See encryption.md.
+    key_topic: Option<String>,
     /// Properties of librdkafka, such as `security.protocol`. Refused are those that Weir sets itself, and secrets, which
     /// belong into files: `propertyFiles`.
     #[serde(default)]
@@ -197,6 +202,13 @@ impl RawKafka {
         if let Some(name) = &self.checkpoint_topic {
             topic("kafka.checkpointTopic", name)?;
         }
+        if let Some(name) = &self.key_topic {
+            topic("kafka.keyTopic", name)?;
+            if *name == self.topic || Some(name) == self.checkpoint_topic.as_ref() {
+                let problem = "must be a topic of its own: it is compacted, and the others must not be";
+                return invalid("kafka.keyTopic", problem);
+            }
+        }
         if self.properties.len() > PROPERTIES_MAX || self.property_files.len() > PROPERTIES_MAX {
             return invalid("kafka.properties", format!("has more than {PROPERTIES_MAX} entries"));
         }
@@ -226,6 +238,7 @@ impl RawKafka {
             brokers: self.brokers,
             checkpoint_topic: self.checkpoint_topic.unwrap_or_else(|| self.topic.clone()),
             topic: self.topic,
+            key_topic: self.key_topic,
             properties: self.properties.into_iter().map(|(name, value)| (name, value.text())).collect(),
             property_files,
             oauth: self.oauth.map(RawOAuth::validate).transpose()?,
@@ -326,6 +339,10 @@ mod tests {
                 ),
             );
         }
+        refused(
+            &WHOLE.replace("topic: weir,", "topic: weir, keyTopic: weir,"),
+            "kafka.keyTopic: must be a topic of its own: it is compacted, and the others must not be",
+        );
         for topic in ["'a b'", "'..'", "''", "a/b"] {
             let raw: RawKafka =
                 serde_yaml_ng::from_str(&WHOLE.replace("topic: weir", &format!("topic: {topic}"))).unwrap();

@@ -211,12 +211,21 @@ impl AgentConfiguration {
         if !self.state_directory.is_absolute() {
             return invalid("stateDirectory", "must be an absolute path");
         }
+        let recording = self.recording.validate()?;
+        let kafka = self.kafka.map(RawKafka::validate).transpose()?;
+        if !recording.recipient_files.is_empty()
+            && kafka.as_ref().is_some_and(|kafka| kafka.key_topic.is_none())
+        {
+            let problem =
+                "is needed with recording.encryption: without its keys nobody can read what is published";
+            return invalid("kafka.keyTopic", problem);
+        }
         Ok(Config {
             node: self.node.unwrap_or_else(|| default_node.to_owned()),
             tenant: self.tenant,
             journal: self.journal.validate()?,
-            kafka: self.kafka.map(RawKafka::validate).transpose()?,
-            recording: self.recording.validate()?,
+            kafka,
+            recording,
             state_directory: self.state_directory,
             clusters: clusters(self.clusters)?,
             name_servers: name_servers(&self.name_servers)?,

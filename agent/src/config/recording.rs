@@ -1,8 +1,9 @@
 //! `recording`: how requests are committed, what happens while the journal is behind, and the emergency switch.
 
-use std::time::Duration;
+use std::{path::PathBuf, time::Duration};
 
 use serde::Deserialize;
+use weir_common::encryption::RECIPIENTS_MAX;
 
 use super::raw::{Invalid, invalid};
 use crate::recording::{BacklogLimits, Commit, CommitRule, CommitRules, Resources, WhenBehind};
@@ -23,6 +24,8 @@ pub struct Recording {
     pub commits: CommitRules,
     /// The longest that requests may go on without durable records, by the emergency switch; none: never.
     pub emergency_max: Option<Duration>,
+    /// Public keys of whoever may read bodies and streams; none: they are recorded in clear.
+    pub recipient_files: Vec<PathBuf>,
 }
 
 // As it is written.
@@ -43,6 +46,32 @@ pub(super) struct RawRecording {
     backlog: RawBacklog,
     /// Allows the emergency switch, `weir-agent emergency`. Without this key it has no effect.
     emergency: Option<RawEmergency>,
+    /// Encrypts bodies and streams for recipients; all else stays readable. Without it they are recorded in clear.
+    encryption: Option<RawEncryption>,
+}
+
+#[derive(Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+struct RawEncryption {
+    /// Files with X25519 public keys (PEM, as `openssl pkey -pubout` writes them); absolute paths. Whoever has the private half of
+    /// any of them can read. Nobody but the agent's user or root may write them. They are read when the agent starts. With
+    /// `kafka`, `kafka.keyTopic` is needed as well. See encryption.md.
+    #[cfg_attr(test, schemars(length(min = 1, max = RECIPIENTS_MAX)))]
+    recipient_files: Vec<PathBuf>,
+}
+
+impl RawEncryption {
+    fn validate(self) -> Result<Vec<PathBuf>, Invalid> {
+        let (key, files) = ("recording.encryption.recipientFiles", self.recipient_files);
+        if !(1..=RECIPIENTS_MAX).contains(&files.len()) {
+            return invalid(key, format!("must name from 1 to {RECIPIENTS_MAX} files"));
+        }
+        match files.iter().position(|path| !path.is_absolute()) {
+            Some(index) => invalid(format!("{key}[{index}]"), "must be an absolute path"),
+            None => Ok(files),
+        }
+    }
 }
 
 #[derive(Deserialize)]
@@ -157,7 +186,8 @@ impl RawRecording {
         };
         let when_behind = self.when_behind;
         let commits = CommitRules { rules, async_mutations: allowed, when_behind, backlog };
-        Ok(Recording { commits, emergency_max })
+        let recipient_files = self.encryption.map(RawEncryption::validate).transpose()?.unwrap_or_default();
+        Ok(Recording { commits, emergency_max, recipient_files })
     }
 }
 
@@ -202,7 +232,7 @@ impl RawRule {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
+    use std::{path::PathBuf, time::Duration};
 
     use expect_test::{Expect, expect};
 
@@ -227,13 +257,15 @@ rules:
 - {whenBehind: metadataOnly}
 backlog: {bytesMax: 1000, ageSecondsMax: 60, waitSeconds: 3}
 emergency: {secondsMax: 600}
+encryption: {recipientFiles: [/etc/weir/recipient.pem]}
 ";
-        let Recording { commits, emergency_max } = parse(text).expect("is valid");
+        let Recording { commits, emergency_max, recipient_files } = parse(text).expect("is valid");
         assert_eq!((commits.rules.len(), commits.rules[0].commit), (3, Some(Commit::Strict)));
         assert_eq!(commits.rules[2].when_behind, Some(WhenBehind::MetadataOnly));
         assert_eq!(commits.rules[1].non_resource_urls, ["/logs/*"]);
         assert_eq!((commits.backlog.bytes_max, commits.backlog.wait), (Some(1000), Duration::from_secs(3)));
         assert_eq!(emergency_max, Some(Duration::from_secs(600)));
+        assert_eq!(recipient_files, [PathBuf::from("/etc/weir/recipient.pem")]);
     }
 
     #[test]
@@ -274,6 +306,14 @@ emergency: {secondsMax: 600}
         refused(
             "emergency: {secondsMax: 0}",
             expect!["recording.emergency.secondsMax: must be from 1 to 86400"],
+        );
+        refused(
+            "encryption: {recipientFiles: []}",
+            expect!["recording.encryption.recipientFiles: must name from 1 to 16 files"],
+        );
+        refused(
+            "encryption: {recipientFiles: [/a, b]}",
+            expect!["recording.encryption.recipientFiles[1]: must be an absolute path"],
         );
     }
 }

@@ -119,6 +119,11 @@ impl Parsed {
     /// Keys that differ and cannot change while the agent runs.
     fn fixed_changes(&self, new: &Self) -> Vec<String> {
         let mut keys = differences("", &self.whole, &new.whole, &[LIVE.as_slice(), &["clusters"]].concat());
+        // For whom content is encrypted: epochs have their recipients.
+        let encryption = |parsed: &Self| parsed.whole.get("recording")?.get("encryption").cloned();
+        if encryption(self) != encryption(new) {
+            keys.push("recording.encryption".to_owned());
+        }
         if self.clusters.len() != new.clusters.len() {
             keys.push("clusters".to_owned());
             return keys;
@@ -174,6 +179,10 @@ clusters: [{{name: c, inCluster: true, hostNames: {server_names}, trust: {{clust
             "{error}"
         );
         assert!(source.reload().expect("said once").is_none());
+        let encrypted = "{recording: {encryption: {recipientFiles: [/a]}}, apiVersion";
+        write(text("t", "[]", "[]", "b").replacen("{apiVersion", encrypted, 1));
+        let error = source.reload().expect_err("fixed").to_string();
+        assert!(error.contains(": recording.encryption cannot change"), "{error}");
 
         write("nonsense".to_owned());
         assert!(matches!(source.reload(), Err(ReloadError::Invalid(_))));

@@ -82,7 +82,7 @@ fn topic(kafka: &Kafka, facts: &TopicFacts) -> Check {
         found.push_str(what);
     }
     // What is lost by it is acknowledged before, so that no journal has it any more.
-    let need = if is_compacted(facts) { Need::Must } else { Need::Should };
+    let need = if is_compacted(facts) && !is_of_keys(kafka, facts) { Need::Must } else { Need::Should };
     if faults.is_empty() {
         return Check::good(name, need, found);
     }
@@ -104,6 +104,11 @@ fn shown(facts: &TopicFacts) -> String {
         value(settings.cleanup_policy.as_ref()),
         value(settings.retention_ms.as_ref())
     )
+}
+
+/// Whether it is the topic of wrapped keys, which is compacted: whoever erases a key there erases content.
+fn is_of_keys(kafka: &Kafka, facts: &TopicFacts) -> bool {
+    kafka.key_topic.as_ref() == Some(&facts.name)
 }
 
 fn is_compacted(facts: &TopicFacts) -> bool {
@@ -148,7 +153,11 @@ fn keeping(kafka: &Kafka, facts: &TopicFacts) -> Vec<Fault> {
             "set max.message.bytes of the topic to at least {MESSAGE_BYTES_MAX}: the first longer event would stop publishing"
         )));
     }
-    if is_compacted(facts) {
+    if is_of_keys(kafka, facts) {
+        if settings.cleanup_policy.as_deref().is_some_and(|policy| policy != "compact") {
+            faults.push(mend("set cleanup.policy to compact: as it is, keys end with the topic's retention and the content with them, and none can be erased before"));
+        }
+    } else if is_compacted(facts) {
         faults.push(mend("set cleanup.policy to delete: a compacted topic keeps one event of each session and loses the others"));
     }
     let least = i64::try_from(kafka.replay_window.max(RETENTION_MIN).as_millis()).unwrap_or(i64::MAX);
@@ -189,6 +198,7 @@ mod tests {
             brokers: vec!["kafka:9092".into()],
             topic: "weir".into(),
             checkpoint_topic: "weir".into(),
+            key_topic: None,
             properties: BTreeMap::from([("security.protocol".into(), "SASL_SSL".into())]),
             property_files: BTreeMap::new(),
             oauth: None,
@@ -277,6 +287,17 @@ mod tests {
             let checks = judge(&kafka(), Ok(ClusterFacts { brokers: 3, topics: vec![facts] }));
             assert_eq!((checks[2].ok, checks[2].need), (false, super::Need::Must));
             assert!(checks[2].mend.as_ref().unwrap().contains("cleanup.policy to delete"), "{checks:?}");
+        }
+    }
+
+    #[test]
+    fn the_topic_of_keys_is_to_be_compacted() {
+        let kafka = Kafka { key_topic: Some("keys".into()), ..kafka() };
+        for (policy, ok) in [("compact", true), ("delete", false), ("compact,delete", false)] {
+            let settings = TopicSettings { cleanup_policy: Some(policy.into()), ..settings() };
+            let facts = TopicFacts { name: "keys".into(), settings, ..good() };
+            let checks = judge(&kafka, Ok(ClusterFacts { brokers: 3, topics: vec![facts] }));
+            assert_eq!((checks[2].ok, checks[2].need), (ok, super::Need::Should), "{checks:?}");
         }
     }
 

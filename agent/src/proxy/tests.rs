@@ -9,7 +9,7 @@ use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
 use serde_json::Value;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use weir_common::event::{self, Channel, Event, Kind, Outcome};
+use weir_common::event::{Channel, Event, Kind, Outcome};
 
 use super::{
     Drained,
@@ -60,16 +60,12 @@ fn refused_connections(events: &[Event]) -> Vec<String> {
 }
 
 fn content(events: &[Event], channel: Channel) -> Vec<u8> {
-    use base64::Engine as _;
     let mut all = Vec::new();
     for event in events {
         match &event.kind {
-            Kind::Content(content) if content.channel == channel => match &content.bytes {
-                event::Bytes::Text(text) => all.extend_from_slice(text.as_bytes()),
-                event::Bytes::Base64(text) => {
-                    all.extend(base64::engine::general_purpose::STANDARD.decode(text).expect("base64"));
-                }
-            },
+            Kind::Content(content) if content.channel == channel => {
+                all.extend(content.bytes.to_vec().expect("readable"));
+            }
             _ => {}
         }
     }

@@ -13,6 +13,7 @@ use tempfile::TempDir;
 use uuid::Uuid;
 use weir_common::{
     checkpoint::{Checkpoint, NoteSigner},
+    encryption::of_message_key,
     envelope::Envelope,
     event::{self, Event, Predecessor, SCHEMA_VERSION},
     frame::{self, FrameType},
@@ -21,17 +22,12 @@ use weir_common::{
     segment::{SEGMENT_HEADER_BYTES, SegmentHeader},
 };
 
+pub(crate) use super::trial::{Run, WINDOW};
 use super::{
-    clock::Clock,
-    measures::{Measures, Published},
-    publisher::{Publisher, Settings},
     sink::{Failure, MakeSink, Outcome, Sink, Taken, Ticket},
     stream::Now,
 };
-use crate::{
-    recording::{Durable, DurablePosition},
-    storage::{FileSystem, Storage},
-};
+use crate::recording::Durable;
 
 /// An epoch in a journal of its own, written as an agent writes it; every event is a group commit.
 pub(super) struct Log {
@@ -45,6 +41,8 @@ pub(super) struct Log {
     pub(super) sequence: u64,
     commit: u64,
     pub(super) tree: Tree,
+    /// Key that the next events are encrypted with.
+    pub(super) key_id: u64,
     /// Segment and offset of each event.
     places: Vec<(u64, u64)>,
 }
@@ -74,6 +72,7 @@ impl Log {
             sequence: 0,
             commit: 1,
             tree: Tree::new(),
+            key_id: 0,
             places: Vec::new(),
         };
         log.begin();
@@ -133,7 +132,7 @@ impl Log {
             source: format!("/weir/node-1/{}", self.epoch),
             time_unix_us: 1_000_000 + self.sequence as i64,
             flags: 0,
-            key_id: 0,
+            key_id: self.key_id,
         };
         let mut bytes = Vec::new();
         frame::encode(&mut bytes, frame_type, self.sequence, self.commit, &envelope, value).unwrap();
@@ -235,6 +234,8 @@ pub(super) struct BrokerState {
     /// Taken and neither acknowledged nor refused yet, of the present client.
     pub(super) waiting: VecDeque<(Ticket, Id, Option<String>)>,
     outcomes: Vec<Outcome>,
+    /// Wrapped keys, in their order, each with the number of other messages before it.
+    pub(super) keys: Vec<(String, usize)>,
     /// The present client must be made anew.
     pub(super) fatal: bool,
     pub(super) room: usize,
@@ -245,6 +246,14 @@ pub(super) struct BrokerState {
 }
 
 impl BrokerState {
+    fn take_key(&mut self, ticket: Ticket, topic: &str, message: &Message<'_>) -> Result<Taken, Failure> {
+        assert_eq!(topic, "weir-keys");
+        let before = self.waiting.len() + self.acknowledged.len();
+        self.keys.push((message.key.unwrap_or_default().to_owned(), before));
+        self.outcomes.push(Outcome { ticket, result: Ok(()) });
+        Ok(Taken::Yes)
+    }
+
     fn arrive(&mut self, index: usize) -> Option<(Ticket, Id)> {
         let key = self.waiting.get(index)?.2.clone();
         // Without a key, messages go to any partition.
@@ -338,6 +347,9 @@ impl Sink for Client {
         _unix_ms: i64,
     ) -> Result<Taken, Failure> {
         let headers = message.headers.iter().map(|(name, value)| (*name, Some(value.as_bytes())));
+        if message.key.is_some_and(|key| of_message_key(key.as_bytes()).is_some()) {
+            return self.0.with(|state| state.take_key(ticket, topic, message));
+        }
         let received = Received::parse(message.key.map(str::as_bytes), headers, Some(message.value)).unwrap();
         self.0.with(|state| {
             if state.fatal {
@@ -378,81 +390,6 @@ impl MakeSink for Broker {
             state.made += 1;
         });
         Ok(Box::new(Client(self.clone())))
-    }
-}
-
-/// Why something is missing, and how many events.
-type Gap = (String, Option<u64>);
-
-/// A publisher with all that it needs.
-pub(crate) struct Run {
-    pub(super) publisher: Publisher,
-    pub(super) durable: Arc<DurablePosition>,
-    pub(super) gaps: Arc<Mutex<Vec<Gap>>>,
-    pub(super) measures: Arc<Measures>,
-}
-
-/// How long tests keep what was acknowledged.
-pub(crate) const WINDOW: Duration = Duration::from_secs(100);
-
-impl Run {
-    /// Publishes the journal of `log`, which is written.
-    pub(super) fn with(log: &Log, make: Box<dyn MakeSink>) -> Self {
-        let durable = Arc::new(DurablePosition::default());
-        durable.publish(log.durable());
-        Self::new(Arc::new(FileSystem), log.journal().path(), log.epoch, durable, make)
-    }
-
-    /// Publishes the journal in this folder, of which the epoch `own` is written, to `broker`.
-    pub(crate) fn of(
-        storage: Arc<dyn Storage>,
-        journal: &Path,
-        own: Uuid,
-        durable: Arc<DurablePosition>,
-        broker: &Broker,
-    ) -> Self {
-        Self::new(storage, journal, own, durable, Box::new(broker.clone()))
-    }
-
-    fn new(
-        storage: Arc<dyn Storage>,
-        journal: &Path,
-        own: Uuid,
-        durable: Arc<DurablePosition>,
-        make: Box<dyn MakeSink>,
-    ) -> Self {
-        let settings = Settings {
-            storage,
-            journal: journal.to_owned(),
-            own,
-            topic: "weir".into(),
-            checkpoint_topic: "weir".into(),
-            replay_window: WINDOW,
-        };
-        let gaps = Arc::<Mutex<Vec<_>>>::default();
-        let kept = Arc::clone(&gaps);
-        let gap = Box::new(move |reason, events| kept.lock().unwrap().push((reason, events)));
-        let measures = Arc::new(Measures::default());
-        let publisher = Publisher::new(settings, Arc::clone(&durable), make, gap, Arc::clone(&measures));
-        Self { publisher, durable, gaps, measures }
-    }
-
-    pub(super) fn turn_at(&mut self, now: Now) {
-        self.publisher.turn(now);
-    }
-
-    /// A turn when this time has passed.
-    pub(crate) fn turn_after(&mut self, clock: &mut Clock, time: Duration) {
-        self.publisher.turn(clock.pass(time));
-    }
-
-    /// What it found missing, and how many events.
-    pub(crate) fn gaps(&self) -> Vec<(String, Option<u64>)> {
-        self.gaps.lock().unwrap().clone()
-    }
-
-    pub(super) fn published(&self) -> Published {
-        self.measures.read(5_000_000)
     }
 }
 

@@ -94,6 +94,7 @@ pub(crate) fn inspect(kafka: &Kafka, timeout: Duration) -> Result<ClusterFacts, 
     };
     let mut names = vec![kafka.topic.clone()];
     names.extend(Some(kafka.checkpoint_topic.clone()).filter(|name| *name != kafka.topic));
+    names.extend(kafka.key_topic.clone());
     let topics = names.into_iter().map(|name| {
         let found = metadata.topics().iter().find(|topic| topic.name() == name && topic.error().is_none());
         let Some(found) = found else { return TopicFacts { name, ..TopicFacts::default() } };
@@ -159,6 +160,7 @@ mod tests {
             brokers: vec![cluster.bootstrap_servers()],
             topic: "weir".to_owned(),
             checkpoint_topic: "other".to_owned(),
+            key_topic: None,
             properties: BTreeMap::new(),
             property_files: BTreeMap::new(),
             oauth: None,

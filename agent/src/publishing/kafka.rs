@@ -358,6 +358,7 @@ mod tests {
             brokers: vec![cluster.bootstrap_servers()],
             topic: TOPIC.to_owned(),
             checkpoint_topic: TOPIC.to_owned(),
+            key_topic: None,
             properties: BTreeMap::from([
                 ("linger.ms".to_owned(), "0".to_owned()),
                 ("reconnect.backoff.max.ms".to_owned(), "100".to_owned()),

@@ -91,6 +91,7 @@ pub(crate) fn publish(recorder: &Recorder, journal: &Path, own: Uuid) {
         own,
         topic: "weir".into(),
         checkpoint_topic: "weir".into(),
+        key_topic: Some("weir-keys".into()),
         replay_window: Duration::ZERO,
     };
     let durable = recorder.durable();

@@ -67,6 +67,8 @@ pub(super) struct Settings {
     pub(super) topic: String,
     /// Topic of checkpoints.
     pub(super) checkpoint_topic: String,
+    /// Topic of wrapped keys.
+    pub(super) key_topic: Option<String>,
     /// How long what was acknowledged stays in the journal.
     pub(super) replay_window: Duration,
 }
@@ -256,7 +258,8 @@ impl Publisher {
         limit: Option<Durable>,
         sink: &mut dyn Sink,
     ) -> Result<Option<usize>, Stopped> {
-        let ticket = self.ticket;
+        let mut ticket = self.ticket;
+        let (keys, before) = (&mut stream.keys, stream.feed.position());
         let (settings, verifier, flight) = (&self.settings, stream.verifier.as_deref(), &mut stream.flight);
         let checkpoint = &mut stream.checkpoint;
         let mut sent = Ok(0);
@@ -266,6 +269,19 @@ impl Publisher {
                 // The last word of a silence: it was in its file before it was in the log.
                 flight.passed(ticket, end);
                 return true;
+            }
+            if let key @ 1.. = frame.envelope.key_id {
+                match keys.send(key, settings.key_topic.as_deref(), &frame.envelope.source, ticket, sink) {
+                    Ok(None) => {}
+                    Ok(Some((bytes, time))) => {
+                        flight.sent(ticket, before, bytes, time);
+                        ticket += 1;
+                    }
+                    Err(stopped) => {
+                        sent = Err(stopped);
+                        return false;
+                    }
+                }
             }
             let message = Message::of_frame(frame, verifier);
             let topic = match frame.frame_type {
@@ -290,7 +306,7 @@ impl Publisher {
             }
         });
         // Spent only where something bears it.
-        self.ticket += u64::from(matches!(next, Ok(Next::Taken | Next::Damage(_) | Next::End)));
+        self.ticket = ticket + u64::from(matches!(next, Ok(Next::Taken | Next::Damage(_) | Next::End)));
         match next {
             Ok(Next::Taken) => sent.map(Some),
             Ok(Next::NotTaken) => sent.and(Err(Stopped::Full)),
@@ -308,11 +324,15 @@ impl Publisher {
             }
             Err(error) => {
                 let trouble = format!("journal {} cannot be read: {error}", stream.folder.display());
-                if self.measures.trouble(Some(trouble.clone())) {
-                    tracing::warn!(trouble, "events are not published just now");
-                }
+                self.tell(trouble);
                 Ok(None)
             }
+        }
+    }
+
+    fn tell(&self, trouble: String) {
+        if self.measures.trouble(Some(trouble.clone())) {
+            tracing::warn!(trouble, "events are not published just now");
         }
     }
 

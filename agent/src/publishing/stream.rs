@@ -19,6 +19,7 @@ use super::{
     feed::{self, Feed, Position},
     flight::Flight,
     retention::Retention,
+    wrapped::Keys,
 };
 use crate::{
     recording::{CHECKPOINT_FILE, Durable},
@@ -47,6 +48,8 @@ pub(super) struct Stream {
     pub(super) damaged_to: (u64, u64),
     /// Size and time of the last checkpoint that was sent.
     pub(super) checkpoint: Option<(u64, i64)>,
+    /// The keys of content that is encrypted.
+    pub(super) keys: Keys,
     /// When it was looked for one that is not in the log.
     pub(super) looked: Option<Instant>,
     cursor: Cursor,
@@ -84,6 +87,7 @@ impl Stream {
             verifier: verifier.ok().and_then(|verifier| String::from_utf8(verifier.to_vec()).ok()),
             feed: Feed::new(Arc::clone(&storage), folder.clone(), cursor.position),
             flight: Flight::new(cursor.position),
+            keys: Keys::new(Arc::clone(&storage), folder.clone(), epoch),
             storage,
             folder,
             is_read: false,
@@ -107,6 +111,7 @@ impl Stream {
         self.feed.seek(self.flight.rewind());
         self.is_read = false;
         (self.checkpoint, self.looked) = (None, None);
+        self.keys.rewind();
     }
 
     /// The checkpoint that an agent signed since the last frame, while nothing was recorded; everything must be read. None if
@@ -174,7 +179,11 @@ impl Stream {
     /// The disk.
     pub(super) fn remove_published(&mut self, now: Now, window: Duration) -> io::Result<u64> {
         let before = self.cursor.removable_before(now.unix_seconds(), window);
-        self.retention.as_mut().map_or(Ok(0), |retention| retention.remove_before(before))
+        let count = self.retention.as_mut().map_or(Ok(0), |retention| retention.remove_before(before))?;
+        if count > 0 {
+            self.keys.remove_unused()?;
+        }
+        Ok(count)
     }
 
     /// Keeps a segment of which not everything was published, and those behind it.

@@ -42,7 +42,7 @@ impl Draft {
             source: format!("/weir/{node}/{epoch}"),
             time_unix_us: entry.time_unix_us,
             flags: 0,
-            key_id: 0,
+            key_id: entry.key_id,
         };
         let value = entry.value(sequence);
         let leaf =

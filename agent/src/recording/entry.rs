@@ -14,7 +14,7 @@ use weir_common::{
     frame::VALUE_BYTES_MAX,
 };
 
-use super::{error::RecordingError, share::Share};
+use super::{encryption::Encryption, error::RecordingError, share::Share};
 
 /// What the JSON of every event starts with while its sequence is 0.
 const UNNUMBERED: &[u8] = br#"{"schema":1,"sequence":0"#;
@@ -37,6 +37,8 @@ pub(super) struct Origin {
     pub(super) epoch: String,
     pub(super) tenant: Option<String>,
     pub(super) clusters: Vec<String>,
+    /// What encrypts content; none: it is recorded as it is.
+    pub(super) encryption: Option<Encryption>,
 }
 
 /// The ids that an event bears.
@@ -56,6 +58,8 @@ pub(super) struct Entry {
     pub(super) name: &'static str,
     /// When it happened.
     pub(super) time_unix_us: i64,
+    /// Key that content in it is encrypted with; 0: none.
+    pub(super) key_id: u64,
     /// Its JSON behind the number.
     rest: Vec<u8>,
 }
@@ -66,10 +70,10 @@ impl Origin {
         index.and_then(|index| self.clusters.get(index)).map_or("", String::as_str)
     }
 
-    /// Serialises an event.
+    /// Serialises an event. Every event passes here, so that no content is recorded in clear where it is to be encrypted.
     ///
     /// # Errors
-    /// It is longer than a frame may be.
+    /// It is longer than a frame may be, or cannot be encrypted.
     pub(super) fn entry(
         &self,
         cluster: Option<usize>,
@@ -77,6 +81,10 @@ impl Origin {
         kind: Kind,
     ) -> Result<Entry, RecordingError> {
         let (name, time_unix_us) = (kind.name(), unix_us());
+        let (kind, key_id) = match &self.encryption {
+            Some(encryption) => encryption.protect(ids, kind)?,
+            None => (kind, 0),
+        };
         let event = Event {
             schema: SCHEMA_VERSION,
             sequence: 0,
@@ -94,7 +102,7 @@ impl Origin {
         let json = serde_json::to_vec(&event).unwrap_or_default();
         match json.strip_prefix(UNNUMBERED) {
             Some(rest) if json.len() + NUMBER_BYTES_MAX <= VALUE_BYTES_MAX => {
-                Ok(Entry { key: event.session, name, time_unix_us, rest: rest.to_vec() })
+                Ok(Entry { key: event.session, name, time_unix_us, key_id, rest: rest.to_vec() })
             }
             _ => Err(RecordingError::TooLong { bytes: json.len() }),
         }

@@ -174,6 +174,7 @@ pub(super) fn options(directory: &Path) -> RecorderOptions {
         response_bytes_max: 64 * 1024,
         session_idle_timeout: Duration::from_secs(600),
         signing_key_files: Vec::new(),
+        recipient_files: Vec::new(),
         rules: CommitRules::default(),
         pod_quota: PodQuota::UNLIMITED,
     }

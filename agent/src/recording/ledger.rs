@@ -55,6 +55,7 @@ impl Life {
             epoch: id.to_string(),
             tenant: None,
             clusters: Vec::new(),
+            encryption: None,
         });
         let predecessor = epoch.predecessor.clone();
         let mut journal = Journal::create(

@@ -331,7 +331,13 @@ mod tests {
     };
 
     fn entry(bytes: usize) -> Entry {
-        let origin = Origin { node: "n".into(), epoch: "e".into(), tenant: None, clusters: Vec::new() };
+        let origin = Origin {
+            node: "n".into(),
+            epoch: "e".into(),
+            tenant: None,
+            clusters: Vec::new(),
+            encryption: None,
+        };
         let reason = "x".repeat(bytes);
         origin.entry(None, Ids::default(), Kind::Gap { reason, events: None, bytes: None }).unwrap()
     }

@@ -56,6 +56,7 @@ fn agent(journal: &Path) {
         brokers: vec!["127.0.0.1:1".to_owned()],
         topic: "weir".to_owned(),
         checkpoint_topic: "weir".to_owned(),
+        key_topic: None,
         properties: BTreeMap::new(),
         property_files: BTreeMap::new(),
         oauth: None,

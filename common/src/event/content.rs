@@ -87,7 +87,8 @@ pub enum Change {
     Reset,
 }
 
-/// Bytes in JSON: `{"text": …}` where they are UTF-8, else `{"base64": …}`.
+/// Bytes in JSON: `{"text": …}` where they are UTF-8, else `{"base64": …}`, and where only
+/// recipients may read them `{"encrypted": …}`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub enum Bytes {
@@ -95,12 +96,25 @@ pub enum Bytes {
     Text(String),
     /// Anything else, standard base64 with padding.
     Base64(String),
+    /// For recipients alone: see [`crate::encryption`].
+    Encrypted {
+        /// Number of the key in the epoch.
+        key: u64,
+        /// Nonce, what is encrypted and its tag; standard base64 with padding.
+        data: String,
+    },
 }
 
 /// Why the bytes of a [`Content`] cannot be had.
 #[derive(Debug, thiserror::Error)]
-#[error("content is not valid base64")]
-pub struct BytesError(#[from] base64::DecodeError);
+pub enum BytesError {
+    /// Weir did not write it.
+    #[error("content is not valid base64")]
+    Base64(#[from] base64::DecodeError),
+    /// They are for others.
+    #[error("content is encrypted; name a private key that may read it with --identity FILE")]
+    Encrypted,
+}
 
 impl Bytes {
     /// Text if the bytes are UTF-8 and do not grow much as JSON, else base64.
@@ -116,11 +130,12 @@ impl Bytes {
     /// The bytes.
     ///
     /// # Errors
-    /// The base64 is not valid.
+    /// The base64 is not valid, or they are encrypted.
     pub fn to_vec(&self) -> Result<Vec<u8>, BytesError> {
         match self {
             Self::Text(text) => Ok(text.clone().into_bytes()),
             Self::Base64(text) => Ok(base64::engine::general_purpose::STANDARD.decode(text)?),
+            Self::Encrypted { .. } => Err(BytesError::Encrypted),
         }
     }
 }

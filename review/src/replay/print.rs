@@ -8,7 +8,7 @@ use std::{
     io::{self, Write},
 };
 
-use weir_common::event::{BodySummary, Channel, Header, Kind};
+use weir_common::event::{BodySummary, BytesError, Channel, Header, Kind};
 
 use super::{
     ReplayError,
@@ -30,6 +30,8 @@ const PIECE_LINES_MAX: usize = 40;
 const BODY_BYTES_MAX: usize = 8 * 1024 * 1024;
 /// Most bytes of an unfinished line of a watch that are kept until its end comes.
 const LINE_BYTES_MAX: usize = 4 * 1024 * 1024;
+/// What stands for content that is for others.
+const ENCRYPTED: &[u8] = b"(encrypted; --identity FILE shows it to whom it is for)";
 /// Before each line of content.
 const MARGIN: &str = "             │ ";
 
@@ -364,7 +366,10 @@ impl<'a> Printer<'a> {
         match self.archive.event_at(piece.place)?.kind {
             Kind::Content(content) => {
                 let place = || format!("segment {} offset {}", piece.place.segment, piece.place.offset);
-                content.bytes.to_vec().map_err(|source| ReplayError::Content { place: place(), source })
+                match content.bytes.to_vec() {
+                    Err(BytesError::Encrypted) => Ok(ENCRYPTED.to_vec()),
+                    bytes => bytes.map_err(|source| ReplayError::Content { place: place(), source }),
+                }
             }
             _ => Err(ReplayError::Changed { place: format!("offset {}", piece.place.offset) }),
         }

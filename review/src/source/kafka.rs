@@ -18,7 +18,11 @@ use rdkafka::{
     error::{KafkaError, RDKafkaErrorCode},
     message::{BorrowedMessage, Headers as _},
 };
-use weir_common::message::{HEADERS_MAX, MessageError, Received};
+use uuid::Uuid;
+use weir_common::{
+    encryption::of_message_key,
+    message::{HEADERS_MAX, MessageError, Received},
+};
 
 use super::{
     address::Topics,
@@ -100,6 +104,8 @@ pub(crate) struct Taken<'a> {
     pub(crate) offset: i64,
     /// What it holds, if Weir wrote it.
     pub(crate) received: Result<Received<'a>, Foreign>,
+    /// Epoch and number of the wrapped key that it holds, or erases.
+    pub(crate) wrapped_key: Option<(Uuid, u64, Option<&'a [u8]>)>,
 }
 
 /// Why a message is not one of Weir's.
@@ -359,7 +365,10 @@ pub(super) fn taken<'a>(message: &'a BorrowedMessage<'_>) -> Taken<'a> {
         Some(headers) => Received::parse(message.key(), headers, message.payload()).map_err(Foreign::from),
         None => Err(Foreign::HeaderName),
     };
-    Taken { partition: message.partition(), offset: message.offset(), received }
+    // Who erases a key writes no headers, and may be no agent.
+    let key = message.key().filter(|_| received.is_err()).and_then(of_message_key);
+    let wrapped_key = key.map(|(epoch, number)| (epoch, number, message.payload()));
+    Taken { partition: message.partition(), offset: message.offset(), received, wrapped_key }
 }
 
 /// Headers, as far as they are looked at.

@@ -153,6 +153,8 @@ impl Archive for Contents<'_> {
         let bytes =
             self.read(place).map_err(|_| SourceError::Changed { place: self.journal.place(place) })?;
         let (frame, _) = frame::decode(&bytes).map_err(|_| changed())?;
-        serde_json::from_slice(frame.value).map_err(|_| changed())
+        let mut event = serde_json::from_slice(frame.value).map_err(|_| changed())?;
+        self.journal.open_content(&mut event);
+        Ok(event)
     }
 }

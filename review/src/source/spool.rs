@@ -18,16 +18,24 @@ use tempfile::TempDir;
 use uuid::Uuid;
 use weir_common::{
     checkpoint::{NOTE_BYTES_MAX, NoteVerifier},
+    encryption::{WRAPPED_KEY_BYTES_MAX, wrapped_key_file},
     frame::{self, FRAME_BYTES_MAX, FRAME_HEADER_BYTES, FrameHeader, FrameType},
     merkle::{Hash, leaf_hash},
     message::Received,
     segment::{NODE_BYTES_MAX, SegmentHeader},
 };
 
+pub(crate) use super::places::{Conflict, MessagePlace, Places};
 use super::{
     interrupted,
     ranges::{Ranges, Recent},
 };
+
+/// Folder of wrapped keys, until their epochs have folders.
+const KEYS_FOLDER: &str = "keys";
+
+/// Most wrapped keys that are taken; each takes a block of the disk.
+const WRAPPED_KEYS_MAX: usize = 1_000_000;
 
 /// Most messages that are spooled: what the index takes in memory is bounded by it (1.2 GB).
 const MESSAGES_MAX: usize = 50_000_000;
@@ -37,8 +45,6 @@ pub(super) const EPOCHS_MAX: usize = 100_000;
 const KEYS_MAX: usize = 8;
 /// Length at which a segment is ended.
 const SEGMENT_BYTES: u64 = 64 * 1024 * 1024;
-/// Most places of a kind that are kept; more are counted.
-const PLACES_MAX: usize = 200;
 /// How spools are called.
 const PREFIX: &str = "weir-spool-";
 /// File in a spool that its process holds locked.
@@ -68,53 +74,6 @@ pub(crate) enum SpoolError {
         "the topic holds messages of more than {EPOCHS_MAX} runs of agents; who else may write to it? Read the journals of the agents"
     )]
     TooManyEpochs,
-}
-
-/// Where a message stands.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) struct MessagePlace {
-    /// Number of the topic in the source.
-    pub(crate) topic: u8,
-    pub(crate) partition: i32,
-    pub(crate) offset: i64,
-}
-
-/// Things that were found, bounded.
-#[derive(Clone, Debug)]
-pub(crate) struct Places<T> {
-    pub(crate) listed: Vec<T>,
-    /// Number of those that are not listed.
-    pub(crate) more: u64,
-}
-
-impl<T> Default for Places<T> {
-    fn default() -> Self {
-        Self { listed: Vec::new(), more: 0 }
-    }
-}
-
-impl<T> Places<T> {
-    pub(crate) fn push(&mut self, found: T) {
-        if self.listed.len() < PLACES_MAX {
-            self.listed.push(found);
-        } else {
-            self.more += 1;
-        }
-    }
-
-    pub(crate) fn number(&self) -> u64 {
-        self.listed.len() as u64 + self.more
-    }
-}
-
-/// Two messages that should be the same and are not.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Conflict {
-    pub(crate) epoch: Uuid,
-    pub(crate) frame_type: FrameType,
-    pub(crate) sequence: u64,
-    pub(crate) first: MessagePlace,
-    pub(crate) other: MessagePlace,
 }
 
 /// A message in the index. The order is that of the journal: a checkpoint over n events stands before event n.
@@ -168,6 +127,8 @@ pub(crate) struct Spool {
     buffer: Vec<u8>,
     /// No further epoch is taken.
     closed: bool,
+    /// Number of wrapped keys that were taken.
+    keys: usize,
 }
 
 /// A spool that is complete.
@@ -222,6 +183,7 @@ impl Spool {
             index: Vec::new(),
             buffer: Vec::new(),
             closed: false,
+            keys: 0,
         })
     }
 
@@ -267,6 +229,34 @@ impl Spool {
         self.arrival.write_all(&self.buffer).map_err(|source| self.disk(source))?;
         self.position += self.buffer.len() as u64;
         Ok(true)
+    }
+
+    /// Takes a wrapped key: the last one that comes counts, and none if that was erased.
+    ///
+    /// # Errors
+    /// The disk fails, or there is too much.
+    pub(crate) fn add_key(
+        &mut self,
+        epoch: Uuid,
+        number: u64,
+        value: Option<&[u8]>,
+    ) -> Result<(), SpoolError> {
+        let folder = self.directory.path().join(KEYS_FOLDER).join(epoch.to_string());
+        let path = folder.join(wrapped_key_file(number));
+        let Some(value) = value else {
+            return match fs::remove_file(path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => Err(self.disk(error)),
+                _ => Ok(()),
+            };
+        };
+        if value.len() > WRAPPED_KEY_BYTES_MAX {
+            return Ok(());
+        }
+        if self.keys == WRAPPED_KEYS_MAX {
+            return Err(SpoolError::TooMany);
+        }
+        self.keys += 1;
+        fs::create_dir_all(&folder).and_then(|()| fs::write(path, value)).map_err(|source| self.disk(source))
     }
 
     fn epoch(&mut self, epoch: Uuid) -> Result<u32, SpoolError> {
@@ -353,8 +343,12 @@ struct Writing<'a> {
 
 impl Writing<'_> {
     fn epoch(&mut self, epoch: &Arriving, entries: &[Entry]) -> io::Result<()> {
-        let folder = self.directory.join(epoch.epoch.to_string());
-        fs::create_dir(&folder)?;
+        let name = epoch.epoch.to_string();
+        let folder = self.directory.join(&name);
+        match fs::rename(self.directory.join(KEYS_FOLDER).join(&name), &folder) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => fs::create_dir(&folder)?,
+            with_its_keys => with_its_keys?,
+        }
         if !epoch.keys.is_empty() {
             let keys: String = epoch.keys.iter().map(|key| format!("{key}\n")).collect();
             debug_assert!(keys.len() <= NOTE_BYTES_MAX, "a key file that is too long to be read");
@@ -491,7 +485,7 @@ mod tests {
         message::{Kind, Received},
     };
 
-    use super::{KEYS_MAX, LOCK_FILE, MessagePlace, PREFIX, Spool, remove_abandoned};
+    use super::{KEYS_MAX, LOCK_FILE, MessagePlace, PREFIX, Spool, remove_abandoned, wrapped_key_file};
     use crate::source::Journal;
 
     fn add(spool: &mut Spool, epoch: u128, sequence: u64) {
@@ -500,6 +494,22 @@ mod tests {
         let kind = Kind::Event { sequence };
         let received = Received { epoch, kind, envelope, value: b"{}", verifier: None };
         assert!(spool.add(&received, MessagePlace { topic: 0, partition: 0, offset: 0 }).unwrap());
+    }
+
+    #[test]
+    fn wrapped_keys_lie_with_their_epoch_and_one_that_was_erased_is_gone() {
+        let mut spool = Spool::new().unwrap();
+        let epoch = Uuid::from_u128(1);
+        for (number, value) in [(1, Some(&b"one"[..])), (2, Some(b"two")), (1, None), (3, None)] {
+            spool.add_key(epoch, number, value).unwrap();
+        }
+        spool.add_key(Uuid::from_u128(9), 1, Some(b"of an epoch that has no event")).unwrap();
+        add(&mut spool, 1, 0);
+        let spooled = spool.finish().unwrap();
+        let folder = spooled.path().join(epoch.to_string());
+        let kept = [1, 2, 3].map(|number| fs::read(folder.join(wrapped_key_file(number))).ok());
+        assert_eq!(kept, [None, Some(b"two".to_vec()), None]);
+        assert_eq!(Journal::open(spooled.path()).unwrap().epochs.len(), 1);
     }
 
     #[test]

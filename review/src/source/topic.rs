@@ -121,6 +121,9 @@ impl Reader {
     fn take(&mut self, topic: u8, taken: &Taken<'_>) -> Result<(), SourceError> {
         self.facts.messages += 1;
         let place = MessagePlace { topic, partition: taken.partition, offset: taken.offset };
+        if let Some((epoch, number, value)) = taken.wrapped_key {
+            return Ok(self.spool.add_key(epoch, number, value)?);
+        }
         let received = match &taken.received {
             Ok(received) => received,
             Err(error) => {

@@ -1,9 +1,10 @@
-//! Properties of the journal's parsers: frames, segments, envelopes, checkpoints, messages, and what was removed.
+//! Properties of the journal's parsers: frames, segments, envelopes, checkpoints, messages, wrapped keys, and what was removed.
 //!
 //! The `sealed` ones put right checksums over the input first: without that a fuzzer never comes past them.
 
 use weir_common::{
     checkpoint::{Checkpoint, NoteSigner, NoteVerifier},
+    encryption::{self, Identity, WrappedKey},
     envelope::{CODEC_BINCODE_STANDARD, Envelope},
     frame::{self, FRAME_HEADER_BYTES, FRAME_MAGIC, FRAME_VERSION},
     merkle::leaf_hash,
@@ -101,6 +102,24 @@ pub fn removed(bytes: &[u8]) {
         if let Ok(removed) = Removed::decode(bytes) {
             assert_eq!(removed.encode(), bytes, "an account was accepted and is encoded differently");
         }
+    }
+}
+
+/// Who the keys of the corpus are wrapped to: Bob of RFC 7748, section 6.1.
+const IDENTITY: &str = "-----BEGIN PRIVATE KEY-----\nMC4CAQAwBQYDK2VuBCIEIF2rCH5iSopLeeF/i4OADuZvO7EpJhi2/Rwviyf/iODr\n-----END PRIVATE KEY-----\n";
+
+/// A wrapped key that is accepted says the same when it is encoded again, and whatever it wraps, unwrapping ends without a panic.
+/// Bytes that are the Kafka key of one are its only spelling.
+pub fn wrapped_key(bytes: &[u8]) {
+    if let Ok(wrapped) = WrappedKey::decode(bytes) {
+        assert_eq!(WrappedKey::decode(&wrapped.encode()).as_ref(), Ok(&wrapped));
+        let identity = Identity::from_pem(IDENTITY.as_bytes()).expect("a key");
+        if let Ok(key) = wrapped.unwrap(&[identity]) {
+            assert_eq!(key.number(), wrapped.key);
+        }
+    }
+    if let Some((epoch, number)) = encryption::of_message_key(bytes) {
+        assert_eq!(encryption::message_key(&epoch, number).as_bytes(), bytes);
     }
 }
 

@@ -16,7 +16,7 @@ pub mod streams;
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets; each has a corpus folder and a fuzz target of its name.
-pub const TARGETS: [Target; 25] = [
+pub const TARGETS: [Target; 26] = [
     ("answer", agent::answer),
     ("attributes", record::attributes),
     ("body", masks::body),
@@ -35,6 +35,7 @@ pub const TARGETS: [Target; 25] = [
     ("nri", agent::nri),
     ("packet", kernel::packet),
     ("removed", journal::removed),
+    ("wrapped_key", journal::wrapped_key),
     ("request_head", agent::request_head),
     ("sealed_frame", journal::sealed_frame),
     ("sealed_segment", journal::sealed_segment),

@@ -12,7 +12,6 @@ use std::{
 use serde_json::{Value, json};
 use weir_common::{
     envelope::Envelope,
-    event::Event,
     frame::FrameType,
     segment::{SegmentHeader, SegmentReader},
 };
@@ -23,7 +22,10 @@ use weir_tests::{
 use super::{
     DEADLINE, Scene,
     client::Requests,
-    evidence::{SigningKey, silences, verified_by_others, wait_for_silence},
+    evidence::{
+        CANARY, KEYS, KeyPair, check_order, only_recipients_read, signed_by, silences, verified_by_others,
+        wait_for_silence,
+    },
     monitoring::{Monitored, check_documented},
     shown,
 };
@@ -214,29 +216,14 @@ fn expected_headers(frame: &Recorded) -> BTreeSet<(String, String)> {
         ("ce_time", &time),
         ("content-type", content_type),
     ];
+    let key_id = envelope.key_id.to_string();
+    if envelope.key_id != 0 {
+        headers.push(("ce_weirkeyid", &key_id));
+    }
     if frame.kind == FrameType::Checkpoint {
         headers.push(("ce_weirverifier", &frame.verifier));
     }
     headers.into_iter().map(|(name, value)| (name.to_owned(), value.to_owned())).collect()
-}
-
-/// Checks that each session is in one partition and, as long as nothing came twice, in the order of its events.
-#[track_caller]
-fn check_order(messages: &[Message]) -> usize {
-    let mut partitions = BTreeMap::<&str, BTreeSet<u32>>::new();
-    let mut sequences = BTreeMap::<(&str, String), Vec<u64>>::new();
-    for message in messages {
-        let Some(key) = message.key.as_deref() else { continue };
-        partitions.entry(key).or_default().insert(message.partition);
-        let event: Event = serde_json::from_str(&message.value).unwrap();
-        assert_eq!(event.session, key);
-        sequences.entry((key, event.epoch)).or_default().push(event.sequence);
-    }
-    assert!(partitions.values().all(|partitions| partitions.len() == 1), "{partitions:?}");
-    for ((key, epoch), sequences) in &sequences {
-        assert!(sequences.is_sorted_by(|one, next| one < next), "{key} in {epoch}: {sequences:?}");
-    }
-    partitions.len()
 }
 
 /// The report of `weir verify --json`, which must find no damage.
@@ -277,6 +264,36 @@ fn work(pod: &Pod<'_>) {
     .unwrap();
 }
 
+/// Every question has the same answer from the journal and from the topics.
+#[track_caller]
+fn answers_the_same(journal: &str, topics: &str, session: &str, [before, amid]: [&str; 2]) {
+    let questions: [&[&str]; 7] = [
+        &["sessions"],
+        &["sessions", "--json"],
+        &["sessions", "--json", "--since", before],
+        &["sessions", "--json", "--since", amid],
+        &["events"],
+        &["events", "--session", session],
+        &["replay", session],
+    ];
+    let answer = |question: &[&str], from: &str| {
+        let (code, out, err) = shown(&weir(&[question, &["--from", from]].concat()));
+        assert_eq!(code, Some(0), "{question:?} from {from}: {err}");
+        // It says how to see more.
+        out.replace(from, "SOURCE")
+    };
+    for question in questions {
+        let expected = answer(question, journal);
+        assert!(!expected.is_empty(), "{question:?}");
+        assert_eq!(answer(question, topics), expected, "{question:?}");
+    }
+    // Only the later session has something at or after either time; what it did before belongs to it.
+    let [all, later, still] =
+        [questions[1], questions[2], questions[3]].map(|question| answer(question, topics));
+    assert_eq!((all.lines().count(), later.lines().count(), &still), (2, 1, &later), "{all}{still}");
+    assert!(all.contains(&later), "{all}{later}");
+}
+
 #[test]
 fn what_the_journal_has_is_on_the_topics_byte_for_byte_and_answers_the_same() {
     let Some(mut scene) = Scene::new() else { return };
@@ -285,7 +302,7 @@ fn what_the_journal_has_is_on_the_topics_byte_for_byte_and_answers_the_same() {
     let [one, other] =
         ["one", "other"].map(|name| scene.testbed.run_pod(&PodSpec::idle("it-kafka", name)).unwrap());
     let mut configuration = configuration(&scene, publishing(&kafka.bootstrap()));
-    let keys = ["new", "old"].map(|name| SigningKey::make(scene.scratch.path(), name));
+    let keys = ["new", "old"].map(|name| KeyPair::make(scene.scratch.path(), name, "ed25519"));
     configuration["journal"]["signingKeyFiles"] = keys.iter().map(|key| json!(key.private)).collect();
     let (mut agent, monitored) = Monitored::start_with(&scene, configuration);
     work(&other);
@@ -318,31 +335,7 @@ fn what_the_journal_has_is_on_the_topics_byte_for_byte_and_answers_the_same() {
     let journal = scene.journal();
     let (journal, topics) = (journal.to_str().unwrap(), source(&kafka.bootstrap()));
     let session = messages.iter().find_map(|message| message.key.as_deref()).unwrap();
-    let questions: [&[&str]; 7] = [
-        &["sessions"],
-        &["sessions", "--json"],
-        &["sessions", "--json", "--since", &before],
-        &["sessions", "--json", "--since", &amid],
-        &["events"],
-        &["events", "--session", session],
-        &["replay", session],
-    ];
-    let answer = |question: &[&str], from: &str| {
-        let (code, out, err) = shown(&weir(&[question, &["--from", from]].concat()));
-        assert_eq!(code, Some(0), "{question:?} from {from}: {err}");
-        // It says how to see more.
-        out.replace(from, "SOURCE")
-    };
-    for question in questions {
-        let expected = answer(question, journal);
-        assert!(!expected.is_empty(), "{question:?}");
-        assert_eq!(answer(question, &topics), expected, "{question:?}");
-    }
-    // Only the later session has something at or after either time; what it did before belongs to it.
-    let [all, later, still] =
-        [questions[1], questions[2], questions[3]].map(|question| answer(question, &topics));
-    assert_eq!((all.lines().count(), later.lines().count(), &still), (2, 1, &later), "{all}{still}");
-    assert!(all.contains(&later), "{all}{later}");
+    answers_the_same(journal, &topics, session, [&before, &amid]);
     let report = sound(&topics, &[]);
     assert_eq!(totals(&report), totals(&sound(journal, &[])));
     let topic = &report["topic"];
@@ -356,13 +349,7 @@ fn what_the_journal_has_is_on_the_topics_byte_for_byte_and_answers_the_same() {
     let epoch = &epochs(&scene.journal())[0];
     let [key, checkpoint] = ["node.pub", "checkpoint"].map(|name| epoch.join(name).display().to_string());
     sound(&topics, &["--key", &key, "--checkpoint", &checkpoint]);
-    for public in keys.iter().map(|key| &*key.public) {
-        sound(journal, &["--key", public]);
-        sound(&topics, &["--key", public]);
-    }
-    let stranger = SigningKey::make(scene.scratch.path(), "stranger").public;
-    let (code, out, err) = shown(&weir(&["verify", "--from", journal, "--key", &stranger]));
-    assert_eq!(code, Some(1), "{out}{err}");
+    signed_by(&keys, &[journal, &topics]);
 
     // A message of somebody else is no reason to doubt Weir's.
     kafka.produce(EVENTS, Some("stranger"), "{\"hello\":1}").unwrap();
@@ -386,8 +373,25 @@ fn the_agent_publishes_over_tls_with_a_password_that_stands_in_a_file_alone() {
         "ssl.ca.location": secured.certificate_authority,
     });
     publishing["propertyFiles"] = json!({"sasl.password": password});
-    let mut agent = start(&scene, publishing, "agent.log");
+    // And what goes over it, only those can read whom it is for.
+    kafka.create_topic(KEYS, 1, &[("cleanup.policy", "compact")]).unwrap();
+    publishing["keyTopic"] = json!(KEYS);
+    let recipient = KeyPair::make(scene.scratch.path(), "recipient", "x25519");
+    let mut configuration = configuration(&scene, publishing);
+    configuration["recording"] = json!({"encryption": {"recipientFiles": [recipient.public]}});
+    let path = scene.scratch.path().join("agent.yaml");
+    agent::write_configuration(&configuration, &path).unwrap();
+    let mut agent = AgentProcess::start(&path, &scene.scratch.path().join("agent.log")).unwrap();
     work(&pod);
+    pod.shell(&format!(
+        "set -e
+         printf '%s-%s' {} {} > /tmp/told
+         kubectl create configmap told --from-file=a=/tmp/told -n it-kafka-tls
+         kubectl get configmap told -o yaml -n it-kafka-tls
+         kubectl exec -n it-kafka-tls caller -- cat /tmp/told",
+        CANARY.0, CANARY.1
+    ))
+    .unwrap();
     wait_until_published(&kafka, &scene.journal());
     assert!(agent.terminate().unwrap().success(), "{}", agent.last_lines());
     check(&recorded(&scene.journal()), &published(&kafka));
@@ -403,6 +407,8 @@ fn the_agent_publishes_over_tls_with_a_password_that_stands_in_a_file_alone() {
     let properties = properties.to_str().unwrap();
     let report = sound(&source(&secured.bootstrap), &["--kafka-config", properties]);
     assert_eq!(totals(&report), totals(&sound(scene.journal().to_str().unwrap(), &[])));
+
+    only_recipients_read(&kafka, &recipient, &scene.journal());
 
     // A password that is not the right one: said by those who are asked, and never repeated.
     std::fs::write(&password, "wrong-password-4711").unwrap();

@@ -7,9 +7,8 @@ use std::{
     process::{Child, ChildStdout, Command, Stdio},
 };
 
-use base64::{Engine as _, prelude::BASE64_STANDARD};
 use serde_json::json;
-use weir_common::event::{Bytes, Channel, Event, Kind};
+use weir_common::event::{Channel, Event, Kind};
 use weir_tests::{
     AgentProcess, Kafka, Pod, PodSpec, agent, command, kafka::Message, testbed::free_ports, wait_until,
 };
@@ -83,11 +82,7 @@ fn check_ledger(made: &BTreeSet<String>, last: Option<&str>, published: &BTreeMa
         match event.kind {
             Kind::RequestOpened(_) => drop(opened.insert(request)),
             Kind::Content(content) if content.channel == Channel::RequestBody => {
-                let body = match content.bytes {
-                    Bytes::Text(text) => text.into_bytes(),
-                    Bytes::Base64(text) => BASE64_STANDARD.decode(text).unwrap(),
-                };
-                bodies.push((body, request));
+                bodies.push((content.bytes.to_vec().unwrap(), request));
             }
             Kind::RequestClosed(closed) if closed.status == Some(201) => drop(created.insert(request)),
             _ => {}
