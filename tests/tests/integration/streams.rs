@@ -100,6 +100,8 @@ fn what_is_said_in_streams_is_on_record_by_channel_whatever_kubectl_speaks() {
     let bytes = if std::env::var_os("WEIR_TEST_LONG").is_some() { BYTES_LONG } else { BYTES };
     run(&pod, &format!("head -c {bytes} /dev/urandom > /tmp/sent"));
     let sent = run(&pod, "sha256sum < /tmp/sent")[..64].to_owned();
+    run(&pod, &format!("head -c {BYTES} /tmp/sent > /tmp/file"));
+    let file_digest = format!("sha256:{}", &run(&pod, "sha256sum < /tmp/file")[..64]);
     for (websocket, spoken) in [("true", "websocket"), ("false", "SPDY/3.1")] {
         let earlier = upgrades(&scene.events()).len();
         say_everything(&pod, websocket, &sent);
@@ -127,12 +129,12 @@ fn what_is_said_in_streams_is_on_record_by_channel_whatever_kubectl_speaks() {
         assert!(text(&terminal, Channel::Stdout).contains("a terminal"), "{spoken}");
         assert!(text(&terminal, Channel::Resize).contains("Width"), "{spoken}");
         for (part, channel, path) in
-            [("-xmf", Channel::Stdin, "copied"), ("=cf", Channel::Stdout, "tmp/sent")]
+            [("-xmf", Channel::Stdin, "copied"), ("=cf", Channel::Stdout, "tmp/file")]
         {
             let found = files(&events, id(part));
             let [file] = found[..] else { panic!("{found:?}") };
-            assert_eq!((file.channel, file.path.as_str(), file.bytes), (channel, path, bytes as u64));
-            assert_eq!(file.digest, Some(format!("sha256:{sent}")), "{spoken}");
+            assert_eq!((file.channel, file.path.as_str(), file.bytes), (channel, path, BYTES as u64));
+            assert_eq!(file.digest.as_ref(), Some(&file_digest), "{spoken}");
         }
         forwards(&events, id("/portforward"), spoken);
         for (id, uri, _) in &streams {
@@ -167,8 +169,8 @@ fn say_everything(pod: &Pod<'_>, websocket: &str, sent: &str) {
     run(
         pod,
         &format!(
-            "{kubectl} kubectl cp /tmp/sent it-streams/caller:/tmp/copied && cmp /tmp/sent /tmp/copied && \
-             kubectl cp it-streams/caller:/tmp/sent /tmp/back && cmp /tmp/sent /tmp/back"
+            "{kubectl} kubectl cp /tmp/file it-streams/caller:/tmp/copied && cmp /tmp/file /tmp/copied && \
+             kubectl cp it-streams/caller:/tmp/file /tmp/back && cmp /tmp/file /tmp/back"
         ),
     );
     // The second connection is that of a TLS client that will not be answered.
