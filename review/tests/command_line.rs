@@ -6,8 +6,14 @@
 use std::{
     path::Path,
     process::{Command, Output, Stdio},
+    time::{Duration, Instant},
 };
 
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use rdkafka::mocking::MockCluster;
 use weir_common::{
     checkpoint::{Checkpoint, NoteSigner},
     envelope::Envelope,
@@ -162,4 +168,29 @@ fn a_reader_that_goes_away_is_no_failure() {
     drop(child.stdout.take());
     let (code, _, error) = text(&child.wait_with_output().unwrap());
     assert_eq!((code, error.as_str()), (Some(0), ""));
+}
+
+#[test]
+fn whoever_interrupts_the_reading_of_a_topic_leaves_nothing_of_it_behind() {
+    let cluster = MockCluster::new(1).unwrap();
+    cluster.create_topic("weir", 1, 1).unwrap();
+    let source = format!("kafka://{}/weir", cluster.bootstrap_servers());
+    for (signal, code) in [(Signal::SIGINT, 130), (Signal::SIGTERM, 143)] {
+        let temporary = tempfile::tempdir().unwrap();
+        let spools = || std::fs::read_dir(temporary.path()).unwrap().count();
+        let mut reader = Command::new(env!("CARGO_BIN_EXE_weir"))
+            .args(["events", "--follow", "--from", &source])
+            .env("TMPDIR", temporary.path())
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        let begun = Instant::now();
+        while spools() == 0 {
+            assert!(begun.elapsed() < Duration::from_secs(60) && reader.try_wait().unwrap().is_none());
+            std::thread::yield_now();
+        }
+        kill(Pid::from_raw(i32::try_from(reader.id()).unwrap()), signal).unwrap();
+        assert_eq!(reader.wait().unwrap().code(), Some(code));
+        assert_eq!(spools(), 0);
+    }
 }

@@ -5,9 +5,7 @@ use std::{collections::BTreeSet, io, path::PathBuf, sync::Arc};
 
 use uuid::Uuid;
 use weir_common::{
-    encryption::{
-        KEY_LIFE, WRAPPED_KEY_BYTES_MAX, WRAPPED_KEY_SUFFIX, WrappedKey, message_key, wrapped_key_file,
-    },
+    encryption::{KEY_LIFE, WRAPPED_KEY_BYTES_MAX, WrappedKey, message_key, wrapped_key_file},
     message::Message,
 };
 
@@ -16,7 +14,7 @@ use super::{
     silence::Stopped,
     sink::{Failure, Sink, Taken, Ticket},
 };
-use crate::storage::{Storage, files_named, read_bounded};
+use crate::storage::{Storage, read_bounded};
 
 /// Most keys of which it is remembered that they were sent; then they are sent again, which a compacted topic bears.
 const SENT_MAX: usize = 4096;
@@ -32,11 +30,13 @@ pub(super) struct Keys {
     epoch: Uuid,
     /// Those that were sent since the epoch was last read again.
     sent: BTreeSet<u64>,
+    /// Those that were ever sent and are still there.
+    left: BTreeSet<u64>,
 }
 
 impl Keys {
     pub(super) fn new(storage: Arc<dyn Storage>, folder: PathBuf, epoch: Uuid) -> Self {
-        Self { storage, folder, epoch, sent: BTreeSet::new() }
+        Self { storage, folder, epoch, sent: BTreeSet::new(), left: BTreeSet::new() }
     }
 
     /// What was sent and not acknowledged is lost.
@@ -80,6 +80,7 @@ impl Keys {
             Err(failure) => return Err(Stopped::Failed(failure)),
         }
         self.remember(key);
+        self.left.insert(key);
         Ok(Some((message.bytes(), time)))
     }
 
@@ -90,11 +91,11 @@ impl Keys {
         self.sent.insert(key);
     }
 
-    /// Removes keys that encrypted nothing of what is left; to be called when segments went.
+    /// Removes keys that were published and encrypted nothing of what is left; to be called when segments went.
     ///
     /// # Errors
     /// The disk.
-    pub(super) fn remove_unused(&self) -> io::Result<()> {
+    pub(super) fn remove_unused(&mut self) -> io::Result<()> {
         let storage = self.storage.as_ref();
         let segments = feed::segments(storage, &self.folder)?;
         let first = segments.values().find_map(|(path, _)| feed::good_header(storage, path));
@@ -102,15 +103,26 @@ impl Keys {
         let Some(first) = first else { return Ok(()) };
         let life = i64::try_from(KEY_LIFE.as_micros()).unwrap_or(i64::MAX);
         let oldest = first.created_unix_us.saturating_sub(life).saturating_sub(QUEUED_US_MAX);
-        let mut has_removed = false;
-        for (path, _) in files_named(storage, &self.folder, WRAPPED_KEY_SUFFIX)? {
-            let wrapped = read_bounded(storage, &path, WRAPPED_KEY_BYTES_MAX)?;
-            if WrappedKey::decode(&wrapped).is_ok_and(|wrapped| wrapped.time_unix_us < oldest) {
-                storage.remove_file(&path)?;
-                has_removed = true;
+        // Of those alone that this process has sent: a clock that was set must not take one that nobody has. The others go with
+        // their epoch.
+        for key in self.left.clone() {
+            let path = self.folder.join(wrapped_key_file(key));
+            let is_used = match read_bounded(storage, &path, WRAPPED_KEY_BYTES_MAX) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => false,
+                wrapped => {
+                    let is_used =
+                        WrappedKey::decode(&wrapped?).is_ok_and(|wrapped| wrapped.time_unix_us >= oldest);
+                    if !is_used {
+                        storage.remove_file(&path)?;
+                    }
+                    is_used
+                }
+            };
+            if !is_used {
+                self.left.remove(&key);
             }
         }
-        if has_removed { storage.sync_folder(&self.folder) } else { Ok(()) }
+        storage.sync_folder(&self.folder)
     }
 }
 
@@ -161,9 +173,13 @@ mod tests {
     fn keys_go_a_day_after_the_segments_that_need_them() {
         let (mut log, broker, mut clock) = (Log::new(), Broker::new(), Clock::new());
         let day_us = 24 * 3_600_000_000;
-        wrap(&log, 1, -day_us * 2);
-        wrap(&log, 2, -day_us);
-        log.events(2);
+        for (key, time_unix_us) in [(1, -day_us * 2), (2, -day_us), (3, -day_us * 2)] {
+            wrap(&log, key, time_unix_us);
+        }
+        for key_id in [1, 2] {
+            log.key_id = key_id;
+            log.events(1);
+        }
         log.rotate();
         log.events(1);
         let mut run = Run::with(&log, Box::new(broker.clone()));
@@ -171,7 +187,7 @@ mod tests {
         run.turn_at(clock.pass(WINDOW * 2));
         assert!(!log.segment(0).exists());
         let is_there = |key| log.folder().join(wrapped_key_file(key)).exists();
-        assert_eq!((is_there(1), is_there(2)), (false, true));
+        assert_eq!([1, 2, 3].map(is_there), [false, true, true], "the third was never published");
     }
 
     #[test]

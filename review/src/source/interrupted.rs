@@ -4,7 +4,7 @@
 
 use std::{
     io,
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::{
         Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -12,6 +12,7 @@ use std::{
 };
 
 use nix::sys::signal::{SigSet, Signal};
+use tempfile::TempDir;
 
 /// Tries to remove a folder that is still written to.
 const TRIES: usize = 20;
@@ -38,9 +39,15 @@ pub(crate) fn watch() -> io::Result<()> {
     Ok(())
 }
 
-/// This folder is to be removed then.
-pub(crate) fn remove_then(folder: &Path) {
-    FOLDERS.lock().unwrap_or_else(PoisonError::into_inner).push(folder.to_owned());
+/// Makes a folder that is to be removed then. A signal that comes meanwhile waits until it is known.
+///
+/// # Errors
+/// It cannot be made.
+pub(crate) fn removed_then(make: impl FnOnce() -> io::Result<TempDir>) -> io::Result<TempDir> {
+    let mut folders = FOLDERS.lock().unwrap_or_else(PoisonError::into_inner);
+    let folder = make()?;
+    folders.push(folder.path().to_owned());
+    Ok(folder)
 }
 
 fn remove_all() {

@@ -161,9 +161,8 @@ impl Spool {
         let parent = std::env::temp_dir();
         let error = |source| SpoolError::Disk { path: parent.clone(), source };
         let private = fs::Permissions::from_mode(0o700);
-        let directory = tempfile::Builder::new().prefix(PREFIX).permissions(private).tempdir_in(&parent);
-        let directory = directory.map_err(error)?;
-        interrupted::remove_then(directory.path());
+        let make = || tempfile::Builder::new().prefix(PREFIX).permissions(private).tempdir_in(&parent);
+        let directory = interrupted::removed_then(make).map_err(error)?;
         let lock = File::create_new(directory.path().join(LOCK_FILE)).map_err(error)?;
         lock.lock().map_err(error)?;
         remove_abandoned(&parent, directory.path());

@@ -3,6 +3,7 @@
 //
 //	note-verifier KEYS CHECKPOINT                          prints the number of events and the root
 //	note-verifier KEYS CHECKPOINT EVENTS PROOFS            also checks each event of an export
+//	note-verifier IDENTITY KEYS_FOLDER EVENTS              prints what is encrypted in events, with Go's HPKE
 package main
 
 import (
@@ -34,8 +35,12 @@ func main() {
 }
 
 func run(args []string) error {
-	if len(args) != 2 && len(args) != 4 {
-		return errors.New("usage: note-verifier KEYS CHECKPOINT [EVENTS PROOFS]")
+	switch len(args) {
+	case 2, 4:
+	case 3:
+		return decrypt(args[0], args[1], args[2], os.Stdout)
+	default:
+		return errors.New("usage: note-verifier KEYS CHECKPOINT [EVENTS PROOFS] | IDENTITY KEYS_FOLDER EVENTS")
 	}
 	keys, err := os.ReadFile(args[0])
 	if err != nil {
