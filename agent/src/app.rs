@@ -34,6 +34,8 @@ use crate::{
         observed::Observed,
         pod_lookup::{NAMED_MAX, NamedPod},
         run::{self as interception, Ended, InterceptionError},
+        startup_taint,
+        succession::own_pod,
     },
     proxy::{self, Drained, Proxy, ProxyOptions},
     publishing::{Publishing, PublishingError},
@@ -44,11 +46,15 @@ use crate::{
 
 pub(crate) mod cluster;
 mod reload;
+mod retirement;
 
 use self::reload::Reload;
 
 /// Connections between accept and proxy; beyond it accepting waits.
 const ACCEPTED_MAX: usize = 256;
+
+/// Why the agent ends whose successor serves its pods.
+const HANDED_OVER: &str = "handover";
 
 /// Why the agent cannot start, or had to end.
 #[derive(Debug, thiserror::Error)]
@@ -122,7 +128,12 @@ pub async fn run((source, config): (Source, Config)) -> Result<(), AppError> {
     if let Some(publishing) = publishing {
         publishing.stop().await;
     }
-    outcome?;
+    if outcome? == HANDED_OVER && own_pod().is_some() {
+        tracing::info!("another agent serves this node's pods; this one waits for the end of its own pod");
+        let is_there = || handover::an_agent_runs(Path::new(handover::STANDARD));
+        let over = retirement::wait(signals.next(), retirement::LOOK_INTERVAL, is_there).await;
+        tracing::info!(?over, "waits no longer");
+    }
     tracing::info!(reason, "stopped; the kernel programs stay in force until `weir-agent uninstall`");
     Ok(stopped?)
 }
@@ -179,7 +190,7 @@ async fn run_recorded(
             never = &mut announced => match never {},
             ended = &mut intercepted => {
                 handed_over = matches!(ended, Ok(Ended::HandedOver));
-                break if handed_over { Ok("handover") } else { Err(early(ended)) };
+                break if handed_over { Ok(HANDED_OVER) } else { Err(early(ended)) };
             }
             Some(ended) = parts.join_next() => {
                 break Err(AppError::PartEnded { part: ended.unwrap_or("a part that panicked") });
@@ -324,6 +335,9 @@ async fn start_proxy(
         pods.watch_pods(publish_pods, named).await;
         "the watch of pods"
     });
+    let (client, node) = (clusters[0].access.client.clone(), config.node.clone());
+    let taint = startup_taint::remove_when_ready(client, node, Arc::clone(observed));
+    parts.spawn(async move { match taint.await {} });
     let (upstreams, live) = clusters.into_iter().map(|cluster| (cluster.upstream, cluster.live)).unzip();
     reload::announce_async_mutations(recorder, &config.recording);
     let (change_recording, recording) = watch::channel(config.recording.clone());

@@ -17,6 +17,7 @@ pub mod interception;
 pub mod nri;
 pub mod proxy;
 pub mod publishing;
+pub mod readiness;
 mod recipients;
 pub mod recording;
 pub mod signing;

@@ -10,6 +10,7 @@ use std::{
 };
 
 use clap::{Parser, Subcommand};
+use nix::sys::signal::{SigSet, Signal};
 use tracing_subscriber::{filter::filter_fn, layer::SubscriberExt as _, util::SubscriberInitExt as _};
 use weir_agent::{
     app, aws,
@@ -23,6 +24,7 @@ use weir_agent::{
         guard::{self, Guarded},
         handover, layouts, loader, pinned, quarantine,
     },
+    readiness,
 };
 
 /// Makes the pods of a Kubernetes node act through a recording gateway.
@@ -129,11 +131,16 @@ enum Command {
         #[command(subcommand)]
         action: Action,
     },
+    /// Exit 0 if the agent of this pod (or, asked on the host itself, of this node) is ready: for probes.
+    Ready,
     /// Remove every pin: the kernel programs detach, and nothing is intercepted any more.
     Uninstall {
         /// Also while an agent runs, which then ends.
         #[arg(long)]
         force: bool,
+        /// Stay until SIGTERM, so that a DaemonSet can show on which nodes it is done.
+        #[arg(long)]
+        stay: bool,
     },
 }
 
@@ -169,7 +176,17 @@ fn duration(text: &str) -> Result<Duration, String> {
 }
 
 fn main() -> ExitCode {
-    match Arguments::parse().command {
+    let command = Arguments::parse().command;
+    // Before there is a thread. Where it fails, what is then not found is named by whoever looks for it.
+    if nix::unistd::geteuid().is_root()
+        && let Err(error) = cgroup::enter_nodes_namespace()
+    {
+        eprintln!(
+            "weir-agent: cannot enter the node's cgroup namespace, so cgroups may not be found: {error}; does \
+             this container have CAP_SYS_ADMIN and CAP_SYS_PTRACE?"
+        );
+    }
+    match command {
         Command::Run { config, log_json } => {
             log_to_stderr("info", log_json);
             let result = run(&config);
@@ -191,7 +208,10 @@ fn main() -> ExitCode {
         }
         Command::Quarantine { pod, lift, json } => finish(set_quarantine(&pod, lift, json)),
         Command::Emergency { action } => finish(set_emergency(action)),
-        Command::Uninstall { force } => finish(uninstall(force)),
+        Command::Ready => {
+            finish(require_root("ready").and_then(|()| Ok(readiness::check(Path::new(handover::STANDARD))?)))
+        }
+        Command::Uninstall { force, stay } => finish(uninstall(force, stay)),
         Command::Exec { config, kubeconfig, journal, quiet, command } => {
             log_to_stderr("warn", false);
             execute(&ExecOptions { config, kubeconfig, journal, quiet, command })
@@ -365,8 +385,15 @@ fn set_emergency(action: Action) -> anyhow::Result<()> {
 }
 
 #[expect(clippy::print_stdout, reason = "says what was done")]
-fn uninstall(force: bool) -> anyhow::Result<()> {
+fn uninstall(force: bool, stay: bool) -> anyhow::Result<()> {
     require_root("uninstall")?;
+    let mut end = SigSet::empty();
+    end.add(Signal::SIGTERM);
+    end.add(Signal::SIGINT);
+    if stay {
+        // As process 1 of a container it would not be ended by them, and else too early.
+        end.thread_block()?;
+    }
     if !force && handover::an_agent_runs(Path::new(handover::STANDARD)) {
         anyhow::bail!(
             "an agent runs on this node, and its pods would go unrecorded; stop it first, or give --force"
@@ -374,6 +401,9 @@ fn uninstall(force: bool) -> anyhow::Result<()> {
     }
     let removed = layouts::uninstall_all(&loader::pin_folder())?;
     println!("removed {removed} pins; pods reach their API servers directly from now on");
+    if stay {
+        end.wait()?;
+    }
     Ok(())
 }
 

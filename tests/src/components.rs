@@ -140,6 +140,16 @@ static NOTE_VERIFIER: GoModule = GoModule {
     minutes: 0.2,
 };
 
+/// What renders and installs the chart; no part of the testbed either.
+static HELM: GoModule = GoModule {
+    folder: "helm",
+    tags: "",
+    linker_flags: "-s -w -X helm.sh/helm/v3/internal/version.version=v3.22.0",
+    copied: &[],
+    binaries: &[("helm", "helm.sh/helm/v3/cmd/helm")],
+    minutes: 1.5,
+};
+
 /// A Debian package and the file or command that shows it is there (or an equal of another distribution).
 const PACKAGES: &[(&str, &[&str])] = &[
     ("runc", &["runc"]),
@@ -258,11 +268,7 @@ pub fn plan() -> Result<Vec<String>> {
 /// # Errors
 /// When it cannot be built.
 pub fn streams_capture(progress: Progress) -> Result<PathBuf> {
-    let folder = cache_folder()?.join("testbed/bin");
-    if !STREAMS.is_built(&folder)? {
-        STREAMS.build(&folder, progress)?;
-    }
-    Ok(folder.join(STREAMS.binaries[0].0))
+    STREAMS.tool(progress)
 }
 
 /// The part of promtool that tests alert rules, built if it is not there.
@@ -270,11 +276,7 @@ pub fn streams_capture(progress: Progress) -> Result<PathBuf> {
 /// # Errors
 /// When it cannot be built.
 pub fn promtool(progress: Progress) -> Result<PathBuf> {
-    let folder = cache_folder()?.join("testbed/bin");
-    if !PROMTOOL.is_built(&folder)? {
-        PROMTOOL.build(&folder, progress)?;
-    }
-    Ok(folder.join(PROMTOOL.binaries[0].0))
+    PROMTOOL.tool(progress)
 }
 
 /// The program that verifies notes and proofs with other libraries than Weir's, built if it is not there.
@@ -282,23 +284,31 @@ pub fn promtool(progress: Progress) -> Result<PathBuf> {
 /// # Errors
 /// There is no Go, or the build fails.
 pub fn note_verifier(progress: Progress) -> Result<PathBuf> {
-    let folder = cache_folder()?.join("testbed/bin");
-    if !NOTE_VERIFIER.is_built(&folder)? {
-        NOTE_VERIFIER.build(&folder, progress)?;
-    }
-    Ok(folder.join(NOTE_VERIFIER.binaries[0].0))
+    NOTE_VERIFIER.tool(progress)
 }
 
-/// What [`promtool`] would do; none when it is there.
+/// Helm, built if it is not there.
+///
+/// # Errors
+/// When it cannot be built.
+pub fn helm(progress: Progress) -> Result<PathBuf> {
+    HELM.tool(progress)
+}
+
+/// What [`promtool`] and [`helm`] would do; nothing when they are there.
 ///
 /// # Errors
 /// As of [`plan`].
-pub fn promtool_plan() -> Result<Option<String>> {
-    if PROMTOOL.is_built(&cache_folder()?.join("testbed/bin"))? {
-        return Ok(None);
+pub fn tools_plan() -> Result<Vec<String>> {
+    let folder = cache_folder()?.join("testbed/bin");
+    let mut lines = Vec::new();
+    for module in [&PROMTOOL, &HELM] {
+        if !module.is_built(&folder)? {
+            go()?;
+            lines.push(format!("build with Go: {} (about {} min)", module.binaries[0].0, module.minutes));
+        }
     }
-    go()?;
-    Ok(Some(format!("build with Go: {} (about {} min)", PROMTOOL.binaries[0].0, PROMTOOL.minutes)))
+    Ok(lines)
 }
 
 /// Folder for what is built once and kept: `$XDG_CACHE_HOME/weir`, else `~/.cache/weir`.
@@ -332,6 +342,15 @@ fn binary_folder() -> Result<PathBuf> {
 }
 
 impl GoModule {
+    /// The one binary of a module that is no part of the testbed.
+    fn tool(&self, progress: Progress) -> Result<PathBuf> {
+        let folder = cache_folder()?.join("testbed/bin");
+        if !self.is_built(&folder)? {
+            self.build(&folder, progress)?;
+        }
+        Ok(folder.join(self.binaries[0].0))
+    }
+
     fn source(&self) -> PathBuf {
         repository().join("tests/testbed").join(self.folder)
     }
@@ -467,7 +486,7 @@ mod tests {
 
     #[test]
     fn the_go_that_is_asked_for_is_the_one_of_every_module() {
-        for module in GO_MODULES.iter().chain([&PROMTOOL, &NOTE_VERIFIER]) {
+        for module in GO_MODULES.iter().chain([&PROMTOOL, &NOTE_VERIFIER, &HELM]) {
             let go_mod = fs::read_to_string(module.source().join("go.mod")).unwrap();
             assert!(go_mod.contains(&format!("\ngo 1.{GO_MINOR}.")), "{}", module.folder);
         }

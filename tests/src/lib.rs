@@ -12,6 +12,7 @@ pub mod command;
 pub mod components;
 pub mod coverage;
 pub mod identity_provider;
+pub mod image;
 pub mod kafka;
 mod maven;
 pub mod nri;

@@ -23,6 +23,8 @@ use weir_tests::{
 
 #[path = "integration/api_server_faults.rs"]
 mod api_server_faults;
+#[path = "integration/chart.rs"]
+mod chart;
 #[path = "integration/client.rs"]
 mod client;
 #[path = "integration/client_faults.rs"]

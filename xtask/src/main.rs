@@ -6,11 +6,14 @@
 
 mod bench;
 mod build_ebpf;
+mod chart;
 mod demo;
+mod dist;
 mod docs;
 mod fuzz;
 mod kernels;
 mod native;
+mod sbom;
 mod test;
 mod testbed;
 mod tidy;
@@ -38,6 +41,8 @@ enum Command {
     Demo(demo::Arguments),
     /// Record conversations of Kubernetes' own clients and servers of streams anew: what `cargo test` holds the decoders to.
     Conversations,
+    /// Build what is given away, into target/dist: image, tarball, chart, list of packages, checksums.
+    Dist(dist::Arguments),
     /// Write the documentation that is generated from types: docs/configuration.md with its JSON schema, docs/metrics.md.
     Docs,
     /// Run the fuzz targets of `tests/fuzz`, all or one.
@@ -50,6 +55,8 @@ enum Command {
     Deny,
     /// Test the alert rules of deploy/prometheus with promtool.
     Rules,
+    /// Check the Helm chart: lint, what it renders to, and which mistakes in values it refuses.
+    Chart,
     /// Run everything that must pass before a change lands.
     Test {
         /// Full counts where a suite has fewer by default.
@@ -79,12 +86,14 @@ fn run(command: Command) -> Result<()> {
         Command::BuildEbpf(options) => build_ebpf::run(root, options).map(drop),
         Command::Demo(arguments) => demo::run(root, &arguments),
         Command::Conversations => test::conversations(root),
+        Command::Dist(arguments) => dist::run(root, &arguments),
         Command::Docs => docs::run(root),
         Command::Fuzz(arguments) => fuzz::run(root, &arguments),
         Command::Testbed(arguments) => testbed::run(&arguments),
         Command::Tidy => tidy::run(root),
         Command::Deny => test::deny(root),
         Command::Rules => test::rules(root),
+        Command::Chart => chart::run(root),
         Command::Test { kernels: true, .. } => kernels::run(root),
         Command::Test { long, .. } => test::run(root, long),
     }

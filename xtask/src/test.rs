@@ -35,7 +35,7 @@ pub(crate) fn run(root: &Path, long: bool) -> Result<()> {
     interrupt_on_signals()?;
     // What cannot work is said now, not after half an hour of builds.
     Testbed::check_machine(&Testbed::default_folder()?)?;
-    let plans = components::plan()?.into_iter().chain(components::promtool_plan()?);
+    let plans = components::plan()?.into_iter().chain(components::tools_plan()?);
     for line in plans.chain(build_ebpf::plan(root)?).chain(native::plan()) {
         println!("first: {line}");
     }
@@ -137,6 +137,7 @@ fn before_testbed(root: &Path, xtask: &Path) -> Vec<Suite> {
         suite("unit", 900, cargo, &["test", "--workspace", "--exclude", "weir-tests", "--locked"]),
         suite("kernels (qemu)", 600, xtask, &["test", "--kernels"]),
         suite("alert rules", 30, xtask, &["rules"]),
+        suite("chart", 30, xtask, &["chart"]),
         // Integration tests and the demo run these as the real binaries.
         suite("binaries", 300, cargo, &["build", "--locked", "-p", "weir-agent", "-p", "weir"]),
     ]

@@ -1,6 +1,7 @@
-//! `docs/configuration.md` and `docs/configuration.schema.json`: written from the types of [`super::raw`].
+//! `docs/configuration.md`, `docs/configuration.schema.json` and the schema of the chart's values: written from the types of
+//! [`super::raw`].
 //!
-//! `cargo xtask docs` writes both; the test that does so fails where they are not what it would write.
+//! `cargo xtask docs` writes them; the test that does so fails where they are not what it would write.
 
 use std::fmt::Write as _;
 
@@ -26,6 +27,18 @@ fn schema() -> Value {
     }
     root["required"].as_array_mut().expect("some are required").append(&mut required);
     root
+}
+
+/// The chart's own values, with the configuration among them.
+fn chart_schema(mut configuration: Value) -> Value {
+    let own = include_str!("../../../deploy/helm/values.schema.json");
+    let mut values: Value = serde_json::from_str(own).expect("is JSON");
+    let root = configuration.as_object_mut().expect("is an object");
+    let mut definitions = root.remove("$defs").expect("has definitions");
+    root.remove("$schema");
+    definitions["AgentConfiguration"] = configuration;
+    values["$defs"] = definitions;
+    values
 }
 
 fn text<'a>(schema: &'a Value, key: &str) -> &'a str {
@@ -134,9 +147,9 @@ fn document() -> String {
 
 #[test]
 fn the_documentation_is_what_the_types_say() {
-    let mut schema = serde_json::to_string_pretty(&schema()).expect("a schema can be written");
-    schema.push('\n');
-    expect_file!["../../../docs/configuration.schema.json"].assert_eq(&schema);
+    let written = |schema: &Value| format!("{:#}\n", schema);
+    expect_file!["../../../docs/configuration.schema.json"].assert_eq(&written(&schema()));
+    expect_file!["../../../deploy/helm/weir/values.schema.json"].assert_eq(&written(&chart_schema(schema())));
     expect_file!["../../../docs/configuration.md"].assert_eq(&document());
 }
 

@@ -6,6 +6,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use nix::sched::{CloneFlags, setns};
+
 /// Why a cgroup cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum CgroupError {
@@ -24,6 +26,25 @@ pub enum CgroupError {
         #[source]
         source: io::Error,
     },
+}
+
+/// Enters the node's cgroup namespace where this process is in another: a container that is not privileged has its own, in
+/// which `/proc/PID/cgroup` and the mounts name everything from the container's place in the tree. With the node's processes
+/// in sight (`hostPID`) it is the one of the kernel's threads, or on a node that is a container itself of its first process;
+/// without them it is this process's own.
+///
+/// Call it before there are threads: it is for the calling one, and those that it starts.
+///
+/// # Errors
+/// The namespaces cannot be read, or not be entered (`CAP_SYS_PTRACE`, `CAP_SYS_ADMIN`).
+pub fn enter_nodes_namespace() -> io::Result<()> {
+    let of_kernel = fs::read_to_string("/proc/2/comm").is_ok_and(|name| name == "kthreadd\n");
+    let nodes = fs::File::open(if of_kernel { "/proc/2/ns/cgroup" } else { "/proc/1/ns/cgroup" })?;
+    let (own, other) = (fs::metadata("/proc/thread-self/ns/cgroup")?, nodes.metadata()?);
+    if (own.dev(), own.ino()) == (other.dev(), other.ino()) {
+        return Ok(());
+    }
+    Ok(setns(nodes, CloneFlags::CLONE_NEWCGROUP)?)
 }
 
 /// The mount point of cgroup v2: `/sys/fs/cgroup` where it is the only one, `/sys/fs/cgroup/unified` or another
@@ -105,7 +126,9 @@ pub fn processes(folder: &Path) -> Result<Vec<u32>, CgroupError> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Mount, find_mount, unescape};
+    use nix::sched::{CloneFlags, unshare};
+
+    use super::{Mount, enter_nodes_namespace, find_mount, of_process, unescape};
 
     const HYBRID: &str = "\
 31 23 0:28 / /sys/fs/cgroup rw,relatime - tmpfs tmpfs rw,mode=755
@@ -126,6 +149,29 @@ mod tests {
         assert_eq!(find_mount("24 1 8:1 / / rw - ext4 /dev/sda1 rw\n"), None);
         assert_eq!(find_mount("garbage\n - \n"), None);
         assert_eq!(unescape("/mnt/a\\040b"), "/mnt/a b");
+    }
+
+    #[test]
+    fn from_a_namespace_of_its_own_a_process_sees_the_whole_tree_again() {
+        if !nix::unistd::geteuid().is_root() {
+            assert!(std::env::var_os("CI").is_none(), "CI must run this as root");
+            eprintln!("skipped: needs root");
+            return;
+        }
+        // Namespaces are a thread's, and this one ends with the test.
+        let own = std::thread::spawn(|| {
+            let place = || std::fs::read_to_string("/proc/thread-self/cgroup").expect("is there");
+            let before = place();
+            unshare(CloneFlags::CLONE_NEWCGROUP).expect("a namespace of its own");
+            let hidden = place();
+            enter_nodes_namespace().expect("the node's");
+            (before, hidden, place())
+        });
+        let (before, hidden, after) = own.join().expect("ends");
+        assert_eq!(before, after);
+        // In the root of the tree there is nothing to hide.
+        let root = of_process(std::process::id()).is_some_and(|path| path.as_os_str().is_empty());
+        assert!(root || before != hidden, "{hidden}");
     }
 
     #[test]

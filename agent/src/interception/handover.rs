@@ -137,6 +137,9 @@ enum Message {
         configuration_problem: Option<String>,
         #[serde(default, skip_serializing_if = "Option::is_none")]
         unpublished: Option<String>,
+        /// Whether something keeps it from being ready.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        unready: bool,
     },
 }
 
@@ -198,6 +201,8 @@ pub enum Presence {
         /// What of its journal is not in Kafka yet, if that is late, and why.
         #[serde(skip_serializing_if = "Option::is_none")]
         unpublished: Option<String>,
+        /// Whether it intercepts and records as it should.
+        ready: bool,
     },
     /// It is there and does not answer: stopped, stuck, just handing over, or of another version.
     Silent,
@@ -208,8 +213,11 @@ pub enum Presence {
 impl fmt::Display for Presence {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Running { pid, version, configuration_problem, unpublished } => {
+            Self::Running { pid, version, configuration_problem, unpublished, ready } => {
                 write!(formatter, "running, pid {pid}, version {version}")?;
+                if !ready {
+                    write!(formatter, "\n                not ready: its log and /readyz say why")?;
+                }
                 if let Some(problem) = configuration_problem {
                     write!(
                         formatter,
@@ -240,8 +248,8 @@ pub fn presence(path: &Path) -> Presence {
     }
     let asked = set_timeout(&connection, PING_TIMEOUT).and_then(|()| send(&connection, &Message::Ping, &[]));
     match asked.and_then(|()| receive(&connection)) {
-        Ok((Message::Pong { pid, version, configuration_problem, unpublished }, _)) => {
-            Presence::Running { pid, version, configuration_problem, unpublished }
+        Ok((Message::Pong { pid, version, configuration_problem, unpublished, unready }, _)) => {
+            Presence::Running { pid, version, configuration_problem, unpublished, ready: !unready }
         }
         _ => Presence::Silent,
     }
@@ -387,7 +395,8 @@ async fn hand_over(
             let configuration_problem =
                 observed.configuration_problem().map(|text| short(text, PROBLEM_CHARS_MAX));
             let unpublished = observed.unpublished().map(|text| short(text, UNPUBLISHED_CHARS_MAX));
-            let pong = Message::Pong { pid: std::process::id(), version, configuration_problem, unpublished };
+            let (pid, unready) = (std::process::id(), !gate.is_ready());
+            let pong = Message::Pong { pid, version, configuration_problem, unpublished, unready };
             send(&connection, &pong, &[])?;
             return Ok(false);
         }
@@ -493,7 +502,7 @@ mod tests {
     use tokio_util::sync::CancellationToken;
 
     use super::{
-        super::{observed::Observed, succession::Successors},
+        super::{canary::Health, observed::Observed, succession::Successors},
         Gate, Presence, Server, presence, unix_socket,
     };
     use crate::recording::{Recorder, RecorderOptions};
@@ -529,7 +538,10 @@ mod tests {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             configuration_problem,
             unpublished: None,
+            ready: observed.canary() == Health::Passed,
         };
+        assert_eq!(ask().await, running(None));
+        observed.checked(Health::Passed);
         assert_eq!(ask().await, running(None));
         observed.configured(Some("clusters[0].roles: say one".to_owned()));
         assert_eq!(ask().await, running(Some("clusters[0].roles: say one".to_owned())));

@@ -9,6 +9,7 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::{
+    canary::Health,
     cgroup,
     cluster_watch::{KnownPod, KnownPods},
     enrolment::Enrolment,
@@ -90,6 +91,16 @@ impl Succession {
     }
 }
 
+/// The pod that this process runs in; none where it runs on the host itself.
+pub fn own_pod() -> Option<PodUid> {
+    pod_of(std::process::id())
+}
+
+/// The pod that a process runs in.
+pub fn pod_of(pid: u32) -> Option<PodUid> {
+    cgroup::of_process(pid).and_then(|path| pod::parse(&path)).map(|found| found.pod)
+}
+
 /// Who may follow, and where it is said who tried.
 #[derive(Debug)]
 pub(super) struct Gate {
@@ -99,6 +110,12 @@ pub(super) struct Gate {
 }
 
 impl Gate {
+    /// Whether the kernel does what it was told, and what must be recorded is. That pods are served is so since there is a
+    /// gate at all.
+    pub(super) fn is_ready(&self) -> bool {
+        self.observed.canary() == Health::Passed && self.recorder.measured().failure.is_none()
+    }
+
     /// Why this process may not follow, or might not `before`; it is said and recorded.
     pub(super) fn refusal(&self, pid: i32, before: Option<String>) -> Option<String> {
         let reason = before.or_else(|| self.successors.refusal(u32::try_from(pid).unwrap_or(0)))?;
@@ -120,8 +137,7 @@ pub(super) struct Successors {
 impl Successors {
     /// Those of this process.
     pub(super) fn new(pods: watch::Receiver<KnownPods>) -> Self {
-        let own = cgroup::of_process(std::process::id()).and_then(|path| pod::parse(&path));
-        Self { own: own.map(|found| found.pod), pods }
+        Self { own: own_pod(), pods }
     }
 
     /// Why the process with this id, as the kernel named it (0: it is in a pid namespace that is not seen from here), may not

@@ -1,0 +1,38 @@
+{{/* The name is fixed: a node has one agent, so a cluster has one release, and a second one finds its objects taken. */}}
+{{- define "weir.selector" -}}
+app.kubernetes.io/name: weir-agent
+{{- end }}
+
+{{- define "weir.labels" -}}
+{{ include "weir.selector" . }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+{{- end }}
+
+{{- define "weir.image" -}}
+{{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}
+{{- with .Values.image.digest }}@{{ . }}{{ end }}
+{{- end }}
+
+{{/* Port of config.metrics.address; empty where nothing is served. */}}
+{{- define "weir.metricsPort" -}}
+{{- with .Values.config.metrics }}{{ regexFind "[0-9]+$" (.address | default "127.0.0.1:9155") }}{{ end }}
+{{- end }}
+
+{{/* What values.schema.json cannot say: keys that must agree with what the pods mount or serve. */}}
+{{- define "weir.check" -}}
+{{- $config := .Values.config }}
+{{- if $config.node }}
+{{- fail "config.node: every node has its own; leave it out, the DaemonSet gives each agent the name of its node" }}
+{{- end }}
+{{- $journal := $config.journal | default dict }}
+{{- range $key, $path := dict "config.journal.directory" $journal.directory "config.stateDirectory" $config.stateDirectory }}
+{{- if and $path (not (hasPrefix "/var/lib/weir" (clean $path))) }}
+{{- fail (printf "%s: %s is not below /var/lib/weir, the one folder of the node that the agent keeps things in; move it there" $key $path) }}
+{{- end }}
+{{- end }}
+{{- if and .Values.monitoring.serviceMonitor (or (not $config.metrics) (regexMatch "^(127\\.|\\[::1\\]|localhost)" ($config.metrics.address | default "127.0.0.1:9155"))) }}
+{{- fail "monitoring.serviceMonitor: Prometheus reaches no loopback address; set config.metrics.address to 0.0.0.0:PORT, or scrape from the node" }}
+{{- end }}
+{{- end }}

@@ -1,0 +1,183 @@
+//! `cargo xtask chart`: the Helm chart without a cluster: lint, what it renders to, which mistakes it refuses, and that
+//! alerts and dashboard in it are those of this commit.
+//!
+//! What an API server says of it, and that it works on a node, is the integration tests' (`chart`).
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::{Command, Output},
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use weir_tests::{components, progress::Progress};
+
+const CHART: &str = "deploy/helm/weir";
+/// What it renders to, each beside the values that make it.
+const GOLDEN: &str = "deploy/helm/golden";
+/// A suffix of the golden files of values.
+const VALUES: &str = ".values.yaml";
+/// What it is rendered for; nothing in it depends on that.
+const KUBERNETES: &str = "1.33.0";
+
+/// Mistakes in values, and what is said of them.
+const MISTAKES: [(&str, &str); 12] = [
+    (r#"{"config": {"jurnal": {}}}"#, "at '/config': additional properties 'jurnal' not allowed"),
+    (r#"{"config": {"kafka": {"brokers": ["kafka:9093"]}}}"#, "at '/config/kafka': missing property 'topic'"),
+    (r#"{"config": {"clusters": []}}"#, "at '/config/clusters': minItems"),
+    (
+        r#"{"config": {"enrolment": [{"namespaceSelector": {}, "podSelector": {}, "mode": "enforced"}]}}"#,
+        "at '/config/enrolment/0/mode'",
+    ),
+    (r#"{"config": {"limits": {"drainSeconds": 86400}}}"#, "at '/config/limits/drainSeconds': maximum"),
+    (r#"{"tolerations": {}}"#, "at '/tolerations': got object, want array"),
+    (r#"{"nodeselector": {}}"#, "additional properties 'nodeselector' not allowed"),
+    (r#"{"image": {"digest": "latest"}}"#, "at '/image/digest': 'latest' does not match pattern"),
+    (r#"{"config": {"node": "worker-1"}}"#, "config.node: every node has its own"),
+    (
+        r#"{"config": {"journal": {"directory": "/data/journal"}}}"#,
+        "config.journal.directory: /data/journal is not",
+    ),
+    (
+        r#"{"config": {"stateDirectory": "/var/lib/weir/../x"}}"#,
+        "config.stateDirectory: /var/lib/weir/../x is not",
+    ),
+    (
+        r#"{"monitoring": {"serviceMonitor": true}}"#,
+        "monitoring.serviceMonitor: Prometheus reaches no loopback address",
+    ),
+];
+
+/// Checks the chart; with `UPDATE_EXPECT` in the environment, writes what it renders to.
+///
+/// # Errors
+/// The first thing that is not as it should be.
+pub(crate) fn run(root: &Path) -> Result<()> {
+    let helm = Helm { program: components::helm(Progress::Shown)?, root: root.to_owned() };
+    helm.lint()?;
+    helm.renders_as_written()?;
+    helm.refuses_mistakes()?;
+    helm.brings_what_this_commit_has()?;
+    println!("the chart is as it should be");
+    Ok(())
+}
+
+struct Helm {
+    program: PathBuf,
+    root: PathBuf,
+}
+
+impl Helm {
+    fn output(&self, arguments: &[&str]) -> Result<Output> {
+        let mut command = Command::new(&self.program);
+        command.args(arguments).current_dir(&self.root);
+        command.output().with_context(|| format!("cannot start {}", self.program.display()))
+    }
+
+    fn run(&self, arguments: &[&str]) -> Result<String> {
+        let output = self.output(arguments)?;
+        let errors = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "helm {arguments:?} ended with {}:\n{errors}", output.status);
+        Ok(String::from_utf8(output.stdout)?)
+    }
+
+    fn template(&self, chart: &str, values: &[&str]) -> Result<String> {
+        let fixed = ["template", "weir", chart, "--namespace", "weir-system", "--kube-version", KUBERNETES];
+        self.run(&[&fixed, values].concat())
+    }
+
+    fn lint(&self) -> Result<()> {
+        self.run(&["lint", "--strict", "--kube-version", KUBERNETES, CHART]).map(drop)
+    }
+
+    fn renders_as_written(&self) -> Result<()> {
+        let folder = self.root.join(GOLDEN);
+        let entries = fs::read_dir(&folder).with_context(|| format!("cannot read {}", folder.display()))?;
+        let mut names = Vec::new();
+        for entry in entries {
+            let name = entry?.file_name().to_string_lossy().into_owned();
+            names.extend(name.strip_suffix(VALUES).map(str::to_owned));
+        }
+        ensure!(!names.is_empty(), "there are no values in {GOLDEN}");
+        for name in names {
+            let rendered = self.template(CHART, &["--values", &format!("{GOLDEN}/{name}{VALUES}")])?;
+            let path = folder.join(format!("{name}.yaml"));
+            if std::env::var_os("UPDATE_EXPECT").is_some() {
+                fs::write(&path, &rendered).with_context(|| format!("cannot write {}", path.display()))?;
+            }
+            let written = fs::read_to_string(&path).unwrap_or_default();
+            if let Some((number, (now, before))) = first_difference(&rendered, &written) {
+                bail!(
+                    "{GOLDEN}/{name}.yaml, line {number}: the chart renders {now:?} instead of {before:?}; if that is meant, \
+                     `UPDATE_EXPECT=1 cargo xtask chart` writes it"
+                );
+            }
+        }
+        Ok(())
+    }
+
+    fn refuses_mistakes(&self) -> Result<()> {
+        let scratch = tempfile::tempdir().context("cannot make a scratch folder")?;
+        let file = scratch.path().join("values.json");
+        for (values, said) in MISTAKES {
+            fs::write(&file, values).context("cannot write values")?;
+            let path = file.to_string_lossy();
+            let output =
+                self.output(&["template", "weir", CHART, "--kube-version", KUBERNETES, "--values", &path])?;
+            let errors = String::from_utf8_lossy(&output.stderr);
+            ensure!(!output.status.success(), "the chart takes {values}");
+            ensure!(errors.contains(said), "of {values} Helm says {errors:?}, not {said:?}");
+        }
+        Ok(())
+    }
+
+    /// As a package, too, which is made of what the links in the chart lead to.
+    fn brings_what_this_commit_has(&self) -> Result<()> {
+        let scratch = tempfile::tempdir().context("cannot make a scratch folder")?;
+        self.run(&["package", CHART, "--destination", &scratch.path().to_string_lossy()])?;
+        let package = fs::read_dir(scratch.path())?.next().context("helm has made no package")??.path();
+        let both = ["--set", "monitoring.prometheusRule=true,monitoring.dashboard=true"];
+        let rendered = self.template(&package.to_string_lossy(), &both)?;
+        let read = |path: &str| {
+            fs::read_to_string(self.root.join(path)).with_context(|| format!("cannot read {path}"))
+        };
+        for (file, indent) in [("weir-rules.yaml", 2), ("dashboard.json", 4)] {
+            let indented = |line: &str| format!("{}{line}", " ".repeat(indent));
+            let text = read(&format!("{CHART}/files/{file}"))?;
+            let text: Vec<_> = text.lines().map(indented).collect();
+            ensure!(rendered.contains(&text.join("\n")), "{file} is not in the rendered chart as it is");
+        }
+        let metrics = read("docs/metrics.md")?;
+        let dashboard = read(&format!("{CHART}/files/dashboard.json"))?;
+        let words = dashboard.split(|character: char| !character.is_ascii_alphanumeric() && character != '_');
+        for word in words.filter(|word| word.starts_with("weir_")) {
+            let family = ["_bucket", "_count", "_sum"].iter().find_map(|suffix| word.strip_suffix(suffix));
+            let is_one = |name: &str| metrics.contains(&format!("| `{name}` |"));
+            ensure!(
+                is_one(word) || family.is_some_and(is_one),
+                "the dashboard asks for {word}, which no agent has"
+            );
+        }
+        Ok(())
+    }
+}
+
+/// The first line in which two texts differ: its number, and both.
+fn first_difference<'a>(one: &'a str, other: &'a str) -> Option<(usize, (&'a str, &'a str))> {
+    let lines = |text: &'a str| text.lines().map(Some).chain(std::iter::repeat(None));
+    let pairs = lines(one).zip(lines(other)).take_while(|pair| *pair != (None, None));
+    let differing = (1..).zip(pairs).find(|(_, (one, other))| one != other);
+    differing.map(|(number, (one, other))| (number, (one.unwrap_or_default(), other.unwrap_or_default())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::first_difference;
+
+    #[test]
+    fn the_first_line_that_differs_is_found_also_behind_the_end_of_one_text() {
+        assert_eq!(first_difference("a\nb\n", "a\nb\n"), None);
+        assert_eq!(first_difference("a\nb\n", "a\nc\n"), Some((2, ("b", "c"))));
+        assert_eq!(first_difference("a\n", "a\nb\n"), Some((2, ("", "b"))));
+    }
+}
