@@ -207,9 +207,11 @@ impl Kafka {
     /// # Errors
     /// The broker does not take it.
     pub fn erase(&self, topic: &str, key: &str) -> Result<()> {
+        let file = self.path("message");
+        fs::write(&file, format!("{key};\n")).context("cannot write a scratch file")?;
         let mut command = self.installation.kcat(KCAT_SECONDS);
-        command.args(["-P", "-b", &self.bootstrap(), "-t", topic, "-k", key, "-Z", "/dev/null"]);
-        run(&mut command).map(drop)
+        command.args(["-P", "-b", &self.bootstrap(), "-t", topic, "-K", ";", "-Z", "-l"]);
+        run(command.arg(&file)).map(drop)
     }
 
     /// Stops its process: connections stay, and nobody answers.

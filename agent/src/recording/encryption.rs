@@ -140,14 +140,17 @@ mod tests {
     use std::{path::Path, sync::Arc};
 
     use tempfile::TempDir;
+    use uuid::Uuid;
     use weir_common::{
-        encryption::{Identity, Place, WrappedKey, wrapped_key_file},
-        event::{Bytes, Event, Kind},
+        encryption::{Identity, Place, Recipient, WrappedKey, wrapped_key_file},
+        event::{Bytes, Channel, Event, FileCopied, Kind},
     };
 
+    use super::{Encryption, Ids};
     use crate::{
         recipients::{IDENTITY, RECIPIENT},
         recording::{RecorderOptions, fixture::*},
+        storage::{FileSystem, Storage},
     };
 
     fn options_for(directory: &Path) -> RecorderOptions {
@@ -225,5 +228,31 @@ mod tests {
         std::fs::write(directory.path().join("recipient.pem"), "x").unwrap();
         assert!(on(&Arc::new(TestDisk::default()), options).is_err());
         assert!(!directory.path().join("journal").exists());
+    }
+
+    #[test]
+    fn digests_of_copied_files_are_keyed_and_what_holds_no_content_needs_no_key() {
+        let directory = TempDir::new().unwrap();
+        let storage: Arc<dyn Storage> = Arc::new(FileSystem);
+        let recipients = vec![Recipient::from_pem(RECIPIENT.as_bytes()).unwrap()];
+        let epoch = Uuid::from_u128(1);
+        let encryption = Encryption::new(&storage, directory.path().to_owned(), epoch, recipients).unwrap();
+        let ids = Ids { session: "s", ..Ids::default() };
+        let linked = FileCopied {
+            channel: Channel::Stdin,
+            path: "a".into(),
+            bytes: 0,
+            digest: None,
+            link_target: Some("b".into()),
+            passed_bytes: None,
+        };
+        let copied = FileCopied { digest: Some("sha256:00".into()), link_target: None, ..linked.clone() };
+        assert_eq!(encryption.protect(ids, Kind::FileCopied(Box::new(linked))).unwrap().1, 0);
+        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
+        let (kind, number) = encryption.protect(ids, Kind::FileCopied(Box::new(copied))).unwrap();
+        let Kind::FileCopied(copied) = kind else { panic!("{kind:?}") };
+        assert!(copied.digest.unwrap().starts_with("content-hmac-sha256:1:"));
+        assert_eq!(number, 1);
+        assert!(directory.path().join(wrapped_key_file(1)).exists());
     }
 }
