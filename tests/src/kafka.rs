@@ -4,6 +4,7 @@
 //! SCRAM-SHA-512 alone, and for who asks one that takes TLS and bearer tokens alone. What is on a topic is read by clients that share nothing with Weir ([`consumer`]).
 
 mod consumer;
+mod faults;
 mod installation;
 
 use std::fs;
@@ -54,10 +55,18 @@ pub struct Kafka {
     installation: installation::Installation,
     /// Of the plain listener, of the one with TLS, of the controller, of the one with tokens.
     ports: [u16; 4],
-    /// Whose tokens are taken.
-    issuer: Option<Issuer>,
+    setup: Setup,
     process: Option<RecordedProcess>,
     starts: usize,
+}
+
+/// What not every broker has.
+#[derive(Debug, Default)]
+struct Setup {
+    /// Whose tokens are taken.
+    issuer: Option<Issuer>,
+    /// Where topics are, if not in its own folder. With it, rights are asked for.
+    disks: Vec<PathBuf>,
 }
 
 /// Who makes the tokens that the listener for them takes.
@@ -90,7 +99,7 @@ impl Kafka {
     /// # Errors
     /// When it cannot be installed or does not come up.
     pub fn start() -> Result<Self> {
-        Self::start_with(None)
+        Self::start_with(Setup::default())
     }
 
     /// The same with a listener that takes tokens of an issuer, by Kafka's own check of them.
@@ -98,17 +107,17 @@ impl Kafka {
     /// # Errors
     /// When it cannot be installed or does not come up.
     pub fn start_with_tokens(issuer: Issuer) -> Result<Self> {
-        Self::start_with(Some(issuer))
+        Self::start_with(Setup { issuer: Some(issuer), disks: Vec::new() })
     }
 
-    fn start_with(issuer: Option<Issuer>) -> Result<Self> {
+    fn start_with(setup: Setup) -> Result<Self> {
         let installation = installation::installed(Progress::Shown)?;
         let folder = tempfile::tempdir().context("cannot make a scratch folder")?;
         fs::create_dir(folder.path().join("tmp")).context("cannot make a scratch folder")?;
         let ports = quiet_ports()?;
         write_certificate(folder.path())?;
-        let mut kafka = Self { folder, installation, ports, issuer, process: None, starts: 0 };
-        if let Some(issuer) = &kafka.issuer {
+        let mut kafka = Self { folder, installation, ports, setup, process: None, starts: 0 };
+        if let Some(issuer) = &kafka.setup.issuer {
             fs::write(kafka.path("keys.json"), &issuer.keys).context("cannot write the issuer's keys")?;
         }
         fs::write(kafka.path("server.properties"), kafka.properties())
@@ -284,7 +293,7 @@ impl Kafka {
 
     /// What the listener for tokens adds to the properties, and its part of the lists.
     fn token_properties(&self) -> (String, [String; 3]) {
-        let Some(issuer) = &self.issuer else { return Default::default() };
+        let Some(issuer) = &self.setup.issuer else { return Default::default() };
         let port = self.ports[3];
         let lists = [
             format!(",TOKENS://{ADDRESS}:{port}"),
@@ -308,7 +317,24 @@ sasl.oauthbearer.expected.audience={audience}
         (properties, lists)
     }
 
+    /// Where its log is, and who may do what. Who comes by the plain listener may do everything.
+    fn disk_properties(&self) -> String {
+        let folder = self.folder.path().display();
+        if self.setup.disks.is_empty() {
+            return format!("log.dirs={folder}/data");
+        }
+        let disks: Vec<_> = self.setup.disks.iter().map(|disk| disk.display().to_string()).collect();
+        format!(
+            "log.dirs={}
+metadata.log.dir={folder}/data
+authorizer.class.name=org.apache.kafka.metadata.authorizer.StandardAuthorizer
+super.users=User:ANONYMOUS",
+            disks.join(",")
+        )
+    }
+
     fn properties(&self) -> String {
+        let disks = self.disk_properties();
         let [plain, secured, controller, _] = self.ports;
         let (tokens, [listens, advertised, protocol]) = self.token_properties();
         let folder = self.folder.path().display();
@@ -326,7 +352,7 @@ listener.name.secured.ssl.keystore.location={folder}/broker.pem
 listener.name.secured.sasl.enabled.mechanisms=SCRAM-SHA-512
 listener.name.secured.scram-sha-512.sasl.jaas.config=\
 org.apache.kafka.common.security.scram.ScramLoginModule required;
-log.dirs={folder}/data
+{disks}
 log.index.size.max.bytes=1048576
 auto.create.topics.enable=false
 offsets.topic.replication.factor=1

@@ -6,14 +6,26 @@ use std::{path::Path, process::Command};
 
 use anyhow::{Context as _, Result, bail};
 use clap::{Args, Subcommand};
+use weir_tests::Kafka;
 
 use crate::build_ebpf;
+
+/// Where the bench of the journal publishes.
+const TOPIC: &str = "bench";
+const PARTITIONS: u32 = 3;
+
+/// Weir's own code as in a release, the rest as tests have it: where the disk and Weir's own work are what is measured. A release build is
+/// long, and a little faster than this.
+const OPTIMISED: [&str; 2] = ["weir-agent", "weir-common"];
 
 /// Measure on this machine.
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
     #[command(subcommand)]
     what: What,
+    /// As much as the goals say, where a bench does less by default: minutes, and 10 GiB of disk.
+    #[arg(long, global = true)]
+    long: bool,
 }
 
 #[derive(Debug, Subcommand)]
@@ -25,6 +37,9 @@ enum What {
     Commits,
     /// Time of the kernel programs per run, by the kernel's own count, beside that of empty ones. Needs root.
     Hooks,
+    /// Records a second of group commit, messages a second to a Kafka that is started for it, and the start with a large journal.
+    /// `WEIR_BENCH_DIR` names a folder on the disk in question.
+    Journal,
     /// Time until a node of 250 pods is enrolled, and what becomes of 1,000 pods that connect at once. Needs root.
     Enrolment,
 }
@@ -35,13 +50,14 @@ enum What {
 /// It cannot be built or run; what it printed says why.
 pub(crate) fn run(root: &Path, arguments: &Arguments) -> Result<()> {
     match arguments.what {
-        What::Auth => cargo_bench(root, "auth", "release"),
+        What::Auth => cargo_bench(root, "auth", "release", &[], &[]),
         // What is waited for is the disk; a release build is long, and takes some µs off the rest.
-        What::Commits => cargo_bench(root, "commits", "dev"),
+        What::Commits => cargo_bench(root, "commits", "dev", &[], &[]),
+        What::Journal => journal(root, arguments.long),
         What::Hooks => {
             build_ebpf::run(root, build_ebpf::Options::default())?;
             // The programs are the kernel's; how the rest is compiled makes no difference, and a release build is long.
-            cargo_bench(root, "hooks", "dev")
+            cargo_bench(root, "hooks", "dev", &[], &[])
         }
         What::Enrolment => {
             build_ebpf::run(root, build_ebpf::Options::default())?;
@@ -50,9 +66,30 @@ pub(crate) fn run(root: &Path, arguments: &Arguments) -> Result<()> {
     }
 }
 
-fn cargo_bench(root: &Path, name: &str, profile: &str) -> Result<()> {
+/// With a Kafka beside it, whose topic has as many partitions as one would have that takes so much.
+fn journal(root: &Path, long: bool) -> Result<()> {
+    let kafka = Kafka::start()?;
+    kafka.create_topic(TOPIC, PARTITIONS, &[])?;
+    let broker = format!("{}/{TOPIC}", kafka.bootstrap());
+    let gibibytes = if long { "10" } else { "1" };
+    let environment = [("WEIR_BENCH_KAFKA", broker.as_str()), ("WEIR_BENCH_GIB", gibibytes)];
+    cargo_bench(root, "journal", "dev", &environment, &OPTIMISED)
+}
+
+/// Runs a bench; the packages `optimised` are so whatever the profile says.
+fn cargo_bench(
+    root: &Path,
+    name: &str,
+    profile: &str,
+    environment: &[(&str, &str)],
+    optimised: &[&str],
+) -> Result<()> {
     let mut command = Command::new("cargo");
     command.args(["bench", "--locked", "--profile", profile, "-p", "weir-agent", "--bench", name]);
+    command.envs(environment.iter().copied());
+    for package in optimised {
+        command.arg(format!("--config=profile.{profile}.package.{package}.opt-level=3"));
+    }
     let status = command.current_dir(root).status().context("cannot start cargo")?;
     if !status.success() {
         bail!("the bench {name} ended with {status}; does it need root, or a machine without an agent?");

@@ -3,6 +3,7 @@
 //! kcat is quick enough to be asked again and again. Kafka's own is in Java as most that reads from Kafka is, and takes
 //! seconds; it answers for what a C library might take from a C library and nobody else would.
 
+use std::collections::BTreeSet;
 use std::io::Read as _;
 
 use anyhow::{Context, Result, ensure};
@@ -61,6 +62,15 @@ pub(super) fn is_led(listed: &[u8]) -> bool {
         topic["error"].is_null() && !partitions.is_empty() && partitions.iter().all(leader)
     };
     listed["brokers"].as_array().is_some_and(|brokers| !brokers.is_empty()) && topics.iter().all(led)
+}
+
+/// Partitions that `kcat -L -J` lists without a leader.
+pub(super) fn leaderless(listed: &[u8]) -> BTreeSet<u32> {
+    let Ok(listed) = serde_json::from_slice::<Value>(listed) else { return BTreeSet::new() };
+    let topics = listed["topics"].as_array().map_or(&[][..], Vec::as_slice);
+    let partitions = topics.iter().filter_map(|topic| topic["partitions"].as_array()).flatten();
+    let without = partitions.filter(|partition| partition["leader"].as_i64() == Some(-1));
+    without.filter_map(|partition| u32::try_from(partition["partition"].as_u64()?).ok()).collect()
 }
 
 impl Kafka {

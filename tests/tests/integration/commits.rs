@@ -1,6 +1,10 @@
 //! What kubectl is told while the journal or Kafka is behind, the emergency switch, and a neighbour of a pod that floods.
 
-use std::{path::Path, process::Command, time::Instant};
+use std::{
+    path::Path,
+    process::Command,
+    time::{Duration, Instant},
+};
 
 use serde_json::{Value, json};
 use weir_common::event::{Event, Kind};
@@ -127,7 +131,7 @@ fn kubectl_is_told_why_it_is_refused_and_only_an_emergency_that_is_allowed_lets_
 }
 
 #[test]
-fn while_kafka_is_away_for_too_long_requests_are_refused_and_go_on_when_it_is_back() {
+fn while_kafka_is_away_for_too_long_requests_are_refused_or_lose_their_bodies_or_wait_until_it_is_back() {
     let Some(mut scene) = Scene::new() else { return };
     let mut kafka = kafka();
     scene.namespace("it-late", true);
@@ -137,6 +141,8 @@ fn while_kafka_is_away_for_too_long_requests_are_refused_and_go_on_when_it_is_ba
     configuration["kafka"] = publishing(&kafka.bootstrap());
     configuration["recording"] = json!({"backlog": {"ageSecondsMax": 10}});
     let (agent, _monitored) = Monitored::start_with(&scene, configuration);
+    let written = std::fs::read_to_string(agent.config()).unwrap();
+    let mut configuration: Value = serde_yaml_ng::from_str(&written).unwrap();
     let mut requests = Requests::new(&scene.testbed, &pod);
     assert_eq!(requests.create("before", 10).status, 201);
     kafka.kill().unwrap();
@@ -154,7 +160,32 @@ fn while_kafka_is_away_for_too_long_requests_are_refused_and_go_on_when_it_is_ba
         status["message"].as_str().unwrap().ends_with("the operator must see to Kafka or make room"),
         "{status}"
     );
-    kafka.restart().unwrap();
+    let recording = |when| json!({"backlog": {"ageSecondsMax": 10, "waitSeconds": 60}, "whenBehind": when});
+    change(&agent, &mut configuration, recording("metadataOnly"));
+    let answer = requests.create("without-its-body", 10);
+    assert_eq!(answer.status, 201, "{}", answer.head);
+    let left_out = scene.event("a request without its body", |event| {
+        let Kind::RequestOpened(opened) = &event.kind else { return false };
+        let body = opened.body.as_ref().and_then(|body| body.truncated.as_deref());
+        body.is_some_and(|why| why.starts_with("left out: the journal holds more"))
+    });
+    scene.event("a gap that says so", |event| {
+        let Kind::Gap { reason, .. } = &event.kind else { return false };
+        event.request == left_out.request && reason.starts_with("bodies of this request are left out")
+    });
+
+    change(&agent, &mut configuration, recording("block"));
+    let waited = std::thread::scope(|scope| {
+        let asked = scope.spawn(|| {
+            let since = Instant::now();
+            (requests.create("that-waits", 10), since.elapsed())
+        });
+        // As long as it takes to start a broker it is not answered, and then it is.
+        kafka.restart().unwrap();
+        asked.join().unwrap()
+    });
+    assert_eq!(waited.0.status, 201, "{}", waited.0.head);
+    assert!(waited.1 > Duration::from_secs(1), "it waited for {:?} alone", waited.1);
     wait_until("requests to go on", PUBLISHED_DEADLINE, || {
         number += 1;
         Ok((requests.create(&format!("after-{number}"), 10).status == 201).then_some(()))

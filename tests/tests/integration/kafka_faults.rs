@@ -5,6 +5,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     io::{BufRead as _, BufReader, Lines},
     process::{Child, ChildStdout, Command, Stdio},
+    time::{Duration, Instant},
 };
 
 use serde_json::json;
@@ -23,10 +24,17 @@ use super::{
 };
 
 /// Most messages that may be under way at once, and so come twice when nobody knows what became of them.
-const UNDER_WAY_MAX: usize = 8192;
+pub(super) const UNDER_WAY_MAX: usize = 8192;
+
+/// How long the broker is dead with `WEIR_TEST_LONG`.
+const OUTAGE_LONG: Duration = Duration::from_secs(600);
+
+fn is_long() -> bool {
+    std::env::var_os("WEIR_TEST_LONG").is_some()
+}
 
 /// A pod that makes objects one after the other, and what kubectl said of each.
-struct Ledger {
+pub(super) struct Ledger {
     prefix: &'static str,
     made: BTreeSet<String>,
     kubectl: Child,
@@ -34,9 +42,10 @@ struct Ledger {
 }
 
 impl Ledger {
-    fn start(pod: &Pod<'_>, prefix: &'static str) -> Self {
+    pub(super) fn start(pod: &Pod<'_>, prefix: &'static str) -> Self {
+        let pause = if is_long() { "sleep 0.5;" } else { "" };
         let script = format!(
-            "rm -f /tmp/stop; n=0; while [ ! -e /tmp/stop ] && [ $n -lt 2000 ]; do n=$((n+1)); \
+            "rm -f /tmp/stop; n=0; while [ ! -e /tmp/stop ] && [ $n -lt 2000 ]; do n=$((n+1)); {pause} \
              kubectl create configmap {prefix}-$n --from-literal=n=$n -o name || echo refused; done"
         );
         let mut command = pod.exec_command();
@@ -55,14 +64,14 @@ impl Ledger {
     }
 
     /// Waits for so many more objects.
-    fn go_on(&mut self, objects: usize, when: &str) {
+    pub(super) fn go_on(&mut self, objects: usize, when: &str) {
         for _ in 0..objects {
             assert!(self.next(), "the pod makes no more objects {when}");
         }
     }
 
     /// Ends it and gives all that kubectl said was made.
-    fn end(mut self, pod: &Pod<'_>) -> BTreeSet<String> {
+    pub(super) fn end(mut self, pod: &Pod<'_>) -> BTreeSet<String> {
         pod.shell("touch /tmp/stop").unwrap();
         while self.next() {}
         self.kubectl.wait().unwrap();
@@ -73,7 +82,11 @@ impl Ledger {
 /// Checks that the topic tells of each object: the request with its name in the body, and that it was answered by 201.
 /// The answer for `last` may be missing: its record comes behind it, and the agent was killed then.
 #[track_caller]
-fn check_ledger(made: &BTreeSet<String>, last: Option<&str>, published: &BTreeMap<String, Vec<Message>>) {
+pub(super) fn check_ledger(
+    made: &BTreeSet<String>,
+    last: Option<&str>,
+    published: &BTreeMap<String, Vec<Message>>,
+) {
     let (mut opened, mut created) = (BTreeSet::new(), BTreeSet::new());
     let mut bodies = Vec::new();
     for message in published.values().flatten().filter(|message| message.value.starts_with('{')) {
@@ -103,7 +116,7 @@ fn check_ledger(made: &BTreeSet<String>, last: Option<&str>, published: &BTreeMa
 
 /// Waits until monitoring says that something is wrong, and gives the words.
 #[track_caller]
-fn note(monitored: &Monitored, of: &str) -> String {
+pub(super) fn note(monitored: &Monitored, of: &str) -> String {
     wait_until(&format!("readiness to say {of:?}"), PUBLISHED_DEADLINE, || {
         let (status, text) = monitored.get("/readyz")?;
         assert_eq!(status, 200, "Kafka is no reason to refuse pods: {text}");
@@ -123,7 +136,11 @@ fn nothing_that_a_pod_was_told_is_missing_after_the_broker_was_killed_and_hung()
     let mut ledger = Ledger::start(&pod, "ledger");
     ledger.go_on(3, "before");
     kafka.kill().unwrap();
+    let outage = Instant::now();
     ledger.go_on(5, "while the broker is dead");
+    while is_long() && outage.elapsed() < OUTAGE_LONG {
+        ledger.go_on(1, "while the broker is dead for long");
+    }
     wait_until("a backlog", PUBLISHED_DEADLINE, || {
         let metrics = monitored.metrics();
         Ok((metrics["weir_kafka_backlog_bytes"] > 0.0 && metrics["weir_kafka_connected"] == 0.0)

@@ -1,8 +1,9 @@
-//! A journal that cannot be written: a full file system, and one that the kernel made read-only.
+//! A journal that cannot be written: a full file system, one that the kernel made read-only, one that hangs.
 
 use std::{
     path::{Path, PathBuf},
     process::Command,
+    time::{Duration, Instant},
 };
 
 use weir_common::event::Kind;
@@ -31,6 +32,32 @@ impl Mounted {
     #[track_caller]
     pub(super) fn remount(&self, options: &str) {
         command::run(Command::new("mount").arg("-o").arg(format!("remount,{options}")).arg(&self.0)).unwrap();
+    }
+}
+
+impl Mounted {
+    /// A new ext4 in a file of this name.
+    #[track_caller]
+    fn ext4(scene: &Scene, name: &str) -> Self {
+        let image = scene.scratch.path().join(name);
+        std::fs::File::create(&image).unwrap().set_len(64 << 20).unwrap();
+        command::run(Command::new("mkfs.ext4").arg("-q").arg(&image)).unwrap();
+        Self::new(&["-o", "loop"], &image, &scene.journal())
+    }
+
+    /// Lets nothing be written, and whoever writes wait, until what is returned goes: as a disk that does not answer.
+    #[track_caller]
+    fn freeze(&self) -> Frozen<'_> {
+        command::run(Command::new("fsfreeze").arg("--freeze").arg(&self.0)).unwrap();
+        Frozen(&self.0)
+    }
+}
+
+struct Frozen<'a>(&'a Path);
+
+impl Drop for Frozen<'_> {
+    fn drop(&mut self) {
+        let _ = command::output(Command::new("fsfreeze").arg("--unfreeze").arg(self.0));
     }
 }
 
@@ -116,10 +143,7 @@ fn a_file_system_that_turns_read_only_refuses_requests_and_says_what_to_do() {
     let Some(mut scene) = Scene::new() else { return };
     scene.namespace("it-read-only", true);
     let pod = scene.testbed.run_pod(&PodSpec::idle("it-read-only", "caller")).unwrap();
-    let image = scene.scratch.path().join("journal.ext4");
-    std::fs::File::create(&image).unwrap().set_len(64 << 20).unwrap();
-    command::run(Command::new("mkfs.ext4").arg("-q").arg(&image)).unwrap();
-    let mounted = Mounted::new(&["-o", "loop"], &image, &scene.journal());
+    let mounted = Mounted::ext4(&scene, "journal.ext4");
     let mut agent = scene.agent(TrustSource::ClusterSigner);
     let mut requests = Requests::new(&scene.testbed, &pod);
     assert_eq!(requests.create("before", 10).status, 201);
@@ -136,9 +160,75 @@ fn a_file_system_that_turns_read_only_refuses_requests_and_says_what_to_do() {
 
     // An aborted ext4 becomes writable by a new mount alone.
     drop(mounted);
+    let image = scene.scratch.path().join("journal.ext4");
     let _mounted = Mounted::new(&["-o", "loop"], &image, &scene.journal());
     let _agent = scene.agent(TrustSource::ClusterSigner);
     assert_eq!(Requests::new(&scene.testbed, &pod).create("again", 10).status, 201);
+    let verified = verify(&scene.journal());
+    assert!(verified.status.success(), "{:?}", shown(&verified));
+}
+
+/// How long the disk hangs, and with `WEIR_TEST_LONG`: longer than anybody waits for a record.
+const HANGS: Duration = Duration::from_secs(3);
+const HANGS_LONG: Duration = Duration::from_secs(35);
+
+#[test]
+fn while_the_disk_hangs_nothing_is_forwarded_and_a_slow_one_only_delays() {
+    let Some(mut scene) = Scene::new() else { return };
+    let is_long = std::env::var_os("WEIR_TEST_LONG").is_some();
+    scene.namespace("it-hangs", true);
+    let pod = scene.testbed.run_pod(&PodSpec::idle("it-hangs", "caller")).unwrap();
+    let mounted = Mounted::ext4(&scene, "journal.ext4");
+    let mut agent = scene.agent(TrustSource::ClusterSigner);
+    let mut requests = Requests::new(&scene.testbed, &pod);
+    assert_eq!(requests.create("before", 10).status, 201);
+
+    let frozen = mounted.freeze();
+    let (since, hangs) = (Instant::now(), if is_long { HANGS_LONG } else { HANGS });
+    let waiting = std::thread::scope(|scope| {
+        let asked = scope.spawn(|| requests.create("while", 10));
+        wait_until("the disk to hang for a while", 2 * hangs, || {
+            assert_eq!(created(&scene, &pod), 1, "what is not recorded was forwarded");
+            Ok((since.elapsed() > hangs).then_some(()))
+        })
+        .unwrap();
+        assert!(is_long || !asked.is_finished(), "it was answered before its record was on disk");
+        drop(frozen);
+        asked.join().unwrap()
+    });
+    let forwarded = if is_long {
+        check_refused(&waiting, "the journal does not become durable in time");
+        1
+    } else {
+        assert_eq!(waiting.status, 201, "{}", waiting.head);
+        2
+    };
+
+    let mut requests = Requests::new(&scene.testbed, &pod);
+    // A disk that answers three times a second.
+    const CREATED: usize = 5;
+    let slow = std::thread::scope(|scope| {
+        let asked = scope.spawn(|| {
+            let since = Instant::now();
+            for number in 0..CREATED {
+                let answer = requests.create(&format!("slow-{number}"), 10);
+                assert_eq!(answer.status, 201, "{}", answer.head);
+            }
+            since.elapsed()
+        });
+        while !asked.is_finished() {
+            let frozen = mounted.freeze();
+            let until = Instant::now() + Duration::from_millis(300);
+            while Instant::now() < until && !asked.is_finished() {
+                std::thread::yield_now();
+            }
+            drop(frozen);
+        }
+        asked.join().unwrap()
+    });
+    println!("{CREATED} objects took {slow:?} on a disk that answers three times a second");
+    assert_eq!(created(&scene, &pod), forwarded + CREATED);
+    assert!(agent.terminate().unwrap().success(), "{}", agent.last_lines());
     let verified = verify(&scene.journal());
     assert!(verified.status.success(), "{:?}", shown(&verified));
 }

@@ -1,0 +1,175 @@
+//! What the journal does on this disk: group commit on one core, how soon an agent accepts with a large journal behind it, and
+//! publishing to a broker on the same machine. `cargo xtask bench journal` runs it, with a Kafka; `--long` with as much as
+//! the goals say.
+//!
+//! Goals: 100,000 records of 1 KiB a second on one core; 50,000 a second to the local broker; 5 s with 10 GiB of segments.
+#![expect(clippy::unwrap_used, reason = "what fails here fails the bench, with its place")]
+#![expect(clippy::print_stdout, reason = "the table is what the bench is for")]
+
+use std::{
+    collections::BTreeMap,
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use nix::{
+    sched::{CpuSet, sched_getaffinity, sched_setaffinity},
+    unistd::Pid,
+};
+use weir_agent::{
+    config::Kafka,
+    publishing::Publishing,
+    recording::{Recorder, RecorderOptions},
+};
+
+/// Records of a run of group commit, and those that are published.
+const RECORDS: u64 = 500_000;
+
+/// Runs, of which all are shown: other work on the machine is seen by their difference.
+const RUNS: usize = 3;
+
+/// Bytes of their text: the whole frame is a little over 1 KiB.
+const TEXT_BYTES: usize = 640;
+
+/// Bytes that may wait for the writer before producers pause: half of what the queue takes of one lane.
+const BACKLOG_BYTES: usize = 8 * 1024 * 1024;
+
+/// Where Kafka is, with its topic; without it publishing is not measured.
+const BROKER: &str = "WEIR_BENCH_KAFKA";
+/// GiB of segments that an agent finds.
+const GIBIBYTES: &str = "WEIR_BENCH_GIB";
+
+/// The longest that publishing may take.
+const DEADLINE: Duration = Duration::from_secs(600);
+
+fn recorder(journal: &Path) -> Recorder {
+    let mut options = RecorderOptions::new(journal.to_owned(), "bench".to_owned(), Vec::new());
+    options.journal_bytes_max = 1 << 40;
+    Recorder::start(options).unwrap()
+}
+
+/// What a run came to.
+struct Rate {
+    records: f64,
+    seconds: f64,
+    bytes: f64,
+    syncs: u64,
+}
+
+impl Rate {
+    fn said(&self) -> String {
+        let Self { records, seconds, bytes, syncs } = self;
+        format!(
+            "{:>9.0} records/s {:>5.0} MB/s  {:.0} bytes each, {syncs} fdatasync",
+            records / seconds,
+            bytes / seconds / 1e6,
+            bytes / records
+        )
+    }
+}
+
+/// Records `records` events as fast as they are taken, and waits until they are durable.
+fn fill(recorder: &Recorder, records: u64) -> Rate {
+    let text = "x".repeat(TEXT_BYTES);
+    let (before, start) = (recorder.measured(), Instant::now());
+    for number in 0..records {
+        recorder.finding(None, None, "bench", &text);
+        while number % 64 == 0 && recorder.measured().backlog_bytes > BACKLOG_BYTES {
+            // Not by yielding: on one core a thread that is always ready takes half of it from the writer.
+            std::thread::park_timeout(Duration::from_micros(500));
+        }
+    }
+    // Whoever waits for one more waits for all.
+    recorder.gap("the end".to_owned(), None).unwrap();
+    let (after, seconds) = (recorder.measured(), start.elapsed().as_secs_f64());
+    let written = after.events - before.events;
+    assert_eq!((after.lost, written), (0, records + 1), "nothing was dropped");
+    let syncs = after.syncs.iter().sum::<u64>() - before.syncs.iter().sum::<u64>();
+    Rate { records: written as f64, seconds, bytes: (after.bytes - before.bytes) as f64, syncs }
+}
+
+fn publish(recorder: &Recorder, broker: &str) {
+    let (brokers, topic) = broker.split_once('/').unwrap();
+    let kafka = Kafka {
+        brokers: vec![brokers.to_owned()],
+        topic: topic.to_owned(),
+        checkpoint_topic: topic.to_owned(),
+        key_topic: None,
+        properties: BTreeMap::new(),
+        property_files: BTreeMap::new(),
+        oauth: None,
+        replay_window: Duration::from_secs(3600),
+    };
+    let events = recorder.measured().events;
+    let start = Instant::now();
+    let publishing = Publishing::start(&kafka, recorder).unwrap();
+    let first = loop {
+        if publishing.published().messages > 0 {
+            break start.elapsed();
+        }
+        assert!(start.elapsed() < DEADLINE, "{:?}", publishing.published());
+        std::thread::park_timeout(Duration::from_millis(5));
+    };
+    // Checkpoints are messages too, and the backlog is measured once a second: what counts is the messages.
+    while publishing.published().messages < events {
+        assert!(start.elapsed() < DEADLINE, "{:?}", publishing.published());
+        std::thread::park_timeout(Duration::from_millis(5));
+    }
+    let seconds = (start.elapsed() - first).as_secs_f64();
+    let published = publishing.published();
+    println!(
+        "publishing  {:>9.0} messages/s {:>5.0} MB/s  after {first:.0?} for the first; {} sent again",
+        published.messages as f64 / seconds,
+        published.bytes as f64 / seconds / 1e6,
+        published.resent
+    );
+}
+
+/// One core for everything that is started from here on, and all again.
+fn on_one_core<T>(run: impl FnOnce() -> T) -> T {
+    let all = sched_getaffinity(Pid::from_raw(0)).unwrap();
+    let mut one = CpuSet::new();
+    one.set((0..CpuSet::count()).find(|core| all.is_set(*core).unwrap()).unwrap()).unwrap();
+    sched_setaffinity(Pid::from_raw(0), &one).unwrap();
+    let result = run();
+    sched_setaffinity(Pid::from_raw(0), &all).unwrap();
+    result
+}
+
+fn main() {
+    let folder = match std::env::var_os("WEIR_BENCH_DIR") {
+        Some(on_disk) => tempfile::TempDir::new_in(on_disk),
+        None => tempfile::TempDir::new(),
+    };
+    let folder = folder.unwrap();
+    let load = std::fs::read_to_string("/proc/loadavg").unwrap();
+    println!("load {}; journal in {}", load.trim(), folder.path().display());
+    println!("\ngroup commit, all threads on one core");
+    for run in 0..RUNS {
+        let journal = folder.path().join(run.to_string());
+        // Its threads are started here, and stay on that core.
+        let rate = on_one_core(|| fill(&recorder(&journal), RECORDS));
+        println!("run {}       {}", run + 1, rate.said());
+        std::fs::remove_dir_all(journal).unwrap();
+    }
+    let journal = folder.path().join("journal");
+    let first = recorder(&journal);
+    let rate = fill(&first, RECORDS);
+    println!("\nall cores   {}", rate.said());
+    match std::env::var(BROKER) {
+        Ok(broker) => publish(&first, &broker),
+        Err(_) => println!("publishing: not measured; {BROKER}=HOST:PORT/TOPIC names a Kafka"),
+    }
+
+    let gibibytes: u64 = std::env::var(GIBIBYTES).map_or(1, |gibibytes| gibibytes.parse().unwrap());
+    let frame = (rate.bytes / rate.records) as u64;
+    fill(&first, (gibibytes << 30).saturating_sub(rate.bytes as u64) / frame);
+    // The next one finds it as an agent leaves it that was killed: nothing was ended in order.
+    let start = Instant::now();
+    let next = recorder(&journal);
+    next.gap("accepted".to_owned(), None).unwrap();
+    println!(
+        "\nfirst accept {:.0?} after the start, with {gibibytes} GiB of segments there",
+        start.elapsed()
+    );
+}
