@@ -369,6 +369,7 @@ pub fn guard_options(config: &Config) -> guard::Options {
     let clusters = config.clusters.iter().map(|cluster| guard::ConfiguredCluster {
         name: cluster.name.clone(),
         addresses: cluster.addresses.clone(),
+        names: cluster.endpoint_names.clone(),
     });
     guard::Options {
         cgroup_root: config.cgroup_root.clone(),

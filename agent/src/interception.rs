@@ -59,6 +59,7 @@ mod sockets;
 pub mod startup_taint;
 pub mod stored_set;
 pub mod succession;
+mod told;
 mod trouble;
 pub mod usage;
 pub mod waits;

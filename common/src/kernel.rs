@@ -4,6 +4,8 @@
 //! the two sides would let connections escape. Addresses are 16 bytes in network order, IPv4 as v4-mapped IPv6
 //! (`::ffff:a.b.c.d`), so that one key serves both families. Ports are in host order. Nothing here knows policy.
 
+pub mod programs;
+
 /// The version of all layouts in this file; part of the name of the folder of pinned maps.
 pub const LAYOUT_VERSION: u32 = 3;
 
@@ -13,6 +15,14 @@ pub const API_ENDPOINTS_MAX: u32 = 65_536;
 pub const CGROUPS_MAX: u32 = 8192;
 /// Most network namespaces inside pods that have a listener.
 pub const NESTED_MAX: u32 = 4096;
+/// Most host names of API servers.
+pub const NAMES_MAX: u32 = 2048;
+/// Most ports, of all clusters, that one host name has.
+pub const NAME_ENDPOINTS_MAX: usize = 16;
+/// Most addresses, with and without a port, that pods were told and nobody has judged yet.
+pub const SUSPECTED_MAX: u32 = 16_384;
+/// Most of one pod's: it may tell itself what it likes, and must not take the room of others.
+pub const SUSPECTED_BY_POD_MAX: u32 = 256;
 /// Most flows between `connect` and `accept` that are kept; the oldest are dropped (and then refused on accept).
 pub const FLOWS_MAX: u32 = 65_536;
 /// Most network interfaces (the host's ends of enrolled pods') that are guarded.
@@ -72,6 +82,53 @@ pub struct NestedKey {
     pub cgroup: u64,
     /// Cookie of the network namespace.
     pub netns: u64,
+}
+
+/// Where a host name of API servers leads; value of the map keyed by [`name_hash`](crate::answer::name_hash). Where the map has
+/// anything, it has the key 0 as well.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Named {
+    /// Those with port 0 are none.
+    pub endpoints: [NamedEndpoint; NAME_ENDPOINTS_MAX],
+}
+
+/// A port of a host name.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct NamedEndpoint {
+    /// Index of the cluster.
+    pub cluster: u32,
+    /// Port, host order.
+    pub port: u32,
+}
+
+/// What a pod was told to be an address of a configured host name, before anybody else knows of it; key of the map of
+/// [`Suspicion`]s. As in the API set, each address is there a second time with port
+/// [`PORT_UNKNOWN`](crate::packet::PORT_UNKNOWN).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Suspect {
+    /// Id of the pod's cgroup.
+    pub cgroup: u64,
+    /// IP address, network order.
+    pub address: Address,
+    /// Port, host order.
+    pub port: u32,
+    /// 0.
+    pub filling: u32,
+}
+
+/// As what it is suspected.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Suspicion {
+    /// Hash of the name.
+    pub name: u64,
+    /// Index of the cluster.
+    pub cluster: u32,
+    /// 0.
+    pub filling: u32,
 }
 
 /// How connections from a cgroup to the API set are treated.
@@ -192,6 +249,15 @@ pub mod maps {
     pub const CGROUPS: &str = "CGROUPS";
     /// Hash of [`NestedKey`](super::NestedKey) → port of the listener there (`u32`).
     pub const NESTED: &str = "NESTED";
+    /// Hash of [`name_hash`](crate::answer::name_hash) (`u64`) → [`Named`](super::Named).
+    pub const NAMES: &str = "NAMES";
+    /// Hash of [`Suspect`](super::Suspect) → [`Suspicion`](super::Suspicion): written by the kernel, taken out by the agent.
+    pub const SUSPECTED: &str = "SUSPECTED";
+    /// Hash of cgroup id (`u64`) → how many entries it has in [`SUSPECTED`] (`u32`).
+    pub const SUSPICIONS: &str = "SUSPICIONS";
+    /// Array of `u64` by [`sieve::doubt_of`](crate::sieve::doubt_of): not 0 where an address in [`SUSPECTED`] has this slot. As with
+    /// [`SIEVE`], a mark comes first and stays.
+    pub const DOUBTS: &str = "DOUBTS";
     /// LRU hash of [`FlowKey`](super::FlowKey) → [`FlowRecord`](super::FlowRecord).
     pub const FLOWS: &str = "FLOWS";
     /// Per-CPU array of `u64`, indexed by [`Counter`](super::Counter).
@@ -219,12 +285,16 @@ pub mod maps {
     /// is kept does not count, and nothing is kept), and then a number below 2^63 that was never there before.
     pub const GENERATION: &str = "GENERATION";
     /// All that are pinned; what the programs keep for themselves (`sieve`) is not.
-    pub const ALL: [&str; 15] = [
+    pub const ALL: [&str; 19] = [
         API_SET,
         CGROUPS,
         NESTED,
         SIEVE,
         GENERATION,
+        NAMES,
+        SUSPECTED,
+        SUSPICIONS,
+        DOUBTS,
         FLOWS,
         COUNTERS,
         NOTICES,
@@ -235,61 +305,6 @@ pub mod maps {
         QUARANTINE,
         PODS,
         REPORTED,
-    ];
-}
-
-/// Names of the programs in the object file.
-pub mod programs {
-    /// Judges TCP and UDP connects over IPv4.
-    pub const CONNECT4: &str = "weir_connect4";
-    /// Judges them over IPv6, v4-mapped addresses included.
-    pub const CONNECT6: &str = "weir_connect6";
-    /// Answers `getpeername` with the dialled address.
-    pub const GETPEERNAME4: &str = "weir_getpeername4";
-    /// The same for IPv6 sockets.
-    pub const GETPEERNAME6: &str = "weir_getpeername6";
-    /// Refuses protocols that cannot be redirected and marks sockets.
-    pub const SOCK_CREATE: &str = "weir_sock_create";
-    /// Publishes flows before the SYN leaves.
-    pub const SOCK_OPS: &str = "weir_sock_ops";
-    /// Judges datagrams that are sent without a connect.
-    pub const SENDMSG4: &str = "weir_sendmsg4";
-    /// The same for IPv6 sockets.
-    pub const SENDMSG6: &str = "weir_sendmsg6";
-    /// Keeps the listener's port free.
-    pub const BIND4: &str = "weir_bind4";
-    /// The same for IPv6 sockets.
-    pub const BIND6: &str = "weir_bind6";
-    /// The guard: drops packets to the API set that came past the other hooks.
-    pub const EGRESS: &str = "weir_egress";
-    /// The guard at the host's end of a pod's interface, for what no cgroup hook sees (packet sockets).
-    pub const INTERFACE: &str = "weir_interface";
-    /// Where the kernel lets BPF programs decide (BPF LSM): keeps enrolled pods from packet sockets, whichever interface they
-    /// would use.
-    pub const LSM_SOCKET: &str = "weir_lsm_socket";
-    /// The same for bpf(2), with which a privileged pod could detach programs.
-    pub const LSM_BPF: &str = "weir_lsm_bpf";
-    /// What only adds to the guards, with the names of the kernel's hooks. Not in [`ALL`], which every kernel has.
-    pub const LSM: [(&str, &str); 2] = [(LSM_SOCKET, "socket_create"), (LSM_BPF, "bpf")];
-    /// Those of the root of the tree, one link each, in the order in which they are attached: the guard before anything
-    /// else, and what publishes flows before what redirects.
-    pub const GUARD_AND_HOOKS: &[&str] = ALL.split_at(ALL.len() - 1).0;
-    /// Those of a root of pods, in the same order.
-    pub const HOOKS: &[&str] = GUARD_AND_HOOKS.split_at(1).1;
-    /// All of them: the guard at sockets, the hooks, the guard at interfaces.
-    pub const ALL: [&str; 12] = [
-        EGRESS,
-        SOCK_OPS,
-        SOCK_CREATE,
-        GETPEERNAME4,
-        GETPEERNAME6,
-        BIND4,
-        BIND6,
-        SENDMSG4,
-        SENDMSG6,
-        CONNECT4,
-        CONNECT6,
-        INTERFACE,
     ];
 }
 
@@ -319,6 +334,9 @@ pub enum NoticeKind {
     PacketSocketRefused = 10,
     /// A call of bpf(2) was refused; the command stands for the protocol.
     BpfRefused = 11,
+    /// An answer of a name server about a configured name was kept from a pod: it could not be read, or what it tells not be
+    /// noted.
+    AnswerRefused = 12,
 }
 
 impl NoticeKind {
@@ -336,6 +354,7 @@ impl NoticeKind {
             9 => Some(Self::DeniedQuarantined),
             10 => Some(Self::PacketSocketRefused),
             11 => Some(Self::BpfRefused),
+            12 => Some(Self::AnswerRefused),
             _ => None,
         }
     }
@@ -419,11 +438,17 @@ const _: () = {
     assert!(size_of::<SocketState>() == 72);
     assert!(size_of::<Settings>() == 16);
     assert!(size_of::<PodName>() == 384);
+    assert!(size_of::<Named>() == 128);
+    assert!(size_of::<Suspect>() == 32);
+    assert!(size_of::<Suspicion>() == 16);
 };
 
 #[cfg(feature = "user")]
 mod pod {
-    use super::{ApiEndpoint, CgroupEntry, FlowKey, FlowRecord, NestedKey, Notice, PodName, Settings};
+    use super::{
+        ApiEndpoint, CgroupEntry, FlowKey, FlowRecord, Named, NestedKey, Notice, PodName, Settings, Suspect,
+        Suspicion,
+    };
     // SAFETY: all are repr(C), made of integers only, and without padding (the sizes are asserted above).
     unsafe impl aya::Pod for ApiEndpoint {}
     // SAFETY: as above.
@@ -440,4 +465,10 @@ mod pod {
     unsafe impl aya::Pod for Settings {}
     // SAFETY: as above.
     unsafe impl aya::Pod for PodName {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Named {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Suspect {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Suspicion {}
 }

@@ -1,10 +1,11 @@
 //! What two of Weir's crates must agree on.
 //!
 //! Without features this crate is `no_std` and holds only what kernel and user space share: [`kernel`] (map
-//! layouts), [`sieve`], [`packet`] and [`verdict`]. The feature `record` adds the event schema and the journal format, all of it
+//! layouts), [`sieve`], [`packet`], [`answer`] and [`verdict`]. The feature `record` adds the event schema and the journal format, all of it
 //! sans-IO: no tokio, no files, no clock. Nothing here may depend on another crate of this workspace.
 #![cfg_attr(not(any(feature = "record", test)), no_std)]
 
+pub mod answer;
 pub mod kernel;
 pub mod packet;
 pub mod sieve;

@@ -150,6 +150,30 @@ fn destination6(packet: &impl Packet, mut next: u8) -> Destination {
     Destination::Address { address, transport: Transport { protocol: RESERVED, offset } }
 }
 
+/// What a packet carries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Payload {
+    /// Offset from the network header, bytes.
+    pub offset: u32,
+    /// Whether it is a part of a stream (TCP), and no datagram (UDP).
+    pub stream: bool,
+}
+
+/// What a whole packet from this port of a UDP or TCP server carries; none of any other packet.
+#[inline(always)]
+pub fn payload_from(packet: &impl Packet, port: u16) -> Option<Payload> {
+    let Destination::Address { transport, .. } = destination(packet) else { return None };
+    let stream = transport.protocol == TCP;
+    if !stream && transport.protocol != UDP {
+        return None;
+    }
+    if u16::from_be_bytes(packet.bytes::<2>(transport.offset)?) != port {
+        return None;
+    }
+    let length = if stream { u32::from(packet.bytes::<1>(transport.offset + 12)?[0] >> 4) * 4 } else { 8 };
+    Some(Payload { offset: transport.offset + length, stream })
+}
+
 /// The port of a packet, host order; [`PORT_UNKNOWN`] if it does not say; none if it is of a kind that cannot open a
 /// conversation.
 #[inline(always)]

@@ -6,6 +6,8 @@ use crate::kernel::CgroupEntry;
 /// Slots of the [sieve](crate::kernel::maps::SIEVE); a power of two. A full API set (half of it addresses, half addresses
 /// with ports) marks two fifths of them.
 pub const SIEVE_SLOTS: u32 = 65_536;
+/// Slots of the [doubts](crate::kernel::maps::DOUBTS); a power of two, not above that of the sieve.
+pub const DOUBT_SLOTS: u32 = 8192;
 /// Slots for what was found above a cgroup ([`Nearest`]); a power of two, far more than a node has containers.
 pub const NEAREST_SLOTS: u32 = 2048;
 /// Slots for what was found in the API set ([`Endpoint`]); a power of two, far more than a node talks to.
@@ -16,6 +18,12 @@ pub const ENDPOINT_SLOTS: u32 = 512;
 pub const fn slot_of(address: [u32; 4]) -> u32 {
     let [high, low] = halves(address);
     slot(high.wrapping_mul(ODD) ^ low, SIEVE_SLOTS)
+}
+
+/// The slot of the [doubts](crate::kernel::maps::DOUBTS) that an address marks which a pod was told.
+#[inline(always)]
+pub const fn doubt_of(address: [u32; 4]) -> u32 {
+    slot_of(address) / (SIEVE_SLOTS / DOUBT_SLOTS)
 }
 
 /// The slot in which an address and port are kept.

@@ -128,8 +128,10 @@ fn judge(ctx: &SockAddrContext, address: [u32; 4], call: Call) -> Answer {
     // A server on 127.0.0.1 is reached by every address that stands for this machine.
     let key = ApiEndpoint { address: socket::address(if local { LOOPBACK } else { address }), port };
     let found = sieve::api_set(&key);
+    // What pods were told, the pod decides.
+    let is_doubted = found.is_none() && sieve::is_doubted(key.address);
     let may_be_quarantined = settings.quarantined != 0;
-    if found.is_none() && !may_be_quarantined {
+    if found.is_none() && !is_doubted && !may_be_quarantined {
         return elsewhere(ctx, &settings, &original, call);
     }
     // SAFETY: a socket address hook always has its socket.
@@ -154,10 +156,14 @@ fn judge(ctx: &SockAddrContext, address: [u32; 4], call: Call) -> Answer {
         may_be_quarantined && (!local || host_netns) && unsafe { QUARANTINE.get(&pod_cgroup) }.is_some();
     // The loopback address of a pod's own network namespace is no server of the node.
     let cluster = match found {
-        Some(cluster) if !local || host_netns => cluster,
-        _ if quarantined => 0,
-        _ => return elsewhere(ctx, &settings, &original, call),
+        Some(cluster) if !local || host_netns => u64::from(cluster),
+        None if is_doubted => sieve::suspected(pod_cgroup, &key),
+        _ => sieve::NONE,
     };
+    if cluster == sieve::NONE && !quarantined {
+        return elsewhere(ctx, &settings, &original, call);
+    }
+    let cluster = if cluster == sieve::NONE { 0 } else { cluster as u32 };
     let (listener_here, listener_port) = if listener_port != 0 && listener_netns == netns {
         (true, listener_port)
     } else {

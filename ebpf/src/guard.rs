@@ -19,14 +19,18 @@ use weir_common::{
     verdict::guard_passes,
 };
 
-use crate::{INTERFACES, PROCEED, REJECT, REPORTED, class, sieve, socket};
+use crate::{
+    INTERFACES, PROCEED, REJECT, REPORTED, class,
+    sieve::{self, NONE},
+    socket,
+};
 
 /// EtherTypes that carry an IP packet further in, where its destination is not read: VLAN and double VLAN tags,
 /// MPLS, PPPoE. Pods have no use for them, so the guard at an interface lets none through.
 const WRAPPING: [u16; 5] = [0x8100, 0x88a8, 0x8847, 0x8848, 0x8864];
 
 /// A socket buffer, read from its network header on.
-struct Buffer(*mut __sk_buff);
+pub(crate) struct Buffer(pub(crate) *mut __sk_buff);
 
 impl Buffer {
     /// A `T` at this offset, of whatever bytes are there.
@@ -65,23 +69,39 @@ impl Packet for Buffer {
     }
 }
 
-/// The entry of the API set that a packet goes to, and its cluster; a hidden destination counts as one.
+/// The entry of the API set that a packet goes to, and its cluster; a hidden destination counts as one. [`NONE`] for the
+/// cluster: pods were told this address, and whose packet it is decides.
 #[inline(always)]
-fn target(buffer: &Buffer) -> Option<(ApiEndpoint, u32)> {
+fn target(buffer: &Buffer) -> Option<(ApiEndpoint, u64)> {
     let (address, transport) = match packet::destination(buffer) {
         Destination::Address { address, transport } => (socket::address(address), transport),
         Destination::Hidden => return Some((socket::NO_ENDPOINT, 0)),
         Destination::None => return None,
     };
     let any = ApiEndpoint { address, port: PORT_UNKNOWN };
-    let cluster = sieve::api_set(&any)?;
-    match packet::port(buffer, transport)? {
-        PORT_UNKNOWN => Some((any, cluster)),
-        port => {
-            let endpoint = ApiEndpoint { address, port };
-            sieve::api_set(&endpoint).map(|cluster| (endpoint, cluster))
-        }
+    let known = sieve::api_set(&any);
+    let is_doubted = sieve::is_doubted(address);
+    if known.is_none() && !is_doubted {
+        return None;
     }
+    let endpoint = ApiEndpoint { address, port: packet::port(buffer, transport)? };
+    let cluster = match known {
+        None => None,
+        Some(cluster) if endpoint.port == PORT_UNKNOWN => Some(cluster),
+        Some(_) => sieve::api_set(&endpoint),
+    };
+    match cluster {
+        Some(cluster) => Some((endpoint, u64::from(cluster))),
+        None if is_doubted => Some((endpoint, NONE)),
+        None => None,
+    }
+}
+
+/// The cluster that is known, or as whose this pod was told the address; none if nobody told it.
+#[inline(always)]
+fn cluster_of(cluster: u64, pod_cgroup: u64, original: &ApiEndpoint) -> Option<u32> {
+    let cluster = if cluster == NONE { sieve::suspected(pod_cgroup, original) } else { cluster };
+    if cluster == NONE { None } else { Some(cluster as u32) }
 }
 
 #[inline(always)]
@@ -114,6 +134,11 @@ pub(crate) fn egress(skb: *mut __sk_buff) -> i32 {
         // The loopback address of a pod's own network namespace is no server of the node.
         return PROCEED;
     }
+    let pod_cgroup = match nearest {
+        Some(nearest) => nearest.id,
+        None => 0,
+    };
+    let Some(cluster) = cluster_of(cluster, pod_cgroup, &original) else { return PROCEED };
     let passes = match nearest {
         Some(nearest) => match Class::from_number(nearest.entry.class) {
             Some(class) => guard_passes(Some(class), host_netns),
@@ -124,10 +149,6 @@ pub(crate) fn egress(skb: *mut __sk_buff) -> i32 {
     if passes {
         return PROCEED;
     }
-    let pod_cgroup = match nearest {
-        Some(nearest) => nearest.id,
-        None => 0,
-    };
     class::count(Counter::GuardDropped, pod_cgroup);
     let (netns, tgid, uid) = match &state {
         Some(state) => (state.flow.netns, state.flow.tgid, state.flow.uid),
@@ -163,6 +184,7 @@ pub(crate) fn interface(skb: *mut __sk_buff) -> i32 {
         Some(cgroup) => *cgroup,
         None => 0,
     };
+    let Some(cluster) = cluster_of(cluster, pod_cgroup, &original) else { return TC_ACT_UNSPEC };
     // Unlike a socket, an interface has one owner: only what is said of that very pod counts, and a pod that is not
     // known (any more) gets nothing through.
     if let Some(entry) = class::entry(pod_cgroup)
@@ -190,7 +212,7 @@ pub(crate) fn interface(skb: *mut __sk_buff) -> i32 {
 
 /// Now, if nothing was reported under this key for a while.
 #[inline(always)]
-fn may_report(key: u64) -> Option<u64> {
+pub(crate) fn may_report(key: u64) -> Option<u64> {
     let now = class::now();
     // SAFETY: values are single words.
     if let Some(last) = unsafe { REPORTED.get(&key) }

@@ -8,10 +8,12 @@
 //! - `getpeername4`, `getpeername6` answer with the address that the client dialled;
 //! - `sock_create` marks sockets and refuses the protocols that cannot be redirected;
 //! - `egress` and `interface` guard: they drop packets to an API server that came past all of these;
+//! - `ingress` notes the addresses that a pod is told for a configured host name, before it is told;
 //! - `lsm_socket`, `lsm_bpf` add to that where the kernel has BPF LSM.
 #![no_std]
 #![no_main]
 
+mod answer;
 mod class;
 mod connect;
 mod flow;
@@ -28,12 +30,14 @@ use aya_ebpf::{
     programs::{LsmContext, SkBuffContext, SockAddrContext, SockContext, SockOpsContext, TcContext},
 };
 use weir_common::{
+    answer::Reading,
     kernel::{
         API_ENDPOINTS_MAX, ApiEndpoint, CGROUPS_MAX, COUNTERS as COUNTERS_MAX, CgroupEntry, FLOWS_MAX,
-        FlowKey, FlowRecord, INTERFACES_MAX, NESTED_MAX, NOTICES_BYTES, NestedKey, PodCounters, PodName,
-        REPORTED_MAX, Settings, SocketState, TICK_NS_MAX,
+        FlowKey, FlowRecord, INTERFACES_MAX, NAMES_MAX, NESTED_MAX, NOTICES_BYTES, Named, NestedKey,
+        PodCounters, PodName, REPORTED_MAX, SUSPECTED_MAX, Settings, SocketState, Suspect, Suspicion,
+        TICK_NS_MAX,
     },
-    sieve::{ENDPOINT_SLOTS, Endpoint, NEAREST_SLOTS, Nearest, SIEVE_SLOTS},
+    sieve::{DOUBT_SLOTS, ENDPOINT_SLOTS, Endpoint, NEAREST_SLOTS, Nearest, SIEVE_SLOTS},
 };
 
 // Not allocated ahead: small clusters need a hundredth of it.
@@ -58,6 +62,22 @@ static ENDPOINTS: Array<Endpoint> = Array::with_max_entries(ENDPOINT_SLOTS, 0);
 
 #[map]
 static NEAREST: Array<Nearest> = Array::with_max_entries(NEAREST_SLOTS, 0);
+
+// Not allocated ahead: most nodes have a handful.
+#[map]
+static NAMES: HashMap<u64, Named> = HashMap::with_max_entries(NAMES_MAX, BPF_F_NO_PREALLOC);
+
+#[map]
+static SUSPECTED: HashMap<Suspect, Suspicion> = HashMap::with_max_entries(SUSPECTED_MAX, 0);
+
+#[map]
+static SUSPICIONS: HashMap<u64, u32> = HashMap::with_max_entries(CGROUPS_MAX, 0);
+
+#[map]
+static DOUBTS: Array<u64> = Array::with_max_entries(DOUBT_SLOTS, 0);
+
+#[map]
+static READING: PerCpuArray<Reading> = PerCpuArray::with_max_entries(1, 0);
 
 #[map]
 static FLOWS: LruHashMap<FlowKey, FlowRecord> = LruHashMap::with_max_entries(FLOWS_MAX, 0);
@@ -157,6 +177,11 @@ fn weir_sock_create(ctx: SockContext) -> i32 {
 #[cgroup_skb(egress)]
 fn weir_egress(ctx: SkBuffContext) -> i32 {
     guard::egress(ctx.skb.skb)
+}
+
+#[cgroup_skb(ingress)]
+fn weir_ingress(ctx: SkBuffContext) -> i32 {
+    answer::ingress(ctx.skb.skb)
 }
 
 #[classifier]

@@ -7,14 +7,14 @@
 use core::ptr::{addr_of, addr_of_mut};
 
 use weir_common::{
-    kernel::{ApiEndpoint, CgroupEntry},
-    sieve::{Endpoint, Nearest, endpoint_slot, nearest_slot, slot_of},
+    kernel::{Address, ApiEndpoint, CgroupEntry, Suspect},
+    sieve::{Endpoint, Nearest, doubt_of, endpoint_slot, nearest_slot, slot_of},
 };
 
-use crate::{API_SET, ENDPOINTS, GENERATION, NEAREST, SIEVE, socket};
+use crate::{API_SET, DOUBTS, ENDPOINTS, GENERATION, NEAREST, SIEVE, SUSPECTED, socket};
 
 /// No cluster, as a number: of an `Option` the compiler would copy what was never written, which the verifier refuses.
-const NONE: u64 = 1 << 32;
+pub(crate) const NONE: u64 = 1 << 32;
 
 /// The cluster of an entry of the API set; most addresses are known for not being there without a look-up.
 #[inline(always)]
@@ -46,6 +46,41 @@ fn cluster_or_none(endpoint: &ApiEndpoint) -> u64 {
             keep_endpoint(slot, &Endpoint::new(address, port, generation, *cluster));
             u64::from(*cluster)
         }
+        None => NONE,
+    }
+}
+
+/// Whether any pod may have been told this address for a configured host name.
+#[inline(always)]
+pub(crate) fn is_doubted(address: Address) -> bool {
+    match DOUBTS.get_ptr(doubt_of(socket::words(address))) {
+        // SAFETY: the map has this entry, a single word.
+        Some(mark) => unsafe { mark.read_volatile() != 0 },
+        None => true,
+    }
+}
+
+/// Marks an address as one that a pod was told: from here on it is looked for in both maps.
+#[inline(always)]
+pub(crate) fn doubt(address: Address) -> bool {
+    let words = socket::words(address);
+    let marks = (SIEVE.get_ptr_mut(slot_of(words)), DOUBTS.get_ptr_mut(doubt_of(words)));
+    let (Some(sieve), Some(doubts)) = marks else { return false };
+    // SAFETY: the maps have these entries, single words.
+    unsafe {
+        sieve.write_volatile(1);
+        doubts.write_volatile(1);
+    }
+    true
+}
+
+/// The cluster as whose this pod has been told an address, or [`NONE`].
+#[inline(always)]
+pub(crate) fn suspected(cgroup: u64, endpoint: &ApiEndpoint) -> u64 {
+    let key = Suspect { cgroup, address: endpoint.address, port: endpoint.port, filling: 0 };
+    // SAFETY: an entry is written whole, and not changed while it is there.
+    match unsafe { SUSPECTED.get(&key) } {
+        Some(suspicion) => u64::from(suspicion.cluster),
         None => NONE,
     }
 }

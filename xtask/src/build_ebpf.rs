@@ -26,13 +26,15 @@ const DEBIAN_PACKAGES: [&str; 4] = ["rustc-web", "rust-web-src", "llvm-22-dev", 
 /// Where Debian puts that LLVM.
 const DEBIAN_LLVM: &str = "/usr/lib/llvm-22";
 /// What the object is made from, below the root of the workspace.
-const INPUTS: [&str; 9] = [
+const INPUTS: [&str; 11] = [
     "ebpf/Cargo.toml",
     "ebpf/Cargo.lock",
     "ebpf/src",
     "common/Cargo.toml",
     "common/src/lib.rs",
+    "common/src/answer.rs",
     "common/src/kernel.rs",
+    "common/src/kernel/programs.rs",
     "common/src/packet.rs",
     "common/src/sieve.rs",
     "common/src/verdict.rs",

@@ -88,6 +88,7 @@ fn plain(name: &Name) -> String {
 }
 
 /// A name, and where its addresses go.
+#[derive(Clone)]
 pub(super) struct Interest {
     pub(super) name: EndpointName,
     pub(super) suspicions: Arc<Suspicions>,

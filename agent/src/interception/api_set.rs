@@ -90,6 +90,10 @@ impl Addresses {
         Ok(Self { kernel, recorder, claims, refused: Mutex::default(), grown })
     }
 
+    pub(super) fn kernel(&self) -> Arc<Kernel> {
+        self.kernel.clone()
+    }
+
     /// Changes when an address has come in for certain.
     pub(super) fn grown(&self) -> watch::Receiver<()> {
         self.grown.subscribe()
@@ -208,14 +212,14 @@ impl Suspicions {
         self.ask.notify_one();
     }
 
-    /// Takes an address under suspicion, if it is of nobody.
-    pub(super) fn meet(&self, name: &EndpointName, address: SocketAddr) {
+    /// Takes an address under suspicion, if it is of nobody. Whether it is not known for none of this cluster's.
+    pub(super) fn meet(&self, name: &EndpointName, address: SocketAddr) -> bool {
         let mut state = lock(&self.state);
         let young = |acquitted: &Instant| acquitted.elapsed() < ACQUITTED_FOR;
         if state.acquitted.get(&address).is_some_and(young) {
             // It may have become genuine since: then the name servers say so to the agent as well.
             self.ask();
-            return;
+            return false;
         }
         if state.open >= PROOFS_MAX {
             // What is genuine among so many, the name servers say to the agent as well.
@@ -226,6 +230,7 @@ impl Suspicions {
             let _ = self.suspected.try_send((name.clone(), address));
             self.ask();
         }
+        true
     }
 
     /// An address has given its proof, or not.

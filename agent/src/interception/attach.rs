@@ -313,6 +313,8 @@ impl Attached {
         let link_failed = |source| AttachError::Link { program, source };
         // On bpf links any other mode is EINVAL; links are always of the multi kind.
         let mode = CgroupAttachMode::Single;
+        let comes_in = program == programs::INGRESS;
+        let way = if comes_in { CgroupSkbAttachType::Ingress } else { CgroupSkbAttachType::Egress };
         match self.ebpf.program_mut(program) {
             Some(Program::CgroupSockAddr(program)) => {
                 let id = program.attach(folder, mode).map_err(failed)?;
@@ -323,7 +325,7 @@ impl Attached {
                 program.take_link(id).map_err(failed)?.try_into().map_err(link_failed)
             }
             Some(Program::CgroupSkb(program)) => {
-                let id = program.attach(folder, CgroupSkbAttachType::Egress, mode).map_err(failed)?;
+                let id = program.attach(folder, way, mode).map_err(failed)?;
                 program.take_link(id).map_err(failed)?.try_into().map_err(link_failed)
             }
             Some(Program::SockOps(program)) => {

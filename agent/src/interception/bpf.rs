@@ -25,6 +25,7 @@ const PROGRAMS_MAX: usize = 64;
 /// The number of a program's kind in `enum bpf_attach_type`, linux/bpf.h; 0 where it has none of a cgroup.
 pub(super) fn attach_kind(program: &str) -> u32 {
     match program {
+        programs::INGRESS => 0,
         programs::EGRESS => 1,
         programs::SOCK_CREATE => 2,
         programs::SOCK_OPS => 3,

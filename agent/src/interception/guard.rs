@@ -25,6 +25,7 @@ use super::{
     run::InterceptionError,
     stored_set::StoredSet,
 };
+use crate::config::EndpointName;
 
 /// Levels of the tree on which a pod's connection meets the programs: the root of pods, and the root.
 const ATTACH_LEVELS: u32 = 2;
@@ -49,6 +50,8 @@ pub struct ConfiguredCluster {
     pub name: String,
     /// Addresses of its API servers.
     pub addresses: Vec<SocketAddr>,
+    /// Their host names.
+    pub names: Vec<EndpointName>,
 }
 
 /// What is in force: programs and maps, and what else was found out on the way.
@@ -129,7 +132,14 @@ fn put_in_force(options: &Options, own_cgroup: Option<u64>) -> Result<InForce, I
     for id in containers.filter(|id| Some(**id) != own_cgroup) {
         kernel.classify(*id, entry(Class::Container))?;
     }
+    if let Some(clusters) = &options.clusters {
+        let names = |(index, cluster): (u32, &ConfiguredCluster)| {
+            cluster.names.iter().map(move |name| (name.clone(), index)).collect::<Vec<_>>()
+        };
+        kernel.set_names(&(0..).zip(clusters).flat_map(names).collect::<Vec<_>>())?;
+    }
     kernel.attach_missing(&mount)?;
+    tree.roots.iter().try_for_each(|(root, _)| kernel.attach_listening(root))?;
     tracing::info!(cgroup = %mount.display(), "in force at the root of the tree");
     Ok(InForce { kernel, mount, own_cgroup, stored })
 }

@@ -15,8 +15,8 @@ use aya::{
     programs::{Program, ProgramError},
 };
 use weir_common::kernel::{
-    ApiEndpoint, CgroupEntry, FlowKey, FlowRecord, LAYOUT_VERSION, NestedKey, PodCounters, PodName, Settings,
-    TICK_NS, TICK_NS_MAX, maps, programs,
+    ApiEndpoint, CgroupEntry, FlowKey, FlowRecord, LAYOUT_VERSION, Named, NestedKey, PodCounters, PodName,
+    Settings, Suspect, Suspicion, TICK_NS, TICK_NS_MAX, maps, programs,
 };
 
 use super::{
@@ -127,6 +127,9 @@ pub struct Kernel {
     pub(super) cgroups: Mutex<HashMap<MapData, u64, CgroupEntry>>,
     pub(super) nested: Mutex<HashMap<MapData, NestedKey, u32>>,
     pub(super) sieve: Sieve,
+    pub(super) names: Mutex<HashMap<MapData, u64, Named>>,
+    pub(super) suspected: Mutex<HashMap<MapData, Suspect, Suspicion>>,
+    pub(super) suspicions: Mutex<HashMap<MapData, u64, u32>>,
     pub(super) flows: Mutex<HashMap<MapData, FlowKey, FlowRecord>>,
     pub(super) counters: PerCpuArray<MapData, u64>,
     pub(super) pod_counters: Mutex<PerCpuHashMap<MapData, u64, PodCounters>>,
@@ -178,8 +181,12 @@ impl Kernel {
             nested: Mutex::new(map(&mut ebpf, maps::NESTED)?),
             sieve: Sieve {
                 marks: Mutex::new(map(&mut ebpf, maps::SIEVE)?),
+                doubts: Mutex::new(map(&mut ebpf, maps::DOUBTS)?),
                 generation: Mutex::new(map(&mut ebpf, maps::GENERATION)?),
             },
+            names: Mutex::new(map(&mut ebpf, maps::NAMES)?),
+            suspected: Mutex::new(map(&mut ebpf, maps::SUSPECTED)?),
+            suspicions: Mutex::new(map(&mut ebpf, maps::SUSPICIONS)?),
             flows: Mutex::new(map(&mut ebpf, maps::FLOWS)?),
             counters: map(&mut ebpf, maps::COUNTERS)?,
             pod_counters: Mutex::new(map(&mut ebpf, maps::POD_COUNTERS)?),
@@ -218,6 +225,14 @@ impl Kernel {
     /// As [`Self::attach`].
     pub fn attach_hooks(&self, cgroup: &Path) -> Result<(), KernelError> {
         Ok(attach::lock(&self.attached).attach(cgroup, programs::HOOKS)?)
+    }
+
+    /// Has a root of pods listen to name servers before an agent attaches the rest there; what is there already stays.
+    ///
+    /// # Errors
+    /// As [`Self::attach`].
+    pub(super) fn attach_listening(&self, cgroup: &Path) -> Result<(), KernelError> {
+        Ok(attach::lock(&self.attached).attach_missing(cgroup, programs::LISTENING)?)
     }
 
     /// Attaches what a kernel with BPF LSM adds to the guards, for all cgroups at once; says why not where there is none.
@@ -321,6 +336,10 @@ fn prepare_pins(folder: &Path) -> Result<PathBuf, KernelError> {
         (maps::NESTED, size_of::<NestedKey>(), size_of::<u32>()),
         (maps::SIEVE, size_of::<u32>(), size_of::<u64>()),
         (maps::GENERATION, size_of::<u32>(), size_of::<u64>()),
+        (maps::NAMES, size_of::<u64>(), size_of::<Named>()),
+        (maps::SUSPECTED, size_of::<Suspect>(), size_of::<Suspicion>()),
+        (maps::SUSPICIONS, size_of::<u64>(), size_of::<u32>()),
+        (maps::DOUBTS, size_of::<u32>(), size_of::<u64>()),
         (maps::FLOWS, size_of::<FlowKey>(), size_of::<FlowRecord>()),
         (maps::COUNTERS, size_of::<u32>(), size_of::<u64>()),
         (maps::SETTINGS, size_of::<u32>(), size_of::<Settings>()),

@@ -98,14 +98,16 @@ impl Kernel {
         lock(&self.api_set).get(&endpoint(address), 0).is_ok()
     }
 
-    /// Marks all of the API set again: a sieve that is newer than the set (its pin was lost) must not hide any of it.
+    /// Marks all of the API set again, and what pods were told: a sieve that is newer than the set (its pin was lost) must not
+    /// hide any of it.
     pub(super) fn mark_api_set(&self) -> Result<(), KernelError> {
         let set = lock(&self.api_set);
         for key in set.keys() {
             let key = key.map_err(|source| KernelError::Map { map: maps::API_SET, source })?;
             self.sieve.mark(key.address)?;
         }
-        Ok(())
+        drop(set);
+        self.suspected()?.iter().try_for_each(|(suspect, _)| self.sieve.doubt(suspect.address))
     }
 
     /// Says what a cgroup is. For [`Class::Enrolled`] the listener must be listening before this is called.

@@ -137,6 +137,9 @@ fn record(
             return;
         }
         NoticeKind::PacketSocketRefused => "refused by the kernel: an enrolled pod makes no packet sockets",
+        NoticeKind::AnswerRefused => {
+            "kept from the pod: an answer of a name server about a configured host name that cannot be read, or tells too many new addresses"
+        }
         NoticeKind::BpfRefused => "refused by the kernel: an enrolled pod does not call bpf(2)",
         NoticeKind::WouldRedirect => {
             let message = "an observed pod connected to an API server; set its mode to enforce to record it";

@@ -41,6 +41,7 @@ use super::{
     security::Security,
     stored_set,
     succession::Succession,
+    told,
 };
 use crate::{nri, proxy::Accepted, recording::Recorder};
 
@@ -275,6 +276,9 @@ fn follow_names(
         }
         learning.push((cluster, Learnt { resolved, suspicions, suspected }));
     }
+    // Also without a name: what was noted for those of before goes.
+    let telling = told::follow(addresses.kernel(), interests.clone(), part.clone());
+    also(tasks, "judging what pods were told", telling);
     if !interests.is_empty() {
         let (recorder, part) = (recorder.clone(), part.clone());
         tasks.spawn(async move {

@@ -14,7 +14,7 @@ use aya::maps::{Array, MapData};
 use rand::{RngCore as _, rngs::OsRng};
 use weir_common::{
     kernel::{Address, maps},
-    sieve::slot_of,
+    sieve::{doubt_of, slot_of},
 };
 
 use super::{
@@ -28,6 +28,7 @@ const MARKED: u64 = 1;
 /// Marks and generation.
 pub(super) struct Sieve {
     pub(super) marks: Mutex<Array<MapData, u64>>,
+    pub(super) doubts: Mutex<Array<MapData, u64>>,
     pub(super) generation: Mutex<Array<MapData, u64>>,
 }
 
@@ -40,6 +41,14 @@ impl Sieve {
         // The mark is seen by whoever sees what follows.
         fence(Ordering::SeqCst);
         Ok(())
+    }
+
+    /// Marks an address that a pod was told, as the kernel does.
+    pub(super) fn doubt(&self, address: Address) -> Result<(), KernelError> {
+        self.mark(address)?;
+        lock(&self.doubts)
+            .set(doubt_of(words(address)), MARKED, 0)
+            .map_err(|source| KernelError::Map { map: maps::DOUBTS, source })
     }
 
     /// Makes a change of the map of cgroups or the API set: when this returns, it holds for every connection.

@@ -44,6 +44,7 @@ impl Node {
         let cluster = |(name, address): &(&str, SocketAddr)| ConfiguredCluster {
             name: (*name).to_owned(),
             addresses: vec![*address],
+            names: Vec::new(),
         };
         Options {
             cgroup_root: Some(self.root.0.clone()),
@@ -128,7 +129,8 @@ fn the_guard_changes_nothing_that_is_in_force() {
     assert!(link.exists());
     assert!(!node.root.0.join("kubepods.slice").exists(), "the root of pods is there already");
     let links = pinned_state(&node.pins()).unwrap().unwrap().links;
-    assert_eq!(links.len(), programs::GUARD_AND_HOOKS.len());
+    let expected = programs::GUARD_AND_HOOKS.len() + programs::LISTENING.len();
+    assert_eq!(links.len(), expected, "{links:?}");
     drop(pod);
 }
 

@@ -4,7 +4,7 @@
 use std::{
     collections::{BTreeMap, HashMap},
     io::{Read as _, Write as _},
-    net::{SocketAddr, TcpListener, TcpStream, UdpSocket},
+    net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     path::Path,
     sync::Arc,
     time::Duration,
@@ -97,7 +97,11 @@ impl Agent {
             guard: guard::Options {
                 cgroup_root: Some(root.0.clone()),
                 pinning,
-                clusters: Some(vec![ConfiguredCluster { name: "cluster".to_owned(), addresses: vec![API4] }]),
+                clusters: Some(vec![ConfiguredCluster {
+                    name: "cluster".to_owned(),
+                    addresses: vec![API4],
+                    names: Vec::new(),
+                }]),
                 state_directory: journal.join("state"),
             },
             pods: watched,
@@ -387,18 +391,29 @@ async fn a_pod_in_quarantine_connects_nowhere_until_it_is_lifted_also_across_age
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_leaves_by_a_pods_interface_is_guarded_until_uninstalled_whoever_sends_it() {
+    let server = "198.51.100.1:443".parse().unwrap();
+    check_interface("weir-test0", server, OwnNetns::join).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn so_is_an_interface_without_a_network_of_its_own_as_on_eks() {
+    let server = "203.0.113.1:443".parse().unwrap();
+    check_interface("weir-test1", server, OwnNetns::join_by_routes).await;
+}
+
+/// `server` is of a network that nobody is in (RFC 5737), this machine included.
+async fn check_interface(name: &str, server: SocketAddr, join: fn(&OwnNetns, &str, IpAddr, IpAddr)) {
     if load(Pinning::Unpinned).is_none() {
         return;
     }
     let bpffs = OwnBpffs::mount().unwrap();
     let pins = bpffs.0.path().join("weir/v3");
-    let node = Node::pinned("interface", Pinning::Pinned(pins.clone())).unwrap();
+    let node = Node::pinned(name, Pinning::Pinned(pins.clone())).unwrap();
     let uid = "0b5e2f6a-3c1d-4e5f-8a9b-0c1d2e3f4a5b";
     let pod = node.kubepods.below(&format!("pod{uid}"));
     let sandbox = OwnNetns::new();
-    // Of a network that nobody is in (RFC 5737), this machine included.
-    let server: SocketAddr = "198.51.100.1:443".parse().unwrap();
-    sandbox.join("weir-test0", server.ip(), "198.51.100.2".parse().unwrap());
+    let IpAddr::V4(before) = server.ip() else { panic!("IPv4") };
+    join(&sandbox, name, server.ip(), Ipv4Addr::from(u32::from(before) + 1).into());
     pod.take(sandbox.pid());
     let [api, other] =
         [server, SocketAddr::new(server.ip(), 444)].map(|address| UdpSocket::bind(address).unwrap());
@@ -443,7 +458,7 @@ async fn what_leaves_by_a_pods_interface_is_guarded_until_uninstalled_whoever_se
     assert!(!arrives(), "no agent runs");
 
     let next = bpffs.0.path().join("weir/v4");
-    take_the_place(&pins, &next, server, &arrives);
+    take_the_place(&pins, &next, (server, name), &arrives);
     attach::uninstall(&next).unwrap();
     // The kernel frees an unpinned link a little later.
     let deadline = tokio::time::Instant::now() + Duration::from_secs(20);

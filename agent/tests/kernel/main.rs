@@ -13,4 +13,5 @@ mod pins;
 mod programs;
 mod scale;
 mod sieve;
+mod told;
 mod world;

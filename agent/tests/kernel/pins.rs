@@ -167,11 +167,16 @@ fn an_agent_in_a_pod_passes_what_an_older_layout_has_left_in_force() {
 }
 
 /// An agent with another layout, which knows nothing of the pod yet, takes the place of what guards its interface.
-pub(crate) fn take_the_place(pins: &Path, next: &Path, server: SocketAddr, arrives: &dyn Fn() -> bool) {
+pub(crate) fn take_the_place(
+    pins: &Path,
+    next: &Path,
+    (server, interface): (SocketAddr, &str),
+    arrives: &dyn Fn() -> bool,
+) {
     let agent = load(Pinning::Pinned(next.to_owned())).unwrap();
     agent.set_api_endpoint(server, 0).unwrap();
     let dropped_by_next = || pinned_state(next).unwrap().unwrap().counters.interface_dropped;
-    let index = nix::net::if_::if_nametoindex("weir-test0").unwrap();
+    let index = nix::net::if_::if_nametoindex(interface).unwrap();
     let in_the_way = next.join(format!("links/interface-{index}"));
     std::fs::create_dir_all(&in_the_way).unwrap();
     agent.remove_older_layouts().unwrap_err();

@@ -19,6 +19,8 @@ use crate::{
 const REFUSED: nix::Error = nix::Error::ECONNREFUSED;
 /// What who passes sees, in a namespace without a route.
 const PASSED: nix::Error = nix::Error::ENETUNREACH;
+/// How often it is dialled while the set changes.
+const DIALS: usize = 1000;
 /// How often verdicts change.
 const ROUNDS: usize = 6;
 
@@ -99,6 +101,36 @@ fn nothing_that_was_kept_counts_while_a_map_changes() {
     assert!(seen.len() > 100, "{} generations", seen.len());
     assert!(seen.iter().all(|generation| generation >> 63 == 0), "what the programs rely on");
     assert_ne!(beside.generation().unwrap(), 0, "what is found from here on is kept");
+}
+
+#[test]
+fn an_address_stays_in_the_set_while_all_around_it_are_added_and_removed() {
+    let Some(kernel) = load(Pinning::Unpinned) else { return };
+    let (cgroup, netns) = (OwnCgroup::new("around"), OwnNetns::new());
+    kernel.set_api_endpoint(API4, 0).unwrap();
+    kernel.attach(&cgroup.0).unwrap();
+    let ended = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let changing = scope.spawn(|| {
+            let mut changes = 0;
+            while !ended.load(Ordering::Relaxed) {
+                // The same address with other ports as well, and itself, published again.
+                let others = [80, 6443].map(|port| SocketAddr::new(API4.ip(), port));
+                for address in addresses().into_iter().chain(others) {
+                    kernel.set_api_endpoint(address, 1).unwrap();
+                    kernel.set_api_endpoint(API4, 0).unwrap();
+                    kernel.remove_api_endpoint(address).unwrap();
+                    changes += 1;
+                }
+            }
+            changes
+        });
+        let dialled = || dial(&cgroup.0, Some(&netns), Dial::Tcp(API4)).map(|_| ());
+        let passed = (0..DIALS).map(|_| dialled()).find(|dialled| *dialled != Err(REFUSED));
+        ended.store(true, Ordering::Relaxed);
+        assert_eq!(passed, None);
+        assert!(changing.join().unwrap() > 0);
+    });
 }
 
 /// A process that connects to the API set again and again, so that answers are kept at every moment.

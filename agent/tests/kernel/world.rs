@@ -103,6 +103,30 @@ impl OwnNetns {
         }
     }
 
+    /// Joins it as the VPC CNI of EKS does: a veth pair without a bridge and without a network, the pod's own address alone, a route
+    /// to a neighbour that is written down, and one from this machine to the pod. `ours` is this machine's all the same.
+    pub(crate) fn join_by_routes(&self, interface: &str, ours: IpAddr, theirs: IpAddr) {
+        const MAC: &str = "02:00:00:00:00:01";
+        const GATEWAY: &str = "169.254.1.1";
+        let pid = self.pid().to_string();
+        let (ours, theirs) = (format!("{ours}/32"), format!("{theirs}/32"));
+        let peer = ["type", "veth", "peer", "name", "eth0", "netns", &pid];
+        let inside = ["nsenter", "-t", &pid, "-n", "ip"];
+        for command in [
+            &[&["ip", "link", "add", interface, "address", MAC][..], &peer].concat()[..],
+            &["ip", "address", "add", &ours, "dev", interface],
+            &["ip", "link", "set", interface, "up"],
+            &["ip", "route", "add", &theirs, "dev", interface, "scope", "link"],
+            &[&inside[..], &["address", "add", &theirs, "dev", "eth0"]].concat(),
+            &[&inside[..], &["link", "set", "eth0", "up"]].concat(),
+            &[&inside[..], &["route", "add", GATEWAY, "dev", "eth0", "scope", "link"]].concat(),
+            &[&inside[..], &["route", "add", "default", "via", GATEWAY]].concat(),
+            &[&inside[..], &["neighbour", "add", GATEWAY, "lladdr", MAC, "dev", "eth0"]].concat(),
+        ] {
+            assert!(Command::new(command[0]).args(&command[1..]).status().unwrap().success(), "{command:?}");
+        }
+    }
+
     /// Gives it one end of a veth pair, and this machine the other, both without an address: the guard needs no more.
     pub(crate) fn pair(&self, interface: &str) {
         let pid = self.pid().to_string();
@@ -159,6 +183,10 @@ pub(crate) enum Dial {
     Udp(SocketAddr),
     /// A datagram without a connect.
     SendTo(SocketAddr),
+    /// Asks a server, and waits for its answer for half a second.
+    Ask(SocketAddr),
+    /// The same over TCP.
+    AskStream(SocketAddr),
     /// Takes an address, and does not connect.
     Bind(SocketAddr),
     /// A raw IPv4 packet with this protocol and this as fragment offset (units of eight bytes).
@@ -232,13 +260,15 @@ fn in_child(procs: &std::fs::File, netns: Option<&std::fs::File>, dial: Dial) ->
     }
     let (address, kind, protocol) = match dial {
         Dial::Raw(..) | Dial::Packet | Dial::Bpf => return Err(nix::Error::EINVAL),
-        Dial::Tcp(address) | Dial::Late(address, _) => (address, libc::SOCK_STREAM, 0),
+        Dial::Tcp(address) | Dial::Late(address, _) | Dial::AskStream(address) => {
+            (address, libc::SOCK_STREAM, 0)
+        }
         Dial::Mapped(address) => {
             let IpAddr::V4(ip) = address.ip() else { return Err(nix::Error::EINVAL) };
             (SocketAddr::new(ip.to_ipv6_mapped().into(), address.port()), libc::SOCK_STREAM, 0)
         }
         Dial::Mptcp(address) => (address, libc::SOCK_STREAM, libc::IPPROTO_MPTCP),
-        Dial::Udp(address) | Dial::SendTo(address) => (address, libc::SOCK_DGRAM, 0),
+        Dial::Udp(address) | Dial::SendTo(address) | Dial::Ask(address) => (address, libc::SOCK_DGRAM, 0),
         Dial::Bind(address) => (address, libc::SOCK_STREAM, 0),
     };
     let family = if address.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
@@ -251,6 +281,10 @@ fn in_child(procs: &std::fs::File, netns: Option<&std::fs::File>, dial: Dial) ->
         }
         Dial::Bind(_) => {
             bind(socket.as_raw_fd(), &to)?;
+            return Ok((address, address));
+        }
+        Dial::Ask(_) | Dial::AskStream(_) => {
+            ask(&socket, &to)?;
             return Ok((address, address));
         }
         Dial::Late(_, time) => {
@@ -273,6 +307,14 @@ fn in_child(procs: &std::fs::File, netns: Option<&std::fs::File>, dial: Dial) ->
         }
     };
     Ok((name(getsockname(socket.as_raw_fd())?)?, name(getpeername(socket.as_raw_fd())?)?))
+}
+
+fn ask(socket: &OwnedFd, server: &SockaddrStorage) -> nix::Result<()> {
+    let patience = nix::sys::time::TimeVal::new(0, 500_000);
+    nix::sys::socket::setsockopt(socket, nix::sys::socket::sockopt::ReceiveTimeout, &patience)?;
+    connect(socket.as_raw_fd(), server)?;
+    nix::unistd::write(socket, b"x")?;
+    nix::unistd::read(socket, &mut [0; 4096]).map(drop)
 }
 
 fn set_tcp_option(socket: &OwnedFd, option: i32) -> nix::Result<()> {

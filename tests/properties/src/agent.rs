@@ -17,7 +17,7 @@ use weir_agent::{
     trust::{ClusterCa, ServingNames, authority::EphemeralCa},
 };
 
-use crate::masks::header_map;
+use crate::{kernel, masks::header_map};
 
 const CA: &str = "-----BEGIN CERTIFICATE-----\nV0VJUg==\n-----END CERTIFICATE-----\n";
 
@@ -177,8 +177,10 @@ pub fn cgroup_path(bytes: &[u8]) {
     assert_eq!((below.pod, below.container), (pod, container));
 }
 
-/// Any packet: what is taken for an answer is bounded, and names no address of this machine itself.
+/// Any packet: what is taken for an answer is bounded, and names no address of this machine itself; the kernel reads the same in
+/// it ([`kernel::told`]).
 pub fn answer(bytes: &[u8]) {
+    kernel::told(bytes);
     let Some(answer) = answers::answer(bytes) else { return };
     assert!((1..=64).contains(&answer.addresses.len()));
     assert!(answer.names.len() <= 32);

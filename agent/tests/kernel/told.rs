@@ -1,0 +1,238 @@
+//! What a pod is told by a name server is an API server's for that pod before it has the answer; there is no agent here that
+//! would say so as well.
+
+use std::{
+    io::{Read as _, Write as _},
+    net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, UdpSocket},
+    str::FromStr as _,
+    sync::Arc,
+};
+
+use hickory_resolver::proto::{
+    op::{Message, MessageType, OpCode, Query},
+    rr::{Name, RData, Record, RecordType, rdata::CNAME},
+};
+use weir_agent::{
+    config::EndpointName,
+    interception::{
+        listener::{Listener, Namespace},
+        loader::{Kernel, Pinning},
+    },
+};
+use weir_common::kernel::{CgroupEntry, Class, SUSPECTED_BY_POD_MAX};
+
+use crate::world::{Dial, OwnCgroup, OwnNetns, dial, load};
+
+const UDP: u8 = 17;
+const REFUSED: nix::Error = nix::Error::ECONNREFUSED;
+/// What who is kept from an answer sees: none within the time.
+const NO_ANSWER: nix::Error = nix::Error::EAGAIN;
+const SERVER: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 53);
+const NAME: &str = "api.example.test";
+
+/// A root of pods with two pods in it, below the root of a node, and a network namespace in which a name server answers what it
+/// is told to. Cgroups in the order in which they can be removed.
+struct Scene {
+    kernel: Arc<Kernel>,
+    pod: OwnCgroup,
+    other: OwnCgroup,
+    _above: [OwnCgroup; 2],
+    netns: OwnNetns,
+    datagrams: UdpSocket,
+    streams: TcpListener,
+}
+
+impl Scene {
+    fn new(name: &str) -> Option<Self> {
+        let kernel = load(Pinning::Unpinned)?;
+        let (root, netns) = (OwnCgroup::new(name), OwnNetns::new());
+        let kubepods = root.below("kubepods");
+        let (pod, other) = (kubepods.below("pod"), kubepods.below("other"));
+        kernel.set_settings(0, 2).unwrap();
+        kernel.attach(&root.0).unwrap();
+        kernel.attach_hooks(&kubepods.0).unwrap();
+        let names = [443, 6443].map(|port| (EndpointName { host: NAME.to_owned(), port }, 3));
+        kernel.set_names(&names).unwrap();
+        let (datagrams, streams) =
+            netns.within(|| (UdpSocket::bind(SERVER).unwrap(), TcpListener::bind(SERVER).unwrap()));
+        let scene = Self { kernel, pod, other, _above: [kubepods, root], netns, datagrams, streams };
+        for pod in [&scene.pod, &scene.other] {
+            scene.classify(pod, Class::Enrolled, None);
+        }
+        Some(scene)
+    }
+
+    fn classify(&self, pod: &OwnCgroup, class: Class, listener: Option<&Listener>) {
+        let entry = CgroupEntry {
+            listener_netns: listener.map_or(0, Listener::netns),
+            class: class as u32,
+            listener_port: listener.map_or(0, |listener| u32::from(listener.port())),
+        };
+        self.kernel.classify(pod.id(), entry).unwrap();
+    }
+
+    fn dial(&self, pod: &OwnCgroup, how: Dial) -> Result<(), nix::Error> {
+        dial(&pod.0, Some(&self.netns), how).map(|_| ())
+    }
+
+    /// Has a pod ask the name server, which answers so.
+    fn tell(&self, pod: &OwnCgroup, answer: &[u8]) -> Result<(), nix::Error> {
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let (_, from) = self.datagrams.recv_from(&mut [0; 64]).unwrap();
+                self.datagrams.send_to(answer, from).unwrap();
+            });
+            self.dial(pod, Dial::Ask(SERVER))
+        })
+    }
+
+    /// The same over TCP.
+    fn tell_stream(&self, pod: &OwnCgroup, answer: &[u8]) -> Result<(), nix::Error> {
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let (mut client, _) = self.streams.accept().unwrap();
+                client.read_exact(&mut [0]).unwrap();
+                let length = u16::try_from(answer.len()).unwrap().to_be_bytes();
+                client.write_all(&[&length, answer].concat()).unwrap();
+                // Until the client has it, or has given up.
+                let _ = client.read(&mut [0]);
+            });
+            self.dial(pod, Dial::AskStream(SERVER))
+        })
+    }
+
+    /// An address that nobody was told yet, at which a server answers whoever gets there.
+    fn fresh(&self, address: &str) -> (SocketAddr, TcpListener) {
+        let address = SocketAddr::new(address.parse().unwrap(), 443);
+        self.netns.take_address(address.ip());
+        (address, self.netns.within(|| TcpListener::bind(address).unwrap()))
+    }
+}
+
+fn name(text: &str) -> Name {
+    Name::from_str(text).unwrap()
+}
+
+fn answer(question: &str, records: &[(&str, RData)]) -> Vec<u8> {
+    let mut message = Message::new(7, MessageType::Response, OpCode::Query);
+    message.add_query(Query::query(name(question), RecordType::A));
+    for (owner, data) in records {
+        message.add_answer(Record::from_rdata(name(owner), 60, data.clone()));
+    }
+    message.to_vec().unwrap()
+}
+
+fn data(address: IpAddr) -> RData {
+    match address {
+        IpAddr::V4(address) => RData::A(address.into()),
+        IpAddr::V6(address) => RData::AAAA(address.into()),
+    }
+}
+
+#[test]
+fn an_address_is_an_api_servers_for_the_pod_that_is_told_it_before_it_can_use_it() {
+    let Some(scene) = Scene::new("told") else { return };
+    for address in ["198.51.100.7", "2001:db8::7"] {
+        let (fresh, _server) = scene.fresh(address);
+        let told = answer("API.example.test.", &[("API.example.test.", data(fresh.ip()))]);
+        scene.dial(&scene.pod, Dial::Tcp(fresh)).expect("nobody has said anything of it");
+        scene.tell(&scene.pod, &told).expect("the pod has the answer");
+        assert_eq!(scene.dial(&scene.pod, Dial::Tcp(fresh)), Err(REFUSED), "{address}");
+        assert_eq!(scene.dial(&scene.pod, Dial::SendTo(fresh)), Err(REFUSED));
+        if fresh.is_ipv4() {
+            assert_eq!(scene.dial(&scene.pod, Dial::Mapped(fresh)), Err(REFUSED));
+            assert_eq!(scene.dial(&scene.pod, Dial::Raw(fresh, UDP, 0)), Err(nix::Error::EPERM), "the guard");
+            assert_eq!(scene.dial(&scene.pod, Dial::Raw(fresh, UDP, 185)), Err(nix::Error::EPERM), "no port");
+        }
+        let elsewhere = SocketAddr::new(fresh.ip(), 80);
+        scene.dial(&scene.pod, Dial::SendTo(elsewhere)).expect("another port is none of the name's");
+        scene.dial(&scene.other, Dial::Tcp(fresh)).expect("a pod that was not told it is not concerned");
+    }
+    let (fresh, _server) = scene.fresh("198.51.100.6");
+    let told = answer("api.example.test.", &[("api.example.test.", data(fresh.ip()))]);
+    // As long as an answer may be.
+    scene
+        .tell(&scene.pod, &[&told[..], &vec![0; 4096 - told.len()]].concat())
+        .expect("the pod has the answer");
+    assert_eq!(scene.dial(&scene.pod, Dial::Tcp(fresh)), Err(REFUSED));
+    // With a listener it is served by that.
+    let entered = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let _entered = entered.enter();
+    let listener = Listener::in_netns(Namespace::of_process(scene.netns.pid()).unwrap()).unwrap();
+    scene.classify(&scene.pod, Class::Enrolled, Some(&listener));
+    let redirected = scene.kernel.counters().unwrap().redirected;
+    let (fresh, _server) = scene.fresh("198.51.100.8");
+    let alias = RData::CNAME(CNAME(name("api.example.test.")));
+    let told = answer("alias.test.", &[("alias.test.", alias), ("api.example.test.", data(fresh.ip()))]);
+    scene.tell(&scene.pod, &told).expect("the pod has the answer");
+    let (_, peer) = dial(&scene.pod.0, Some(&scene.netns), Dial::Tcp(fresh)).unwrap();
+    assert_eq!((peer, scene.kernel.counters().unwrap().redirected), (fresh, redirected + 1));
+    // Over TCP as well, which resolvers use for long answers.
+    let (fresh, _server) = scene.fresh("198.51.100.9");
+    scene
+        .tell_stream(&scene.pod, &answer("api.example.test.", &[("api.example.test.", data(fresh.ip()))]))
+        .unwrap();
+    scene.dial(&scene.pod, Dial::Tcp(fresh)).unwrap();
+    assert_eq!(scene.kernel.counters().unwrap().redirected, redirected + 2);
+    let suspected = scene.kernel.suspected().unwrap();
+    // Each with two ports, and with any.
+    assert_eq!(suspected.len(), 5 * 3, "{suspected:?}");
+    assert!(
+        suspected
+            .iter()
+            .all(|(suspect, suspicion)| (suspect.cgroup, suspicion.cluster) == (scene.pod.id(), 3))
+    );
+}
+
+#[test]
+fn an_answer_that_cannot_be_read_is_kept_from_enrolled_pods_if_it_is_about_a_configured_name() {
+    let Some(scene) = Scene::new("unread") else { return };
+    let (fresh, _server) = scene.fresh("198.51.100.7");
+    let told = answer("api.example.test.", &[("api.example.test.", data(fresh.ip()))]);
+    let cut = &told[..told.len() - 1];
+    assert_eq!(scene.tell(&scene.pod, cut), Err(NO_ANSWER));
+    assert_eq!(
+        scene.tell_stream(&scene.pod, cut).and(scene.tell(&scene.pod, &[&told[..], &[0; 4096]].concat())),
+        Err(NO_ANSWER)
+    );
+    scene.dial(&scene.pod, Dial::Tcp(fresh)).expect("and nothing is noted");
+    // Nobody else's business.
+    let other = answer("other.test.", &[("other.test.", data(fresh.ip()))]);
+    scene.tell(&scene.pod, &other).unwrap();
+    scene.tell(&scene.pod, &other[..other.len() - 1]).unwrap();
+    scene.tell(&scene.pod, b"no message at all").unwrap();
+    for class in [Class::Unselected, Class::Observed, Class::Agent] {
+        scene.classify(&scene.pod, class, None);
+        scene.tell(&scene.pod, cut).unwrap();
+        scene.tell(&scene.pod, &told).unwrap();
+    }
+    scene.classify(&scene.pod, Class::Enrolled, None);
+    scene.kernel.set_names(&[]).unwrap();
+    scene.tell(&scene.pod, cut).unwrap();
+    assert!(scene.kernel.suspected().unwrap().is_empty());
+}
+
+#[test]
+fn a_pod_that_tells_itself_more_than_there_is_room_for_is_told_no_more_and_takes_nobodys_room() {
+    let Some(scene) = Scene::new("flood") else { return };
+    let tell = |pod: &OwnCgroup, number: u32| {
+        let address = IpAddr::from(Ipv4Addr::from(0xc633_6400 + number));
+        scene.tell(pod, &answer("api.example.test.", &[("api.example.test.", data(address))]))
+    };
+    // Each takes three: two ports, and any.
+    let room = SUSPECTED_BY_POD_MAX / 3;
+    for number in 0..room {
+        tell(&scene.pod, number).unwrap();
+    }
+    tell(&scene.pod, 0).expect("is noted already");
+    assert_eq!(tell(&scene.pod, room), Err(NO_ANSWER));
+    tell(&scene.other, room).expect("another pod has its own room");
+    let (known, _server) = scene.fresh("198.51.100.0");
+    assert_eq!(scene.dial(&scene.pod, Dial::Tcp(known)), Err(REFUSED), "what is noted stays");
+    // What everybody knows takes no room.
+    let address = SocketAddr::from((Ipv4Addr::from(0xc633_6400 + room), 443));
+    for port in [443, 6443] {
+        scene.kernel.set_api_endpoint(SocketAddr::new(address.ip(), port), 3).unwrap();
+    }
+    tell(&scene.pod, room).unwrap();
+}

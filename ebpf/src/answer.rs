@@ -1,0 +1,208 @@
+//! `cgroup_skb/ingress`: what name servers tell pods. An address that a pod is told for a configured host name is held for an API
+//! server's, for that pod, before the answer is the pod's; the agent says later what it is.
+//!
+//! The answer to a question for such a name that cannot be read, or whose addresses cannot be noted, is kept from the pod.
+
+use core::ptr::{addr_of, addr_of_mut};
+
+use aya_ebpf::{
+    bindings::{__sk_buff, BPF_ANY, bpf_sock},
+    cty::c_void,
+    helpers::generated::{
+        bpf_loop, bpf_sk_ancestor_cgroup_id, bpf_sk_cgroup_id, bpf_sk_fullsock, bpf_skb_load_bytes,
+    },
+};
+use weir_common::{
+    answer::{ADDRESSES_MAX, MESSAGE_BYTES_MAX, NAMES_MAX, Outcome, Reading, STEPS_MAX},
+    kernel::{
+        ApiEndpoint, Class, FlowRecord, NAME_ENDPOINTS_MAX, NoticeKind, SUSPECTED_BY_POD_MAX, Suspect,
+        Suspicion,
+    },
+    packet::{self, PORT_UNKNOWN, Payload},
+};
+
+use crate::{
+    NAMES, PROCEED, READING, REJECT, SUSPECTED, SUSPICIONS, class,
+    guard::{Buffer, may_report},
+    sieve, socket,
+};
+
+/// The port of name servers.
+const DOMAIN: u16 = 53;
+/// `IPPROTO_UDP`, `IPPROTO_TCP`.
+const UDP: u32 = 17;
+const TCP: u32 = 6;
+/// The key that the map of names has if it has any other.
+const ANY_NAME: u64 = 0;
+
+/// What a step has of the program that takes it.
+#[repr(C)]
+struct Context {
+    reading: *mut Reading,
+    cgroup: u64,
+    failed: u64,
+}
+
+#[inline(always)]
+pub(crate) fn ingress(skb: *mut __sk_buff) -> i32 {
+    let Some(payload) = packet::payload_from(&Buffer(skb), DOMAIN) else { return PROCEED };
+    // SAFETY: an entry is written whole.
+    if unsafe { NAMES.get(&ANY_NAME) }.is_none() {
+        return PROCEED;
+    }
+    // SAFETY: the context is valid while the program runs; the helper takes null.
+    let sock: *mut bpf_sock = unsafe {
+        let sock = (*skb).__bindgen_anon_2.sk;
+        if sock.is_null() { sock } else { bpf_sk_fullsock(sock) }
+    };
+    // The segments of a connection that is being opened or closed carry nothing.
+    if sock.is_null() {
+        return PROCEED;
+    }
+    // SAFETY: not null, and the verifier knows it for a full socket.
+    let cgroup = unsafe { bpf_sk_cgroup_id(sock.cast()) };
+    let nearest = class::nearest_of(cgroup, |level| {
+        // SAFETY: as above.
+        unsafe { bpf_sk_ancestor_cgroup_id(sock.cast(), level) }
+    });
+    let Some(nearest) = nearest else { return PROCEED };
+    // Whoever may go to an API server may know where it is.
+    if let Some(Class::Agent | Class::Unselected | Class::Observed) = Class::from_number(nearest.entry.class)
+    {
+        return PROCEED;
+    }
+    let Some(reading) = READING.get_ptr_mut(0) else { return REJECT };
+    let mut context = Context { reading, cgroup: nearest.id, failed: 0 };
+    if heard(skb, payload, &mut context) {
+        return PROCEED;
+    }
+    if let Some(now) = may_report(cgroup) {
+        let flow = FlowRecord {
+            original: socket::NO_ENDPOINT,
+            cluster: 0,
+            cgroup,
+            pod_cgroup: nearest.id,
+            netns: 0,
+            connected_boottime_ns: now,
+            tgid: 0,
+            uid: 0,
+        };
+        class::report(NoticeKind::AnswerRefused, if payload.stream { TCP } else { UDP }, &flow);
+    }
+    REJECT
+}
+
+/// Reads an answer, and notes what it tells; whether the pod may have it.
+#[inline(always)]
+fn heard(skb: *mut __sk_buff, payload: Payload, context: &mut Context) -> bool {
+    // SAFETY: the context is valid while the program runs.
+    let (whole, segments) = unsafe { ((*skb).len, (*skb).gso_segs) };
+    if whole <= payload.offset {
+        return true;
+    }
+    let mut length = whole - payload.offset;
+    if !payload.stream && (length > MESSAGE_BYTES_MAX as u32 || segments > 1) {
+        // No name server's, or several datagrams in one, for a socket that asked for that.
+        return false;
+    }
+    if length > MESSAGE_BYTES_MAX as u32 {
+        length = MESSAGE_BYTES_MAX as u32;
+    }
+    let reading = context.reading;
+    // SAFETY: this CPU's entry of the map, and nothing else of the kind runs on it meanwhile.
+    unsafe {
+        (*reading).begin(length, payload.stream);
+        // Read back, so that the compiler knows nothing of it and the verifier all.
+        let length = (addr_of!((*reading).length).read_volatile().wrapping_sub(1)
+            & (MESSAGE_BYTES_MAX as u32 - 1))
+            + 1;
+        let bytes = addr_of_mut!((*reading).bytes).cast::<c_void>();
+        // Here a packet begins with its network header. Not the helper that says so: it reads no further than the first page.
+        if bpf_skb_load_bytes(skb.cast(), payload.offset, bytes, length) != 0 {
+            return false;
+        }
+        let context = core::ptr::from_mut(context).cast::<c_void>();
+        bpf_loop(STEPS_MAX, step as *mut c_void, context, 0);
+    }
+    // SAFETY: as above.
+    match unsafe { (*reading).outcome() } {
+        Outcome::Pass => true,
+        Outcome::Refuse => false,
+        Outcome::Told => {
+            // SAFETY: as above.
+            let told = unsafe { addr_of!((*reading).told).read_volatile() };
+            let all = told * (NAMES_MAX * NAME_ENDPOINTS_MAX) as u32;
+            // SAFETY: the context lives longer than the loop.
+            unsafe { bpf_loop(all, note as *mut c_void, core::ptr::from_mut(context).cast(), 0) };
+            // SAFETY: valid; the loop may have written it.
+            unsafe { addr_of!((*context).failed).read_volatile() == 0 }
+        }
+    }
+}
+
+/// One step; 1 ends the loop.
+#[inline(never)]
+unsafe extern "C" fn step(_index: u32, context: *mut Context) -> i64 {
+    // SAFETY: as `heard` has made it.
+    let ended = unsafe {
+        (*(*context).reading).step(|hash| {
+            // The one key that is no name's.
+            hash != ANY_NAME && NAMES.get(&hash).is_some()
+        })
+    };
+    i64::from(ended)
+}
+
+/// Notes one address as one port of one name.
+#[inline(never)]
+unsafe extern "C" fn note(index: u32, context: *mut Context) -> i64 {
+    let endpoint = index as usize % NAME_ENDPOINTS_MAX;
+    let name = index as usize / NAME_ENDPOINTS_MAX % NAMES_MAX;
+    let address = index as usize / (NAME_ENDPOINTS_MAX * NAMES_MAX) % ADDRESSES_MAX;
+    // SAFETY: as `heard` has made it; the indices are within their arrays.
+    let (hash, address, cgroup) = unsafe {
+        let reading = (*context).reading;
+        if name as u32 >= (*reading).named {
+            return 0;
+        }
+        ((*reading).names[name], (*reading).addresses[address], (*context).cgroup)
+    };
+    // SAFETY: an entry is written whole.
+    let Some(named) = (unsafe { NAMES.get(&hash) }) else { return 0 };
+    let endpoint = named.endpoints[endpoint];
+    if endpoint.port == 0 || sieve::api_set(&ApiEndpoint { address, port: endpoint.port }).is_some() {
+        return 0;
+    }
+    let suspicion = Suspicion { name: hash, cluster: endpoint.cluster, filling: 0 };
+    let known = Suspect { cgroup, address, port: endpoint.port, filling: 0 };
+    let any = Suspect { port: PORT_UNKNOWN, ..known };
+    // The guards look for the address first.
+    if !sieve::doubt(address) || !suspect(&any, &suspicion) || !suspect(&known, &suspicion) {
+        // SAFETY: as above.
+        unsafe { addr_of_mut!((*context).failed).write_volatile(1) };
+        return 1;
+    }
+    0
+}
+
+/// Notes it, if there is room for one more of this pod.
+#[inline(always)]
+fn suspect(key: &Suspect, suspicion: &Suspicion) -> bool {
+    // SAFETY: an entry is written whole.
+    if unsafe { SUSPECTED.get(key) }.is_some() {
+        return true;
+    }
+    match SUSPICIONS.get_ptr_mut(&key.cgroup) {
+        // SAFETY: a single word; where several CPUs count at a time, some more have room.
+        Some(count) => unsafe {
+            let counted = count.read_volatile();
+            if counted >= SUSPECTED_BY_POD_MAX {
+                return false;
+            }
+            count.write_volatile(counted + 1);
+        },
+        None if SUSPICIONS.insert(&key.cgroup, &1, u64::from(BPF_ANY)).is_err() => return false,
+        None => {}
+    }
+    SUSPECTED.insert(key, suspicion, u64::from(BPF_ANY)).is_ok()
+}
