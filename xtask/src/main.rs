@@ -6,6 +6,7 @@
 
 mod bench;
 mod build_ebpf;
+mod chaos;
 mod chart;
 mod demo;
 mod dist;
@@ -37,6 +38,8 @@ enum Command {
     Bench(bench::Arguments),
     /// Build the kernel programs, making the toolchain for them if need be.
     BuildEbpf(build_ebpf::Options),
+    /// Cut power, fail system calls, kill agents and brokers, with fresh seeds until the time is over; writes docs/chaos.md.
+    Chaos(chaos::Arguments),
     /// The whole story on this machine: set-up, a pod at work, its record replayed, verified and compared.
     Demo(demo::Arguments),
     /// Record conversations of Kubernetes' own clients and servers of streams anew: what `cargo test` holds the decoders to.
@@ -84,6 +87,7 @@ fn run(command: Command) -> Result<()> {
     match command {
         Command::Bench(arguments) => bench::run(root, &arguments),
         Command::BuildEbpf(options) => build_ebpf::run(root, options).map(drop),
+        Command::Chaos(arguments) => chaos::run(root, &arguments),
         Command::Demo(arguments) => demo::run(root, &arguments),
         Command::Conversations => test::conversations(root),
         Command::Dist(arguments) => dist::run(root, &arguments),

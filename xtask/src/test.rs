@@ -77,18 +77,15 @@ pub(crate) fn run(root: &Path, long: bool) -> Result<()> {
 }
 
 /// The seed of everything random in this run: that of `WEIR_FUZZ_SEED`, or a fresh one.
-fn seed() -> Result<u64> {
+pub(crate) fn seed() -> Result<u64> {
     match std::env::var("WEIR_FUZZ_SEED") {
         Ok(seed) => seed.parse().with_context(|| format!("WEIR_FUZZ_SEED is {seed:?}; give it a number")),
         Err(_) => Ok(RandomState::new().build_hasher().finish()),
     }
 }
 
-/// Where the last long run stands in the documentation.
-const LONG_RUN: &str = "docs/long-run.md";
-
-/// Writes down that a long run has passed.
-fn write_long_run(root: &Path, seed: u64, used: &[(&str, Duration, Duration)]) -> Result<()> {
+/// Of what and where a run was, as lines of a list.
+pub(crate) fn circumstances(root: &Path) -> Result<String> {
     let said = |program: &str, arguments: &[&str]| -> Result<String> {
         let output = Command::new(program).args(arguments).current_dir(root).output()?;
         ensure!(output.status.success(), "{program} {arguments:?} ended with {}", output.status);
@@ -100,9 +97,18 @@ fn write_long_run(root: &Path, seed: u64, used: &[(&str, Duration, Duration)]) -
     let kernel = said("uname", &["-r"])?;
     // What follows names one machine's build.
     let kernel = kernel.split('-').next().unwrap_or_default();
+    Ok(format!("- Date: {date}\n- Commit: {commit}{state}\n- Kernel: {kernel}\n"))
+}
+
+/// Where the last long run stands in the documentation.
+const LONG_RUN: &str = "docs/long-run.md";
+
+/// Writes down that a long run has passed.
+fn write_long_run(root: &Path, seed: u64, used: &[(&str, Duration, Duration)]) -> Result<()> {
     let mut text = format!(
         "# The last long run\n\n`cargo xtask test --long` writes this file when every suite has passed with its full counts.\n\n\
-         - Date: {date}\n- Commit: {commit}{state}\n- Seed: `WEIR_FUZZ_SEED={seed}`\n- Kernel: {kernel}\n\n| suite | seconds |\n|---|---|\n"
+         {}- Seed: `WEIR_FUZZ_SEED={seed}`\n\n| suite | seconds |\n|---|---|\n",
+        circumstances(root)?
     );
     for (name, _, used) in used {
         text.push_str(&format!("| {name} | {} |\n", used.as_secs()));

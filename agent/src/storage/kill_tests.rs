@@ -265,8 +265,8 @@ fn kill(seed: u64) {
     account.check(&journal);
     let [before, early, late] = account.kills;
     println!(
-        "kills: {before} before the recorder was ready, {early} before an event was durable, {late} later; {} events called \
-         durable, none lost, {} sent once more; most removed of an epoch: {}",
+        "killed {before} before the recorder was ready, {early} before an event was durable, {late} later; durable: {} events were \
+         called so, none lost; sent once more: {} messages; most removed of an epoch: {}",
         account.held.len(),
         account.again,
         account.removed

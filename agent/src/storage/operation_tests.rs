@@ -129,7 +129,7 @@ fn a_segment_that_could_not_be_made_hides_nothing_should_it_come_back_with_the_p
 
 #[test]
 fn whichever_operation_fails_recording_refuses_goes_on_and_loses_nothing() {
-    let (mut table, mut failed) = (Vec::new(), Vec::new());
+    let (mut table, mut failed, mut scenarios) = (Vec::new(), Vec::new(), 0);
     for (name, calls, errno) in FAULTS {
         for for_ever in [false, true] {
             let mut at = 0;
@@ -143,9 +143,10 @@ fn whichever_operation_fails_recording_refuses_goes_on_and_loses_nothing() {
                 }
                 assert!(at < 5000, "it ends");
             }
+            scenarios += at;
             table.push(format!("{name}{}: {} runs", if for_ever { " until mended" } else { " once" }, at));
         }
     }
-    println!("{}", table.join("\n"));
+    println!("{}\noperations: {scenarios} scenarios", table.join("\n"));
     assert!(failed.is_empty(), "{failed:#?}");
 }

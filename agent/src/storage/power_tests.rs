@@ -82,7 +82,7 @@ fn whenever_the_power_goes_what_was_called_durable_is_there_and_the_log_verifies
     let known: u64 = REGRESSIONS.iter().map(|seed| lives(*seed)).sum();
     let cuts: u64 = (0..cases).map(|case| lives(seed.wrapping_add(case))).sum();
     assert!(known + cuts >= cases, "only {cuts} power cuts in {cases} cases");
-    println!("power loss: {cuts} power cuts or kills");
+    println!("power cuts: {cuts} of them, some of them kills");
 }
 
 #[test]
