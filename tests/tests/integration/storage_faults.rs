@@ -63,7 +63,11 @@ impl Drop for Frozen<'_> {
 
 impl Drop for Mounted {
     fn drop(&mut self) {
-        let _ = command::output(Command::new("umount").arg(&self.0));
+        let unmounted = command::output(Command::new("umount").arg(&self.0));
+        // Who was killed may hold a file of it for a moment longer.
+        if !unmounted.is_ok_and(|output| output.status.success()) {
+            let _ = command::output(Command::new("umount").arg("--lazy").arg(&self.0));
+        }
     }
 }
 
