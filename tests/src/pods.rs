@@ -95,6 +95,11 @@ impl Testbed {
             labels.iter().map(|(key, value)| ((*key).to_owned(), json!(value))).collect();
         let namespace =
             json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}});
+        // One of that name may be on its way out, or left over by a run that was killed.
+        let gone = format!("--timeout={}s", READY_DEADLINE.as_secs());
+        if self.try_kubectl(&["get", "namespace", name])? {
+            self.kubectl(&["delete", "namespace", name, "--ignore-not-found", "--wait=true", &gone])?;
+        }
         self.apply(&namespace.to_string())?;
         for object in ["serviceaccount/default", "configmap/kube-root-ca.crt"] {
             wait_until(&format!("{object} of namespace {name}"), READY_DEADLINE, || {
@@ -104,14 +109,15 @@ impl Testbed {
         Ok(())
     }
 
-    /// Deletes a namespace and waits until it is gone.
+    /// Deletes a namespace, and waits until no pod of it is left. The rest goes by itself: the namespace controller
+    /// lets 5 s pass before it begins, and no test needs to wait for that.
     ///
     /// # Errors
     /// When kubectl fails or the deadline is over.
     pub fn delete_namespace(&self, name: &str) -> Result<()> {
+        self.kubectl(&["delete", "namespace", name, "--ignore-not-found", "--wait=false"])?;
         let deadline = format!("--timeout={}s", READY_DEADLINE.as_secs());
-        self.kubectl(&["delete", "namespace", name, "--ignore-not-found", "--wait=true", &deadline])
-            .map(|_| ())
+        self.kubectl(&["delete", "pods", "--all", "-n", name, "--wait=true", &deadline]).map(|_| ())
     }
 
     /// Makes a pod and waits until it is ready.

@@ -32,6 +32,13 @@ impl Clock {
 
 /// What the cursor of an epoch that nobody publishes says: number of events that are acknowledged.
 pub(crate) fn cursor(storage: &dyn Storage, folder: &Path, epoch: Uuid) -> u64 {
-    let opened = CursorFile::open(storage, folder, epoch).unwrap().expect("nobody has it");
-    opened.1.map_or(0, |cursor| cursor.position.sequence)
+    // A process that another test starts holds a copy of every open file, and so of the lock, until it runs its program.
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        if let Some((_, cursor)) = CursorFile::open(storage, folder, epoch).unwrap() {
+            return cursor.map_or(0, |cursor| cursor.position.sequence);
+        }
+        assert!(Instant::now() < deadline, "nobody has it");
+        std::thread::yield_now();
+    }
 }

@@ -13,7 +13,7 @@ use uuid::Uuid;
 use weir_common::message::Kind;
 
 use super::{
-    clock::Clock,
+    clock::{Clock, cursor},
     cursor::{CURSOR_FILE, CursorFile},
     fixture::{Broker, Log, Run, WINDOW},
     publisher::FLIGHT_MESSAGES_MAX,
@@ -61,8 +61,7 @@ fn an_agent_that_is_not_let_in_tries_again_with_what_its_files_hold_then() {
 
 /// What the file `cursor` says: number of events that are acknowledged. The publisher must be gone.
 fn written(log: &Log) -> u64 {
-    let opened = CursorFile::open(&FileSystem, log.folder(), log.epoch).unwrap().expect("nobody has it");
-    opened.1.map_or(0, |cursor| cursor.position.sequence)
+    cursor(&FileSystem, log.folder(), log.epoch)
 }
 
 #[test]
