@@ -34,7 +34,7 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Measure on this machine: what the kernel programs cost a run, how long enrolment takes.
+    /// Measure on this machine: kernel programs, identity, enrolment, commits, the journal and Kafka.
     Bench(bench::Arguments),
     /// Build the kernel programs, making the toolchain for them if need be.
     BuildEbpf(build_ebpf::Options),
@@ -46,7 +46,7 @@ enum Command {
     Conversations,
     /// Build what is given away, into target/dist: image, tarball, chart, list of packages, checksums.
     Dist(dist::Arguments),
-    /// Write the documentation that is generated from types: docs/configuration.md with its JSON schema, docs/metrics.md.
+    /// Write the documentation that is generated from types: docs/configuration.md with its JSON schema, the chart's values.schema.json, docs/metrics.md.
     Docs,
     /// Run the fuzz targets of `tests/fuzz`, all or one.
     Fuzz(fuzz::Arguments),

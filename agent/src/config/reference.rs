@@ -132,8 +132,9 @@ fn document() -> String {
     format!(
         "# Configuration\n\n\
          <!-- Written by `cargo xtask docs` from agent/src/config; change it there. -->\n\n\
-         One YAML file, which `weir-agent run --config FILE` reads once, when it starts. A key that is not in the table \
-         below is refused, and so is a value out of its bounds; the message names the file, the key and the mend. The \
+         One YAML file, which `weir-agent run --config FILE` reads when it starts and looks at every two seconds: \
+         `enrolment`, `recording` (but for `encryption`) and, of each cluster, `authentication` and `roles` change while it \
+         runs, all else takes a restart. A key that is not in the table below is refused, and so is a value out of its bounds; the message names the file, the key and the mend. The \
          file has at most {CONFIG_BYTES_MAX} bytes. `weir-agent doctor --config FILE` checks it and what it names. \
          `weir-agent exec --config FILE` takes node, tenant, journal and limits from it.\n\n\
          [configuration.schema.json](configuration.schema.json) is the same as a JSON schema, for editors.\n\n\

@@ -15,20 +15,37 @@ use super::{
 };
 
 /// Folders of the host through which a pod reaches what Weir, the kubelet or the runtime hold; `/` holds them all.
-const FOLDERS: [&str; 9] = [
+const FOLDERS: [&str; 17] = [
+    "/boot",
     "/dev",
+    "/etc/cni",
+    "/etc/containerd",
+    "/etc/cron.d",
     "/etc/kubernetes",
+    "/etc/systemd",
+    "/opt/cni",
     "/proc",
+    "/root",
     "/run",
     "/sys",
+    "/usr",
     "/var/lib/containerd",
     "/var/lib/kubelet",
     "/var/lib/weir",
     "/var/run",
 ];
 /// Capabilities beyond a runtime's defaults with which a process changes the node's network or kernel, or other processes.
-const CAPABILITIES: [&str; 8] =
-    ["ALL", "BPF", "NET_ADMIN", "PERFMON", "SYS_ADMIN", "SYS_MODULE", "SYS_PTRACE", "SYS_RAWIO"];
+const CAPABILITIES: [&str; 9] = [
+    "ALL",
+    "BPF",
+    "DAC_READ_SEARCH",
+    "NET_ADMIN",
+    "PERFMON",
+    "SYS_ADMIN",
+    "SYS_MODULE",
+    "SYS_PTRACE",
+    "SYS_RAWIO",
+];
 
 /// A selected pod.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -51,6 +51,25 @@ async fn concurrent_durable_appends_share_their_syncs() {
 }
 
 #[tokio::test]
+async fn an_agent_starts_in_a_full_journal_and_records_when_there_is_room() {
+    let directory = TempDir::new().unwrap();
+    let old = directory.path().join("old");
+    std::fs::create_dir(&old).unwrap();
+    std::fs::write(old.join("0.seg"), vec![0; 16 << 20]).unwrap();
+    let disk = Arc::new(TestDisk::default());
+    let options = || RecorderOptions { journal_bytes_max: 16 << 20, ..options(directory.path()) };
+    let recorder = on(&disk, options()).unwrap();
+    let large = format!("{{\"a\":\"{}\"}}", "x".repeat(200_000));
+    assert!(matches!(post(&recorder, &large).await, Err(RecordingError::Full { .. })));
+    // Starts have a bound, too.
+    assert!(matches!(on(&disk, options()), Err(RecordingError::Full { .. })));
+    std::fs::remove_file(old.join("0.seg")).unwrap();
+    post(&recorder, &large).await.unwrap().close(Outcome::Complete, None);
+    recorder.stop("test").await.unwrap();
+    read(recorder.folder());
+}
+
+#[tokio::test]
 async fn a_full_journal_refuses_says_so_and_goes_on_when_there_is_room() {
     let directory = TempDir::new().unwrap();
     let old = directory.path().join("old");

@@ -46,6 +46,10 @@ const MEASURE_INTERVAL: Duration = Duration::from_secs(5);
 /// A journal is not short of space before this part of it is left, however large its next segment would be.
 const SEGMENTS_MIN: u64 = 4;
 
+/// Segments with which epochs begin may take this part beyond the journal's limit: an agent that starts in a full journal publishes
+/// what makes room.
+const STARTS_PARTS: u64 = 64;
+
 /// What tests set otherwise.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Tuning {
@@ -381,9 +385,13 @@ impl Journal {
             // What was published may have been removed since.
             self.measure()?;
         }
-        let bytes = wanted.min(self.bytes_max.saturating_sub(self.bytes_used));
+        let mut bytes = wanted.min(self.bytes_max.saturating_sub(self.bytes_used));
         // A segment that holds nothing but its reserve is of no use either.
         let least = segment::smallest(needed.max(segment::SEGMENT_RESERVE_BYTES));
+        if self.next_segment == 0 && self.bytes_used + least <= self.bytes_max + self.bytes_max / STARTS_PARTS
+        {
+            bytes = bytes.max(least);
+        }
         if bytes < least {
             return Err(RecordingError::Full { path: self.folder.clone(), bytes_max: self.bytes_max });
         }

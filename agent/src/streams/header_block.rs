@@ -11,11 +11,11 @@ const DICTIONARY: &[u8] = include_bytes!("spdy_dictionary.bin");
 /// Adler-32 of the dictionary, by which zlib streams name it.
 const DICTIONARY_ID: [u8; 4] = [0xe3, 0xc6, 0xa7, 0xc2];
 
-/// Most bytes that one block may become.
-pub(super) const BLOCK_BYTES_MAX: usize = 64 * 1024;
+/// Most bytes that one block may become: Kubernetes' headers take some hundred, and whoever sends more makes the agent work for nothing.
+pub(super) const BLOCK_BYTES_MAX: usize = 4 * 1024;
 
 /// What is added to the output buffer at a time.
-const STEP_BYTES: usize = 4 * 1024;
+const STEP_BYTES: usize = 1024;
 
 /// The compressed headers of one direction.
 #[derive(Debug, Default)]

@@ -206,7 +206,8 @@ fn takes_the_startup_taint_off_and_may_change_nothing_else(release: &Release<'_>
     let of_node = format!("--as-user-extra=authentication.kubernetes.io/node-name={NODE_NAME}");
     let (label, patch) = (r#"{"metadata": {"labels": {"a": "b"}}}"#, r#"{"spec": {"unschedulable": true}}"#);
     refused(&["patch", "-p", label], &[], "the node that its own pod runs on, and no other");
-    for change in [label, patch] {
+    let owner = r#"{"metadata": {"ownerReferences": [{"apiVersion": "v1", "kind": "Node", "name": "gone", "uid": "gone"}]}}"#;
+    for change in [label, patch, owner, r#"{"metadata": {"finalizers": ["example.com/a"]}}"#] {
         refused(&["patch", "-p", change], &[&of_node], "and changes nothing else");
     }
 }
@@ -241,7 +242,11 @@ fn is_upgraded_under_load(release: &Release<'_>, pod: &weir_tests::Pod<'_>) {
 }
 
 fn refuses_pods_that_could_reach_past_weir(release: &Release<'_>) {
-    release.must_apply(&["startupTaint=true", "admission.enabled=true"]);
+    release.must_apply(&[
+        "startupTaint=true",
+        "admission.enabled=true",
+        "admission.hostPathsAllowed={/srv/cache,/runner/.cache/}",
+    ]);
     let create = |namespace: &str, change: &dyn Fn(&mut Value)| {
         let mut pod = PodSpec::idle(namespace, "tried").manifest();
         change(&mut pod["spec"]);
@@ -288,10 +293,14 @@ fn refuses_pods_that_could_reach_past_weir(release: &Release<'_>) {
     for key in ["hostNetwork", "hostPID", "hostIPC"] {
         refused("drop hostNetwork, hostPID and hostIPC", &|spec| spec[key] = true.into());
     }
-    for name in ["NET_RAW", "CAP_NET_RAW", "SYS_ADMIN", "BPF", "ALL"] {
+    for name in ["NET_RAW", "CAP_NET_RAW", "SYS_ADMIN", "BPF", "DAC_READ_SEARCH", "ALL"] {
         refused("with what these containers add: main; of capabilities add none of ALL, BPF,", &adds(name));
     }
     for path in [
+        "/srv",
+        "/srv/cache/",
+        "/srv/cache/link",
+        "/opt/cni/bin",
         "/var/run/docker.sock",
         "/run",
         "/sys/fs/bpf",
@@ -301,7 +310,7 @@ fn refuses_pods_that_could_reach_past_weir(release: &Release<'_>) {
         "//sys",
         "/./sys/fs",
     ] {
-        refused(&format!("lead around it: {path}; drop those hostPath volumes"), &volume(path));
+        refused(&format!("may lead around it: {path}; drop those hostPath volumes"), &volume(path));
     }
     let passes: [&dyn Fn(&mut Value); 4] =
         [&|_| {}, &volume("/srv/cache"), &volume("/runner/.cache/"), &adds("CHOWN")];
