@@ -241,6 +241,22 @@ fn is_upgraded_under_load(release: &Release<'_>, pod: &weir_tests::Pod<'_>) {
     assert_eq!(epochs.len(), 2, "one agent before, one after, and no third that took over again");
 }
 
+/// Folders of the node, where `/srv/cache` and `/runner/.cache/` are allowed.
+const REFUSED_FOLDERS: [&str; 12] = [
+    "/srv",
+    "/srv/cache/",
+    "/srv/cache/link",
+    "/opt/cni/bin",
+    "/var/run/docker.sock",
+    "/run",
+    "/sys/fs/bpf",
+    "/sys/fs/cgroup/",
+    "/",
+    "/var/lib",
+    "//sys",
+    "/./sys/fs",
+];
+
 fn refuses_pods_that_could_reach_past_weir(release: &Release<'_>) {
     release.must_apply(&[
         "startupTaint=true",
@@ -296,20 +312,7 @@ fn refuses_pods_that_could_reach_past_weir(release: &Release<'_>) {
     for name in ["NET_RAW", "CAP_NET_RAW", "SYS_ADMIN", "BPF", "DAC_READ_SEARCH", "ALL"] {
         refused("with what these containers add: main; of capabilities add none of ALL, BPF,", &adds(name));
     }
-    for path in [
-        "/srv",
-        "/srv/cache/",
-        "/srv/cache/link",
-        "/opt/cni/bin",
-        "/var/run/docker.sock",
-        "/run",
-        "/sys/fs/bpf",
-        "/sys/fs/cgroup/",
-        "/",
-        "/var/lib",
-        "//sys",
-        "/./sys/fs",
-    ] {
+    for path in REFUSED_FOLDERS {
         refused(&format!("may lead around it: {path}; drop those hostPath volumes"), &volume(path));
     }
     let passes: [&dyn Fn(&mut Value); 4] =
