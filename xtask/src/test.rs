@@ -141,7 +141,7 @@ fn before_testbed(root: &Path, xtask: &Path) -> Vec<Suite> {
         ),
         suite("deny", 300, xtask, &["deny"]),
         suite("unit", 900, cargo, &["test", "--workspace", "--exclude", "weir-tests", "--locked"]),
-        suite("kernels (qemu)", 900, xtask, &["test", "--kernels"]),
+        suite("kernels (qemu)", 1500, xtask, &["test", "--kernels"]),
         suite("alert rules", 30, xtask, &["rules"]),
         suite("chart", 30, xtask, &["chart"]),
         // Integration tests and the demo run these as the real binaries.
