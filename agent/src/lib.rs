@@ -14,6 +14,7 @@ pub mod emergency;
 pub mod exec;
 pub mod explain;
 pub mod interception;
+mod key_file;
 pub mod nri;
 pub mod proxy;
 pub mod publishing;

@@ -1,19 +1,10 @@
 //! Whom recorded content is for: public keys in files. Nothing secret is in them, but who can change one reads what comes.
 
-use std::{
-    fs::File,
-    io::Read as _,
-    os::unix::fs::MetadataExt as _,
-    path::{Path, PathBuf},
-};
+use std::path::{Path, PathBuf};
 
-use nix::unistd::geteuid;
 use weir_common::encryption::Recipient;
 
-use crate::recording::RecordingError;
-
-/// Most bytes of a key file that are read.
-const KEY_FILE_BYTES_MAX: u64 = 16 * 1024;
+use crate::{key_file, recording::RecordingError};
 
 /// The right to write of others than the owner.
 const OTHERS_WRITE: u32 = 0o022;
@@ -38,19 +29,8 @@ pub(crate) fn read_all(files: &[PathBuf]) -> Result<Vec<Recipient>, RecordingErr
 
 fn read(path: &Path) -> Result<Recipient, RecordingError> {
     let wrong = |reason: String| RecordingError::Key { path: path.to_owned(), reason };
-    let failed = |error: std::io::Error| wrong(error.to_string());
-    let file = File::open(path).map_err(failed)?;
-    // Of what was opened: a path can be another file a moment later.
-    let metadata = file.metadata().map_err(failed)?;
-    if metadata.uid() != 0 && metadata.uid() != geteuid().as_raw() {
-        return Err(wrong(format!("it belongs to user {}, who can change it", metadata.uid())));
-    }
-    if metadata.mode() & OTHERS_WRITE != 0 {
-        let mode = metadata.mode() & 0o7777;
-        return Err(wrong(format!("others may change it (mode {mode:04o}); set mode 0444")));
-    }
-    let mut pem = Vec::new();
-    file.take(KEY_FILE_BYTES_MAX).read_to_end(&mut pem).map_err(failed)?;
+    let refused = |mode| format!("others may change it (mode {mode:04o}); set mode 0444");
+    let pem = key_file::read(path, OTHERS_WRITE, refused)?;
     Recipient::from_pem(&pem).map_err(|error| wrong(error.to_string()))
 }
 

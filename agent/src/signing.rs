@@ -2,26 +2,16 @@
 //!
 //! A configured key must be out of reach of others: who holds it can forge what nobody holds a checkpoint of yet.
 
-use std::{
-    fs::File,
-    io::Read as _,
-    os::unix::fs::MetadataExt as _,
-    path::{Path, PathBuf},
-};
+use std::path::{Path, PathBuf};
 
 use ed25519_dalek::{SigningKey, pkcs8::DecodePrivateKey as _};
-use nix::unistd::geteuid;
 use rand::rngs::OsRng;
 use weir_common::checkpoint::{NoteSigner, valid_name};
-use zeroize::Zeroizing;
 
-use crate::recording::RecordingError;
+use crate::{key_file, recording::RecordingError};
 
 /// Most keys that sign: the one in use, the one before it, and room to spare.
 pub const SIGNING_KEYS_MAX: usize = 4;
-
-/// Most bytes of a key file that are read.
-const KEY_FILE_BYTES_MAX: u64 = 16 * 1024;
 
 /// Rights of others than the owner.
 const OTHERS: u32 = 0o077;
@@ -59,21 +49,12 @@ pub(crate) fn signers(name: &str, files: &[PathBuf]) -> Result<Vec<NoteSigner>, 
 
 fn read(path: &Path) -> Result<SigningKey, RecordingError> {
     let wrong = |reason: String| RecordingError::Key { path: path.to_owned(), reason };
-    let failed = |error: std::io::Error| wrong(error.to_string());
-    let file = File::open(path).map_err(failed)?;
-    // Of what was opened: a path can be another file a moment later.
-    let metadata = file.metadata().map_err(failed)?;
-    if metadata.uid() != 0 && metadata.uid() != geteuid().as_raw() {
-        return Err(wrong(format!("it belongs to user {}, who can change it", metadata.uid())));
-    }
-    let mode = metadata.mode() & 0o7777;
-    if mode & OTHERS != 0 {
-        return Err(wrong(format!(
+    let refused = |mode| {
+        format!(
             "others may use it (mode {mode:04o}); set mode 0400, for a mounted Secret with `defaultMode: 0400`"
-        )));
-    }
-    let mut pem = Zeroizing::new(Vec::new());
-    file.take(KEY_FILE_BYTES_MAX).read_to_end(&mut pem).map_err(failed)?;
+        )
+    };
+    let pem = key_file::read(path, OTHERS, refused)?;
     let key = std::str::from_utf8(&pem).ok().and_then(|pem| SigningKey::from_pkcs8_pem(pem).ok());
     let none = "it holds no Ed25519 key in PKCS#8 PEM; make one with `openssl genpkey -algorithm ed25519`";
     key.ok_or_else(|| wrong(none.to_owned()))

@@ -121,12 +121,10 @@ impl Kernel {
                 });
             if is_open { left.push(suspect) } else { judged.push(suspect) }
         }
-        // Those that have lost their ports.
-        let has_port = |any: &Suspect| {
-            left.iter().chain(&judged).any(|one| one.cgroup == any.cgroup && one.address == any.address)
-        };
-        let alone: Vec<_> = any.into_iter().map(|(any, _)| any).filter(|any| !has_port(any)).collect();
-        judged.extend(alone);
+        // Those that have lost their ports. A pod decides how many there are, so they are not looked for one by one.
+        let with_port: HashSet<_> = left.iter().chain(&judged).map(|one| (one.cgroup, one.address)).collect();
+        let alone = any.into_iter().map(|(any, _)| any);
+        judged.extend(alone.filter(|any| !with_port.contains(&(any.cgroup, any.address))));
         self.forget_suspects(&judged, &left)
     }
 }
