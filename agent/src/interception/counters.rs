@@ -8,7 +8,7 @@ use weir_common::kernel::{COUNTERS, Counter, PodCounters, maps};
 
 use super::{
     loader::{Kernel, KernelError},
-    maps::lock,
+    maps::{filled, lock},
 };
 
 /// Sums of the kernel's counters over all CPUs.
@@ -102,8 +102,8 @@ impl Kernel {
         }
         let failed = |source| KernelError::Map { map: maps::POD_COUNTERS, source };
         let cpus = nr_cpus().map_err(|(_, source)| failed(MapError::IoError(source)))?;
-        let none = PerCpuValues::try_from(vec![[0; COUNTERS as usize]; cpus]);
-        pods.insert(cgroup, none.map_err(|source| failed(MapError::IoError(source)))?, 0).map_err(failed)
+        let none = || PerCpuValues::try_from(vec![[0; COUNTERS as usize]; cpus]).map_err(MapError::IoError);
+        filled(|| pods.insert(cgroup, none()?, 0)).map_err(failed)
     }
 
     /// The counters of one pod's cgroup; none if it is not classified.

@@ -6,6 +6,7 @@ use std::{
     net::{IpAddr, SocketAddr},
     path::Path,
     sync::{Mutex, PoisonError},
+    time::Duration,
 };
 
 use aya::maps::{HashMap, MapData, MapError};
@@ -52,7 +53,7 @@ impl Kernel {
         self.sieve.change(|| {
             [any, endpoint]
                 .iter()
-                .try_for_each(|key| set.insert(key, cluster, 0))
+                .try_for_each(|key| filled(|| set.insert(key, cluster, 0)))
                 .map_err(|source| KernelError::Map { map: maps::API_SET, source })
         })?;
         if is_new {
@@ -128,9 +129,8 @@ impl Kernel {
     /// # Errors
     /// The map is full, or the kernel refuses.
     pub(super) fn name_pod(&self, cgroup: u64, name: PodName) -> Result<(), KernelError> {
-        lock(&self.pods)
-            .insert(cgroup, name, 0)
-            .map_err(|source| KernelError::Map { map: maps::PODS, source })
+        let mut pods = lock(&self.pods);
+        filled(|| pods.insert(cgroup, name, 0)).map_err(|source| KernelError::Map { map: maps::PODS, source })
     }
 
     /// Puts right how many cgroups are in quarantine, should an agent's start and the command have overtaken each other.
@@ -207,8 +207,9 @@ impl Kernel {
     /// # Errors
     /// The map is full, or the kernel refuses.
     pub(super) fn nest(&self, key: NestedKey, port: u16) -> Result<(), KernelError> {
-        let inserted = lock(&self.nested).insert(key, u32::from(port), 0);
-        inserted.map_err(|source| KernelError::Map { map: maps::NESTED, source })
+        let mut nested = lock(&self.nested);
+        filled(|| nested.insert(key, u32::from(port), 0))
+            .map_err(|source| KernelError::Map { map: maps::NESTED, source })
     }
 
     /// Forgets one: connections from it are denied.
@@ -302,6 +303,24 @@ pub(super) fn absent_is_fine(result: Result<(), MapError>, map: &'static str) ->
     }
 }
 
+/// How often the kernel is asked again for memory of a map, first after a millisecond and then after twice the time each: a
+/// second in all.
+const FILL_TRIES: u32 = 10;
+
+/// Writes into a map that is not allocated ahead. Its memory comes from a small stock, which the kernel fills up beside
+/// (`mm/percpu.c` keeps four pages a CPU): who writes faster is told ENOMEM, and is served a moment later.
+pub(super) fn filled(mut insert: impl FnMut() -> Result<(), MapError>) -> Result<(), MapError> {
+    for tried in 0..FILL_TRIES {
+        match insert() {
+            Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::ENOMEM) => {
+                std::thread::sleep(Duration::from_millis(1 << tried));
+            }
+            result => return result,
+        }
+    }
+    insert()
+}
+
 /// The addresses of the API set, without the entries that stand for every port of one.
 pub(super) fn api_endpoints(
     set: &HashMap<MapData, ApiEndpoint, u32>,
@@ -343,4 +362,32 @@ pub(super) fn notice(bytes: &[u8]) -> Option<Notice> {
     }
     // SAFETY: the length is that of a notice, whose fields are integers: every bit pattern is valid.
     Some(unsafe { bytes.as_ptr().cast::<Notice>().read_unaligned() })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use aya::{maps::MapError, sys::SyscallError};
+
+    use super::{FILL_TRIES, filled};
+
+    #[test]
+    fn a_map_waits_for_memory_for_a_while_and_for_nothing_else() {
+        let refused = |number| {
+            let io_error = io::Error::from_raw_os_error(number);
+            Err(MapError::SyscallError(SyscallError { call: "bpf_map_update_elem", io_error }))
+        };
+        let tries = |answer: &dyn Fn(u32) -> Result<(), MapError>| {
+            let mut tries = 0;
+            let result = filled(|| {
+                tries += 1;
+                answer(tries)
+            });
+            (result.is_ok(), tries)
+        };
+        assert_eq!(tries(&|tried| if tried < 4 { refused(libc::ENOMEM) } else { Ok(()) }), (true, 4));
+        assert_eq!(tries(&|_| refused(libc::E2BIG)), (false, 1), "it is full");
+        assert_eq!(tries(&|_| refused(libc::ENOMEM)), (false, FILL_TRIES + 1));
+    }
 }

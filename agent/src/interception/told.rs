@@ -20,7 +20,7 @@ use weir_common::{
 use super::{
     answers::Interest,
     loader::{Kernel, KernelError},
-    maps::{absent_is_fine, lock, socket_address},
+    maps::{absent_is_fine, filled, lock, socket_address},
 };
 use crate::config::EndpointName;
 
@@ -51,7 +51,7 @@ impl Kernel {
         }
         let mut names = lock(&self.names);
         for (hash, named) in &wanted {
-            names.insert(hash, named, 0).map_err(failed)?;
+            filled(|| names.insert(hash, named, 0)).map_err(failed)?;
         }
         let there = names.keys().collect::<Result<Vec<_>, _>>().map_err(failed)?;
         there

@@ -49,10 +49,11 @@ fn full_maps_deny_what_has_no_room_in_them_and_keep_the_rest_in_force() {
             443,
         )),
     };
-    let last =
-        (1..=API_ENDPOINTS_MAX).find(|number| kernel.set_api_endpoint(address(*number), 0).is_err()).unwrap();
+    let (last, refused) = (1..=API_ENDPOINTS_MAX)
+        .find_map(|number| Some((number, kernel.set_api_endpoint(address(number), 0).err()?)))
+        .unwrap();
     // Each address takes two entries. The kernel counts on each CPU for itself, and is a little early.
-    assert!(last > API_ENDPOINTS_MAX / 200 * 99, "it is full with {last}");
+    assert!(last > API_ENDPOINTS_MAX / 200 * 99, "it is full with {last}: {refused:?}");
     let more = address(last);
     assert!(kernel.set_api_endpoint(more, 0).is_err(), "it is full");
     for known in [API4, address(1), address(last - 1)] {
@@ -65,8 +66,9 @@ fn full_maps_deny_what_has_no_room_in_them_and_keep_the_rest_in_force() {
 
     let there = u32::try_from(kernel.cgroups().unwrap().len()).unwrap();
     let classify = |number: u32| kernel.classify(u64::MAX - u64::from(number), entry(Class::Enrolled));
-    let pods = (there..=CGROUPS_MAX).find(|number| classify(*number).is_err()).unwrap();
-    assert!(pods > CGROUPS_MAX / 100 * 99, "it is full with {pods}");
+    let (pods, refused) =
+        (there..=CGROUPS_MAX).find_map(|number| Some((number, classify(number).err()?))).unwrap();
+    assert!(pods > CGROUPS_MAX / 100 * 99, "it is full with {pods}: {refused:?}");
     assert!(kernel.classify(late.id(), entry(Class::Unselected)).is_err(), "it is full");
     assert_eq!(dialled(&late, API4), Err(REFUSED), "without a verdict");
     assert_eq!(dialled(&known, API4), Err(PASSED), "a known pod keeps its verdict");
