@@ -45,6 +45,7 @@ pub mod pod;
 pub mod pod_lookup;
 mod pod_network;
 pub mod powers;
+pub mod presence;
 pub mod process;
 pub mod proof;
 pub mod quarantine;

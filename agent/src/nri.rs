@@ -43,8 +43,8 @@ const CALLS_MAX: usize = 64;
 
 /// Who is asked.
 pub(crate) trait Asked {
-    /// Whether a runtime asks from now on.
-    fn connected(&self, connected: bool);
+    /// A runtime asks from now on, or does not, for this reason.
+    fn asks(&self, asks: Result<(), String>);
 
     /// A pod's sandbox runs, and no container of it yet.
     fn sandbox_runs(&self, sandbox: &Sandbox);
@@ -75,6 +75,7 @@ enum NriError {
 pub(crate) async fn follow(socket: PathBuf, asked: impl Asked, part: CancellationToken) {
     let following = async {
         let (mut pause, mut said_absent) = (RETRY, false);
+        asked.asks(Err(format!("{} has not answered yet", socket.display())));
         loop {
             let mut connection =
                 Connection { asked: &asked, patience: Patience::default(), registered: false };
@@ -82,7 +83,7 @@ pub(crate) async fn follow(socket: PathBuf, asked: impl Asked, part: Cancellatio
                 Ok(()) => NriError::Closed,
                 Err(error) => error,
             };
-            asked.connected(false);
+            asked.asks(Err(format!("{}: {reason}; `weir-agent doctor` has the mend", socket.display())));
             if connection.registered {
                 (pause, said_absent) = (RETRY, false);
                 tracing::warn!(%reason, "the container runtime does not ask any more; containers start without waiting");
@@ -101,7 +102,7 @@ pub(crate) async fn follow(socket: PathBuf, asked: impl Asked, part: Cancellatio
         () = part.cancelled() => {}
         () = following => {}
     }
-    asked.connected(false);
+    asked.asks(Err("the agent ends".to_owned()));
 }
 
 /// One connection.
@@ -167,7 +168,7 @@ impl<'a, A: Asked> Connection<'a, A> {
             Call::Synchronize { more: false } => {
                 // From the answer on it asks.
                 self.registered = true;
-                self.asked.connected(true);
+                self.asked.asks(Ok(()));
                 None
             }
             Call::SandboxRuns(sandbox) => {

@@ -6,8 +6,9 @@
 use std::path::Path;
 
 use crate::interception::{
-    handover::{self, Presence},
+    handover,
     pod::PodUid,
+    presence::Presence,
     succession::{own_pod, pod_of},
 };
 
@@ -64,7 +65,17 @@ mod tests {
 
     fn running(pid: u32, ready: bool) -> Presence {
         let version = String::new();
-        Presence::Running { pid, version, configuration_problem: None, unpublished: None, ready }
+        let (configuration_problem, unpublished, no_wait) = (None, None, None);
+        let containers_wait = true;
+        Presence::Running {
+            pid,
+            version,
+            configuration_problem,
+            unpublished,
+            ready,
+            containers_wait,
+            no_wait,
+        }
     }
 
     #[test]

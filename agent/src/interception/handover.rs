@@ -18,7 +18,7 @@
 //! if nothing had been. No key crosses the socket: each process has certificates and a journal epoch of its own.
 
 use std::{
-    fmt, fs, io,
+    fs, io,
     os::{
         fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd},
         unix::fs::{DirBuilderExt as _, PermissionsExt as _},
@@ -49,17 +49,20 @@ use weir_common::kernel::LAYOUT_VERSION;
 use super::{
     listener::{ListenerError, Sockets},
     namespace::NamespaceId,
+    presence::Presence,
     succession::Gate,
 };
 
 /// Version of the messages; another one is refused.
 const VERSION: u32 = 1;
-/// Largest message, bytes.
-const MESSAGE_BYTES_MAX: usize = 4096;
-/// Most characters of a problem of the configuration that a message tells; with the others they fit into one.
+/// Largest message, bytes. What a message tells fits into it, however its characters are written.
+const MESSAGE_BYTES_MAX: usize = 8192;
+/// Most characters of a problem of the configuration that a message tells.
 const PROBLEM_CHARS_MAX: usize = 700;
 /// Most characters of what is said of events that are not published.
 const UNPUBLISHED_CHARS_MAX: usize = 250;
+/// Most characters of why containers do not wait.
+const NO_WAIT_CHARS_MAX: usize = 250;
 /// Most listeners that are taken.
 const LISTENERS_MAX: usize = 8192;
 /// How long one message may take.
@@ -140,7 +143,58 @@ enum Message {
         /// Whether something keeps it from being ready.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         unready: bool,
+        /// Whether containers wait until their pod is enrolled.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        containers_wait: bool,
+        /// Why they do not.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        no_wait: Option<String>,
     },
+}
+
+impl Message {
+    /// What an agent says of itself.
+    fn pong(gate: &Gate) -> Self {
+        let observed = &gate.observed;
+        let short = |text: String, chars_max| text.chars().take(chars_max).collect();
+        let no_wait = observed.containers_wait().err();
+        Self::Pong {
+            pid: std::process::id(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            configuration_problem: observed
+                .configuration_problem()
+                .map(|text| short(text, PROBLEM_CHARS_MAX)),
+            unpublished: observed.unpublished().map(|text| short(text, UNPUBLISHED_CHARS_MAX)),
+            unready: !gate.is_ready(),
+            containers_wait: no_wait.is_none(),
+            no_wait: no_wait.map(|text| short(text, NO_WAIT_CHARS_MAX)),
+        }
+    }
+
+    /// The same for who asked; none if this says something else.
+    fn presence(self) -> Option<Presence> {
+        let Self::Pong {
+            pid,
+            version,
+            configuration_problem,
+            unpublished,
+            unready,
+            containers_wait,
+            no_wait,
+        } = self
+        else {
+            return None;
+        };
+        Some(Presence::Running {
+            pid,
+            version,
+            configuration_problem,
+            unpublished,
+            ready: !unready,
+            containers_wait,
+            no_wait,
+        })
+    }
 }
 
 /// A listener on its way to another process.
@@ -185,60 +239,6 @@ pub fn an_agent_runs(path: &Path) -> bool {
     connect(connection.as_raw_fd(), &address).is_ok()
 }
 
-/// Whether an agent is alive on this node.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "camelCase", tag = "state")]
-pub enum Presence {
-    /// It answers.
-    Running {
-        /// Its process.
-        pid: u32,
-        /// Its version.
-        version: String,
-        /// Why its configuration file, as it is now, is not in force.
-        #[serde(skip_serializing_if = "Option::is_none")]
-        configuration_problem: Option<String>,
-        /// What of its journal is not in Kafka yet, if that is late, and why.
-        #[serde(skip_serializing_if = "Option::is_none")]
-        unpublished: Option<String>,
-        /// Whether it intercepts and records as it should.
-        ready: bool,
-    },
-    /// It is there and does not answer: stopped, stuck, just handing over, or of another version.
-    Silent,
-    /// None, or one that has not enrolled the pods it found yet.
-    Absent,
-}
-
-impl fmt::Display for Presence {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Running { pid, version, configuration_problem, unpublished, ready } => {
-                write!(formatter, "running, pid {pid}, version {version}")?;
-                if !ready {
-                    write!(formatter, "\n                not ready: its log and /readyz say why")?;
-                }
-                if let Some(problem) = configuration_problem {
-                    write!(
-                        formatter,
-                        "\n                its configuration was changed and refused: {problem}"
-                    )?;
-                }
-                if let Some(unpublished) = unpublished {
-                    write!(formatter, "\n                {unpublished}")?;
-                }
-                Ok(())
-            }
-            Self::Silent => {
-                formatter.write_str("there, and does not answer; is it stopped, stuck, or just handing over?")
-            }
-            Self::Absent => formatter.write_str(
-                "none that has enrolled its pods; those that are enrolled are denied the API until one has",
-            ),
-        }
-    }
-}
-
 /// Asks whether an agent is alive; waits two seconds for its answer.
 pub fn presence(path: &Path) -> Presence {
     let Ok(connection) = unix_socket(SockFlag::empty()) else { return Presence::Absent };
@@ -248,10 +248,8 @@ pub fn presence(path: &Path) -> Presence {
     }
     let asked = set_timeout(&connection, PING_TIMEOUT).and_then(|()| send(&connection, &Message::Ping, &[]));
     match asked.and_then(|()| receive(&connection)) {
-        Ok((Message::Pong { pid, version, configuration_problem, unpublished, unready }, _)) => {
-            Presence::Running { pid, version, configuration_problem, unpublished, ready: !unready }
-        }
-        _ => Presence::Silent,
+        Ok((pong, _)) => pong.presence().unwrap_or(Presence::Silent),
+        Err(_) => Presence::Silent,
     }
 }
 
@@ -373,7 +371,6 @@ async fn hand_over(
     requests: &mpsc::Sender<Request>,
     gate: &Gate,
 ) -> Result<bool, HandoverError> {
-    let observed = &gate.observed;
     let peer = getsockopt(&connection, PeerCredentials).map_err(io::Error::from)?;
     if peer.uid() != 0 {
         return Err(io::Error::from(io::ErrorKind::PermissionDenied).into());
@@ -390,14 +387,7 @@ async fn hand_over(
     let (version, layout, pid) = match hello {
         Ok((Message::Hello { version, layout, pid }, _)) => (version, layout, pid),
         Ok((Message::Ping, _)) => {
-            let version = env!("CARGO_PKG_VERSION").to_owned();
-            let short = |text: String, chars_max| text.chars().take(chars_max).collect();
-            let configuration_problem =
-                observed.configuration_problem().map(|text| short(text, PROBLEM_CHARS_MAX));
-            let unpublished = observed.unpublished().map(|text| short(text, UNPUBLISHED_CHARS_MAX));
-            let (pid, unready) = (std::process::id(), !gate.is_ready());
-            let pong = Message::Pong { pid, version, configuration_problem, unpublished, unready };
-            send(&connection, &pong, &[])?;
+            send(&connection, &Message::pong(gate), &[])?;
             return Ok(false);
         }
         // Somebody looked whether an agent is here.
@@ -503,7 +493,7 @@ mod tests {
 
     use super::{
         super::{canary::Health, observed::Observed, succession::Successors},
-        Gate, Presence, Server, presence, unix_socket,
+        Gate, Message, Presence, Server, presence, unix_socket,
     };
     use crate::recording::{Recorder, RecorderOptions};
 
@@ -539,16 +529,35 @@ mod tests {
             configuration_problem,
             unpublished: None,
             ready: observed.canary() == Health::Passed,
+            containers_wait: observed.containers_wait().is_ok(),
+            no_wait: observed.containers_wait().err(),
         };
         assert_eq!(ask().await, running(None));
         observed.checked(Health::Passed);
         assert_eq!(ask().await, running(None));
         observed.configured(Some("clusters[0].roles: say one".to_owned()));
         assert_eq!(ask().await, running(Some("clusters[0].roles: say one".to_owned())));
+        observed.waits.asks(Err("é\n".repeat(500)));
+        assert!(
+            matches!(ask().await, Presence::Running { no_wait: Some(said), .. } if said.chars().count() == 250)
+        );
+        observed.waits.asks(Ok(()));
+        assert!(matches!(ask().await, Presence::Running { containers_wait: true, no_wait: None, .. }));
         assert!(received.try_recv().is_err(), "no handover has begun");
         cancellation.cancel();
         serving.await.expect("ends");
         assert_eq!(ask().await, Presence::Absent);
+    }
+
+    #[test]
+    fn an_agent_of_an_earlier_version_is_understood() {
+        let message: Message =
+            serde_json::from_str(r#"{"pong": {"pid": 7, "version": "0.0.1"}}"#).expect("is one");
+        let said = message.presence().expect("says who it is").to_string();
+        assert!(
+            said.starts_with("running, pid 7, version 0.0.1\n") && said.contains("does not say"),
+            "{said}"
+        );
     }
 
     #[test]

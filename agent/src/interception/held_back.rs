@@ -33,8 +33,8 @@ pub(super) struct HeldBack {
 }
 
 impl Asked for HeldBack {
-    fn connected(&self, connected: bool) {
-        self.observed.waits.connected(connected);
+    fn asks(&self, asks: Result<(), String>) {
+        self.observed.waits.asks(asks);
     }
 
     fn sandbox_runs(&self, sandbox: &Sandbox) {

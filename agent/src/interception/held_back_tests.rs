@@ -161,7 +161,13 @@ async fn a_runtime_that_is_restarted_is_registered_with_again() {
     // One that was away for a while, as at the start of a node.
     let socket = rig.folder.path().join("nri.sock");
     std::fs::remove_file(&socket).expect("is there");
+    let says_why = async {
+        while !rig.observed.containers_wait().is_err_and(|reason| reason.contains("No such file")) {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(10), says_why).await.expect("the reason is said");
     rig.listener = UnixListener::bind(&socket).expect("listens");
     rig.runtime(2000).await;
-    assert!(rig.numbers().connected);
+    assert_eq!((rig.numbers().connected, rig.observed.containers_wait()), (true, Ok(())));
 }

@@ -170,6 +170,14 @@ impl Observed {
         self.waits.read()
     }
 
+    /// Whether containers wait until their pod is enrolled; else why not.
+    ///
+    /// # Errors
+    /// The reason.
+    pub fn containers_wait(&self) -> Result<(), String> {
+        self.waits.are_made()
+    }
+
     /// Connections of a pod that reached the proxy.
     pub fn proxied_of(&self, uid: &str) -> u64 {
         let pods = self.pods.lock().unwrap_or_else(PoisonError::into_inner);

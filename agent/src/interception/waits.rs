@@ -1,7 +1,10 @@
-//! What is counted of containers that are held back, for metrics.
+//! What is counted of containers that are held back, for metrics, and whether any are, for `weir-agent status`.
 
 use std::{
-    sync::atomic::{AtomicBool, AtomicU64, Ordering},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -29,10 +32,14 @@ pub(super) enum Release {
     NotOurs,
 }
 
+/// Why no container waits while no runtime is to ask.
+const TURNED_OFF: &str = "`nri.enabled` is false in the agent's configuration";
+
 /// See the module.
 #[derive(Debug, Default)]
 pub(super) struct Waits {
-    connected: AtomicBool,
+    /// Whether a runtime asks, and why it does not; none while it is not to.
+    asks: Mutex<Option<Result<(), String>>>,
     settled: AtomicU64,
     timed_out: AtomicU64,
     not_ours: AtomicU64,
@@ -61,8 +68,15 @@ pub struct WaitNumbers {
 }
 
 impl Waits {
-    pub(super) fn connected(&self, connected: bool) {
-        self.connected.store(connected, Ordering::Relaxed);
+    /// A runtime asks from now on, or does not, for this reason.
+    pub(super) fn asks(&self, asks: Result<(), String>) {
+        *self.asks.lock().unwrap_or_else(PoisonError::into_inner) = Some(asks);
+    }
+
+    /// Whether there are any; else why not.
+    pub(super) fn are_made(&self) -> Result<(), String> {
+        let asks = self.asks.lock().unwrap_or_else(PoisonError::into_inner);
+        asks.clone().unwrap_or_else(|| Err(TURNED_OFF.to_owned()))
     }
 
     pub(super) fn looked_up(&self) {
@@ -85,7 +99,7 @@ impl Waits {
     pub(super) fn read(&self) -> WaitNumbers {
         let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         WaitNumbers {
-            connected: self.connected.load(Ordering::Relaxed),
+            connected: self.are_made().is_ok(),
             settled: read(&self.settled),
             timed_out: read(&self.timed_out),
             not_ours: read(&self.not_ours),

@@ -171,11 +171,13 @@ impl Starts {
     }
 }
 
-fn wait_until_asked(monitored: &Monitored) {
+/// Of the runtime, as the metrics and `status` say.
+fn wait_until_asked(monitored: &Monitored, agent: &AgentProcess) {
     wait_until("the runtime to ask the agent", DEADLINE, || {
         // Between two agents nobody may listen.
         let metrics = monitored.get("/metrics").map(|(_, text)| text).unwrap_or_default();
-        Ok(metrics.lines().any(|line| line == "weir_nri_connected 1").then_some(()))
+        let asked = metrics.lines().any(|line| line == "weir_nri_connected 1");
+        Ok((asked && agent.status()?["agent"]["containersWait"] == true).then_some(()))
     })
     .unwrap();
 }
@@ -193,7 +195,7 @@ fn a_first_call_is_intercepted_although_the_watch_stands_still() {
     let mut configuration = asked(&scene);
     configuration["clusters"][0]["kubeconfig"] = json!(path);
     let (mut agent, monitored) = Monitored::start_with(&scene, configuration);
-    wait_until_asked(&monitored);
+    wait_until_asked(&monitored, &agent);
 
     let before = Starts::of(&monitored);
     check_first_calls(&scene, &agent, "it-asked", "first", PODS);
@@ -210,7 +212,7 @@ fn a_first_call_is_intercepted_although_the_watch_stands_still() {
     // A successor is asked in its turn; it watches anew.
     let mut next = AgentProcess::start(agent.config(), &scene.scratch.path().join("next.log")).unwrap();
     assert!(agent.wait_for_succession().unwrap().success(), "{}", agent.last_lines());
-    wait_until_asked(&monitored);
+    wait_until_asked(&monitored, &next);
     check_first_calls(&scene, &next, "it-asked", "next", PODS_AFTER_UPGRADE);
     println!("{}", Starts::of(&monitored).check("after an upgrade", PODS_AFTER_UPGRADE));
     assert!(next.terminate().unwrap().success(), "{}", next.last_lines());
@@ -221,7 +223,7 @@ fn pods_start_and_are_denied_while_the_agent_is_stopped_or_killed() {
     let Some(mut scene) = Scene::new() else { return };
     scene.namespace("it-unasked", true);
     let (mut agent, monitored) = Monitored::start_with(&scene, asked(&scene));
-    wait_until_asked(&monitored);
+    wait_until_asked(&monitored, &agent);
     let refused = |name: &str| {
         let pod = scene.testbed.run_pod(&PodSpec::idle("it-unasked", name)).unwrap();
         let (code, out, err) = shown(&pod.exec(&ASK).unwrap());
@@ -248,7 +250,7 @@ fn pods_start_and_are_denied_while_the_agent_is_stopped_or_killed() {
         Ok((registered > 1).then_some(()))
     })
     .unwrap();
-    wait_until_asked(&monitored);
+    wait_until_asked(&monitored, &agent);
     let before = Starts::of(&monitored);
     check_first_calls(&scene, &agent, "it-unasked", "again", 1);
     println!("{}", Starts::of(&monitored).since(&before).check("after the agent was stopped", 1));
