@@ -235,7 +235,7 @@ pub struct Settings {
     /// Cookie of the network namespace of the host; 0: none is known, and nothing passes for being there.
     pub host_netns: u64,
     /// On how many levels of the cgroup tree the programs are attached above a pod (1 or 2): with 2, a
-    /// connection meets them twice and must be counted once.
+    /// connection meets them twice and must be counted once. Below 256: the programs rely on the bits above being 0.
     pub attach_levels: u32,
     /// How many cgroups are in quarantine: with 0 no connection pays for looking.
     pub quarantined: u32,

@@ -58,49 +58,58 @@ const fn slot(value: u64, slots: u32) -> u32 {
     (mixed >> (u64::BITS - slots.trailing_zeros())) as u32
 }
 
-/// Deepest level of the cgroup tree that is looked at. Pods lie on levels 2 to 5; what a container nests below
-/// its own cgroup is covered by the pod's entry, so a deeper task is still found.
-const LEVELS_MAX: i32 = 16;
+/// How many levels of the cgroup tree below the root are looked at. Pods lie on levels 2 to 5; what a container nests below its own
+/// cgroup is covered by the pod's entry, so a deeper task is still found.
+pub const LEVELS_MAX: u32 = 15;
 
-/// What a walk from the root down to a cgroup has found. No `Option`: of one the compiler would copy what was never written,
-/// which the verifier refuses.
+/// A walk from the root down to a cgroup, which keeps the deepest match. No `Option` in it: of one the compiler would copy what
+/// was never written, which the verifier refuses. One step at a time, so that the kernel verifies one.
+///
+/// What is found may be kept for a cgroup only if the walk has ended there: a task may be moved to another cgroup meanwhile,
+/// and one that lies deeper than this looks is not reached. (Moved away and back within one walk, it would be taken for one
+/// that stayed; each move waits for locks of the whole tree, which takes many times as long.)
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Walked {
+pub struct Walk {
     /// The nearest classified cgroup; 0: there is none.
     pub id: u64,
     /// Its entry, or any.
     pub entry: CgroupEntry,
     /// The last cgroup that was met.
     pub deepest: u64,
+    after: u64,
 }
 
-/// Looks from the root down and keeps the deepest match. `ancestor` gives the id of the cgroup at a level, 0 below the last
-/// one; `entry` what is known of a cgroup.
-///
-/// What is found may be kept for a cgroup only if the walk has ended there: a task may be moved to another cgroup meanwhile,
-/// and one that lies deeper than this looks is not reached. (Moved away and back within one walk, it would be taken for one
-/// that stayed; each move waits for locks of the whole tree, which takes many times as long.)
-///
-/// `after` is 0, but comes from the generation: no level and no entry is read before that was, on any processor, since where
-/// they are read depends on it. Older kernels (before 6.1) find an ancestor by comparing levels, on which its address does
-/// not depend, so the key of the entry does as well.
-#[inline(always)]
-pub fn walk(after: u32, ancestor: impl Fn(i32) -> u64, entry: impl Fn(u64) -> Option<CgroupEntry>) -> Walked {
-    let root = after as i32;
-    let nothing = CgroupEntry { listener_netns: 0, class: 0, listener_port: 0 };
-    // Of the root nothing is ever said: it holds everything.
-    let mut found = Walked { id: 0, entry: nothing, deepest: ancestor(root) };
-    for level in 1..LEVELS_MAX {
-        let id = ancestor(root + level);
-        if id == 0 {
-            break;
-        }
-        found.deepest = id;
-        if let Some(entry) = entry(id + after as u64) {
-            (found.id, found.entry) = (id, entry);
-        }
+impl Walk {
+    /// At the root, of which nothing is ever said: it holds everything. `ancestor` gives the id of the cgroup at a level, 0 below the
+    /// last one.
+    ///
+    /// `after` is 0, but comes from the generation: no level and no entry is read before that was, on any processor, since
+    /// where they are read depends on it. Older kernels (before 6.1) find an ancestor by comparing levels, on which its
+    /// address does not depend, so the key of the entry does as well.
+    #[inline(always)]
+    pub fn begin(after: u32, ancestor: impl Fn(i32) -> u64) -> Self {
+        let entry = CgroupEntry { listener_netns: after as u64, class: after, listener_port: after };
+        Self { id: 0, entry, deepest: ancestor(after as i32), after: after as u64 }
     }
-    found
+
+    /// Looks at a level, from 1 on. `entry` gives what is known of a cgroup. Whether the walk has ended.
+    #[inline(always)]
+    pub fn step(
+        &mut self,
+        level: i32,
+        ancestor: impl Fn(i32) -> u64,
+        entry: impl Fn(u64) -> Option<CgroupEntry>,
+    ) -> bool {
+        let id = ancestor(self.after as i32 + level);
+        if id == 0 {
+            return true;
+        }
+        self.deepest = id;
+        if let Some(entry) = entry(id + self.after) {
+            (self.id, self.entry) = (id, entry);
+        }
+        false
+    }
 }
 
 /// What was found at and above a cgroup, kept so that the walk up the tree is made once; value of the array indexed by
@@ -225,8 +234,8 @@ const _: () = {
 #[cfg(test)]
 mod tests {
     use super::{
-        CgroupEntry, ENDPOINT_SLOTS, Endpoint, NEAREST_SLOTS, Nearest, SIEVE_SLOTS, endpoint_slot,
-        nearest_slot, slot_of, walk,
+        CgroupEntry, ENDPOINT_SLOTS, Endpoint, LEVELS_MAX, NEAREST_SLOTS, Nearest, SIEVE_SLOTS, Walk,
+        endpoint_slot, nearest_slot, slot_of,
     };
 
     /// Programs that are pinned read where these say: another hash is another layout (`LAYOUT_VERSION`).
@@ -238,6 +247,13 @@ mod tests {
     }
 
     const ENTRY: CgroupEntry = CgroupEntry { listener_netns: 7, class: 3, listener_port: 40_000 };
+
+    /// A whole walk, as the kernel makes it.
+    fn walk(after: u32, ancestor: impl Fn(i32) -> u64, entry: impl Fn(u64) -> Option<CgroupEntry>) -> Walk {
+        let mut walk = Walk::begin(after, &ancestor);
+        let _ended = (1..=LEVELS_MAX as i32).any(|level| walk.step(level, &ancestor, &entry));
+        walk
+    }
 
     #[test]
     fn a_walk_that_does_not_end_at_its_cgroup_says_so() {

@@ -65,7 +65,9 @@ pub(crate) fn ingress(skb: *mut __sk_buff) -> i32 {
         // SAFETY: as above.
         unsafe { bpf_sk_ancestor_cgroup_id(sock.cast(), level) }
     });
-    let Some(nearest) = nearest else { return PROCEED };
+    if nearest.id == 0 {
+        return PROCEED;
+    }
     // Whoever may go to an API server may know where it is.
     if let Some(Class::Agent | Class::Unselected | Class::Observed) = Class::from_number(nearest.entry.class)
     {
@@ -170,7 +172,7 @@ unsafe extern "C" fn note(index: u32, context: *mut Context) -> i64 {
     // SAFETY: an entry is written whole.
     let Some(named) = (unsafe { NAMES.get(&hash) }) else { return 0 };
     let endpoint = named.endpoints[endpoint];
-    if endpoint.port == 0 || sieve::api_set(&ApiEndpoint { address, port: endpoint.port }).is_some() {
+    if endpoint.port == 0 || sieve::api_set(&ApiEndpoint { address, port: endpoint.port }) != sieve::NONE {
         return 0;
     }
     let suspicion = Suspicion { name: hash, cluster: endpoint.cluster, filling: 0 };

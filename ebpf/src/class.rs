@@ -3,23 +3,29 @@
 
 use core::ptr::{addr_of, addr_of_mut};
 
-use aya_ebpf::helpers::{
-    bpf_get_current_pid_tgid, bpf_get_current_uid_gid,
-    generated::{
-        bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id, bpf_jiffies64, bpf_ktime_get_boot_ns,
+use aya_ebpf::{
+    cty::c_void,
+    helpers::{
+        bpf_get_current_pid_tgid, bpf_get_current_uid_gid,
+        generated::{
+            bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id, bpf_jiffies64,
+            bpf_ktime_get_boot_ns, bpf_loop,
+        },
     },
 };
 use weir_common::{
     kernel::{ApiEndpoint, CgroupEntry, Counter, FlowRecord, NestedKey, Notice, NoticeKind, Settings},
-    sieve::walk,
+    sieve::{LEVELS_MAX, Walk},
 };
 
 use crate::{CGROUPS, COUNTERS, NESTED, NOTICES, POD_COUNTERS, SETTINGS, TICK_NS, sieve};
 
-/// The nearest classified cgroup of the calling task.
+/// The nearest classified cgroup of a task or socket. No `Option`: the verifier would look at both of its kinds twice.
 #[derive(Clone, Copy)]
 pub(crate) struct Classified {
+    /// 0: there is none.
     pub(crate) id: u64,
+    /// Of class 0 and without a listener if there is none.
     pub(crate) entry: CgroupEntry,
 }
 
@@ -32,7 +38,7 @@ pub(crate) fn own() -> u64 {
 
 /// The nearest one of the calling task, whose cgroup this is.
 #[inline(always)]
-pub(crate) fn nearest(own: u64) -> Option<Classified> {
+pub(crate) fn nearest(own: u64) -> Classified {
     // SAFETY: takes a number only.
     nearest_of(own, |level| unsafe { bpf_get_current_ancestor_cgroup_id(level) })
 }
@@ -40,12 +46,12 @@ pub(crate) fn nearest(own: u64) -> Option<Classified> {
 /// That of a cgroup: what was found the last time, or what is found now. `ancestor` gives the id of the cgroup at a level, 0
 /// below the last one.
 #[inline(always)]
-pub(crate) fn nearest_of(cgroup: u64, ancestor: impl Fn(i32) -> u64) -> Option<Classified> {
+pub(crate) fn nearest_of(cgroup: u64, ancestor: impl Fn(i32) -> u64) -> Classified {
     let generation = sieve::generation();
     let (id, entry) = match sieve::kept(cgroup, generation) {
         Some(kept) => kept,
         None => {
-            let found = walk(sieve::after(generation), ancestor, entry);
+            let found = walk(sieve::after(generation), ancestor);
             // Else the task was moved meanwhile, or lies too deep: what was found is not this cgroup's.
             if found.deepest == cgroup {
                 sieve::keep(cgroup, generation, (found.id, found.entry));
@@ -53,7 +59,33 @@ pub(crate) fn nearest_of(cgroup: u64, ancestor: impl Fn(i32) -> u64) -> Option<C
             (found.id, found.entry)
         }
     };
-    if id == 0 { None } else { Some(Classified { id, entry }) }
+    Classified { id, entry }
+}
+
+/// What a step of a walk up the tree has.
+#[repr(C)]
+struct Walking<A> {
+    walk: Walk,
+    ancestor: A,
+}
+
+/// Unrolled, each level would double what the verifier has to look at behind it.
+#[inline(always)]
+fn walk<A: Fn(i32) -> u64>(after: u32, ancestor: A) -> Walk {
+    let mut walking = Walking { walk: Walk::begin(after, &ancestor), ancestor };
+    let context = core::ptr::from_mut(&mut walking);
+    // SAFETY: the context lives longer than the loop, and is what the step expects.
+    unsafe { bpf_loop(LEVELS_MAX, step::<A> as *mut c_void, context.cast(), 0) };
+    // SAFETY: valid; the loop has written it.
+    unsafe { addr_of!((*context).walk).read_volatile() }
+}
+
+/// One step; 1 ends the loop.
+#[inline(never)]
+unsafe extern "C" fn step<A: Fn(i32) -> u64>(index: u32, walking: *mut Walking<A>) -> i64 {
+    // SAFETY: as `walk` has made it, and nobody else has it meanwhile.
+    let Walking { walk, ancestor } = unsafe { &mut *walking };
+    i64::from(walk.step(index as i32 + 1, &*ancestor, entry))
 }
 
 /// What is known of this very cgroup.
@@ -71,19 +103,29 @@ pub(crate) fn nested_listener(cgroup: u64, netns: u64) -> u32 {
     unsafe { NESTED.get(&NestedKey { cgroup, netns }) }.copied().unwrap_or(0)
 }
 
-/// The settings, or none at all if the map cannot be read: then nothing passes for the host.
+/// The settings; the map always has them.
 #[inline(always)]
-pub(crate) fn settings() -> Settings {
-    match SETTINGS.get(0) {
-        Some(settings) => *settings,
-        None => Settings { host_netns: 0, attach_levels: 1, quarantined: 0 },
-    }
+pub(crate) fn settings() -> Option<&'static Settings> {
+    SETTINGS.get(0)
 }
 
-/// Whether this is the cookie of the host's network namespace.
+/// The same number, of which the verifier knows nothing. What it knows, it follows: behind each number that is one of two it looks at
+/// everything twice, behind an unknown one only at the next branch. These bits are never set, since the tree has few levels;
+/// the compiler does not know that either, for the read is volatile, and they are several, lest it make a branch of one.
 #[inline(always)]
-pub(crate) fn in_host_netns(settings: &Settings, netns: u64) -> bool {
-    settings.host_netns != 0 && settings.host_netns == netns
+pub(crate) fn unknown(settings: &Settings, number: u64) -> u64 {
+    // SAFETY: a reference is valid; whatever writes the map meanwhile sets none of these bits.
+    let zero = u64::from(unsafe { addr_of!(settings.attach_levels).read_volatile() } >> 8);
+    number ^ (zero | zero << 32)
+}
+
+/// Whether this is the cookie of the host's network namespace; not if the host's is not known.
+#[inline(always)]
+pub(crate) fn in_host_netns(settings: Option<&Settings>, netns: u64) -> bool {
+    match settings {
+        Some(settings) => settings.host_netns != 0 && settings.host_netns == netns,
+        None => false,
+    }
 }
 
 /// A flow record of the calling task, whose cgroup is known, with the destination that it dialled and the time, if that is of

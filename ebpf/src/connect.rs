@@ -123,16 +123,19 @@ fn redirected(ctx: &SockAddrContext) -> Option<&'static FlowRecord> {
 fn judge(ctx: &SockAddrContext, address: [u32; 4], call: Call) -> Answer {
     let port = socket::port(ctx.sock_addr);
     let original = ApiEndpoint { address: socket::address(address), port };
-    let settings = class::settings();
-    let local = socket::is_loopback(address);
+    // Never: the map has them.
+    let Some(settings) = class::settings() else { return Answer::Deny };
+    // Answers that the verifier is to follow no further than it must.
+    let unknown = |answer: bool| class::unknown(settings, u64::from(answer)) != 0;
+    let local = unknown(socket::is_loopback(address));
     // A server on 127.0.0.1 is reached by every address that stands for this machine.
     let key = ApiEndpoint { address: socket::address(if local { LOOPBACK } else { address }), port };
-    let found = sieve::api_set(&key);
+    let found = class::unknown(settings, sieve::api_set(&key));
     // What pods were told, the pod decides.
-    let is_doubted = found.is_none() && sieve::is_doubted(key.address);
+    let is_doubted = unknown(sieve::is_doubted(key.address));
     let may_be_quarantined = settings.quarantined != 0;
-    if found.is_none() && !is_doubted && !may_be_quarantined {
-        return elsewhere(ctx, &settings, &original, call);
+    if found == sieve::NONE && !is_doubted && !may_be_quarantined {
+        return elsewhere(ctx, settings, &original, call);
     }
     // SAFETY: a socket address hook always has its socket.
     let mut state = unsafe { socket::storage(sock(ctx), None) };
@@ -142,48 +145,55 @@ fn judge(ctx: &SockAddrContext, address: [u32; 4], call: Call) -> Answer {
         // SAFETY: the context is valid while the program runs.
         None => unsafe { bpf_get_netns_cookie(ctx.as_ptr()) },
     };
-    let host_netns = class::in_host_netns(&settings, netns);
+    let host_netns = unknown(class::in_host_netns(Some(settings), netns));
     let cgroup = class::own();
     let nearest = class::nearest(cgroup);
-    let (pod_cgroup, number, listener_netns, listener_port) = match nearest {
-        Some(nearest) => {
-            (nearest.id, nearest.entry.class, nearest.entry.listener_netns, nearest.entry.listener_port)
-        }
-        None => (0, 0, 0, 0),
-    };
+    let (pod_cgroup, number) = (nearest.id, nearest.entry.class);
     // SAFETY: values are single words.
-    let quarantined =
-        may_be_quarantined && (!local || host_netns) && unsafe { QUARANTINE.get(&pod_cgroup) }.is_some();
+    let quarantined = unknown(
+        may_be_quarantined && (!local || host_netns) && unsafe { QUARANTINE.get(&pod_cgroup) }.is_some(),
+    );
     // The loopback address of a pod's own network namespace is no server of the node.
-    let cluster = match found {
-        Some(cluster) if !local || host_netns => u64::from(cluster),
-        None if is_doubted => sieve::suspected(pod_cgroup, &key),
-        _ => sieve::NONE,
-    };
+    let cluster = class::unknown(
+        settings,
+        if found != sieve::NONE {
+            if local && !host_netns { sieve::NONE } else { found }
+        } else if is_doubted {
+            sieve::suspected(pod_cgroup, &key)
+        } else {
+            sieve::NONE
+        },
+    );
     if cluster == sieve::NONE && !quarantined {
-        return elsewhere(ctx, &settings, &original, call);
+        return elsewhere(ctx, settings, &original, call);
     }
     let cluster = if cluster == sieve::NONE { 0 } else { cluster as u32 };
-    let (listener_here, listener_port) = if listener_port != 0 && listener_netns == netns {
-        (true, listener_port)
-    } else {
-        // Rare: nothing that is redirected in a pod's own network comes this way.
-        let nested =
-            if number == Class::Enrolled as u32 { class::nested_listener(pod_cgroup, netns) } else { 0 };
-        (nested != 0, nested)
-    };
+    let own_listener = nearest.entry.listener_port != 0 && nearest.entry.listener_netns == netns;
+    let listener_port = class::unknown(
+        settings,
+        u64::from(if own_listener {
+            nearest.entry.listener_port
+        } else if number == Class::Enrolled as u32 {
+            // Rare: nothing that is redirected in a pod's own network comes this way.
+            class::nested_listener(pod_cgroup, netns)
+        } else {
+            0
+        }),
+    ) as u32;
     // A number that no class has is a class of a newer agent: unknown, and denied.
     let class = Class::from_number(number);
     let target = if cluster == KUBELET { Target::Kubelet } else { Target::ApiServer };
-    let verdict = match (nearest, class) {
-        _ if quarantined => Verdict::DenyQuarantined,
-        (Some(_), None) => Verdict::DenyUnknown,
-        _ => verdict(target, class, listener_here, host_netns),
+    let verdict = if quarantined {
+        Verdict::DenyQuarantined
+    } else if class.is_none() && pod_cgroup != 0 {
+        Verdict::DenyUnknown
+    } else {
+        verdict(target, class, listener_port != 0, host_netns)
     };
     let flow = |now| class::record(original, cluster, (cgroup, pod_cgroup), netns, now);
     // Outside every classified cgroup the programs are met once, and nothing is redirected: a socket that has no
     // storage yet needs none.
-    if state.is_none() && nearest.is_some() {
+    if state.is_none() && pod_cgroup != 0 {
         let mut initial = SocketState { flow: flow(0), listener_port, phase: Phase::Made as u32 };
         // SAFETY: as above.
         state = unsafe { socket::storage(sock(ctx), Some(&mut initial)) };

@@ -81,20 +81,13 @@ fn target(buffer: &Buffer) -> Option<(ApiEndpoint, u64)> {
     let any = ApiEndpoint { address, port: PORT_UNKNOWN };
     let known = sieve::api_set(&any);
     let is_doubted = sieve::is_doubted(address);
-    if known.is_none() && !is_doubted {
+    if known == NONE && !is_doubted {
         return None;
     }
     let endpoint = ApiEndpoint { address, port: packet::port(buffer, transport)? };
-    let cluster = match known {
-        None => None,
-        Some(cluster) if endpoint.port == PORT_UNKNOWN => Some(cluster),
-        Some(_) => sieve::api_set(&endpoint),
-    };
-    match cluster {
-        Some(cluster) => Some((endpoint, u64::from(cluster))),
-        None if is_doubted => Some((endpoint, NONE)),
-        None => None,
-    }
+    let whole = known == NONE || endpoint.port == PORT_UNKNOWN;
+    let cluster = if whole { known } else { sieve::api_set(&endpoint) };
+    if cluster == NONE && !is_doubted { None } else { Some((endpoint, cluster)) }
 }
 
 /// The cluster that is known, or as whose this pod was told the address; none if nobody told it.
@@ -127,26 +120,18 @@ pub(crate) fn egress(skb: *mut __sk_buff) -> i32 {
     let state = unsafe { socket::storage(sock.cast(), None) };
     // A socket from before the programs were attached has no storage: its cgroup alone decides.
     let host_netns = match &state {
-        Some(state) => class::in_host_netns(&class::settings(), state.flow.netns),
+        Some(state) => class::in_host_netns(class::settings(), state.flow.netns),
         None => true,
     };
     if !host_netns && socket::is_loopback(socket::words(original.address)) {
         // The loopback address of a pod's own network namespace is no server of the node.
         return PROCEED;
     }
-    let pod_cgroup = match nearest {
-        Some(nearest) => nearest.id,
-        None => 0,
-    };
+    let pod_cgroup = nearest.id;
     let Some(cluster) = cluster_of(cluster, pod_cgroup, &original) else { return PROCEED };
-    let passes = match nearest {
-        Some(nearest) => match Class::from_number(nearest.entry.class) {
-            Some(class) => guard_passes(Some(class), host_netns),
-            None => false,
-        },
-        None => guard_passes(None, host_netns),
-    };
-    if passes {
+    // A number that no class has is a class of a newer agent: unknown, and it passes nowhere.
+    let class = Class::from_number(nearest.entry.class);
+    if (class.is_some() || pod_cgroup == 0) && guard_passes(class, host_netns) {
         return PROCEED;
     }
     class::count(Counter::GuardDropped, pod_cgroup);

@@ -31,7 +31,7 @@ pub(crate) fn bpf_called(command: u32) -> i32 {
 #[inline(always)]
 fn refuse_enrolled(kind: NoticeKind, what: u32) -> i32 {
     let cgroup = class::own();
-    let Some(nearest) = class::nearest(cgroup) else { return 0 };
+    let nearest = class::nearest(cgroup);
     if nearest.entry.class != Class::Enrolled as u32 {
         return 0;
     }

@@ -16,15 +16,9 @@ use crate::{API_SET, DOUBTS, ENDPOINTS, GENERATION, NEAREST, SIEVE, SUSPECTED, s
 /// No cluster, as a number: of an `Option` the compiler would copy what was never written, which the verifier refuses.
 pub(crate) const NONE: u64 = 1 << 32;
 
-/// The cluster of an entry of the API set; most addresses are known for not being there without a look-up.
+/// The cluster of an entry of the API set, or [`NONE`]; most addresses are known for not being there without a look-up.
 #[inline(always)]
-pub(crate) fn api_set(endpoint: &ApiEndpoint) -> Option<u32> {
-    let cluster = cluster_or_none(endpoint);
-    if cluster == NONE { None } else { Some(cluster as u32) }
-}
-
-#[inline(always)]
-fn cluster_or_none(endpoint: &ApiEndpoint) -> u64 {
+pub(crate) fn api_set(endpoint: &ApiEndpoint) -> u64 {
     let (address, port) = (socket::words(endpoint.address), endpoint.port);
     if let Some(mark) = SIEVE.get_ptr(slot_of(address))
         // SAFETY: the map has this entry, a single word.

@@ -51,18 +51,15 @@ pub(crate) fn created(ctx: &SockContext) -> i32 {
     // SAFETY: as above.
     let protocol = unsafe { (*ctx.sock).protocol };
     let plain = protocol == TCP || protocol == UDP;
-    if plain && class::in_host_netns(&class::settings(), netns) {
+    if plain && class::in_host_netns(class::settings(), netns) {
         return PROCEED;
     }
     if protocol == MPTCP || protocol == SCTP {
         let cgroup = class::own();
-        let (pod_cgroup, number) = match class::nearest(cgroup) {
-            Some(nearest) => (nearest.id, nearest.entry.class),
-            None => (0, 0),
-        };
-        if number == Class::Enrolled as u32 {
-            class::count(Counter::ProtocolRefused, pod_cgroup);
-            let flow = class::record(NO_ENDPOINT, 0, (cgroup, pod_cgroup), netns, class::now());
+        let nearest = class::nearest(cgroup);
+        if nearest.entry.class == Class::Enrolled as u32 {
+            class::count(Counter::ProtocolRefused, nearest.id);
+            let flow = class::record(NO_ENDPOINT, 0, (cgroup, nearest.id), netns, class::now());
             class::report(NoticeKind::ProtocolRefused, protocol, &flow);
             return reject(EPROTONOSUPPORT);
         }
@@ -97,7 +94,7 @@ pub(crate) fn bound(ctx: &SockAddrContext) -> i32 {
         return PROCEED;
     }
     let cgroup = class::own();
-    let Some(nearest) = class::nearest(cgroup) else { return PROCEED };
+    let nearest = class::nearest(cgroup);
     let entry = nearest.entry;
     if entry.class != Class::Enrolled as u32 {
         return PROCEED;

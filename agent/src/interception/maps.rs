@@ -32,7 +32,7 @@ impl Kernel {
     /// The kernel refuses.
     pub fn set_settings(&self, host_netns: u64, attach_levels: u32) -> Result<(), KernelError> {
         let quarantined = quarantine::length(&lock(&self.quarantine))?;
-        let settings = Settings { host_netns, attach_levels, quarantined };
+        let settings = Settings { host_netns, attach_levels: attach_levels.min(255), quarantined };
         lock(&self.settings)
             .set(0, settings, 0)
             .map_err(|source| KernelError::Map { map: maps::SETTINGS, source })

@@ -183,3 +183,22 @@ async fn a_connection_that_meets_the_programs_twice_counts_once() {
     };
     assert_eq!(counters, expected);
 }
+
+/// What the verifier may look at of one program; an agent's start waits for it. Programs of which it looks at more multiply states:
+/// the mend is a loop by `bpf_loop`, or `class::unknown` for an answer that much follows on.
+const VERIFIED_MAX: u32 = 100_000;
+
+#[tokio::test]
+async fn programs_are_verified_in_little_time() {
+    let Some(_kernel) = attached("verified") else { return };
+    let mut seen = std::collections::BTreeMap::new();
+    for program in aya::programs::loaded_programs().flatten() {
+        let name = program.name_as_str().unwrap_or_default().to_owned();
+        if let Some(count) = program.verified_instruction_count().filter(|_| name.starts_with("weir_")) {
+            seen.insert(name, count);
+        }
+    }
+    println!("instructions verified: {seen:?}");
+    assert!(seen.len() >= 11, "{seen:?}");
+    assert!(seen.values().all(|count| *count < VERIFIED_MAX), "{seen:?}");
+}
