@@ -25,6 +25,7 @@ mod flood_tests;
 mod gzip;
 mod jobs;
 mod journal;
+mod key_store;
 #[cfg(test)]
 pub(crate) mod ledger;
 mod mask;
@@ -69,6 +70,7 @@ use self::{
     entry::{Append, Ids, Origin},
     epoch::Epoch,
     journal::{Journal, Tuning},
+    key_store::{KeyFolder, KeyStore},
     mask::Masker,
     measures::Measures,
     queue::Queue,
@@ -241,7 +243,20 @@ impl Recorder {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             predecessor: epoch.predecessor.clone(),
         };
-        let encryption = Encryption::new(&storage, epoch.folder.clone(), epoch.id, recipients);
+        let thread = |error| RecordingError::Thread(Arc::new(error));
+        let (queue, measures) = (Arc::new(Queue::default()), Arc::new(Measures::default()));
+        let mut encryption = None;
+        if !recipients.is_empty() {
+            let store = KeyStore::start(KeyFolder {
+                storage: Arc::clone(&storage),
+                folder: epoch.folder.clone(),
+                queue: Arc::clone(&queue),
+                measures: Arc::clone(&measures),
+                journal: (options.directory.clone(), options.journal_bytes_max),
+                retry_interval: tuning.retry_interval,
+            });
+            encryption = Some(Encryption::new(epoch.id, recipients, store.map_err(thread)?));
+        }
         let origin = Arc::new(Origin {
             encryption,
             node: options.node,
@@ -257,13 +272,13 @@ impl Recorder {
             tuning,
             epoch,
             Arc::clone(&origin),
+            Arc::clone(&measures),
         )?;
         // In the caller's thread, so that a journal that cannot be written is known at the start.
         journal.commit(&[Append::behind(vec![origin.entry(None, Ids::default(), started)?])])?;
-        let (queue, status) = (Arc::new(Queue::default()), Arc::new(Status::default()));
-        let thread = |error| RecordingError::Thread(Arc::new(error));
+        let status = Arc::new(Status::default());
         let workers = Arc::new(Workers::start().map_err(thread)?);
-        let (measures, durable) = (Arc::clone(journal.measures()), Arc::clone(journal.durable()));
+        let durable = Arc::clone(journal.durable());
         let writer = writer::start(journal, Arc::clone(&queue), Arc::clone(&status)).map_err(thread)?;
         let sessions = Sessions::new(options.session_idle_timeout);
         let inner = Inner {
@@ -369,7 +384,10 @@ impl Recorder {
             inner.workers.stop();
             inner.queue.close(&reason);
             let writer = inner.writer.lock().unwrap_or_else(PoisonError::into_inner).take();
-            match writer.map(JoinHandle::join) {
+            let written = writer.map(JoinHandle::join);
+            // Last: the writer has waited for what it holds back.
+            inner.origin.encryption.iter().for_each(Encryption::stop);
+            match written {
                 Some(Ok(result)) => result,
                 Some(Err(_)) | None => Err(RecordingError::Closed),
             }

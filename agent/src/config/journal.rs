@@ -16,7 +16,7 @@ use crate::{recording::JOURNAL_BYTES_MAX, signing::SIGNING_KEYS_MAX};
 pub(super) struct RawJournal {
     /// Folder, an absolute path; made if absent.
     directory: PathBuf,
-    /// Most bytes of all segments together. A full journal refuses requests, reads too, so that nothing goes on unrecorded. Agents
+    /// Most bytes of all segments and wrapped keys together. A full journal refuses requests, reads too, so that nothing goes on unrecorded. Agents
     /// that start take up to a sixty-fourth more, so that they can publish what makes room.
     #[cfg_attr(test, schemars(range(min = JOURNAL_BYTES_MIN)))]
     bytes_max: u64,

@@ -11,13 +11,13 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{HeaderMap, Method, StatusCode, Uri, Version};
+use http::{HeaderMap, Method, StatusCode};
 use tempfile::TempDir;
-use weir_common::event::{Caller, Event, Kind, Outcome, Pod};
+use weir_common::event::{Event, Kind, Outcome};
 
 use super::{
     BacklogLimits, Commit, CommitRule, CommitRules, Committed, PodQuota, Recorder, RecorderOptions,
-    RecordingError, RequestHead, RequestRecord, Unmasked, WhenBehind, fixture::*,
+    RecordingError, RequestRecord, WhenBehind, fixture::*,
 };
 
 fn is_ready(committed: &mut Committed) -> bool {
@@ -43,32 +43,14 @@ fn recorder(rules: CommitRules) -> (Recorder, Arc<TestDisk>, TempDir) {
 
 async fn exec(recorder: &Recorder) -> Result<RequestRecord, RecordingError> {
     let attributes = attributes("create", "pods", "exec");
-    let head = RequestHead {
-        method: &Method::POST,
-        uri: &Uri::from_static("/api/v1/namespaces/a/pods/b/exec"),
-        version: Version::HTTP_11,
-        headers: &HeaderMap::new(),
-        attributes: &attributes,
-        upgrade: Some("SPDY/3.1"),
-        identity: None,
-    };
-    recorder.open(&caller(), 0, head, None).await
+    let mut headers = HeaderMap::new();
+    headers.insert("upgrade", "SPDY/3.1".parse().unwrap());
+    let request = (Method::POST, "/api/v1/namespaces/a/pods/b/exec");
+    open_as(recorder, &caller(), request, &attributes, &headers, None).await
 }
 
 async fn post_as(recorder: &Recorder, pod: &str, body: &str) -> Result<RequestRecord, RecordingError> {
-    let pod = Pod { uid: pod.into(), ..Pod::default() };
-    let caller = Arc::new(Caller { pod: Some(pod), ..Caller::default() });
-    let (headers, attributes) = (content_type(JSON), attributes("create", "configmaps", ""));
-    let head = RequestHead {
-        method: &Method::POST,
-        uri: &Uri::from_static("/api/v1/namespaces/a/configmaps"),
-        version: Version::HTTP_2,
-        headers: &headers,
-        attributes: &attributes,
-        upgrade: None,
-        identity: None,
-    };
-    recorder.open(&caller, 0, head, Some(Unmasked(Bytes::copy_from_slice(body.as_bytes())))).await
+    create(recorder, &of_pod(pod, None), body).await
 }
 
 fn answer(record: &RequestRecord, body: &'static str) {

@@ -36,13 +36,13 @@ impl Draft {
         let sequence = self.sequence;
         let Origin { node, epoch, .. } = origin;
         let envelope = Envelope {
-            key: entry.key.clone(),
+            key: entry.kafka_key.clone(),
             id: format!("{epoch}/{sequence}"),
             event_type: format!("weir.v1.{}", entry.name),
             source: format!("/weir/{node}/{epoch}"),
             time_unix_us: entry.time_unix_us,
             flags: 0,
-            key_id: entry.key_id,
+            key_id: entry.key_id(),
         };
         let value = entry.value(sequence);
         let leaf =

@@ -1,13 +1,12 @@
 //! Keys of sessions: made with the first content of a session, wrapped to the recipients beside the log, used from memory.
 //!
-//! A wrapped key is on disk before anything that it encrypted can be. No key outlives its day, so that what a key reads is
-//! bounded in time, and its file can go once what it encrypted is gone.
+//! A wrapped key is on disk before anything that it encrypted can be: it is made here, in no time, and stored by threads of its own
+//! ([`KeyStore`]), for which the queue holds back what it encrypted. No key outlives its day, so that what a key reads is bounded in
+//! time, and its file can go once what it encrypted is gone.
 
 use std::{
-    collections::HashMap,
-    path::PathBuf,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, OnceLock, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     time::Instant,
@@ -15,119 +14,172 @@ use std::{
 
 use uuid::Uuid;
 use weir_common::{
-    encryption::{ContentKey, KEY_LIFE, Place, Recipient, wrapped_key_file},
+    encryption::{ContentKey, KEY_LIFE, Place, Recipient},
     event::{BodySummary, Content, Kind},
 };
 
 use super::{
     entry::{Ids, unix_us},
     error::RecordingError,
+    key_store::KeyStore,
+    share::Share,
 };
-use crate::storage::{self, Storage};
-
-/// Most keys in memory; then all sessions get new ones.
-const KEYS_MAX: usize = 4096;
 
 /// Encrypts content for recipients.
 #[derive(Debug)]
 pub(super) struct Encryption {
-    storage: Arc<dyn Storage>,
-    folder: PathBuf,
     epoch: Uuid,
     recipients: Vec<Recipient>,
-    keys: Mutex<Keys>,
+    /// How many keys were made.
+    made: AtomicU64,
+    store: KeyStore,
 }
 
-#[derive(Debug, Default)]
-struct Keys {
-    /// How many were made.
-    made: u64,
-    of_sessions: HashMap<String, Arc<SessionKey>>,
-}
-
+/// A session, and what its content is encrypted with: there is no table of keys, a key goes with its session.
 #[derive(Debug)]
-struct SessionKey {
+pub(super) struct SessionKeys {
+    session: Arc<str>,
+    current: KeySlot,
+}
+
+/// Holds the key that is used now, if there is one.
+#[derive(Debug, Default)]
+pub(super) struct KeySlot(Mutex<Option<Arc<SessionKey>>>);
+
+/// One key.
+#[derive(Debug)]
+pub(super) struct SessionKey {
     key: ContentKey,
     made: Instant,
     /// Pieces that it encrypted.
     count: AtomicU64,
+    /// Whether its file is on disk, once that is known.
+    stored: OnceLock<Result<(), RecordingError>>,
+}
+
+impl SessionKeys {
+    pub(super) fn new(session: Arc<str>) -> Self {
+        Self { session, current: KeySlot::default() }
+    }
+
+    /// The session's id.
+    pub(super) fn id(&self) -> &str {
+        &self.session
+    }
+}
+
+impl KeySlot {
+    /// The key in it, or a new one if there is none that may be used. Under its lock nothing waits for a disk.
+    fn get_or(
+        &self,
+        make: impl FnOnce() -> Result<Arc<SessionKey>, RecordingError>,
+    ) -> Result<Arc<SessionKey>, RecordingError> {
+        let mut slot = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(key) = slot.as_ref().filter(|key| key.may_be_used()) {
+            return Ok(Arc::clone(key));
+        }
+        let key = make()?;
+        *slot = Some(Arc::clone(&key));
+        Ok(key)
+    }
+}
+
+impl SessionKey {
+    pub(super) fn number(&self) -> u64 {
+        self.key.number()
+    }
+
+    /// Whether its file is on disk, or why it is not; none: it is not known yet.
+    pub(super) fn stored(&self) -> Option<&Result<(), RecordingError>> {
+        self.stored.get()
+    }
+
+    /// Now it is known.
+    pub(super) fn settle(&self, stored: Result<(), RecordingError>) {
+        let _ = self.stored.set(stored);
+    }
+
+    fn may_be_used(&self) -> bool {
+        self.made.elapsed() < KEY_LIFE && self.stored().is_none_or(Result::is_ok)
+    }
 }
 
 impl Encryption {
-    /// For the epoch in this folder; none without recipients.
-    pub(super) fn new(
-        storage: &Arc<dyn Storage>,
-        folder: PathBuf,
-        epoch: Uuid,
-        recipients: Vec<Recipient>,
-    ) -> Option<Self> {
-        let keys = Mutex::default();
-        (!recipients.is_empty()).then(|| Self {
-            storage: Arc::clone(storage),
-            folder,
-            epoch,
-            recipients,
-            keys,
-        })
+    /// For an epoch.
+    pub(super) fn new(epoch: Uuid, recipients: Vec<Recipient>, store: KeyStore) -> Self {
+        Self { epoch, recipients, made: AtomicU64::new(0), store }
     }
 
-    /// Encrypts the content in an event, and keys the digests of content; returns the number of the key, 0 if none was needed.
+    /// Ends the threads that store keys.
+    pub(super) fn stop(&self) {
+        self.store.stop();
+    }
+
+    /// Encrypts the content in an event, and keys the digests of content; returns the key, if one was needed.
     ///
     /// # Errors
-    /// The key cannot be made or stored: nothing may be recorded in clear instead.
-    pub(super) fn protect(&self, ids: Ids<'_>, mut kind: Kind) -> Result<(Kind, u64), RecordingError> {
-        let number = match &mut kind {
-            Kind::Content(content) => self.encrypt(ids, content)?,
+    /// There is no key: nothing may be recorded in clear instead.
+    pub(super) fn protect(
+        &self,
+        ids: Ids<'_>,
+        mut kind: Kind,
+    ) -> Result<(Kind, Option<Arc<SessionKey>>), RecordingError> {
+        let key = match &mut kind {
+            Kind::Content(content) => Some(self.encrypt(ids, content)?),
             Kind::RequestOpened(opened) => self.keyed(ids, digest_of(&mut opened.body))?,
             Kind::RequestClosed(closed) => self.keyed(ids, digest_of(&mut closed.body))?,
             Kind::FileCopied(file) => self.keyed(ids, file.digest.as_mut())?,
-            _ => 0,
+            _ => None,
         };
-        Ok((kind, number))
+        Ok((kind, key))
     }
 
-    fn encrypt(&self, ids: Ids<'_>, content: &mut Content) -> Result<u64, RecordingError> {
-        let key = self.key_of(ids.session)?;
+    fn encrypt(&self, ids: Ids<'_>, content: &mut Content) -> Result<Arc<SessionKey>, RecordingError> {
+        let key = self.key_of(ids)?;
         let place = Place { session: ids.session, request: ids.request.unwrap_or_default() };
         let count = key.count.fetch_add(1, Ordering::Relaxed);
         let encrypted = key.key.encrypt(place, count, content);
-        *content = encrypted.map_err(|error| self.failed(&key.key, &error.to_string()))?;
-        Ok(key.key.number())
-    }
-
-    /// A digest lets whoever guesses the content know that the guess is right: nobody shall who cannot read it anyway.
-    fn keyed(&self, ids: Ids<'_>, digest: Option<&mut String>) -> Result<u64, RecordingError> {
-        let Some(digest) = digest else { return Ok(0) };
-        let key = self.key_of(ids.session)?;
-        *digest = key.key.keyed_digest(digest);
-        Ok(key.key.number())
-    }
-
-    fn key_of(&self, session: &str) -> Result<Arc<SessionKey>, RecordingError> {
-        let mut keys = self.keys.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(key) = keys.of_sessions.get(session).filter(|key| key.made.elapsed() < KEY_LIFE) {
-            return Ok(Arc::clone(key));
-        }
-        let number = keys.made + 1;
-        let path = self.folder.join(wrapped_key_file(number));
-        let made = ContentKey::generate(self.epoch, number, session, unix_us(), &self.recipients);
-        let (key, wrapped) =
-            made.map_err(|error| RecordingError::Key { path: path.clone(), reason: error.to_string() })?;
-        // The number is spent even if this fails: nobody knows what is on disk then.
-        keys.made = number;
-        storage::replace(self.storage.as_ref(), &path, &wrapped.encode())
-            .map_err(|error| RecordingError::storage(&path, error))?;
-        if keys.of_sessions.len() >= KEYS_MAX {
-            keys.of_sessions.clear();
-        }
-        let key = Arc::new(SessionKey { key, made: Instant::now(), count: AtomicU64::new(0) });
-        keys.of_sessions.insert(session.to_owned(), Arc::clone(&key));
+        *content = encrypted.map_err(|error| self.failed(key.number(), &error.to_string()))?;
         Ok(key)
     }
 
-    fn failed(&self, key: &ContentKey, reason: &str) -> RecordingError {
-        let path = self.folder.join(wrapped_key_file(key.number()));
-        RecordingError::Key { path, reason: reason.to_owned() }
+    /// A digest lets whoever guesses the content know that the guess is right: nobody shall who cannot read it anyway.
+    fn keyed(
+        &self,
+        ids: Ids<'_>,
+        digest: Option<&mut String>,
+    ) -> Result<Option<Arc<SessionKey>>, RecordingError> {
+        let Some(digest) = digest else { return Ok(None) };
+        let key = self.key_of(ids)?;
+        *digest = key.key.keyed_digest(digest);
+        Ok(Some(key))
+    }
+
+    /// The session's key; of a pod that has begun more sessions than get one each, the key that those beyond have together.
+    fn key_of(&self, ids: Ids<'_>) -> Result<Arc<SessionKey>, RecordingError> {
+        let (keys, share) = ids.keys.ok_or_else(|| self.failed(0, "content belongs to a session"))?;
+        keys.current.get_or(|| {
+            let make = || self.make(keys.id(), share);
+            if share.takes_key(Instant::now()) { make() } else { share.common_key.get_or(make) }
+        })
+    }
+
+    fn make(&self, session: &str, share: &Arc<Share>) -> Result<Arc<SessionKey>, RecordingError> {
+        if let Some(failure) = self.store.failure() {
+            return Err(failure);
+        }
+        // The number is spent even if it cannot be stored: nobody knows what is on disk then.
+        let number = self.made.fetch_add(1, Ordering::Relaxed) + 1;
+        let made = ContentKey::generate(self.epoch, number, session, unix_us(), &self.recipients);
+        let (key, wrapped) = made.map_err(|error| self.failed(number, &error.to_string()))?;
+        let (made, count) = (Instant::now(), AtomicU64::new(0));
+        let key = Arc::new(SessionKey { key, made, count, stored: OnceLock::new() });
+        self.store.store(Arc::clone(&key), wrapped.encode(), share);
+        Ok(key)
+    }
+
+    fn failed(&self, number: u64, reason: &str) -> RecordingError {
+        RecordingError::Key { path: self.store.path(number), reason: reason.to_owned() }
     }
 }
 
@@ -139,18 +191,21 @@ fn digest_of(body: &mut Option<BodySummary>) -> Option<&mut String> {
 mod tests {
     use std::{path::Path, sync::Arc};
 
+    use futures::FutureExt as _;
     use tempfile::TempDir;
-    use uuid::Uuid;
     use weir_common::{
-        encryption::{Identity, Place, Recipient, WrappedKey, wrapped_key_file},
+        encryption::{Identity, Place, WrappedKey, wrapped_key_file},
         event::{Bytes, Channel, Event, FileCopied, Kind},
     };
 
-    use super::{Encryption, Ids};
+    use super::{Ids, SessionKeys};
     use crate::{
         recipients::{IDENTITY, RECIPIENT},
-        recording::{RecorderOptions, fixture::*},
-        storage::{FileSystem, Storage},
+        recording::{
+            Commit, CommitRule, CommitRules, PodQuota, Recorder, RecorderOptions, RecordingError, fixture::*,
+            segment::bytes_of_all, share::KEYS_BURST,
+        },
+        storage::FileSystem,
     };
 
     fn options_for(directory: &Path) -> RecorderOptions {
@@ -230,14 +285,14 @@ mod tests {
         assert!(!directory.path().join("journal").exists());
     }
 
-    #[test]
-    fn digests_of_copied_files_are_keyed_and_what_holds_no_content_needs_no_key() {
+    #[tokio::test]
+    async fn digests_of_copied_files_are_keyed_and_what_holds_no_content_needs_no_key() {
         let directory = TempDir::new().unwrap();
-        let storage: Arc<dyn Storage> = Arc::new(FileSystem);
-        let recipients = vec![Recipient::from_pem(RECIPIENT.as_bytes()).unwrap()];
-        let epoch = Uuid::from_u128(1);
-        let encryption = Encryption::new(&storage, directory.path().to_owned(), epoch, recipients).unwrap();
-        let ids = Ids { session: "s", ..Ids::default() };
+        let recorder = on(&Arc::new(TestDisk::default()), options_for(directory.path())).unwrap();
+        let encryption = recorder.inner.origin.encryption.as_ref().unwrap();
+        let share = recorder.inner.shares.of(&caller(), std::time::Instant::now());
+        let keys = SessionKeys::new("s".into());
+        let ids = Ids { session: "s", keys: Some((&keys, &share)), ..Ids::default() };
         let linked = FileCopied {
             channel: Channel::Stdin,
             path: "a".into(),
@@ -247,12 +302,110 @@ mod tests {
             passed_bytes: None,
         };
         let copied = FileCopied { digest: Some("sha256:00".into()), link_target: None, ..linked.clone() };
-        assert_eq!(encryption.protect(ids, Kind::FileCopied(Box::new(linked))).unwrap().1, 0);
-        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
-        let (kind, number) = encryption.protect(ids, Kind::FileCopied(Box::new(copied))).unwrap();
-        let Kind::FileCopied(copied) = kind else { panic!("{kind:?}") };
-        assert!(copied.digest.unwrap().starts_with("content-hmac-sha256:1:"));
-        assert_eq!(number, 1);
-        assert!(directory.path().join(wrapped_key_file(1)).exists());
+        assert!(encryption.protect(ids, Kind::FileCopied(Box::new(linked))).unwrap().1.is_none());
+        let (kind, key) = encryption.protect(ids, Kind::FileCopied(Box::new(copied.clone()))).unwrap();
+        let Kind::FileCopied(keyed) = kind else { panic!("{kind:?}") };
+        assert!(keyed.digest.unwrap().starts_with("content-hmac-sha256:1:"));
+        assert_eq!(key.unwrap().number(), 1);
+        let nobodys = encryption.protect(Ids::default(), Kind::FileCopied(Box::new(copied)));
+        assert!(nobodys.is_err(), "there is no key that belongs to no session");
+        recorder.stop("test").await.unwrap();
+        assert!(recorder.folder().join(wrapped_key_file(1)).exists());
+    }
+
+    fn key_files(recorder: &Recorder) -> usize {
+        let files = std::fs::read_dir(recorder.folder()).unwrap();
+        files.filter(|file| file.as_ref().unwrap().path().extension().is_some_and(|end| end == "key")).count()
+    }
+
+    #[tokio::test]
+    async fn a_key_whose_file_hangs_holds_up_its_own_pod_alone() {
+        let directory = TempDir::new().unwrap();
+        let disk = Arc::new(TestDisk::default());
+        let recorder = on(&disk, options_for(directory.path())).unwrap();
+        disk.hold_file(Some("00000000000000000001.new"));
+        let caller = of_pod("a", None);
+        let mut hanging = Box::pin(create(&recorder, &caller, "{\"a\":1}"));
+        assert!(hanging.as_mut().now_or_never().is_none());
+        // On this very thread: no task blocks either.
+        for number in 0..3 {
+            create(&recorder, &of_pod("b", Some(format!("user-{number}"))), "{\"b\":1}").await.unwrap();
+        }
+        // What has no content needs no key.
+        drop(get(&recorder, &attributes("get", "pods", "")).await);
+        assert!(hanging.as_mut().now_or_never().is_none());
+        let on_disk = read_some(recorder.folder()).0;
+        assert!(!on_disk.iter().any(|event| matches!(&event.kind, Kind::Content(content)
+            if matches!(content.bytes, Bytes::Encrypted { key: 1, .. }))));
+        disk.hold_file(None);
+        drop(hanging.await.unwrap());
+        let folder = recorder.folder().to_owned();
+        recorder.stop("test").await.unwrap();
+        assert_eq!(decrypted(&folder, &read(&folder)), b"{\"b\":1}{\"b\":1}{\"b\":1}{\"a\":1}");
+    }
+
+    #[tokio::test]
+    async fn a_recorder_that_stops_waits_for_keys() {
+        let directory = TempDir::new().unwrap();
+        let disk = Arc::new(TestDisk::default());
+        let recorder = on(&disk, options_for(directory.path())).unwrap();
+        disk.hold_file(Some("00000000000000000001.new"));
+        let asynchronous = CommitRule { commit: Some(Commit::Async), ..CommitRule::default() };
+        recorder.set_rules(CommitRules {
+            rules: vec![asynchronous],
+            async_mutations: true,
+            ..CommitRules::default()
+        });
+        drop(create(&recorder, &of_pod("a", None), "{\"a\":1}").await.unwrap());
+        let mut stop = Box::pin(recorder.stop("test"));
+        assert!(stop.as_mut().now_or_never().is_none());
+        disk.hold_file(None);
+        stop.await.unwrap();
+        let folder = recorder.folder();
+        assert_eq!(decrypted(folder, &read(folder)), b"{\"a\":1}");
+    }
+
+    #[tokio::test]
+    async fn sessions_beyond_a_pods_bound_share_a_key_and_what_keys_take_is_counted() {
+        let directory = TempDir::new().unwrap();
+        let quota = PodQuota { bytes_per_second: 1, burst_bytes: 1 << 30, backlog_percent: 100 };
+        let options = RecorderOptions { pod_quota: quota, ..options_for(directory.path()) };
+        let recorder = on(&Arc::new(TestDisk::default()), options).unwrap();
+        let used = recorder.measured().used.0;
+        let sessions = KEYS_BURST as usize + 20;
+        for number in 0..sessions {
+            drop(create(&recorder, &of_pod("a", Some(format!("user-{number}"))), "{\"a\":1}").await.unwrap());
+        }
+        drop(create(&recorder, &of_pod("b", None), "{\"b\":1}").await.unwrap());
+        let keys = KEYS_BURST as usize + 2;
+        assert_eq!(key_files(&recorder), keys, "one that is shared, and the neighbour's");
+        assert_eq!(recorder.measured().used.0 - used, keys as u64 * 4096);
+        let journal = directory.path().join("journal");
+        assert_eq!(bytes_of_all(&FileSystem, &journal).unwrap(), recorder.measured().used.0);
+        let folder = recorder.folder().to_owned();
+        recorder.stop("test").await.unwrap();
+        let all = decrypted(&folder, &read(&folder));
+        assert_eq!(all.len(), (sessions + 1) * 7, "all of it can be read");
+    }
+
+    #[tokio::test]
+    async fn a_full_journal_takes_no_keys() {
+        let directory = TempDir::new().unwrap();
+        let options = RecorderOptions { journal_bytes_max: 600 * 1024, ..options_for(directory.path()) };
+        let recorder = on(&Arc::new(TestDisk::default()), options).unwrap();
+        let mut refused = None;
+        for number in 0..KEYS_BURST {
+            let caller = of_pod("a", Some(format!("user-{number}")));
+            match create(&recorder, &caller, "{\"a\":1}").await {
+                Ok(record) => drop(record),
+                Err(error) => {
+                    refused = Some(error);
+                    break;
+                }
+            }
+        }
+        assert!(matches!(refused, Some(RecordingError::Full { .. })), "{refused:?}");
+        let journal = directory.path().join("journal");
+        assert!(bytes_of_all(&FileSystem, &journal).unwrap() <= 600 * 1024);
     }
 }

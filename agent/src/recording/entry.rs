@@ -14,7 +14,11 @@ use weir_common::{
     frame::VALUE_BYTES_MAX,
 };
 
-use super::{encryption::Encryption, error::RecordingError, share::Share};
+use super::{
+    encryption::{Encryption, SessionKey, SessionKeys},
+    error::RecordingError,
+    share::Share,
+};
 
 /// What the JSON of every event starts with while its sequence is 0.
 const UNNUMBERED: &[u8] = br#"{"schema":1,"sequence":0"#;
@@ -45,6 +49,8 @@ pub(super) struct Origin {
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Ids<'a> {
     pub(super) session: &'a str,
+    /// What content of it is encrypted with, where there may be some, and whose it is.
+    pub(super) keys: Option<(&'a SessionKeys, &'a Arc<Share>)>,
     pub(super) invocation: Option<&'a str>,
     pub(super) request: Option<&'a str>,
 }
@@ -52,14 +58,13 @@ pub(super) struct Ids<'a> {
 /// An event without its number.
 #[derive(Debug)]
 pub(super) struct Entry {
-    /// Kafka key.
-    pub(super) key: String,
+    pub(super) kafka_key: String,
     /// Name of its kind.
     pub(super) name: &'static str,
     /// When it happened.
     pub(super) time_unix_us: i64,
-    /// Key that content in it is encrypted with; 0: none.
-    pub(super) key_id: u64,
+    /// What content in it is encrypted with, if it is.
+    key: Option<Arc<SessionKey>>,
     /// Its JSON behind the number.
     rest: Vec<u8>,
 }
@@ -81,9 +86,9 @@ impl Origin {
         kind: Kind,
     ) -> Result<Entry, RecordingError> {
         let (name, time_unix_us) = (kind.name(), unix_us());
-        let (kind, key_id) = match &self.encryption {
+        let (kind, key) = match &self.encryption {
             Some(encryption) => encryption.protect(ids, kind)?,
-            None => (kind, 0),
+            None => (kind, None),
         };
         let event = Event {
             schema: SCHEMA_VERSION,
@@ -102,7 +107,7 @@ impl Origin {
         let json = serde_json::to_vec(&event).unwrap_or_default();
         match json.strip_prefix(UNNUMBERED) {
             Some(rest) if json.len() + NUMBER_BYTES_MAX <= VALUE_BYTES_MAX => {
-                Ok(Entry { key: event.session, name, time_unix_us, key_id, rest: rest.to_vec() })
+                Ok(Entry { kafka_key: event.session, name, time_unix_us, key, rest: rest.to_vec() })
             }
             _ => Err(RecordingError::TooLong { bytes: json.len() }),
         }
@@ -117,6 +122,11 @@ impl Entry {
         value.extend_from_slice(sequence.to_string().as_bytes());
         value.extend_from_slice(&self.rest);
         value
+    }
+
+    /// Number of the key that content in it is encrypted with; 0: none is.
+    pub(super) fn key_id(&self) -> u64 {
+        self.key.as_ref().map_or(0, |key| key.number())
     }
 
     /// Its length, near enough for limits.
@@ -160,6 +170,12 @@ impl Append {
     /// The same, of a pod.
     pub(super) fn of(self, share: &Arc<Share>) -> Self {
         Self { share: Some(Arc::clone(share)), ..self }
+    }
+
+    /// Whether their keys are on disk, or why they will not be; none: it is not known yet.
+    pub(super) fn keys_stored(&self) -> Option<Result<(), RecordingError>> {
+        let mut keys = self.entries.iter().filter_map(|entry| entry.key.as_ref());
+        keys.try_fold(Ok(()), |all, key| Some(all.and(key.stored()?.clone())))
     }
 
     /// Their length.

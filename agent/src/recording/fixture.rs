@@ -41,6 +41,8 @@ pub(crate) struct TestDisk {
     fails_at: AtomicU64,
     /// Syncs wait while this is true.
     held: Mutex<bool>,
+    /// The file with this name waits when it is to be made durable.
+    held_file: Mutex<Option<&'static str>>,
     /// Whether one waits.
     holding: AtomicBool,
     released: Condvar,
@@ -78,10 +80,15 @@ impl TestDisk {
         *self.held.lock().unwrap() = held;
         self.released.notify_all();
     }
+
+    pub(super) fn hold_file(&self, name: Option<&'static str>) {
+        *self.held_file.lock().unwrap() = name;
+        self.released.notify_all();
+    }
 }
 
 #[derive(Debug)]
-struct TestFile(Box<dyn StoredFile>, Arc<TestDisk>);
+struct TestFile(Box<dyn StoredFile>, Arc<TestDisk>, PathBuf);
 
 #[derive(Debug)]
 pub(super) struct SharedDisk(Arc<TestDisk>);
@@ -91,7 +98,7 @@ impl Storage for SharedDisk {
         if open != Open::Read {
             self.0.check()?;
         }
-        Ok(Box::new(TestFile(FileSystem.open(path, open)?, Arc::clone(&self.0))))
+        Ok(Box::new(TestFile(FileSystem.open(path, open)?, Arc::clone(&self.0), path.to_owned())))
     }
     fn make_folder(&self, path: &Path) -> io::Result<()> {
         self.0.check()?;
@@ -150,6 +157,11 @@ impl StoredFile for TestFile {
         self.1.check()
     }
     fn sync_all(&self) -> io::Result<()> {
+        let mut held = self.1.held_file.lock().unwrap();
+        while held.is_some_and(|name| self.2.ends_with(name)) {
+            held = self.1.released.wait(held).unwrap();
+        }
+        drop(held);
         self.1.check()
     }
     fn set_length(&self, bytes: u64) -> io::Result<()> {
@@ -230,6 +242,12 @@ pub(super) fn content_type(value: &str) -> HeaderMap {
     headers
 }
 
+/// Somebody in a pod, of whom nothing else is known but who they claim to be.
+pub(super) fn of_pod(pod: &str, claimed_user: Option<String>) -> Arc<Caller> {
+    let pod = Pod { uid: pod.into(), ..Pod::default() };
+    Arc::new(Caller { pod: Some(pod), claimed_user, ..Caller::default() })
+}
+
 pub(super) async fn open(
     recorder: &Recorder,
     method: Method,
@@ -237,9 +255,21 @@ pub(super) async fn open(
     headers: &HeaderMap,
     body: Option<&str>,
 ) -> Result<RequestRecord, RecordingError> {
+    open_as(recorder, &caller(), (method, "/api/v1/x"), attributes, headers, body).await
+}
+
+/// A request of a caller; it asks for an upgrade if its headers do.
+pub(super) async fn open_as(
+    recorder: &Recorder,
+    caller: &Arc<Caller>,
+    (method, uri): (Method, &'static str),
+    attributes: &Attributes,
+    headers: &HeaderMap,
+    body: Option<&str>,
+) -> Result<RequestRecord, RecordingError> {
     let head = RequestHead {
         method: &method,
-        uri: &Uri::from_static("/api/v1/x"),
+        uri: &Uri::from_static(uri),
         version: Version::HTTP_2,
         headers,
         attributes,
@@ -247,7 +277,7 @@ pub(super) async fn open(
         identity: None,
     };
     let body = body.map(|body| Unmasked(Bytes::copy_from_slice(body.as_bytes())));
-    recorder.open(&caller(), 0, head, body).await
+    recorder.open(caller, 0, head, body).await
 }
 
 pub(super) async fn get(recorder: &Recorder, attributes: &Attributes) -> RequestRecord {
@@ -255,8 +285,17 @@ pub(super) async fn get(recorder: &Recorder, attributes: &Attributes) -> Request
 }
 
 pub(super) async fn post(recorder: &Recorder, body: &str) -> Result<RequestRecord, RecordingError> {
-    open(recorder, Method::POST, &attributes("create", "configmaps", ""), &content_type(JSON), Some(body))
-        .await
+    create(recorder, &caller(), body).await
+}
+
+/// Makes a `ConfigMap`.
+pub(super) async fn create(
+    recorder: &Recorder,
+    caller: &Arc<Caller>,
+    body: &str,
+) -> Result<RequestRecord, RecordingError> {
+    let (request, attributes) = ((Method::POST, "/api/v1/x"), attributes("create", "configmaps", ""));
+    open_as(recorder, caller, request, &attributes, &content_type(JSON), Some(body)).await
 }
 
 /// Reads an epoch as `weir verify` does: everything must be whole, in order, and covered by checkpoints that verify.

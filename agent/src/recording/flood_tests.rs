@@ -4,13 +4,11 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use futures::FutureExt as _;
-use http::{HeaderMap, Method, StatusCode, Uri, Version};
+use http::{HeaderMap, Method, StatusCode};
 use tempfile::TempDir;
-use weir_common::event::{Caller, Channel, Event, Kind, Outcome, Pod};
+use weir_common::event::{Channel, Event, Kind, Outcome};
 
-use super::{
-    Recorder, RequestHead, RequestRecord, Unmasked, fixture::*, queue::QUEUE_BYTES_MAX, share::Share,
-};
+use super::{Recorder, RequestRecord, fixture::*, queue::QUEUE_BYTES_MAX, share::Share};
 
 /// A piece of a log.
 const PIECE: Bytes = Bytes::from_static(&[b'x'; 16 * 1024]);
@@ -20,27 +18,15 @@ fn recorder() -> (Recorder, Arc<TestDisk>, TempDir) {
     (on(&disk, options(directory.path())).unwrap(), disk, directory)
 }
 
-fn of(pod: &str, user: Option<String>) -> Arc<Caller> {
-    let pod = Pod { uid: pod.into(), ..Pod::default() };
-    Arc::new(Caller { pod: Some(pod), claimed_user: user, ..Caller::default() })
-}
-
 fn share(recorder: &Recorder, pod: &str) -> Arc<Share> {
-    recorder.inner.shares.of(&of(pod, None), std::time::Instant::now())
+    recorder.inner.shares.of(&of_pod(pod, None), std::time::Instant::now())
 }
 
 async fn log(recorder: &Recorder, pod: &str) -> RequestRecord {
     let attributes = attributes("get", "pods", "log");
-    let head = RequestHead {
-        method: &Method::GET,
-        uri: &Uri::from_static("/api/v1/namespaces/a/pods/b/log?follow=true"),
-        version: Version::HTTP_2,
-        headers: &HeaderMap::new(),
-        attributes: &attributes,
-        upgrade: None,
-        identity: None,
-    };
-    let record = recorder.open(&of(pod, None), 0, head, None).await.unwrap();
+    let request = (Method::GET, "/api/v1/namespaces/a/pods/b/log?follow=true");
+    let caller = of_pod(pod, None);
+    let record = open_as(recorder, &caller, request, &attributes, &HeaderMap::new(), None).await.unwrap();
     record.response_started(StatusCode::OK, &content_type("text/plain"), true);
     record
 }
@@ -140,21 +126,13 @@ async fn requests_that_come_and_go_while_the_disk_hangs_leave_nothing_behind() {
     hang(&recorder, &disk).await;
     flood(&recorder, &record, &share(&recorder, "greedy")).await;
     let (bytes, jobs) = (recorder.inner.queue.backlog_bytes(), recorder.inner.workers.waiting());
-    let (headers, attributes) = (content_type(JSON), attributes("create", "configmaps", ""));
-    let head = RequestHead {
-        method: &Method::POST,
-        uri: &Uri::from_static("/api/v1/namespaces/a/configmaps"),
-        version: Version::HTTP_2,
-        headers: &headers,
-        attributes: &attributes,
-        upgrade: None,
-        identity: None,
-    };
     for number in 0..1000 {
         // Each claims to be somebody else, so that each is a session of its own.
-        let caller = of("greedy", Some(format!("user-{number}")));
-        let opened = recorder.open(&caller, 0, head, Some(Unmasked(Bytes::from_static(b"{}"))));
-        assert!(opened.now_or_never().is_none(), "it waits, and the client goes away");
+        let caller = of_pod("greedy", Some(format!("user-{number}")));
+        assert!(
+            create(&recorder, &caller, "{}").now_or_never().is_none(),
+            "it waits, and the client goes away"
+        );
     }
     assert_eq!(recorder.inner.queue.backlog_bytes(), bytes);
     assert_eq!(recorder.inner.workers.waiting(), jobs);

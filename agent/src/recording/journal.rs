@@ -83,8 +83,7 @@ pub(super) struct Journal {
     storage: Arc<dyn Storage>,
     folder: PathBuf,
     bytes_max: u64,
-    /// Bytes of all segments in the journal, as far as known, and when they were measured.
-    bytes_used: u64,
+    /// When it was last measured how many bytes all segments and wrapped keys in the journal have.
     measured: Instant,
     tuning: Tuning,
     epoch: Epoch,
@@ -129,12 +128,12 @@ impl Journal {
         tuning: Tuning,
         epoch: Epoch,
         origin: Arc<Origin>,
+        measures: Arc<Measures>,
     ) -> Result<Self, RecordingError> {
         let mut journal = Self {
             storage,
             folder,
             bytes_max,
-            bytes_used: 0,
             measured: Instant::now(),
             tuning,
             epoch,
@@ -151,17 +150,12 @@ impl Journal {
             failure: None,
             lost: 0,
             frames: Vec::new(),
-            measures: Arc::default(),
+            measures,
             durable: Arc::default(),
         };
         journal.measure()?;
         journal.rotate(0)?;
         Ok(journal)
-    }
-
-    /// What is counted of it.
-    pub(super) fn measures(&self) -> &Arc<Measures> {
-        &self.measures
     }
 
     /// How far it is durable.
@@ -215,7 +209,7 @@ impl Journal {
     }
 
     fn measure_due(&self) -> Option<Instant> {
-        let is_full = self.failure.is_none() && self.bytes_used > self.bytes_max / 2;
+        let is_full = self.failure.is_none() && self.measures.used() > self.bytes_max / 2;
         is_full.then(|| self.measured + MEASURE_INTERVAL)
     }
 
@@ -381,14 +375,15 @@ impl Journal {
     /// Ends the current segment and begins the next, with room for `needed` bytes of frames.
     fn rotate(&mut self, needed: u64) -> Result<(), RecordingError> {
         let wanted = self.next_bytes(needed);
-        if self.bytes_used + wanted > self.bytes_max {
+        if self.measures.used() + wanted > self.bytes_max {
             // What was published may have been removed since.
             self.measure()?;
         }
-        let mut bytes = wanted.min(self.bytes_max.saturating_sub(self.bytes_used));
+        let mut bytes = wanted.min(self.bytes_max.saturating_sub(self.measures.used()));
         // A segment that holds nothing but its reserve is of no use either.
         let least = segment::smallest(needed.max(segment::SEGMENT_RESERVE_BYTES));
-        if self.next_segment == 0 && self.bytes_used + least <= self.bytes_max + self.bytes_max / STARTS_PARTS
+        if self.next_segment == 0
+            && self.measures.used() + least <= self.bytes_max + self.bytes_max / STARTS_PARTS
         {
             bytes = bytes.max(least);
         }
@@ -420,16 +415,15 @@ impl Journal {
             RecordingError::storage(&path, error)
         })?;
         self.growth = growth + 1;
-        self.bytes_used += bytes;
+        self.measures.use_more(bytes);
         if let Some(full) = self.segment.replace(opened) {
             match full.finish() {
-                Ok(unused) => self.bytes_used = self.bytes_used.saturating_sub(unused),
+                Ok(unused) => self.measures.use_less(unused),
                 Err(error) => {
                     tracing::warn!(%error, "unused end of a segment cannot be given back");
                 }
             }
         }
-        self.measures.set_used(self.bytes_used);
         self.measures.set_next(self.next_bytes(0).min(self.bytes_max / SEGMENTS_MIN));
         self.publish_durable();
         Ok(())
@@ -451,8 +445,7 @@ impl Journal {
     fn measure(&mut self) -> Result<(), RecordingError> {
         self.measured = Instant::now();
         let used = segment::bytes_of_all(self.storage.as_ref(), &self.folder);
-        self.bytes_used = used.map_err(|error| RecordingError::storage(&self.folder, error))?;
-        self.measures.set_used(self.bytes_used);
+        self.measures.set_used(used.map_err(|error| RecordingError::storage(&self.folder, error))?);
         Ok(())
     }
 

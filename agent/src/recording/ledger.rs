@@ -65,6 +65,7 @@ impl Life {
             TUNING,
             epoch,
             Arc::clone(&origin),
+            Arc::default(),
         )?;
         let started = Kind::AgentStarted { version: "1".to_owned(), predecessor };
         journal.commit(&[Append::behind(vec![origin.entry(None, Ids::default(), started)?])])?;

@@ -58,7 +58,7 @@ pub(super) struct Measures {
     syncs: [AtomicU64; SYNC_BOUNDS.len() + 1],
     sync_ns: AtomicU64,
     connections_refused: AtomicU64,
-    /// Bytes of all segments, as far as known.
+    /// Bytes of all segments and wrapped keys, as far as known.
     used: AtomicU64,
     /// Bytes of the next segment.
     next: AtomicU64,
@@ -87,7 +87,7 @@ pub struct Measured {
     pub findings: BTreeMap<String, u64>,
     /// Bytes that wait for the disk.
     pub backlog_bytes: usize,
-    /// Bytes of all segments of the journal, preallocated space included, and the most that they may be.
+    /// Bytes of all segments (preallocated space included) and wrapped keys of the journal, and the most that they may be.
     pub used: (u64, u64),
     /// For how long requests may still go on without waiting for their records; none: they may not.
     pub emergency: Option<Duration>,
@@ -142,6 +142,15 @@ impl Measures {
 
     pub(super) fn set_used(&self, bytes: u64) {
         self.used.store(bytes, Ordering::Relaxed);
+    }
+
+    pub(super) fn use_more(&self, bytes: u64) {
+        self.used.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    pub(super) fn use_less(&self, bytes: u64) {
+        let less = |used: u64| Some(used.saturating_sub(bytes));
+        let _ = self.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less);
     }
 
     pub(super) fn set_next(&self, bytes: u64) {

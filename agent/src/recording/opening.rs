@@ -150,12 +150,7 @@ impl Recorder {
 
     /// Not [`Context::entry`]: a request whose record does not fit is refused, not recorded as a gap.
     fn first_entries(&self, context: &Context, kinds: Vec<Kind>) -> Result<Vec<Entry>, RecordingError> {
-        let ids = Ids {
-            session: &context.session,
-            invocation: context.invocation.as_deref(),
-            request: Some(&context.request),
-        };
-        let cluster = Some(context.cluster);
+        let (cluster, ids) = (Some(context.cluster), context.ids());
         kinds.into_iter().map(|kind| self.inner.origin.entry(cluster, ids, kind)).collect()
     }
 
@@ -184,15 +179,15 @@ impl Recorder {
         let masker = self.masker(Some(cluster));
         let mut entries = Vec::new();
         if belonging.session_is_new {
-            let ids = Ids { session: &belonging.session, ..Ids::default() };
+            let ids = Ids { session: belonging.session.id(), ..Ids::default() };
             let kind = Kind::SessionStarted { caller: Box::new(masker.caller(&caller)) };
             entries.push(inner.origin.entry(Some(cluster), ids, kind)?);
         }
         if let (true, Some(process)) = (belonging.invocation_is_new, &caller.process) {
             let ids = Ids {
-                session: &belonging.session,
+                session: belonging.session.id(),
                 invocation: belonging.invocation.as_deref(),
-                request: None,
+                ..Ids::default()
             };
             let process = masker.process(process);
             let kind = Kind::InvocationStarted { process, container: caller.container.clone() };

@@ -5,6 +5,7 @@
 //!
 //! Each pod has a lane of its own, the agent another. Within a lane order is kept; lanes take turns, so that one that is
 //! flooded delays itself. A lane may hold half of what is free: however many are flooded, there is room for a new one.
+//! What is encrypted with a key that is not on disk yet is held back in its lane, and what follows in that lane behind it.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -57,6 +58,8 @@ struct State {
     /// The same, by whose turn it is.
     turns: VecDeque<u64>,
     bytes: usize,
+    /// Of them, those that are not held back.
+    ready: usize,
     durable: usize,
     dropped: u64,
     /// Woken when there is room.
@@ -67,6 +70,8 @@ struct State {
 #[derive(Debug, Default)]
 struct Lane {
     waiting: VecDeque<Append>,
+    /// What comes behind these: the first one waits for its key.
+    held: VecDeque<Append>,
     bytes: usize,
 }
 
@@ -97,12 +102,49 @@ impl State {
             appends.push(append);
         }
         lane.bytes -= taken;
-        if lane.waiting.is_empty() {
-            self.lanes.remove(&number);
-        } else {
+        if !lane.waiting.is_empty() {
             self.turns.push_back(number);
+        } else if lane.held.is_empty() {
+            self.lanes.remove(&number);
         }
+        self.ready -= taken;
+        self.bytes -= taken;
         taken
+    }
+
+    /// What is held back in a lane goes on as far as keys are on disk; what has none that will ever be is refused. Returns whether
+    /// the writer has to look.
+    fn release(&mut self, number: u64) -> bool {
+        let Some(lane) = self.lanes.get_mut(&number) else { return false };
+        let mut wake = false;
+        while let Some(keys) = lane.held.front().and_then(Append::keys_stored) {
+            let Some(append) = lane.held.pop_front() else { break };
+            let bytes = append.bytes();
+            if let Err(error) = keys {
+                lane.bytes -= bytes;
+                self.bytes -= bytes;
+                self.dropped += append.entries.len() as u64;
+                // Who went away need not be told.
+                let _ = append.waiter.map(|waiter| waiter.send(Err(error)));
+                continue;
+            }
+            wake |= append.waiter.is_some() || self.turns.is_empty() || self.ready > GROUP_BYTES_MAX;
+            self.ready += bytes;
+            self.durable += usize::from(append.waiter.is_some());
+            if lane.waiting.is_empty() {
+                self.turns.push_back(number);
+            }
+            lane.waiting.push_back(append);
+        }
+        if lane.waiting.is_empty() && lane.held.is_empty() {
+            self.lanes.remove(&number);
+        }
+        wake
+    }
+
+    /// Whether nothing comes any more.
+    fn has_ended(&self) -> bool {
+        self.closed.is_some() && self.lanes.is_empty()
     }
 }
 
@@ -126,23 +168,30 @@ impl Queue {
     }
 
     fn put(&self, state: &mut State, append: Append) {
-        let wake = append.waiter.is_some() || state.lanes.is_empty() || state.bytes > GROUP_BYTES_MAX;
         let bytes = append.bytes();
         if let Some(share) = &append.share {
             share.charge(bytes, append.since);
         }
         state.bytes += bytes;
-        state.durable += usize::from(append.waiter.is_some());
         let number = lane(&append);
         let lane = state.lanes.entry(number).or_default();
-        if lane.waiting.is_empty() {
-            state.turns.push_back(number);
-        }
         lane.bytes += bytes;
-        lane.waiting.push_back(append);
-        if wake {
+        lane.held.push_back(append);
+        if state.release(number) {
             self.work.notify_one();
         }
+    }
+
+    /// A key of this pod is on disk, or will not be.
+    pub(super) fn keys_settled(&self, share: &Share) {
+        let mut state = self.lock();
+        if state.release(share.lane) {
+            self.work.notify_one();
+        }
+        if state.has_ended() {
+            self.work.notify_one();
+        }
+        self.tell_of_room(&mut state);
     }
 
     /// Bytes that wait for the writer.
@@ -273,8 +322,9 @@ impl Queue {
             let oldest = state.lanes.values().filter_map(|lane| Some(lane.waiting.front()?.since)).min();
             let due = oldest.map(|since| since + behind);
             let ready = state.durable > 0
-                || state.bytes >= GROUP_BYTES_MAX
-                || state.closed.is_some()
+                || state.ready >= GROUP_BYTES_MAX
+                || state.closed.is_some() && !state.turns.is_empty()
+                || state.has_ended()
                 || due.is_some_and(|due| due <= now)
                 || deadline.is_some_and(|deadline| deadline <= now);
             if ready {
@@ -308,7 +358,6 @@ impl Queue {
         while bytes < GROUP_BYTES_MAX && !state.turns.is_empty() {
             bytes += state.take_turn(TURN_BYTES, &mut group.appends);
         }
-        state.bytes -= bytes;
         if state.lanes.is_empty() {
             group.closed.clone_from(&state.closed);
         }

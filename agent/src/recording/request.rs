@@ -139,7 +139,7 @@ impl RequestRecord {
 
     /// The session it belongs to.
     pub fn session(&self) -> &str {
-        &self.context.session
+        self.context.session.id()
     }
 
     /// The request goes on with credentials that its session has not used before.

@@ -8,10 +8,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use weir_common::segment::{SEGMENT_HEADER_BYTES, SEGMENT_SUFFIX};
+use weir_common::{
+    encryption::WRAPPED_KEY_SUFFIX,
+    segment::{SEGMENT_HEADER_BYTES, SEGMENT_SUFFIX},
+};
 
 use super::durable::Durable;
-use crate::storage::{self, Storage, StoredFile};
+use crate::storage::{Storage, StoredFile};
 
 /// Size of an epoch's first segment: small, since many epochs are short (`weir-agent exec`).
 pub(super) const SEGMENT_BYTES_FIRST: u64 = 4 * 1024 * 1024;
@@ -21,6 +24,9 @@ pub(super) const SEGMENT_BYTES_MAX: u64 = 64 * 1024 * 1024;
 
 /// Bytes at the end of each segment that only the last words may take: that recording stopped, and why.
 pub(super) const SEGMENT_RESERVE_BYTES: u64 = 64 * 1024;
+
+/// What file systems give space in.
+const BLOCK_BYTES: u64 = 4096;
 
 /// Size of the segment after `growth` others, which must hold at least `needed` bytes of frames; `first` is that of the
 /// first, and they grow up to `largest`.
@@ -86,15 +92,26 @@ impl OpenSegment {
     }
 }
 
-/// Bytes of all segments in a journal, of every epoch.
+/// What a file takes on disk: wrapped keys are much shorter than that.
+pub(super) fn whole_blocks(bytes: u64) -> u64 {
+    bytes.next_multiple_of(BLOCK_BYTES)
+}
+
+/// Bytes of all segments and wrapped keys in a journal, of every epoch.
 pub(super) fn bytes_of_all(storage: &dyn Storage, journal: &Path) -> io::Result<u64> {
     let mut bytes = 0;
     for epoch in storage.entries(journal)?.into_iter().filter(|entry| entry.is_folder) {
-        match storage::files_named(storage, &journal.join(epoch.name), SEGMENT_SUFFIX) {
-            Ok(segments) => bytes += segments.into_iter().map(|(_, bytes)| bytes).sum::<u64>(),
+        let files = match storage.entries(&journal.join(epoch.name)) {
             // Another process may be removing an epoch just now.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(error),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            files => files?,
+        };
+        for file in files.into_iter().filter(|file| !file.is_folder) {
+            if file.name.ends_with(SEGMENT_SUFFIX) {
+                bytes += file.bytes;
+            } else if file.name.ends_with(WRAPPED_KEY_SUFFIX) {
+                bytes += whole_blocks(file.bytes);
+            }
         }
     }
     Ok(bytes)

@@ -15,8 +15,14 @@ use std::{
 
 use weir_common::event::Caller;
 
+use super::encryption::KeySlot;
+
 /// Pods that are told apart; what is beyond shares one allowance.
 const SHARES_MAX: usize = 4096;
+
+/// Sessions of one pod that get keys of their own at once, and how many more in a second: each key is a file that stays for days.
+pub(super) const KEYS_BURST: u32 = 64;
+const KEYS_PER_SECOND: f64 = 1.0 / 60.0;
 
 /// How often it is looked at all of them.
 const SETTLE_INTERVAL: Duration = Duration::from_millis(500);
@@ -86,6 +92,10 @@ pub(super) struct Share {
     pub(super) tapped: Budget,
     quota: PodQuota,
     bucket: Mutex<Bucket>,
+    /// Keys that its sessions may still get.
+    own_keys: Mutex<Bucket>,
+    /// The key of its sessions that get none of their own.
+    pub(super) common_key: KeySlot,
     /// Bytes of records that are in the backlog still, near enough.
     backlog: AtomicU64,
 }
@@ -98,23 +108,49 @@ struct Bucket {
 }
 
 impl Bucket {
-    fn refill(&mut self, quota: PodQuota, now: Instant) {
+    fn full(burst: f64, now: Instant) -> Mutex<Self> {
+        Mutex::new(Self { level: burst, since: now })
+    }
+
+    fn refill(&mut self, per_second: f64, burst: f64, now: Instant) {
         let seconds = now.saturating_duration_since(self.since).as_secs_f64();
-        self.level = seconds.mul_add(quota.bytes_per_second as f64, self.level).min(quota.burst_bytes as f64);
+        self.level = seconds.mul_add(per_second, self.level).min(burst);
         self.since = now;
     }
 }
 
 impl Share {
     fn new(lane: u64, quota: PodQuota, now: Instant) -> Self {
-        let bucket = Mutex::new(Bucket { level: quota.burst_bytes as f64, since: now });
-        Self { lane, tapped: Budget::default(), quota, bucket, backlog: AtomicU64::new(0) }
+        Self {
+            lane,
+            tapped: Budget::default(),
+            quota,
+            bucket: Bucket::full(quota.burst_bytes as f64, now),
+            own_keys: Bucket::full(KEYS_BURST.into(), now),
+            common_key: KeySlot::default(),
+            backlog: AtomicU64::new(0),
+        }
     }
 
     fn bucket<T>(&self, now: Instant, read: impl FnOnce(&mut Bucket) -> T) -> T {
         let mut bucket = self.bucket.lock().unwrap_or_else(PoisonError::into_inner);
-        bucket.refill(self.quota, now);
+        bucket.refill(self.quota.bytes_per_second as f64, self.quota.burst_bytes as f64, now);
         read(&mut bucket)
+    }
+
+    fn own_keys<T>(&self, now: Instant, read: impl FnOnce(&mut f64) -> T) -> T {
+        let mut bucket = self.own_keys.lock().unwrap_or_else(PoisonError::into_inner);
+        bucket.refill(KEYS_PER_SECOND, KEYS_BURST.into(), now);
+        read(&mut bucket.level)
+    }
+
+    /// Takes a key for one of its sessions, if it may have one more.
+    pub(super) fn takes_key(&self, now: Instant) -> bool {
+        self.own_keys(now, |left| {
+            let may = *left >= 1.0;
+            *left -= if may { 1.0 } else { 0.0 };
+            may
+        })
     }
 
     /// Records of this length are queued.
@@ -144,6 +180,7 @@ impl Share {
     fn is_idle(&self, now: Instant) -> bool {
         self.backlog.load(Ordering::Relaxed) == 0
             && self.bucket(now, |bucket| bucket.level >= self.quota.burst_bytes as f64)
+            && self.own_keys(now, |left| *left >= f64::from(KEYS_BURST))
     }
 }
 

@@ -21,6 +21,7 @@ use super::{
     body::Sensitivity,
     content::{self, Held, Streamed},
     emergency::Emergency,
+    encryption::SessionKeys,
     entry::{Append, Entry, Ids, Origin, Waiter},
     jobs::Jobs,
     mask::Masker,
@@ -56,7 +57,7 @@ pub(super) struct Context {
     pub(super) masker: Arc<Masker>,
     pub(super) sensitivity: Sensitivity,
     pub(super) cluster: usize,
-    pub(super) session: Arc<str>,
+    pub(super) session: Arc<SessionKeys>,
     pub(super) invocation: Option<Arc<str>>,
     pub(super) request: Arc<str>,
     /// Set when a streamed response begins; only its thread locks it then.
@@ -68,14 +69,19 @@ pub(super) struct Context {
 }
 
 impl Context {
-    /// Serialises an event of this request. One that is too long for a frame becomes a gap that says so.
-    pub(super) fn entry(&self, kind: Kind) -> Option<Entry> {
-        let ids = Ids {
-            session: &self.session,
+    /// What its events bear.
+    pub(super) fn ids(&self) -> Ids<'_> {
+        Ids {
+            session: self.session.id(),
+            keys: Some((&self.session, &self.share)),
             invocation: self.invocation.as_deref(),
             request: Some(&self.request),
-        };
-        let cluster = Some(self.cluster);
+        }
+    }
+
+    /// Serialises an event of this request. One that is too long for a frame becomes a gap that says so.
+    pub(super) fn entry(&self, kind: Kind) -> Option<Entry> {
+        let (cluster, ids) = (Some(self.cluster), self.ids());
         let made = self.origin.entry(cluster, ids, kind).or_else(|error| {
             let gap = Kind::Gap { reason: error.to_string(), events: Some(1), bytes: None };
             self.origin.entry(cluster, ids, gap)

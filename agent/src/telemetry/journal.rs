@@ -10,7 +10,7 @@ static USED: Family = Family {
     unit: Some("bytes"),
     kind: Kind::Gauge,
     labels: &[],
-    help: "Bytes of the journal's segments, preallocated space included.",
+    help: "Bytes of the journal's segments, preallocated space included, and of its wrapped keys.",
 };
 static LIMIT: Family = Family {
     name: "weir_journal_limit",
