@@ -5,6 +5,7 @@
 //!
 //! Each pod has a lane of its own, the agent another. Within a lane order is kept; lanes take turns, so that one that is
 //! flooded delays itself. A lane may hold half of what is free: however many are flooded, there is room for a new one.
+//! Who waits for room has it kept free from those that hold more or came later ([`Claims`]): nobody waits for ever.
 //! What is encrypted with a key that is not on disk yet is held back in its lane, and what follows in that lane behind it.
 
 use std::{
@@ -16,7 +17,12 @@ use std::{
 
 use tokio::sync::Notify;
 
-use super::{entry::Append, error::RecordingError, share::Share};
+use super::{
+    claims::{self, Claims, TURN_BYTES},
+    entry::Append,
+    error::RecordingError,
+    share::Share,
+};
 
 /// Most bytes that wait for the writer; a producer beyond that waits (or, where it cannot, loses with a gap record).
 pub(super) const QUEUE_BYTES_MAX: usize = 32 * 1024 * 1024;
@@ -30,9 +36,6 @@ const SMALL_BYTES: usize = 64 * 1024;
 
 /// Most bytes of one group commit, beyond its first append.
 const GROUP_BYTES_MAX: usize = 4 * 1024 * 1024;
-
-/// Most bytes of one lane that are taken in one turn, beyond its last append.
-const TURN_BYTES: usize = 512 * 1024;
 
 /// The agent's own lane.
 const OWN_LANE: u64 = 0;
@@ -62,6 +65,7 @@ struct State {
     ready: usize,
     durable: usize,
     dropped: u64,
+    claims: Claims,
     /// Woken when there is room.
     wakers: Vec<Waker>,
     closed: Option<String>,
@@ -81,12 +85,11 @@ impl State {
     }
 
     fn has_room_for(&self, lane: u64, bytes: usize) -> bool {
-        let free = QUEUE_BYTES_MAX.saturating_sub(self.bytes);
-        match self.lanes.get(&lane) {
-            _ if self.bytes == 0 => true,
-            None => bytes <= free,
-            Some(lane) => lane.bytes + bytes <= free / 2,
-        }
+        let held = |lane: u64| self.lanes.get(&lane).map_or(0, |lane| lane.bytes);
+        // What the agent itself has to say is little, and does not wait.
+        let reserved = if lane == OWN_LANE { 0 } else { self.claims.reserved(lane, bytes, held) };
+        let free = QUEUE_BYTES_MAX.saturating_sub(self.bytes).saturating_sub(reserved);
+        claims::need(held(lane), bytes) <= free || (self.bytes == 0 && reserved == 0)
     }
 
     /// Takes what is next of the lane whose turn it is, up to `bytes_max`; returns how much.
@@ -174,6 +177,7 @@ impl Queue {
         }
         state.bytes += bytes;
         let number = lane(&append);
+        state.claims.served(number, bytes);
         let lane = state.lanes.entry(number).or_default();
         lane.bytes += bytes;
         lane.held.push_back(append);
@@ -216,6 +220,7 @@ impl Queue {
         bytes: usize,
         then: impl FnOnce(&Self, &mut State),
     ) -> Result<(), RecordingError> {
+        let mut claim = Claimed { queue: self, number: None };
         loop {
             let mut room = std::pin::pin!(self.room_async.notified());
             room.as_mut().enable();
@@ -228,6 +233,7 @@ impl Queue {
                     then(self, &mut state);
                     return Ok(());
                 }
+                claim.number = state.claims.wait(lane, bytes, claim.number);
             }
             room.await;
         }
@@ -235,8 +241,10 @@ impl Queue {
 
     /// Queues, blocking the thread for room.
     pub(super) fn push_blocking(&self, append: Append) -> Result<(), RecordingError> {
+        let mut claim = Claimed { queue: self, number: None };
         let mut state = self.lock();
         while state.closed.is_none() && !state.has_room(&append) {
+            claim.number = state.claims.wait(lane(&append), append.bytes(), claim.number);
             state = self.room.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
         if state.closed.is_some() {
@@ -267,6 +275,7 @@ impl Queue {
             self.put(&mut state, append);
             return Ok(());
         }
+        state.claims.wait(lane(&append), append.bytes(), None);
         if !state.wakers.iter().any(|waiting| waiting.will_wake(waker)) {
             state.wakers.push(waker.clone());
         }
@@ -294,6 +303,7 @@ impl Queue {
             self.put(&mut state, append);
         } else {
             state.dropped += append.entries.len() as u64;
+            state.claims.served(lane(&append), append.bytes());
         }
     }
 
@@ -366,10 +376,28 @@ impl Queue {
     }
 }
 
+/// What somebody waits for, as long as they do.
+struct Claimed<'a> {
+    queue: &'a Queue,
+    number: Option<u64>,
+}
+
+impl Drop for Claimed<'_> {
+    fn drop(&mut self) {
+        let Some(number) = self.number else { return };
+        let mut state = self.queue.lock();
+        if state.claims.end(number) {
+            // Others need not leave it free any more.
+            self.queue.tell_of_room(&mut state);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::{sync::Arc, time::Instant};
 
+    use futures::FutureExt as _;
     use proptest::prelude::*;
     use weir_common::event::{Caller, Kind, Pod};
 
@@ -449,6 +477,71 @@ mod tests {
         let (bytes, state) = (queue.backlog_bytes(), queue.lock());
         assert!(bytes > QUEUE_BYTES_MAX && bytes <= QUEUE_BYTES_WITH_SMALL_MAX, "{bytes}");
         assert!(state.dropped > 0 && state.dropped + state.lanes[&one.lane].waiting.len() as u64 > 100);
+    }
+
+    fn long(share: &Arc<Share>) -> Append {
+        Append::behind((0..9).map(|_| entry(450_000)).collect()).of(share)
+    }
+
+    #[test]
+    fn a_long_append_finds_room_in_bounded_time_though_many_lanes_refill_what_is_free() {
+        let queue = Queue::default();
+        let [quiet, other, flooding @ ..] = pods::<14>();
+        for share in &flooding {
+            flood(&queue, share);
+        }
+        let mut waiting: Vec<_> =
+            flooding.iter().map(|share| Box::pin(queue.push(append(share, 100_000)))).collect();
+        let mut mutation = Box::pin(queue.push(long(&quiet)));
+        let mut read = Box::pin(queue.room(&other));
+        let mut groups = 0;
+        loop {
+            // Whoever floods is always first, with what waits and with what is new.
+            for (share, waits) in flooding.iter().zip(&mut waiting) {
+                if waits.as_mut().now_or_never().is_some() {
+                    *waits = Box::pin(queue.push(append(share, 100_000)));
+                }
+                while queue.try_push(append(share, 10_000)).is_ok() {}
+            }
+            // Its lane is never quite empty.
+            queue.push_small(append(&quiet, 100));
+            if mutation.as_mut().now_or_never().is_some() {
+                break;
+            }
+            queue.take(Some(Instant::now()));
+            groups += 1;
+            assert!(groups < 10, "it waits for ever");
+        }
+        assert!(read.as_mut().now_or_never().is_some(), "who needs little has it too");
+    }
+
+    #[test]
+    fn long_appends_that_wait_come_in_their_order_and_who_went_away_holds_up_nobody() {
+        let queue = Queue::default();
+        let [second, first, gone, late, flooding @ ..] = pods::<14>();
+        for share in &flooding {
+            flood(&queue, share);
+        }
+        let mut waits = [&gone, &first, &second].map(|share| Box::pin(queue.push(long(share))));
+        assert!(waits.iter_mut().all(|wait| wait.as_mut().now_or_never().is_none()), "there is no room");
+        let [gone, mut first, mut second] = waits;
+        drop(gone);
+        let mut order = Vec::new();
+        while order.len() < 2 {
+            queue.take(Some(Instant::now()));
+            for (name, wait) in [("second", &mut second), ("first", &mut first)] {
+                if !order.contains(&name) && wait.as_mut().now_or_never().is_some() {
+                    order.push(name);
+                }
+            }
+        }
+        assert_eq!(order, ["first", "second"]);
+        // What the agent has to say is not kept out by a claim.
+        let mut waits =
+            Box::pin(queue.push(Append::behind((0..90).map(|_| entry(450_000)).collect()).of(&late)));
+        assert!(waits.as_mut().now_or_never().is_none());
+        assert!(queue.try_push(append(&flooding[0], 10)).is_err());
+        queue.try_push(Append::behind(vec![entry(10)])).expect("room for the agent's own");
     }
 
     proptest! {
