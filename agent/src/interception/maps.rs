@@ -309,6 +309,7 @@ const FILL_TRIES: u32 = 10;
 
 /// Writes into a map that is not allocated ahead. Its memory comes from a small stock, which the kernel fills up beside
 /// (`mm/percpu.c` keeps four pages a CPU): who writes faster is told ENOMEM, and is served a moment later.
+#[expect(clippy::disallowed_methods, reason = "the kernel tells nobody when its stock is filled up")]
 pub(super) fn filled(mut insert: impl FnMut() -> Result<(), MapError>) -> Result<(), MapError> {
     for tried in 0..FILL_TRIES {
         match insert() {
