@@ -268,6 +268,8 @@ pub mod maps {
     pub const SETTINGS: &str = "SETTINGS";
     /// Socket storage of [`SocketState`](super::SocketState).
     pub const SOCKETS: &str = "SOCKETS";
+    /// Socket storage of a `u32`: there if the socket has gone to port 53, whose answers are read.
+    pub const ASKERS: &str = "ASKERS";
     /// Per-CPU hash of cgroup id (`u64`) → [`PodCounters`](super::PodCounters); the agent makes the entries.
     pub const POD_COUNTERS: &str = "POD_COUNTERS";
     /// Hash of interface index (`u32`) → id of the cgroup of the pod behind it (`u64`).
@@ -285,7 +287,7 @@ pub mod maps {
     /// is kept does not count, and nothing is kept), and then a number below 2^63 that was never there before.
     pub const GENERATION: &str = "GENERATION";
     /// All that are pinned; what the programs keep for themselves (`sieve`) is not.
-    pub const ALL: [&str; 19] = [
+    pub const ALL: [&str; 20] = [
         API_SET,
         CGROUPS,
         NESTED,
@@ -300,6 +302,7 @@ pub mod maps {
         NOTICES,
         SETTINGS,
         SOCKETS,
+        ASKERS,
         POD_COUNTERS,
         INTERFACES,
         QUARANTINE,

@@ -43,6 +43,28 @@ struct Context {
     failed: u64,
 }
 
+/// Has the answers read that a socket gets which goes to this port; whether that is so.
+#[inline(always)]
+pub(crate) fn will_be_heard(sock: *mut c_void, port: u32) -> bool {
+    // SAFETY: an entry is written whole.
+    if port != u32::from(DOMAIN) || unsafe { NAMES.get(&ANY_NAME) }.is_none() {
+        return true;
+    }
+    // A pod could see to it that there is no room for the note (`net.core.optmem_max`): then it does not ask. What is not the
+    // programs' own is no pod's, or one's in the host's network, and asks.
+    // SAFETY: what the caller has of its hook.
+    unsafe { socket::asks(sock) || socket::storage(sock, None).is_none() }
+}
+
+/// Whether an answer is one to a question. A stranger could else have a pod told what it likes, and keep it from every address.
+#[inline(always)]
+fn is_asked_for(sock: *mut c_void, stream: bool) -> bool {
+    // Sockets of the host's network, and of before the programs were attached, have no note of theirs. Those of TCP without one may be accepted ones,
+    // which never ask.
+    // SAFETY: what the caller has of its hook.
+    unsafe { socket::has_asked(sock) || (!stream && socket::storage(sock, None).is_none()) }
+}
+
 #[inline(always)]
 pub(crate) fn ingress(skb: *mut __sk_buff) -> i32 {
     let Some(payload) = packet::payload_from(&Buffer(skb), DOMAIN) else { return PROCEED };
@@ -57,6 +79,9 @@ pub(crate) fn ingress(skb: *mut __sk_buff) -> i32 {
     };
     // The segments of a connection that is being opened or closed carry nothing.
     if sock.is_null() {
+        return PROCEED;
+    }
+    if !is_asked_for(sock.cast(), payload.stream) {
         return PROCEED;
     }
     // SAFETY: not null, and the verifier knows it for a full socket.

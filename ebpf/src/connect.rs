@@ -14,7 +14,7 @@ use weir_common::{
 };
 
 use crate::{
-    PROCEED, QUARANTINE, class, sieve,
+    PROCEED, QUARANTINE, answer, class, sieve,
     socket::{self, MAPPED},
 };
 
@@ -122,6 +122,9 @@ fn redirected(ctx: &SockAddrContext) -> Option<&'static FlowRecord> {
 #[inline(always)]
 fn judge(ctx: &SockAddrContext, address: [u32; 4], call: Call) -> Answer {
     let port = socket::port(ctx.sock_addr);
+    if !answer::will_be_heard(sock(ctx), port) {
+        return Answer::Deny;
+    }
     let original = ApiEndpoint { address: socket::address(address), port };
     // Never: the map has them.
     let Some(settings) = class::settings() else { return Answer::Deny };

@@ -109,6 +109,10 @@ static PODS: HashMap<u64, PodName> = HashMap::with_max_entries(CGROUPS_MAX, BPF_
 #[map]
 static REPORTED: LruHashMap<u64, u64> = LruHashMap::with_max_entries(REPORTED_MAX, 0);
 
+// Of its own, not in the state: with that, sockets keep what an older layout has made of it.
+#[btf_map]
+static ASKERS: SkStorage<u32> = SkStorage::new();
+
 #[btf_map]
 static SOCKETS: SkStorage<SocketState> = SkStorage::new();
 

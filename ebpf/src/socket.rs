@@ -14,7 +14,7 @@ use aya_ebpf::{
 };
 use weir_common::kernel::{Address, ApiEndpoint, Class, Counter, FlowRecord, NoticeKind, Phase, SocketState};
 
-use crate::{PROCEED, REJECT, SOCKETS, class};
+use crate::{ASKERS, PROCEED, REJECT, SOCKETS, class};
 
 /// `IPPROTO_TCP`.
 const TCP: u32 = 6;
@@ -156,6 +156,30 @@ pub(crate) unsafe fn storage(
     };
     // SAFETY: null or the storage, which lives as long as the socket does, and so longer than this run.
     unsafe { state.cast::<SocketState>().as_mut() }
+}
+
+/// Whether a socket is known to have gone to a name server.
+///
+/// # Safety
+/// As that of [`storage`].
+#[inline(always)]
+pub(crate) unsafe fn has_asked(socket: *mut core::ffi::c_void) -> bool {
+    let map = ptr::addr_of!(ASKERS).cast_mut().cast();
+    // SAFETY: the map exists, the socket is valid by this function's contract.
+    !unsafe { bpf_sk_storage_get(map, socket, ptr::null_mut(), 0) }.is_null()
+}
+
+/// Notes that it has; whether that could be noted.
+///
+/// # Safety
+/// As that of [`storage`].
+#[inline(always)]
+pub(crate) unsafe fn asks(socket: *mut core::ffi::c_void) -> bool {
+    let map = ptr::addr_of!(ASKERS).cast_mut().cast();
+    let mut asked = 1_u32;
+    let value = ptr::from_mut(&mut asked).cast();
+    // SAFETY: the map exists, the socket is valid by this function's contract, and so is the value.
+    !unsafe { bpf_sk_storage_get(map, socket, value, u64::from(BPF_SK_STORAGE_GET_F_CREATE)) }.is_null()
 }
 
 /// Four words in memory order are the sixteen bytes in network order.

@@ -21,7 +21,7 @@ use weir_agent::{
 };
 use weir_common::kernel::{CgroupEntry, Class, SUSPECTED_BY_POD_MAX};
 
-use crate::world::{Dial, OwnCgroup, OwnNetns, dial, load};
+use crate::world::{Dial, OwnCgroup, OwnNetns, connect_from, dial, load};
 
 const UDP: u8 = 17;
 const REFUSED: nix::Error = nix::Error::ECONNREFUSED;
@@ -182,6 +182,42 @@ fn an_address_is_an_api_servers_for_the_pod_that_is_told_it_before_it_can_use_it
             .iter()
             .all(|(suspect, suspicion)| (suspect.cgroup, suspicion.cluster) == (scene.pod.id(), 3))
     );
+}
+
+#[test]
+fn what_a_pod_has_not_asked_for_is_not_read() {
+    let Some(scene) = Scene::new("unasked") else { return };
+    let (fresh, _server) = scene.fresh("198.51.100.7");
+    let told = answer("api.example.test.", &[("api.example.test.", data(fresh.ip()))]);
+    // What a neighbour, or anybody, sends from port 53 to a socket that is there for something else.
+    let neighbour = scene.netns.within(|| UdpSocket::bind("127.0.0.1:5300").unwrap());
+    let asked_at = |asked: &UdpSocket, question| {
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let (_, from) = asked.recv_from(&mut [0; 64]).unwrap();
+                scene.datagrams.send_to(&told, from).unwrap();
+            });
+            scene.dial(&scene.pod, question)
+        })
+    };
+    asked_at(&neighbour, Dial::AskAnybody(neighbour.local_addr().unwrap())).expect("the pod has it");
+    scene.dial(&scene.pod, Dial::Tcp(fresh)).expect("and nothing is noted");
+    // Over a connection to an open port of the pod.
+    let (stranger, open) = ([127, 0, 0, 2], [127, 0, 0, 1]);
+    let (stranger, open) = (SocketAddr::from((stranger, 53)), SocketAddr::from((open, 8080)));
+    std::thread::scope(|inner| {
+        inner.spawn(|| {
+            let length = u16::try_from(told.len()).unwrap().to_be_bytes();
+            let mut client = scene.netns.within(|| connect_from(stranger, open));
+            client.write_all(&[&length[..], &told].concat()).unwrap();
+        });
+        scene.dial(&scene.pod, Dial::Heed(open)).expect("the pod has it");
+    });
+    scene.dial(&scene.pod, Dial::Tcp(fresh)).expect("and nothing is noted");
+    assert!(scene.kernel.suspected().unwrap().is_empty());
+    // Without a connect is asked as well.
+    asked_at(&scene.datagrams, Dial::AskAnybody(SERVER)).expect("the pod has the answer");
+    assert_eq!(scene.dial(&scene.pod, Dial::Tcp(fresh)), Err(REFUSED));
 }
 
 #[test]

@@ -2,15 +2,17 @@
 
 use std::{
     io,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, TcpStream},
     os::fd::{AsRawFd, FromRawFd, OwnedFd},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
-use nix::sys::socket::{MsgFlags, SockaddrStorage, bind, connect, getpeername, getsockname, sendto};
+use nix::sys::socket::{
+    Backlog, MsgFlags, SockaddrStorage, accept, bind, connect, getpeername, getsockname, listen, sendto,
+};
 use weir_agent::interception::{
     cgroup,
     loader::{Kernel, KernelError, Pinning},
@@ -185,8 +187,12 @@ pub(crate) enum Dial {
     SendTo(SocketAddr),
     /// Asks a server, and waits for its answer for half a second.
     Ask(SocketAddr),
+    /// The same without a connect, and the answer may come from anywhere.
+    AskAnybody(SocketAddr),
     /// The same over TCP.
     AskStream(SocketAddr),
+    /// Waits at this address for a connection and its answer, for half a second each.
+    Heed(SocketAddr),
     /// Takes an address, and does not connect.
     Bind(SocketAddr),
     /// A raw IPv4 packet with this protocol and this as fragment offset (units of eight bytes).
@@ -268,8 +274,10 @@ fn in_child(procs: &std::fs::File, netns: Option<&std::fs::File>, dial: Dial) ->
             (SocketAddr::new(ip.to_ipv6_mapped().into(), address.port()), libc::SOCK_STREAM, 0)
         }
         Dial::Mptcp(address) => (address, libc::SOCK_STREAM, libc::IPPROTO_MPTCP),
-        Dial::Udp(address) | Dial::SendTo(address) | Dial::Ask(address) => (address, libc::SOCK_DGRAM, 0),
-        Dial::Bind(address) => (address, libc::SOCK_STREAM, 0),
+        Dial::Udp(address) | Dial::SendTo(address) | Dial::Ask(address) | Dial::AskAnybody(address) => {
+            (address, libc::SOCK_DGRAM, 0)
+        }
+        Dial::Bind(address) | Dial::Heed(address) => (address, libc::SOCK_STREAM, 0),
     };
     let family = if address.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
     let socket = new_socket(family, kind, protocol)?;
@@ -285,6 +293,22 @@ fn in_child(procs: &std::fs::File, netns: Option<&std::fs::File>, dial: Dial) ->
         }
         Dial::Ask(_) | Dial::AskStream(_) => {
             ask(&socket, &to)?;
+            return Ok((address, address));
+        }
+        Dial::AskAnybody(_) => {
+            be_patient(&socket)?;
+            sendto(socket.as_raw_fd(), b"x", &to, MsgFlags::empty())?;
+            nix::unistd::read(&socket, &mut [0; 4096])?;
+            return Ok((address, address));
+        }
+        Dial::Heed(_) => {
+            be_patient(&socket)?;
+            bind(socket.as_raw_fd(), &to)?;
+            listen(&socket, Backlog::new(1)?)?;
+            // SAFETY: the descriptor is new and ours.
+            let accepted = unsafe { OwnedFd::from_raw_fd(accept(socket.as_raw_fd())?) };
+            be_patient(&accepted)?;
+            nix::unistd::read(&accepted, &mut [0; 4096])?;
             return Ok((address, address));
         }
         Dial::Late(_, time) => {
@@ -309,12 +333,30 @@ fn in_child(procs: &std::fs::File, netns: Option<&std::fs::File>, dial: Dial) ->
     Ok((name(getsockname(socket.as_raw_fd())?)?, name(getpeername(socket.as_raw_fd())?)?))
 }
 
-fn ask(socket: &OwnedFd, server: &SockaddrStorage) -> nix::Result<()> {
+fn be_patient(socket: &OwnedFd) -> nix::Result<()> {
     let patience = nix::sys::time::TimeVal::new(0, 500_000);
-    nix::sys::socket::setsockopt(socket, nix::sys::socket::sockopt::ReceiveTimeout, &patience)?;
+    nix::sys::socket::setsockopt(socket, nix::sys::socket::sockopt::ReceiveTimeout, &patience)
+}
+
+fn ask(socket: &OwnedFd, server: &SockaddrStorage) -> nix::Result<()> {
+    be_patient(socket)?;
     connect(socket.as_raw_fd(), server)?;
     nix::unistd::write(socket, b"x")?;
     nix::unistd::read(socket, &mut [0; 4096]).map(drop)
+}
+
+/// A connection from this very address, as soon as somebody listens at the other.
+pub(crate) fn connect_from(own: SocketAddr, to: SocketAddr) -> TcpStream {
+    let deadline = Instant::now() + DEADLINE;
+    loop {
+        let socket = new_socket(libc::AF_INET, libc::SOCK_STREAM, 0).unwrap();
+        bind(socket.as_raw_fd(), &SockaddrStorage::from(own)).unwrap();
+        match connect(socket.as_raw_fd(), &SockaddrStorage::from(to)) {
+            Ok(()) => return TcpStream::from(socket),
+            Err(error) => assert!(Instant::now() < deadline, "nobody listens at {to}: {error}"),
+        }
+        std::thread::yield_now();
+    }
 }
 
 fn set_tcp_option(socket: &OwnedFd, option: i32) -> nix::Result<()> {
