@@ -282,46 +282,15 @@ fn in_child(procs: &std::fs::File, netns: Option<&std::fs::File>, dial: Dial) ->
     let family = if address.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
     let socket = new_socket(family, kind, protocol)?;
     let to = SockaddrStorage::from(address);
-    match dial {
-        Dial::SendTo(_) => {
-            sendto(socket.as_raw_fd(), b"x", &to, MsgFlags::empty())?;
-            return Ok((address, address));
-        }
-        Dial::Bind(_) => {
-            bind(socket.as_raw_fd(), &to)?;
-            return Ok((address, address));
-        }
-        Dial::Ask(_) | Dial::AskStream(_) => {
-            ask(&socket, &to)?;
-            return Ok((address, address));
-        }
-        Dial::AskAnybody(_) => {
-            be_patient(&socket)?;
-            sendto(socket.as_raw_fd(), b"x", &to, MsgFlags::empty())?;
-            nix::unistd::read(&socket, &mut [0; 4096])?;
-            return Ok((address, address));
-        }
-        Dial::Heed(_) => {
-            be_patient(&socket)?;
-            bind(socket.as_raw_fd(), &to)?;
-            listen(&socket, Backlog::new(1)?)?;
-            // SAFETY: the descriptor is new and ours.
-            let accepted = unsafe { OwnedFd::from_raw_fd(accept(socket.as_raw_fd())?) };
-            be_patient(&accepted)?;
-            nix::unistd::read(&accepted, &mut [0; 4096])?;
-            return Ok((address, address));
-        }
-        Dial::Late(_, time) => {
-            for option in [libc::TCP_FASTOPEN_CONNECT, TCP_FASTOPEN_NO_COOKIE] {
-                set_tcp_option(&socket, option)?;
-            }
-            connect(socket.as_raw_fd(), &to)?;
-            // The time is what is tested: nothing happens meanwhile that could be waited for.
-            // SAFETY: waits for none of no descriptors.
-            unsafe { libc::poll(std::ptr::null_mut(), 0, i32::try_from(time.as_millis()).unwrap_or(0)) };
-            nix::unistd::write(&socket, b"x")?;
-        }
-        _ => connect(socket.as_raw_fd(), &to)?,
+    if without_a_connection(&socket, &to, dial)? {
+        return Ok((address, address));
+    }
+    connect(socket.as_raw_fd(), &to)?;
+    if let Dial::Late(_, time) = dial {
+        // The time is what is tested: nothing happens meanwhile that could be waited for.
+        // SAFETY: waits for none of no descriptors.
+        unsafe { libc::poll(std::ptr::null_mut(), 0, i32::try_from(time.as_millis()).unwrap_or(0)) };
+        nix::unistd::write(&socket, b"x")?;
     }
     let name = |storage: SockaddrStorage| -> Result<SocketAddr, nix::Error> {
         match (storage.as_sockaddr_in(), storage.as_sockaddr_in6()) {
@@ -331,6 +300,39 @@ fn in_child(procs: &std::fs::File, netns: Option<&std::fs::File>, dial: Dial) ->
         }
     };
     Ok((name(getsockname(socket.as_raw_fd())?)?, name(getpeername(socket.as_raw_fd())?)?))
+}
+
+/// What does not end with a connection to tell of; or, for all others, what comes before the connect.
+fn without_a_connection(socket: &OwnedFd, to: &SockaddrStorage, dial: Dial) -> nix::Result<bool> {
+    match dial {
+        Dial::SendTo(_) => {
+            sendto(socket.as_raw_fd(), b"x", to, MsgFlags::empty())?;
+        }
+        Dial::Bind(_) => bind(socket.as_raw_fd(), to)?,
+        Dial::Ask(_) | Dial::AskStream(_) => ask(socket, to)?,
+        Dial::AskAnybody(_) => {
+            be_patient(socket)?;
+            sendto(socket.as_raw_fd(), b"x", to, MsgFlags::empty())?;
+            nix::unistd::read(socket, &mut [0; 4096])?;
+        }
+        Dial::Heed(_) => {
+            be_patient(socket)?;
+            bind(socket.as_raw_fd(), to)?;
+            listen(socket, Backlog::new(1)?)?;
+            // SAFETY: the descriptor is new and ours.
+            let accepted = unsafe { OwnedFd::from_raw_fd(accept(socket.as_raw_fd())?) };
+            be_patient(&accepted)?;
+            nix::unistd::read(&accepted, &mut [0; 4096])?;
+        }
+        Dial::Late(..) => {
+            for option in [libc::TCP_FASTOPEN_CONNECT, TCP_FASTOPEN_NO_COOKIE] {
+                set_tcp_option(socket, option)?;
+            }
+            return Ok(false);
+        }
+        _ => return Ok(false),
+    }
+    Ok(true)
 }
 
 fn be_patient(socket: &OwnedFd) -> nix::Result<()> {

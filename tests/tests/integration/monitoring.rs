@@ -20,11 +20,12 @@ const ANSWER_DEADLINE: Duration = Duration::from_secs(10);
 const DOCUMENTATION: &str = include_str!("../../../docs/metrics.md");
 
 /// Families that an agent has which publishes; `kafka` looks for them.
-const OF_PUBLISHING: [&str; 4] = [
+const OF_PUBLISHING: [&str; 5] = [
     "weir_kafka_",
     "weir_journal_segments_removed",
     "weir_journal_damages",
     "weir_journal_epochs_unreadable",
+    "weir_journal_unaccounted_epochs",
 ];
 
 /// An agent's address for monitoring.

@@ -138,9 +138,9 @@ fn what_is_said_in_streams_is_on_record_by_channel_whatever_kubectl_speaks() {
         }
         forwards(&events, id("/portforward"), spoken);
         for (id, uri, _) in &streams {
-            let raw =
-                |(channel, _): &(Channel, _)| matches!(channel, Channel::ClientRaw | Channel::ServerRaw);
-            assert!(!lanes(&events, id).keys().any(raw), "all of {uri} is decoded");
+            let mut raw = lanes(&events, id);
+            raw.retain(|(channel, _), _| matches!(channel, Channel::ClientRaw | Channel::ServerRaw));
+            assert!(raw.is_empty(), "all of {uri} is decoded, over {spoken}: {raw:02x?}");
         }
         let replay = replayed(&scene, &["--request", id("exit"), "--transcript"]);
         assert!(replay.contains("runs sh -c 'exit 7'") && replay.contains("# exit code 7"), "{replay}");
