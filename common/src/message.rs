@@ -123,7 +123,7 @@ fn signed_at(note: &[u8]) -> Option<u64> {
 }
 
 /// RFC 3339 in UTC with microseconds. A clock outside of the years that it can spell is set to the nearest one.
-pub(crate) fn rfc3339(unix_us: i64) -> String {
+pub fn rfc3339(unix_us: i64) -> String {
     let nearest = if unix_us < 0 { Timestamp::MIN } else { Timestamp::MAX };
     format!("{:.6}", Timestamp::from_microsecond(unix_us).unwrap_or(nearest))
 }

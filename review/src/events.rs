@@ -1,5 +1,5 @@
 //! `weir events`: recorded events, one JSON object a line, byte for byte as they stand in the journal, but for content that is
-//! decrypted.
+//! decrypted; or what a [`projection`](crate::projection) makes of them.
 //!
 //! On a terminal control characters that JSON permits (DEL, C1, bidirectional overrides) are escaped the JSON way;
 //! anywhere else the bytes are those that went to Kafka. Memory is bounded by one event.
@@ -7,6 +7,7 @@
 use std::io::{self, Write};
 
 use crate::{
+    projection::Projector,
     source::{Journal, Record, SourceError, group::Group},
     terminal::{escaped, escaped_json},
 };
@@ -34,42 +35,57 @@ pub(crate) struct Lines<'a> {
     /// Whether `out` is a terminal.
     terminal: bool,
     session: Option<&'a str>,
-    written: u64,
+    projector: Option<Projector>,
+    /// Events that were written or projected.
+    taken: u64,
 }
 
 impl<'a> Lines<'a> {
     /// Writes the events of `session`, or all, to `out`.
     pub(crate) fn new(out: &'a mut dyn Write, terminal: bool, session: Option<&'a str>) -> Self {
-        Self { out, terminal, session, written: 0 }
+        Self { out, terminal, session, projector: None, taken: 0 }
+    }
+
+    /// The same, in the words of another format.
+    pub(crate) fn projected(self, projector: Option<Projector>) -> Self {
+        Self { projector, ..self }
     }
 
     fn write(&mut self, record: &Record) -> io::Result<()> {
-        if self.session.is_some_and(|session| session != record.session) {
+        if self.session.is_some_and(|session| session != record.session()) {
             return Ok(());
         }
-        self.written += 1;
-        if self.terminal {
-            return writeln!(self.out, "{}", escaped_json(&record.value));
+        self.taken += 1;
+        let Some(projector) = &mut self.projector else { return self.line(&record.value) };
+        for line in projector.take(record) {
+            self.line(line.as_bytes())?;
         }
-        self.out.write_all(&record.value)?;
+        Ok(())
+    }
+
+    fn line(&mut self, line: &[u8]) -> io::Result<()> {
+        if self.terminal {
+            return writeln!(self.out, "{}", escaped_json(line));
+        }
+        self.out.write_all(line)?;
         self.out.write_all(b"\n")
     }
 }
 
-/// Writes what the journal holds.
+/// Writes what the journal holds; says what the format had no place for, if it had not.
 ///
 /// # Errors
 /// The session is unknown, or journal or output fail.
-pub(crate) fn list(journal: &Journal, mut lines: Lines<'_>) -> Result<(), EventsError> {
+pub(crate) fn list(journal: &Journal, mut lines: Lines<'_>) -> Result<Option<String>, EventsError> {
     for record in journal.records() {
         lines.write(&journal.shown(record?))?;
     }
     lines.out.flush()?;
     match lines.session {
-        Some(id) if lines.written == 0 => {
+        Some(id) if lines.taken == 0 => {
             Err(EventsError::Unknown { id: escaped(id).into_owned(), journal: journal.name() })
         }
-        _ => Ok(()),
+        _ => Ok(lines.projector.and_then(|projector| projector.left_out())),
     }
 }
 
@@ -124,7 +140,7 @@ mod tests {
 
     fn listed(journal: &Journal, terminal: bool, session: Option<&str>) -> Result<Vec<u8>, EventsError> {
         let mut out = Vec::new();
-        list(journal, Lines::new(&mut out, terminal, session)).map(|()| out)
+        list(journal, Lines::new(&mut out, terminal, session)).map(|_| out)
     }
 
     #[test]

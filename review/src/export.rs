@@ -221,7 +221,7 @@ fn write_events(
     for record in journal.records() {
         let record = record?;
         progress.advance(record.frame_bytes);
-        if record.session != session {
+        if record.session() != session {
             continue;
         }
         let damaged = |what: &str| ExportError::Damaged {

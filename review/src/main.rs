@@ -8,6 +8,7 @@ mod export;
 #[cfg(test)]
 mod fixture;
 mod moment;
+mod projection;
 mod replay;
 mod sessions;
 mod source;
@@ -25,6 +26,7 @@ use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand};
 
 use moment::Moment;
+use projection::{Format, Projector};
 use replay::{Pace, Subject};
 use source::{
     Journal,
@@ -90,7 +92,7 @@ impl From {
 enum Command {
     /// List sessions: who (caller × pod × cluster), when, how much.
     Sessions(SessionsArgs),
-    /// Print events as recorded, one JSON object a line, epoch by epoch.
+    /// Print events as recorded or in the words of a SIEM, one JSON object a line, epoch by epoch.
     Events(EventsArgs),
     /// Print a session as it happened, or one request in full.
     ///
@@ -138,9 +140,11 @@ struct EventsArgs {
     /// Only of this session (its whole id).
     #[arg(long, value_name = "ID")]
     session: Option<String>,
-    /// json: the recorded bytes. audit, ocsf and ecs are planned.
-    #[arg(long, default_value = "json", value_parser = format)]
-    format: String,
+    /// json: the recorded bytes. Another one is made of them (docs/schema.md).
+    ///
+    /// audit: audit.k8s.io/v1; ocsf: OCSF 1.5.0; cloudevents: CloudEvents 1.0. Events that a format has no place for are left out; their number is told on standard error.
+    #[arg(long, value_name = "FORMAT", default_value = "json", value_parser = format)]
+    format: Printed,
     /// Go on with what the agent records from now on, until interrupted.
     #[arg(long)]
     follow: bool,
@@ -232,14 +236,13 @@ fn moment(text: &str) -> Result<Moment, String> {
     Moment::parse(text, Moment::now())
 }
 
-fn format(text: &str) -> Result<String, String> {
-    match text {
-        "json" => Ok(text.into()),
-        "audit" | "ocsf" | "ecs" => {
-            Err(format!("the projection {text} is not available yet; available: json"))
-        }
-        _ => Err("available: json".into()),
-    }
+/// What is printed of events: another format, or what was recorded.
+type Printed = Option<Format>;
+
+fn format(text: &str) -> Result<Printed, String> {
+    let found = Format::ALL.into_iter().find(|format| format.name() == text);
+    let names = || Format::ALL.map(Format::name).join(", ");
+    if text == "json" || found.is_some() { Ok(found) } else { Err(format!("available: json, {}", names())) }
 }
 
 fn speed(text: &str) -> Result<f64, String> {
@@ -351,8 +354,7 @@ fn print_events(args: &EventsArgs, out: &mut dyn Write) -> anyhow::Result<()> {
             (None, _) => Begin::Earliest,
         };
         let mut group = args.from.join(group, begin)?;
-        let lines = events::Lines::new(out, io::stdout().is_terminal(), args.session.as_deref());
-        return Ok(events::follow_group(&mut group, lines)?);
+        return Ok(events::follow_group(&mut group, lines(args, out))?);
     }
     if args.since.is_some() && matches!(args.from.address, Address::Directory(_)) {
         anyhow::bail!("events --since reads topics, which have an index of times; a journal has none");
@@ -363,7 +365,7 @@ fn print_events(args: &EventsArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     let identities = decryption::identities(&args.identity)?;
     let reading = Reading { since: args.since, follow: args.follow, ..Reading::default() };
     let journal = args.from.open(reading)?.read_by(identities);
-    let lines = events::Lines::new(out, io::stdout().is_terminal(), args.session.as_deref());
+    let lines = lines(args, out);
     if args.follow {
         warn(&journal);
         let mut told = journal.warnings().0.len();
@@ -380,7 +382,15 @@ fn print_events(args: &EventsArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     }
     let listed = events::list(&journal, lines);
     warn(&journal);
-    Ok(listed?)
+    if let Some(left_out) = listed? {
+        let _ = writeln!(io::stderr(), "weir: {left_out}");
+    }
+    Ok(())
+}
+
+fn lines<'a>(args: &'a EventsArgs, out: &'a mut dyn Write) -> events::Lines<'a> {
+    let lines = events::Lines::new(out, io::stdout().is_terminal(), args.session.as_deref());
+    lines.projected(args.format.map(Projector::new))
 }
 
 fn replay(args: ReplayArgs, out: &mut dyn Write, style: Style) -> anyhow::Result<()> {

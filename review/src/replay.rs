@@ -288,7 +288,7 @@ struct Found {
 
 impl Found {
     fn admits(&self, record: &Record) -> bool {
-        record.session == self.session
+        record.session() == self.session
     }
 }
 
@@ -300,14 +300,14 @@ fn find(journal: &Journal, subject: &Subject) -> Result<Found, ReplayError> {
     let mut candidates: BTreeSet<(String, Option<String>)> = BTreeSet::new();
     for record in journal.records() {
         let record = record?;
-        if record.session.is_empty() {
+        if record.session().is_empty() {
             continue;
         }
         let (id, found) = match subject {
-            Subject::Session(_) => (Some(record.session.clone()), (record.session.clone(), None)),
+            Subject::Session(_) => (Some(record.session().to_owned()), (record.session().to_owned(), None)),
             Subject::Request(_) => {
                 let request = journal.event(&record).and_then(|event| event.request);
-                (request.clone(), (record.session.clone(), request))
+                (request.clone(), (record.session().to_owned(), request))
             }
         };
         if id.as_deref() == Some(prefix) {

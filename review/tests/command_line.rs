@@ -80,10 +80,7 @@ fn text(output: &Output) -> (Option<i32>, String, String) {
 fn what_was_asked_wrongly_exits_with_2_and_says_what_is_possible() {
     let cases: [(&[&str], &str); 6] = [
         (&["sessions", "--from", "kafka://broker/weir"], "brokers are HOST:PORT with commas between"),
-        (
-            &["events", "--from", "x", "--format", "ecs"],
-            "the projection ecs is not available yet; available: json",
-        ),
+        (&["events", "--from", "x", "--format", "xml"], "available: json, audit, ocsf"),
         (&["sessions", "--from", "x", "--since", "yesterday"], "give a time as RFC 3339"),
         (&["replay", "--from", "x"], "required arguments were not provided"),
         (&["replay", "--from", "x", "s1", "--speed", "0"], "give a number above 0"),

@@ -140,6 +140,16 @@ static NOTE_VERIFIER: GoModule = GoModule {
     minutes: 0.2,
 };
 
+/// Decodes audit events strictly, with Kubernetes' own types; no part of the testbed.
+static AUDIT_DECODER: GoModule = GoModule {
+    folder: "audit-decoder",
+    tags: "",
+    linker_flags: "-s -w",
+    copied: &[],
+    binaries: &[("audit-decoder", ".")],
+    minutes: 0.5,
+};
+
 /// What renders and installs the chart; no part of the testbed either.
 static HELM: GoModule = GoModule {
     folder: "helm",
@@ -285,6 +295,14 @@ pub fn promtool(progress: Progress) -> Result<PathBuf> {
 /// There is no Go, or the build fails.
 pub fn note_verifier(progress: Progress) -> Result<PathBuf> {
     NOTE_VERIFIER.tool(progress)
+}
+
+/// The program that decodes audit events as Kubernetes does, built if it is not there.
+///
+/// # Errors
+/// There is no Go, or the build fails.
+pub fn audit_decoder(progress: Progress) -> Result<PathBuf> {
+    AUDIT_DECODER.tool(progress)
 }
 
 /// Helm, built if it is not there.

@@ -30,7 +30,10 @@ pub struct PythonEnvironment {
 /// AWS STS for the tests.
 pub const MOTO: PythonEnvironment = PythonEnvironment { name: "moto", what: "moto (AWS STS for the tests)" };
 
-/// Everything that is installed with Python.
+/// What validates OCSF events against the published schema; no part of the testbed.
+pub const OCSF: PythonEnvironment = PythonEnvironment { name: "ocsf", what: "the published schema of OCSF" };
+
+/// Everything of the testbed that is installed with Python.
 pub const ENVIRONMENTS: &[PythonEnvironment] = &[MOTO];
 
 impl PythonEnvironment {
@@ -63,6 +66,19 @@ impl PythonEnvironment {
     pub fn is_installed(&self) -> Result<bool> {
         let stamp = fs::read_to_string(self.folder()?.join(".stamp")).unwrap_or_default();
         Ok(self.python()?.is_file() && stamp == self.stamp()?)
+    }
+
+    /// Its Python and a program of ours beside the lock file, installed if it is not there.
+    ///
+    /// # Errors
+    /// As of [`Self::install`].
+    pub fn program(&self, name: &str, progress: Progress) -> Result<Command> {
+        if !self.is_installed()? {
+            self.install(progress)?;
+        }
+        let mut command = Command::new(self.python()?);
+        command.arg(self.lock_file().with_file_name(name));
+        Ok(command)
     }
 
     /// Makes it anew.
@@ -112,7 +128,7 @@ mod tests {
 
     #[test]
     fn every_requirement_has_its_version_and_hashes() {
-        for environment in ENVIRONMENTS {
+        for environment in ENVIRONMENTS.iter().chain([&OCSF]) {
             let lock = fs::read_to_string(environment.lock_file()).unwrap();
             let requirements: Vec<&str> = lock
                 .lines()

@@ -81,6 +81,8 @@ mod nri;
 mod own_pod;
 #[path = "integration/pod_kinds.rs"]
 mod pod_kinds;
+#[path = "integration/projections.rs"]
+mod projections;
 #[path = "integration/rules.rs"]
 mod rules;
 #[path = "integration/run_time.rs"]
@@ -190,7 +192,7 @@ fn shown(output: &Output) -> (Option<i32>, String, String) {
 }
 
 /// Commands whose output does not depend on time; each runs twice.
-const COMMANDS: [&str; 14] = [
+const COMMANDS: [&str; 17] = [
     "kubectl get pods -n it-same -o name",
     "kubectl get configmap -n it-same absent",
     "kubectl create configmap one -n it-same --from-literal=a=b",
@@ -198,6 +200,10 @@ const COMMANDS: [&str; 14] = [
     "kubectl get configmap one -n it-same -o jsonpath={.data}",
     "kubectl patch configmap one -n it-same -p {\"data\":{\"a\":\"c\"}}",
     "kubectl delete configmap one -n it-same",
+    "echo '{\"apiVersion\":\"v1\",\"kind\":\"Secret\",\"metadata\":{\"name\":\"one\"},\"stringData\":{\"a\":\"canary-4711\"}}' \
+     | kubectl create -n it-same -f -",
+    "kubectl get secret one -n it-same -o jsonpath={.data.a}",
+    "kubectl delete secret one -n it-same",
     "kubectl get nonsense",
     "kubectl get pods -n it-same --token=wrong",
     "kubectl exec -n it-same caller -- sh -c 'echo out; echo err >&2; exit 3'",
@@ -232,6 +238,7 @@ fn kubectl_in_a_pod_says_the_same_with_weir_and_everything_is_recorded() {
     // What the pod did before the agent ran is in the audit log alone, so only the other direction holds here.
     let coverage = Coverage::compare(&audit, &events, &pod.uid);
     assert!(coverage.unaudited.is_empty(), "{:?}", coverage.unaudited);
+    projections::check(&scene, &pod);
     let counted = events.iter().filter_map(|event| match &event.kind {
         Kind::Coverage(coverage) => coverage.pods.iter().find(|counted| counted.uid == pod.uid),
         _ => None,

@@ -345,7 +345,7 @@ fn as_json_every_event_stands_as_it_was_recorded() {
     {
         let mut out = Vec::new();
         write_json(&journal, &subject, &mut out, false).unwrap();
-        let recorded = journal.records().map(Result::unwrap).filter(|record| record.session == SESSION);
+        let recorded = journal.records().map(Result::unwrap).filter(|record| record.session() == SESSION);
         let wanted = recorded.filter(|record| {
             expected.is_none() || journal.event(record).unwrap().request.as_deref() == expected
         });

@@ -125,7 +125,7 @@ impl Group {
                 return Ok(Some(Record {
                     // Nothing is read back from what is followed.
                     place: Place { segment: usize::MAX, offset: 0 },
-                    session: received.envelope.key.clone(),
+                    envelope: received.envelope.clone(),
                     frame_bytes: received.value.len() as u64,
                     value: received.value.to_vec(),
                 }));

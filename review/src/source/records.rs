@@ -7,6 +7,7 @@ use std::{
 };
 
 use weir_common::{
+    envelope::Envelope,
     event::Event,
     frame::{self, FRAME_BYTES_MAX, FRAME_HEADER_BYTES, FrameHeader, FrameType},
 };
@@ -24,12 +25,19 @@ pub(crate) struct Place {
 #[derive(Clone, Debug)]
 pub(crate) struct Record {
     pub(crate) place: Place,
-    /// Session, from the envelope.
-    pub(crate) session: String,
+    /// What accompanies it.
+    pub(crate) envelope: Envelope,
     /// Length of its frame.
     pub(crate) frame_bytes: u64,
     /// The exact bytes of the event.
     pub(crate) value: Vec<u8>,
+}
+
+impl Record {
+    /// Its session, as the envelope says it.
+    pub(crate) fn session(&self) -> &str {
+        &self.envelope.key
+    }
 }
 
 /// Gives events back by place: what a replay reads content from.
@@ -57,7 +65,7 @@ impl Journal {
 #[derive(Debug)]
 pub(super) struct Entry {
     pub(super) offset: usize,
-    session: String,
+    envelope: Envelope,
     value: Range<usize>,
 }
 
@@ -69,7 +77,7 @@ impl Entry {
         (frame.frame_type == FrameType::Event).then(|| Self {
             offset,
             value: end - frame.value.len()..end,
-            session: frame.envelope.key,
+            envelope: frame.envelope,
         })
     }
 
@@ -78,7 +86,7 @@ impl Entry {
         let value = bytes.get(self.value).unwrap_or_default().to_vec();
         Record {
             place: Place { segment, offset: self.offset as u64 },
-            session: self.session,
+            envelope: self.envelope,
             frame_bytes,
             value,
         }

@@ -315,7 +315,7 @@ impl<'a> TopicTail<'a> {
                     let record = Record {
                         // Nothing is read back from what is followed.
                         place: Place { segment: usize::MAX, offset: 0 },
-                        session: received.envelope.key.clone(),
+                        envelope: received.envelope.clone(),
                         frame_bytes: received.value.len() as u64,
                         value: received.value.to_vec(),
                     };

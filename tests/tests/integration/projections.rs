@@ -1,0 +1,124 @@
+//! What `weir events --format` makes of a real run, read by those whose format it is.
+
+use std::{collections::BTreeMap, path::Path, process::Command};
+
+use serde_json::Value;
+use weir_tests::{Pod, agent, command, components, progress::Progress, python};
+
+use super::{Scene, shown};
+
+/// All formats, of the journal of a scene in which a pod has used kubectl.
+pub(super) fn check(scene: &Scene, pod: &Pod<'_>) {
+    audit(scene, pod);
+    cloudevents(scene);
+    ocsf(scene);
+}
+
+/// What a pod has put into a secret, in clear and as the API has it.
+const CANARIES: [&str; 2] = ["canary-4711", "Y2FuYXJ5LTQ3MTE="];
+
+/// Lines of a format, with the file that they are in.
+fn printed(scene: &Scene, format: &str) -> (std::path::PathBuf, Vec<Value>) {
+    let weir = agent::built_binary("weir").unwrap();
+    let mut events = Command::new(weir);
+    let output = command::output(events.args(["events", "--format", format, "--from"]).arg(scene.journal()));
+    let (code, out, err) = shown(&output.unwrap());
+    assert_eq!(code, Some(0), "{err}");
+    for canary in CANARIES {
+        assert!(!out.contains(canary), "{canary} is in {format}");
+    }
+    let path = scene.scratch.path().join(format);
+    std::fs::write(&path, &out).unwrap();
+    (path, out.lines().map(|line| serde_json::from_str(line).unwrap()).collect())
+}
+
+/// Kubernetes' own decoder takes every line, of the goldens too, and the API server's own log says the same of the same requests.
+fn audit(scene: &Scene, pod: &Pod<'_>) {
+    let decoder = components::audit_decoder(Progress::Shown).unwrap();
+    let (path, lines) = printed(scene, "audit");
+    let golden = components::repository().join("review/golden/audit.jsonl");
+    let decoded = |path: &Path| shown(&command::output(Command::new(&decoder).arg(path)).unwrap());
+    let (code, stages, err) = decoded(&golden);
+    assert_eq!(code, Some(0), "{err}");
+    assert_eq!(stages, "RequestReceived 9\nResponseStarted 3\nResponseComplete 8\nPanic 0\n");
+    let (code, stages, err) = decoded(&path);
+    assert_eq!(code, Some(0), "{err}");
+    assert!(!stages.contains(" 0\nResponseComplete") && !stages.contains("Complete 0"), "{stages}");
+    let odd = scene.scratch.path().join("odd");
+    let mut strange = lines[0].clone();
+    strange["stagetimestamp"] = strange["stageTimestamp"].clone();
+    std::fs::write(&odd, format!("{strange}\n")).unwrap();
+    assert_eq!(decoded(&odd).0, Some(1), "the decoder is strict");
+
+    let complete = |lines: &[Value]| -> BTreeMap<String, Value> {
+        let ends = lines.iter().filter(|line| line["stage"] == "ResponseComplete");
+        ends.map(|line| (line["auditID"].as_str().unwrap().to_owned(), line.clone())).collect()
+    };
+    let log = std::fs::read_to_string(scene.testbed.layout().audit_log()).unwrap();
+    let log: Vec<Value> = log.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
+    let (ours, theirs) = (complete(&lines), complete(&log));
+    let mut same = 0;
+    for (id, ours) in &ours {
+        assert_eq!(ours["annotations"]["weir.dev/pod-uid"], pod.uid, "{ours}");
+        let Some(theirs) = theirs.get(id) else { continue };
+        same += 1;
+        for field in ["requestURI", "verb", "userAgent", "user/username", "responseStatus/code"] {
+            let of = |line: &Value| line.pointer(&format!("/{field}")).cloned();
+            assert_eq!(of(ours), of(theirs), "{field}: {ours} {theirs}");
+        }
+        for field in ["resource", "namespace", "name", "apiGroup", "apiVersion", "subresource"] {
+            assert_eq!(ours["objectRef"][field], theirs["objectRef"][field], "{field}: {ours} {theirs}");
+        }
+    }
+    // A request with a wrong token has another stage in the API server's log.
+    assert!(same + 2 >= ours.len() && same > 10, "{same} of {} are in the API server's log", ours.len());
+    // kubectl says this one in protobuf, and that one in JSON.
+    let created = |line: &&Value| line["verb"] == "create" && line["objectRef"]["resource"] == "configmaps";
+    let created = ours.values().find(created).expect("a configmap was created");
+    assert_eq!(created["annotations"]["weir.dev/request-object-omitted"], "not JSON", "{created}");
+    let secret =
+        ours.values().find(|line| line["verb"] == "create" && line["objectRef"]["resource"] == "secrets");
+    let masked = secret.expect("a secret was created")["requestObject"]["stringData"]["a"].as_str();
+    assert!(masked.is_some_and(|value| value.starts_with("weir:masked:le16:")), "{secret:?}");
+}
+
+/// One an event, with the recorded bytes.
+fn cloudevents(scene: &Scene) {
+    let (path, lines) = printed(scene, "cloudevents");
+    let (_, recorded) = printed(scene, "json");
+    assert_eq!(lines.len(), recorded.len());
+    let text = std::fs::read_to_string(path).unwrap();
+    let recorded = std::fs::read_to_string(scene.scratch.path().join("json")).unwrap();
+    assert!(
+        text.lines()
+            .zip(recorded.lines())
+            .all(|(line, event)| line.ends_with(&format!("\"data\":{event}}}")))
+    );
+    for line in &lines {
+        let id = format!("{}/{}", line["data"]["epoch"].as_str().unwrap(), line["data"]["sequence"]);
+        assert_eq!((line["id"].as_str(), line["specversion"].as_str()), (Some(id.as_str()), Some("1.0")));
+    }
+}
+
+/// The published schema takes every line, of the goldens too; each request has an end.
+fn ocsf(scene: &Scene) {
+    let (path, lines) = printed(scene, "ocsf");
+    let validate = |path: &Path| {
+        let mut program = python::OCSF.program("validate.py", Progress::Shown).unwrap();
+        shown(&command::output(program.arg(path)).unwrap())
+    };
+    let golden = components::repository().join("review/golden/ocsf.jsonl");
+    assert_eq!(validate(&golden), (Some(0), "0 10\n1007 3\n6003 17\n".to_owned(), String::new()));
+    let (code, classes, err) = validate(&path);
+    assert_eq!(code, Some(0), "{err}");
+    assert!(classes.contains("1007 ") && classes.contains("6003 "), "{classes}");
+    let odd = scene.scratch.path().join("odd");
+    for (field, value) in [("status_id", 7.into()), ("no_such_field", true.into()), ("time", Value::Null)] {
+        let mut strange = lines[0].clone();
+        strange[field] = value;
+        std::fs::write(&odd, format!("{strange}\n")).unwrap();
+        assert_eq!(validate(&odd).0, Some(1), "the schema has no such {field}");
+    }
+    let exits: Vec<_> = lines.iter().filter_map(|line| line["exit_code"].as_i64()).collect();
+    assert!(exits.contains(&3) && exits.contains(&0), "{exits:?}");
+}
