@@ -184,7 +184,7 @@ pub enum Access {
     Kubeconfig(PathBuf),
 }
 
-/// Where serving certificates come from that pods trust as they are (tier T0).
+/// Where serving certificates come from that pods trust: as they are (tier T0), or by a bundle that they are given (T1).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Trust {
     /// The cluster's own `kubernetes.io/kubelet-serving` signer.
@@ -195,6 +195,8 @@ pub enum Trust {
         certificate: PathBuf,
         /// PEM private key.
         key: PathBuf,
+        /// PEM certificates that pods are given in the place of the cluster's CA (tier T1).
+        client_bundle: Option<PathBuf>,
     },
 }
 

@@ -65,6 +65,8 @@ impl ServingCertificate {
 pub enum Tier {
     /// T0: the certificate chains to the CA that the clients hold anyway.
     Native,
+    /// T1: pods are given a bundle in the place of the CA that they would hold.
+    Bundle,
     /// A CA of this process alone, known only to the command under `weir-agent exec`.
     Ephemeral,
 }
@@ -74,6 +76,7 @@ impl Tier {
     pub const fn name(self) -> &'static str {
         match self {
             Self::Native => "T0",
+            Self::Bundle => "T1",
             Self::Ephemeral => "ephemeral",
         }
     }
@@ -171,6 +174,11 @@ impl ClusterCa {
         Arc::clone(&self.roots)
     }
 
+    /// Whether all of another's certificates are in this one.
+    pub fn holds(&self, other: &Self) -> bool {
+        other.roots.roots.iter().all(|root| self.roots.roots.contains(root))
+    }
+
     /// Verifies `chain` (leaf first) as a client would that dials each of `names`.
     ///
     /// # Errors
@@ -259,7 +267,7 @@ pub enum TrustError {
     /// The mounted CA is not one that pods trust.
     #[error(
         "{} does not chain to {origin}, so pods would refuse every connection; mount the cluster's \
-         own CA or an intermediate that it signed",
+         own CA or an intermediate that it signed, or give pods a bundle (`clientBundle`)",
         path.display()
     )]
     CaNotChained {
@@ -269,6 +277,18 @@ pub enum TrustError {
         origin: String,
         /// What a client would say.
         source: Box<TrustError>,
+    },
+    /// Who is given the bundle could not verify the API server itself.
+    #[error(
+        "{} lacks a certificate of {origin}, so pods could not verify the API server where Weir does not stand between; put \
+         the cluster's ca.crt into it, beside Weir's CA",
+        path.display()
+    )]
+    BundleLacksCluster {
+        /// The bundle.
+        path: PathBuf,
+        /// The cluster CA.
+        origin: String,
     },
     /// A key or certificate could not be made.
     #[error("cannot make {what}")]

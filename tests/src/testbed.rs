@@ -4,10 +4,10 @@
 //! recorded there before it is made and is gone after `down`. One testbed per machine. What runs in the cluster is
 //! not this module's: see [`crate::pods`].
 
-mod api_server;
 mod control_plane;
 mod images;
 mod node;
+mod outage;
 mod state;
 mod teardown;
 
@@ -26,10 +26,10 @@ use crate::process::RecordedProcess;
 use crate::progress::Progress;
 use crate::wait::wait_until;
 
-pub use api_server::ApiServerOutage;
 pub use control_plane::{API_CLUSTER_IP, AUTHENTICATOR_PORT, ENDPOINT_NAME, free_ports};
 pub use images::{AGENT_IMAGE, PAUSE_IMAGE};
 pub use node::{BRIDGE, BRIDGE_ADDRESS, CONTAINERD_NAMESPACE, NODE_NAME, POD_RANGE};
+pub use outage::Outage;
 pub use state::{Layout, State, boot_id, cgroup_mounts};
 
 /// Longest path of the folder: containerd's socket in it must stay below the 108 bytes of a socket address.

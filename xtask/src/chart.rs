@@ -20,8 +20,11 @@ const VALUES: &str = ".values.yaml";
 /// What it is rendered for; nothing in it depends on that.
 const KUBERNETES: &str = "1.33.0";
 
+/// What an API server serves from 1.36 on.
+const MUTATING: &str = "admissionregistration.k8s.io/v1/MutatingAdmissionPolicy";
+
 /// Mistakes in values, and what is said of them.
-const MISTAKES: [(&str, &str); 12] = [
+const MISTAKES: [(&str, &str); 15] = [
     (r#"{"config": {"jurnal": {}}}"#, "at '/config': additional properties 'jurnal' not allowed"),
     (r#"{"config": {"kafka": {"brokers": ["kafka:9093"]}}}"#, "at '/config/kafka': missing property 'topic'"),
     (r#"{"config": {"clusters": []}}"#, "at '/config/clusters': minItems"),
@@ -41,6 +44,18 @@ const MISTAKES: [(&str, &str); 12] = [
     (
         r#"{"config": {"stateDirectory": "/var/lib/weir/../x"}}"#,
         "config.stateDirectory: /var/lib/weir/../x is not",
+    ),
+    (
+        r#"{"trustBundle": {"enabled": true}}"#,
+        "trustBundle.enabled: no cluster of config.clusters has trust.mountedCa.clientBundle",
+    ),
+    (
+        r#"{"trustBundle": {"enabled": true}, "config": {"clusters": [{"name": "a", "inCluster": true, "trust": {"mountedCa": {"certificate": "/a", "key": "/b", "clientBundle": "/etc/weir/trust-bundle/ca.crt"}}}]}}"#,
+        "trustBundle.enabled: this API server serves no MutatingAdmissionPolicy",
+    ),
+    (
+        r#"{"trustBundle": {"certificates": "-----BEGIN CERTIFICATE-----\n-----BEGIN PRIVATE KEY-----"}}"#,
+        "at '/trustBundle/certificates': 'not' failed",
     ),
     (
         r#"{"monitoring": {"serviceMonitor": true}}"#,
@@ -100,7 +115,8 @@ impl Helm {
         }
         ensure!(!names.is_empty(), "there are no values in {GOLDEN}");
         for name in names {
-            let rendered = self.template(CHART, &["--values", &format!("{GOLDEN}/{name}{VALUES}")])?;
+            let values = format!("{GOLDEN}/{name}{VALUES}");
+            let rendered = self.template(CHART, &["--values", &values, "--api-versions", MUTATING])?;
             let path = folder.join(format!("{name}.yaml"));
             if std::env::var_os("UPDATE_EXPECT").is_some() {
                 fs::write(&path, &rendered).with_context(|| format!("cannot write {}", path.display()))?;

@@ -30,6 +30,9 @@ pub(crate) struct Arguments {
     /// Name of the image; the version is its tag.
     #[arg(long, default_value = "weir-agent", value_name = "NAME")]
     image: String,
+    /// Install on the testbed what was made: the chart's package with the image's archive. Needs root.
+    #[arg(long)]
+    test: bool,
 }
 
 /// Builds everything, and says what lies where.
@@ -67,6 +70,31 @@ pub(crate) fn run(root: &Path, arguments: &Arguments) -> Result<()> {
     let sums = checksums(&dist)?;
     fs::write(dist.join("SHA256SUMS"), &sums).context("cannot write checksums")?;
     println!("{}:\n{sums}image {} has the digest {digest}", dist.display(), image.name);
+    if arguments.test { test(root, &dist) } else { Ok(()) }
+}
+
+/// Runs the chart's test with it.
+fn test(root: &Path, dist: &Path) -> Result<()> {
+    let mut cargo = Command::new("cargo");
+    cargo.args(["build", "--locked"]).args(BINARIES.iter().flat_map(|name| ["-p", name]));
+    // What looks at the node from outside, and at what was recorded.
+    let built = cargo.current_dir(root).status().context("cannot start cargo")?;
+    ensure!(built.success(), "cargo build ended with {built}");
+    let mut tests = Command::new("cargo");
+    tests.args([
+        "test",
+        "--locked",
+        "-p",
+        "weir-tests",
+        "--test",
+        "integration",
+        "--",
+        "chart::",
+        "--nocapture",
+    ]);
+    tests.env("WEIR_TEST_DIST", dist).env("CI", "true");
+    let tested = tests.current_dir(root).status().context("cannot start cargo")?;
+    ensure!(tested.success(), "cargo test ended with {tested}");
     Ok(())
 }
 

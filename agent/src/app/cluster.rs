@@ -161,8 +161,9 @@ pub(crate) fn policy(
 
 fn authority(config: &Config, cluster: &Cluster, access: &ClusterAccess) -> Result<Authority, AppError> {
     Ok(match &cluster.trust {
-        Trust::MountedCa { certificate, key } => {
-            Authority::Mounted(MountedCa::load(certificate, key, access.ca.clone())?)
+        Trust::MountedCa { certificate, key, client_bundle } => {
+            let files = (certificate.as_path(), key.as_path());
+            Authority::Mounted(MountedCa::load(files, client_bundle.as_deref(), access.ca.clone())?)
         }
         Trust::ClusterSigner => Authority::ClusterSigner(ClusterSigner::new(
             access.client.clone(),

@@ -182,6 +182,9 @@ struct RawMountedCa {
     certificate: PathBuf,
     /// File of its private key (PEM).
     key: PathBuf,
+    /// File (PEM) of the CAs that enrolled pods are given in the place of the cluster's, which must be among them (trust tier T1: the
+    /// chart's `trustBundle`). Without it: the CA must be one that pods trust as they are.
+    client_bundle: Option<PathBuf>,
 }
 
 #[derive(Deserialize)]
@@ -404,6 +407,10 @@ impl RawTrust {
             (Some(Nothing {}), None) => Ok(Trust::ClusterSigner),
             (None, Some(files)) => Ok(Trust::MountedCa {
                 certificate: readable(format!("{key}.mountedCa.certificate"), files.certificate)?,
+                client_bundle: files
+                    .client_bundle
+                    .map(|path| readable(format!("{key}.mountedCa.clientBundle"), path))
+                    .transpose()?,
                 key: readable(format!("{key}.mountedCa.key"), files.key)?,
             }),
             _ => {

@@ -129,8 +129,9 @@ fn extra_keys(cluster: &Cluster) -> Option<BTreeSet<String>> {
 async fn trust_of(cluster: &Cluster, access: ClusterAccess, node: &str) -> Check {
     let name = format!("trust {}", cluster.name);
     let authority = match &cluster.trust {
-        Trust::MountedCa { certificate, key } => {
-            MountedCa::load(certificate, key, access.ca).map(Authority::Mounted)
+        Trust::MountedCa { certificate, key, client_bundle } => {
+            let files = (certificate.as_path(), key.as_path());
+            MountedCa::load(files, client_bundle.as_deref(), access.ca).map(Authority::Mounted)
         }
         Trust::ClusterSigner => {
             Ok(Authority::ClusterSigner(ClusterSigner::new(access.client, node, access.ca)))

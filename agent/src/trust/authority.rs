@@ -4,6 +4,7 @@
 //! A mounted CA is read anew for each leaf, so its key is not kept and a rotated CA is picked up by itself.
 
 use std::{
+    borrow::Cow,
     fmt,
     path::{Path, PathBuf},
     time::{Duration, SystemTime},
@@ -44,7 +45,8 @@ impl Authority {
     /// How much clients must be told to trust it.
     pub fn tier(&self) -> Tier {
         match self {
-            Self::Mounted(_) | Self::ClusterSigner(_) => Tier::Native,
+            Self::Mounted(ca) => ca.clients.tier(),
+            Self::ClusterSigner(_) => Tier::Native,
             Self::Ephemeral(_) => Tier::Ephemeral,
         }
     }
@@ -52,7 +54,16 @@ impl Authority {
     /// Where certificates come from, in words.
     pub fn describe(&self) -> String {
         match self {
-            Self::Mounted(ca) => format!("mounted CA {}", ca.certificate_path.display()),
+            Self::Mounted(ca) => match &ca.clients {
+                Clients::Cluster(_) => format!("mounted CA {}", ca.certificate_path.display()),
+                Clients::Bundle { path, .. } => {
+                    format!(
+                        "mounted CA {}, which pods know by {}",
+                        ca.certificate_path.display(),
+                        path.display()
+                    )
+                }
+            },
             Self::ClusterSigner(_) => format!("cluster signer {}", super::cluster_signer::SIGNER_NAME),
             Self::Ephemeral(_) => "CA of this process".to_owned(),
         }
@@ -65,12 +76,12 @@ impl Authority {
     pub async fn issue(&self, names: &ServingNames, clients: Option<&ClientCa>) -> Result<Leaf, TrustError> {
         let key = leaf::generate_key()?;
         let (chain, cluster_ca) = match self {
-            Self::Mounted(ca) => (ca.sign(&key, names)?, &ca.cluster_ca),
+            Self::Mounted(ca) => (ca.sign(&key, names)?, ca.clients.ca()?),
             Self::ClusterSigner(signer) => {
                 let request = leaf::signing_request(&key, names, &signer.subject())?;
-                (signer.sign(&request).await?, signer.cluster_ca())
+                (signer.sign(&request).await?, Cow::Borrowed(signer.cluster_ca()))
             }
-            Self::Ephemeral(ca) => (ca.sign(&key, names)?, &ca.trusted),
+            Self::Ephemeral(ca) => (ca.sign(&key, names)?, Cow::Borrowed(&ca.trusted)),
         };
         cluster_ca.verify(&chain, names)?;
         Leaf::new(key, chain, clients)
@@ -81,7 +92,42 @@ impl Authority {
 pub struct MountedCa {
     certificate_path: PathBuf,
     key_path: PathBuf,
-    cluster_ca: ClusterCa,
+    clients: Clients,
+}
+
+/// What clients judge certificates by.
+enum Clients {
+    /// The cluster's own CA, which pods hold anyway.
+    Cluster(ClusterCa),
+    /// A bundle that pods are given in its place, as a file that is read anew for each certificate, as the CA is.
+    Bundle { path: PathBuf, cluster: ClusterCa },
+}
+
+impl Clients {
+    fn tier(&self) -> Tier {
+        match self {
+            Self::Cluster(_) => Tier::Native,
+            Self::Bundle { .. } => Tier::Bundle,
+        }
+    }
+
+    /// The CA by which they judge.
+    fn ca(&self) -> Result<Cow<'_, ClusterCa>, TrustError> {
+        let (path, cluster) = match self {
+            Self::Cluster(ca) => return Ok(Cow::Borrowed(ca)),
+            Self::Bundle { path, cluster } => (path, cluster),
+        };
+        let pem =
+            std::fs::read(path).map_err(|source| TrustError::ReadFile { path: path.clone(), source })?;
+        let bundle = ClusterCa::from_pem(&pem, path.display().to_string())?;
+        if !bundle.holds(cluster) {
+            return Err(TrustError::BundleLacksCluster {
+                path: path.clone(),
+                origin: cluster.origin.clone(),
+            });
+        }
+        Ok(Cow::Owned(bundle))
+    }
 }
 
 impl fmt::Debug for MountedCa {
@@ -94,22 +140,33 @@ impl fmt::Debug for MountedCa {
 }
 
 impl MountedCa {
-    /// Reads the files and verifies that the CA chains to `cluster_ca` by signing a certificate for nobody.
+    /// Reads the files and verifies that the CA chains to `cluster_ca`, or to the `bundle` that pods are given in its place, by
+    /// signing a certificate for nobody.
     ///
     /// # Errors
     /// A file cannot be read or parsed, they do not belong together, or pods would not trust this CA; the error
     /// names the file and the mend.
-    pub fn load(certificate: &Path, key: &Path, cluster_ca: ClusterCa) -> Result<Self, TrustError> {
-        let ca = Self { certificate_path: certificate.into(), key_path: key.into(), cluster_ca };
+    pub fn load(
+        (certificate, key): (&Path, &Path),
+        bundle: Option<&Path>,
+        cluster_ca: ClusterCa,
+    ) -> Result<Self, TrustError> {
+        let clients = match bundle {
+            None => Clients::Cluster(cluster_ca),
+            Some(path) => Clients::Bundle { path: path.to_owned(), cluster: cluster_ca },
+        };
+        let ca = Self { certificate_path: certificate.into(), key_path: key.into(), clients };
+        let judge = ca.clients.ca()?;
         let probe_key = leaf::generate_key()?;
         let mut probe_names = ServingNames::default();
         probe_names.add_host("probe.weir.invalid");
         let chain = ca.sign(&probe_key, &probe_names)?;
-        ca.cluster_ca.verify(&chain, &probe_names).map_err(|source| TrustError::CaNotChained {
+        judge.verify(&chain, &probe_names).map_err(|source| TrustError::CaNotChained {
             path: certificate.into(),
-            origin: ca.cluster_ca.origin.clone(),
+            origin: judge.origin.clone(),
             source: Box::new(source),
         })?;
+        drop(judge);
         Ok(ca)
     }
 
@@ -255,7 +312,12 @@ pub(super) mod tests {
 
         fn load(&self, cluster_ca: &Self) -> Result<MountedCa, TrustError> {
             let trusted = ClusterCa::from_pem(cluster_ca.certificate_pem.as_bytes(), "pods' ca.crt")?;
-            MountedCa::load(&self.folder.path().join("ca.crt"), &self.folder.path().join("ca.key"), trusted)
+            self.load_for(None, trusted)
+        }
+
+        fn load_for(&self, bundle: Option<&Path>, cluster: ClusterCa) -> Result<MountedCa, TrustError> {
+            let file = |name: &str| self.folder.path().join(name);
+            MountedCa::load((&file("ca.crt"), &file("ca.key")), bundle, cluster)
         }
     }
 
@@ -285,6 +347,35 @@ pub(super) mod tests {
         let (cluster, other) = (CaFiles::root(), CaFiles::root());
         let error = other.load(&cluster).expect_err("must be refused").to_string();
         assert!(error.contains("ca.crt does not chain to pods' ca.crt"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_ca_of_its_own_serves_pods_that_are_given_a_bundle_with_it_and_the_clusters() {
+        let (cluster, own) = (CaFiles::root(), CaFiles::root());
+        let trusted =
+            || ClusterCa::from_pem(cluster.certificate_pem.as_bytes(), "pods' ca.crt").expect("a CA");
+        let bundle = own.folder.path().join("bundle.crt");
+        let write = |cas: &[&CaFiles]| {
+            let pem: String = cas.iter().map(|ca| ca.certificate_pem.as_str()).collect();
+            std::fs::write(&bundle, pem).expect("write");
+        };
+        let refused = || own.load_for(Some(&bundle), trusted()).expect_err("must be refused").to_string();
+        assert!(refused().contains("cannot read"), "{}", refused());
+        write(&[&own]);
+        assert!(refused().contains("bundle.crt lacks a certificate of pods' ca.crt"), "{}", refused());
+        write(&[&cluster]);
+        assert!(
+            refused().contains("ca.crt does not chain to") && refused().contains("bundle.crt"),
+            "{}",
+            refused()
+        );
+        write(&[&cluster, &own]);
+        let authority = Authority::Mounted(own.load_for(Some(&bundle), trusted()).expect("loads"));
+        assert_eq!(authority.tier(), Tier::Bundle);
+        authority.issue(&names(), None).await.expect("issues");
+        // It is what pods have at the time that counts.
+        write(&[&cluster]);
+        authority.issue(&names(), None).await.expect_err("pods would refuse it");
     }
 
     #[test]

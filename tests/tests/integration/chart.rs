@@ -9,14 +9,22 @@ use std::{
     time::Duration,
 };
 
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use serde_json::{Value, json};
 use weir_common::event::Kind;
 use weir_tests::{
-    PodSpec, Testbed, agent, command, components, image::Image, progress::Progress, testbed::NODE_NAME,
-    wait_until,
+    PodSpec, Testbed, agent, certificates::Authority, command, components, image::Image, progress::Progress,
+    testbed::NODE_NAME, wait_until,
 };
 
-use super::{DEADLINE, Scene, shown};
+use super::{
+    DEADLINE, Scene,
+    guard::{asks, direct_requests, is_refused},
+    shown,
+};
 
 const NAMESPACE: &str = "weir-system";
 const IMAGE: &str = "weir.test/weir-agent:1";
@@ -25,10 +33,27 @@ const STATE: &str = "/var/lib/weir";
 const JOURNAL: &str = "/var/lib/weir/journal";
 /// What keeps pods off a node without an agent.
 const STARTUP_TAINT: &str = "weir.dev/agent-not-ready=:NoSchedule";
+/// What an API server serves from 1.36 on.
+const MUTATING: &str = "admissionregistration.k8s.io/v1/MutatingAdmissionPolicy";
 /// The image is there, and nothing is pulled.
 const READY_DEADLINE: &str = "--timeout=120s";
 /// Calls that must have succeeded after an upgrade.
 const CALLS_AFTER: usize = 10;
+/// The kubelet waits ten seconds before it starts a container that has ended twice.
+const AGAIN_DEADLINE: Duration = Duration::from_secs(90);
+
+/// The folder that `cargo xtask dist --test` has made.
+fn dist() -> Option<PathBuf> {
+    std::env::var_os("WEIR_TEST_DIST").map(PathBuf::from)
+}
+
+#[track_caller]
+fn only_one(folder: &Path, suffix: &str) -> PathBuf {
+    let files = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    let found: Vec<_> = files.filter(|path| path.to_string_lossy().ends_with(suffix)).collect();
+    assert_eq!(found.len(), 1, "{found:?}");
+    found[0].clone()
+}
 
 /// The release; it, and what it leaves on this machine, goes with this value.
 struct Release<'a> {
@@ -55,15 +80,28 @@ impl<'a> Release<'a> {
         release
     }
 
+    /// Of what `cargo xtask dist` made, where that is to be tested; else of the built binaries, by the same code.
     fn import_image(&self) {
+        let archive =
+            dist().map_or_else(|| self.image_of_built_binaries(), |folder| only_one(&folder, ".oci.tar"));
+        command::run(self.testbed.ctr_command().args(["images", "import", "--local"]).arg(&archive)).unwrap();
+        let index = command::run(Command::new("tar").arg("-xOf").arg(&archive).arg("./index.json")).unwrap();
+        let index: Value = serde_json::from_str(&index).unwrap();
+        let name = index["manifests"][0]["annotations"]["io.containerd.image.name"].as_str().unwrap();
+        if name != IMAGE {
+            eprintln!("{} is installed, {}", archive.display(), index["manifests"][0]["digest"]);
+            command::run(self.testbed.ctr_command().args(["images", "tag", "--force", name, IMAGE])).unwrap();
+        }
+    }
+
+    fn image_of_built_binaries(&self) -> PathBuf {
         let binaries = ["weir-agent", "weir"].map(|name| agent::built_binary(name).unwrap());
         let license = components::repository().join("LICENSE");
         let archive = self.scratch.join("image.tar");
         let image =
             Image { name: IMAGE, version: "test", binaries: &binaries, license: &license, compressed: false };
         image.write(&archive).unwrap();
-        command::run(self.testbed.ctr_command().args(["images", "import", "--local"]).arg(&archive)).unwrap();
-        fs::remove_file(&archive).unwrap();
+        archive
     }
 
     fn command(&self, arguments: &[&str]) -> Command {
@@ -79,7 +117,8 @@ impl<'a> Release<'a> {
     /// Brings the release to these values, and waits until the DaemonSet is ready.
     fn apply(&self, set: &[&str]) -> Output {
         let mut command = self.command(&["upgrade", "weir", "--install", "--wait", READY_DEADLINE]);
-        command.arg(components::repository().join("deploy/helm/weir"));
+        let chart = dist().map(|folder| only_one(&folder, ".tgz"));
+        command.arg(chart.unwrap_or_else(|| components::repository().join("deploy/helm/weir")));
         command.arg("--values").arg(self.scratch.join("values.json"));
         for value in set {
             command.args(["--set", value]);
@@ -115,6 +154,17 @@ impl<'a> Release<'a> {
         let text = self.testbed.kubectl(&["get", "pods", "-n", NAMESPACE, "-o", "json"]).unwrap();
         let list: Value = serde_json::from_str(&text).unwrap();
         list["items"].as_array().unwrap().clone()
+    }
+
+    /// What the API server says to a pod, or makes of it, without making it.
+    fn try_pod(&self, namespace: &str, change: &dyn Fn(&mut Value)) -> (Option<i32>, String, String) {
+        let mut pod = PodSpec::idle(namespace, "tried").manifest();
+        change(&mut pod["spec"]);
+        let file = self.scratch.join("pod.json");
+        fs::write(&file, pod.to_string()).unwrap();
+        let mut command = self.testbed.kubectl_command();
+        command.args(["create", "--dry-run=server", "-o", "json", "-f"]).arg(&file);
+        shown(&command::output(&mut command).unwrap())
     }
 
     /// A command in the agent's container.
@@ -161,6 +211,9 @@ fn the_chart_installs_upgrades_under_load_and_removes_itself() {
 
     refuses_pods_that_could_reach_past_weir(&release);
     is_upgraded_under_load(&release, &pod);
+    is_kept_from_the_api_server_through_reboots(&release, &scene, &pod);
+
+    pods_are_given_a_bundle_where_they_would_not_trust_the_agent(&release, &pod);
 
     release.must_apply(&["uninstall=true"]);
     let done = ["rollout", "status", "daemonset/weir-agent", "-n", NAMESPACE, READY_DEADLINE];
@@ -177,7 +230,8 @@ fn the_chart_installs_upgrades_under_load_and_removes_itself() {
 fn is_what_the_api_server_takes(release: &Release<'_>) {
     let root = components::repository().join("deploy/helm");
     for name in ["default", "everything", "uninstall"] {
-        let mut command = release.command(&["template", "weir", "--kube-version", "1.36.0"]);
+        let mut command =
+            release.command(&["template", "weir", "--kube-version", "1.36.0", "--api-versions", MUTATING]);
         command.arg(root.join("weir")).arg("--values").arg(root.join(format!("golden/{name}.values.yaml")));
         let rendered = command::run(&mut command).unwrap();
         let served = |object: &&str| !object.contains("apiVersion: monitoring.coreos.com/");
@@ -241,6 +295,128 @@ fn is_upgraded_under_load(release: &Release<'_>, pod: &weir_tests::Pod<'_>) {
     assert_eq!(epochs.len(), 2, "one agent before, one after, and no third that took over again");
 }
 
+/// Kubelet, containerd and agent are gone and nothing is pinned, as after a reboot; they come back in each order that a node with
+/// `weir-guard.service` can have, which is never the kubelet before the guard.
+fn is_kept_from_the_api_server_through_reboots(
+    release: &Release<'_>,
+    scene: &Scene,
+    pod: &weir_tests::Pod<'_>,
+) {
+    let binary = agent::built_binary("weir-agent").unwrap();
+    let on_node = |arguments: &[&str]| command::run(Command::new(&binary).args(arguments)).unwrap();
+    for guard_first in [true, false] {
+        let began = std::time::Instant::now();
+        let status: Value = serde_json::from_str(&on_node(&["status", "--json"])).unwrap();
+        let agent = i32::try_from(status["agent"]["pid"].as_i64().unwrap()).unwrap();
+        let kubelet = scene.testbed.stop_kubelet().unwrap();
+        kill(Pid::from_raw(agent), Signal::SIGKILL).unwrap();
+        wait_until("the agent to be gone", DEADLINE, || {
+            Ok((!Path::new("/proc").join(agent.to_string()).exists()).then_some(()))
+        })
+        .unwrap();
+        let containerd = scene.testbed.stop_containerd().unwrap();
+        on_node(&["uninstall", "--force"]);
+        // What `weir-guard.service` runs.
+        let guard = || {
+            let said = on_node(&["guard"]);
+            assert!(said.starts_with("in force: pods are kept from "), "{said}");
+        };
+        if guard_first {
+            guard();
+        }
+        containerd.end().unwrap();
+        if !guard_first {
+            guard();
+        }
+        is_refused(pod, "before the kubelet");
+        kubelet.end().unwrap();
+        wait_until("the pod to be served again", AGAIN_DEADLINE, || {
+            Ok((asks(pod).0 == Some(0)).then_some(()))
+        })
+        .unwrap_or_else(|error| panic!("{error:#}\n{}", release.told()));
+        let done = ["rollout", "status", "daemonset/weir-agent", "-n", NAMESPACE, READY_DEADLINE];
+        scene.testbed.kubectl(&done).unwrap();
+        eprintln!("as after a reboot, guard first: {guard_first}; served again after {:?}", began.elapsed());
+    }
+    let direct = direct_requests(scene, &std::iter::once(pod.uid.clone()).collect());
+    assert!(direct.is_empty(), "{direct:?}");
+}
+
+/// Trust tier T1: the agent's CA is one that no pod holds, and pods that are made from then on get a bundle wherever they mount
+/// the cluster's.
+fn pods_are_given_a_bundle_where_they_would_not_trust_the_agent(
+    release: &Release<'_>,
+    before: &weir_tests::Pod<'_>,
+) {
+    let (folder, testbed) = (release.scratch.join("own-ca"), release.testbed);
+    fs::create_dir(&folder).unwrap();
+    Authority::create(&folder, "weir").unwrap();
+    let read = |path: PathBuf| fs::read_to_string(path).unwrap();
+    let bundle = read(testbed.layout().path("pki/ca.crt")) + &read(folder.join("ca.crt"));
+    let files = ["tls.crt=ca.crt", "tls.key=ca.key"].map(|pair| {
+        let (key, file) = pair.split_once('=').unwrap();
+        format!("--from-file={key}={}", folder.join(file).display())
+    });
+    testbed
+        .kubectl(&["create", "secret", "generic", "weir-ca", "-n", NAMESPACE, &files[0], &files[1]])
+        .unwrap();
+    let path = release.scratch.join("values.json");
+    let mut values: Value = serde_json::from_str(&read(path.clone())).unwrap();
+    let secret = |name: &str| format!("/etc/weir/secrets/weir-ca/{name}");
+    values["secrets"] = json!(["weir-ca"]);
+    values["config"]["clusters"] = json!([{"name": "local", "inCluster": true, "trust": {"mountedCa": {
+        "certificate": secret("tls.crt"), "key": secret("tls.key"), "clientBundle": "/etc/weir/trust-bundle/ca.crt",
+    }}}]);
+    values["trustBundle"] = json!({"enabled": true, "certificates": bundle, "namespaces": ["it-chart"]});
+    fs::write(&path, values.to_string()).unwrap();
+    release.must_apply(&["startupTaint=true"]);
+
+    let mounts = |namespace: &str| {
+        let everything = json!([
+            {"name": "plain", "configMap": {"name": "kube-root-ca.crt"}},
+            {"name": "other", "configMap": {"name": "other"}},
+            {"name": "own", "projected": {"sources": [
+                {"secret": {"name": "s"}},
+                {"configMap": {"name": "kube-root-ca.crt", "items": [{"key": "ca.crt", "path": "a", "mode": 256}]}},
+            ]}},
+        ]);
+        let (code, made, error) = release.try_pod(namespace, &|spec| spec["volumes"] = everything.clone());
+        assert_eq!(code, Some(0), "{error}");
+        let pod: Value = serde_json::from_str(&made).unwrap();
+        pod["spec"]["volumes"].clone()
+    };
+    let count = |volumes: &Value, name: &str| volumes.to_string().matches(name).count();
+    let volumes = wait_until("the policy to be in force", DEADLINE, || {
+        let volumes = mounts("it-chart");
+        Ok((count(&volumes, "weir-root-ca.crt") > 0).then_some(volumes))
+    })
+    .unwrap();
+    assert_eq!(
+        (count(&volumes, "weir-root-ca.crt"), count(&volumes, "kube-root-ca.crt")),
+        (3, 0),
+        "{volumes}"
+    );
+    let sources = json!([{"secret": {"name": "s"}}, {"configMap": {"name": "weir-root-ca.crt",
+        "items": [{"key": "ca.crt", "path": "a", "mode": 256}]}}]);
+    assert_eq!(
+        (&volumes[1]["configMap"]["name"], &volumes[2]["projected"]["sources"]),
+        (&json!("other"), &sources)
+    );
+    assert_eq!(count(&mounts(NAMESPACE), "kube-root-ca.crt"), 3, "elsewhere it is nobody's business");
+
+    let ask = ["kubectl", "get", "namespace", "default", "-o", "name"];
+    let (code, _, error) = shown(&before.exec(&ask).unwrap());
+    assert!(code == Some(1) && error.contains("signed by unknown authority"), "it was there before: {error}");
+    let pod = testbed.run_pod(&PodSpec::idle("it-chart", "bundled")).unwrap();
+    let said = shown(&pod.exec(&ask).unwrap());
+    assert_eq!(said, (Some(0), "namespace/default\n".to_owned(), String::new()), "{}", release.told());
+    let mounted = pod.shell("cat /var/run/secrets/kubernetes.io/serviceaccount/ca.crt").unwrap();
+    assert_eq!(mounted.trim(), bundle.trim());
+    let examined = release.in_agent(&["weir-agent", "doctor", "--config", "/etc/weir/config/agent.yaml"]);
+    let (code, said, _) = shown(&examined);
+    assert!(code == Some(0) && said.contains("tier T1: mounted CA"), "{said}");
+}
+
 /// Folders of the node, where `/srv/cache` and `/runner/.cache/` are allowed.
 const REFUSED_FOLDERS: [&str; 12] = [
     "/srv",
@@ -263,15 +439,7 @@ fn refuses_pods_that_could_reach_past_weir(release: &Release<'_>) {
         "admission.enabled=true",
         "admission.hostPathsAllowed={/srv/cache,/runner/.cache/}",
     ]);
-    let create = |namespace: &str, change: &dyn Fn(&mut Value)| {
-        let mut pod = PodSpec::idle(namespace, "tried").manifest();
-        change(&mut pod["spec"]);
-        let file = release.scratch.join("pod.json");
-        fs::write(&file, pod.to_string()).unwrap();
-        let mut command = release.testbed.kubectl_command();
-        command.args(["create", "--dry-run=server", "-f"]).arg(&file);
-        shown(&command::output(&mut command).unwrap())
-    };
+    let create = |namespace: &str, change: &dyn Fn(&mut Value)| release.try_pod(namespace, change);
     let privileged =
         |spec: &mut Value| spec["containers"][0]["securityContext"] = json!({"privileged": true});
     wait_until("the policy to be in force", DEADLINE, || {

@@ -76,7 +76,7 @@ fn ready_at(agent: &mut AgentProcess) -> f64 {
 }
 
 /// Requests of these pods that came to the API server from elsewhere than the agent.
-fn direct_requests(scene: &Scene, pods: &BTreeSet<String>) -> Vec<audit::AuditEntry> {
+pub(super) fn direct_requests(scene: &Scene, pods: &BTreeSet<String>) -> Vec<audit::AuditEntry> {
     let log = audit::read(&scene.testbed.layout().audit_log()).unwrap();
     log.into_iter()
         .filter(|entry| entry.pod_uid.as_ref().is_some_and(|uid| pods.contains(uid)))
@@ -86,13 +86,13 @@ fn direct_requests(scene: &Scene, pods: &BTreeSet<String>) -> Vec<audit::AuditEn
 
 /// Whether a pod gets an answer, without a way through the API server to ask it.
 #[track_caller]
-fn asks(pod: &Pod<'_>) -> (Option<i32>, String) {
+pub(super) fn asks(pod: &Pod<'_>) -> (Option<i32>, String) {
     let (code, _, err) = shown(&command::output(pod.runtime_command("ask").args(ASK)).unwrap());
     (code, err)
 }
 
 #[track_caller]
-fn is_refused(pod: &Pod<'_>, when: &str) {
+pub(super) fn is_refused(pod: &Pod<'_>, when: &str) {
     let (code, err) = asks(pod);
     assert_eq!(code, Some(1), "{when}: {err}");
     assert!(err.contains("refused"), "{when}: {err}");

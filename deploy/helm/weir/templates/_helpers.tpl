@@ -32,6 +32,16 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- fail (printf "%s: %s is not below /var/lib/weir, the one folder of the node that the agent keeps things in; move it there" $key $path) }}
 {{- end }}
 {{- end }}
+{{- if .Values.trustBundle.enabled }}
+{{- $bundled := false }}
+{{- range $config.clusters }}
+{{- $file := dig "trust" "mountedCa" "clientBundle" "" . }}
+{{- if eq $file "/etc/weir/trust-bundle/ca.crt" }}{{- $bundled = true }}{{- end }}
+{{- end }}
+{{- if not $bundled }}
+{{- fail "trustBundle.enabled: no cluster of config.clusters has trust.mountedCa.clientBundle: /etc/weir/trust-bundle/ca.crt, so no agent would serve what pods are told to trust" }}
+{{- end }}
+{{- end }}
 {{- if and .Values.monitoring.serviceMonitor (or (not $config.metrics) (regexMatch "^(127\\.|\\[::1\\]|localhost)" ($config.metrics.address | default "127.0.0.1:9155"))) }}
 {{- fail "monitoring.serviceMonitor: Prometheus reaches no loopback address; set config.metrics.address to 0.0.0.0:PORT, or scrape from the node" }}
 {{- end }}

@@ -1,0 +1,132 @@
+//! A component of the testbed taken away and given back, while everything else runs on.
+//!
+//! It is killed, as by a crash of its machine: what it would do in an orderly end (the API server takes its address out of the
+//! endpoints) is not what a fault does.
+
+use std::os::unix::ffi::OsStringExt;
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+use std::{ffi::OsString, fs};
+
+use anyhow::{Context, Result};
+use nix::sys::signal::Signal;
+
+use super::{MARK, Testbed};
+use crate::command::output;
+use crate::process::RecordedProcess;
+use crate::wait::wait_until;
+
+/// Their names among the testbed's processes.
+const API_SERVER: &str = "kube-apiserver";
+const CONTAINERD: &str = "containerd";
+const KUBELET: &str = "kubelet";
+
+/// As at the start of the testbed; builds may run beside it.
+const READY_DEADLINE: Duration = Duration::from_secs(120);
+
+/// For a killed process to be gone.
+const END_DEADLINE: Duration = Duration::from_secs(10);
+
+/// A testbed without one of its components; that is started again when this value goes.
+#[derive(Debug)]
+pub struct Outage<'a> {
+    testbed: &'a Testbed,
+    name: &'static str,
+    command: Vec<OsString>,
+    environment: Vec<OsString>,
+    over: bool,
+}
+
+impl Testbed {
+    /// Kills the API server, and nothing else.
+    ///
+    /// # Errors
+    /// When it does not run or does not end.
+    pub fn stop_api_server(&self) -> Result<Outage<'_>> {
+        self.stop(API_SERVER)
+    }
+
+    /// Kills containerd; containers run on.
+    ///
+    /// # Errors
+    /// When it does not run or does not end.
+    pub fn stop_containerd(&self) -> Result<Outage<'_>> {
+        self.stop(CONTAINERD)
+    }
+
+    /// Kills the kubelet; containers run on, and none that ends is started again.
+    ///
+    /// # Errors
+    /// When it does not run or does not end.
+    pub fn stop_kubelet(&self) -> Result<Outage<'_>> {
+        self.stop(KUBELET)
+    }
+
+    fn stop(&self, name: &'static str) -> Result<Outage<'_>> {
+        let state = self.layout.read_state()?.context("the testbed has no state file")?;
+        let process = state.processes.iter().find(|process| process.name == name);
+        let process = process.with_context(|| format!("{name} is no process of the testbed"))?;
+        let folder = Path::new("/proc").join(process.pid.to_string());
+        let words = |file: &str| -> Result<Vec<OsString>> {
+            let bytes =
+                fs::read(folder.join(file)).with_context(|| format!("cannot read the {file} of {name}"))?;
+            let words = bytes.split(|byte| *byte == 0).filter(|word| !word.is_empty());
+            Ok(words.map(|word| OsString::from_vec(word.to_vec())).collect())
+        };
+        let (command, environment) = (words("cmdline")?, words("environ")?);
+        process.signal(Signal::SIGKILL);
+        process.wait_for_end(END_DEADLINE)?;
+        Ok(Outage { testbed: self, name, command, environment, over: false })
+    }
+}
+
+impl Outage<'_> {
+    /// Starts it again as it was, and waits until it answers (of the kubelet nothing is waited for).
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub fn end(mut self) -> Result<()> {
+        self.start()
+    }
+
+    fn start(&mut self) -> Result<()> {
+        self.over = true;
+        let layout = &self.testbed.layout;
+        let (program, arguments) = self.command.split_first().context("the command line is empty")?;
+        let mut command = Command::new(program);
+        command.args(arguments);
+        for variable in &self.environment {
+            let bytes = variable.as_encoded_bytes();
+            let Some(at) = bytes.iter().position(|byte| *byte == b'=') else { continue };
+            let text = |bytes: &[u8]| OsString::from_vec(bytes.to_vec());
+            command.env(text(&bytes[..at]), text(&bytes[at + 1..]));
+        }
+        command.env(MARK, &layout.root);
+        let started = RecordedProcess::spawn(self.name, &mut command, &layout.log(self.name))?;
+        let mut state = layout.read_state()?.context("the testbed has no state file")?;
+        for process in state.processes.iter_mut().filter(|process| process.name == self.name) {
+            process.clone_from(&started);
+        }
+        layout.write_state(&state)?;
+        wait_until(&format!("{} to answer again", self.name), READY_DEADLINE, || {
+            let answers = match self.name {
+                API_SERVER => {
+                    output(self.testbed.kubectl_command().args(["get", "--raw", "/readyz"]))?.status.success()
+                }
+                CONTAINERD => output(self.testbed.ctr_command().arg("version"))?.status.success(),
+                _ => true,
+            };
+            Ok(answers.then_some(()))
+        })
+    }
+}
+
+impl Drop for Outage<'_> {
+    fn drop(&mut self) {
+        if !self.over {
+            // The test has failed already; whoever uses the testbed next finds out if this does, too.
+            let _ = self.start();
+        }
+    }
+}
