@@ -31,6 +31,7 @@ mod recording;
 mod reference;
 pub mod roles;
 mod selector;
+pub mod shown;
 pub mod source;
 
 /// The `apiVersion` that this agent reads.

@@ -4,6 +4,7 @@
 
 use std::{
     ffi::OsString,
+    io::{IsTerminal as _, Write as _},
     path::{Path, PathBuf},
     process::ExitCode,
     time::Duration,
@@ -22,9 +23,10 @@ use weir_agent::{
     interception::{
         cgroup,
         guard::{self, Guarded},
-        handover, layouts, loader, pinned, quarantine,
+        handover, layouts, loader, quarantine,
     },
-    readiness,
+    readiness, status,
+    support::{self, SupportOptions},
 };
 
 /// Makes the pods of a Kubernetes node act through a recording gateway.
@@ -91,6 +93,16 @@ enum Command {
         /// As JSON.
         #[arg(long)]
         json: bool,
+    },
+    /// Write a bundle for whoever is to find out what is wrong here: versions, kernel, configuration, status, doctor, metrics, names
+    /// of the journal's files, log. Without secrets and without anything that was recorded.
+    Support {
+        /// Configuration of `run`.
+        #[arg(long, value_name = "FILE")]
+        config: Option<PathBuf>,
+        /// File to write (tar.gz), which must not exist [default: standard output].
+        #[arg(long, value_name = "FILE")]
+        output: Option<PathBuf>,
     },
     /// Say which issuer, claims and rule would apply to a token or a pod, and why; exit 1 if the request would be refused.
     Explain {
@@ -201,7 +213,8 @@ fn main() -> ExitCode {
             log_to_stderr("warn", false);
             finish(put_guard_in_force(config.as_deref()))
         }
-        Command::Status { json } => finish(status(json)),
+        Command::Status { json } => finish(show_status(json)),
+        Command::Support { config, output } => finish(write_bundle(config, output.as_deref())),
         Command::Explain { config, cluster, token, pod, request, json } => {
             log_to_stderr("warn", false);
             explain(&ExplainOptions { config, cluster, token, pod, request }, json)
@@ -311,32 +324,29 @@ fn put_guard_in_force(config: Option<&Path>) -> anyhow::Result<()> {
 }
 
 #[expect(clippy::print_stdout, reason = "the state is what the command is for")]
-fn status(json: bool) -> anyhow::Result<()> {
+fn show_status(json: bool) -> anyhow::Result<()> {
     require_root("status")?;
-    let folder = loader::pin_folder();
-    let Some(state) = pinned::pinned_state(&folder)? else {
-        anyhow::bail!(
-            "nothing is pinned under {}, so nothing is intercepted and pods reach their API servers directly; is \
-             `weir-agent run` running on this node?",
-            folder.display()
-        );
-    };
-    let agent = handover::presence(Path::new(handover::STANDARD));
-    // Whether the agent takes it up is its configuration's to say.
-    let asked_for = emergency::read(Path::new(emergency::STANDARD))?;
-    let asked_for = asked_for.filter(|emergency| emergency.left(Duration::MAX).is_some());
-    if json {
-        let mut value = serde_json::to_value(&state)?;
-        value["agent"] = serde_json::to_value(&agent)?;
-        value["emergency"] = serde_json::to_value(&asked_for)?;
-        println!("{}", serde_json::to_string_pretty(&value)?);
-    } else {
-        println!("agent           {agent}");
-        if let Some(emergency) = asked_for {
-            println!("emergency       asked for by {}: {}", emergency.by, emergency.reason);
-        }
-        println!("{state}");
+    let status = status::read()?;
+    match json {
+        true => println!("{}", serde_json::to_string_pretty(&status)?),
+        false => println!("{status}"),
     }
+    Ok(())
+}
+
+fn write_bundle(config: Option<PathBuf>, output: Option<&Path>) -> anyhow::Result<()> {
+    require_root("support")?;
+    let mut stdout = std::io::stdout();
+    anyhow::ensure!(
+        output.is_some() || !stdout.is_terminal(),
+        "the bundle is no text for a terminal; give --output FILE, or redirect it to a file"
+    );
+    let bundle = support::collect(&SupportOptions { config })?;
+    match output {
+        Some(path) => bundle.write(path)?,
+        None => stdout.write_all(&bundle.bytes).and_then(|()| stdout.flush())?,
+    }
+    eprint!("{}", bundle.contents);
     Ok(())
 }
 

@@ -38,7 +38,9 @@ fn run_as_nobody(arguments: &[&str]) -> Output {
 
 #[test]
 fn what_reads_or_changes_pins_says_that_it_needs_root() {
-    for arguments in [&["status"][..], &["quarantine", "default/pod"], &["uninstall"], &["guard"]] {
+    for arguments in
+        [&["status"][..], &["support"], &["quarantine", "default/pod"], &["uninstall"], &["guard"]]
+    {
         let output = run_as_nobody(arguments);
         assert_eq!(output.status.code(), Some(1), "{arguments:?}");
         assert_eq!(

@@ -97,6 +97,8 @@ mod starting;
 mod storage_faults;
 #[path = "integration/streams.rs"]
 mod streams;
+#[path = "integration/support.rs"]
+mod support;
 #[path = "integration/upgrade.rs"]
 mod upgrade;
 #[path = "integration/watch.rs"]

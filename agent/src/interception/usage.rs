@@ -9,16 +9,26 @@ use std::{
 };
 
 use aya::{
-    maps::MapData,
-    programs::ProgramError,
+    Pod,
+    maps::{HashMap, Map, MapData, PerCpuHashMap},
+    programs::{ProgramError, loaded_programs},
     sys::{Stats, enable_stats},
 };
-use weir_common::kernel::{maps, programs};
+use serde::Serialize;
+use weir_common::kernel::{
+    ApiEndpoint, CgroupEntry, FlowKey, FlowRecord, Named, NestedKey, PodCounters, PodName, Suspect,
+    Suspicion, maps, programs,
+};
 
 use super::{
     attach,
     loader::{Kernel, KernelError},
 };
+
+/// Most entries that are counted; no map has room for more.
+const ENTRIES_MAX: usize = 1 << 20;
+/// Most programs of the node that are named.
+const PROGRAMS_MAX: usize = 2000;
 
 /// How often a program ran while the kernel counted, and how long that took together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,9 +86,94 @@ pub(super) fn map_bytes(folder: &Path) -> Result<BTreeMap<&'static str, u64>, Ke
     Ok(bytes)
 }
 
+/// A pinned map.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct MapUsage {
+    /// Kernel memory, bytes, if the kernel says it.
+    pub bytes: Option<u64>,
+    /// Room for entries.
+    pub entries_max: Option<u64>,
+    /// Entries; none for what is no hash.
+    pub entries: Option<usize>,
+}
+
+/// How full the pinned maps are.
+///
+/// # Errors
+/// A pinned map cannot be opened.
+pub fn map_usage(pins: &Path) -> Result<BTreeMap<&'static str, MapUsage>, KernelError> {
+    let folder = pins.join("maps");
+    let mut usage = BTreeMap::new();
+    for name in maps::ALL {
+        let path = folder.join(name);
+        if !path.exists() {
+            continue;
+        }
+        let map = MapData::from_pin(path).map_err(|source| KernelError::Map { map: name, source })?;
+        let descriptor = map.fd().as_fd().as_raw_fd();
+        let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{descriptor}")).unwrap_or_default();
+        let (bytes, entries_max) = (memlock(&info), number(&info, "max_entries:"));
+        usage.insert(name, MapUsage { bytes, entries_max, entries: entries(name, map) });
+    }
+    Ok(usage)
+}
+
+/// How many entries a hash has; others change it meanwhile.
+fn entries(name: &str, map: MapData) -> Option<usize> {
+    fn hash<K: Pod, V: Pod>(map: Map) -> Option<usize> {
+        let map: HashMap<MapData, K, V> = map.try_into().ok()?;
+        Some(map.keys().take(ENTRIES_MAX).count())
+    }
+    let map = Map::from_map_data(map).ok()?;
+    match name {
+        maps::API_SET => hash::<ApiEndpoint, u32>(map),
+        maps::CGROUPS => hash::<u64, CgroupEntry>(map),
+        maps::NESTED => hash::<NestedKey, u32>(map),
+        maps::NAMES => hash::<u64, Named>(map),
+        maps::SUSPECTED => hash::<Suspect, Suspicion>(map),
+        maps::SUSPICIONS => hash::<u64, u32>(map),
+        maps::FLOWS => hash::<FlowKey, FlowRecord>(map),
+        maps::INTERFACES => hash::<u32, u64>(map),
+        maps::QUARANTINE | maps::REPORTED => hash::<u64, u64>(map),
+        maps::PODS => hash::<u64, PodName>(map),
+        maps::POD_COUNTERS => {
+            let map: PerCpuHashMap<MapData, u64, PodCounters> = map.try_into().ok()?;
+            Some(map.keys().take(ENTRIES_MAX).count())
+        }
+        _ => None,
+    }
+}
+
+/// A program that is loaded on this node, Weir's or another's.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct LoadedProgram {
+    /// Its number.
+    pub id: u32,
+    /// Its name, which the kernel cuts after 15 bytes.
+    pub name: String,
+    /// Its kind, a number of `enum bpf_prog_type`, linux/bpf.h.
+    pub kind: u32,
+}
+
+/// All of them, as far as the kernel names them.
+pub fn loaded() -> Vec<LoadedProgram> {
+    let known = loaded_programs().take(PROGRAMS_MAX).filter_map(Result::ok);
+    let program = |info: aya::programs::ProgramInfo| LoadedProgram {
+        id: info.id(),
+        name: info.name_as_str().unwrap_or_default().to_owned(),
+        kind: info.program_type() as u32,
+    };
+    known.map(program).collect()
+}
+
 /// The memory that `/proc/<pid>/fdinfo/<fd>` of a map names (`bpf_map_show_fdinfo`, kernel/bpf/syscall.c).
 fn memlock(fdinfo: &str) -> Option<u64> {
-    fdinfo.lines().find_map(|line| line.strip_prefix("memlock:")?.trim().parse().ok())
+    number(fdinfo, "memlock:")
+}
+
+fn number(fdinfo: &str, name: &str) -> Option<u64> {
+    fdinfo.lines().find_map(|line| line.strip_prefix(name)?.trim().parse().ok())
 }
 
 #[cfg(test)]

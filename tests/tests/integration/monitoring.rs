@@ -10,7 +10,9 @@ use std::{
 
 use weir_tests::{AgentProcess, PodSpec, agent, agent::TrustSource, wait_until};
 
-use super::{DEADLINE, Scene, client::Requests, storage_faults::Mounted};
+use super::{
+    DEADLINE, Scene, client::Requests, storage_faults::Mounted, support::a_bundle_helps_and_holds_no_secret,
+};
 
 /// How long it may take until a detached program is noticed, attached again and in the record.
 const NOTICED_MAX: Duration = Duration::from_secs(5);
@@ -101,6 +103,7 @@ fn metrics_prove_that_what_the_kernel_saw_of_a_pod_was_proxied() {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap();
     assert!(metrics["weir_certificate_expiry_timestamp_seconds{cluster=\"testbed\"}"] > now.as_secs_f64());
     check_documented(&metrics, |name| !OF_PUBLISHING.iter().any(|family| name.starts_with(family)));
+    a_bundle_helps_and_holds_no_secret(&scene, &agent, &pod);
 }
 
 /// Checks that what operators read about is there, and has a value.
