@@ -142,7 +142,7 @@ struct EventsArgs {
     session: Option<String>,
     /// json: the recorded bytes. Another one is made of them (docs/schema.md).
     ///
-    /// audit: audit.k8s.io/v1; ocsf: OCSF 1.5.0; cloudevents: CloudEvents 1.0. Events that a format has no place for are left out; their number is told on standard error.
+    /// audit: audit.k8s.io/v1; ocsf: OCSF 1.5.0; ecs: ECS 8.11; cloudevents: CloudEvents 1.0. Events that a format has no place for are left out; their number is told on standard error.
     #[arg(long, value_name = "FORMAT", default_value = "json", value_parser = format)]
     format: Printed,
     /// Go on with what the agent records from now on, until interrupted.

@@ -9,6 +9,7 @@ mod audit;
 mod body;
 mod cloudevents;
 mod context;
+mod ecs;
 mod facts;
 mod kept;
 mod ocsf;
@@ -34,19 +35,22 @@ pub(crate) enum Format {
     Audit,
     /// OCSF 1.5.0.
     Ocsf,
+    /// Elastic Common Schema 8.11.
+    Ecs,
     /// CloudEvents 1.0 in JSON.
     CloudEvents,
 }
 
 impl Format {
     /// All of them.
-    pub(crate) const ALL: [Self; 3] = [Self::Audit, Self::Ocsf, Self::CloudEvents];
+    pub(crate) const ALL: [Self; 4] = [Self::Audit, Self::Ocsf, Self::Ecs, Self::CloudEvents];
 
     /// What `--format` calls it.
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Audit => "audit",
             Self::Ocsf => "ocsf",
+            Self::Ecs => "ecs",
             Self::CloudEvents => "cloudevents",
         }
     }
@@ -78,6 +82,7 @@ impl Projector {
         let (lines, told_later) = match self.format {
             Format::Audit => (audit::lines(&scene), audit::is_told_later(&scene)),
             Format::Ocsf => (ocsf::lines(&scene), ocsf::is_told_later(&scene)),
+            Format::Ecs => (ecs::lines(&scene), ecs::is_told_later(&scene)),
             Format::CloudEvents => (cloudevents::lines(record), false),
         };
         if lines.is_empty() && !told_later {
@@ -114,6 +119,18 @@ fn known(value: Value) -> Option<Value> {
             (!fields.is_empty()).then_some(Value::Object(fields))
         }
         other => Some(other),
+    }
+}
+
+/// Puts fields in, into objects that are there too.
+fn merge(into: &mut Value, from: Value) {
+    match (into, from) {
+        (Value::Object(into), Value::Object(from)) => {
+            for (name, value) in from {
+                merge(into.entry(name).or_insert(Value::Null), value);
+            }
+        }
+        (into, from) => *into = from,
     }
 }
 

@@ -13,7 +13,7 @@ use super::{
     attested,
     context::{Request, Scene},
     facts::{self, End},
-    known,
+    known, merge,
 };
 
 const VERSION: &str = "1.5.0";
@@ -264,18 +264,6 @@ fn base_event(scene: &Scene<'_>) -> Value {
         }),
     );
     all
-}
-
-/// Puts fields in, into objects that are there too.
-fn merge(into: &mut Value, from: Value) {
-    match (into, from) {
-        (Value::Object(into), Value::Object(from)) => {
-            for (name, value) in from {
-                merge(into.entry(name).or_insert(Value::Null), value);
-            }
-        }
-        (into, from) => *into = from,
-    }
 }
 
 /// Who: the user as verified, else as the credential claims; the process; the session.

@@ -39,6 +39,7 @@ fn told_id(format: Format, line: &Value) -> String {
             let uid = line["metadata"]["uid"].as_str().unwrap();
             uid.strip_suffix("/process").unwrap_or(uid).to_owned()
         }
+        Format::Ecs => line["event"]["id"].as_str().unwrap().to_owned(),
         Format::CloudEvents => line["id"].as_str().unwrap().to_owned(),
     }
 }
@@ -53,6 +54,7 @@ fn told_us(format: Format, line: &Value) -> i64 {
             stage
         }
         Format::Ocsf => line["time"].as_i64().unwrap() * 1000,
+        Format::Ecs => micros(&line["@timestamp"]),
         Format::CloudEvents => micros(&line["time"]),
     }
 }
@@ -65,6 +67,48 @@ fn audit_events_are_golden() {
 #[test]
 fn ocsf_events_are_golden() {
     expect_file!["../../golden/ocsf.jsonl"].assert_eq(&golden(Format::Ocsf));
+}
+
+#[test]
+fn ecs_documents_are_golden() {
+    expect_file!["../../golden/ecs.jsonl"].assert_eq(&golden(Format::Ecs));
+}
+
+/// What ECS 8.11 says of `event.category`: which types it expects with each (elastic/ecs `schemas/event.yml`).
+#[test]
+fn types_are_those_that_ecs_expects_with_the_categories() {
+    let expected: [(&str, &[&str]); 7] = [
+        (
+            "api",
+            &[
+                "access", "admin", "allowed", "change", "creation", "deletion", "denied", "end", "info",
+                "start", "user",
+            ],
+        ),
+        ("authentication", &["start", "end", "info"]),
+        ("configuration", &["access", "change", "creation", "deletion", "info"]),
+        ("file", &["access", "change", "creation", "deletion", "info"]),
+        ("network", &["access", "allowed", "connection", "denied", "end", "info", "protocol", "start"]),
+        ("process", &["access", "change", "end", "info", "start"]),
+        ("session", &["start", "end", "info"]),
+    ];
+    for (number, document) in projected(Format::Ecs, &sample::events()) {
+        let event = &document["event"];
+        let texts = |name: &str| -> Vec<String> {
+            let list = event[name].as_array().cloned().unwrap_or_default();
+            list.iter().map(|text| text.as_str().unwrap().to_owned()).collect()
+        };
+        let categories = texts("category");
+        let allowed = |kind: &String| {
+            let of = expected.iter().filter(|(category, _)| categories.iter().any(|one| one == category));
+            of.flat_map(|(_, types)| types.iter()).any(|one| one == kind)
+        };
+        assert!(categories.iter().all(|one| expected.iter().any(|(category, _)| one == category)));
+        assert!(texts("type").iter().all(allowed), "{number}: {event}");
+        let (kind, outcome) = (event["kind"].as_str().unwrap(), event["outcome"].as_str());
+        assert!(["event", "alert", "pipeline_error"].contains(&kind));
+        assert!(outcome.is_none_or(|outcome| ["success", "failure", "unknown"].contains(&outcome)));
+    }
 }
 
 #[test]

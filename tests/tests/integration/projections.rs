@@ -1,6 +1,10 @@
 //! What `weir events --format` makes of a real run, read by those whose format it is.
 
-use std::{collections::BTreeMap, path::Path, process::Command};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::Path,
+    process::Command,
+};
 
 use serde_json::Value;
 use weir_tests::{Pod, agent, command, components, progress::Progress, python};
@@ -12,6 +16,7 @@ pub(super) fn check(scene: &Scene, pod: &Pod<'_>) {
     audit(scene, pod);
     cloudevents(scene);
     ocsf(scene);
+    ecs(scene);
 }
 
 /// What a pod has put into a secret, in clear and as the API has it.
@@ -121,4 +126,20 @@ fn ocsf(scene: &Scene) {
     }
     let exits: Vec<_> = lines.iter().filter_map(|line| line["exit_code"].as_i64()).collect();
     assert!(exits.contains(&3) && exits.contains(&0), "{exits:?}");
+}
+
+/// Each request has a beginning and an end, each line its event's id.
+fn ecs(scene: &Scene) {
+    let (_, lines) = printed(scene, "ecs");
+    let ids: BTreeSet<_> = lines.iter().filter_map(|line| line["event"]["id"].as_str()).collect();
+    assert_eq!(ids.len(), lines.len());
+    let of = |code: &str| lines.iter().filter(|line| line["event"]["code"] == code).collect::<Vec<_>>();
+    let (opened, closed) = (of("requestOpened"), of("requestClosed"));
+    assert_eq!(opened.len(), closed.len());
+    assert!(closed.iter().all(|line| {
+        let failed = line["http"]["response"]["status_code"].as_u64().is_none_or(|code| code >= 400);
+        line["event"]["outcome"] == if failed { "failure" } else { "success" }
+    }));
+    let exits: Vec<_> = closed.iter().filter_map(|line| line["weir"]["exit-code"].as_str()).collect();
+    assert!(exits.contains(&"3"), "{exits:?}");
 }
