@@ -15,11 +15,16 @@ mod world;
 use std::{
     hint::black_box,
     io::ErrorKind,
-    net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     path::{Path, PathBuf},
     sync::{Arc, Mutex},
 };
 
+use hickory_resolver::proto::{
+    op::{Message, MessageType, OpCode, Query},
+    rr::{Name, RData, Record, RecordType},
+};
+use weir_agent::config::EndpointName;
 use weir_agent::interception::{
     cgroup,
     listener::{Listener, Namespace, own_netns},
@@ -30,13 +35,15 @@ use weir_common::kernel::{CgroupEntry, Class, KUBELET, programs};
 
 use crate::{
     empty::Empty,
-    world::{API4, OwnCgroup, OwnNetns},
+    world::{API4, API6, OwnCgroup, OwnNetns},
 };
 
 /// An address that is not the loopback one, of a network that nobody is in (RFC 5737).
 const ADDRESS: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 1);
 /// Another one, of an API server: what was in the API set once is looked up ever after.
 const API_ADDRESS: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 2);
+/// The same of IPv6 (RFC 3849).
+const ADDRESS6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 0x51);
 /// Operations of a scene with warm caches.
 const WARM: usize = 20_000;
 /// Operations with cold ones.
@@ -97,15 +104,24 @@ impl Node {
         let host = OwnNetns::new();
         let sandbox = OwnNetns::new();
         [&host, &sandbox].iter().for_each(|netns| netns.take_address(ADDRESS.into()));
+        sandbox.take_address(ADDRESS6.into());
         host.take_address(API_ADDRESS.into());
         kernel.set_settings(host.within(own_netns).unwrap(), 1).unwrap();
         kernel.set_api_endpoint(API4, 0).unwrap();
+        kernel.set_api_endpoint(API6, 0).unwrap();
         for number in 0..KUBELETS {
             let ip = IpAddr::V4(Ipv4Addr::from(0x0a0a_0000 + number));
             kernel.set_api_endpoint(SocketAddr::new(ip, 10250), KUBELET).unwrap();
         }
         kernel.attach(&root.0).unwrap();
-        let empty = [programs::CONNECT4, programs::SOCK_CREATE, programs::SOCK_OPS, programs::EGRESS];
+        let empty = [
+            programs::CONNECT4,
+            programs::CONNECT6,
+            programs::SOCK_CREATE,
+            programs::SOCK_OPS,
+            programs::EGRESS,
+            programs::INGRESS,
+        ];
         let empty = empty.into_iter().map(|name| Empty::at(&root.0, name).unwrap()).collect();
         let pod_id = pod.id();
         Self {
@@ -152,13 +168,30 @@ impl Node {
                 connect(&server, address)
             });
         });
+        self.sandbox.within(|| {
+            let server = TcpListener::bind((ADDRESS6, 0)).unwrap();
+            let address = server.local_addr().unwrap();
+            self.scene(
+                "enrolled pod: IPv6, not the API set",
+                &self.container.0,
+                &[programs::CONNECT6],
+                || connect(&server, address),
+            );
+        });
         // Taken before the process is in the pod's cgroup, where nobody may have it.
         let server = self.sandbox.within(|| TcpListener::bind((Ipv4Addr::LOCALHOST, port)).unwrap());
+        let server6 = self.sandbox.within(|| TcpListener::bind((Ipv6Addr::LOCALHOST, port)).unwrap());
+        self.sandbox.within(|| {
+            self.scene("enrolled pod: IPv6, redirected", &self.container.0, &[programs::CONNECT6], || {
+                connect(&server6, API6)
+            });
+        });
         self.sandbox.within(|| {
             self.scene("enrolled pod: the API set, redirected", &self.container.0, &seen, || {
                 connect(&server, API4)
             });
         });
+        self.answers();
         self.as_on_a_node(&server);
         self.kernel
             .classify(
@@ -166,6 +199,29 @@ impl Node {
                 CgroupEntry { listener_netns: 0, class: Class::Unselected as u32, listener_port: 0 },
             )
             .unwrap();
+    }
+
+    /// What the pod hears from a name server and from others, while there are host names of API servers.
+    fn answers(&self) {
+        let name = EndpointName { host: "api.example.test".to_owned(), port: 443 };
+        self.kernel.set_names(&[(name, 0)]).unwrap();
+        let heard = |scene: &str, port: u16, told: &[u8]| {
+            self.sandbox.within(|| {
+                let server = UdpSocket::bind((ADDRESS, port)).unwrap();
+                Self::enter(&self.container.0);
+                let client = UdpSocket::bind((ADDRESS, 0)).unwrap();
+                client.connect((ADDRESS, port)).unwrap();
+                let from = client.local_addr().unwrap();
+                self.scene(scene, &self.container.0, &[programs::INGRESS], || {
+                    server.send_to(told, from).unwrap();
+                    client.recv(&mut [0; 512]).unwrap();
+                });
+            });
+        };
+        heard("enrolled pod: a datagram of no name server", 5300, &answer("other.example.test."));
+        heard("enrolled pod: an answer about another name", 53, &answer("other.example.test."));
+        heard("enrolled pod: an answer with a known address", 53, &answer("api.example.test."));
+        self.kernel.set_names(&[]).unwrap();
     }
 
     /// The pod's connects with the programs on both levels of the tree, where each meets them twice: what the kernel's count of a
@@ -252,6 +308,16 @@ fn mean(before: &[ProgramUsage], after: &[ProgramUsage], program: &str) -> (u64,
     let runs = after_runs - before_runs;
     let time = u64::try_from((after_time - before_time).as_nanos()).unwrap();
     (runs, time / runs.max(1))
+}
+
+/// What a name server says of a name: an address of the API set.
+fn answer(question: &str) -> Vec<u8> {
+    let name: Name = question.parse().unwrap();
+    let mut message = Message::new(7, MessageType::Response, OpCode::Query);
+    message.add_query(Query::query(name.clone(), RecordType::A));
+    let IpAddr::V4(address) = API4.ip() else { unreachable!("it is one of IPv4") };
+    message.add_answer(Record::from_rdata(name, 60, RData::A(address.into())));
+    message.to_vec().unwrap()
 }
 
 /// Connects, is accepted, and resets, so that no port is kept.

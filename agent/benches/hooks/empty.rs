@@ -55,9 +55,11 @@ impl Empty {
 /// Number in `enum bpf_prog_type` and in `enum bpf_attach_type`, linux/bpf.h.
 fn kinds(name: &str) -> (u32, u32) {
     match name {
+        programs::INGRESS => (8, 0),
         programs::EGRESS => (8, 1),
         programs::SOCK_CREATE => (9, 2),
         programs::SOCK_OPS => (13, 3),
+        programs::CONNECT6 => (18, 11),
         _ => (18, 10),
     }
 }
