@@ -191,8 +191,8 @@ impl Node {
                 connect(&server, API4)
             });
         });
-        self.answers();
         self.as_on_a_node(&server);
+        self.answers();
         self.kernel
             .classify(
                 self.pod,
@@ -201,7 +201,8 @@ impl Node {
             .unwrap();
     }
 
-    /// What the pod hears from a name server and from others, while there are host names of API servers.
+    /// What the pod hears from a name server and from others, while there are host names of API servers. The program is at the root
+    /// of pods, where `as_on_a_node` has attached it.
     fn answers(&self) {
         let name = EndpointName { host: "api.example.test".to_owned(), port: 443 };
         self.kernel.set_names(&[(name, 0)]).unwrap();
