@@ -23,6 +23,7 @@ mod error;
 pub(crate) mod fixture;
 #[cfg(test)]
 mod flood_tests;
+mod frames;
 mod gzip;
 mod jobs;
 mod journal;
@@ -35,6 +36,9 @@ mod opening;
 mod plan;
 #[doc(hidden)]
 pub mod probe;
+mod protobuf;
+#[cfg(test)]
+mod protobuf_tests;
 mod queue;
 mod request;
 mod segment;
@@ -46,6 +50,7 @@ mod throttle;
 mod upgraded;
 #[cfg(test)]
 mod upgraded_tests;
+mod wire;
 mod worker;
 mod writer;
 
