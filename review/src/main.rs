@@ -25,7 +25,7 @@ use std::{
 use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand};
 
-use moment::Moment;
+use moment::{Moment, Seek};
 use projection::{Format, Projector};
 use replay::{Pace, Subject};
 use source::{
@@ -181,6 +181,10 @@ struct ReplayArgs {
     /// Wait no longer than this many seconds at once, with --speed or in the player of a --cast.
     #[arg(long, value_name = "SECONDS", value_parser = seconds, requires = "timed")]
     idle_limit: Option<Duration>,
+    /// Begin here: a length of time since the session's start (90s, 1h30m), or RFC 3339. What came before is passed over; in a
+    /// --cast it is there at once, so that the terminal looks as it did then.
+    #[arg(long, value_name = "T", value_parser = Seek::parse, conflicts_with = "transcript")]
+    seek: Option<Seek>,
     /// Write exec and attach streams as asciicast v2 instead: output, input and sizes of the terminal.
     /// Their bytes are not escaped: playing the file lets them act on your terminal.
     #[arg(long, value_name = "FILE", group = "timed")]
@@ -403,9 +407,9 @@ fn replay(args: ReplayArgs, out: &mut dyn Write, style: Style) -> anyhow::Result
     let pace = args.speed.map(|speed| Pace { speed, idle_limit: args.idle_limit });
     let played = match args.cast {
         _ if args.transcript => replay::write_transcript(&journal, &subject, out),
-        _ if args.json => replay::write_json(&journal, &subject, out, io::stdout().is_terminal()),
-        None => replay::play(&journal, &subject, pace, out, style),
-        Some(path) => replay::write_cast(&journal, &subject, &path, args.idle_limit)
+        _ if args.json => replay::write_json(&journal, &subject, args.seek, out, io::stdout().is_terminal()),
+        None => replay::play(&journal, &subject, pace, args.seek, out, style),
+        Some(path) => replay::write_cast(&journal, &subject, &path, args.idle_limit, args.seek)
             .and_then(|text| Ok(writeln!(out, "{text}")?)),
     };
     warn(&journal);

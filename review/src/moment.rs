@@ -41,6 +41,38 @@ impl Moment {
     }
 }
 
+/// Where in a recording to begin.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Seek {
+    /// This long after its beginning, in microseconds.
+    After(i64),
+    /// At this time.
+    At(Moment),
+}
+
+impl Seek {
+    /// Reads RFC 3339, or a length of time since the beginning.
+    ///
+    /// # Errors
+    /// In words, with what is accepted.
+    pub(crate) fn parse(text: &str) -> Result<Self, String> {
+        if let Some(seconds) = ago_seconds(text).and_then(|seconds| i64::try_from(seconds).ok()) {
+            return Ok(Self::After(seconds.saturating_mul(1_000_000)));
+        }
+        text.parse::<Timestamp>().map(|time| Self::At(Moment(time.as_microsecond()))).map_err(|_| {
+            "give a length of time since the beginning (90s, 1h30m) or a time as RFC 3339 (2026-01-31T12:00:00Z)".into()
+        })
+    }
+
+    /// The time that is meant, in a recording that begins at `first_us`.
+    pub(crate) fn unix_us(self, first_us: i64) -> i64 {
+        match self {
+            Self::After(us) => first_us.saturating_add(us),
+            Self::At(moment) => moment.0,
+        }
+    }
+}
+
 /// `1h30m` in seconds; none if it is not a length of time.
 fn ago_seconds(text: &str) -> Option<u64> {
     let (mut total, mut rest) = (0_u64, text);
@@ -103,7 +135,7 @@ pub(crate) fn counted(number: u64, noun: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::{Moment, bytes, counted, length};
+    use super::{Moment, Seek, bytes, counted, length};
 
     const NOW: Moment = Moment(1_800_000_000_000_000);
 
@@ -116,6 +148,17 @@ mod tests {
         assert_eq!(Moment::parse("1970-01-01T00:00:01.5Z", NOW), Ok(Moment(1_500_000)));
         for wrong in ["", "h", "2", "2w", "-2h", "yesterday", "2026-01-31", "99999999999d", "2é"] {
             assert!(Moment::parse(wrong, NOW).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_place_to_begin_is_a_length_since_the_beginning_or_a_time() {
+        let at = |text| Seek::parse(text).map(|seek| seek.unix_us(7));
+        assert_eq!(at("1m30s"), Ok(90_000_007));
+        assert_eq!(at("1970-01-01T00:00:01.5Z"), Ok(1_500_000));
+        assert_eq!(Seek::After(i64::MAX).unix_us(7), i64::MAX);
+        for wrong in ["", "-5s", "90", "noon"] {
+            assert!(Seek::parse(wrong).is_err(), "{wrong}");
         }
     }
 

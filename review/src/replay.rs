@@ -23,6 +23,7 @@ use serde_json::json;
 use weir_common::event::{BytesError, Channel, Content, Event, Kind};
 
 use crate::{
+    moment::{Moment, Seek},
     source::{Journal, Record, SourceError},
     terminal::{Style, escaped, escaped_json},
 };
@@ -47,6 +48,9 @@ pub(crate) enum ReplayError {
     /// No stream to write.
     #[error("nothing to write: no exec or attach stream is on record here")]
     NothingSaid,
+    /// It ends before the time that was asked for.
+    #[error("nothing is on record at or after {asked}; it ends at {end}")]
+    Over { asked: String, end: String },
     /// The cast cannot be written.
     #[error("cannot write the cast {path}")]
     WriteCast { path: PathBuf, source: io::Error },
@@ -82,7 +86,7 @@ pub(crate) struct Pace {
     pub(crate) idle_limit: Option<Duration>,
 }
 
-/// Prints a session or request; with `pace` waiting as it happened.
+/// Prints a session or request; with `pace` waiting as it happened, with `seek` what came before is passed over.
 ///
 /// # Errors
 /// The subject is unknown, or journal or output fail.
@@ -90,11 +94,13 @@ pub(crate) fn play(
     journal: &Journal,
     subject: &Subject,
     pace: Option<Pace>,
+    seek: Option<Seek>,
     out: &mut dyn Write,
     style: Style,
 ) -> Result<(), ReplayError> {
     let found = find(journal, subject)?;
     let story = tell(journal, &found)?;
+    let from_us = begin(seek, story.first_us, story.last_us)?;
     let (detail, order) = match (subject, pace) {
         (Subject::Request(_), _) => (Detail::Full, Order::Grouped),
         (_, Some(_)) => (Detail::Readable, Order::Chronological),
@@ -105,7 +111,18 @@ pub(crate) fn play(
     let mut printer = Printer::new(out, style, &story, &mut contents, detail, &full_command);
     printer.header()?;
     let mut wait = |length: Duration| wait(length);
-    perform(&mut printer, &story.steps(order), pace, &mut wait)
+    let mut steps = story.steps(order);
+    steps.retain(|(time_us, _)| *time_us >= from_us);
+    perform(&mut printer, &steps, pace, &mut wait)
+}
+
+/// The time from which on something is shown.
+fn begin(seek: Option<Seek>, first_us: i64, last_us: i64) -> Result<i64, ReplayError> {
+    let from_us = seek.map_or(first_us, |seek| seek.unix_us(first_us));
+    if seek.is_some() && from_us > last_us {
+        return Err(ReplayError::Over { asked: Moment(from_us).text(), end: Moment(last_us).text() });
+    }
+    Ok(from_us)
 }
 
 /// Shows the steps, waiting between them if a pace is given. Time that overlaps is not waited for twice.
@@ -143,7 +160,7 @@ fn wait(length: Duration) {
 }
 
 /// Writes the terminals of a session or request to `path`, for a player that waits no longer than `idle_limit` at once;
-/// says how much that was.
+/// says how much that was. With `seek` what came before is there at once, so that the terminal looks as it did then.
 ///
 /// # Errors
 /// The subject is unknown, has no such bytes, or journal or file fail.
@@ -152,8 +169,13 @@ pub(crate) fn write_cast(
     subject: &Subject,
     path: &Path,
     idle_limit: Option<Duration>,
+    seek: Option<Seek>,
 ) -> Result<String, ReplayError> {
     let found = find(journal, subject)?;
+    let from_us = match seek {
+        Some(_) => tell(journal, &found).and_then(|story| begin(seek, story.first_us, story.last_us))?,
+        None => i64::MIN,
+    };
     let error = |source| ReplayError::WriteCast { path: path.to_owned(), source };
     let mut cast: Option<Cast<BufWriter<File>>> = None;
     let mut last_us = 0;
@@ -167,7 +189,7 @@ pub(crate) fn write_cast(
             return Ok(());
         }
         let bytes = bytes_of(journal, record, content)?;
-        last_us = event.time_unix_us;
+        last_us = event.time_unix_us.max(from_us);
         let writer = match &mut cast {
             Some(writer) => writer,
             None => {
@@ -233,13 +255,18 @@ pub(crate) fn write_transcript(
 pub(crate) fn write_json(
     journal: &Journal,
     subject: &Subject,
+    seek: Option<Seek>,
     out: &mut dyn Write,
     terminal: bool,
 ) -> Result<(), ReplayError> {
     let found = find(journal, subject)?;
     let mut first_us = None;
     visit(journal, &found, &mut |record, event| {
-        let since_us = event.time_unix_us.saturating_sub(*first_us.get_or_insert(event.time_unix_us));
+        let first_us = *first_us.get_or_insert(event.time_unix_us);
+        if seek.is_some_and(|seek| event.time_unix_us < seek.unix_us(first_us)) {
+            return Ok(());
+        }
+        let since_us = event.time_unix_us.saturating_sub(first_us);
         #[expect(clippy::cast_precision_loss, reason = "seconds with microseconds fit for centuries")]
         let at = since_us as f64 / 1e6;
         // Not made anew: a reader gets the recorded bytes.
@@ -362,5 +389,7 @@ fn tell(journal: &Journal, found: &Found) -> Result<Story, ReplayError> {
     Ok(story)
 }
 
+#[cfg(test)]
+mod seek_tests;
 #[cfg(test)]
 mod tests;

@@ -13,14 +13,14 @@ use http::{
 use tokio::sync::Semaphore;
 use weir_common::{
     attributes::{Attributes, Execution},
-    event::{Caller, Channel, IdentityMethod, Kind, RequestOpened},
+    event::{BodySummary, Caller, Channel, IdentityMethod, Kind, RequestOpened},
 };
 
 use super::{
     Recorder, RecordingError, RequestHead, RequestRecord, Unmasked,
     admission::{COMMIT_WAIT_MAX, Reduced},
     body::Sensitivity,
-    content::{self, Held, Kept},
+    content::{self, Held},
     entry::{Append, Entry, Ids},
     plan::{Plan, WhenBehind},
     request::Level,
@@ -98,9 +98,13 @@ impl Recorder {
             events: None,
             bytes: Some(body.len() as u64).filter(|bytes| *bytes > 0),
         });
-        let body = match body {
-            body if body.is_empty() => None,
-            body => Some(mask_request(&context, head.headers, body, left_out.as_deref()).await?),
+        let (content, summary) = match body {
+            body if body.is_empty() => (Vec::new(), None),
+            body => {
+                let (content, summary) =
+                    mask_request(&context, head.headers, body, left_out.as_deref()).await?;
+                (content, Some(summary))
+            }
         };
         let opened = RequestOpened {
             method: head.method.as_str().to_owned(),
@@ -114,13 +118,10 @@ impl Recorder {
             }),
             upgrade: head.upgrade.map(str::to_owned),
             identity: head.identity.cloned().map(Box::new),
-            body: body.as_ref().map(|kept| kept.summary.clone()),
+            body: summary,
         };
         let mut kinds = vec![Kind::RequestOpened(Box::new(opened))];
-        if let Some(Kept { content, names, .. }) = body {
-            kinds.append(&mut content::split(Channel::RequestBody, 0, &content));
-            kinds.append(&mut names.kinds(Channel::RequestBody));
-        }
+        kinds.append(&mut content::split(Channel::RequestBody, 0, &content));
         kinds.extend(gap);
         let entries = self.first_entries(&context, kinds)?;
         let level = self.level(&head);
@@ -249,7 +250,7 @@ async fn mask_request(
     headers: &HeaderMap,
     body: Bytes,
     left_out: Option<&str>,
-) -> Result<Kept, RecordingError> {
+) -> Result<(Vec<u8>, BodySummary), RecordingError> {
     let text = |name| headers.get(name).and_then(|value| value.to_str().ok()).map(str::to_owned);
     let mut held = Held {
         wire_bytes: body.len() as u64,

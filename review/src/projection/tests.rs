@@ -175,6 +175,41 @@ fn a_line_says_what_was_not_seen_when_the_reader_came_late() {
     }
 }
 
+/// Whoever may write to a topic can claim any time and any number.
+#[test]
+fn numbers_that_nobody_means_do_no_harm() {
+    for (time_us, number) in [(i64::MIN, 0), (i64::MAX, u64::MAX)] {
+        let mut events = sample::events();
+        for event in &mut events {
+            event.time_unix_us = time_us;
+            match &mut event.kind {
+                Kind::RequestClosed(closed) => {
+                    (closed.duration_us, closed.response_bytes, closed.client_bytes) =
+                        (number, number, number);
+                }
+                Kind::Content(content) => content.offset = number,
+                Kind::FileCopied(file) => file.bytes = number,
+                Kind::ConnectionForwarded(forwarded) => {
+                    (forwarded.bytes_in, forwarded.bytes_out) = (number, number);
+                }
+                _ => {}
+            }
+        }
+        for format in Format::ALL {
+            assert!(!projected(format, &events).is_empty());
+        }
+    }
+}
+
+#[test]
+fn what_is_no_event_is_counted_and_left_out() {
+    let mut strange = sample::record(&sample::events()[0]);
+    strange.value = b"{\"schema\":2,\"type\":\"somethingNew\"}".to_vec();
+    let mut projector = Projector::new(Format::Audit);
+    assert!(projector.take(&strange).is_empty());
+    assert_eq!(projector.left_out().as_deref(), Some("events that audit has no place for: 1 unreadable"));
+}
+
 /// Any events in the order of their record: those of the sample, some left out, some of another epoch, with times that go on.
 fn any_record() -> impl Strategy<Value = Vec<Event>> {
     let each = (0..4_u8, 0..3_i64, ".{0,8}", any::<bool>());
@@ -202,6 +237,9 @@ fn any_record() -> impl Strategy<Value = Vec<Event>> {
 }
 
 proptest! {
+    // Each case goes through every format.
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
     #[test]
     fn a_line_leads_back_to_its_event_and_time_goes_on(events in any_record()) {
         for format in Format::ALL {

@@ -29,7 +29,7 @@ fn check(subject: Subject, expected: Expect) {
 fn check_journal(directory: &Path, subject: Subject, expected: Expect) {
     let journal = Journal::open(directory).unwrap();
     let mut out = Vec::new();
-    play(&journal, &subject, None, &mut out, Style::PLAIN).unwrap();
+    play(&journal, &subject, None, None, &mut out, Style::PLAIN).unwrap();
     let text = String::from_utf8(out).unwrap().replace(&journal.name(), "DIR");
     assert!(!text.chars().any(|c| c.is_control() && c != '\n'), "{text}");
     expected.assert_eq(&text);
@@ -170,7 +170,7 @@ fn a_cast_holds_what_servers_sent_over_upgraded_connections() {
     let (directory, _) = one_session();
     let journal = Journal::open(directory.path()).unwrap();
     let path = directory.path().join("out.cast");
-    let text = write_cast(&journal, &Subject::Session(SESSION.into()), &path, None).unwrap();
+    let text = write_cast(&journal, &Subject::Session(SESSION.into()), &path, None, None).unwrap();
     assert!(text.starts_with("wrote 21 bytes in 1 piece to "), "{text}");
     expect![[r#"
         {"height":24,"timestamp":1769860800,"title":"weir session 0198aaaa-0000-7000-8000-000000000001","version":2,"width":80}
@@ -179,7 +179,7 @@ fn a_cast_holds_what_servers_sent_over_upgraded_connections() {
     "#]]
     .assert_eq(&std::fs::read_to_string(&path).unwrap());
     let list = Subject::Request("req-list".into());
-    let none = write_cast(&journal, &list, &directory.path().join("none"), None);
+    let none = write_cast(&journal, &list, &directory.path().join("none"), None, None);
     assert!(matches!(none, Err(ReplayError::NothingSaid)));
     assert!(matches!(write_transcript(&journal, &list, &mut Vec::new()), Err(ReplayError::NothingSaid)));
     assert!(!directory.path().join("none").exists());
@@ -312,7 +312,7 @@ fn streams_are_written_as_a_cast_and_as_a_transcript() {
     let directory = streams();
     let journal = Journal::open(directory.path()).unwrap();
     let path = directory.path().join("out.cast");
-    write_cast(&journal, &Subject::Session(SESSION.into()), &path, None).unwrap();
+    write_cast(&journal, &Subject::Session(SESSION.into()), &path, None, None).unwrap();
     expect![[r#"
         {"height":24,"timestamp":1769860800,"title":"weir session 0198aaaa-0000-7000-8000-000000000001","version":2,"width":80}
         [0.0,"m","request exec"]
@@ -344,7 +344,7 @@ fn as_json_every_event_stands_as_it_was_recorded() {
         [(Subject::Session(SESSION.into()), None), (Subject::Request("req-exec".into()), Some("req-exec"))]
     {
         let mut out = Vec::new();
-        write_json(&journal, &subject, &mut out, false).unwrap();
+        write_json(&journal, &subject, None, &mut out, false).unwrap();
         let recorded = journal.records().map(Result::unwrap).filter(|record| record.session() == SESSION);
         let wanted = recorded.filter(|record| {
             expected.is_none() || journal.event(record).unwrap().request.as_deref() == expected

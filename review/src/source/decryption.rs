@@ -210,7 +210,7 @@ mod tests {
 
     fn replayed(journal: &Journal) -> String {
         let (mut out, subject) = (Vec::new(), crate::replay::Subject::Session(SESSION.into()));
-        crate::replay::play(journal, &subject, None, &mut out, Style::PLAIN).unwrap();
+        crate::replay::play(journal, &subject, None, None, &mut out, Style::PLAIN).unwrap();
         String::from_utf8(out).unwrap()
     }
 

@@ -70,7 +70,7 @@ fn listed(journal: &Journal) -> String {
 fn replayed(journal: &Journal) -> String {
     let mut out = Vec::new();
     for subject in [Subject::Session(SESSION.into()), Subject::Request("req-watch".into())] {
-        replay::play(journal, &subject, None, &mut out, Style::PLAIN).unwrap();
+        replay::play(journal, &subject, None, None, &mut out, Style::PLAIN).unwrap();
     }
     String::from_utf8(out).unwrap().replace(&journal.name(), "SOURCE")
 }

@@ -1,4 +1,0 @@
-//! libFuzzer on [`weir_properties::masks::secret_protobuf`]; the property is there, nothing else is here.
-#![no_main]
-
-libfuzzer_sys::fuzz_target!(|bytes: &[u8]| weir_properties::masks::secret_protobuf(bytes));
