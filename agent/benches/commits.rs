@@ -1,5 +1,6 @@
 //! What a mutation waits for: its commit before it is forwarded, and the one before its answer ends, beside fdatasync alone in
-//! the same folder and the same run. `cargo xtask bench commits` runs it. Goal: one fdatasync before the request goes on.
+//! the same folder and the same run; and how much of each wait was not the fdatasync of its own commit, which is what Weir adds to the
+//! disk however the disk is just now. `cargo xtask bench commits` runs it. Goal: one fdatasync before the request goes on.
 #![expect(clippy::unwrap_used, reason = "what fails here fails the bench, with its place")]
 #![expect(clippy::print_stdout, reason = "the table is what the bench is for")]
 
@@ -56,8 +57,24 @@ fn syncs(folder: &Path) -> Vec<Duration> {
     took
 }
 
-/// One request; how long it waited before it could be forwarded, and before its answer could end.
-async fn request(recorder: &Recorder, method: &Method) -> (Duration, Duration) {
+/// How long somebody waited, and for how long of it the journal's fdatasync ran. The latter is of this wait alone where requests come
+/// one after the other.
+#[derive(Clone, Copy)]
+struct Waited {
+    took: Duration,
+    syncs: Duration,
+}
+
+/// Waits for something.
+async fn waited<T>(recorder: &Recorder, wait: impl Future<Output = T>) -> (T, Waited) {
+    let (syncs, since) = (recorder.measured().sync_time, Instant::now());
+    let made = wait.await;
+    let took = since.elapsed();
+    (made, Waited { took, syncs: recorder.measured().sync_time - syncs })
+}
+
+/// One request; what it waited for before it could be forwarded, and before its answer could end.
+async fn request(recorder: &Recorder, method: &Method) -> (Waited, Waited) {
     let path = "/api/v1/namespaces/team-a/configmaps";
     let attributes = Attributes::parse(method.as_str(), path, None);
     let mut headers = HeaderMap::new();
@@ -75,16 +92,16 @@ async fn request(recorder: &Recorder, method: &Method) -> (Duration, Duration) {
         Bytes::from(format!("{{\"kind\":\"ConfigMap\",\"data\":{{\"a\":\"{}\"}}}}", "x".repeat(BODY_BYTES)));
     let caller = Caller { pod: Some(Pod { uid: "pod".into(), ..Pod::default() }), ..Caller::default() };
     let sent = (*method != Method::GET).then(|| Unmasked(body.clone()));
-    let since = Instant::now();
-    let record = recorder.open(&Arc::new(caller), 0, head, sent).await.unwrap();
-    let opened = since.elapsed();
+    let (record, opened) = waited(recorder, recorder.open(&Arc::new(caller), 0, head, sent)).await;
+    let record = record.unwrap();
     record.response_started(StatusCode::OK, &headers, false);
     record.response_data(&body);
-    let since = Instant::now();
-    if let Some(committed) = record.close_durably(Outcome::Complete, None) {
-        committed.await.unwrap();
-    }
-    (opened, since.elapsed())
+    let close = async {
+        if let Some(committed) = record.close_durably(Outcome::Complete, None) {
+            committed.await.unwrap();
+        }
+    };
+    (opened, waited(recorder, close).await.1)
 }
 
 async fn row(recorder: &Recorder, name: &str, method: Method, at_once: usize) {
@@ -107,7 +124,13 @@ async fn row(recorder: &Recorder, name: &str, method: Method, at_once: usize) {
     let syncs = recorder.measured().syncs.iter().sum::<u64>() - before;
     let (opened, ended): (Vec<_>, Vec<_>) = took.into_iter().unzip();
     let each = syncs as f64 / opened.len() as f64;
-    println!("{name:<44} {} {} {each:>8.2}", quantiles(opened), quantiles(ended));
+    let all = |waits: &[Waited], of: fn(&Waited) -> Duration| quantiles(waits.iter().map(of).collect());
+    let rest = |waits: &[Waited]| match at_once {
+        1 => all(waits, |wait| wait.took.saturating_sub(wait.syncs)),
+        _ => format!("{:>8} {:>8}", "–", "–"),
+    };
+    let (first, last) = (all(&opened, |wait| wait.took), all(&ended, |wait| wait.took));
+    println!("{name:<44} {first} {} {last} {} {each:>8.2}", rest(&opened), rest(&ended));
 }
 
 fn rules(commit: Commit) -> CommitRules {
@@ -128,8 +151,9 @@ fn main() {
     let recorder = Recorder::start(RecorderOptions { pod_quota: PodQuota::UNLIMITED, ..options }).unwrap();
     println!("{:<44} {:>8} {:>8}", "", "p50", "p99");
     println!("{:<44} {}", "fdatasync alone, before", quantiles(syncs(folder.path())));
-    println!("\n{:<44} {:>17} {:>17} {:>8}", "", "before forwarding", "before the end", "syncs");
-    println!("{:<44} {:>8} {:>8} {:>8} {:>8} {:>8}", "", "p50", "p99", "p50", "p99", "each");
+    let waits = ["before forwarding", "without its sync", "before the end", "without its sync"];
+    println!("\n{:<44} {} {:>8}", "", waits.map(|name| format!("{name:>17}")).join(" "), "syncs");
+    println!("{:<44} {}{:>8}", "", format!("{:>8} {:>8} ", "p50", "p99").repeat(waits.len()), "each");
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
     runtime.block_on(async {
         row(&recorder, "sync, one mutation after the other", Method::POST, 1).await;

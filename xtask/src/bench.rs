@@ -51,8 +51,7 @@ enum What {
 pub(crate) fn run(root: &Path, arguments: &Arguments) -> Result<()> {
     match arguments.what {
         What::Auth => cargo_bench(root, "auth", "release", &[], &[]),
-        // What is waited for is the disk; a release build is long, and takes some µs off the rest.
-        What::Commits => cargo_bench(root, "commits", "dev", &[], &[]),
+        What::Commits => cargo_bench(root, "commits", "dev", &[], &OPTIMISED),
         What::Journal => journal(root, arguments.long),
         What::Hooks => {
             build_ebpf::run(root, build_ebpf::Options::default())?;
