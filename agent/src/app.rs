@@ -390,6 +390,7 @@ pub(crate) fn recorder_options(config: &Config) -> RecorderOptions {
         rules: config.recording.commits.clone(),
         pod_quota: config.limits.pod_quota,
         signing_key_files: config.journal.signing_key_files.clone(),
+        idle_checkpoint_interval: config.journal.idle_checkpoint_interval,
         recipient_files: config.recording.recipient_files.clone(),
         ..RecorderOptions::new(config.journal.directory.clone(), config.node.clone(), clusters)
     }

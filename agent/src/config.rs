@@ -133,6 +133,8 @@ pub struct Journal {
     pub bytes_max: u64,
     /// Keys that sign its checkpoints; without any each run makes its own.
     pub signing_key_files: Vec<PathBuf>,
+    /// Time between checkpoints while nothing is recorded.
+    pub idle_checkpoint_interval: Duration,
 }
 
 /// A cluster that pods of this node act on.

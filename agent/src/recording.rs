@@ -23,6 +23,7 @@ mod error;
 pub(crate) mod fixture;
 #[cfg(test)]
 mod flood_tests;
+mod frames;
 mod gzip;
 mod jobs;
 mod journal;
@@ -35,6 +36,9 @@ mod opening;
 mod plan;
 #[doc(hidden)]
 pub mod probe;
+mod protobuf;
+#[cfg(test)]
+mod protobuf_tests;
 mod queue;
 mod request;
 mod segment;
@@ -46,6 +50,7 @@ mod throttle;
 mod upgraded;
 #[cfg(test)]
 mod upgraded_tests;
+mod wire;
 mod worker;
 mod writer;
 
@@ -85,6 +90,7 @@ pub(crate) use self::{durable::has_ended, epoch::CHECKPOINT_FILE};
 pub use self::{
     durable::{Durable, DurablePosition},
     error::RecordingError,
+    journal::IDLE_CHECKPOINT_INTERVAL,
     measures::{Measured, SYNC_BOUNDS},
     plan::{BacklogLimits, Commit, CommitRule, CommitRules, Resources, WhenBehind},
     queue::COMMIT_BEHIND_MS,
@@ -134,6 +140,8 @@ pub struct RecorderOptions {
     pub signing_key_files: Vec<PathBuf>,
     /// X25519 public keys (PEM) of whoever may read bodies and streams; without any they are recorded in clear.
     pub recipient_files: Vec<PathBuf>,
+    /// Time between checkpoints while nothing is recorded.
+    pub idle_checkpoint_interval: Duration,
     /// How requests are committed.
     pub rules: CommitRules,
     /// What one pod may take.
@@ -153,6 +161,7 @@ impl RecorderOptions {
             session_idle_timeout: SESSION_IDLE_TIMEOUT,
             signing_key_files: Vec::new(),
             recipient_files: Vec::new(),
+            idle_checkpoint_interval: IDLE_CHECKPOINT_INTERVAL,
             rules: CommitRules::default(),
             pod_quota: PodQuota::UNLIMITED,
         }
@@ -225,7 +234,8 @@ impl Recorder {
     /// # Errors
     /// The folder cannot be made, locked or written.
     pub fn start(options: RecorderOptions) -> Result<Self, RecordingError> {
-        Self::start_on(Arc::new(FileSystem), options, Tuning::default())
+        let tuning = Tuning { idle_interval: options.idle_checkpoint_interval, ..Tuning::default() };
+        Self::start_on(Arc::new(FileSystem), options, tuning)
     }
 
     fn start_on(
@@ -361,9 +371,13 @@ impl Recorder {
         }
     }
 
-    /// Records what the kernel counted against what was proxied, and what was not recorded one by one.
+    /// Records what the kernel counted against what was proxied, and what was not recorded one by one. Where no pod did anything there is
+    /// nothing to record: that there was nothing the checkpoints prove which are signed meanwhile.
     pub fn coverage(&self, coverage: Coverage) {
         self.record_throttled();
+        if coverage.pods.is_empty() && coverage.pods_left_out == 0 {
+            return;
+        }
         self.agent_event(None, Kind::Coverage(Box::new(coverage)));
     }
 

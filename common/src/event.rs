@@ -14,10 +14,12 @@ use crate::attributes::{Attributes, Execution};
 mod carried;
 mod content;
 mod identity;
+mod object;
 
 pub use carried::{ConnectionForwarded, FileCopied};
 pub use content::{Bytes, BytesError, Change, Channel, Connection, Content};
 pub use identity::{ActsAs, Identity, IdentityMethod, RoleAssumed, UserInfo};
+pub use object::{NamedObject, ObjectsNamed};
 
 /// Version of this schema, in every event.
 pub const SCHEMA_VERSION: u32 = 1;
@@ -102,6 +104,8 @@ pub enum Kind {
     RoleAssumed(Box<RoleAssumed>),
     /// A piece of a body or stream.
     Content(Content),
+    /// Which objects a body that is not text holds.
+    ObjectsNamed(Box<ObjectsNamed>),
     /// A channel of an upgraded connection begins or ends.
     ChannelChanged {
         /// Which.
@@ -417,6 +421,7 @@ impl Kind {
             Self::RequestRefused { .. } => "requestRefused",
             Self::RoleAssumed(_) => "roleAssumed",
             Self::Content(_) => "content",
+            Self::ObjectsNamed(_) => "objectsNamed",
             Self::ChannelChanged { .. } => "channelChanged",
             Self::FileCopied(_) => "fileCopied",
             Self::ConnectionForwarded(_) => "connectionForwarded",

@@ -204,6 +204,22 @@ pub(crate) struct Report {
 }
 
 impl Report {
+    /// Before anything is found.
+    fn new(journal: String, noun: &'static str, keys: &Keys) -> Self {
+        Self {
+            journal,
+            noun,
+            topic: None,
+            sound: true,
+            key_source: keys.source(),
+            epochs: Vec::new(),
+            damage: Findings::default(),
+            gaps: Findings::default(),
+            notes: Findings::default(),
+            checkpoint: None,
+        }
+    }
+
     /// No damage.
     pub(crate) fn is_sound(&self) -> bool {
         self.sound
@@ -247,18 +263,7 @@ pub(crate) fn verify(journal: &Journal, options: &Options<'_>) -> Result<Report,
 fn verify_once(journal: &Journal, options: &Options<'_>) -> Result<Report, VerifyError> {
     let keys = Keys::load(journal, options.keys)?;
     let mut kept = options.checkpoint.map(|path| load_checkpoint(path, &keys)).transpose()?;
-    let mut report = Report {
-        journal: journal.name(),
-        noun: journal.noun(),
-        topic: None,
-        sound: true,
-        key_source: keys.source(),
-        epochs: Vec::new(),
-        damage: Findings::default(),
-        gaps: Findings::default(),
-        notes: Findings::default(),
-        checkpoint: None,
-    };
+    let mut report = Report::new(journal.name(), journal.noun(), &keys);
     let mut known = known::Known::new(journal, &keys, options.partial, &mut report)?;
     let reopened;
     let journal = if journal.topic().is_some() {

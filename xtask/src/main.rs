@@ -42,7 +42,8 @@ enum Command {
     Chaos(chaos::Arguments),
     /// The whole story on this machine: set-up, a pod at work, its record replayed, verified and compared.
     Demo(demo::Arguments),
-    /// Record conversations of Kubernetes' own clients and servers of streams anew: what `cargo test` holds the decoders to.
+    /// Record conversations of Kubernetes' own clients and servers of streams, and bodies of its codecs, anew: what `cargo test`
+    /// holds decoders and masks to.
     Conversations,
     /// Build what is given away, into target/dist: image, tarball, chart, list of packages, checksums.
     Dist(dist::Arguments),

@@ -215,13 +215,16 @@ const RULES: &str = "deploy/prometheus";
 /// Where the decoders' tests find what was recorded.
 const CONVERSATIONS: &str = "agent/src/streams/conversations";
 
-/// Records the conversations of streams anew.
+/// Where the tests of masks find the bodies.
+const BODIES: &str = "agent/src/recording/protobuf_bodies.json";
+
+/// Records the conversations of streams, and bodies in Kubernetes' protobuf, anew.
 ///
 /// # Errors
 /// The recording program cannot be built or fails; its output is shown.
 pub(crate) fn conversations(root: &Path) -> Result<()> {
     let status = Command::new(components::streams_capture(Progress::Shown)?)
-        .arg(root.join(CONVERSATIONS))
+        .args([root.join(CONVERSATIONS), root.join(BODIES)])
         .status()
         .context("cannot start streams-capture")?;
     ensure!(status.success(), "streams-capture ended with {status}; see above");

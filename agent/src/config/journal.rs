@@ -1,6 +1,6 @@
 //! `journal` as it is written: where records are kept, and the keys that sign them.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, time::Duration};
 
 use serde::Deserialize;
 
@@ -8,7 +8,13 @@ use super::{
     JOURNAL_BYTES_MIN, Journal,
     raw::{Invalid, invalid},
 };
-use crate::{recording::JOURNAL_BYTES_MAX, signing::SIGNING_KEYS_MAX};
+use crate::{
+    recording::{IDLE_CHECKPOINT_INTERVAL, JOURNAL_BYTES_MAX},
+    signing::SIGNING_KEYS_MAX,
+};
+
+/// Longest time between checkpoints while nothing is recorded: `weir verify` counts on it.
+const IDLE_CHECKPOINT_SECONDS_MAX: u64 = IDLE_CHECKPOINT_INTERVAL.as_secs();
 
 #[derive(Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
@@ -26,6 +32,10 @@ pub(super) struct RawJournal {
     /// agent starts. Without any, each run makes a key that ends with it.
     #[cfg_attr(test, schemars(length(max = SIGNING_KEYS_MAX)))]
     signing_key_files: Vec<PathBuf>,
+    /// How often a checkpoint is signed while nothing is recorded, which says so: how soon silence is proven. Each is written to
+    /// the disk and published.
+    #[cfg_attr(test, schemars(range(min = 1, max = IDLE_CHECKPOINT_SECONDS_MAX)))]
+    idle_checkpoint_seconds: u64,
 }
 
 impl Default for RawJournal {
@@ -34,13 +44,14 @@ impl Default for RawJournal {
             directory: "/var/lib/weir/journal".into(),
             bytes_max: JOURNAL_BYTES_MAX,
             signing_key_files: Vec::new(),
+            idle_checkpoint_seconds: IDLE_CHECKPOINT_SECONDS_MAX,
         }
     }
 }
 
 impl RawJournal {
     pub(super) fn validate(self) -> Result<Journal, Invalid> {
-        let Self { directory, bytes_max, signing_key_files } = self;
+        let Self { directory, bytes_max, signing_key_files, idle_checkpoint_seconds } = self;
         if !directory.is_absolute() {
             return invalid("journal.directory", "must be an absolute path");
         }
@@ -53,6 +64,13 @@ impl RawJournal {
         if let Some(index) = signing_key_files.iter().position(|path| !path.is_absolute()) {
             return invalid(format!("journal.signingKeyFiles[{index}]"), "must be an absolute path");
         }
-        Ok(Journal { directory, bytes_max, signing_key_files })
+        if !(1..=IDLE_CHECKPOINT_SECONDS_MAX).contains(&idle_checkpoint_seconds) {
+            return invalid(
+                "journal.idleCheckpointSeconds",
+                format!("must be between 1 and {IDLE_CHECKPOINT_SECONDS_MAX}"),
+            );
+        }
+        let idle_checkpoint_interval = Duration::from_secs(idle_checkpoint_seconds);
+        Ok(Journal { directory, bytes_max, signing_key_files, idle_checkpoint_interval })
     }
 }

@@ -11,10 +11,13 @@ use base64::{Engine as _, engine::general_purpose::STANDARD};
 use serde_json::{Map, Value};
 use weir_common::attributes::Attributes;
 
-use super::mask::Masker;
+use super::{
+    mask::Masker,
+    protobuf::{self, Names},
+};
 
 /// The annotation in which `kubectl apply` keeps a copy of the object.
-const LAST_APPLIED: &str = "kubectl.kubernetes.io/last-applied-configuration";
+pub(super) const LAST_APPLIED: &str = "kubectl.kubernetes.io/last-applied-configuration";
 
 /// [`LAST_APPLIED`] as it stands in a JSON Patch path.
 const LAST_APPLIED_ESCAPED: &str = "last-applied-configuration";
@@ -79,7 +82,8 @@ pub(super) enum Recorded<'a> {
 enum Format {
     Json,
     Yaml,
-    /// Protobuf, CBOR: no parser here.
+    Protobuf,
+    /// Other protobuf, CBOR: no parser here.
     Binary,
     Text,
     Unknown,
@@ -91,6 +95,7 @@ impl Format {
         let essence = content_type.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
         match essence.as_str() {
             "application/json" => Self::Json,
+            protobuf::CONTENT_TYPE => Self::Protobuf,
             essence if essence.ends_with("+json") => Self::Json,
             essence if essence.ends_with("yaml") => Self::Yaml,
             essence if essence.contains("protobuf") || essence.ends_with("cbor") => Self::Binary,
@@ -100,18 +105,46 @@ impl Format {
     }
 }
 
-/// Decides what is recorded of a body that is all there (`whole`) or cut.
+/// Whether a body of this type is Kubernetes' protobuf.
+pub(super) fn is_protobuf(content_type: Option<&str>) -> bool {
+    Format::of(content_type) == Format::Protobuf
+}
+
+/// Decides what is recorded of a body that is all there (`whole`) or cut. Where the body cannot be read by who reads the
+/// record, `names` becomes the objects in it.
 pub(super) fn record<'a>(
     masker: &Masker,
     sensitivity: Sensitivity,
     content_type: Option<&str>,
     body: &'a [u8],
     whole: bool,
+    names: &mut Names,
 ) -> Recorded<'a> {
     if body.is_empty() {
         return Recorded::Clear(body);
     }
-    let format = Format::of(content_type);
+    let format = match Format::of(content_type) {
+        Format::Unknown if body.starts_with(protobuf::MAGIC) => Format::Protobuf,
+        format => format,
+    };
+    if format == Format::Protobuf {
+        return protobuf::record(masker, sensitivity, body, whole, names);
+    }
+    record_as(masker, sensitivity, format, body, whole)
+}
+
+/// What is recorded of JSON that is all there.
+pub(super) fn record_json<'a>(masker: &Masker, sensitivity: Sensitivity, body: &'a [u8]) -> Recorded<'a> {
+    record_as(masker, sensitivity, Format::Json, body, true)
+}
+
+fn record_as<'a>(
+    masker: &Masker,
+    sensitivity: Sensitivity,
+    format: Format,
+    body: &'a [u8],
+    whole: bool,
+) -> Recorded<'a> {
     let sensitive = sensitivity != Sensitivity::None;
     match format {
         Format::Binary if sensitive => {
@@ -155,6 +188,13 @@ fn masked<'a>(
         Some(content) => Recorded::Masked { content, masks: walk.masks },
         None => Recorded::Withheld { reason: "may hold secrets and cannot be serialised after masking" },
     }
+}
+
+/// What is recorded of the copy that `kubectl apply` keeps in an annotation, and the number of masks in it.
+pub(super) fn last_applied(masker: &Masker, sensitivity: Sensitivity, text: &str) -> (String, u64) {
+    let mut walk = Walk { masker, masks: 0 };
+    let text = walk.copy(text, sensitivity).unwrap_or_else(|| text.to_owned());
+    (text, walk.masks)
 }
 
 /// Whether a kind that holds secrets is named anywhere, in JSON, YAML, or JSON within a JSON string; or whether
@@ -258,16 +298,23 @@ impl Walk<'_> {
 
     fn last_applied(&mut self, value: &mut Value, sensitivity: Sensitivity) {
         let Value::String(text) = value else { return self.leaves(value) };
-        if sensitivity == Sensitivity::None && !mentions_secret(text.as_bytes()) {
-            return;
+        if let Some(masked) = self.copy(text, sensitivity) {
+            *text = masked;
         }
-        match serde_json::from_str::<Value>(text) {
+    }
+
+    /// A copy of an object as text; none if it is recorded as it is.
+    fn copy(&mut self, text: &str, sensitivity: Sensitivity) -> Option<String> {
+        if sensitivity == Sensitivity::None && !mentions_secret(text.as_bytes()) {
+            return None;
+        }
+        Some(match serde_json::from_str::<Value>(text) {
             Ok(mut copy @ Value::Object(_)) => {
                 self.value(&mut copy, sensitivity);
-                *text = copy.to_string();
+                copy.to_string()
             }
-            _ => *text = self.mask(text.as_bytes()),
-        }
+            _ => self.mask(text.as_bytes()),
+        })
     }
 
     fn mask(&mut self, secret: &[u8]) -> String {
@@ -283,13 +330,23 @@ mod tests {
     use proptest::prelude::*;
     use weir_common::attributes::Attributes;
 
-    use super::{Recorded, Sensitivity, mentions_secret, record};
-    use crate::recording::mask::Masker;
+    use super::{Recorded, Sensitivity, mentions_secret};
+    use crate::recording::{mask::Masker, protobuf::Names};
 
     const CANARY: &str = "canary-hunter2";
 
     fn masker() -> Masker {
         Masker::for_cluster(&[1; 32], "c")
+    }
+
+    fn record<'a>(
+        masker: &Masker,
+        sensitivity: Sensitivity,
+        content_type: Option<&str>,
+        body: &'a [u8],
+        whole: bool,
+    ) -> Recorded<'a> {
+        super::record(masker, sensitivity, content_type, body, whole, &mut Names::default())
     }
 
     /// `CANARY` and `BASE64` in `body` stand for the secret in clear and as base64.
@@ -439,8 +496,8 @@ mod tests {
     fn what_is_sensitive_and_cannot_be_parsed_is_withheld() {
         check(
             Sensitivity::Secrets,
-            "application/vnd.kubernetes.protobuf",
-            "k8s\0 CANARY",
+            "application/cbor",
+            "\u{a1}CANARY",
             expect!["withheld: may hold secrets in a binary encoding that is not parsed"],
         );
         check(
@@ -465,7 +522,7 @@ mod tests {
         for (content_type, body) in [
             (JSON, r#"{"kind":"ConfigMap", "data":{"a":"b"}}"#),
             (JSON, "not json"),
-            ("application/vnd.kubernetes.protobuf", "k8s\0 kind Secret"),
+            ("application/cbor", "kind Secret"),
             ("text/plain", "a log line: kind: Secret"),
             (JSON, r#"{"kind":"Pod","spec":{"imagePullSecrets":[{"name":"x"}],"volumes":[{"secret":{}}]}}"#),
         ] {

@@ -11,15 +11,17 @@ use weir_common::event::{self, BodySummary, CONTENT_BYTES_MAX, Channel, Content,
 
 use super::{
     body::{self, Recorded, Sensitivity},
+    frames::{Frame, Frames, HEADER},
     gzip::{self, Gunzip},
     mask::{KeyedDigest, Masker},
+    protobuf::{self, Names},
 };
 use crate::streams::Lane;
 
 /// A compressed body may become this many times its limit before it counts as cut.
 const DECODED_FACTOR: usize = 4;
 
-/// Most bytes of one line (one event) of a watch.
+/// Most bytes of one line (one event) of a watch; of one whose events have their length before them, too.
 const LINE_BYTES_MAX: usize = 4 * 1024 * 1024;
 
 /// See [`Held::is_small`].
@@ -56,6 +58,15 @@ impl Held {
     }
 }
 
+/// What is recorded of a body.
+#[derive(Debug)]
+pub(super) struct Kept {
+    pub(super) content: Vec<u8>,
+    pub(super) summary: BodySummary,
+    /// Objects in it, where it is not text.
+    pub(super) names: Names,
+}
+
 /// What a body is encoded with.
 enum Encoding {
     Identity,
@@ -87,7 +98,7 @@ fn keyed(masker: &Masker, content: &[u8]) -> String {
 }
 
 /// What is recorded of a body that was held.
-pub(super) fn reduce(masker: &Masker, sensitivity: Sensitivity, held: &Held) -> (Vec<u8>, BodySummary) {
+pub(super) fn reduce(masker: &Masker, sensitivity: Sensitivity, held: &Held) -> Kept {
     let wire = held.bytes();
     let mut summary = BodySummary { wire_bytes: held.wire_bytes, ..BodySummary::default() };
     let mut truncated = held.cut.as_ref().map(|(reason, _)| reason.clone());
@@ -114,10 +125,11 @@ pub(super) fn reduce(masker: &Masker, sensitivity: Sensitivity, held: &Held) -> 
         }
     };
     let whole = truncated.is_none();
+    let mut names = Names::default();
     let recorded = match withheld {
         Some(reason) if sensitivity != Sensitivity::None => Recorded::Withheld { reason },
         Some(_) => Recorded::Clear(&content),
-        None => body::record(masker, sensitivity, held.content_type.as_deref(), &content, whole),
+        None => body::record(masker, sensitivity, held.content_type.as_deref(), &content, whole, &mut names),
     };
     let (mut kept, unmasked) = match recorded {
         Recorded::Clear(bytes) => (bytes.to_vec(), true),
@@ -145,7 +157,7 @@ pub(super) fn reduce(masker: &Masker, sensitivity: Sensitivity, held: &Held) -> 
     };
     summary.recorded_bytes = kept.len() as u64;
     summary.truncated = truncated;
-    (kept, summary)
+    Kept { content: kept, summary, names }
 }
 
 /// Splits content into events, at the boundaries of characters where it is text.
@@ -187,6 +199,8 @@ pub(super) struct Streamed {
     /// JSON objects by lines, as a watch has them.
     lines: bool,
     line: Vec<u8>,
+    /// Events with their length before them, as a watch in protobuf has them.
+    frames: Option<Frames>,
     /// Bytes of a line that is skipped; it ends with the next newline.
     skipping: Option<u64>,
     /// Nothing more can be made of this stream.
@@ -208,11 +222,12 @@ impl Streamed {
     ) -> Self {
         let essence = content_type.as_deref().unwrap_or_default();
         let lines = watch && essence.contains("json");
+        let framed = watch && body::is_protobuf(content_type.as_deref());
         let encoding = Encoding::of(content_encoding);
         let sensitive = sensitivity != Sensitivity::None;
         let broken = match encoding {
-            _ if sensitive && !lines => Some("may hold secrets in a form that is not parsed"),
-            Encoding::Unknown if sensitive => Some("has a content encoding that is not decoded"),
+            _ if sensitive && !lines && !framed => Some("may hold secrets in a form that is not parsed"),
+            Encoding::Unknown if sensitive || framed => Some("has a content encoding that is not decoded"),
             _ => None,
         };
         let gunzip = matches!(encoding, Encoding::Gzip).then(Gunzip::new);
@@ -222,6 +237,7 @@ impl Streamed {
             gunzip,
             lines: lines && !matches!(encoding, Encoding::Unknown),
             line: Vec::new(),
+            frames: framed.then(|| Frames::new(LINE_BYTES_MAX)),
             skipping: None,
             broken,
             left_out: 0,
@@ -263,7 +279,11 @@ impl Streamed {
         if self.gunzip.is_some() {
             self.broken = Some("is compressed and a part of it was lost");
         }
-        let partial = std::mem::take(&mut self.line).len() as u64;
+        let mut partial = std::mem::take(&mut self.line).len() as u64;
+        if let Some(frames) = &mut self.frames {
+            self.broken = Some("is not text and a part of it was lost");
+            partial += frames.finish();
+        }
         self.left_out += partial;
         self.skipping = self.lines.then_some(0);
         let reason = "response came faster than it could be recorded".to_owned();
@@ -280,6 +300,8 @@ impl Streamed {
         if let Some(skipped) = self.skipping.take().filter(|skipped| *skipped > 0) {
             self.gap(&mut out, "rest of a watch event that is left out", skipped);
         }
+        let begun = self.frames.take().map_or(0, |mut frames| frames.finish());
+        self.gap(&mut out, "watch event is not whole", begun);
         let decoded = self.gunzip.is_some().then(|| "gzip".to_owned());
         let (broken, left_out, masks) = (self.broken, self.left_out, self.masks);
         let kinds = self.events(out);
@@ -305,6 +327,11 @@ impl Streamed {
     }
 
     fn decoded(&mut self, masker: &Masker, mut bytes: &[u8], out: &mut Out) {
+        if let Some(mut frames) = self.frames.take() {
+            frames.push(bytes, |frame| self.frame(masker, &frame, out));
+            self.frames = Some(frames);
+            return;
+        }
         if !self.lines {
             out.content.extend_from_slice(bytes);
             return;
@@ -336,19 +363,43 @@ impl Streamed {
     }
 
     fn line(&mut self, masker: &Masker, line: &[u8], out: &mut Out) {
-        match body::record(masker, self.sensitivity, self.content_type.as_deref(), line, true) {
+        match body::record(masker, self.sensitivity, self.content_type.as_deref(), line, true, &mut out.names)
+        {
             Recorded::Clear(line) => out.content.extend_from_slice(line),
             Recorded::Masked { content, masks } => {
                 self.masks += masks;
                 out.content.extend_from_slice(&content);
                 out.content.push(b'\n');
             }
-            Recorded::Withheld { reason } => {
-                self.masks += 1;
-                let reason = format!("watch event withheld: {reason}; {}", keyed(masker, line));
-                self.gap(out, &reason, line.len() as u64);
-            }
+            Recorded::Withheld { reason } => self.withhold(masker, reason, line, out),
         }
+    }
+
+    fn frame(&mut self, masker: &Masker, frame: &Frame<'_>, out: &mut Out) {
+        let whole = match *frame {
+            Frame::Whole(whole) => whole,
+            Frame::TooLong(bytes) => {
+                return self.gap(out, "watch event is longer than can be recorded", bytes);
+            }
+        };
+        let event = whole.get(HEADER..).unwrap_or_default();
+        match protobuf::record_event(masker, self.sensitivity, event, &mut out.names) {
+            Recorded::Clear(_) => out.content.extend_from_slice(whole),
+            Recorded::Masked { content, masks } => {
+                self.masks += masks;
+                // Masks make it no more than some times as long.
+                let length = u32::try_from(content.len()).unwrap_or(u32::MAX);
+                out.content.extend_from_slice(&length.to_be_bytes());
+                out.content.extend_from_slice(&content);
+            }
+            Recorded::Withheld { reason } => self.withhold(masker, reason, whole, out),
+        }
+    }
+
+    fn withhold(&mut self, masker: &Masker, reason: &str, event: &[u8], out: &mut Out) {
+        self.masks += 1;
+        let reason = format!("watch event withheld: {reason}; {}", keyed(masker, event));
+        self.gap(out, &reason, event.len() as u64);
     }
 
     fn gap(&mut self, out: &mut Out, reason: &str, bytes: u64) {
@@ -367,6 +418,7 @@ impl Streamed {
             kinds.push(gap);
         }
         kinds.append(&mut self.content(&out.content));
+        kinds.append(&mut out.names.kinds(Channel::ResponseBody));
         kinds
     }
 
@@ -383,6 +435,8 @@ impl Streamed {
 struct Out {
     before: Vec<(Vec<u8>, Kind)>,
     content: Vec<u8>,
+    /// Objects in it, where it is not text.
+    names: Names,
 }
 
 #[cfg(test)]
@@ -391,7 +445,7 @@ mod tests {
     use proptest::prelude::*;
     use weir_common::event::{BodySummary, CONTENT_BYTES_MAX, Channel, Kind};
 
-    use super::{Held, LINE_BYTES_MAX, Streamed, reduce, split};
+    use super::{Held, Kept, LINE_BYTES_MAX, Streamed, reduce, split};
     use crate::recording::{body::Sensitivity, mask::Masker};
 
     fn masker() -> Masker {
@@ -456,8 +510,8 @@ mod tests {
     }
 
     #[test]
-    fn a_sensitive_stream_that_is_no_json_is_withheld() {
-        let kind = Some("application/vnd.kubernetes.protobuf;stream=watch".to_owned());
+    fn a_sensitive_stream_that_is_not_parsed_is_withheld() {
+        let kind = Some("application/cbor-seq".to_owned());
         let streamed = Streamed::new(&masker(), Sensitivity::Secrets, kind, None, true);
         let (text, _, summary) = run(streamed, &[b"secret", b"bytes"]);
         assert_eq!((text.as_str(), summary.recorded_bytes), ("", 0));
@@ -473,8 +527,8 @@ mod tests {
             bytes_max: 10,
             ..Held::default()
         };
-        assert_eq!(reduce(&masker(), Sensitivity::None, &held()).0, b"abc");
-        let (content, summary) = reduce(&masker(), Sensitivity::Secrets, &held());
+        assert_eq!(reduce(&masker(), Sensitivity::None, &held()).content, b"abc");
+        let Kept { content, summary, .. } = reduce(&masker(), Sensitivity::Secrets, &held());
         assert!(content.is_empty() && summary.truncated.is_some());
     }
 

@@ -187,6 +187,7 @@ pub(super) fn options(directory: &Path) -> RecorderOptions {
         session_idle_timeout: Duration::from_secs(600),
         signing_key_files: Vec::new(),
         recipient_files: Vec::new(),
+        idle_checkpoint_interval: TUNING.idle_interval,
         rules: CommitRules::default(),
         pod_quota: PodQuota::UNLIMITED,
     }

@@ -27,9 +27,9 @@ use crate::storage::{self, Storage};
 /// A checkpoint is signed at least after this time, if there are events since the last one.
 const CHECKPOINT_INTERVAL: Duration = Duration::from_secs(10);
 
-/// While nothing is recorded, a checkpoint that says so is signed this often: whoever holds one knows that until then there
+/// While nothing is recorded, a checkpoint that says so is signed this often, unless it is configured: whoever holds one knows that until then there
 /// was nothing more.
-pub(super) const IDLE_INTERVAL: Duration = Duration::from_secs(60);
+pub const IDLE_CHECKPOINT_INTERVAL: Duration = Duration::from_secs(60);
 
 /// A checkpoint is signed at least after this many events.
 const CHECKPOINT_EVENTS: u64 = 4096;
@@ -72,7 +72,7 @@ impl Default for Tuning {
             segment_bytes_first: segment::SEGMENT_BYTES_FIRST,
             segment_bytes_max: segment::SEGMENT_BYTES_MAX,
             checkpoint_events: CHECKPOINT_EVENTS,
-            idle_interval: IDLE_INTERVAL,
+            idle_interval: IDLE_CHECKPOINT_INTERVAL,
         }
     }
 }

@@ -13,14 +13,14 @@ use http::{
 use tokio::sync::Semaphore;
 use weir_common::{
     attributes::{Attributes, Execution},
-    event::{BodySummary, Caller, Channel, IdentityMethod, Kind, RequestOpened},
+    event::{Caller, Channel, IdentityMethod, Kind, RequestOpened},
 };
 
 use super::{
     Recorder, RecordingError, RequestHead, RequestRecord, Unmasked,
     admission::{COMMIT_WAIT_MAX, Reduced},
     body::Sensitivity,
-    content::{self, Held},
+    content::{self, Held, Kept},
     entry::{Append, Entry, Ids},
     plan::{Plan, WhenBehind},
     request::Level,
@@ -98,13 +98,9 @@ impl Recorder {
             events: None,
             bytes: Some(body.len() as u64).filter(|bytes| *bytes > 0),
         });
-        let (content, summary) = match body {
-            body if body.is_empty() => (Vec::new(), None),
-            body => {
-                let (content, summary) =
-                    mask_request(&context, head.headers, body, left_out.as_deref()).await?;
-                (content, Some(summary))
-            }
+        let body = match body {
+            body if body.is_empty() => None,
+            body => Some(mask_request(&context, head.headers, body, left_out.as_deref()).await?),
         };
         let opened = RequestOpened {
             method: head.method.as_str().to_owned(),
@@ -118,10 +114,13 @@ impl Recorder {
             }),
             upgrade: head.upgrade.map(str::to_owned),
             identity: head.identity.cloned().map(Box::new),
-            body: summary,
+            body: body.as_ref().map(|kept| kept.summary.clone()),
         };
         let mut kinds = vec![Kind::RequestOpened(Box::new(opened))];
-        kinds.append(&mut content::split(Channel::RequestBody, 0, &content));
+        if let Some(Kept { content, names, .. }) = body {
+            kinds.append(&mut content::split(Channel::RequestBody, 0, &content));
+            kinds.append(&mut names.kinds(Channel::RequestBody));
+        }
         kinds.extend(gap);
         let entries = self.first_entries(&context, kinds)?;
         let level = self.level(&head);
@@ -250,7 +249,7 @@ async fn mask_request(
     headers: &HeaderMap,
     body: Bytes,
     left_out: Option<&str>,
-) -> Result<(Vec<u8>, BodySummary), RecordingError> {
+) -> Result<Kept, RecordingError> {
     let text = |name| headers.get(name).and_then(|value| value.to_str().ok()).map(str::to_owned);
     let mut held = Held {
         wire_bytes: body.len() as u64,

@@ -11,7 +11,7 @@ use weir_common::{
 
 use super::{
     body::Sensitivity,
-    content::{self, Held, Streamed},
+    content::{self, Held, Kept, Streamed},
     mask::Masker,
 };
 
@@ -40,7 +40,8 @@ pub fn held(claim: Claim<'_>, body: &[u8], bytes_max: usize, cut: bool) -> (Vec<
         content_encoding: claim.content_encoding.map(str::to_owned),
         bytes_max,
     };
-    content::reduce(&masker(), Sensitivity::of(claim.attributes), &held)
+    let Kept { content, summary, .. } = content::reduce(&masker(), Sensitivity::of(claim.attributes), &held);
+    (content, summary)
 }
 
 /// What is recorded of a body that is recorded while it comes, piece by piece.

@@ -19,7 +19,7 @@ use weir_common::event::{Channel, Kind, RequestClosed};
 
 use super::{
     body::Sensitivity,
-    content::{self, Held, Streamed},
+    content::{self, Held, Kept, Streamed},
     emergency::Emergency,
     encryption::SessionKeys,
     entry::{Append, Entry, Ids, Origin, Waiter},
@@ -139,8 +139,10 @@ impl Closing {
     pub(super) fn reduce(mut self, context: &Context) -> Vec<Kind> {
         let mut kinds = self.rest;
         if let Some(held) = &self.body {
-            let (recorded, summary) = content::reduce(&context.masker, context.sensitivity, held);
-            kinds.append(&mut content::split(Channel::ResponseBody, 0, &recorded));
+            let Kept { content, summary, names } =
+                content::reduce(&context.masker, context.sensitivity, held);
+            kinds.append(&mut content::split(Channel::ResponseBody, 0, &content));
+            kinds.append(&mut names.kinds(Channel::ResponseBody));
             self.closed.body = Some(summary);
         }
         kinds.push(Kind::RequestClosed(Box::new(self.closed)));

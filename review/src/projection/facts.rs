@@ -93,6 +93,11 @@ pub(super) fn message(scene: &Scene<'_>) -> String {
         Kind::RequestRefused { status, reason } => format!("{asked}: refused with {status}: {reason}"),
         Kind::RoleAssumed(role) => format!("role assumed: {}", role.assumed_role_arn),
         Kind::Content(_) | Kind::ChannelChanged { .. } => format!("{asked}: content"),
+        Kind::ObjectsNamed(named) => {
+            let first = named.objects.first().map(|object| format!("{} {}", object.kind, object.name));
+            let more = named.objects.len().saturating_sub(1) as u64 + named.left_out;
+            format!("{asked}: its body holds {} and {more} more", first.unwrap_or_default())
+        }
         Kind::FileCopied(file) => format!("file copied: {}", file.path),
         Kind::ConnectionForwarded(forwarded) => {
             format!("connection to port {} forwarded", forwarded.connection.port)

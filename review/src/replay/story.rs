@@ -103,8 +103,13 @@ pub(crate) struct Note {
 impl Note {
     /// None for other kinds.
     fn of(time_us: i64, kind: &Kind) -> Option<Self> {
-        let calm =
-            matches!(kind, Kind::ChannelChanged { .. } | Kind::FileCopied(_) | Kind::ConnectionForwarded(_));
+        let calm = matches!(
+            kind,
+            Kind::ChannelChanged { .. }
+                | Kind::FileCopied(_)
+                | Kind::ConnectionForwarded(_)
+                | Kind::ObjectsNamed(_)
+        );
         note(kind).map(|text| Self { time_us, text, calm })
     }
 }
@@ -237,6 +242,7 @@ fn note(kind: &Kind) -> Option<String> {
         }
         Kind::FileCopied(file) => Some(wording::copied(file)),
         Kind::ConnectionForwarded(forwarded) => Some(wording::forwarded(forwarded)),
+        Kind::ObjectsNamed(named) => Some(wording::named(named)),
         Kind::Gap { reason, events, bytes } => {
             let number = |number: &Option<u64>, noun| number.map(|n| crate::moment::counted(n, noun));
             let missing: Vec<String> =

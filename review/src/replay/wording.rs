@@ -2,10 +2,15 @@
 
 use weir_common::{
     attributes::Execution,
-    event::{ActsAs, Channel, ConnectionForwarded, FileCopied, Identity, RequestOpened},
+    event::{
+        ActsAs, Channel, ConnectionForwarded, FileCopied, Identity, NamedObject, ObjectsNamed, RequestOpened,
+    },
 };
 
 use crate::{moment::bytes, terminal::escaped};
+
+/// Most objects of a body that a note names.
+const OBJECTS_SHOWN_MAX: usize = 5;
 
 /// What a request means, in words: `get pods web in default`, `create pods/exec web in default`.
 pub(super) fn meaning(opened: &RequestOpened) -> String {
@@ -74,6 +79,21 @@ pub(super) fn copied(file: &FileCopied) -> String {
     let passed = passed_bytes.map(|passed| format!(", cut after {}", bytes(passed))).unwrap_or_default();
     let digest = digest.as_ref().map(|digest| format!(", {digest}")).unwrap_or_default();
     format!("file {way}: {path}, {}{passed}{digest}", bytes(file.bytes))
+}
+
+/// Objects of a body that is not text.
+pub(super) fn named(named: &ObjectsNamed) -> String {
+    let one = |object: &NamedObject| {
+        let event = object.event.as_ref().map(|event| format!("{event} ")).unwrap_or_default();
+        let namespace = Some(&object.namespace).filter(|namespace| !namespace.is_empty());
+        let namespace = namespace.map(|namespace| format!("{namespace}/")).unwrap_or_default();
+        format!("{event}{} {namespace}{}", object.kind, object.name)
+    };
+    let body = if named.channel.is_from_client() { "request" } else { "response" };
+    let shown: Vec<_> = named.objects.iter().take(OBJECTS_SHOWN_MAX).map(one).collect();
+    let more = (named.objects.len() - shown.len()) as u64 + named.left_out;
+    let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+    format!("the {body} holds {}{more}", shown.join(", "))
 }
 
 /// A connection through a port-forward.

@@ -19,7 +19,7 @@ use weir_common::{
     merkle::{Hash, leaf_hash, verify_inclusion},
 };
 
-use super::{EpochReport, Finding, Findings, Kept, Options, Report, VerifyError, keys::Keys, read_text};
+use super::{EpochReport, Finding, Kept, Options, Report, VerifyError, keys::Keys, read_text};
 use crate::{
     export::{
         CHECKPOINT_SUFFIX, EVENTS_FILE, KEY_SUFFIX, MANIFEST_FILE, Manifest, Named, PROOFS_FILE, Proof,
@@ -56,18 +56,7 @@ pub(crate) fn verify(folder: &Path, options: &Options<'_>) -> Result<Report, Ver
     };
     let mut checked = Check {
         folder,
-        report: Report {
-            journal: folder.display().to_string(),
-            noun: "export",
-            topic: None,
-            sound: true,
-            key_source: keys.source(),
-            epochs: Vec::new(),
-            damage: Findings::default(),
-            gaps: Findings::default(),
-            notes: Findings::default(),
-            checkpoint: None,
-        },
+        report: Report::new(folder.display().to_string(), "export", &keys),
         logs: BTreeMap::new(),
         open: HashMap::new(),
         events: 0,

@@ -16,7 +16,7 @@ pub mod streams;
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets; each has a corpus folder and a fuzz target of its name.
-pub const TARGETS: [Target; 26] = [
+pub const TARGETS: [Target; 27] = [
     ("answer", agent::answer),
     ("attributes", record::attributes),
     ("body", masks::body),
@@ -40,6 +40,7 @@ pub const TARGETS: [Target; 26] = [
     ("sealed_frame", journal::sealed_frame),
     ("sealed_segment", journal::sealed_segment),
     ("secret_body", masks::secret_body),
+    ("secret_protobuf", masks::secret_protobuf),
     ("segment", journal::segment),
     ("streams", streams::streams),
     ("token", auth::token),

@@ -19,6 +19,9 @@ const SECRET_BASE64: &str = "Y2FuYXJ5LTRmMWMwYzlhN2YwZTRkN2I=";
 const HEADERS_BYTES_MAX: usize = 64 * 1024;
 /// Most bytes of a URI and of the mark that it was cut.
 const URI_BYTES_MAX: usize = 64 * 1024 + 64;
+/// What Kubernetes' protobuf begins with, and its type.
+const MAGIC: &[u8] = b"k8s\0";
+const PROTOBUF: &str = "application/vnd.kubernetes.protobuf";
 const LAST_APPLIED: &str = "kubectl.kubernetes.io/last-applied-configuration";
 
 const CONTENT_TYPES: [Option<&str>; 8] = [
@@ -90,6 +93,9 @@ pub fn body(bytes: &[u8]) {
 fn reads_the_same(content: &[u8], body: &[u8]) -> bool {
     let json = |bytes: &[u8]| serde_json::from_slice::<Value>(bytes).ok();
     let yaml = |bytes: &[u8]| serde_yaml_ng::from_slice::<Value>(bytes).ok();
+    if content.starts_with(MAGIC) {
+        return body.starts_with(MAGIC);
+    }
     match json(body) {
         Some(value) => json(content) == Some(value),
         None => yaml(body).is_some_and(|value| yaml(content) == Some(value)),
@@ -116,6 +122,7 @@ fn shown((kinds, summary): (Vec<Kind>, BodySummary)) -> (Vec<u8>, Vec<String>, B
                 content.extend(piece);
             }
             Kind::Gap { reason, .. } => gaps.push(reason),
+            Kind::ObjectsNamed(_) => {}
             other => panic!("a stream makes no {other:?}"),
         }
     }
@@ -151,6 +158,80 @@ pub fn secret_body(bytes: &[u8]) {
     let form = &forms[choice % forms.len()];
     let text = writings[choice / forms.len() % writings.len()](form);
     hides(claim, &text, limit_choice, cut);
+}
+
+/// A `Secret` in Kubernetes' protobuf with any fields around its own, in any form in which it comes: its value is not recorded.
+/// The input's bytes are those fields: a number, and what the field holds.
+pub fn secret_protobuf(bytes: &[u8]) {
+    let Some((claim, [limit_choice, cut], rest)) = claim(bytes) else { return };
+    if knows_it(&String::from_utf8_lossy(rest)) {
+        return;
+    }
+    let mut around: Vec<(u8, &[u8])> = rest
+        .split(|byte| *byte == b'\n')
+        .filter_map(|line| line.split_first().map(|(number, content)| (*number, content)))
+        .collect();
+    let own = |number, content: &[u8]| message(&[(1, b"a"), (number, content)]);
+    let copy = json!({"kind": "Secret", "data": {"a": SECRET_BASE64}}).to_string();
+    let metadata = message(&[(12, &[field(2, copy.as_bytes()), field(1, LAST_APPLIED.as_bytes())].concat())]);
+    let value = own(2, SECRET.as_bytes());
+    around.extend([(1, &metadata[..]), (2, &value), (4, &value), (9, SECRET.as_bytes())]);
+    let turn = usize::from(limit_choice) % around.len();
+    around.rotate_left(turn);
+    let item = message(&around);
+    let secret = envelope("Secret", &item);
+    let extension = |object: &[u8]| message(&[(1, object)]);
+    let forms = [
+        secret.clone(),
+        envelope("SecretList", &message(&[(2, &item)])),
+        envelope("List", &message(&[(2, &extension(&secret))])),
+        envelope("Thing", &message(&[(3, &secret)])),
+        envelope("ThingList", &message(&[(2, &message(&[(1, &metadata)]))])),
+        envelope("PartialObjectMetadata", &message(&[(1, &metadata), (2, SECRET.as_bytes())])),
+    ];
+    let choice = usize::from(bytes[0]) / REQUESTS.len() % forms.len();
+    let form = &forms[choice];
+    // Elsewhere the cut may fall between a value and the kind that would tell what it is (docs/fuzzing.md).
+    let is_told_late = choice >= 4 && claim.attributes.resource != "secrets";
+    let claim = Claim { content_type: Some(PROTOBUF), content_encoding: None, ..claim };
+    for (bytes_max, is_cut) in [(usize::MAX / 8, false), (limit(limit_choice), false), (usize::MAX / 8, true)]
+    {
+        if is_cut && is_told_late {
+            continue;
+        }
+        let end = if is_cut { usize::from(cut) * form.len() / 256 } else { form.len() };
+        let (content, _) = probe::held(claim, &form[..end], bytes_max, is_cut);
+        is_hidden(&content, "protobuf");
+    }
+    let event = message(&[(1, b"ADDED"), (2, &extension(form))]);
+    let length = u32::try_from(event.len()).expect("an input has no 4 GB").to_be_bytes();
+    let frame = [&length[..], &event, &length[..2]].concat();
+    let pieces = frame.split_at(usize::from(cut).min(frame.len()));
+    let (content, ..) = shown(probe::streamed(claim, true, &[pieces.0, pieces.1]));
+    is_hidden(&content, "a watch in protobuf");
+}
+
+/// A string, bytes or message of protobuf.
+fn field(number: u8, content: &[u8]) -> Vec<u8> {
+    let varint = |mut value: usize| {
+        let mut out = Vec::new();
+        while value >= 0x80 {
+            out.push(value.to_le_bytes()[0] | 0x80);
+            value >>= 7;
+        }
+        out.push(value.to_le_bytes()[0]);
+        out
+    };
+    [varint(usize::from(number.max(1)) << 3 | 2), varint(content.len()), content.to_vec()].concat()
+}
+
+fn message(fields: &[(u8, &[u8])]) -> Vec<u8> {
+    fields.iter().flat_map(|(number, content)| field(*number, content)).collect()
+}
+
+fn envelope(kind: &str, object: &[u8]) -> Vec<u8> {
+    let type_meta = message(&[(1, b"v1"), (2, kind.as_bytes())]);
+    [MAGIC, &message(&[(1, &type_meta), (2, object)])].concat()
 }
 
 fn secret(around: &Value) -> Value {

@@ -1,5 +1,5 @@
 // Records conversations between Kubernetes' own clients and servers of streams, with what both ends saw: the decoders in
-// agent/src/streams must say the same. `streams-capture FOLDER` writes one JSON file for each.
+// agent/src/streams must say the same. `streams-capture FOLDER FILE` writes one JSON file for each, and `bodies.go`'s to FILE.
 //
 // The servers are the kubelet's (k8s.io/cri-streaming) and, in front of it, the API server's translator and tunnel
 // (k8s.io/apiserver); the clients are client-go's, and gorilla's WebSocket for protocols that client-go has given up.
@@ -341,6 +341,7 @@ func channels(target *url.URL, subprotocol string, messages [][]byte, text bool,
 func main() {
 	folder := os.Args[1]
 	check(os.MkdirAll(folder, 0o755))
+	bodies(os.Args[2])
 	const plain, terminal = "command=x&stdin=true&stdout=true&stderr=true", "command=x&stdin=true&stdout=true&tty=true"
 	capture(folder, "exec-spdy", "exec", plain, func(target *url.URL, config *rest.Config) {
 		executor, err := clientcommand.NewSPDYExecutor(config, "POST", target)

@@ -50,6 +50,15 @@ pub(super) fn silences(recorded: &[Recorded], published: &BTreeMap<String, Vec<M
     others.inspect(|id| assert!(id.contains("/checkpoint/"), "{id} is not in the journal")).count()
 }
 
+/// Whether a checkpoint is published that covers as many events as one in the journal, and is not in it: a later one.
+pub(super) fn proves_silence(recorded: &[Recorded], published: &BTreeMap<String, Vec<Message>>) -> bool {
+    let ids: BTreeSet<_> = recorded.iter().map(|frame| frame.id.as_str()).collect();
+    let covers = |id: &str| id.rsplit_once('/').map(|(covers, _)| covers.to_owned());
+    let logged: BTreeSet<_> = ids.iter().filter_map(|id| covers(id)).collect();
+    let mut checkpoints = published.keys().filter(|id| id.contains("/checkpoint/"));
+    checkpoints.any(|id| !ids.contains(id.as_str()) && covers(id).is_some_and(|id| logged.contains(&id)))
+}
+
 /// Checks that each session is in one partition and, as long as nothing came twice, in the order of its events.
 #[track_caller]
 pub(super) fn check_order(messages: &[Message]) -> usize {

@@ -8,7 +8,7 @@ use std::{
 };
 
 use serde_json::{Value, json};
-use weir_common::event::Kind;
+use weir_common::event::{Channel, Kind};
 use weir_tests::{agent, command};
 
 use super::{Scene, shown};
@@ -60,12 +60,54 @@ fn check(scene: &Scene, kubeconfig: &Path) {
     assert!(recorded, "the request is in the journal");
 }
 
+/// kubectl creates in protobuf: what it sends and gets is named and masked all the same.
+fn check_protobuf(scene: &Scene, kubeconfig: &Path) {
+    let value = "--from-literal=password=hunter-2";
+    let (intercepted, direct) = both(
+        scene,
+        kubeconfig,
+        &[
+            "create",
+            "secret",
+            "generic",
+            "hidden",
+            value,
+            "--dry-run=server",
+            "-o",
+            "jsonpath={.data.password}",
+        ],
+    );
+    assert_eq!(shown(&intercepted), shown(&direct));
+    let events = scene.events();
+    for channel in [Channel::RequestBody, Channel::ResponseBody] {
+        let named = events.iter().find_map(|event| match &event.kind {
+            Kind::ObjectsNamed(named) if named.channel == channel => Some(&named.objects[..]),
+            _ => None,
+        });
+        let [object] = named.unwrap_or_else(|| panic!("{channel:?} is not named")) else {
+            panic!("{channel:?} has one object")
+        };
+        assert_eq!((&*object.api_version, &*object.kind, &*object.name), ("v1", "Secret", "hidden"));
+        let masked = events.iter().any(|event| match &event.kind {
+            Kind::Content(content) if content.channel == channel => {
+                let bytes = content.bytes.to_vec().unwrap();
+                let has = |text: &str| bytes.windows(text.len()).any(|part| part == text.as_bytes());
+                assert!(!has("hunter-2"), "{channel:?} has the secret");
+                has("k8s\0") && has("weir:masked:le8:")
+            }
+            _ => false,
+        });
+        assert!(masked, "{channel:?} is on record, masked");
+    }
+}
+
 #[test]
 fn a_client_certificate_works_and_its_key_stays_where_it_is() {
     let Some(scene) = Scene::new() else { return };
     let kubeconfig = written(&scene, "certificate.json", &admin(&scene));
     let before = fs::read(&kubeconfig).unwrap();
     check(&scene, &kubeconfig);
+    check_protobuf(&scene, &kubeconfig);
     assert_eq!(fs::read(&kubeconfig).unwrap(), before, "the file itself is not changed");
 }
 

@@ -23,7 +23,8 @@ use super::{
     DEADLINE, Scene,
     client::Requests,
     evidence::{
-        CANARY, KEYS, KeyPair, check_order, only_recipients_read, signed_by, silences, verified_by_others,
+        CANARY, KEYS, KeyPair, check_order, only_recipients_read, proves_silence, signed_by, silences,
+        verified_by_others,
     },
     monitoring::{Monitored, check_documented},
     shown,
@@ -302,6 +303,7 @@ fn what_the_journal_has_is_on_the_topics_byte_for_byte_and_answers_the_same() {
         ["one", "other"].map(|name| scene.testbed.run_pod(&PodSpec::idle("it-kafka", name)).unwrap());
     let mut configuration = configuration(&scene, publishing(&kafka.bootstrap()));
     let keys = ["new", "old"].map(|name| KeyPair::make(scene.scratch.path(), name, "ed25519"));
+    configuration["journal"]["idleCheckpointSeconds"] = json!(1);
     configuration["journal"]["signingKeyFiles"] = keys.iter().map(|key| json!(key.private)).collect();
     let (mut agent, monitored) = Monitored::start_with(&scene, configuration);
     work(&other);
@@ -310,6 +312,11 @@ fn what_the_journal_has_is_on_the_topics_byte_for_byte_and_answers_the_same() {
     let amid = jiff::Timestamp::now().to_string();
     one.shell("kubectl get configmaps -n it-kafka").unwrap();
     wait_until_published(&kafka, &scene.journal());
+    // Pods that do nothing leave no event, and that there was none is proven on the topic.
+    wait_until("a silence on the topic", PUBLISHED_DEADLINE, || {
+        Ok(proves_silence(&recorded(&scene.journal()), &published(&kafka)).then_some(()))
+    })
+    .unwrap();
     let metrics = monitored.metrics();
     check_documented(&metrics, |_| true);
     assert_eq!(metrics["weir_kafka_connected"], 1.0);

@@ -1,0 +1,438 @@
+//! Bodies in Kubernetes' protobuf: which objects they hold, and the masks of their secrets.
+//!
+//! ```text
+//! "k8s" 0x00, then runtime.Unknown: 1 typeMeta {1 apiVersion, 2 kind} · 2 raw, the object · 3, 4 its encoding, empty
+//! ```
+//!
+//! The numbers of fields are those of `generated.proto` beside Kubernetes' types. What holds secrets by its kind is
+//! recorded field by field as its [`Schema`] says, and fields that the schema does not name are left out. Of any
+//! other kind only the metadata is known: where something else in it looks like a Secret within, nothing of the body is
+//! recorded. A masked body is protobuf again. Sans-IO.
+
+use std::borrow::Cow;
+
+use weir_common::event::{Channel, Kind, NamedObject, ObjectsNamed};
+
+use super::{
+    body::{self, Recorded, Sensitivity},
+    mask::Masker,
+    wire::{Field, Malformed, field, fields, put},
+};
+
+/// What a body in this encoding begins with (k8s.io/apimachinery `pkg/runtime/serializer/protobuf`).
+pub(super) const MAGIC: &[u8] = b"k8s\0";
+
+/// The type of bodies in this encoding.
+pub(super) const CONTENT_TYPE: &str = "application/vnd.kubernetes.protobuf";
+
+/// Most objects in objects: a `List` in a watch event has three.
+const DEPTH_MAX: u32 = 8;
+
+/// Most objects of one event of the record, and of a body.
+const NAMED_PER_EVENT_MAX: usize = 64;
+const NAMED_MAX: usize = 512;
+
+/// Longest name of an object: that of a DNS subdomain.
+const NAME_BYTES_MAX: usize = 253;
+
+/// The objects that were named, within bounds.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Names {
+    objects: Vec<NamedObject>,
+    left_out: u64,
+}
+
+impl Names {
+    fn push(&mut self, object: NamedObject) {
+        if self.objects.len() < NAMED_MAX {
+            self.objects.push(object);
+        } else {
+            self.left_out += 1;
+        }
+    }
+
+    /// As events of the record.
+    pub(super) fn kinds(self, channel: Channel) -> Vec<Kind> {
+        let last = self.objects.len().div_ceil(NAMED_PER_EVENT_MAX).saturating_sub(1);
+        let chunks = self.objects.chunks(NAMED_PER_EVENT_MAX).enumerate();
+        let kind = |(number, objects): (usize, &[NamedObject])| {
+            let left_out = if number == last { self.left_out } else { 0 };
+            Kind::ObjectsNamed(Box::new(ObjectsNamed { channel, objects: objects.to_vec(), left_out }))
+        };
+        chunks.map(kind).collect()
+    }
+}
+
+/// Why nothing of a body is recorded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Unsafe(&'static str);
+
+impl From<Malformed> for Unsafe {
+    fn from(_: Malformed) -> Self {
+        MALFORMED
+    }
+}
+
+const MALFORMED: Unsafe = Unsafe("may hold secrets and is not the protobuf it claims to be");
+const UNKNOWN: Unsafe = Unsafe("may hold secrets in a type whose fields are not known");
+const WITHIN: Unsafe = Unsafe("may hold a secret in a field that is not known");
+const CUT: Unsafe = Unsafe("may hold secrets and is cut, so it cannot be parsed");
+
+/// What is recorded of a field.
+#[derive(Clone, Copy)]
+enum Rule {
+    /// It, as it is.
+    Keep,
+    /// Its mask.
+    Mask,
+    /// A map from names to secrets.
+    MaskedMap,
+    /// `ObjectMeta`.
+    Metadata,
+    /// What is recorded of a message.
+    Message(&'static Schema),
+    /// `RawExtension`: an object in an envelope of its own.
+    Object,
+}
+
+/// What is recorded of fields that a schema does not name.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Others {
+    Keep,
+    /// They are kept where nothing in them looks like an object with secrets.
+    Inspect,
+    /// Nothing: they are as good as masked.
+    Drop,
+}
+
+/// What is recorded of a message.
+struct Schema {
+    fields: &'static [(u32, Rule)],
+    others: Others,
+}
+
+const fn schema(others: Others, fields: &'static [(u32, Rule)]) -> Schema {
+    Schema { fields, others }
+}
+
+static SECRET: Schema = schema(
+    Others::Drop,
+    &[(1, Rule::Metadata), (2, Rule::MaskedMap), (3, Rule::Keep), (4, Rule::MaskedMap), (5, Rule::Keep)],
+);
+static SECRET_LIST: Schema = schema(Others::Drop, &[(1, Rule::Keep), (2, Rule::Message(&SECRET))]);
+static TOKEN: Schema = schema(Others::Drop, &[(1, Rule::Mask), (2, Rule::Keep)]);
+static TOKEN_REQUEST: Schema =
+    schema(Others::Drop, &[(1, Rule::Metadata), (2, Rule::Keep), (3, Rule::Message(&TOKEN))]);
+static TOKEN_REVIEW: Schema =
+    schema(Others::Drop, &[(1, Rule::Metadata), (2, Rule::Message(&TOKEN)), (3, Rule::Keep)]);
+static METADATA: Schema = schema(Others::Drop, &[(1, Rule::Metadata)]);
+static METADATA_LIST: Schema = schema(Others::Drop, &[(1, Rule::Keep), (2, Rule::Message(&METADATA))]);
+/// What a ConfigMap holds is recorded, also where it reads like a Secret.
+static CONFIG_MAP: Schema =
+    schema(Others::Inspect, &[(1, Rule::Metadata), (2, Rule::Keep), (3, Rule::Keep), (4, Rule::Keep)]);
+static CONFIG_MAP_LIST: Schema = schema(Others::Inspect, &[(1, Rule::Keep), (2, Rule::Message(&CONFIG_MAP))]);
+static ANYTHING: Schema = schema(Others::Inspect, &[(1, Rule::Metadata)]);
+static ANYTHING_LIST: Schema = schema(Others::Inspect, &[(1, Rule::Keep), (2, Rule::Message(&ANYTHING))]);
+/// `v1` `List`, of objects of any kind.
+static LIST: Schema = schema(Others::Drop, &[(1, Rule::Keep), (2, Rule::Object)]);
+static WATCH_EVENT: Schema = schema(Others::Drop, &[(1, Rule::Keep), (2, Rule::Object)]);
+/// Has neither metadata of an object nor secrets.
+static PLAIN: Schema = schema(Others::Keep, &[]);
+
+/// How an object of this kind is recorded; `surroundings` is what the request is about.
+fn schema_of(kind: &str, surroundings: Sensitivity) -> Result<(&'static Schema, Sensitivity), Unsafe> {
+    let none = surroundings == Sensitivity::None;
+    let schema = match kind {
+        "Secret" => return Ok((&SECRET, Sensitivity::Secrets)),
+        // Without a kind the server takes that of the request.
+        "" if surroundings == Sensitivity::Secrets => &SECRET,
+        "SecretList" => return Ok((&SECRET_LIST, Sensitivity::Secrets)),
+        "TokenRequest" => return Ok((&TOKEN_REQUEST, Sensitivity::Tokens)),
+        "TokenReview" => return Ok((&TOKEN_REVIEW, Sensitivity::Tokens)),
+        "PartialObjectMetadata" => &METADATA,
+        "PartialObjectMetadataList" => &METADATA_LIST,
+        "List" => &LIST,
+        "Status" => &PLAIN,
+        options if options.ends_with("Options") => &PLAIN,
+        _ if !none => return Err(UNKNOWN),
+        "ConfigMap" => &CONFIG_MAP,
+        "ConfigMapList" => &CONFIG_MAP_LIST,
+        "APIGroup" | "APIGroupList" | "APIResourceList" | "APIVersions" => &PLAIN,
+        list if list.ends_with("List") => &ANYTHING_LIST,
+        _ => &ANYTHING,
+    };
+    Ok((schema, surroundings))
+}
+
+/// Decides what is recorded of a body, and names its objects; of one that is cut (not `whole`) only what it is can be told.
+pub(super) fn record<'a>(
+    masker: &Masker,
+    sensitivity: Sensitivity,
+    body: &'a [u8],
+    whole: bool,
+    names: &mut Names,
+) -> Recorded<'a> {
+    if !whole {
+        return match cut(sensitivity, body) {
+            Ok(()) => Recorded::Clear(body),
+            Err(Unsafe(reason)) => Recorded::Withheld { reason },
+        };
+    }
+    let mut walk = Walk::new(masker, names);
+    let made = walk.envelope(body, sensitivity);
+    walk.recorded(made, body)
+}
+
+/// Decides what is recorded of one event of a watch, without what frames it.
+pub(super) fn record_event<'a>(
+    masker: &Masker,
+    sensitivity: Sensitivity,
+    event: &'a [u8],
+    names: &mut Names,
+) -> Recorded<'a> {
+    let mut walk = Walk::new(masker, names);
+    walk.event = field(event, 1).and_then(word);
+    let place = Place { sensitivity, api_version: "", kind: "" };
+    let mut out = Vec::with_capacity(event.len());
+    let made = walk.message(&WATCH_EVENT, place, event, &mut out).map(|()| out);
+    walk.recorded(made, event)
+}
+
+/// Whether the beginning of a body may be recorded.
+fn cut(sensitivity: Sensitivity, body: &[u8]) -> Result<(), Unsafe> {
+    let rest = body.strip_prefix(MAGIC).ok_or(CUT)?;
+    let (first, _) = Field::next(rest).map_err(|_| CUT)?;
+    let Field { number: 1, bytes: Some(meta), .. } = first else { return Err(CUT) };
+    let kind = std::str::from_utf8(field(meta, 2).ok_or(CUT)?).map_err(|_| CUT)?;
+    let (_, sensitivity) = schema_of(kind, sensitivity)?;
+    if sensitivity != Sensitivity::None || looks_secret(rest) { Err(CUT) } else { Ok(()) }
+}
+
+/// Whether something in these bytes may be an object that holds secrets: in an envelope, or in JSON or YAML.
+fn looks_secret(bytes: &[u8]) -> bool {
+    bytes.windows(MAGIC.len()).any(|window| window == MAGIC) || body::mentions_secret(bytes)
+}
+
+/// A name as it is recorded: nothing that could not be one.
+fn word(bytes: &[u8]) -> Option<String> {
+    let text = std::str::from_utf8(bytes).ok().filter(|text| text.len() <= NAME_BYTES_MAX)?;
+    text.chars().all(|c| !c.is_control()).then(|| text.to_owned())
+}
+
+/// Where a message stands.
+#[derive(Clone, Copy)]
+struct Place<'a> {
+    sensitivity: Sensitivity,
+    api_version: &'a str,
+    kind: &'a str,
+}
+
+/// The walk through one body.
+struct Walk<'a> {
+    masker: &'a Masker,
+    names: &'a mut Names,
+    masks: u64,
+    /// Something is recorded otherwise than it came.
+    changed: bool,
+    depth: u32,
+    event: Option<String>,
+}
+
+impl<'a> Walk<'a> {
+    fn new(masker: &'a Masker, names: &'a mut Names) -> Self {
+        Self { masker, names, masks: 0, changed: false, depth: 0, event: None }
+    }
+
+    fn recorded<'b>(self, made: Result<Vec<u8>, Unsafe>, body: &'b [u8]) -> Recorded<'b> {
+        match made {
+            Ok(content) if self.masks > 0 || self.changed => Recorded::Masked { content, masks: self.masks },
+            Ok(_) => Recorded::Clear(body),
+            Err(Unsafe(reason)) => Recorded::Withheld { reason },
+        }
+    }
+
+    /// An object in its envelope. What a decoder could understand otherwise than this one is refused.
+    fn envelope(&mut self, body: &[u8], surroundings: Sensitivity) -> Result<Vec<u8>, Unsafe> {
+        self.depth += 1;
+        let message = body.strip_prefix(MAGIC).filter(|_| self.depth <= DEPTH_MAX).ok_or(MALFORMED)?;
+        let mut parts: [Option<&[u8]>; 5] = [None; 5];
+        for field in fields(message) {
+            let Field { number, bytes, .. } = field?;
+            let part = parts.get_mut(number as usize).filter(|part| part.is_none()).ok_or(MALFORMED)?;
+            *part = Some(bytes.ok_or(MALFORMED)?);
+        }
+        let [_, meta, raw, encoding, content_type] = parts.map(Option::unwrap_or_default);
+        if !encoding.is_empty() || !(content_type.is_empty() || content_type == CONTENT_TYPE.as_bytes()) {
+            return Err(UNKNOWN);
+        }
+        let text =
+            |number| std::str::from_utf8(field(meta, number).unwrap_or_default()).map_err(|_| MALFORMED);
+        let (api_version, kind) = (text(1)?, text(2)?);
+        let (schema, sensitivity) = schema_of(kind, surroundings)?;
+        let mut object = Vec::with_capacity(raw.len());
+        self.message(schema, Place { sensitivity, api_version, kind }, raw, &mut object)?;
+        let mut out = MAGIC.to_vec();
+        for (number, part) in (1..).zip([meta, &object, encoding, content_type]) {
+            put(&mut out, number, part);
+        }
+        self.depth -= 1;
+        Ok(out)
+    }
+
+    fn message(
+        &mut self,
+        schema: &Schema,
+        place: Place<'_>,
+        message: &[u8],
+        out: &mut Vec<u8>,
+    ) -> Result<(), Unsafe> {
+        for field in fields(message) {
+            let field @ Field { number, bytes, whole } = field?;
+            let rule = schema.fields.iter().find(|(known, _)| *known == number).map(|(_, rule)| *rule);
+            match (rule, bytes) {
+                (Some(Rule::Keep), _) => out.extend_from_slice(whole),
+                (Some(Rule::Mask), Some([])) => out.extend_from_slice(whole),
+                (Some(Rule::Mask), Some(secret)) => put(out, number, self.mask(secret).as_bytes()),
+                (Some(Rule::MaskedMap), Some(entry)) => {
+                    let entry = self.masked_entry(entry)?;
+                    put(out, number, &entry);
+                }
+                (Some(Rule::Metadata), Some(metadata)) => {
+                    let metadata = self.metadata(place, metadata)?;
+                    put(out, number, &metadata);
+                }
+                (Some(Rule::Message(schema)), Some(message)) => {
+                    let kind = place.kind.strip_suffix("List").unwrap_or(place.kind);
+                    let mut inner = Vec::with_capacity(message.len());
+                    self.message(schema, Place { kind, ..place }, message, &mut inner)?;
+                    put(out, number, &inner);
+                }
+                (Some(Rule::Object), Some(extension)) => {
+                    let extension = self.extension(place.sensitivity, extension)?;
+                    put(out, number, &extension);
+                }
+                // Of another type than it should be.
+                (Some(_), None) => self.masks += 1,
+                (None, _) => self.other(schema.others, field, out)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// A field that the schema does not name.
+    fn other(&mut self, others: Others, field: Field<'_>, out: &mut Vec<u8>) -> Result<(), Unsafe> {
+        match others {
+            Others::Drop => self.masks += 1,
+            Others::Inspect if field.bytes.is_some_and(looks_secret) => return Err(WITHIN),
+            Others::Keep | Others::Inspect => out.extend_from_slice(field.whole),
+        }
+        Ok(())
+    }
+
+    fn mask(&mut self, secret: &[u8]) -> String {
+        self.masks += 1;
+        self.masker.mask(secret)
+    }
+
+    /// An entry of a map: 1 its name, 2 the secret.
+    fn masked_entry(&mut self, entry: &[u8]) -> Result<Vec<u8>, Unsafe> {
+        let mut out = Vec::with_capacity(entry.len());
+        for field in fields(entry) {
+            match field? {
+                Field { number: 1, bytes: Some(_), whole } => out.extend_from_slice(whole),
+                Field { number: 2, bytes: Some(secret), .. } => {
+                    put(&mut out, 2, self.mask(secret).as_bytes());
+                }
+                _ => self.masks += 1,
+            }
+        }
+        Ok(out)
+    }
+
+    /// `ObjectMeta`: 1 name, 3 namespace, 6 resourceVersion, 12 annotations.
+    fn metadata(&mut self, place: Place<'_>, metadata: &[u8]) -> Result<Vec<u8>, Unsafe> {
+        let mut out = Vec::with_capacity(metadata.len());
+        for field in fields(metadata) {
+            match field? {
+                Field { number: 12, bytes: Some(entry), .. } => {
+                    put(&mut out, 12, &self.annotation(place.sensitivity, entry)?);
+                }
+                field => out.extend_from_slice(field.whole),
+            }
+        }
+        let text = |number| field(metadata, number).and_then(word).unwrap_or_default();
+        let of_type = |text: &str| word(text.as_bytes()).unwrap_or_default();
+        let object = NamedObject {
+            event: self.event.clone(),
+            api_version: of_type(place.api_version),
+            kind: of_type(place.kind),
+            namespace: text(3),
+            name: text(1),
+            resource_version: text(6),
+        };
+        if !object.name.is_empty() || object.event.is_some() {
+            self.names.push(object);
+        }
+        Ok(out)
+    }
+
+    /// An entry of the annotations: 1 its name, 2 its text.
+    fn annotation<'b>(
+        &mut self,
+        surroundings: Sensitivity,
+        entry: &'b [u8],
+    ) -> Result<Cow<'b, [u8]>, Unsafe> {
+        let mut is_copy = false;
+        for field in fields(entry) {
+            let field = field?;
+            is_copy |= field.number == 1 && field.bytes == Some(body::LAST_APPLIED.as_bytes());
+        }
+        if !is_copy {
+            return Ok(Cow::Borrowed(entry));
+        }
+        let mut out = Vec::with_capacity(entry.len());
+        for field in fields(entry) {
+            let Field { number, bytes, whole } = field?;
+            match bytes {
+                Some(copy) if number == 2 => {
+                    let (masked, masks) = match std::str::from_utf8(copy) {
+                        Ok(text) => body::last_applied(self.masker, surroundings, text),
+                        Err(_) => (self.masker.mask(copy), 1),
+                    };
+                    self.masks += masks;
+                    self.changed |= masked.as_bytes() != copy;
+                    put(&mut out, number, masked.as_bytes());
+                }
+                _ if number == 1 => out.extend_from_slice(whole),
+                _ => self.masks += 1,
+            }
+        }
+        Ok(Cow::Owned(out))
+    }
+
+    /// `RawExtension`: 1 raw, an object in an envelope, or in JSON.
+    fn extension(&mut self, surroundings: Sensitivity, extension: &[u8]) -> Result<Vec<u8>, Unsafe> {
+        let mut out = Vec::with_capacity(extension.len());
+        for field in fields(extension) {
+            match field? {
+                Field { number: 1, bytes: Some([]), whole } => out.extend_from_slice(whole),
+                Field { number: 1, bytes: Some(raw), .. } if raw.starts_with(b"{") => {
+                    match body::record_json(self.masker, surroundings, raw) {
+                        Recorded::Clear(raw) => put(&mut out, 1, raw),
+                        Recorded::Masked { content, masks } => {
+                            (self.masks, self.changed) = (self.masks + masks, true);
+                            put(&mut out, 1, &content);
+                        }
+                        Recorded::Withheld { reason } => return Err(Unsafe(reason)),
+                    }
+                }
+                Field { number: 1, bytes: Some(raw), .. } => {
+                    let object = self.envelope(raw, surroundings)?;
+                    put(&mut out, 1, &object);
+                }
+                _ => self.masks += 1,
+            }
+        }
+        Ok(out)
+    }
+}
