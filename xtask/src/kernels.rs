@@ -8,10 +8,11 @@ use std::{
     fs,
     path::{Path, PathBuf},
     process::Command,
+    thread,
     time::Instant,
 };
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, anyhow, bail};
 use weir_tests::{
     command::{find_in_path, run as run_command},
     components::cache_folder,
@@ -63,26 +64,44 @@ pub(crate) fn run(root: &Path) -> Result<()> {
     let programs = reboot::Programs::build(root)?;
     let folder = cache_folder()?.join("kernels");
     fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
-    for (series, prefix) in SERIES {
-        let kernel = kernel(&folder, series, prefix)?;
-        let scratch = tempfile::tempdir_in(&folder).context("cannot make a scratch folder")?;
-        let image = Image::new(&scratch.path().join("tests"))?;
-        image.tools(&PROGRAMS)?;
-        image.program(&tests, "bin/kernel-tests")?;
-        image.modules(&kernel, &MODULES)?;
-        let started = Instant::now();
-        let output = boot(&kernel, &image.pack(&MODULES, &runs_tests())?, None, "")?;
-        let took = started.elapsed().as_secs();
-        let passed = output.lines().any(|line| line.trim_end() == format!("{RESULT}0"));
-        let summary = output.lines().find(|line| line.starts_with("test result: ")).unwrap_or("no result");
-        println!("kernel {}: {summary} ({took} s)", kernel.file_name().unwrap_or_default().to_string_lossy());
-        if !passed {
-            bail!("the kernel tests do not pass on {series}; what it printed:\n{output}");
-        }
-        let started = Instant::now();
-        reboot::check(&kernel, &scratch.path().join("reboot"), &programs)?;
-        println!("kernel {series}: a node that booted twice is guarded ({} s)", started.elapsed().as_secs());
+    let kernels =
+        SERIES.map(|(series, prefix)| kernel(&folder, series, prefix).map(|kernel| (series, kernel)));
+    // Side by side: a guest keeps one processor busy.
+    thread::scope(|scope| {
+        let (folder, tests, programs) = (&folder, &tests, &programs);
+        let check = |(series, kernel)| scope.spawn(move || check(series, kernel, folder, tests, programs));
+        let running = kernels.into_iter().map(|kernel| kernel.map(check)).collect::<Result<Vec<_>>>()?;
+        // All of them end before the first that failed is told.
+        let ended: Vec<_> = running.into_iter().map(thread::ScopedJoinHandle::join).collect();
+        ended.into_iter().try_for_each(|ended| ended.map_err(|_| anyhow!("a check panicked; see above"))?)
+    })
+}
+
+/// Runs the kernel tests on one kernel, and has a node with it boot twice.
+fn check(
+    series: &str,
+    kernel: PathBuf,
+    folder: &Path,
+    tests: &Path,
+    programs: &reboot::Programs,
+) -> Result<()> {
+    let scratch = tempfile::tempdir_in(folder).context("cannot make a scratch folder")?;
+    let image = Image::new(&scratch.path().join("tests"))?;
+    image.tools(&PROGRAMS)?;
+    image.program(tests, "bin/kernel-tests")?;
+    image.modules(&kernel, &MODULES)?;
+    let started = Instant::now();
+    let output = boot(&kernel, &image.pack(&MODULES, &runs_tests())?, None, "")?;
+    let took = started.elapsed().as_secs();
+    let passed = output.lines().any(|line| line.trim_end() == format!("{RESULT}0"));
+    let summary = output.lines().find(|line| line.starts_with("test result: ")).unwrap_or("no result");
+    println!("kernel {}: {summary} ({took} s)", kernel.file_name().unwrap_or_default().to_string_lossy());
+    if !passed {
+        bail!("the kernel tests do not pass on {series}; what it printed:\n{output}");
     }
+    let started = Instant::now();
+    reboot::check(&kernel, &scratch.path().join("reboot"), programs)?;
+    println!("kernel {series}: a node that booted twice is guarded ({} s)", started.elapsed().as_secs());
     Ok(())
 }
 

@@ -6,10 +6,14 @@ use std::{
     process::{Child, Command, Stdio},
 };
 
+use aya::maps::{HashMap, Map, MapData};
 use weir_agent::interception::{
     listener::Listener, listener::Namespace, loader::Pinning, pinned::pinned_state,
 };
-use weir_common::kernel::{API_ENDPOINTS_MAX, CGROUPS_MAX, CgroupEntry, Class, programs};
+use weir_common::kernel::{
+    API_ENDPOINTS_MAX, ApiEndpoint, CGROUPS_MAX, CgroupEntry, Class, FLOWS_MAX, FlowKey, FlowRecord, maps,
+    programs,
+};
 
 use crate::{
     pins::OwnBpffs,
@@ -82,6 +86,67 @@ fn full_maps_deny_what_has_no_room_in_them_and_keep_the_rest_in_force() {
     let cpus = std::thread::available_parallelism().unwrap();
     println!("maps with {last} addresses and {pods} pods: {bytes} bytes, {cpus} CPUs");
     assert!(bytes < FULL_BYTES_MAX, "{bytes}");
+}
+
+#[tokio::test]
+async fn a_full_flow_map_forgets_old_flows_and_serves_the_newest() {
+    if load(Pinning::Unpinned).is_none() {
+        return;
+    }
+    let bpffs = OwnBpffs::mount().unwrap();
+    let pins = bpffs.0.path().join("weir/v3");
+    let kernel = load(Pinning::Pinned(pins.clone())).unwrap();
+    let (cgroup, netns) = (OwnCgroup::new("flows"), OwnNetns::new());
+    kernel.set_api_endpoint(API4, 0).unwrap();
+    kernel.attach(&cgroup.0).unwrap();
+    let listener = Listener::in_netns(Namespace::of_process(netns.pid()).unwrap()).unwrap();
+    let enrolled = CgroupEntry {
+        listener_netns: listener.netns(),
+        class: Class::Enrolled as u32,
+        listener_port: u32::from(listener.port()),
+    };
+    kernel.classify(cgroup.id(), enrolled).unwrap();
+    let dialled = || dial(&cgroup.0, Some(&netns), Dial::Tcp(API4)).map(|_| ());
+    let accepted = async || {
+        let (stream, from) = listener.accept().await.unwrap();
+        kernel.take_flow(listener.netns(), from, stream.local_addr().unwrap())
+    };
+    dialled().unwrap();
+    // Twice as many as it has room for: connections that nobody has accepted, as a flood would leave them.
+    let map = Map::LruHashMap(MapData::from_pin(pins.join("maps").join(maps::FLOWS)).unwrap());
+    let mut flows = HashMap::<_, FlowKey, FlowRecord>::try_from(map).unwrap();
+    let key = |number| FlowKey {
+        netns: listener.netns() + 1,
+        client: [0; 16],
+        listener: [0; 16],
+        client_port: number,
+        listener_port: 1,
+    };
+    for number in 0..2 * FLOWS_MAX {
+        let none = ApiEndpoint { address: [0; 16], port: 0 };
+        let record = FlowRecord {
+            original: none,
+            cluster: 0,
+            cgroup: 1,
+            pod_cgroup: 1,
+            netns: key(number).netns,
+            connected_boottime_ns: 1,
+            tgid: 1,
+            uid: 0,
+        };
+        flows.insert(key(number), record, 0).unwrap();
+    }
+    let old = (0..FLOWS_MAX).filter(|number| flows.get(&key(*number), 0).is_ok()).count();
+    assert!(old < FLOWS_MAX as usize / 100, "each CPU keeps a few for a while: {old}");
+    // Forgotten, the agent closes it; not, it is what it was.
+    if let Some(flow) = accepted().await {
+        assert_eq!((flow.original, flow.record.cgroup), (API4, cgroup.id()));
+    }
+    for _ in 0..100 {
+        dialled().unwrap();
+        let flow = accepted().await.expect("the newest has its place");
+        assert_eq!((flow.original, flow.record.cgroup), (API4, cgroup.id()));
+    }
 }
 
 /// A process that connects again and again.
