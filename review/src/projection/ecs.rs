@@ -44,6 +44,7 @@ fn is_told(scene: &Scene<'_>) -> bool {
     !matches!(
         scene.event.kind,
         Kind::Content(_)
+            | Kind::ObjectsNamed(_)
             | Kind::ChannelChanged { .. }
             | Kind::RequestRefused { .. }
             | Kind::ResponseStarted { .. }

@@ -63,6 +63,7 @@ pub(super) fn lines(scene: &Scene<'_>) -> Vec<String> {
         | Kind::RequestRefused { .. }
         | Kind::ResponseStarted { .. }
         | Kind::Content(_)
+        | Kind::ObjectsNamed(_)
         | Kind::ChannelChanged { .. } => return Vec::new(),
         _ => vec![Some(base_event(scene))],
     };
@@ -71,7 +72,7 @@ pub(super) fn lines(scene: &Scene<'_>) -> Vec<String> {
 
 /// Whether what the event says stands in the line of a later one.
 pub(super) fn is_told_later(scene: &Scene<'_>) -> bool {
-    !matches!(scene.event.kind, Kind::Content(_) | Kind::ChannelChanged { .. })
+    !matches!(scene.event.kind, Kind::Content(_) | Kind::ObjectsNamed(_) | Kind::ChannelChanged { .. })
 }
 
 /// What every event has. `part` tells apart what several are made of one.

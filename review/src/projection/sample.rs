@@ -7,8 +7,9 @@ use weir_common::{
     envelope::Envelope,
     event::{
         ActsAs, BodySummary, Bytes, Caller, Change, Channel, Connection, ConnectionForwarded, Container,
-        Content, Coverage, Event, FileCopied, Header, Identity, IdentityMethod, Kind, Outcome, Pod,
-        PodCoverage, Process, RequestClosed, RequestOpened, RoleAssumed, SCHEMA_VERSION, UserInfo,
+        Content, Coverage, Event, FileCopied, Header, Identity, IdentityMethod, Kind, NamedObject,
+        ObjectsNamed, Outcome, Pod, PodCoverage, Process, RequestClosed, RequestOpened, RoleAssumed,
+        SCHEMA_VERSION, UserInfo,
     },
 };
 
@@ -391,5 +392,10 @@ fn asks_in_a_role(told: &mut Told) {
             Kind::RequestClosed(Box::new(end)),
         ],
     );
-    told.request("09", [Kind::RequestOpened(Box::new(patch))]);
+    let named = ObjectsNamed {
+        channel: Channel::RequestBody,
+        objects: vec![NamedObject { kind: "Pod".into(), name: "a".into(), ..NamedObject::default() }],
+        left_out: 0,
+    };
+    told.request("09", [Kind::RequestOpened(Box::new(patch)), Kind::ObjectsNamed(Box::new(named))]);
 }
