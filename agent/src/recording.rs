@@ -92,7 +92,7 @@ pub use self::{
     error::RecordingError,
     journal::IDLE_CHECKPOINT_INTERVAL,
     measures::{Measured, SYNC_BOUNDS},
-    plan::{BacklogLimits, Commit, CommitRule, CommitRules, Resources, WhenBehind},
+    plan::{BacklogLimits, Bodies, Commit, CommitRule, CommitRules, Resources, Streams, WhenBehind},
     queue::COMMIT_BEHIND_MS,
     request::{Committed, RequestRecord},
     share::PodQuota,

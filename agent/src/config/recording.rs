@@ -6,7 +6,9 @@ use serde::Deserialize;
 use weir_common::encryption::RECIPIENTS_MAX;
 
 use super::raw::{Invalid, invalid};
-use crate::recording::{BacklogLimits, Commit, CommitRule, CommitRules, Resources, WhenBehind};
+use crate::recording::{
+    BacklogLimits, Bodies, Commit, CommitRule, CommitRules, Resources, Streams, WhenBehind,
+};
 
 /// Most rules.
 const RULES_MAX: usize = 256;
@@ -74,6 +76,21 @@ impl RawEncryption {
     }
 }
 
+// As in Kubernetes' audit `Policy`.
+#[derive(Clone, Copy, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+enum RawLevel {
+    // Known, so that who brings it from there is told why not.
+    #[cfg_attr(test, schemars(skip))]
+    None,
+    /// Neither body: their lengths and keyed digests.
+    Metadata,
+    /// The request's body.
+    Request,
+    /// Both bodies.
+    RequestResponse,
+}
+
 #[derive(Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, rename_all = "camelCase")]
@@ -83,6 +100,14 @@ struct RawRule {
     commit: Option<Commit>,
     /// What becomes of what it matches while the journal is behind. Without it: as without a rule.
     when_behind: Option<WhenBehind>,
+    /// What of the bodies of what it matches is recorded, watches and logs among them: `Metadata`, `Request` or
+    /// `RequestResponse`, as in Kubernetes' audit `Policy`. There is no `None`: every request leaves its metadata. Without it:
+    /// as without a rule.
+    level: Option<RawLevel>,
+    /// What of exec, attach, port-forward and other upgraded streams is recorded: `full`, or `metadata`: their command, files,
+    /// connections, exit code and lengths. Without it: `full`.
+    #[serde(default)]
+    streams: Streams,
     /// Names of users; only those that Weir has verified match.
     #[serde(default)]
     users: Vec<String>,
@@ -206,6 +231,17 @@ impl RawRule {
             );
             return invalid(format!("{key}.commit"), problem);
         }
+        let level = match self.level {
+            Some(RawLevel::None) => {
+                let problem = "is None, but every request leaves at least its metadata: without that nobody could say \
+                               what is missing; use Metadata";
+                return invalid(format!("{key}.level"), problem);
+            }
+            Some(RawLevel::Metadata) => Some(Bodies::Metadata),
+            Some(RawLevel::Request) => Some(Bodies::Request),
+            Some(RawLevel::RequestResponse) => Some(Bodies::RequestResponse),
+            None => None,
+        };
         let star = |pattern: &&String| pattern.trim_end_matches('*').contains('*') || pattern.ends_with("**");
         if let Some(pattern) = self.non_resource_urls.iter().find(star) {
             let problem =
@@ -220,6 +256,8 @@ impl RawRule {
         Ok(CommitRule {
             commit: self.commit,
             when_behind: self.when_behind,
+            level,
+            streams: self.streams,
             users: self.users,
             user_groups: self.user_groups,
             verbs: self.verbs,
@@ -236,7 +274,7 @@ mod tests {
 
     use expect_test::{Expect, expect};
 
-    use super::{Commit, RawRecording, Recording, WhenBehind};
+    use super::{Bodies, Commit, RawRecording, Recording, Streams, WhenBehind};
 
     fn parse(text: &str) -> Result<Recording, String> {
         let raw: RawRecording = serde_yaml_ng::from_str(text).map_err(|error| error.to_string())?;
@@ -254,7 +292,7 @@ mod tests {
 rules:
 - {commit: strict, whenBehind: block, resources: [{group: '', resources: [secrets, 'pods/*'], resourceNames: [a]}], namespaces: [prod]}
 - {commit: sync, verbs: [get], nonResourceURLs: ['/logs/*'], users: [anna], userGroups: [admins]}
-- {whenBehind: metadataOnly}
+- {whenBehind: metadataOnly, level: Request, streams: metadata}
 backlog: {bytesMax: 1000, ageSecondsMax: 60, waitSeconds: 3}
 emergency: {secondsMax: 600}
 encryption: {recipientFiles: [/etc/weir/recipient.pem]}
@@ -262,6 +300,11 @@ encryption: {recipientFiles: [/etc/weir/recipient.pem]}
         let Recording { commits, emergency_max, recipient_files } = parse(text).expect("is valid");
         assert_eq!((commits.rules.len(), commits.rules[0].commit), (3, Some(Commit::Strict)));
         assert_eq!(commits.rules[2].when_behind, Some(WhenBehind::MetadataOnly));
+        assert_eq!(
+            (commits.rules[2].level, commits.rules[2].streams),
+            (Some(Bodies::Request), Streams::Metadata)
+        );
+        assert_eq!((commits.rules[0].level, commits.rules[0].streams), (None, Streams::Full));
         assert_eq!(commits.rules[1].non_resource_urls, ["/logs/*"]);
         assert_eq!((commits.backlog.bytes_max, commits.backlog.wait), (Some(1000), Duration::from_secs(3)));
         assert_eq!(emergency_max, Some(Duration::from_secs(600)));
@@ -283,6 +326,16 @@ encryption: {recipientFiles: [/etc/weir/recipient.pem]}
             ]],
         );
         parse("{rules: [{commit: async, verbs: [create]}], allowAsyncMutations: true}").expect("with it");
+    }
+
+    #[test]
+    fn no_rule_leaves_nothing_of_a_request() {
+        refused(
+            "rules: [{level: None, verbs: [get]}]",
+            expect![
+                "recording.rules[0].level: is None, but every request leaves at least its metadata: without that nobody could say what is missing; use Metadata"
+            ],
+        );
     }
 
     #[test]

@@ -16,7 +16,7 @@ const TEXT_BYTES_MAX: usize = 16 * 1024;
 const DEPTH_MAX: usize = 16;
 
 /// Keys whose values are shown, as docs/configuration.md names them.
-const SHOWN: [&str; 95] = [
+const SHOWN: [&str; 97] = [
     "apiVersion",
     "clusters[].addresses",
     "clusters[].authentication.jwt[].claimMappings.extra[].key",
@@ -101,11 +101,13 @@ const SHOWN: [&str; 95] = [
     "recording.backlog.waitSeconds",
     "recording.emergency.secondsMax",
     "recording.rules[].commit",
+    "recording.rules[].level",
     "recording.rules[].namespaces",
     "recording.rules[].nonResourceURLs",
     "recording.rules[].resources[].group",
     "recording.rules[].resources[].resourceNames",
     "recording.rules[].resources[].resources",
+    "recording.rules[].streams",
     "recording.rules[].userGroups",
     "recording.rules[].users",
     "recording.rules[].verbs",

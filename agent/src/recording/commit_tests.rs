@@ -13,11 +13,11 @@ use std::{
 use bytes::Bytes;
 use http::{HeaderMap, Method, StatusCode};
 use tempfile::TempDir;
-use weir_common::event::{Event, Kind, Outcome};
+use weir_common::event::{Channel, Event, Kind, Outcome};
 
 use super::{
-    BacklogLimits, Commit, CommitRule, CommitRules, Committed, PodQuota, Recorder, RecorderOptions,
-    RecordingError, RequestRecord, WhenBehind, fixture::*,
+    BacklogLimits, Bodies, Commit, CommitRule, CommitRules, Committed, PodQuota, Recorder, RecorderOptions,
+    RecordingError, RequestRecord, WhenBehind, fixture::*, tests::content,
 };
 
 fn is_ready(committed: &mut Committed) -> bool {
@@ -400,4 +400,37 @@ async fn an_emergency_ends_by_itself() {
     assert!(recorder.measured().emergency.is_none());
     disk.fail(Some(io::ErrorKind::StorageFull));
     post(&recorder, "{}").await.unwrap_err();
+}
+
+#[tokio::test]
+async fn a_level_leaves_out_bodies_and_says_so_and_never_the_request_itself() {
+    for (level, [asked, answered]) in [
+        (Bodies::Metadata, [false, false]),
+        (Bodies::Request, [true, false]),
+        (Bodies::RequestResponse, [true, true]),
+    ] {
+        let rule = CommitRule { level: Some(level), ..CommitRule::default() };
+        let (recorder, disk, _directory) =
+            recorder(CommitRules { rules: vec![rule], ..CommitRules::default() });
+        let before = disk.syncs.load(Ordering::SeqCst);
+        let record = post(&recorder, r#"{"a":"asked"}"#).await.unwrap();
+        assert!(disk.syncs.load(Ordering::SeqCst) > before, "a mutation is durable at every level");
+        answer(&record, r#"{"b":"answered"}"#);
+        record.close_durably(Outcome::Complete, None).expect("somebody waits").await.unwrap();
+        recorder.stop("test").await.unwrap();
+        let events = read(recorder.folder());
+        let has = |wanted| !content(&events, wanted).is_empty();
+        assert_eq!([has(Channel::RequestBody), has(Channel::ResponseBody)], [asked, answered], "{level:?}");
+        let bodies = events.iter().filter_map(|event| match &event.kind {
+            Kind::RequestOpened(opened) => opened.body.clone(),
+            Kind::RequestClosed(closed) => closed.body.clone(),
+            _ => None,
+        });
+        for (summary, recorded) in bodies.zip([asked, answered]) {
+            let why = summary.truncated.unwrap_or_default();
+            assert_eq!(why.starts_with("left out: a rule wants"), !recorded, "{level:?}: {why}");
+            let keyed = summary.digest.unwrap().starts_with("hmac-sha256:");
+            assert!(summary.wire_bytes > 0 && keyed != recorded, "{level:?}");
+        }
+    }
 }

@@ -22,7 +22,7 @@ use super::{
     body::Sensitivity,
     content::{self, Held, Kept},
     entry::{Append, Entry, Ids},
-    plan::{Plan, WhenBehind},
+    plan::{Bodies, Plan, WhenBehind},
     request::Level,
     session::{self, Belonging},
     share::{Budget, Share},
@@ -92,8 +92,10 @@ impl Recorder {
         }
         let belonging = self.belonging(caller, cluster, &head, share)?;
         let context = self.context(cluster, &belonging, head.attributes, share);
-        let left_out = reduced.map(|why| format!("left out: {}", why.for_client()));
-        let gap = left_out.as_ref().map(|reason| Kind::Gap {
+        let behind = reduced.map(|why| format!("left out: {}", why.for_client()));
+        let by_rule = |why: fn(Bodies) -> Option<&'static str>| plan.level.and_then(why).map(str::to_owned);
+        let left_out = behind.clone().or_else(|| by_rule(Bodies::without_request));
+        let gap = behind.as_ref().map(|reason| Kind::Gap {
             reason: format!("bodies of this request are {reason}"),
             events: None,
             bytes: Some(body.len() as u64).filter(|bytes| *bytes > 0),
@@ -123,7 +125,8 @@ impl Recorder {
         }
         kinds.extend(gap);
         let entries = self.first_entries(&context, kinds)?;
-        let level = self.level(&head);
+        let level = self.level(&head, plan);
+        let left_out = behind.or_else(|| by_rule(Bodies::without_answer));
         let watch = head.attributes.verb == "watch";
         let status = Arc::clone(&self.inner.status);
         let record = RequestRecord::new(context, status, plan, (level, left_out), watch);
@@ -230,13 +233,13 @@ impl Recorder {
         }
     }
 
-    fn level(&self, head: &RequestHead<'_>) -> Level {
+    fn level(&self, head: &RequestHead<'_>, plan: Plan) -> Level {
         let attributes = head.attributes;
         if head.upgrade.is_some() || attributes.is_mutating(head.method.as_str()) {
             return Level::Bounded(self.inner.response_bytes_max.max(MUTATION_RESPONSE_BYTES_MAX));
         }
         match (attributes.resource.as_str(), attributes.subresource.as_str()) {
-            ("", _) => Level::Metadata,
+            ("", _) if plan.level.is_none() => Level::Metadata,
             ("pods", "log") => Level::Streamed,
             _ => Level::Bounded(self.inner.response_bytes_max),
         }

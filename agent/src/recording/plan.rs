@@ -39,6 +39,45 @@ pub enum WhenBehind {
     MetadataOnly,
 }
 
+/// What of a request's bodies is recorded: the levels of Kubernetes' audit `Policy`, without `None`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Bodies {
+    /// Neither body; their lengths and keyed digests.
+    Metadata,
+    /// The request's; of the answer's as much as of both with `Metadata`.
+    Request,
+    /// Both.
+    RequestResponse,
+}
+
+impl Bodies {
+    /// Why a request's body is left out, if it is.
+    pub(super) fn without_request(self) -> Option<&'static str> {
+        (self == Self::Metadata).then_some("left out: a rule wants Metadata of this request")
+    }
+
+    /// Why an answer's body is left out, if it is.
+    pub(super) fn without_answer(self) -> Option<&'static str> {
+        match self {
+            Self::Metadata => self.without_request(),
+            Self::Request => Some("left out: a rule wants Request of this request"),
+            Self::RequestResponse => None,
+        }
+    }
+}
+
+/// What of exec, attach, port-forward and other upgraded streams is recorded.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(rename_all = "camelCase")]
+pub enum Streams {
+    /// All that is said in them.
+    #[default]
+    Full,
+    /// That they were: their command, files, connections, exit code and lengths.
+    Metadata,
+}
+
 /// Resources of one API group.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Resources {
@@ -57,6 +96,10 @@ pub struct CommitRule {
     pub commit: Option<Commit>,
     /// What becomes of it while the journal is behind; none: as without a rule.
     pub when_behind: Option<WhenBehind>,
+    /// What of its bodies is recorded; none: as without a rule.
+    pub level: Option<Bodies>,
+    /// What of its streams is recorded.
+    pub streams: Streams,
     /// Names of verified users.
     pub users: Vec<String>,
     /// Groups of verified users.
@@ -121,6 +164,10 @@ pub struct Plan {
     pub commit: Commit,
     /// What becomes of it while the journal is behind.
     pub when_behind: WhenBehind,
+    /// What of its bodies is recorded, if a rule says it.
+    pub level: Option<Bodies>,
+    /// What of its streams is recorded.
+    pub streams: Streams,
 }
 
 impl Plan {
@@ -142,7 +189,12 @@ impl CommitRules {
             None => Commit::Async,
         };
         let when_behind = rule.and_then(|rule| rule.when_behind).or(self.when_behind);
-        Plan { commit, when_behind: when_behind.unwrap_or(WhenBehind::Refuse) }
+        Plan {
+            commit,
+            when_behind: when_behind.unwrap_or(WhenBehind::Refuse),
+            level: rule.and_then(|rule| rule.level),
+            streams: rule.map(|rule| rule.streams).unwrap_or_default(),
+        }
     }
 }
 

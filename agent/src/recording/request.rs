@@ -27,8 +27,8 @@ use super::{
     error::RecordingError,
     mask::KeyedDigest,
     opening::ERROR_BYTES_MAX,
-    plan::{Commit, Plan},
-    upgraded::{Asked, Decoded, Upgraded},
+    plan::{Commit, Plan, Streams},
+    upgraded::{Asked, Decoded, LeavesOut, Upgraded},
     worker::{Closing, Context, PIECE_BYTES},
     writer::Status,
 };
@@ -192,8 +192,15 @@ impl RequestRecord {
         *context.streamed.lock().unwrap_or_else(PoisonError::into_inner) = Some(streamed);
     }
 
+    /// How the stream is read that the head of the response has agreed to.
+    fn reads(&self, headers: &HeaderMap) -> Upgraded {
+        let leaves_out =
+            LeavesOut { payload: self.plan.streams == Streams::Metadata, body: self.left_out.is_some() };
+        Upgraded::new(&self.asked, headers, self.context.sensitivity, leaves_out)
+    }
+
     fn upgraded(&self, headers: &HeaderMap) {
-        let upgraded = Upgraded::new(&self.asked, headers, self.context.sensitivity);
+        let upgraded = self.reads(headers);
         if upgraded.has_body() && self.left_out.is_none() {
             // The head of an upgrade has no content type; a watch that is not JSON is recorded as it is, or withheld.
             self.streamed(self.watch.then(|| "application/json".to_owned()), None);
@@ -332,7 +339,7 @@ impl RequestRecord {
     fn decoded(&self, direction: Direction, data: &Bytes) -> (Vec<Entry>, Vec<Committed>) {
         let Decoded { kinds, body } = {
             let mut upgraded = self.upgraded.lock().unwrap_or_else(PoisonError::into_inner);
-            let nothing_agreed = || Upgraded::new(&self.asked, &HeaderMap::new(), self.context.sensitivity);
+            let nothing_agreed = || self.reads(&HeaderMap::new());
             upgraded.get_or_insert_with(nothing_agreed).feed(direction, data)
         };
         let committed = body.iter().filter_map(|piece| self.streamed_data(piece)).collect();

@@ -47,11 +47,39 @@ pub(super) struct Upgraded {
     decoder: Decoder,
     /// Raw bytes may hold objects of the API, which no mask can see in them.
     withholds: bool,
+    leaves_out: LeavesOut,
+    /// Bytes that were left out.
+    left_out: u64,
+}
+
+/// What the rules do not want of a stream.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct LeavesOut {
+    /// What its channels carry.
+    pub(super) payload: bool,
+    /// The response body that comes through it.
+    pub(super) body: bool,
+}
+
+impl LeavesOut {
+    /// How a stream ended is always recorded.
+    fn has(self, channel: Channel) -> bool {
+        match channel {
+            Channel::ResponseBody => self.body,
+            Channel::Status | Channel::PortError => false,
+            _ => self.payload,
+        }
+    }
 }
 
 impl Upgraded {
     /// The stream that `asked` and the head of the response agree on.
-    pub(super) fn new(asked: &Asked, headers: &HeaderMap, sensitivity: Sensitivity) -> Self {
+    pub(super) fn new(
+        asked: &Asked,
+        headers: &HeaderMap,
+        sensitivity: Sensitivity,
+        leaves_out: LeavesOut,
+    ) -> Self {
         let text = |name| headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default();
         let decoder = Decoder::new(Agreed {
             api_group: &asked.api_group,
@@ -62,7 +90,8 @@ impl Upgraded {
             subprotocol: text(SEC_WEBSOCKET_PROTOCOL),
             extensions: headers.contains_key(SEC_WEBSOCKET_EXTENSIONS),
         });
-        Self { decoder, withholds: asked.verb == "watch" || sensitivity != Sensitivity::None }
+        let withholds = asked.verb == "watch" || sensitivity != Sensitivity::None;
+        Self { decoder, withholds, leaves_out, left_out: 0 }
     }
 
     /// Takes the next bytes of one direction.
@@ -75,7 +104,12 @@ impl Upgraded {
     pub(super) fn finish(&mut self) -> Decoded {
         let mut events = self.decoder.finish(Direction::ClientToServer);
         events.append(&mut self.decoder.finish(Direction::ServerToClient));
-        self.decoded(events)
+        let mut decoded = self.decoded(events);
+        if self.left_out > 0 {
+            let reason = "left out: a rule wants only metadata of what this stream carried".to_owned();
+            decoded.kinds.push(Kind::Gap { reason, events: None, bytes: Some(self.left_out) });
+        }
+        decoded
     }
 
     /// Whether the server's messages are a response body.
@@ -88,10 +122,13 @@ impl Upgraded {
         self.decoder.exit_code()
     }
 
-    fn decoded(&self, events: Vec<streams::Event>) -> Decoded {
+    fn decoded(&mut self, events: Vec<streams::Event>) -> Decoded {
         let mut decoded = Decoded::default();
         for event in events {
             match event {
+                streams::Event::Data { lane, parts, .. } if self.leaves_out.has(lane.channel) => {
+                    self.left_out += parts.iter().map(|part| part.len() as u64).sum::<u64>();
+                }
                 streams::Event::Data { lane, parts, .. } if lane.channel == Channel::ResponseBody => {
                     decoded.body.extend(parts);
                 }

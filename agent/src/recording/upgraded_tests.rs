@@ -10,7 +10,7 @@ use tempfile::TempDir;
 use weir_common::event::{Channel, Kind, Outcome};
 
 use super::{
-    Recorder,
+    CommitRule, CommitRules, Recorder, RecorderOptions, Streams,
     fixture::{CANARY, TestDisk, attributes, names, on, open, options, read},
     tests::{closed, content, no_canary},
 };
@@ -130,4 +130,30 @@ async fn files_that_go_through_exec_are_named_with_length_and_digest() {
         .collect();
     let digest = format!("sha256:{}", hex::encode(Sha256::digest(b"content")));
     assert_eq!(files, [("a", 7, Some(digest))]);
+}
+
+#[tokio::test]
+async fn of_a_stream_whose_payload_a_rule_leaves_out_its_end_and_lengths_are_recorded() {
+    let directory = TempDir::new().unwrap();
+    let rule = CommitRule { streams: Streams::Metadata, ..CommitRule::default() };
+    let rules = CommitRules { rules: vec![rule], ..CommitRules::default() };
+    let recorder = Recorder::start(RecorderOptions { rules, ..options(directory.path()) }).unwrap();
+    let headers = agreed("v4.channel.k8s.io");
+    let exec = attributes("create", "pods", "exec");
+    let record = open(&recorder, Method::POST, &exec, &headers, None).await.unwrap();
+    record.response_started(StatusCode::SWITCHING_PROTOCOLS, &headers, true);
+    record.client_stream_data(from_client(format!("\0{CANARY}").as_bytes()).into()).await.unwrap();
+    record.server_stream_data(from_server(format!("\x01{CANARY}").as_bytes())).await.unwrap();
+    record.server_stream_data(from_server(b"\x03{\"status\":\"Success\"}")).await.unwrap();
+    record.close(Outcome::Complete, None);
+    recorder.stop("test").await.unwrap();
+    no_canary(directory.path());
+    let events = read(recorder.folder());
+    assert_eq!(content(&events, Channel::Status), b"{\"status\":\"Success\"}");
+    let missing = events.iter().find_map(|event| match &event.kind {
+        Kind::Gap { reason, bytes, .. } if reason.starts_with("left out: a rule wants") => *bytes,
+        _ => None,
+    });
+    assert_eq!(missing, Some(2 * CANARY.len() as u64));
+    assert_eq!(closed(&events).exit_code, Some(0));
 }
