@@ -27,8 +27,9 @@ pub(crate) struct Arguments {
     /// Profile that the binaries are built with.
     #[arg(long, default_value = "release", value_name = "NAME")]
     profile: String,
-    /// Name of the image; the version is its tag.
-    #[arg(long, default_value = "weir-agent", value_name = "NAME")]
+    /// Name of the image; the version is its tag. In full: what `ctr images import` takes from the archive is looked for by a kubelet under the
+    /// full name alone, also where the chart has it short.
+    #[arg(long, default_value = "docker.io/library/weir-agent", value_name = "NAME")]
     image: String,
     /// Install on the testbed what was made: the chart's package with the image's archive. Needs root.
     #[arg(long)]
