@@ -16,7 +16,7 @@ const TEXT_BYTES_MAX: usize = 16 * 1024;
 const DEPTH_MAX: usize = 16;
 
 /// Keys whose values are shown, as docs/configuration.md names them.
-const SHOWN: [&str; 97] = [
+const SHOWN: [&str; 98] = [
     "apiVersion",
     "clusters[].addresses",
     "clusters[].authentication.jwt[].claimMappings.extra[].key",
@@ -77,6 +77,7 @@ const SHOWN: [&str; 97] = [
     "enrolment[].podSelector.matchLabels",
     "intentAnnotations",
     "journal.bytesMax",
+    "journal.idleCheckpointSeconds",
     "kafka.brokers",
     "kafka.checkpointTopic",
     "kafka.keyTopic",
