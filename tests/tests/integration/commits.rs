@@ -62,6 +62,23 @@ impl Drop for Off {
     }
 }
 
+/// Neither a body nor an output of what was done at the level `Metadata` is on record, but that it was done.
+#[track_caller]
+fn check_unsaid(events: &[Event]) {
+    let says = |text: &str, event: &Event| match &event.kind {
+        Kind::Content(content) => {
+            content.bytes.to_vec().unwrap().windows(text.len()).any(|part| part == text.as_bytes())
+        }
+        _ => false,
+    };
+    assert!(
+        events.iter().any(|event| says("two", event)) && !events.iter().any(|event| says("unsaid", event))
+    );
+    let closed =
+        |event: &Event| matches!(&event.kind, Kind::RequestClosed(closed) if closed.exit_code == Some(0));
+    assert!(events.iter().any(closed), "how the command ended is on record");
+}
+
 #[test]
 fn kubectl_is_told_why_it_is_refused_and_only_an_emergency_that_is_allowed_lets_it_through() {
     let Some(mut scene) = Scene::new() else { return };
@@ -118,14 +135,22 @@ fn kubectl_is_told_why_it_is_refused_and_only_an_emergency_that_is_allowed_lets_
     assert_eq!(emergency(&["off"]).0, Some(0));
     wait_until("its end", DEADLINE, || Ok((monitored.metrics()[relaxed] == 0.0).then_some(()))).unwrap();
     refused(create("refused"));
+    // The rules want to know that it happens, not what is said.
+    change(&agent, &mut configuration, json!({"rules": [{"level": "Metadata", "streams": "metadata"}]}));
+    assert_eq!(create("unsaid").0, Some(0));
+    assert_eq!(
+        pod.shell("kubectl exec -n it-behind caller -- sh -c \"echo un''said\"").unwrap().trim(),
+        "unsaid"
+    );
     assert!(agent.terminate().unwrap().success(), "{}", agent.last_lines());
 
     let events = scene.events();
+    check_unsaid(&events);
     let began = findings(&events, "emergencyBegan");
     assert_eq!(began.len(), 2, "each run of the agent says so: {began:?}");
     assert!(began[0].contains("the test wants it") && began[0].contains("begun by root"), "{began:?}");
     assert_eq!(findings(&events, "emergencyEnded").len(), 1);
-    assert_eq!(findings(&events, "recordingRulesChanged").len(), 1);
+    assert_eq!(findings(&events, "recordingRulesChanged").len(), 2);
     let verified = verify(&scene.journal());
     assert!(verified.status.success(), "{:?}", shown(&verified));
 }
