@@ -56,13 +56,21 @@ pub(crate) fn will_be_heard(sock: *mut c_void, port: u32) -> bool {
     unsafe { socket::asks(sock) || socket::storage(sock, None).is_none() }
 }
 
-/// Whether an answer is one to a question. A stranger could else have a pod told what it likes, and keep it from every address.
+/// Whether an answer is one to a question of this socket. A stranger could else have a pod told what it likes, and keep it from every
+/// address.
 #[inline(always)]
-fn is_asked_for(sock: *mut c_void, stream: bool) -> bool {
-    // Sockets of the host's network, and of before the programs were attached, have no note of theirs. Those of TCP without one may be accepted ones,
-    // which never ask.
+fn is_asked_for(sock: *mut bpf_sock, stream: bool) -> bool {
     // SAFETY: what the caller has of its hook.
-    unsafe { socket::has_asked(sock) || (!stream && socket::storage(sock, None).is_none()) }
+    if unsafe { socket::has_asked(sock.cast()) } {
+        return true;
+    }
+    // Connections without a note may be accepted ones, which never ask.
+    if stream {
+        return false;
+    }
+    // Nor have notes what is of before the programs were attached, and of the host's network. Who is connected hears nobody else.
+    // SAFETY: as above.
+    unsafe { (*sock).dst_port == DOMAIN.to_be() || socket::storage(sock.cast(), None).is_none() }
 }
 
 #[inline(always)]
@@ -81,9 +89,6 @@ pub(crate) fn ingress(skb: *mut __sk_buff) -> i32 {
     if sock.is_null() {
         return PROCEED;
     }
-    if !is_asked_for(sock.cast(), payload.stream) {
-        return PROCEED;
-    }
     // SAFETY: not null, and the verifier knows it for a full socket.
     let cgroup = unsafe { bpf_sk_cgroup_id(sock.cast()) };
     let nearest = class::nearest_of(cgroup, |level| {
@@ -100,7 +105,8 @@ pub(crate) fn ingress(skb: *mut __sk_buff) -> i32 {
     }
     let Some(reading) = READING.get_ptr_mut(0) else { return REJECT };
     let mut context = Context { reading, cgroup: nearest.id, failed: 0 };
-    if heard(skb, payload, &mut context) {
+    let asked = is_asked_for(sock, payload.stream);
+    if heard(skb, payload, &mut context, asked) {
         return PROCEED;
     }
     if let Some(now) = may_report(cgroup) {
@@ -119,9 +125,10 @@ pub(crate) fn ingress(skb: *mut __sk_buff) -> i32 {
     REJECT
 }
 
-/// Reads an answer, and notes what it tells; whether the pod may have it.
+/// Reads an answer, and notes what it tells; whether the pod may have it. What it has not `asked` for it may not have, if it is
+/// about a configured name: else one socket would ask and another one, at the same port, hear.
 #[inline(always)]
-fn heard(skb: *mut __sk_buff, payload: Payload, context: &mut Context) -> bool {
+fn heard(skb: *mut __sk_buff, payload: Payload, context: &mut Context, asked: bool) -> bool {
     // SAFETY: the context is valid while the program runs.
     let (whole, segments) = unsafe { ((*skb).len, (*skb).gso_segs) };
     if whole <= payload.offset {
@@ -155,6 +162,7 @@ fn heard(skb: *mut __sk_buff, payload: Payload, context: &mut Context) -> bool {
     match unsafe { (*reading).outcome() } {
         Outcome::Pass => true,
         Outcome::Refuse => false,
+        Outcome::Told if !asked => false,
         Outcome::Told => {
             // SAFETY: as above.
             let told = unsafe { addr_of!((*reading).told).read_volatile() };

@@ -185,35 +185,43 @@ fn an_address_is_an_api_servers_for_the_pod_that_is_told_it_before_it_can_use_it
 }
 
 #[test]
-fn what_a_pod_has_not_asked_for_is_not_read() {
+fn what_a_pod_has_not_asked_for_is_kept_from_it_and_not_noted() {
     let Some(scene) = Scene::new("unasked") else { return };
     let (fresh, _server) = scene.fresh("198.51.100.7");
     let told = answer("api.example.test.", &[("api.example.test.", data(fresh.ip()))]);
     // What a neighbour, or anybody, sends from port 53 to a socket that is there for something else.
     let neighbour = scene.netns.within(|| UdpSocket::bind("127.0.0.1:5300").unwrap());
-    let asked_at = |asked: &UdpSocket, question| {
-        std::thread::scope(|scope| {
-            scope.spawn(|| {
+    let answered = |asked: &UdpSocket, answer: &[u8], question| {
+        std::thread::scope(|threads| {
+            threads.spawn(|| {
                 let (_, from) = asked.recv_from(&mut [0; 64]).unwrap();
-                scene.datagrams.send_to(&told, from).unwrap();
+                scene.datagrams.send_to(answer, from).unwrap();
             });
             scene.dial(&scene.pod, question)
         })
     };
-    asked_at(&neighbour, Dial::AskAnybody(neighbour.local_addr().unwrap())).expect("the pod has it");
-    scene.dial(&scene.pod, Dial::Tcp(fresh)).expect("and nothing is noted");
+    let asked_at = |asked, question| answered(asked, &told, question);
+    let by_neighbour = Dial::AskAnybody(neighbour.local_addr().unwrap());
+    assert_eq!(asked_at(&neighbour, by_neighbour), Err(NO_ANSWER));
+    // One socket asks, and another one at the same port hears.
+    assert_eq!(asked_at(&scene.datagrams, Dial::AskByAnother(SERVER)), Err(NO_ANSWER));
+    // What is nobody's business arrives, whoever asked.
+    let other = answer("other.test.", &[("other.test.", data(fresh.ip()))]);
+    let asking = Dial::AskByAnother(SERVER);
+    assert_eq!(answered(&scene.datagrams, &other, asking), Ok(()));
+    scene.dial(&scene.pod, Dial::Tcp(fresh)).expect("nothing is noted");
     // Over a connection to an open port of the pod.
     let (stranger, open) = ([127, 0, 0, 2], [127, 0, 0, 1]);
     let (stranger, open) = (SocketAddr::from((stranger, 53)), SocketAddr::from((open, 8080)));
-    std::thread::scope(|inner| {
-        inner.spawn(|| {
+    std::thread::scope(|threads| {
+        threads.spawn(|| {
             let length = u16::try_from(told.len()).unwrap().to_be_bytes();
             let mut client = scene.netns.within(|| connect_from(stranger, open));
             client.write_all(&[&length[..], &told].concat()).unwrap();
         });
-        scene.dial(&scene.pod, Dial::Heed(open)).expect("the pod has it");
+        assert_eq!(scene.dial(&scene.pod, Dial::Heed(open)), Err(NO_ANSWER));
     });
-    scene.dial(&scene.pod, Dial::Tcp(fresh)).expect("and nothing is noted");
+    scene.dial(&scene.pod, Dial::Tcp(fresh)).expect("nothing is noted");
     assert!(scene.kernel.suspected().unwrap().is_empty());
     // Without a connect is asked as well.
     asked_at(&scene.datagrams, Dial::AskAnybody(SERVER)).expect("the pod has the answer");

@@ -12,6 +12,8 @@ use std::{
 
 use nix::sys::socket::{
     Backlog, MsgFlags, SockaddrStorage, accept, bind, connect, getpeername, getsockname, listen, sendto,
+    setsockopt,
+    sockopt::{ReceiveTimeout, ReuseAddr},
 };
 use weir_agent::interception::{
     cgroup,
@@ -189,6 +191,8 @@ pub(crate) enum Dial {
     Ask(SocketAddr),
     /// The same without a connect, and the answer may come from anywhere.
     AskAnybody(SocketAddr),
+    /// The same, and what hears the answer is another socket, at the same port.
+    AskByAnother(SocketAddr),
     /// The same over TCP.
     AskStream(SocketAddr),
     /// Waits at this address for a connection and its answer, for half a second each.
@@ -274,9 +278,11 @@ fn in_child(procs: &std::fs::File, netns: Option<&std::fs::File>, dial: Dial) ->
             (SocketAddr::new(ip.to_ipv6_mapped().into(), address.port()), libc::SOCK_STREAM, 0)
         }
         Dial::Mptcp(address) => (address, libc::SOCK_STREAM, libc::IPPROTO_MPTCP),
-        Dial::Udp(address) | Dial::SendTo(address) | Dial::Ask(address) | Dial::AskAnybody(address) => {
-            (address, libc::SOCK_DGRAM, 0)
-        }
+        Dial::Udp(address)
+        | Dial::SendTo(address)
+        | Dial::Ask(address)
+        | Dial::AskAnybody(address)
+        | Dial::AskByAnother(address) => (address, libc::SOCK_DGRAM, 0),
         Dial::Bind(address) | Dial::Heed(address) => (address, libc::SOCK_STREAM, 0),
     };
     let family = if address.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
@@ -315,6 +321,17 @@ fn without_a_connection(socket: &OwnedFd, to: &SockaddrStorage, dial: Dial) -> n
             sendto(socket.as_raw_fd(), b"x", to, MsgFlags::empty())?;
             nix::unistd::read(socket, &mut [0; 4096])?;
         }
+        Dial::AskByAnother(_) => {
+            let hearing = new_socket(libc::AF_INET, libc::SOCK_DGRAM, 0)?;
+            setsockopt(socket, ReuseAddr, &true)?;
+            setsockopt(&hearing, ReuseAddr, &true)?;
+            bind(socket.as_raw_fd(), &SockaddrStorage::from(SocketAddr::from(([127, 0, 0, 1], 0))))?;
+            // Of two at one port the one that came last is found first.
+            bind(hearing.as_raw_fd(), &getsockname::<SockaddrStorage>(socket.as_raw_fd())?)?;
+            be_patient(&hearing)?;
+            sendto(socket.as_raw_fd(), b"x", to, MsgFlags::empty())?;
+            nix::unistd::read(&hearing, &mut [0; 4096])?;
+        }
         Dial::Heed(_) => {
             be_patient(socket)?;
             bind(socket.as_raw_fd(), to)?;
@@ -337,7 +354,7 @@ fn without_a_connection(socket: &OwnedFd, to: &SockaddrStorage, dial: Dial) -> n
 
 fn be_patient(socket: &OwnedFd) -> nix::Result<()> {
     let patience = nix::sys::time::TimeVal::new(0, 500_000);
-    nix::sys::socket::setsockopt(socket, nix::sys::socket::sockopt::ReceiveTimeout, &patience)
+    setsockopt(socket, ReceiveTimeout, &patience)
 }
 
 fn ask(socket: &OwnedFd, server: &SockaddrStorage) -> nix::Result<()> {
@@ -352,6 +369,8 @@ pub(crate) fn connect_from(own: SocketAddr, to: SocketAddr) -> TcpStream {
     let deadline = Instant::now() + DEADLINE;
     loop {
         let socket = new_socket(libc::AF_INET, libc::SOCK_STREAM, 0).unwrap();
+        // A child that is forked at this moment keeps it open as well.
+        setsockopt(&socket, ReuseAddr, &true).unwrap();
         bind(socket.as_raw_fd(), &SockaddrStorage::from(own)).unwrap();
         match connect(socket.as_raw_fd(), &SockaddrStorage::from(to)) {
             Ok(()) => return TcpStream::from(socket),
