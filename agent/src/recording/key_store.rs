@@ -127,7 +127,8 @@ impl Desk {
     fn run(&self) {
         let mut state = self.lock();
         loop {
-            let Some((turn, Job { key, wrapped, share })) = state.jobs.take() else {
+            // The share stays until its key is counted.
+            let Some((turn, Job { key, wrapped, share: _share })) = state.jobs.take() else {
                 if state.ends && state.jobs.is_empty() {
                     return;
                 }
@@ -138,7 +139,7 @@ impl Desk {
             let stored = self.write(key.number(), &wrapped);
             let failure = stored.as_ref().err().map(|error| (error.clone(), Instant::now()));
             key.settle(stored);
-            self.at.queue.keys_settled(&share);
+            self.at.queue.keys_settled();
             state = self.lock();
             state.failure = failure;
             state.jobs.done(&turn);
@@ -155,7 +156,9 @@ impl Desk {
         }
         measures.use_more(bytes);
         let path = folder.join(wrapped_key_file(number));
-        storage::replace(storage.as_ref(), &path, wrapped)
-            .map_err(|error| RecordingError::storage(&path, error))
+        storage::replace(storage.as_ref(), &path, wrapped).map_err(|error| {
+            measures.use_less(bytes);
+            RecordingError::storage(&path, error)
+        })
     }
 }

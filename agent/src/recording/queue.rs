@@ -186,13 +186,14 @@ impl Queue {
         }
     }
 
-    /// A key of this pod is on disk, or will not be.
-    pub(super) fn keys_settled(&self, share: &Share) {
+    /// A key is on disk, or will not be. What it encrypted may lie in another lane than that of the pod's share when it was made: a
+    /// pod that shared one with others may have its own by now.
+    pub(super) fn keys_settled(&self) {
         let mut state = self.lock();
-        if state.release(share.lane) {
-            self.work.notify_one();
-        }
-        if state.has_ended() {
+        let held: Vec<_> =
+            state.lanes.iter().filter(|(_, lane)| !lane.held.is_empty()).map(|(number, _)| *number).collect();
+        let woken = held.into_iter().filter(|number| state.release(*number)).count();
+        if woken > 0 || state.has_ended() {
             self.work.notify_one();
         }
         self.tell_of_room(&mut state);

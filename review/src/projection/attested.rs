@@ -10,7 +10,7 @@ use weir_common::event::{ActsAs, Caller, IdentityMethod, Outcome, RequestClosed}
 
 use super::{
     context::{Request, Scene},
-    listed,
+    facts, listed,
 };
 
 /// Texts by their names.
@@ -66,6 +66,8 @@ pub(super) fn texts(scene: &Scene<'_>) -> Texts {
         all.add("assumed-role", &role.assumed_role_arn);
         all.add("access-key-id", &role.access_key_id);
     }
+    // Also where no request says so: what a credential claims must not look like what was verified.
+    all.add("user-verified", facts::verified_user(scene.request).is_some());
     if let Some(request) = scene.request {
         of_request(request, &mut all);
     }
@@ -89,8 +91,6 @@ fn of_caller(caller: &Caller, all: &mut Known) {
 
 fn of_request(request: &Request, all: &mut Known) {
     let opened = &request.opened;
-    let verified = opened.identity.as_ref().is_some_and(|identity| !identity.user.username.is_empty());
-    all.add("user-verified", verified);
     if let Some(identity) = &opened.identity {
         all.add("identity-method", method(identity.method));
         all.add_known("identity-issuer", identity.issuer.as_ref());
