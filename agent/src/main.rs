@@ -312,7 +312,7 @@ fn put_guard_in_force(config: Option<&Path>) -> anyhow::Result<()> {
                 "in force, but no address of an API server is known: pods are kept from none until an agent has run"
             );
             eprintln!(
-                "weir-agent: nothing is stored in {} yet, as before an agent has reached a cluster; name                  clusters[].addresses in a configuration, and give --config",
+                "weir-agent: nothing is stored in {} yet, as before an agent has reached a cluster; name clusters[].addresses in a configuration, and give --config",
                 options.state_directory.display()
             );
         }

@@ -24,7 +24,7 @@ const KUBERNETES: &str = "1.33.0";
 const MUTATING: &str = "admissionregistration.k8s.io/v1/MutatingAdmissionPolicy";
 
 /// Mistakes in values, and what is said of them.
-const MISTAKES: [(&str, &str); 15] = [
+const MISTAKES: [(&str, &str); 16] = [
     (r#"{"config": {"jurnal": {}}}"#, "at '/config': additional properties 'jurnal' not allowed"),
     (r#"{"config": {"kafka": {"brokers": ["kafka:9093"]}}}"#, "at '/config/kafka': missing property 'topic'"),
     (r#"{"config": {"clusters": []}}"#, "at '/config/clusters': minItems"),
@@ -56,6 +56,10 @@ const MISTAKES: [(&str, &str); 15] = [
     (
         r#"{"trustBundle": {"certificates": "-----BEGIN CERTIFICATE-----\n-----BEGIN PRIVATE KEY-----"}}"#,
         "at '/trustBundle/certificates': 'not' failed",
+    ),
+    (
+        r#"{"config": {"clusters": [{"name": "a", "inCluster": true, "trust": {"mountedCa": {"certificate": "/etc/weir/secrets/ca/tls.crt", "key": "/etc/weir/secrets/ca/tls.key", "clientBundle": "/etc/weir/trust-bundle/ca.crt"}}}]}}"#,
+        "a has its clientBundle below /etc/weir/trust-bundle",
     ),
     (
         r#"{"monitoring": {"serviceMonitor": true}}"#,

@@ -35,7 +35,8 @@ pub struct Recording {
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, rename_all = "camelCase", default)]
 pub(super) struct RawRecording {
-    /// When records must be on disk; the first rule that matches decides. Without one: mutations and streams `sync`, reads
+    /// When records must be on disk, what becomes of requests while the journal is behind, and what of bodies and streams is
+    /// recorded; the first rule that matches decides all of it. Without one: mutations and streams `sync`, reads
     /// `async`. See recording.md.
     #[cfg_attr(test, schemars(length(max = RULES_MAX)))]
     rules: Vec<RawRule>,

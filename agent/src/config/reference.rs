@@ -60,7 +60,8 @@ fn kind(root: &Value, schema: &Value) -> String {
     let one_of = found.get("oneOf").and_then(Value::as_array);
     let names: Vec<&str> = match found.get("enum").and_then(Value::as_array) {
         Some(names) => names.iter().filter_map(Value::as_str).collect(),
-        None => one_of.into_iter().flatten().map(|choice| text(choice, "const")).collect(),
+        // A choice without a word is one that is read and refused.
+        None => one_of.into_iter().flatten().filter_map(|choice| choice.get("const")?.as_str()).collect(),
     };
     if !names.is_empty() {
         return format!("`{}`", names.join("`, `"));

@@ -42,6 +42,11 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- fail "trustBundle.enabled: no cluster of config.clusters has trust.mountedCa.clientBundle: /etc/weir/trust-bundle/ca.crt, so no agent would serve what pods are told to trust" }}
 {{- end }}
 {{- end }}
+{{- range $config.clusters }}
+{{- if and (hasPrefix "/etc/weir/trust-bundle/" (dig "trust" "mountedCa" "clientBundle" "" .)) (not $.Values.trustBundle.enabled) }}
+{{- fail (printf "config.clusters: %s has its clientBundle below /etc/weir/trust-bundle, which is mounted with trustBundle.enabled alone; set that, and trustBundle.namespaces" .name) }}
+{{- end }}
+{{- end }}
 {{- if and .Values.monitoring.serviceMonitor (or (not $config.metrics) (regexMatch "^(127\\.|\\[::1\\]|localhost)" ($config.metrics.address | default "127.0.0.1:9155"))) }}
 {{- fail "monitoring.serviceMonitor: Prometheus reaches no loopback address; set config.metrics.address to 0.0.0.0:PORT, or scrape from the node" }}
 {{- end }}
