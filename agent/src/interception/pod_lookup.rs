@@ -3,7 +3,10 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use futures::{Stream, StreamExt as _, stream};
+use futures::{
+    Stream, StreamExt as _,
+    stream::{self, FuturesUnordered},
+};
 use k8s_openapi::api::core::v1::{Namespace, Pod};
 use kube::{Api, Client, ResourceExt as _};
 use tokio::sync::mpsc;
@@ -18,6 +21,11 @@ const AT_ONCE: usize = 8;
 pub const NAMED_MAX: usize = 256;
 /// How long an answer may take. Nobody waits for a container's start longer than that.
 const ANSWER_MAX: Duration = Duration::from_secs(5);
+/// How long after a question it is asked again, beside the first: a connection that was open may have died without a word, and a
+/// container waits a second and a half. Each question that has no answer yet keeps its connection from the next one.
+const AGAIN: Duration = Duration::from_millis(250);
+/// How often it is asked at most.
+const TRIES: usize = 4;
 /// Longest name of a pod or namespace (DNS subdomain, k8s.io/apimachinery `pkg/util/validation`).
 const NAME_MAX: usize = 253;
 
@@ -56,13 +64,14 @@ pub(super) fn follow(
 
 async fn ask(client: Client, named: NamedPod) -> Option<(Pod, Namespace)> {
     let NamedPod { namespace, name, uid } = &named;
-    let problem = match tokio::time::timeout(ANSWER_MAX, get(client, namespace, name)).await {
-        Ok(Ok(found)) if is(&found.0, uid) => return Some(found),
-        // One that bore the name before, or bears it since.
-        Ok(Ok(_)) => "it is another pod of that name".to_owned(),
-        Ok(Err(error)) => error.to_string(),
-        Err(elapsed) => elapsed.to_string(),
-    };
+    let problem =
+        match tokio::time::timeout(ANSWER_MAX, soonest(|| get(client.clone(), namespace, name))).await {
+            Ok(Ok(found)) if is(&found.0, uid) => return Some(found),
+            // One that bore the name before, or bears it since.
+            Ok(Ok(_)) => "it is another pod of that name".to_owned(),
+            Ok(Err(error)) => error.to_string(),
+            Err(elapsed) => elapsed.to_string(),
+        };
     tracing::warn!(%namespace, name, problem, "the API server does not give a pod that starts; the watch must do");
     None
 }
@@ -70,6 +79,21 @@ async fn ask(client: Client, named: NamedPod) -> Option<(Pod, Namespace)> {
 /// Whether the pod's cgroup bears this UID.
 fn is(pod: &Pod, uid: &PodUid) -> bool {
     pod.metadata.uid.as_deref() == Some(uid.as_str()) || static_hash(pod).as_ref() == Some(uid)
+}
+
+/// The first answer to a question that is asked again while there is none.
+async fn soonest<T>(ask: impl Fn() -> T) -> T::Output
+where
+    T: Future,
+{
+    let (mut asked, mut again) = (FuturesUnordered::new(), tokio::time::interval(AGAIN));
+    loop {
+        tokio::select! {
+            biased;
+            Some(answer) = asked.next() => return answer,
+            _ = again.tick(), if asked.len() < TRIES => asked.push(ask()),
+        }
+    }
 }
 
 async fn get(client: Client, namespace: &str, name: &str) -> kube::Result<(Pod, Namespace)> {
@@ -120,4 +144,29 @@ pub async fn describe(client: Client, named: &str) -> Result<(event::Pod, Labels
         intent: BTreeMap::new(),
     };
     Ok((described, Labels { pod: pod.labels().clone(), namespace: labels.labels().clone() }))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{cell::Cell, future::pending};
+
+    use tokio::time::Instant;
+
+    use super::{AGAIN, TRIES, soonest};
+
+    #[tokio::test]
+    async fn a_question_whose_connection_has_died_is_asked_again_beside_it() {
+        let asked = Cell::new(0);
+        // The first `dead` ones never have an answer.
+        let ask = |dead: usize| {
+            let number = asked.replace(asked.get() + 1);
+            async move { if number < dead { pending().await } else { number } }
+        };
+        assert_eq!((soonest(|| ask(0)).await, asked.replace(0)), (0, 1));
+        let begin = Instant::now();
+        assert_eq!((soonest(|| ask(2)).await, asked.replace(0)), (2, 3));
+        assert!(begin.elapsed() >= AGAIN * 2, "each has its time");
+        let never = tokio::time::timeout(AGAIN * 8, soonest(|| ask(usize::MAX))).await;
+        assert!(never.is_err() && asked.get() == TRIES, "asked {} times", asked.get());
+    }
 }

@@ -153,7 +153,7 @@ impl Starts {
     }
 
     /// Every pod's container waited until its pod had everything.
-    fn check(&self, what: &str, pods: usize) -> String {
+    fn check(&self, what: &str, pods: usize, agent: &AgentProcess) -> String {
         let summary = format!(
             "{pods} pods {what}: {} containers held back until enrolled, {:.1} ms each in the mean; the API server asked for {} pods",
             self.settled,
@@ -163,9 +163,10 @@ impl Starts {
         let pods = pods.to_string().parse::<f64>().unwrap();
         assert!(
             self.settled >= pods && self.timed_out == 0.0,
-            "{what}: {} and {}",
+            "{what}: {} and {}; {}",
             self.settled,
-            self.timed_out
+            self.timed_out,
+            agent.last_lines()
         );
         summary
     }
@@ -200,12 +201,12 @@ fn a_first_call_is_intercepted_although_the_watch_stands_still() {
     let before = Starts::of(&monitored);
     check_first_calls(&scene, &agent, "it-asked", "first", PODS);
     let with_watch = Starts::of(&monitored);
-    println!("{}", with_watch.since(&before).check("with a watch", PODS));
+    println!("{}", with_watch.since(&before).check("with a watch", PODS, &agent));
 
     relay.hold();
     check_first_calls(&scene, &agent, "it-asked", "held", PODS);
     let without = Starts::of(&monitored).since(&with_watch);
-    println!("{}", without.check("with a watch that stands still", PODS));
+    println!("{}", without.check("with a watch that stands still", PODS, &agent));
     let pods = PODS.to_string().parse::<f64>().unwrap();
     assert!(without.looked_up >= pods, "the watch did not stand still: {} looked up", without.looked_up);
 
@@ -214,7 +215,7 @@ fn a_first_call_is_intercepted_although_the_watch_stands_still() {
     assert!(agent.wait_for_succession().unwrap().success(), "{}", agent.last_lines());
     wait_until_asked(&monitored, &next);
     check_first_calls(&scene, &next, "it-asked", "next", PODS_AFTER_UPGRADE);
-    println!("{}", Starts::of(&monitored).check("after an upgrade", PODS_AFTER_UPGRADE));
+    println!("{}", Starts::of(&monitored).check("after an upgrade", PODS_AFTER_UPGRADE, &next));
     assert!(next.terminate().unwrap().success(), "{}", next.last_lines());
 }
 
@@ -253,7 +254,7 @@ fn pods_start_and_are_denied_while_the_agent_is_stopped_or_killed() {
     wait_until_asked(&monitored, &agent);
     let before = Starts::of(&monitored);
     check_first_calls(&scene, &agent, "it-unasked", "again", 1);
-    println!("{}", Starts::of(&monitored).since(&before).check("after the agent was stopped", 1));
+    println!("{}", Starts::of(&monitored).since(&before).check("after the agent was stopped", 1, &agent));
 
     agent.crash().unwrap();
     let killed = refused("killed");
