@@ -20,6 +20,8 @@ pub use source::Source;
 use crate::recording::PodQuota;
 
 mod authentication;
+#[cfg(test)]
+mod authentication_tests;
 pub mod aws_role;
 mod journal;
 mod kafka;

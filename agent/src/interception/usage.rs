@@ -73,14 +73,8 @@ impl Kernel {
 /// A pinned map cannot be opened.
 pub(super) fn map_bytes(folder: &Path) -> Result<BTreeMap<&'static str, u64>, KernelError> {
     let mut bytes = BTreeMap::new();
-    for name in maps::ALL {
-        let path = folder.join(name);
-        if !path.exists() {
-            continue;
-        }
-        let map = MapData::from_pin(path).map_err(|source| KernelError::Map { map: name, source })?;
-        let descriptor = map.fd().as_fd().as_raw_fd();
-        let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{descriptor}")).unwrap_or_default();
+    for opened in opened(folder) {
+        let (name, _, info) = opened?;
         bytes.extend(memlock(&info).map(|bytes| (name, bytes)));
     }
     Ok(bytes)
@@ -103,20 +97,24 @@ pub struct MapUsage {
 /// # Errors
 /// A pinned map cannot be opened.
 pub fn map_usage(pins: &Path) -> Result<BTreeMap<&'static str, MapUsage>, KernelError> {
-    let folder = pins.join("maps");
     let mut usage = BTreeMap::new();
-    for name in maps::ALL {
-        let path = folder.join(name);
-        if !path.exists() {
-            continue;
-        }
-        let map = MapData::from_pin(path).map_err(|source| KernelError::Map { map: name, source })?;
-        let descriptor = map.fd().as_fd().as_raw_fd();
-        let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{descriptor}")).unwrap_or_default();
+    for opened in opened(&pins.join("maps")) {
+        let (name, map, info) = opened?;
         let (bytes, entries_max) = (memlock(&info), number(&info, "max_entries:"));
         usage.insert(name, MapUsage { bytes, entries_max, entries: entries(name, map) });
     }
     Ok(usage)
+}
+
+/// The pinned maps by their names, each with what the kernel says of its descriptor.
+fn opened(folder: &Path) -> impl Iterator<Item = Result<(&'static str, MapData, String), KernelError>> {
+    let there = maps::ALL.into_iter().map(|name| (name, folder.join(name))).filter(|(_, path)| path.exists());
+    there.map(|(name, path)| {
+        let map = MapData::from_pin(path).map_err(|source| KernelError::Map { map: name, source })?;
+        let descriptor = map.fd().as_fd().as_raw_fd();
+        let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{descriptor}")).unwrap_or_default();
+        Ok((name, map, info))
+    })
 }
 
 /// How many entries a hash has; others change it meanwhile.
