@@ -57,6 +57,16 @@ fn is_cut(events: &[Event], request: &str) -> bool {
     )
 }
 
+/// Whether these bytes are the beginning of one SPDY/3.1 control frame, and less than the whole of it.
+fn is_begun_frame(bytes: &[u8]) -> bool {
+    let version = [0x80, 3];
+    let begun = bytes.iter().zip(version).all(|(byte, expected)| *byte == expected);
+    let payload = bytes
+        .get(5..HEAD_BYTES)
+        .map(|length| length.iter().fold(0, |sum, byte| sum << 8 | usize::from(*byte)));
+    begun && payload.is_none_or(|payload| bytes.len() < HEAD_BYTES + payload)
+}
+
 fn sha256(bytes: &[u8]) -> String {
     hex::encode(Sha256::digest(bytes))
 }
@@ -151,9 +161,8 @@ fn what_is_said_in_streams_is_on_record_by_channel_whatever_kubectl_speaks() {
             let mut raw = lanes(&events, id);
             raw.retain(|(channel, _), _| matches!(channel, Channel::ClientRaw | Channel::ServerRaw));
             if is_cut(&events, id) {
-                // The server may end the connection when kubectl has sent half of a frame's head, with which it says goodbye:
-                // it writes it in two pieces.
-                raw.retain(|(channel, _), bytes| *channel != Channel::ClientRaw || bytes.len() >= HEAD_BYTES);
+                // Who ends first may cut the other's goodbye, which both write in pieces.
+                raw.retain(|_, bytes| !is_begun_frame(bytes));
             }
             assert!(raw.is_empty(), "all of {uri} is decoded, over {spoken}: {raw:02x?}");
         }
