@@ -57,14 +57,12 @@ fn is_cut(events: &[Event], request: &str) -> bool {
     )
 }
 
-/// Whether these bytes are the beginning of one SPDY/3.1 control frame, and less than the whole of it.
+/// Whether these bytes are less than one SPDY/3.1 frame: a part of its head or, of a control frame, the head and a part of the
+/// payload. What came of a data frame's payload is decoded.
 fn is_begun_frame(bytes: &[u8]) -> bool {
-    let version = [0x80, 3];
-    let begun = bytes.iter().zip(version).all(|(byte, expected)| *byte == expected);
-    let payload = bytes
-        .get(5..HEAD_BYTES)
-        .map(|length| length.iter().fold(0, |sum, byte| sum << 8 | usize::from(*byte)));
-    begun && payload.is_none_or(|payload| bytes.len() < HEAD_BYTES + payload)
+    let Some((head, payload)) = bytes.split_first_chunk::<HEAD_BYTES>() else { return true };
+    let length = u32::from_be_bytes([0, head[5], head[6], head[7]]);
+    head[..2] == [0x80, 3] && payload.len() < length as usize
 }
 
 fn sha256(bytes: &[u8]) -> String {
@@ -161,7 +159,7 @@ fn what_is_said_in_streams_is_on_record_by_channel_whatever_kubectl_speaks() {
             let mut raw = lanes(&events, id);
             raw.retain(|(channel, _), _| matches!(channel, Channel::ClientRaw | Channel::ServerRaw));
             if is_cut(&events, id) {
-                // Who ends first may cut the other's goodbye, which both write in pieces.
+                // Both sides write frames in pieces: who ends first, or is killed, cuts a goodbye within one.
                 raw.retain(|_, bytes| !is_begun_frame(bytes));
             }
             assert!(raw.is_empty(), "all of {uri} is decoded, over {spoken}: {raw:02x?}");
