@@ -23,6 +23,13 @@ pub const NAME_ENDPOINTS_MAX: usize = 16;
 pub const SUSPECTED_MAX: u32 = 16_384;
 /// Most of one pod's: it may tell itself what it likes, and must not take the room of others.
 pub const SUSPECTED_BY_POD_MAX: u32 = 256;
+/// Most pods of which is kept what reading their answers costs; the oldest are forgotten, and begin anew.
+pub const SPENDERS_MAX: u32 = 2048;
+/// Most steps through answers that a pod may be ahead of [`STEP_SHIFT`].
+pub const STEPS_AHEAD_MAX: u64 = 1 << 20;
+/// After `1 << STEP_SHIFT` ns a pod has made good for a step through an answer: about a million a second, some thousands of
+/// answers, and about a hundredth of a processor.
+pub const STEP_SHIFT: u32 = 10;
 /// Most flows between `connect` and `accept` that are kept; the oldest are dropped (and then refused on accept).
 pub const FLOWS_MAX: u32 = 65_536;
 /// Most network interfaces (the host's ends of enrolled pods') that are guarded.
@@ -337,9 +344,11 @@ pub enum NoticeKind {
     PacketSocketRefused = 10,
     /// A call of bpf(2) was refused; the command stands for the protocol.
     BpfRefused = 11,
-    /// An answer of a name server about a configured name was kept from a pod: it could not be read, or what it tells not be
-    /// noted.
+    /// An answer of a name server was kept from a pod: it is about a configured name and could not be read, or what it tells not
+    /// be noted; or the pod has had too much of them read.
     AnswerRefused = 12,
+    /// A socket did not get to a name server: there is no room for the note that it asks.
+    QuestionRefused = 13,
 }
 
 impl NoticeKind {
@@ -358,6 +367,7 @@ impl NoticeKind {
             10 => Some(Self::PacketSocketRefused),
             11 => Some(Self::BpfRefused),
             12 => Some(Self::AnswerRefused),
+            13 => Some(Self::QuestionRefused),
             _ => None,
         }
     }

@@ -15,14 +15,14 @@ use aya_ebpf::{
 use weir_common::{
     answer::{ADDRESSES_MAX, MESSAGE_BYTES_MAX, NAMES_MAX, Outcome, Reading, STEPS_MAX},
     kernel::{
-        ApiEndpoint, Class, FlowRecord, NAME_ENDPOINTS_MAX, NoticeKind, SUSPECTED_BY_POD_MAX, Suspect,
-        Suspicion,
+        ApiEndpoint, Class, FlowRecord, NAME_ENDPOINTS_MAX, NoticeKind, STEP_SHIFT, STEPS_AHEAD_MAX,
+        SUSPECTED_BY_POD_MAX, Suspect, Suspicion,
     },
     packet::{self, PORT_UNKNOWN, Payload},
 };
 
 use crate::{
-    NAMES, PROCEED, READING, REJECT, SUSPECTED, SUSPICIONS, class,
+    NAMES, PROCEED, READING, REJECT, SPENT, SUSPECTED, SUSPICIONS, class,
     guard::{Buffer, may_report},
     sieve, socket,
 };
@@ -41,6 +41,15 @@ struct Context {
     reading: *mut Reading,
     cgroup: u64,
     failed: u64,
+}
+
+/// What reading a pod's answers has cost and is not made good for; nobody is asked whose time it is on which they come in.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct Spent {
+    /// As of when, ns since boot, by the kernel's timer.
+    at: u64,
+    steps: u64,
 }
 
 /// Has the answers read that a socket gets which goes to this port; whether that is so.
@@ -71,6 +80,17 @@ fn is_asked_for(sock: *mut bpf_sock, stream: bool) -> bool {
     // Nor have notes what is of before the programs were attached, and of the host's network. Who is connected hears nobody else.
     // SAFETY: as above.
     unsafe { (*sock).dst_port == DOMAIN.to_be() || socket::storage(sock.cast(), None).is_none() }
+}
+
+/// Reports that a socket of the calling task does not get to a name server.
+#[inline(always)]
+pub(crate) fn report_unheard(original: ApiEndpoint, protocol: u32) {
+    let cgroup = class::own();
+    if let Some(now) = may_report(cgroup) {
+        let nearest = class::nearest(cgroup);
+        let flow = class::record(original, 0, (cgroup, nearest.id), 0, now);
+        class::report(NoticeKind::QuestionRefused, protocol, &flow);
+    }
 }
 
 #[inline(always)]
@@ -142,6 +162,11 @@ fn heard(skb: *mut __sk_buff, payload: Payload, context: &mut Context, asked: bo
     if length > MESSAGE_BYTES_MAX as u32 {
         length = MESSAGE_BYTES_MAX as u32;
     }
+    // Apart from what it asked for: what strangers send must not cost it the answers to its own questions.
+    let account = context.cgroup << 1 | u64::from(asked);
+    if spent(account) > STEPS_AHEAD_MAX {
+        return false;
+    }
     let reading = context.reading;
     // SAFETY: this CPU's entry of the map, and nothing else of the kind runs on it meanwhile.
     unsafe {
@@ -156,7 +181,8 @@ fn heard(skb: *mut __sk_buff, payload: Payload, context: &mut Context, asked: bo
             return false;
         }
         let context = core::ptr::from_mut(context).cast::<c_void>();
-        bpf_loop(STEPS_MAX, step as *mut c_void, context, 0);
+        let steps = bpf_loop(STEPS_MAX, step as *mut c_void, context, 0);
+        spend(account, steps as u64);
     }
     // SAFETY: as above.
     match unsafe { (*reading).outcome() } {
@@ -172,6 +198,30 @@ fn heard(skb: *mut __sk_buff, payload: Payload, context: &mut Context, asked: bo
             // SAFETY: valid; the loop may have written it.
             unsafe { addr_of!((*context).failed).read_volatile() == 0 }
         }
+    }
+}
+
+/// What an account has spent and not made good for, in steps.
+#[inline(always)]
+fn spent(account: u64) -> u64 {
+    // SAFETY: what several CPUs write at a time is a little too little.
+    match unsafe { SPENT.get(&account) } {
+        Some(spent) => {
+            let made_good = class::coarse_now().saturating_sub(spent.at) >> STEP_SHIFT;
+            spent.steps.saturating_sub(made_good)
+        }
+        None => 0,
+    }
+}
+
+#[inline(always)]
+fn spend(account: u64, steps: u64) {
+    let new = Spent { at: class::coarse_now(), steps: spent(account) + steps };
+    match SPENT.get_ptr_mut(&account) {
+        // SAFETY: as above.
+        Some(kept) => unsafe { *kept = new },
+        // That it does not fit means that the next one costs nothing.
+        None => _ = SPENT.insert(&account, &new, u64::from(BPF_ANY)),
     }
 }
 

@@ -156,14 +156,25 @@ pub(crate) fn ticks() -> u64 {
     unsafe { bpf_jiffies64() }
 }
 
+/// Now, in ns since boot by the kernel's timer: no more than a tick behind.
+#[inline(always)]
+pub(crate) fn coarse_now() -> u64 {
+    ticks() * tick_ns()
+}
+
+/// How long a tick is, ns.
+#[inline(always)]
+fn tick_ns() -> u64 {
+    // SAFETY: a word that the agent sets before the programs are loaded, and nobody afterwards.
+    unsafe { addr_of!(TICK_NS).read_volatile() }
+}
+
 /// When this tick was, in ns since boot, at most two ticks too late; never too early, as long as ticks do not get lost.
 #[inline(always)]
 pub(crate) fn time_of(tick: u64) -> u64 {
-    // SAFETY: a word that the agent sets before the programs are loaded, and nobody afterwards.
-    let tick_ns = unsafe { addr_of!(TICK_NS).read_volatile() };
     let passed = ticks().saturating_sub(tick);
     // The present tick may have begun just now.
-    now().saturating_sub(passed.saturating_sub(1) * tick_ns)
+    now().saturating_sub(passed.saturating_sub(1) * tick_ns())
 }
 
 /// Thread group and user of the calling task.

@@ -122,10 +122,11 @@ fn redirected(ctx: &SockAddrContext) -> Option<&'static FlowRecord> {
 #[inline(always)]
 fn judge(ctx: &SockAddrContext, address: [u32; 4], call: Call) -> Answer {
     let port = socket::port(ctx.sock_addr);
+    let original = ApiEndpoint { address: socket::address(address), port };
     if !answer::will_be_heard(sock(ctx), port) {
+        answer::report_unheard(original, kind_and_protocol(ctx).1);
         return Answer::Deny;
     }
-    let original = ApiEndpoint { address: socket::address(address), port };
     // Never: the map has them.
     let Some(settings) = class::settings() else { return Answer::Deny };
     // Answers that the verifier is to follow no further than it must.
@@ -222,14 +223,7 @@ fn judge(ctx: &SockAddrContext, address: [u32; 4], call: Call) -> Answer {
         netns,
         verdict as u32
     );
-    // SAFETY: the context is valid while the program runs.
-    let (kind, protocol) = unsafe {
-        (
-            addr_of!((*ctx.sock_addr).type_).read_volatile(),
-            addr_of!((*ctx.sock_addr).protocol).read_volatile(),
-        )
-    };
-    decide(verdict, (pod_cgroup, flow), state, listener_port, (kind, protocol))
+    decide(verdict, (pod_cgroup, flow), state, listener_port, kind_and_protocol(ctx))
 }
 
 /// Whether two endpoints are the same, by words: by bytes it would be twice the program.
@@ -338,6 +332,18 @@ fn forget_unless_redirected_by_child(ctx: &SockAddrContext, settings: &Settings,
 fn sock(ctx: &SockAddrContext) -> *mut core::ffi::c_void {
     // SAFETY: the context is valid while the program runs.
     unsafe { addr_of!((*ctx.sock_addr).__bindgen_anon_1.sk).read_volatile().cast() }
+}
+
+/// `SOCK_*` and `IPPROTO_*` of the socket.
+#[inline(always)]
+fn kind_and_protocol(ctx: &SockAddrContext) -> (u32, u32) {
+    // SAFETY: the context is valid while the program runs.
+    unsafe {
+        (
+            addr_of!((*ctx.sock_addr).type_).read_volatile(),
+            addr_of!((*ctx.sock_addr).protocol).read_volatile(),
+        )
+    }
 }
 
 #[inline(always)]

@@ -34,8 +34,8 @@ use weir_common::{
     kernel::{
         API_ENDPOINTS_MAX, ApiEndpoint, CGROUPS_MAX, COUNTERS as COUNTERS_MAX, CgroupEntry, FLOWS_MAX,
         FlowKey, FlowRecord, INTERFACES_MAX, NAMES_MAX, NESTED_MAX, NOTICES_BYTES, Named, NestedKey,
-        PodCounters, PodName, REPORTED_MAX, SUSPECTED_MAX, Settings, SocketState, Suspect, Suspicion,
-        TICK_NS_MAX,
+        PodCounters, PodName, REPORTED_MAX, SPENDERS_MAX, SUSPECTED_MAX, Settings, SocketState, Suspect,
+        Suspicion, TICK_NS_MAX,
     },
     sieve::{DOUBT_SLOTS, ENDPOINT_SLOTS, Endpoint, NEAREST_SLOTS, Nearest, SIEVE_SLOTS},
 };
@@ -78,6 +78,9 @@ static DOUBTS: Array<u64> = Array::with_max_entries(DOUBT_SLOTS, 0);
 
 #[map]
 static READING: PerCpuArray<Reading> = PerCpuArray::with_max_entries(1, 0);
+
+#[map]
+static SPENT: LruHashMap<u64, answer::Spent> = LruHashMap::with_max_entries(SPENDERS_MAX, 0);
 
 #[map]
 static FLOWS: LruHashMap<FlowKey, FlowRecord> = LruHashMap::with_max_entries(FLOWS_MAX, 0);

@@ -138,7 +138,10 @@ fn record(
         }
         NoticeKind::PacketSocketRefused => "refused by the kernel: an enrolled pod makes no packet sockets",
         NoticeKind::AnswerRefused => {
-            "kept from the pod: an answer of a name server about a configured host name that cannot be read, or tells too many new addresses"
+            "kept from the pod: an answer of a name server about a configured host name that cannot be read, or tells too many new addresses; or one of more than are read for one pod"
+        }
+        NoticeKind::QuestionRefused => {
+            "denied by the kernel: a socket has no room for the note that it asks a name server; is net.core.optmem_max too small?"
         }
         NoticeKind::BpfRefused => "refused by the kernel: an enrolled pod does not call bpf(2)",
         NoticeKind::WouldRedirect => {

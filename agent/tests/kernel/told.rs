@@ -19,7 +19,10 @@ use weir_agent::{
         loader::{Kernel, Pinning},
     },
 };
-use weir_common::kernel::{CgroupEntry, Class, SUSPECTED_BY_POD_MAX};
+use weir_common::{
+    answer::STEPS_MAX,
+    kernel::{CgroupEntry, Class, NoticeKind, STEPS_AHEAD_MAX, SUSPECTED_BY_POD_MAX},
+};
 
 use crate::world::{Dial, OwnCgroup, OwnNetns, connect_from, dial, load};
 
@@ -254,6 +257,70 @@ fn an_answer_that_cannot_be_read_is_kept_from_enrolled_pods_if_it_is_about_a_con
     scene.kernel.set_names(&[]).unwrap();
     scene.tell(&scene.pod, cut).unwrap();
     assert!(scene.kernel.suspected().unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn who_could_not_be_known_for_asking_does_not_ask_and_it_is_reported() {
+    let Some(scene) = Scene::new("noteless") else { return };
+    let mut notices = scene.kernel.notices().unwrap().expect("taken once");
+    assert_eq!(scene.dial(&scene.pod, Dial::AskWithoutRoom(SERVER)), Err(REFUSED));
+    let notice = notices.next().await.unwrap();
+    assert_eq!(NoticeKind::from_number(notice.kind), Some(NoticeKind::QuestionRefused));
+    assert_eq!(
+        (notice.flow.pod_cgroup, notice.flow.original.port),
+        (scene.pod.id(), u32::from(SERVER.port()))
+    );
+    // Where no name is configured nothing is noted.
+    scene.kernel.set_names(&[]).unwrap();
+    assert_eq!(scene.dial(&scene.pod, Dial::AskWithoutRoom(SERVER)), Err(NO_ANSWER));
+}
+
+/// An answer about the configured name that takes as many steps to read as are taken, and is not read to its end.
+fn long_answer() -> Vec<u8> {
+    // Two in turn: one that follows itself is told by a pointer, and not read again.
+    let owners = ["l", "m"].map(|letter| format!("{0}.{0}.{0}.{NAME}", letter.repeat(60)));
+    let records = (0..120).map(|index| (owners[index % 2].as_str(), data([198, 51, 100, 7].into())));
+    let message = answer(NAME, &records.collect::<Vec<_>>());
+    assert!(message.len() < 4096, "{}", message.len());
+    message
+}
+
+#[test]
+fn reading_a_pods_answers_costs_no_more_than_its_share_and_nobody_else_pays() {
+    let Some(scene) = Scene::new("spent") else { return };
+    let (long, short) =
+        (long_answer(), answer("other.test.", &[("other.test.", data([198, 51, 100, 7].into()))]));
+    let datagrams = &scene.datagrams;
+    let asker = || datagrams.recv_from(&mut [0; 64]).unwrap().1;
+    // More than all that a pod has, and what it makes good for in the fraction of a second meanwhile.
+    let flood = |to: SocketAddr| {
+        for _ in 0..4 * STEPS_AHEAD_MAX / u64::from(STEPS_MAX) {
+            datagrams.send_to(&long, to).unwrap();
+        }
+    };
+    // One that no socket asks for costs those nothing that are asked for.
+    let stranger = scene.netns.within(|| UdpSocket::bind("127.0.0.1:5300").unwrap());
+    std::thread::scope(|threads| {
+        threads.spawn(|| {
+            let (_, to) = stranger.recv_from(&mut [0; 64]).unwrap();
+            flood(to);
+            datagrams.send_to(&short, to).unwrap();
+            scene.tell(&scene.pod, &short).expect("its own questions are answered");
+        });
+        let told = scene.dial(&scene.pod, Dial::AskAnybody(stranger.local_addr().unwrap()));
+        assert_eq!(told, Err(NO_ANSWER), "nothing more is read for it");
+    });
+    std::thread::scope(|threads| {
+        threads.spawn(|| {
+            let to = asker();
+            flood(to);
+            datagrams.send_to(&short, to).unwrap();
+            scene.tell(&scene.other, &short).expect("another pod has its own share");
+        });
+        assert_eq!(scene.dial(&scene.pod, Dial::Ask(SERVER)), Err(NO_ANSWER));
+    });
+    let answered_again = (0..100).any(|_| scene.tell(&scene.pod, &short).is_ok());
+    assert!(answered_again, "it makes good for what it has spent");
 }
 
 #[test]

@@ -193,6 +193,8 @@ pub(crate) enum Dial {
     AskAnybody(SocketAddr),
     /// The same, and what hears the answer is another socket, at the same port.
     AskByAnother(SocketAddr),
+    /// The same by a socket whose memory for all that the kernel notes with it is used up, v4-mapped.
+    AskWithoutRoom(SocketAddr),
     /// The same over TCP.
     AskStream(SocketAddr),
     /// Waits at this address for a connection and its answer, for half a second each.
@@ -277,6 +279,10 @@ fn in_child(procs: &std::fs::File, netns: Option<&std::fs::File>, dial: Dial) ->
             let IpAddr::V4(ip) = address.ip() else { return Err(nix::Error::EINVAL) };
             (SocketAddr::new(ip.to_ipv6_mapped().into(), address.port()), libc::SOCK_STREAM, 0)
         }
+        Dial::AskWithoutRoom(address) => {
+            let IpAddr::V4(ip) = address.ip() else { return Err(nix::Error::EINVAL) };
+            (SocketAddr::new(ip.to_ipv6_mapped().into(), address.port()), libc::SOCK_DGRAM, 0)
+        }
         Dial::Mptcp(address) => (address, libc::SOCK_STREAM, libc::IPPROTO_MPTCP),
         Dial::Udp(address)
         | Dial::SendTo(address)
@@ -316,6 +322,10 @@ fn without_a_connection(socket: &OwnedFd, to: &SockaddrStorage, dial: Dial) -> n
         }
         Dial::Bind(_) => bind(socket.as_raw_fd(), to)?,
         Dial::Ask(_) | Dial::AskStream(_) => ask(socket, to)?,
+        Dial::AskWithoutRoom(_) => {
+            fill(socket)?;
+            ask(socket, to)?;
+        }
         Dial::AskAnybody(_) => {
             be_patient(socket)?;
             sendto(socket.as_raw_fd(), b"x", to, MsgFlags::empty())?;
@@ -352,6 +362,22 @@ fn without_a_connection(socket: &OwnedFd, to: &SockaddrStorage, dial: Dial) -> n
     Ok(true)
 }
 
+/// Joins groups until there is no memory left for one (`net.core.optmem_max`).
+fn fill(socket: &OwnedFd) -> nix::Result<()> {
+    for group in 1_u128.. {
+        let request = libc::ipv6_mreq {
+            ipv6mr_multiaddr: libc::in6_addr { s6_addr: Ipv6Addr::from((0xff02 << 112) | group).octets() },
+            ipv6mr_interface: 1,
+        };
+        match set_option(socket, libc::IPPROTO_IPV6, libc::IPV6_ADD_MEMBERSHIP, &request) {
+            Ok(()) => {}
+            Err(nix::Error::ENOMEM | nix::Error::ENOBUFS) => return Ok(()),
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
 fn be_patient(socket: &OwnedFd) -> nix::Result<()> {
     let patience = nix::sys::time::TimeVal::new(0, 500_000);
     setsockopt(socket, ReceiveTimeout, &patience)
@@ -381,10 +407,14 @@ pub(crate) fn connect_from(own: SocketAddr, to: SocketAddr) -> TcpStream {
 }
 
 fn set_tcp_option(socket: &OwnedFd, option: i32) -> nix::Result<()> {
-    let (on, size) = (1_i32, size_of::<i32>() as libc::socklen_t);
-    // SAFETY: the value is an integer of the size that is given.
+    set_option(socket, libc::IPPROTO_TCP, option, &1_i32)
+}
+
+fn set_option<T>(socket: &OwnedFd, level: i32, option: i32, value: &T) -> nix::Result<()> {
+    let size = size_of::<T>() as libc::socklen_t;
+    // SAFETY: the value is of the size that is given.
     let result = unsafe {
-        libc::setsockopt(socket.as_raw_fd(), libc::IPPROTO_TCP, option, (&raw const on).cast(), size)
+        libc::setsockopt(socket.as_raw_fd(), level, option, std::ptr::from_ref(value).cast(), size)
     };
     nix::Error::result(result).map(drop)
 }

@@ -216,6 +216,18 @@ fn a_first_call_is_intercepted_although_the_watch_stands_still() {
     wait_until_asked(&monitored, &next);
     check_first_calls(&scene, &next, "it-asked", "next", PODS_AFTER_UPGRADE);
     println!("{}", Starts::of(&monitored).check("after an upgrade", PODS_AFTER_UPGRADE, &next));
+
+    // A runtime that has crashed asks again as soon as it is back; meanwhile it is said that nobody asks.
+    let outage = scene.testbed.stop_containerd().unwrap();
+    wait_until("the agent to say that nobody asks it", DEADLINE, || {
+        Ok((next.status()?["agent"]["containersWait"] == false).then_some(()))
+    })
+    .unwrap();
+    outage.end().unwrap();
+    wait_until_asked(&monitored, &next);
+    let before = Starts::of(&monitored);
+    check_first_calls(&scene, &next, "it-asked", "restarted", 1);
+    println!("{}", Starts::of(&monitored).since(&before).check("after a crash of the runtime", 1, &next));
     assert!(next.terminate().unwrap().success(), "{}", next.last_lines());
 }
 
