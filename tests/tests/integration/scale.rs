@@ -39,6 +39,8 @@ const NODE: &str = "weir-scale";
 const NAMESPACE: &str = "it-scale";
 /// The last part of the first one's address, behind those that the CNI gives away.
 const FIRST_ADDRESS: usize = 200;
+/// The one that comes without an agent. Its address is nobody else's: the end of its connection is on its way when it is gone.
+const WITHOUT_AGENT: usize = 0;
 
 /// What all of them share.
 struct Stage<'a> {
@@ -142,6 +144,13 @@ impl Drop for Objects<'_> {
     }
 }
 
+/// Of pods that come at once each has its own.
+fn address(number: usize) -> String {
+    let network = BRIDGE_ADDRESS.rsplit_once('.').unwrap().0;
+    let place = if number == WITHOUT_AGENT { AT_ONCE } else { number % AT_ONCE };
+    format!("{network}.{}", FIRST_ADDRESS + place)
+}
+
 fn object_name(number: usize) -> String {
     format!("first-{number}")
 }
@@ -184,9 +193,7 @@ impl<'a> Stage<'a> {
 
     /// A pod, its first connection and a request over it.
     fn first_connection(&self, uid: &str, number: usize) -> Served {
-        let address = BRIDGE_ADDRESS.rsplit_once('.').unwrap().0;
-        let address = format!("{address}.{}", FIRST_ADDRESS + number % AT_ONCE);
-        let pod = OwnPod::start(self.root, uid, number, &address);
+        let pod = OwnPod::start(self.root, uid, number, &address(number));
         let there = Instant::now();
         let name = object_name(number);
         let ask = |asked| match &self.runtime {
@@ -335,7 +342,7 @@ fn many_pods(scene: &Scene, runtime: Option<NriRuntime>) -> Counted {
     let log = scene.testbed.layout().audit_log();
 
     // Without an agent they reach the API server itself, and the far side sees them.
-    let wave = stage.come(0..1);
+    let wave = stage.come(WITHOUT_AGENT..WITHOUT_AGENT + 1);
     let [served] = &wave.served[..] else { panic!("one pod came") };
     assert!(served.refused == 0 && !wave.direct.is_empty(), "was not seen");
     assert_eq!(served.certificate, api_server_certificate(&scene.testbed));
@@ -348,7 +355,9 @@ fn many_pods(scene: &Scene, runtime: Option<NriRuntime>) -> Counted {
     let mut counted = Counted::default();
     let started = Instant::now();
     for first in (1..=count).step_by(AT_ONCE) {
-        let wave = stage.come(first..(first + AT_ONCE).min(count + 1));
+        let mut wave = stage.come(first..(first + AT_ONCE).min(count + 1));
+        let without_agent = format!("{}/", address(WITHOUT_AGENT));
+        wave.direct.retain(|packet| !packet.starts_with(&without_agent));
         assert!(wave.direct.is_empty(), "the far side saw {:?}\n{}", wave.direct, agent.last_lines());
         let (status, certificates) = (agent.status().unwrap(), certificates_of(&agent));
         for served in &wave.served {
