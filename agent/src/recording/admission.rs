@@ -23,7 +23,7 @@ use super::{
 pub(super) const COMMIT_WAIT_MAX: Duration = Duration::from_secs(30);
 
 /// How often a request that waits looks again.
-const LOOK_INTERVAL: Duration = Duration::from_millis(50);
+pub(super) const LOOK_INTERVAL: Duration = Duration::from_millis(50);
 
 /// A backlog up to this part of its limit is none: what pods added to it is forgotten.
 const BACKLOG_PARTS: u64 = 8;

@@ -1,6 +1,6 @@
 //! Keys of sessions: made with the first content of a session, wrapped to the recipients beside the log, used from memory.
 //!
-//! A wrapped key is on disk before anything that it encrypted can be: it is made here, in no time, and stored by threads of its own
+//! A wrapped key is on disk before anything that it encrypted can be: it is made here, in no time, and stored by a thread of its own
 //! ([`KeyStore`]), for which the queue holds back what it encrypted. No key outlives its day, so that what a key reads is bounded in
 //! time, and its file can go once what it encrypted is gone.
 
@@ -94,6 +94,14 @@ impl SessionKey {
         self.stored.get()
     }
 
+    /// One that nobody stores, for tests.
+    #[cfg(test)]
+    pub(super) fn unsettled(number: u64) -> Arc<Self> {
+        let recipient = Recipient::from_pem(crate::recipients::RECIPIENT.as_bytes()).unwrap();
+        let (key, _) = ContentKey::generate(Uuid::nil(), number, "s", 0, &[recipient]).unwrap();
+        Arc::new(Self { key, made: Instant::now(), count: AtomicU64::new(0), stored: OnceLock::new() })
+    }
+
     /// Now it is known.
     pub(super) fn settle(&self, stored: Result<(), RecordingError>) {
         let _ = self.stored.set(stored);
@@ -110,12 +118,13 @@ impl Encryption {
         Self { epoch, recipients, made: AtomicU64::new(0), store }
     }
 
-    /// Ends the threads that store keys.
+    /// Ends the thread that stores keys.
     pub(super) fn stop(&self) {
         self.store.stop();
     }
 
-    /// Encrypts the content in an event, and keys the digests of content; returns the key, if one was needed.
+    /// Encrypts the content in an event, and keys the digests of content; returns the key, if one was needed. A digest that there is
+    /// no key for is left out: what else the event says is worth more.
     ///
     /// # Errors
     /// There is no key: nothing may be recorded in clear instead.
@@ -128,7 +137,7 @@ impl Encryption {
             Kind::Content(content) => Some(self.encrypt(ids, content)?),
             Kind::RequestOpened(opened) => self.keyed(ids, digest_of(&mut opened.body))?,
             Kind::RequestClosed(closed) => self.keyed(ids, digest_of(&mut closed.body))?,
-            Kind::FileCopied(file) => self.keyed(ids, file.digest.as_mut())?,
+            Kind::FileCopied(file) => self.keyed(ids, Some(&mut file.digest))?,
             _ => None,
         };
         Ok((kind, key))
@@ -147,27 +156,35 @@ impl Encryption {
     fn keyed(
         &self,
         ids: Ids<'_>,
-        digest: Option<&mut String>,
+        digest: Option<&mut Option<String>>,
     ) -> Result<Option<Arc<SessionKey>>, RecordingError> {
-        let Some(digest) = digest else { return Ok(None) };
-        let key = self.key_of(ids)?;
-        *digest = key.key.keyed_digest(digest);
-        Ok(Some(key))
+        let Some((slot, digest)) = digest.and_then(|slot| slot.take().map(|digest| (slot, digest))) else {
+            return Ok(None);
+        };
+        match self.key_of(ids) {
+            Ok(key) => {
+                *slot = Some(key.key.keyed_digest(&digest));
+                Ok(Some(key))
+            }
+            Err(RecordingError::NoKey(_)) => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 
     /// The session's key; of a pod that has begun more sessions than get one each, the key that those beyond have together.
     fn key_of(&self, ids: Ids<'_>) -> Result<Arc<SessionKey>, RecordingError> {
         let (keys, share) = ids.keys.ok_or_else(|| self.failed(0, "content belongs to a session"))?;
         keys.current.get_or(|| {
+            // Before one is spent.
+            if let Some(failure) = self.store.failure() {
+                return Err(failure);
+            }
             let make = || self.make(keys.id(), share);
             if share.takes_key(Instant::now()) { make() } else { share.common_key.get_or(make) }
         })
     }
 
     fn make(&self, session: &str, share: &Arc<Share>) -> Result<Arc<SessionKey>, RecordingError> {
-        if let Some(failure) = self.store.failure() {
-            return Err(failure);
-        }
         // The number is spent even if it cannot be stored: nobody knows what is on disk then.
         let number = self.made.fetch_add(1, Ordering::Relaxed) + 1;
         let made = ContentKey::generate(self.epoch, number, session, unix_us(), &self.recipients);
@@ -183,27 +200,28 @@ impl Encryption {
     }
 }
 
-fn digest_of(body: &mut Option<BodySummary>) -> Option<&mut String> {
-    body.as_mut()?.digest.as_mut()
+fn digest_of(body: &mut Option<BodySummary>) -> Option<&mut Option<String>> {
+    Some(&mut body.as_mut()?.digest)
 }
 
 #[cfg(test)]
 mod tests {
-    use std::{path::Path, sync::Arc};
+    use std::{path::Path, sync::Arc, time::Duration};
 
     use futures::FutureExt as _;
+    use http::{HeaderMap, Method, StatusCode};
     use tempfile::TempDir;
     use weir_common::{
         encryption::{Identity, Place, WrappedKey, wrapped_key_file},
-        event::{Bytes, Channel, Event, FileCopied, Kind},
+        event::{Bytes, Caller, Channel, Event, FileCopied, Kind, Outcome},
     };
 
     use super::{Ids, SessionKeys};
     use crate::{
         recipients::{IDENTITY, RECIPIENT},
         recording::{
-            Commit, CommitRule, CommitRules, PodQuota, Recorder, RecorderOptions, RecordingError, fixture::*,
-            segment::bytes_of_all, share::KEYS_BURST,
+            BacklogLimits, Commit, CommitRule, CommitRules, PodQuota, Recorder, RecorderOptions,
+            RecordingError, WhenBehind, fixture::*, segment::bytes_of_all, share::KEYS_BURST,
         },
         storage::FileSystem,
     };
@@ -319,14 +337,21 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_key_whose_file_hangs_holds_up_its_own_pod_alone() {
+    async fn keys_whose_files_hang_hold_up_their_own_pods_alone() {
         let directory = TempDir::new().unwrap();
         let disk = Arc::new(TestDisk::default());
         let recorder = on(&disk, options_for(directory.path())).unwrap();
-        disk.hold_file(Some("00000000000000000001.new"));
+        disk.hold_files(&[
+            "00000000000000000001.new",
+            "00000000000000000002.new",
+            "00000000000000000003.new",
+        ]);
+        let others = ["c", "d"].map(|pod| of_pod(pod, None));
         let caller = of_pod("a", None);
         let mut hanging = Box::pin(create(&recorder, &caller, "{\"a\":1}"));
         assert!(hanging.as_mut().now_or_never().is_none());
+        let mut also = others.each_ref().map(|caller| Box::pin(create(&recorder, caller, "{\"c\":1}")));
+        assert!(also.iter_mut().all(|hanging| hanging.as_mut().now_or_never().is_none()));
         // On this very thread: no task blocks either.
         for number in 0..3 {
             create(&recorder, &of_pod("b", Some(format!("user-{number}"))), "{\"b\":1}").await.unwrap();
@@ -337,11 +362,14 @@ mod tests {
         let on_disk = read_some(recorder.folder()).0;
         assert!(!on_disk.iter().any(|event| matches!(&event.kind, Kind::Content(content)
             if matches!(content.bytes, Bytes::Encrypted { key: 1, .. }))));
-        disk.hold_file(None);
+        drop(also);
+        disk.hold_files(&[]);
         drop(hanging.await.unwrap());
         let folder = recorder.folder().to_owned();
         recorder.stop("test").await.unwrap();
-        assert_eq!(decrypted(&folder, &read(&folder)), b"{\"b\":1}{\"b\":1}{\"b\":1}{\"a\":1}");
+        let all = String::from_utf8(decrypted(&folder, &read(&folder))).unwrap();
+        assert!(all.starts_with(&"{\"b\":1}".repeat(3)), "{all}");
+        assert_eq!(all.matches("\"a\"").count(), 1, "{all}");
     }
 
     #[tokio::test]
@@ -349,20 +377,121 @@ mod tests {
         let directory = TempDir::new().unwrap();
         let disk = Arc::new(TestDisk::default());
         let recorder = on(&disk, options_for(directory.path())).unwrap();
-        disk.hold_file(Some("00000000000000000001.new"));
-        let asynchronous = CommitRule { commit: Some(Commit::Async), ..CommitRule::default() };
-        recorder.set_rules(CommitRules {
-            rules: vec![asynchronous],
-            async_mutations: true,
-            ..CommitRules::default()
-        });
-        drop(create(&recorder, &of_pod("a", None), "{\"a\":1}").await.unwrap());
+        disk.hold_files(&["00000000000000000001.new"]);
+        answered(&recorder, &of_pod("a", None), "{\"a\":1}").await;
         let mut stop = Box::pin(recorder.stop("test"));
         assert!(stop.as_mut().now_or_never().is_none());
-        disk.hold_file(None);
+        disk.hold_files(&[]);
         stop.await.unwrap();
         let folder = recorder.folder();
         assert_eq!(decrypted(folder, &read(folder)), b"{\"a\":1}");
+    }
+
+    /// A read, whose answer is its session's first content.
+    async fn answered(recorder: &Recorder, caller: &Arc<Caller>, body: &'static str) {
+        let (request, attributes) = ((Method::GET, "/api/v1/x"), attributes("get", "configmaps", ""));
+        let record = open_as(recorder, caller, request, &attributes, &HeaderMap::new(), None).await.unwrap();
+        record.response_started(StatusCode::OK, &content_type(JSON), false);
+        record.response_data(&body.into());
+        record.close(Outcome::Complete, None);
+    }
+
+    /// Mutations are asynchronous.
+    fn rules(when_behind: WhenBehind, wait: Duration) -> CommitRules {
+        let asynchronous = CommitRule { commit: Some(Commit::Async), ..CommitRule::default() };
+        CommitRules {
+            rules: vec![asynchronous],
+            async_mutations: true,
+            when_behind: Some(when_behind),
+            backlog: BacklogLimits { wait, ..BacklogLimits::default() },
+        }
+    }
+
+    #[tokio::test]
+    async fn a_mutation_whose_key_is_not_stored_meets_the_policy_though_nobody_waits_for_its_record() {
+        let directory = TempDir::new().unwrap();
+        let disk = Arc::new(TestDisk::default());
+        let recorder = on(&disk, options_for(directory.path())).unwrap();
+        let body = format!("{{\"a\":\"{CANARY}\"}}");
+        let a = of_pod("a", None);
+        disk.fail_keys(true);
+        recorder.set_rules(rules(WhenBehind::Refuse, Duration::ZERO));
+        let refused = create(&recorder, &a, &body).await;
+        assert!(matches!(refused, Err(RecordingError::NoKey(_))), "{refused:?}");
+
+        recorder.set_rules(rules(WhenBehind::MetadataOnly, Duration::ZERO));
+        drop(create(&recorder, &a, &body).await.unwrap());
+
+        recorder.set_rules(rules(WhenBehind::Block, Duration::from_millis(120)));
+        let refused = create(&recorder, &a, &body).await;
+        assert!(matches!(refused, Err(RecordingError::NoKey(_))), "{refused:?}");
+        recorder.set_rules(rules(WhenBehind::Block, Duration::from_secs(60)));
+        let mut waits = Box::pin(create(&recorder, &a, "{\"b\":1}"));
+        assert!(waits.as_mut().now_or_never().is_none());
+        disk.fail_keys(false);
+        drop(waits.await.unwrap());
+
+        let folder = recorder.folder().to_owned();
+        recorder.stop("test").await.unwrap();
+        let events = read(&folder);
+        assert_eq!(decrypted(&folder, &events), b"{\"b\":1}");
+        let opened: Vec<_> = events
+            .iter()
+            .filter_map(|event| match &event.kind {
+                Kind::RequestOpened(opened) => opened.body.clone(),
+                _ => None,
+            })
+            .collect();
+        assert_eq!(opened.len(), 2, "what was refused never happened");
+        assert_eq!((opened[0].wire_bytes, &opened[0].digest), (body.len() as u64, &None));
+        let gap = events.iter().any(|event| {
+            matches!(&event.kind, Kind::Gap { reason, bytes: Some(bytes), .. }
+            if reason.starts_with("bodies of this request are left out") && *bytes == body.len() as u64)
+        });
+        assert!(gap, "{:?}", names(&events));
+    }
+
+    #[tokio::test]
+    async fn of_an_answer_whose_key_is_not_stored_all_but_the_content_is_recorded() {
+        let directory = TempDir::new().unwrap();
+        let disk = Arc::new(TestDisk::default());
+        let recorder = on(&disk, options_for(directory.path())).unwrap();
+        disk.fail_keys(true);
+        answered(&recorder, &of_pod("a", None), "{\"a\":1}").await;
+        let folder = recorder.folder().to_owned();
+        recorder.stop("test").await.unwrap();
+        let events = read(&folder);
+        assert!(decrypted(&folder, &events).is_empty());
+        let closed = events.iter().any(|event| {
+            matches!(&event.kind, Kind::RequestClosed(closed)
+            if closed.status == Some(200) && closed.response_bytes == 7)
+        });
+        assert!(closed, "{:?}", names(&events));
+        let lost = |event: &Event| matches!(&event.kind, Kind::Gap { events: Some(1), .. });
+        assert!(events.iter().any(lost), "what is lost is counted: {events:?}");
+    }
+
+    #[tokio::test]
+    async fn what_a_client_says_in_a_stream_is_not_passed_on_without_a_key() {
+        let directory = TempDir::new().unwrap();
+        let disk = Arc::new(TestDisk::default());
+        let recorder = on(&disk, options_for(directory.path())).unwrap();
+        disk.fail_keys(true);
+        for when_behind in [WhenBehind::Refuse, WhenBehind::MetadataOnly] {
+            recorder.set_rules(rules(when_behind, Duration::ZERO));
+            let mut headers = HeaderMap::new();
+            headers.insert("upgrade", "unknown".parse().unwrap());
+            let (request, attributes) = ((Method::POST, "/api/v1/x"), attributes("create", "pods", "exec"));
+            let a = of_pod("a", None);
+            let record = open_as(&recorder, &a, request, &attributes, &headers, None).await.unwrap();
+            record.response_started(StatusCode::SWITCHING_PROTOCOLS, &headers, true);
+            let said = record.client_stream_data("rm -r x".into()).await;
+            assert!(matches!(said, Err(RecordingError::NoKey(_))), "{said:?}");
+            // What the server says is not delayed; that it is missing is recorded.
+            record.server_stream_data("done".into()).await.unwrap();
+        }
+        recorder.stop("test").await.unwrap();
+        assert!(decrypted(recorder.folder(), &read(recorder.folder())).is_empty());
     }
 
     #[tokio::test]
@@ -404,7 +533,8 @@ mod tests {
                 }
             }
         }
-        assert!(matches!(refused, Some(RecordingError::Full { .. })), "{refused:?}");
+        let Some(RecordingError::NoKey(why)) = refused else { panic!("{refused:?}") };
+        assert!(matches!(*why, RecordingError::Full { .. }), "{why:?}");
         let journal = directory.path().join("journal");
         assert!(bytes_of_all(&FileSystem, &journal).unwrap() <= 600 * 1024);
     }

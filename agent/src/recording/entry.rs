@@ -63,8 +63,10 @@ pub(super) struct Entry {
     pub(super) name: &'static str,
     /// When it happened.
     pub(super) time_unix_us: i64,
-    /// What content in it is encrypted with, if it is.
+    /// What content in it is encrypted with, or a digest of content keyed with.
     key: Option<Arc<SessionKey>>,
+    /// Whether there is content in it.
+    is_content: bool,
     /// Its JSON behind the number.
     rest: Vec<u8>,
 }
@@ -85,7 +87,7 @@ impl Origin {
         ids: Ids<'_>,
         kind: Kind,
     ) -> Result<Entry, RecordingError> {
-        let (name, time_unix_us) = (kind.name(), unix_us());
+        let (name, time_unix_us, is_content) = (kind.name(), unix_us(), matches!(kind, Kind::Content(_)));
         let (kind, key) = match &self.encryption {
             Some(encryption) => encryption.protect(ids, kind)?,
             None => (kind, None),
@@ -107,7 +109,8 @@ impl Origin {
         let json = serde_json::to_vec(&event).unwrap_or_default();
         match json.strip_prefix(UNNUMBERED) {
             Some(rest) if json.len() + NUMBER_BYTES_MAX <= VALUE_BYTES_MAX => {
-                Ok(Entry { kafka_key: event.session, name, time_unix_us, key, rest: rest.to_vec() })
+                let (kafka_key, rest) = (event.session, rest.to_vec());
+                Ok(Entry { kafka_key, name, time_unix_us, key, is_content, rest })
             }
             _ => Err(RecordingError::TooLong { bytes: json.len() }),
         }
@@ -133,6 +136,30 @@ impl Entry {
     pub(super) fn bytes(&self) -> usize {
         UNNUMBERED.len() + self.rest.len()
     }
+
+    /// Whether nobody will ever read what it holds: its key is not stored.
+    fn is_lost(&self) -> bool {
+        self.is_content && self.key.as_ref().is_some_and(|key| matches!(key.stored(), Some(Err(_))))
+    }
+
+    /// One of a length, which costs nothing to make.
+    #[cfg(test)]
+    pub(super) fn of_length(bytes: usize) -> Self {
+        let (name, rest) = ("gap", vec![0; bytes]);
+        Self { kafka_key: String::new(), name, time_unix_us: 0, key: None, is_content: false, rest }
+    }
+
+    /// The same, as if it were content that `key` encrypted.
+    #[cfg(test)]
+    pub(super) fn encrypted_with(self, key: &Arc<SessionKey>) -> Self {
+        Self { key: Some(Arc::clone(key)), is_content: true, ..self }
+    }
+}
+
+/// Whether any of them has content whose key is not on disk.
+pub(super) fn await_key(entries: &[Entry]) -> bool {
+    let of_content = entries.iter().filter(|entry| entry.is_content);
+    of_content.filter_map(|entry| entry.key.as_ref()).any(|key| !matches!(key.stored(), Some(Ok(()))))
 }
 
 /// Tells whoever waits whether events are durable.
@@ -176,6 +203,14 @@ impl Append {
     pub(super) fn keys_stored(&self) -> Option<Result<(), RecordingError>> {
         let mut keys = self.entries.iter().filter_map(|entry| entry.key.as_ref());
         keys.try_fold(Ok(()), |all, key| Some(all.and(key.stored()?.clone())))
+    }
+
+    /// Takes out content whose key is not stored; how many events that were. What is said of a request without its content is
+    /// recorded all the same, with digests that nobody can compute.
+    pub(super) fn without_lost(&mut self) -> u64 {
+        let before = self.entries.len();
+        self.entries.retain(|entry| !entry.is_lost());
+        (before - self.entries.len()) as u64
     }
 
     /// Their length.

@@ -64,6 +64,9 @@ pub enum RecordingError {
         /// What is wrong with it.
         reason: String,
     },
+    /// The key that content is to be encrypted with cannot be stored: nothing may be recorded with it.
+    #[error("content cannot be encrypted, its key is not stored")]
+    NoKey(#[source] Arc<RecordingError>),
     /// The name does not fit into a segment header.
     #[error("node name {node:?} is longer than 253 bytes")]
     Node {
@@ -120,6 +123,7 @@ impl RecordingError {
             Self::Denied { .. } | Self::Storage { .. } | Self::Locked { .. } => {
                 "the journal cannot be written"
             }
+            Self::NoKey(why) => why.for_client(),
             Self::Key { .. } | Self::Node { .. } | Self::Thread(_) => "recording is not set up",
             Self::TooLong { .. } => "an event of it is longer than a journal frame may be",
             Self::Behind { .. } => {
@@ -143,14 +147,20 @@ impl RecordingError {
 
     /// Whether waiting may help.
     pub(super) fn may_pass(&self) -> bool {
-        matches!(
-            self,
+        match self {
+            Self::NoKey(why) => why.may_pass(),
             Self::Full { .. }
-                | Self::NoSpace { .. }
-                | Self::ReadOnly { .. }
-                | Self::Denied { .. }
-                | Self::Storage { .. }
-        )
+            | Self::NoSpace { .. }
+            | Self::ReadOnly { .. }
+            | Self::Denied { .. }
+            | Self::Storage { .. } => true,
+            _ => false,
+        }
+    }
+
+    /// Of a key that was to be stored.
+    pub(super) fn no_key(self) -> Self {
+        Self::NoKey(Arc::new(self))
     }
 
     /// Names what the system said about `path`.

@@ -41,8 +41,10 @@ pub(crate) struct TestDisk {
     fails_at: AtomicU64,
     /// Syncs wait while this is true.
     held: Mutex<bool>,
-    /// The file with this name waits when it is to be made durable.
-    held_file: Mutex<Option<&'static str>>,
+    /// The files with these names wait when they are to be made durable.
+    held_files: Mutex<&'static [&'static str]>,
+    /// Whether keys' files cannot be made durable.
+    keys_fail: AtomicBool,
     /// Whether one waits.
     holding: AtomicBool,
     released: Condvar,
@@ -81,9 +83,13 @@ impl TestDisk {
         self.released.notify_all();
     }
 
-    pub(super) fn hold_file(&self, name: Option<&'static str>) {
-        *self.held_file.lock().unwrap() = name;
+    pub(super) fn hold_files(&self, names: &'static [&'static str]) {
+        *self.held_files.lock().unwrap() = names;
         self.released.notify_all();
+    }
+
+    pub(super) fn fail_keys(&self, fail: bool) {
+        self.keys_fail.store(fail, Ordering::SeqCst);
     }
 }
 
@@ -157,11 +163,17 @@ impl StoredFile for TestFile {
         self.1.check()
     }
     fn sync_all(&self) -> io::Result<()> {
-        let mut held = self.1.held_file.lock().unwrap();
-        while held.is_some_and(|name| self.2.ends_with(name)) {
+        let mut held = self.1.held_files.lock().unwrap();
+        while held.iter().any(|name| self.2.ends_with(name)) {
             held = self.1.released.wait(held).unwrap();
         }
         drop(held);
+        let of_key = |name: &str| name.strip_suffix(".new").is_some_and(|name| name.parse::<u64>().is_ok());
+        if self.1.keys_fail.load(Ordering::SeqCst)
+            && self.2.file_name().and_then(|name| name.to_str()).is_some_and(of_key)
+        {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
         self.1.check()
     }
     fn set_length(&self, bytes: u64) -> io::Result<()> {

@@ -1,27 +1,39 @@
-//! The threads that make wrapped keys durable, beside everything else: neither a request's task, nor a thread that masks, nor the
-//! journal's writer waits for a key's file. What a key encrypted waits in its pod's lane of the queue until it is told here that the
-//! file is on disk. Pods take turns, each with one file at a time: one that begins many sessions holds up itself.
+//! Makes wrapped keys durable, beside everything else: neither a request's task, nor a thread that masks, nor the journal's writer
+//! waits for a key's file. What a key encrypted waits in its pod's lane of the queue until it is told here that the file is on disk.
+//! Pods take turns, each with one key at a time: one that begins many sessions, or whose file hangs, holds up itself.
+//!
+//! One thread with a runtime of its own hands the files to threads that come with the need for them, and go.
 
 use std::{
     io,
     path::PathBuf,
-    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     thread::JoinHandle,
     time::{Duration, Instant},
 };
 
+use tokio::{
+    runtime::Builder,
+    sync::Notify,
+    task::{JoinSet, spawn_blocking},
+};
 use weir_common::encryption::wrapped_key_file;
 
 use super::{
-    encryption::SessionKey, error::RecordingError, jobs::Jobs, measures::Measures, queue::Queue, segment,
+    encryption::SessionKey,
+    error::RecordingError,
+    jobs::{Jobs, Turn},
+    measures::Measures,
+    queue::Queue,
+    segment,
     share::Share,
 };
 use crate::storage::{self, Storage};
 
-/// How many: while the disk hangs with one pod's file, another pod's is written.
-const THREADS: usize = 2;
+/// Pods whose files may hang before another pod's key waits for them.
+const FILES_MAX: usize = 16;
 
-/// What the threads work on.
+/// What is worked on.
 #[derive(Debug)]
 pub(super) struct KeyFolder {
     pub(super) storage: Arc<dyn Storage>,
@@ -39,14 +51,14 @@ pub(super) struct KeyFolder {
 #[derive(Debug)]
 pub(super) struct KeyStore {
     desk: Arc<Desk>,
-    threads: Mutex<Vec<JoinHandle<()>>>,
+    thread: Mutex<Option<JoinHandle<()>>>,
 }
 
 #[derive(Debug)]
 struct Desk {
     at: KeyFolder,
     state: Mutex<State>,
-    work: Condvar,
+    work: Notify,
 }
 
 #[derive(Debug, Default)]
@@ -61,18 +73,40 @@ struct State {
 struct Job {
     key: Arc<SessionKey>,
     wrapped: Vec<u8>,
-    share: Arc<Share>,
+    /// It stays until its key is counted.
+    _share: Arc<Share>,
+}
+
+/// A key whose turn it is. However its task ends, all are told, and its pod has its next turn.
+#[derive(Debug)]
+struct UnderWay {
+    desk: Arc<Desk>,
+    turn: Turn,
+    job: Job,
+    stored: Result<(), RecordingError>,
+}
+
+impl Drop for UnderWay {
+    fn drop(&mut self) {
+        let stored = std::mem::replace(&mut self.stored, Ok(()));
+        // Before anybody is told, so that who is refused does not find the old state.
+        self.desk.lock().failure = stored.as_ref().err().map(|error| (error.clone(), Instant::now()));
+        self.job.key.settle(stored);
+        self.desk.at.queue.keys_settled();
+        self.desk.lock().jobs.done(&self.turn);
+        self.desk.work.notify_one();
+    }
 }
 
 impl KeyStore {
     pub(super) fn start(at: KeyFolder) -> io::Result<Self> {
-        let desk = Arc::new(Desk { at, state: Mutex::default(), work: Condvar::new() });
-        let mut threads = Vec::new();
-        for number in 0..THREADS {
-            let (desk, thread) = (Arc::clone(&desk), std::thread::Builder::new());
-            threads.push(thread.name(format!("weir-keys-{number}")).spawn(move || desk.run())?);
-        }
-        Ok(Self { desk, threads: Mutex::new(threads) })
+        let desk = Arc::new(Desk { at, state: Mutex::default(), work: Notify::new() });
+        let mut runtime = Builder::new_current_thread();
+        let runtime =
+            runtime.enable_all().max_blocking_threads(FILES_MAX).thread_name("weir-key-file").build()?;
+        let (works, thread) = (Arc::clone(&desk), std::thread::Builder::new().name("weir-keys".to_owned()));
+        let thread = thread.spawn(move || runtime.block_on(works.run()))?;
+        Ok(Self { desk, thread: Mutex::new(Some(thread)) })
     }
 
     /// Why no key need be made just now: one failed a moment ago.
@@ -86,8 +120,7 @@ impl KeyStore {
     pub(super) fn store(&self, key: Arc<SessionKey>, wrapped: Vec<u8>, share: &Arc<Share>) {
         // What it takes on disk is the pod's.
         share.charge(segment::whole_blocks(wrapped.len() as u64) as usize, Instant::now());
-        let lane = share.lane;
-        self.desk.lock().jobs.push(lane, Job { key, wrapped, share: Arc::clone(share) });
+        self.desk.lock().jobs.push(share.lane, Job { key, wrapped, _share: Arc::clone(share) });
         self.desk.work.notify_one();
     }
 
@@ -96,20 +129,18 @@ impl KeyStore {
         self.desk.at.folder.join(wrapped_key_file(number))
     }
 
-    /// Ends the threads when they have done what was handed to them, and waits for it.
+    /// Ends the thread when it has done what was handed to it, and waits for it.
     pub(super) fn stop(&self) {
         self.end();
-        let threads = std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner));
-        for thread in threads {
-            if thread.join().is_err() {
-                tracing::error!("a thread that stores keys panicked; what they encrypted is not recorded");
-            }
+        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if thread.is_some_and(|thread| thread.join().is_err()) {
+            tracing::error!("the thread that stores keys panicked; what they encrypted is not recorded");
         }
     }
 
     fn end(&self) {
         self.desk.lock().ends = true;
-        self.desk.work.notify_all();
+        self.desk.work.notify_one();
     }
 }
 
@@ -124,27 +155,28 @@ impl Desk {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn run(&self) {
-        let mut state = self.lock();
+    async fn run(self: Arc<Self>) {
+        let mut under_way = JoinSet::new();
         loop {
-            // The share stays until its key is counted.
-            let Some((turn, Job { key, wrapped, share: _share })) = state.jobs.take() else {
-                if state.ends && state.jobs.is_empty() {
-                    return;
-                }
-                state = self.work.wait(state).unwrap_or_else(PoisonError::into_inner);
-                continue;
+            let (next, is_over) = {
+                let mut state = self.lock();
+                let next = state.jobs.take();
+                let is_over = next.is_none() && state.ends && state.jobs.is_empty();
+                (next, is_over)
             };
-            drop(state);
-            let stored = self.write(key.number(), &wrapped);
-            let failure = stored.as_ref().err().map(|error| (error.clone(), Instant::now()));
-            key.settle(stored);
-            self.at.queue.keys_settled();
-            state = self.lock();
-            state.failure = failure;
-            state.jobs.done(&turn);
-            // The pod's next one may be another thread's, or the last one was what all wait for.
-            self.work.notify_all();
+            match next {
+                Some((turn, job)) => {
+                    let stored = Err(RecordingError::Closed);
+                    under_way.spawn(UnderWay { desk: Arc::clone(&self), turn, job, stored }.store());
+                }
+                None if is_over => return,
+                None => self.work.notified().await,
+            }
+            while let Some(ended) = under_way.try_join_next() {
+                if ended.is_err() {
+                    tracing::error!("a task that stores a key panicked; what it encrypted is not recorded");
+                }
+            }
         }
     }
 
@@ -160,5 +192,14 @@ impl Desk {
             measures.use_less(bytes);
             RecordingError::storage(&path, error)
         })
+    }
+}
+
+impl UnderWay {
+    async fn store(mut self) {
+        let (desk, number) = (Arc::clone(&self.desk), self.job.key.number());
+        let wrapped = std::mem::take(&mut self.job.wrapped);
+        let written = spawn_blocking(move || desk.write(number, &wrapped)).await;
+        self.stored = written.unwrap_or(Err(RecordingError::Closed)).map_err(RecordingError::no_key);
     }
 }

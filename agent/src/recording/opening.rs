@@ -13,12 +13,12 @@ use http::{
 use tokio::sync::Semaphore;
 use weir_common::{
     attributes::{Attributes, Execution},
-    event::{Caller, Channel, IdentityMethod, Kind, RequestOpened},
+    event::{BodySummary, Caller, Channel, IdentityMethod, Kind, RequestOpened},
 };
 
 use super::{
     Recorder, RecordingError, RequestHead, RequestRecord, Unmasked,
-    admission::{COMMIT_WAIT_MAX, Reduced},
+    admission::{COMMIT_WAIT_MAX, LOOK_INTERVAL, Reduced},
     body::Sensitivity,
     content::{self, Held, Kept},
     entry::{Append, Entry, Ids},
@@ -66,13 +66,29 @@ impl Recorder {
         let plan = self.plan(&head);
         let share = self.inner.shares.of(caller, Instant::now());
         let deadline = Instant::now() + self.inner.rules.load().backlog.wait;
+        let is_stream = head.upgrade.is_some();
+        let mut without_key = None;
         loop {
-            let reduced = self.admit(&share, plan, head.upgrade.is_some(), deadline).await?;
+            let reduced = match without_key.take() {
+                Some(why) => Some(why),
+                None => self.admit(&share, plan, is_stream, deadline).await?,
+            };
+            let is_reduced = reduced.is_some();
             let begin = Begin { plan, share: &share, reduced };
             let body = body.as_ref().map(|body| body.0.clone()).unwrap_or_default();
-            match self.begin(caller, cluster, head, body, begin).await {
-                Err(error) if plan.when_behind == WhenBehind::Block && error.may_pass() => {}
+            let error = match self.begin(caller, cluster, head, body, begin).await {
+                Err(error) if error.may_pass() => error,
                 begun => return begun,
+            };
+            // Without a key there is no content, but all else can be recorded; of a stream it is the content that counts.
+            let spares =
+                plan.when_behind == WhenBehind::MetadataOnly && !is_stream || self.inner.emergency.is_on();
+            if spares && !is_reduced && matches!(error, RecordingError::NoKey(_)) {
+                without_key = Some(error);
+            } else if plan.when_behind == WhenBehind::Block && Instant::now() + LOOK_INTERVAL < deadline {
+                tokio::time::sleep(LOOK_INTERVAL).await;
+            } else {
+                return Err(error);
             }
         }
     }
@@ -92,6 +108,7 @@ impl Recorder {
         }
         let belonging = self.belonging(caller, cluster, &head, share)?;
         let context = self.context(cluster, &belonging, head.attributes, share);
+        let without_key = matches!(reduced, Some(RecordingError::NoKey(_)));
         let behind = reduced.map(|why| format!("left out: {}", why.for_client()));
         let by_rule = |why: fn(Bodies) -> Option<&'static str>| plan.level.and_then(why).map(str::to_owned);
         let left_out = behind.clone().or_else(|| by_rule(Bodies::without_request));
@@ -116,7 +133,11 @@ impl Recorder {
             }),
             upgrade: head.upgrade.map(str::to_owned),
             identity: head.identity.cloned().map(Box::new),
-            body: body.as_ref().map(|kept| kept.summary.clone()),
+            body: body.as_ref().map(|kept| {
+                // Where there is no key, none for the digest either.
+                let digest = kept.summary.digest.clone().filter(|_| !without_key);
+                BodySummary { digest, ..kept.summary.clone() }
+            }),
         };
         let mut kinds = vec![Kind::RequestOpened(Box::new(opened))];
         if let Some(Kept { content, names, .. }) = body {
@@ -135,7 +156,7 @@ impl Recorder {
             self.inner.emergency.count();
         }
         // The record exists before the wait: should the client go away meanwhile, it closes itself.
-        match record.append(entries, plan.is_durable()).await {
+        match record.append_first(entries).await {
             Ok(()) => Ok(record),
             Err(error) => {
                 match error {

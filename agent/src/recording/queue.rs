@@ -15,7 +15,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tokio::sync::Notify;
+use tokio::sync::{Notify, futures::Notified};
 
 use super::{
     claims::{self, Claims, TURN_BYTES},
@@ -115,21 +115,30 @@ impl State {
         taken
     }
 
-    /// What is held back in a lane goes on as far as keys are on disk; what has none that will ever be is refused. Returns whether
-    /// the writer has to look.
+    /// What is held back in a lane goes on as far as keys are on disk. Of what has none that will ever be, who waits is told so; where
+    /// nobody waits, content is lost and counted, and the rest goes on. Returns whether the writer has to look.
     fn release(&mut self, number: u64) -> bool {
         let Some(lane) = self.lanes.get_mut(&number) else { return false };
         let mut wake = false;
         while let Some(keys) = lane.held.front().and_then(Append::keys_stored) {
-            let Some(append) = lane.held.pop_front() else { break };
-            let bytes = append.bytes();
+            let Some(mut append) = lane.held.pop_front() else { break };
+            let mut bytes = append.bytes();
             if let Err(error) = keys {
                 lane.bytes -= bytes;
                 self.bytes -= bytes;
-                self.dropped += append.entries.len() as u64;
-                // Who went away need not be told.
-                let _ = append.waiter.map(|waiter| waiter.send(Err(error)));
-                continue;
+                if let Some(waiter) = append.waiter.take() {
+                    self.dropped += append.entries.len() as u64;
+                    // Who went away need not be told.
+                    let _ = waiter.send(Err(error));
+                    continue;
+                }
+                self.dropped += append.without_lost();
+                if append.entries.is_empty() {
+                    continue;
+                }
+                bytes = append.bytes();
+                lane.bytes += bytes;
+                self.bytes += bytes;
             }
             wake |= append.waiter.is_some() || self.turns.is_empty() || self.ready > GROUP_BYTES_MAX;
             self.ready += bytes;
@@ -162,6 +171,8 @@ pub(super) struct Queue {
     work: Condvar,
     room: Condvar,
     room_async: Notify,
+    /// Those of them that have a claim: at most one of each lane.
+    claimants: Notify,
 }
 
 impl Queue {
@@ -224,9 +235,11 @@ impl Queue {
         let mut claim = Claimed { queue: self, number: None };
         loop {
             let mut room = std::pin::pin!(self.room_async.notified());
-            room.as_mut().enable();
+            let mut freed = std::pin::pin!(None);
             {
+                // Whoever tells of room holds this lock: nothing is missed that is told after it.
                 let mut state = self.lock();
+                room.as_mut().enable();
                 if state.closed.is_some() {
                     return Err(RecordingError::Closed);
                 }
@@ -235,8 +248,17 @@ impl Queue {
                     return Ok(());
                 }
                 claim.number = state.claims.wait(lane, bytes, claim.number);
+                if claim.number.is_some() {
+                    freed.set(Some(self.claimants.notified()));
+                    freed.as_mut().as_pin_mut().map(Notified::enable);
+                }
             }
-            room.await;
+            match freed.as_pin_mut() {
+                Some(freed) => {
+                    futures::future::select(room, freed).await;
+                }
+                None => room.await,
+            }
         }
     }
 
@@ -318,8 +340,21 @@ impl Queue {
 
     /// Whoever is woken may take locks of its own, but never asks this queue under one of them.
     fn tell_of_room(&self, state: &mut State) {
-        self.room.notify_all();
         self.room_async.notify_waiters();
+        self.tell_claimants(state);
+    }
+
+    /// A claim is gone, and what it reserved is free: that is for those with the next claims. Of all the others one is woken, for
+    /// where nobody has a claim; as soon as anything is taken they are told too. So a pod whose requests wait and go away one by one
+    /// costs as much for each as there are lanes that wait, and not as there are requests.
+    fn tell_of_claim(&self, state: &mut State) {
+        self.room_async.notify_one();
+        self.tell_claimants(state);
+    }
+
+    fn tell_claimants(&self, state: &mut State) {
+        self.room.notify_all();
+        self.claimants.notify_waiters();
         state.wakers.drain(..).for_each(Waker::wake);
     }
 
@@ -389,35 +424,37 @@ impl Drop for Claimed<'_> {
         let mut state = self.queue.lock();
         if state.claims.end(number) {
             // Others need not leave it free any more.
-            self.queue.tell_of_room(&mut state);
+            self.queue.tell_of_claim(&mut state);
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::{sync::Arc, time::Instant};
+    use std::{
+        sync::{
+            Arc,
+            atomic::{AtomicUsize, Ordering},
+        },
+        task::{self, Wake, Waker},
+        time::Instant,
+    };
 
     use futures::FutureExt as _;
     use proptest::prelude::*;
-    use weir_common::event::{Caller, Kind, Pod};
+    use weir_common::event::{Caller, Pod};
 
     use super::{
-        super::entry::{Append, Entry, Ids, Origin},
+        super::encryption::SessionKey,
+        super::entry::{Append, Entry},
+        super::error::RecordingError,
         super::share::{PodQuota, Share, Shares},
         QUEUE_BYTES_MAX, QUEUE_BYTES_WITH_SMALL_MAX, Queue,
     };
 
+    /// Not serialised: thousands of long ones would take a minute.
     fn entry(bytes: usize) -> Entry {
-        let origin = Origin {
-            node: "n".into(),
-            epoch: "e".into(),
-            tenant: None,
-            clusters: Vec::new(),
-            encryption: None,
-        };
-        let reason = "x".repeat(bytes);
-        origin.entry(None, Ids::default(), Kind::Gap { reason, events: None, bytes: None }).unwrap()
+        Entry::of_length(bytes)
     }
 
     fn pods<const N: usize>() -> [Arc<Share>; N] {
@@ -543,6 +580,79 @@ mod tests {
         assert!(waits.as_mut().now_or_never().is_none());
         assert!(queue.try_push(append(&flooding[0], 10)).is_err());
         queue.try_push(Append::behind(vec![entry(10)])).expect("room for the agent's own");
+    }
+
+    #[test]
+    fn what_a_key_held_back_goes_on_in_whichever_lane_it_lies() {
+        let (queue, [one, other]) = (Queue::default(), pods());
+        let key = SessionKey::unsettled(1);
+        let held = || vec![entry(10).encrypted_with(&key)];
+        queue.try_push(Append::behind(held()).of(&one)).unwrap();
+        let (waits, told) = Append::durable(held());
+        queue.try_push(waits.of(&other)).unwrap();
+        queue.try_push(append(&other, 10)).unwrap();
+        assert!(queue.take(Some(Instant::now())).appends.is_empty());
+        key.settle(Ok(()));
+        queue.keys_settled();
+        assert_eq!(queue.take(Some(Instant::now())).appends.len(), 3);
+        assert_eq!((queue.backlog_bytes(), queue.lock().lanes.len()), (0, 0));
+        drop(told);
+    }
+
+    #[test]
+    fn without_its_key_content_is_lost_and_counted_and_the_rest_goes_on() {
+        let (queue, [one]) = (Queue::default(), pods());
+        let key = SessionKey::unsettled(1);
+        let [lost, told_of] = [0, 1].map(|_| entry(10).encrypted_with(&key));
+        queue.try_push(Append::behind(vec![lost, entry(20)]).of(&one)).unwrap();
+        let (waits, mut told) = Append::durable(vec![told_of, entry(20)]);
+        queue.try_push(waits.of(&one)).unwrap();
+        key.settle(Err(RecordingError::Closed.no_key()));
+        queue.keys_settled();
+        let group = queue.take(Some(Instant::now()));
+        assert_eq!((group.appends.len(), group.appends[0].entries.len(), group.dropped), (1, 1, 3));
+        assert!(matches!(told.try_recv(), Ok(Err(RecordingError::NoKey(_)))));
+        assert_eq!((queue.backlog_bytes(), queue.lock().lanes.len()), (0, 0));
+    }
+
+    /// Counts how often it is woken.
+    #[derive(Default)]
+    struct Woken(AtomicUsize);
+
+    impl Wake for Woken {
+        fn wake(self: Arc<Self>) {
+            self.0.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+
+    #[test]
+    fn a_pod_whose_requests_wait_and_go_away_one_by_one_wakes_few_each_time() {
+        const REQUESTS: usize = 400;
+        let queue = Queue::default();
+        let [pod, other, flooding @ ..] = pods::<14>();
+        for share in &flooding {
+            flood(&queue, share);
+        }
+        let woken = Arc::new(Woken::default());
+        let waker = Waker::from(Arc::clone(&woken));
+        let mut context = task::Context::from_waker(&waker);
+        let mut others = Box::pin(queue.push(long(&other)));
+        assert!(others.as_mut().poll(&mut context).is_pending());
+        let mut waiting: Vec<_> = (0..REQUESTS).map(|_| Box::pin(queue.room(&pod))).collect();
+        assert!(waiting.iter_mut().all(|wait| wait.as_mut().poll(&mut context).is_pending()));
+        while !waiting.is_empty() {
+            // The one with the claim is always the first of them.
+            drop(waiting.remove(0));
+            for wait in &mut waiting {
+                assert!(wait.as_mut().poll(&mut context).is_pending());
+            }
+        }
+        let woken = woken.0.load(Ordering::SeqCst);
+        assert!(woken <= 3 * REQUESTS, "{woken}");
+        // Nobody was forgotten over it.
+        while others.as_mut().poll(&mut context).is_pending() {
+            assert!(!queue.take(Some(Instant::now())).appends.is_empty(), "it waits for ever");
+        }
     }
 
     proptest! {

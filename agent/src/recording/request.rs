@@ -23,7 +23,7 @@ use weir_common::event::{Kind, Outcome, RequestClosed, RoleAssumed};
 use super::{
     admission::COMMIT_WAIT_MAX,
     content::{Held, Streamed},
-    entry::{Append, Entry, Waiter},
+    entry::{self, Append, Entry, Waiter},
     error::RecordingError,
     mask::KeyedDigest,
     opening::ERROR_BYTES_MAX,
@@ -276,8 +276,12 @@ impl RequestRecord {
     pub async fn client_stream_data(&self, data: Bytes) -> Result<(), RecordingError> {
         self.pace().await;
         self.client_bytes.fetch_add(data.len() as u64, Ordering::Relaxed);
-        let (entries, _) = self.decoded(Direction::ClientToServer, &data);
-        if entries.is_empty() { Ok(()) } else { self.append(entries, self.plan.is_durable()).await }
+        let (kinds, _) = self.decoded(Direction::ClientToServer, &data);
+        if self.context.emergency.is_on() {
+            return self.append(self.context.entries(kinds), false).await;
+        }
+        let entries = self.context.whole_entries(kinds)?;
+        if entries.is_empty() { Ok(()) } else { self.append_first(entries).await }
     }
 
     /// Bytes of an upgraded connection, server to client: queued (waits only while the queue is full); with `strict`
@@ -288,14 +292,16 @@ impl RequestRecord {
     pub async fn server_stream_data(&self, data: Bytes) -> Result<(), RecordingError> {
         self.pace().await;
         self.server_bytes.fetch_add(data.len() as u64, Ordering::Relaxed);
-        let (entries, body) = self.decoded(Direction::ServerToClient, &data);
+        let (kinds, body) = self.decoded(Direction::ServerToClient, &data);
         for committed in body {
             committed.await?;
         }
+        let strict = self.plan.commit == Commit::Strict && !self.context.emergency.is_on();
+        let entries = if strict { self.context.whole_entries(kinds)? } else { self.context.entries(kinds) };
         if entries.is_empty() {
             return Ok(());
         }
-        self.append(entries, self.plan.commit == Commit::Strict).await
+        self.append(entries, strict).await
     }
 
     /// The server has sent its last byte: when this returns, all of them are durable, where the rules want that.
@@ -312,6 +318,13 @@ impl RequestRecord {
         if !owes.is_zero() && !self.context.emergency.is_on() {
             tokio::time::sleep(owes.min(COMMIT_WAIT_MAX)).await;
         }
+    }
+
+    /// Queues what must be recorded before something goes on, and waits until it is durable where the rules want that; and where its
+    /// key, which may be refused, is not on disk yet: once a session.
+    pub(super) async fn append_first(&self, entries: Vec<Entry>) -> Result<(), RecordingError> {
+        let waits = self.plan.is_durable() || entry::await_key(&entries);
+        self.append(entries, waits).await
     }
 
     /// Queues events, and waits until they are durable if that is asked or if the journal is failing.
@@ -335,15 +348,15 @@ impl RequestRecord {
         tokio::time::timeout(COMMIT_WAIT_MAX, committed).await.unwrap_or(Err(RecordingError::TooSlow))
     }
 
-    /// What a piece of an upgraded connection means, as events; and what to wait for where it is a response body.
-    fn decoded(&self, direction: Direction, data: &Bytes) -> (Vec<Entry>, Vec<Committed>) {
+    /// What a piece of an upgraded connection means; and what to wait for where it is a response body.
+    fn decoded(&self, direction: Direction, data: &Bytes) -> (Vec<Kind>, Vec<Committed>) {
         let Decoded { kinds, body } = {
             let mut upgraded = self.upgraded.lock().unwrap_or_else(PoisonError::into_inner);
             let nothing_agreed = || self.reads(&HeaderMap::new());
             upgraded.get_or_insert_with(nothing_agreed).feed(direction, data)
         };
         let committed = body.iter().filter_map(|piece| self.streamed_data(piece)).collect();
-        (kinds.into_iter().filter_map(|kind| self.context.entry(kind)).collect(), committed)
+        (kinds, committed)
     }
 
     fn push_small(&self, kind: Kind) {

@@ -23,6 +23,7 @@ use super::{
     emergency::Emergency,
     encryption::SessionKeys,
     entry::{Append, Entry, Ids, Origin, Waiter},
+    error::RecordingError,
     jobs::Jobs,
     mask::Masker,
     queue::Queue,
@@ -89,7 +90,26 @@ impl Context {
         made.ok()
     }
 
-    fn entries(&self, kinds: Vec<Kind>) -> Vec<Entry> {
+    /// The same of several, where what they are about goes on only when they are recorded.
+    ///
+    /// # Errors
+    /// One of them cannot be encrypted.
+    pub(super) fn whole_entries(&self, kinds: Vec<Kind>) -> Result<Vec<Entry>, RecordingError> {
+        let entry = |kind| match self.origin.entry(Some(self.cluster), self.ids(), kind) {
+            Err(RecordingError::TooLong { bytes }) => {
+                let reason = RecordingError::TooLong { bytes }.to_string();
+                self.origin.entry(
+                    Some(self.cluster),
+                    self.ids(),
+                    Kind::Gap { reason, events: Some(1), bytes: None },
+                )
+            }
+            made => made,
+        };
+        kinds.into_iter().map(entry).collect()
+    }
+
+    pub(super) fn entries(&self, kinds: Vec<Kind>) -> Vec<Entry> {
         kinds.into_iter().filter_map(|kind| self.entry(kind)).collect()
     }
 
