@@ -56,6 +56,32 @@ fn a_journal_that_is_being_written_is_sound_and_says_what_is_open() {
     assert!(report.notes.listed.iter().any(|note| note.what == "request req-create has no end on record"));
 }
 
+/// Journals are kept for years: what this version writes, byte by byte, is what later ones must read. The copy is also verified in emulation
+/// of other architectures (`cargo xtask dist`).
+#[test]
+fn a_journal_of_this_format_is_golden() {
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("golden/journal");
+    let (directory, writer) = one_session();
+    let epoch = writer.epoch.to_string();
+    if std::env::var_os("UPDATE_EXPECT").is_some() {
+        let _ = fs::remove_dir_all(&golden);
+        fs::create_dir_all(golden.join(&epoch)).unwrap();
+        for entry in fs::read_dir(directory.path().join(&epoch)).unwrap() {
+            let entry = entry.unwrap();
+            fs::copy(entry.path(), golden.join(&epoch).join(entry.file_name())).unwrap();
+        }
+    }
+    let files = |journal: &Path| -> std::collections::BTreeMap<_, _> {
+        let entries = fs::read_dir(journal.join(&epoch)).unwrap().map(Result::unwrap);
+        entries.map(|entry| (entry.file_name(), fs::read(entry.path()).unwrap())).collect()
+    };
+    assert!(
+        files(directory.path()) == files(&golden),
+        "the format has changed; see docs/recording-format.md"
+    );
+    assert!(verified(&golden).is_sound());
+}
+
 #[test]
 fn every_flipped_byte_is_found() {
     let (directory, path, length) = small();
