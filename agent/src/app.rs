@@ -41,6 +41,7 @@ use crate::{
     publishing::{Publishing, PublishingError},
     recording::{Recorder, RecorderOptions, RecordingError},
     telemetry::{self, Telemetry},
+    traces::Traces,
     trust::TrustError,
 };
 
@@ -146,14 +147,12 @@ async fn run_recorded(
     signals: &mut Signals,
 ) -> Result<&'static str, AppError> {
     let stop = CancellationToken::new();
-    let (publish_pods, pods) = watch::channel(KnownPods::None);
+    let ((publish_pods, pods), (settled, ready)) = (watch::channel(KnownPods::None), watch::channel(false));
     let (publish, clusters) = addresses(config);
     let (publish_nodes, nodes) = watch::channel(Hosts::default());
     let (name_pod, named) = mpsc::channel(NAMED_MAX);
     let (accepted, mut connections) = mpsc::channel(ACCEPTED_MAX);
-    let (settled, ready) = watch::channel(false);
-    let observed: Arc<Observed> = Arc::default();
-    let telemetry = observe(recorder, publishing, &observed);
+    let (telemetry, observed) = observe(recorder, publishing);
     let options = interception::Options {
         guard: guard_options(config),
         pods,
@@ -166,13 +165,14 @@ async fn run_recorded(
         ready: settled,
         observed: observed.clone(),
     };
-    let intercepted = interception::run(options, in_force, recorder.clone(), stop.clone());
-    let mut intercepted = std::pin::pin!(intercepted);
+    let mut intercepted =
+        std::pin::pin!(interception::run(options, in_force, recorder.clone(), stop.clone()));
     // What runs as long as the agent does; the set aborts what is left when it is dropped.
     let mut parts: JoinSet<&'static str> = JoinSet::new();
     let metrics = Monitoring::start(config, &telemetry);
+    let (traces, exporting) = Exporting::start(config);
     let proxy = tokio::select! {
-        proxy = start_proxy((source, config), (recorder, &observed), (publish_pods, named, publish_nodes), publish, &mut parts) => proxy?,
+        proxy = start_proxy((source, config), (recorder, &observed, traces), (publish_pods, named, publish_nodes), publish, &mut parts) => proxy?,
         ended = &mut intercepted => return Err(early(ended)),
         signal = signals.next() => {
             stop.cancel();
@@ -215,20 +215,18 @@ async fn run_recorded(
         serve_until(intercepted, &mut connections, serve).await?;
     }
     drain(&proxy, limit).await;
+    exporting.stop().await;
     ending
 }
 
 /// Makes what monitoring sees.
-fn observe(
-    recorder: &Recorder,
-    publishing: Option<Arc<Publishing>>,
-    observed: &Arc<Observed>,
-) -> Arc<Telemetry> {
+fn observe(recorder: &Recorder, publishing: Option<Arc<Publishing>>) -> (Arc<Telemetry>, Arc<Observed>) {
+    let observed: Arc<Observed> = Arc::default();
     if let Some(publishing) = publishing.clone() {
         observed.published_by(publishing);
     }
     let pins = loader::pin_folder();
-    Arc::new(Telemetry::new(recorder.clone(), publishing, Arc::clone(observed), pins))
+    (Arc::new(Telemetry::new(recorder.clone(), publishing, Arc::clone(&observed), pins)), observed)
 }
 
 /// Starts to publish, if that is configured. Kafka need not be there: what is wrong with it is only said.
@@ -308,7 +306,7 @@ fn addresses(config: &Config) -> (Vec<cluster::Publish>, Vec<ClusterAddresses>) 
 /// Connects to the clusters, starts to watch this node's pods, and makes the proxy.
 async fn start_proxy(
     (source, config): (Source, &Config),
-    (recorder, observed): (&Recorder, &Arc<Observed>),
+    (recorder, observed, traces): (&Recorder, &Arc<Observed>, Option<Traces>),
     (publish_pods, named, publish_nodes): (
         watch::Sender<KnownPods>,
         mpsc::Receiver<NamedPod>,
@@ -361,6 +359,7 @@ async fn start_proxy(
         clusters: upstreams,
         recorder: recorder.clone(),
         limits: proxy::Limits::default(),
+        traces,
     }))
 }
 
@@ -422,6 +421,36 @@ impl Drop for Monitoring {
     fn drop(&mut self) {
         if let Some((stop, _)) = &self.0 {
             stop.cancel();
+        }
+    }
+}
+
+/// What sends traces, if any are made. Nothing waits for it but the end of the agent, for a moment.
+struct Exporting(Option<(CancellationToken, tokio::task::JoinHandle<()>)>);
+
+impl Exporting {
+    fn start(config: &Config) -> (Option<Traces>, Self) {
+        let Some(settings) = &config.traces else { return (None, Self(None)) };
+        match Traces::new(settings, &config.node) {
+            Ok((traces, exporter)) => {
+                let stop = CancellationToken::new();
+                let running = tokio::spawn(exporter.run(stop.clone()));
+                (Some(traces), Self(Some((stop, running))))
+            }
+            // No pod is refused for their sake.
+            Err(error) => {
+                tracing::error!(error = doctor::chain(&error), "no traces are made");
+                (None, Self(None))
+            }
+        }
+    }
+
+    /// Sends what is left.
+    async fn stop(self) {
+        if let Some((stop, running)) = self.0 {
+            stop.cancel();
+            // Its own deadline ends it; should it have panicked, nothing is left to send.
+            let _ = running.await;
         }
     }
 }

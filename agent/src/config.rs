@@ -16,6 +16,7 @@ pub use recording::Recording;
 pub use roles::Role;
 pub use selector::LabelSelector;
 pub use source::Source;
+pub use traces::{CollectorEndpoint, Traces};
 
 use crate::recording::PodQuota;
 
@@ -35,6 +36,7 @@ pub mod roles;
 mod selector;
 pub mod shown;
 pub mod source;
+mod traces;
 
 /// The `apiVersion` that this agent reads.
 pub const API_VERSION: &str = "weir.dev/v1alpha1";
@@ -122,6 +124,8 @@ pub struct Config {
     pub nri: Option<PathBuf>,
     /// Where metrics and health are served; nowhere if absent.
     pub metrics: Option<SocketAddr>,
+    /// Where traces of requests are sent; nowhere if absent.
+    pub traces: Option<Traces>,
     /// Limits.
     pub limits: Limits,
 }
@@ -358,7 +362,7 @@ limits: {drainSeconds: 10, responseBytesMax: 4096, sessionIdleTimeoutSeconds: 60
         refused(
             &WHOLE.replace("tenant", "tenent"),
             expect![
-                "configuration weir.yaml: unknown field `tenent`, expected one of `apiVersion`, `kind`, `node`, `tenant`, `journal`, `kafka`, `recording`, `stateDirectory`, `clusters`, `nameServers`, `enrolment`, `intentAnnotations`, `cgroupRoot`, `nri`, `metrics`, `limits` at line 5 column 1"
+                "configuration weir.yaml: unknown field `tenent`, expected one of `apiVersion`, `kind`, `node`, `tenant`, `journal`, `kafka`, `recording`, `stateDirectory`, `clusters`, `nameServers`, `enrolment`, `intentAnnotations`, `cgroupRoot`, `nri`, `metrics`, `traces`, `limits` at line 5 column 1"
             ],
         );
     }

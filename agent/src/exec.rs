@@ -320,6 +320,7 @@ impl Session {
             clusters: self.upstreams,
             recorder: recorder.clone(),
             limits: proxy::Limits::default(),
+            traces: None,
         });
         let cgroup = CommandCgroup::create()?;
         let mut interceptor = Interceptor::start(&cgroup, self.targets, &proxy, recorder).await?;

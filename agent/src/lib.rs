@@ -27,4 +27,5 @@ mod storage;
 pub mod streams;
 pub mod support;
 pub mod telemetry;
+pub mod traces;
 pub mod trust;

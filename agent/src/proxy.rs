@@ -25,6 +25,9 @@ mod server;
 mod status;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod trace_tests;
+mod traced;
 mod upgrade;
 mod upstream;
 
@@ -32,7 +35,7 @@ use std::{
     collections::BTreeMap,
     net::SocketAddr,
     sync::Arc,
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use arc_swap::ArcSwap;
@@ -52,7 +55,7 @@ pub use self::{
     measures::{Measured, Verdict},
     upstream::{Endpoints, upstream_tls},
 };
-use crate::{auth::Policy, aws::AwsMeasures, recording::Recorder, trust::ServingCertificate};
+use crate::{auth::Policy, aws::AwsMeasures, recording::Recorder, traces::Traces, trust::ServingCertificate};
 
 /// How long cut tasks may take to close their records.
 const CUT_GRACE: Duration = Duration::from_secs(5);
@@ -62,6 +65,8 @@ const CUT_GRACE: Duration = Duration::from_secs(5);
 pub struct Accepted {
     /// The connection, before TLS.
     pub stream: tokio::net::TcpStream,
+    /// When it was accepted.
+    pub accepted: Instant,
     /// The address that the client dialled; decides the cluster, with SNI and Host only checked against it.
     pub original_destination: SocketAddr,
     /// Index of the cluster that address belongs to.
@@ -161,6 +166,8 @@ pub struct ProxyOptions {
     pub recorder: Recorder,
     /// Bounds.
     pub limits: Limits,
+    /// Where traces begin, if any are made.
+    pub traces: Option<Traces>,
 }
 
 /// How a drain ended.
@@ -190,6 +197,7 @@ struct Shared {
     clusters: Vec<Cluster>,
     recorder: Recorder,
     limits: Limits,
+    traces: Option<Traces>,
     quotas: Arc<Quotas>,
     reported: Reported,
     /// Client connections and upgraded streams.
@@ -224,7 +232,7 @@ pub struct Proxy {
 impl Proxy {
     /// Makes a proxy; it opens no connection before a client asks.
     pub fn new(options: ProxyOptions) -> Self {
-        let ProxyOptions { clusters, recorder, limits } = options;
+        let ProxyOptions { clusters, recorder, limits, traces } = options;
         let (upstream_tasks, cut) = (TaskTracker::new(), CancellationToken::new());
         let clusters = clusters
             .into_iter()
@@ -260,6 +268,7 @@ impl Proxy {
                 clusters,
                 recorder,
                 limits,
+                traces,
                 quotas,
                 reported: Reported::default(),
                 tasks,
@@ -280,6 +289,11 @@ impl Proxy {
     /// Number of connections and upgraded streams that are being served.
     pub fn active(&self) -> usize {
         self.shared.tasks.len()
+    }
+
+    /// What became of traces, if any are made.
+    pub fn traced(&self) -> Option<crate::traces::Measured> {
+        self.shared.traces.as_ref().map(Traces::measured)
     }
 
     /// What is counted of each cluster, and the end of its certificate's validity.

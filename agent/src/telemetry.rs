@@ -29,6 +29,7 @@ mod publishing;
 mod reference;
 mod roles;
 pub mod server;
+mod traces;
 
 /// Where the numbers come from.
 #[derive(Debug)]

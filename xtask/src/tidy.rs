@@ -21,7 +21,7 @@ const ARCHITECTURE_LINES_MAX: usize = 200;
 const EMPTY_NAMES: [&str; 6] = ["utils", "util", "helpers", "types", "manager", "misc"];
 
 /// A third-party library of the edges: the crate's name as imported, and where it may be imported.
-const EDGES: [(&str, &[&str]); 19] = [
+const EDGES: [(&str, &[&str]); 20] = [
     ("aws_config", &["agent/src/aws/sts.rs"]),
     ("aws_credential_types", &["agent/src/aws/"]),
     ("aws_sdk_sts", &["agent/src/aws/sts.rs"]),
@@ -44,8 +44,17 @@ const EDGES: [(&str, &[&str]); 19] = [
     ("rcgen", &["agent/src/trust/", "agent/src/proxy/", "tests/src/"]),
     ("prometheus_client", &["agent/src/telemetry/exposition.rs"]),
     // In recording only the tests: what they read is written by another hand.
-    ("prost", &["agent/src/nri/messages.rs", "agent/src/recording/protobuf_tests.rs"]),
+    (
+        "prost",
+        &[
+            "agent/src/nri/messages.rs",
+            "agent/src/recording/protobuf_tests.rs",
+            "agent/src/traces/",
+            "agent/src/proxy/trace_tests.rs",
+        ],
+    ),
     ("openidconnect", &["agent/src/auth/keys.rs"]),
+    ("opentelemetry_proto", &["agent/src/traces/", "agent/src/proxy/trace_tests.rs"]),
     ("bincode", &["common/src/envelope.rs"]),
     ("cel", &["agent/src/auth/expression.rs", "agent/src/auth/syntax.rs", "agent/src/auth/value.rs"]),
     ("ed25519_dalek", &["common/src/checkpoint.rs", "agent/src/signing.rs"]),

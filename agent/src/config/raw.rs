@@ -21,6 +21,7 @@ use super::{
     nri::RawNri,
     recording::RawRecording,
     roles::{self, RawRole},
+    traces::RawTraces,
 };
 
 /// A value that makes no sense: where, and why.
@@ -89,6 +90,8 @@ pub(super) struct AgentConfiguration {
     /// Metrics and health over plain HTTP: `/metrics`, `/healthz`, `/readyz`. Without it nothing is served. `{}` serves them
     /// on the default address.
     metrics: Option<RawMetrics>,
+    /// What requests wait for, as OpenTelemetry traces ([docs/traces.md](traces.md)). Without it none are made.
+    traces: Option<RawTraces>,
     /// Limits of the running agent.
     #[serde(default)]
     limits: RawLimits,
@@ -237,6 +240,7 @@ impl AgentConfiguration {
             cgroup_root: self.cgroup_root,
             nri: self.nri.validate()?,
             metrics: self.metrics.map(RawMetrics::validate).transpose()?,
+            traces: self.traces.map(RawTraces::validate).transpose()?,
             limits: self.limits.validate()?,
         })
     }

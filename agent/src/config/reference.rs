@@ -166,6 +166,7 @@ fn the_example_is_valid_and_complete() {
         "weir-ca.key",
         "clients-ca.crt",
         "kafka-password",
+        "collector-ca.crt",
     ] {
         let file = folder.path().join(name);
         std::fs::write(&file, "").expect("can be written");

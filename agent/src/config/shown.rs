@@ -16,7 +16,7 @@ const TEXT_BYTES_MAX: usize = 16 * 1024;
 const DEPTH_MAX: usize = 16;
 
 /// Keys whose values are shown, as docs/configuration.md names them.
-const SHOWN: [&str; 98] = [
+const SHOWN: [&str; 100] = [
     "apiVersion",
     "clusters[].addresses",
     "clusters[].authentication.jwt[].claimMappings.extra[].key",
@@ -115,10 +115,12 @@ const SHOWN: [&str; 98] = [
     "recording.rules[].whenBehind",
     "recording.whenBehind",
     "tenant",
+    "traces.endpoint",
+    "traces.samplePercent",
 ];
 
 /// Keys that name files. Whoever writes a secret itself there has none of these.
-const FILES: [&str; 14] = [
+const FILES: [&str; 15] = [
     "cgroupRoot",
     "clusters[].certificateAuthority",
     "clusters[].clientCertificateAuthority",
@@ -133,6 +135,7 @@ const FILES: [&str; 14] = [
     "nri.socket",
     "recording.encryption.recipientFiles",
     "stateDirectory",
+    "traces.certificateAuthority",
 ];
 
 /// Maps with names that the operator chooses.

@@ -111,6 +111,7 @@ struct Refusal {
 
 async fn handle(arrived: Arrived, tenant: Arc<Tenant>, sink: Sink, refused: mpsc::Sender<Refusal>) {
     let Arrived { stream, client, netns, permit, proxied } = arrived;
+    let accepted = std::time::Instant::now();
     let flow = match stream.local_addr() {
         Ok(local) => sink.kernel.take_flow(netns, client, local),
         Err(_) => None,
@@ -133,7 +134,8 @@ async fn handle(arrived: Arrived, tenant: Arc<Tenant>, sink: Sink, refused: mpsc
     let caller = tenant.caller(&flow).await;
     let cluster = usize::try_from(flow.record.cluster).unwrap_or(usize::MAX);
     let labels = Arc::clone(&tenant.labels);
-    let accepted = Accepted { stream, original_destination: flow.original, cluster, caller, labels };
+    let accepted =
+        Accepted { stream, accepted, original_destination: flow.original, cluster, caller, labels };
     // Fails only if the proxy has ended: then the connection ends, too.
     if sink.accepted.send(accepted).await.is_ok() {
         proxied.fetch_add(1, Ordering::Relaxed);

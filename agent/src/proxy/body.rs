@@ -24,7 +24,10 @@ use super::{
     quota::{HeldBytes, Quota},
     status::Refusal,
 };
-use crate::recording::{Committed, RecordingError, RequestRecord};
+use crate::{
+    recording::{Committed, RecordingError, RequestRecord},
+    traces::Trace,
+};
 
 /// How much room a body of unknown length gets before the next piece asks for more.
 const HOLD_STEP_BYTES: usize = 64 * 1024;
@@ -135,6 +138,10 @@ async fn collect(
 
 /// Body of what the client gets.
 #[derive(Debug)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "nearly all are of the large one, and a box would be an allocation for each answer"
+)]
 pub(super) enum ResponseBody {
     /// Made by Weir, or empty.
     Whole(Option<Bytes>),
@@ -172,6 +179,7 @@ pub(super) struct Tapped {
     left: u64,
     held_back: Option<HeldBack>,
     _request_room: Option<HeldBytes>,
+    trace: Trace,
 }
 
 /// The next piece of a body, or its end.
@@ -200,7 +208,22 @@ impl Tapped {
     ) -> Self {
         let (lease, closed, held_back) = (Some(lease), false, None);
         let left = inner.size_hint().exact().unwrap_or(u64::MAX);
-        Self { inner, record, lease, cut, closed, left, held_back, _request_room: request_room }
+        Self {
+            inner,
+            record,
+            lease,
+            cut,
+            closed,
+            left,
+            held_back,
+            _request_room: request_room,
+            trace: Trace::default(),
+        }
+    }
+
+    /// What ends with it.
+    pub(super) fn trace(&mut self, trace: Trace) {
+        self.trace = trace;
     }
 
     /// What the head waits for where nothing follows it: nobody would ask for the end of such a body.

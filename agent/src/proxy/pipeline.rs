@@ -24,12 +24,13 @@ use super::{
     quota::HeldBytes,
     server::Connection,
     status::Refusal,
-    upgrade,
+    traced, upgrade,
     upstream::{Outgoing, UpstreamError},
 };
 use crate::{
     auth::{Asked, Credential, Decision, Onward, Policy, Question},
     recording::{RecordingError, RequestHead, RequestRecord, Unmasked},
+    traces::{Stage, Trace},
 };
 
 /// Answers one request, whatever happens with it.
@@ -41,29 +42,38 @@ pub(super) async fn answer(
     let (head, body) = request.into_parts();
     let attributes = Attributes::parse(head.method.as_str(), head.uri.path(), head.uri.query());
 
+    let mut trace = traced::request(&connection, &head, &attributes);
     let request_room = body::request_room(&connection.quota, &head);
     let mut checked = match &request_room {
-        Some(_) => check(&connection, &head, &attributes, body).await,
+        Some(_) => check(&connection, &head, &attributes, body, &mut trace).await,
         None => Checked::refused(Refusal::TooManyBodies),
     };
     checked.held.request_room = request_room;
     let Checked { held, identity, outcome } = checked;
+    traced::identified(&mut trace, identity.as_ref());
+    trace.enter(Stage::Record);
     let recorded = record(&connection, &head, &attributes, &held, identity.as_ref()).await;
     let record = match recorded {
         Ok(record) => Arc::new(record),
         Err(refusal) => {
             connection.cluster().measures.request(refusal.verdict());
+            traced::decided(&mut trace, refusal.verdict());
             return Ok(refusal.response(None));
         }
     };
+    traced::recorded(&mut trace, &record);
     let mut guard = CutGuard { connection: &connection, record: &record, armed: true };
     let forwarded = match outcome {
-        Ok(way) => forward(&connection, head, &attributes, (held, way), &record, client_upgrade).await,
+        Ok(way) => {
+            let trace = &mut trace;
+            forward(&connection, head, &attributes, (held, way), (&record, trace), client_upgrade).await
+        }
         Err(refusal) => Err(refusal),
     };
     guard.armed = false;
     let verdict = forwarded.as_ref().map_or_else(Refusal::verdict, |_| Verdict::Forwarded);
     connection.cluster().measures.request(verdict);
+    traced::decided(&mut trace, verdict);
     Ok(match forwarded {
         Ok(response) => response,
         Err(refusal) => refuse(&refusal, &record).await,
@@ -130,7 +140,13 @@ impl Checked {
 
 /// Holds the body, checks the head, and finds out who asks. A refused request keeps its body for the record, unless its
 /// target is in doubt already: then nobody should send it.
-async fn check(connection: &Connection, head: &Parts, attributes: &Attributes, body: Incoming) -> Checked {
+async fn check(
+    connection: &Connection,
+    head: &Parts,
+    attributes: &Attributes,
+    body: Incoming,
+    trace: &mut Trace,
+) -> Checked {
     let cluster = connection.cluster();
     let authority = match headers::check_target(head, &cluster.names, connection.original_destination) {
         Ok(authority) => authority,
@@ -154,6 +170,7 @@ async fn check(connection: &Connection, head: &Parts, attributes: &Attributes, b
         certificate: connection.certificate.as_ref(),
     };
     let policy = cluster.policy.load_full();
+    trace.enter(Stage::Authenticate);
     let Decision { identity, onward } = policy.decide(&asked).await;
     guard.armed = false;
     if let Err(refused) = &onward
@@ -199,14 +216,16 @@ async fn forward(
     head: Parts,
     attributes: &Attributes,
     (mut held, Way { authority, onward, policy }): (Held, Way),
-    record: &Arc<RequestRecord>,
+    (record, trace): (&Arc<RequestRecord>, &mut Trace),
     client_upgrade: OnUpgrade,
 ) -> Result<Response<ResponseBody>, Refusal> {
     let asks_upgrade = headers::upgrade_protocol(&head).is_some();
     let streaming = attributes.is_long_running(head.uri.query());
     let pod = connection.origin.caller().pod.as_ref();
+    trace.enter(Stage::AssumeRole);
     let credential = policy.credential(onward, pod, record.session()).await.map_err(Refusal::Identity)?;
     let mut outgoing = outgoing(connection, head, &mut held, authority, record.id(), asks_upgrade);
+    trace.enter(Stage::Forward);
     let mut answer = send(connection, &credential, &mut outgoing, asks_upgrade, record).await?;
     // It was not acted on (RFC 9110 §15.5.2), so it may be sent once more, a mutation too: its body is held whole. What a
     // pod or a kubelet answers by way of the API server says nothing of the credential.
@@ -220,7 +239,9 @@ async fn forward(
     drop(outgoing);
     let (response, lease) = answer;
     let request_room = held.forwarded();
-    respond(connection, response, (lease, request_room), streaming, record, client_upgrade).await
+    trace.enter(Stage::Respond);
+    traced::answered(trace, response.status());
+    respond(connection, response, (lease, request_room), streaming, (record, trace), client_upgrade).await
 }
 
 /// Sends a request with a credential, on a connection that is meant for it.
@@ -273,7 +294,7 @@ async fn respond(
     mut response: Response<Incoming>,
     (lease, request_room): (Lease, Option<HeldBytes>),
     streaming: bool,
-    record: &Arc<RequestRecord>,
+    (record, trace): (&Arc<RequestRecord>, &mut Trace),
     client_upgrade: OnUpgrade,
 ) -> Result<Response<ResponseBody>, Refusal> {
     let upgraded = response.status() == StatusCode::SWITCHING_PROTOCOLS;
@@ -289,14 +310,15 @@ async fn respond(
             let cause = |error: RecordingError| Refusal::AnswerNotRecorded { cause: error.for_client() };
             committed.await.map_err(cause)?;
         }
+        tapped.trace(traced::forwarded(trace));
         return Ok(Response::from_parts(head, ResponseBody::Tapped(tapped)));
     }
     let server_upgrade = hyper::upgrade::on(&mut response);
-    let (shared, record) = (&connection.shared, Arc::clone(record));
+    let (shared, record, trace) = (&connection.shared, Arc::clone(record), traced::forwarded(trace));
     let cut = shared.cut.clone();
     shared.tasks.spawn(async move {
         upgrade::run(client_upgrade, server_upgrade, record, cut).await;
-        drop((lease, request_room));
+        drop((lease, request_room, trace));
     });
     Ok(response.map(|_| ResponseBody::Whole(None)))
 }

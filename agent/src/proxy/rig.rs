@@ -40,6 +40,7 @@ use crate::{
         Recorder, RecorderOptions,
         fixture::{self, TestDisk},
     },
+    traces::Traces,
     trust::ServingCertificate,
 };
 
@@ -100,19 +101,26 @@ impl Rig {
 
     pub(super) async fn with_limits(upstream_alpn: &[&str], limits: Limits) -> Self {
         let start = |options| Recorder::start(options).expect("a recorder");
-        Self::recorded_by(upstream_alpn, limits, start).await
+        Self::recorded_by(upstream_alpn, limits, start, None).await
     }
 
     /// The same, with a journal on a disk that the test has in its hands.
     pub(super) async fn on_disk(upstream_alpn: &[&str], disk: &Arc<TestDisk>) -> Self {
         let start = |options| fixture::on(disk, options).expect("a recorder");
-        Self::recorded_by(upstream_alpn, Limits::default(), start).await
+        Self::recorded_by(upstream_alpn, Limits::default(), start, None).await
+    }
+
+    /// The same, with traces.
+    pub(super) async fn traced(upstream_alpn: &[&str], traces: Traces) -> Self {
+        let start = |options| Recorder::start(options).expect("a recorder");
+        Self::recorded_by(upstream_alpn, Limits::default(), start, Some(traces)).await
     }
 
     async fn recorded_by(
         upstream_alpn: &[&str],
         limits: Limits,
         start: impl FnOnce(RecorderOptions) -> Recorder,
+        traces: Option<Traces>,
     ) -> Self {
         let (server_tls, roots) = certificates();
         let (upstream, address) = Upstream::start(&server_tls, upstream_alpn).await;
@@ -139,7 +147,8 @@ impl Rig {
                 std::time::SystemTime::UNIX_EPOCH,
             ),
         };
-        let proxy = Proxy::new(ProxyOptions { clusters: vec![cluster], recorder: recorder.clone(), limits });
+        let proxy =
+            Proxy::new(ProxyOptions { clusters: vec![cluster], recorder: recorder.clone(), limits, traces });
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         Self { proxy, recorder, upstream, endpoints, policy, listener, _folder: folder, client_tls: tls }
     }
@@ -152,6 +161,7 @@ impl Rig {
             Pod { uid: "uid".into(), name: "agent".into(), ip: Some("10.244.0.7".into()), ..Pod::default() };
         self.proxy.serve(Accepted {
             stream: accepted.expect("accepted").0,
+            accepted: std::time::Instant::now(),
             original_destination: address,
             cluster: 0,
             caller: Arc::new(Caller { pod: Some(pod), cgroup: 1, ..Caller::default() }),

@@ -24,9 +24,11 @@ use super::{
     Accepted, Cluster, Shared, Tracked, pipeline,
     pool::Private,
     quota::{Place, Quota},
+    traced,
 };
 use crate::{
     auth::{Origin, Subject},
+    traces::{Context, Stage},
     trust::client,
 };
 
@@ -64,6 +66,8 @@ pub(super) struct Connection {
     pub(super) private: Arc<Private>,
     /// The same with the agent's own client certificate.
     pub(super) own_private: Arc<Private>,
+    /// The trace of its beginning, if there is one.
+    pub(super) traced: Option<Context>,
 }
 
 impl Connection {
@@ -116,13 +120,16 @@ pub(super) async fn serve(shared: Arc<Shared>, accepted: Accepted) {
 }
 
 async fn try_serve(shared: &Arc<Shared>, accepted: Accepted) -> Result<(), ConnectionError> {
-    let Accepted { stream, original_destination, cluster: cluster_index, caller, labels } = accepted;
+    let Accepted { stream, accepted, original_destination, cluster: cluster_index, caller, labels } =
+        accepted;
     let cluster =
         shared.clusters.get(cluster_index).ok_or(ConnectionError::UnknownCluster { index: cluster_index })?;
     cluster.measures.connection();
     let place: Place = shared.quotas.place(&caller).ok_or(ConnectionError::TooManyConnections)?;
     // Only slower without it.
     let _ = stream.set_nodelay(true);
+    let mut trace = traced::connection(shared, &cluster.name, &caller, accepted);
+    trace.enter(Stage::Handshake);
     let timeout = shared.limits.handshake_timeout;
     let stream = tokio::time::timeout(timeout, handshake(stream, cluster, original_destination))
         .await
@@ -140,7 +147,10 @@ async fn try_serve(shared: &Arc<Shared>, accepted: Accepted) -> Result<(), Conne
         quota: Arc::clone(place.quota()),
         private: Arc::default(),
         own_private: Arc::default(),
+        traced: trace.context(),
     });
+    // The requests have traces of their own: a connection may last for days.
+    drop(trace);
     let served = if stream.get_ref().1.alpn_protocol() == Some(b"h2") {
         serve_http2(connection, stream).await
     } else {

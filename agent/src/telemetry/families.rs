@@ -231,7 +231,11 @@ static CANARY_CONNECTIONS: Family = counter(
 /// All of them, in the order of the exposition.
 #[cfg(test)]
 pub(super) fn all() -> impl Iterator<Item = &'static Family> {
-    let more = super::publishing::ALL.into_iter().chain(super::roles::ALL).chain(super::nri::ALL);
+    let more = super::publishing::ALL
+        .into_iter()
+        .chain(super::roles::ALL)
+        .chain(super::nri::ALL)
+        .chain(super::traces::ALL);
     ALL.into_iter().chain(super::journal::ALL).chain(more)
 }
 
@@ -318,6 +322,7 @@ pub(super) fn gather(telemetry: &Telemetry) -> Gathered {
     super::publishing::gather(telemetry.published(), &mut out);
     super::roles::gather(telemetry.proxy.get(), &mut out);
     super::nri::gather(&telemetry.observed.waits(), &mut out);
+    super::traces::gather(telemetry.proxy.get(), &mut out);
     out
 }
 
