@@ -10,6 +10,7 @@ mod claims;
 #[cfg(test)]
 mod commit_tests;
 mod content;
+mod cut_json;
 mod draft;
 #[cfg(test)]
 mod durability_tests;
@@ -31,8 +32,10 @@ mod key_store;
 #[cfg(test)]
 pub(crate) mod ledger;
 mod mask;
+mod masks;
 mod measures;
 mod opening;
+mod patterns;
 mod plan;
 #[doc(hidden)]
 pub mod probe;
@@ -41,15 +44,20 @@ mod protobuf;
 mod protobuf_tests;
 mod queue;
 mod request;
+#[cfg(test)]
+mod rule_tests;
+mod schema;
 mod segment;
 mod session;
 mod share;
+mod sieve;
 #[cfg(test)]
 mod tests;
 mod throttle;
 mod upgraded;
 #[cfg(test)]
 mod upgraded_tests;
+mod walk;
 mod wire;
 mod worker;
 mod writer;
@@ -91,6 +99,7 @@ pub use self::{
     durable::{Durable, DurablePosition},
     error::RecordingError,
     journal::IDLE_CHECKPOINT_INTERVAL,
+    masks::{ENVIRONMENT, FieldMask, MASK_BYTES_MAX, MASKS_MAX, MaskError, MaskRules, Masks},
     measures::{Measured, SYNC_BOUNDS},
     plan::{BacklogLimits, Bodies, Commit, CommitRule, CommitRules, Resources, Streams, WhenBehind},
     queue::COMMIT_BEHIND_MS,
@@ -203,7 +212,7 @@ struct Inner {
     durable: Arc<DurablePosition>,
     workers: Arc<Workers>,
     /// By cluster; the last one is for events of the agent itself.
-    maskers: Vec<Arc<Masker>>,
+    maskers: Vec<Masker>,
     sessions: Mutex<SessionTable>,
     response_bytes_max: usize,
     rules: ArcSwap<CommitRules>,
@@ -249,7 +258,7 @@ impl Recorder {
         let epoch = Epoch::create(storage.as_ref(), &options.directory, &options.node, keys)?;
         let mask_key = epoch::mask_key(storage.as_ref(), &options.directory)?;
         let names = options.clusters.iter().map(String::as_str).chain([""]);
-        let maskers = names.map(|name| Arc::new(Masker::for_cluster(&mask_key, name))).collect();
+        let maskers = names.map(|name| Masker::for_cluster(&mask_key, name)).collect();
         let started = Kind::AgentStarted {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             predecessor: epoch.predecessor.clone(),
@@ -338,10 +347,10 @@ impl Recorder {
         }
     }
 
-    fn masker(&self, cluster: Option<usize>) -> &Arc<Masker> {
-        let maskers = &self.inner.maskers;
+    fn masker(&self, cluster: Option<usize>) -> Masker {
+        let Inner { maskers, rules, .. } = &*self.inner;
         let last = maskers.len() - 1;
-        &maskers[cluster.unwrap_or(last).min(last)]
+        maskers[cluster.unwrap_or(last).min(last)].by(&rules.load().masks)
     }
 
     /// Records a connection that never became a request. What one pod has of them beyond a rate is recorded as a number.

@@ -51,6 +51,7 @@ const EDGES: [(&str, &[&str]); 20] = [
             "agent/src/recording/protobuf_tests.rs",
             "agent/src/traces/",
             "agent/src/proxy/trace_tests.rs",
+            "agent/src/recording/rule_tests.rs",
         ],
     ),
     ("openidconnect", &["agent/src/auth/keys.rs"]),

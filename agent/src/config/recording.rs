@@ -1,13 +1,16 @@
 //! `recording`: how requests are committed, what happens while the journal is behind, and the emergency switch.
 
-use std::{path::PathBuf, time::Duration};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use serde::Deserialize;
 use weir_common::encryption::RECIPIENTS_MAX;
 
 use super::raw::{Invalid, invalid};
+#[cfg(test)]
+use crate::recording::MASKS_MAX;
 use crate::recording::{
-    BacklogLimits, Bodies, Commit, CommitRule, CommitRules, Resources, Streams, WhenBehind,
+    BacklogLimits, Bodies, Commit, CommitRule, CommitRules, ENVIRONMENT, FieldMask, MaskError, MaskRules,
+    Masks, Resources, Streams, WhenBehind,
 };
 
 /// Most rules.
@@ -51,6 +54,57 @@ pub(super) struct RawRecording {
     emergency: Option<RawEmergency>,
     /// Encrypts bodies and streams for recipients; all else stays readable. Without it they are recorded in clear.
     encryption: Option<RawEncryption>,
+    /// What is masked beside Secrets, tokens and credentials, which always are. See recording.md.
+    masks: RawMasks,
+}
+
+#[derive(Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields, rename_all = "camelCase", default)]
+struct RawMasks {
+    /// Names of environment variables whose values are masked, in pods and in whatever has a list `env` of names and values; `*`
+    /// stands for any characters, and the case of letters does not matter. Without it: `*PASSWORD*`, `*PASSWD*`, `*TOKEN*`, `*SECRET*`,
+    /// `*KEY*` and `*CREDENTIAL*`. An empty list masks none.
+    #[cfg_attr(test, schemars(length(max = MASKS_MAX)))]
+    environment: Vec<String>,
+    /// Fields of objects that are masked: what is in a ConfigMap, or a custom resource.
+    #[cfg_attr(test, schemars(length(max = MASKS_MAX)))]
+    fields: Vec<RawFieldMask>,
+    /// Regular expressions, in the syntax of Rust's regex, over bytes: what they match is masked in every string of a body, in text and
+    /// logs, and in exec, attach and port-forward streams. They have no anchors, and classes are ASCII unless `(?u)` says otherwise.
+    #[cfg_attr(test, schemars(length(max = MASKS_MAX)))]
+    patterns: Vec<String>,
+}
+
+impl Default for RawMasks {
+    fn default() -> Self {
+        let environment = ENVIRONMENT.map(str::to_owned).to_vec();
+        Self { environment, fields: Vec::new(), patterns: Vec::new() }
+    }
+}
+
+#[derive(Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+struct RawFieldMask {
+    /// Kinds of the objects, in any API group, such as `ConfigMap`; without any: all.
+    #[serde(default)]
+    #[cfg_attr(test, schemars(length(max = MASKS_MAX)))]
+    kinds: Vec<String>,
+    /// Paths from the object's root, such as `data.*`, `spec.users[*].password` or `data["tls.key"]`. `*` stands for any
+    /// characters of a name; lists are looked through.
+    #[cfg_attr(test, schemars(length(min = 1, max = MASKS_MAX)))]
+    paths: Vec<String>,
+}
+
+impl RawMasks {
+    fn validate(self) -> Result<Masks, Invalid> {
+        let fields = self.fields.into_iter().map(|RawFieldMask { kinds, paths }| FieldMask { kinds, paths });
+        let rules =
+            MaskRules { environment: self.environment, fields: fields.collect(), patterns: self.patterns };
+        Masks::new(rules)
+            .or_else(|MaskError { place, problem }| invalid(format!("recording.masks.{place}"), problem))
+    }
 }
 
 #[derive(Deserialize)]
@@ -211,7 +265,8 @@ impl RawRecording {
             wait: Duration::from_secs(wait_seconds),
         };
         let when_behind = self.when_behind;
-        let commits = CommitRules { rules, async_mutations: allowed, when_behind, backlog };
+        let masks = Arc::new(self.masks.validate()?);
+        let commits = CommitRules { rules, async_mutations: allowed, when_behind, backlog, masks };
         let recipient_files = self.encryption.map(RawEncryption::validate).transpose()?.unwrap_or_default();
         Ok(Recording { commits, emergency_max, recipient_files })
     }
@@ -275,7 +330,7 @@ mod tests {
 
     use expect_test::{Expect, expect};
 
-    use super::{Bodies, Commit, RawRecording, Recording, Streams, WhenBehind};
+    use super::{Bodies, Commit, FieldMask, MaskRules, Masks, RawRecording, Recording, Streams, WhenBehind};
 
     fn parse(text: &str) -> Result<Recording, String> {
         let raw: RawRecording = serde_yaml_ng::from_str(text).map_err(|error| error.to_string())?;
@@ -297,6 +352,7 @@ rules:
 backlog: {bytesMax: 1000, ageSecondsMax: 60, waitSeconds: 3}
 emergency: {secondsMax: 600}
 encryption: {recipientFiles: [/etc/weir/recipient.pem]}
+masks: {environment: [], fields: [{kinds: [ConfigMap], paths: ['data.*']}], patterns: ['AKIA[0-9A-Z]{16}']}
 ";
         let Recording { commits, emergency_max, recipient_files } = parse(text).expect("is valid");
         assert_eq!((commits.rules.len(), commits.rules[0].commit), (3, Some(Commit::Strict)));
@@ -308,6 +364,12 @@ encryption: {recipientFiles: [/etc/weir/recipient.pem]}
         assert_eq!((commits.rules[0].level, commits.rules[0].streams), (None, Streams::Full));
         assert_eq!(commits.rules[1].non_resource_urls, ["/logs/*"]);
         assert_eq!((commits.backlog.bytes_max, commits.backlog.wait), (Some(1000), Duration::from_secs(3)));
+        let masks = MaskRules {
+            environment: Vec::new(),
+            fields: vec![FieldMask { kinds: vec!["ConfigMap".into()], paths: vec!["data.*".into()] }],
+            patterns: vec!["AKIA[0-9A-Z]{16}".into()],
+        };
+        assert_eq!(*commits.masks, Masks::new(masks).expect("is valid"));
         assert_eq!(emergency_max, Some(Duration::from_secs(600)));
         assert_eq!(recipient_files, [PathBuf::from("/etc/weir/recipient.pem")]);
     }
@@ -335,6 +397,36 @@ encryption: {recipientFiles: [/etc/weir/recipient.pem]}
             "rules: [{level: None, verbs: [get]}]",
             expect![
                 "recording.rules[0].level: is None, but every request leaves at least its metadata: without that nobody could say what is missing; use Metadata"
+            ],
+        );
+    }
+
+    #[test]
+    fn masks_are_refused_by_their_place_and_expressions_are_not_spelt() {
+        refused(
+            "masks: {patterns: [a, 'hunter2(']}",
+            expect!["recording.masks.patterns[1]: is no regular expression: unclosed group at byte 7"],
+        );
+        refused(
+            "masks: {patterns: ['^hunter2']}",
+            expect![[
+                r#"recording.masks.patterns[0]: has an anchor or word boundary (^, $, \b, …), which means nothing in a stream that comes in pieces; leave it out"#
+            ]],
+        );
+        refused(
+            "masks: {patterns: ['(hunter2)*']}",
+            expect!["recording.masks.patterns[0]: matches the empty text; make it match at least one byte"],
+        );
+        refused(
+            "masks: {patterns: ['(hunter2{1000}){1000}']}",
+            expect![
+                "recording.masks.patterns[0]: takes more than 4194304 bytes when compiled; repeat less, or give fewer expressions"
+            ],
+        );
+        refused(
+            "masks: {fields: [{kinds: [ConfigMap], paths: ['data[0]']}]}",
+            expect![
+                "recording.masks.fields[0].paths[0]: has something in brackets that is neither * nor a name in quotes; lists are looked through, so leave indices out"
             ],
         );
     }

@@ -16,7 +16,7 @@ const TEXT_BYTES_MAX: usize = 16 * 1024;
 const DEPTH_MAX: usize = 16;
 
 /// Keys whose values are shown, as docs/configuration.md names them.
-const SHOWN: [&str; 100] = [
+const SHOWN: [&str; 103] = [
     "apiVersion",
     "clusters[].addresses",
     "clusters[].authentication.jwt[].claimMappings.extra[].key",
@@ -101,6 +101,9 @@ const SHOWN: [&str; 100] = [
     "recording.backlog.bytesMax",
     "recording.backlog.waitSeconds",
     "recording.emergency.secondsMax",
+    "recording.masks.environment",
+    "recording.masks.fields[].kinds",
+    "recording.masks.fields[].paths",
     "recording.rules[].commit",
     "recording.rules[].level",
     "recording.rules[].namespaces",
@@ -326,10 +329,12 @@ mod tests {
     use super::*;
 
     /// Keys whose values are hidden on purpose. A new key is put here or among those that are shown.
-    const HIDDEN_ON_PURPOSE: [&str; 4] = [
+    const HIDDEN_ON_PURPOSE: [&str; 5] = [
         "clusters[].authentication.jwt[].claimValidationRules[].requiredValue",
         "clusters[].authentication.jwt[].issuer.certificateAuthority",
         "clusters[].roles[].assumeRole.externalId",
+        // An expression may spell the secret.
+        "recording.masks.patterns",
         PROPERTIES,
     ];
 

@@ -2,25 +2,21 @@
 //!
 //! A body of a sensitive resource is recorded only if it could be parsed and masked; else nothing but its length and
 //! keyed digest. Any other body is recorded as it is, unless a `Secret` is mentioned in it: then it is treated like a
-//! sensitive one as far as its secrets go. Masked bodies are serialised anew (keys sorted), since what a parser
+//! sensitive one as far as its secrets go. What is masked by rule ([`super::masks`]) is looked for in every body. Masked bodies are serialised anew (keys sorted), since what a parser
 //! drops (comments, a key given twice) must not survive in clear. Sans-IO.
 
-use std::borrow::Cow;
-
-use base64::{Engine as _, engine::general_purpose::STANDARD};
-use serde_json::{Map, Value};
+use serde_json::Value;
 use weir_common::attributes::Attributes;
 
 use super::{
+    cut_json,
     mask::Masker,
     protobuf::{self, Names},
+    walk::{Around, Walk},
 };
 
 /// The annotation in which `kubectl apply` keeps a copy of the object.
 pub(super) const LAST_APPLIED: &str = "kubectl.kubernetes.io/last-applied-configuration";
-
-/// [`LAST_APPLIED`] as it stands in a JSON Patch path.
-const LAST_APPLIED_ESCAPED: &str = "last-applied-configuration";
 
 /// Bytes before the name of a kind in which `kind` must stand for it to be a mention.
 const MENTION_WINDOW: usize = 24;
@@ -50,7 +46,7 @@ impl Sensitivity {
     }
 
     /// Of an object of this kind; that of its surroundings if the kind says nothing.
-    fn of_kind(self, kind: Option<&str>) -> Self {
+    pub(super) fn of_kind(self, kind: Option<&str>) -> Self {
         match kind {
             Some("Secret" | "SecretList") => Self::Secrets,
             Some("TokenRequest" | "TokenReview") => Self::Tokens,
@@ -146,23 +142,29 @@ fn record_as<'a>(
     whole: bool,
 ) -> Recorded<'a> {
     let sensitive = sensitivity != Sensitivity::None;
+    let mentioned = sensitive || mentions_secret(body);
+    let is_yaml = matches!(format, Format::Yaml | Format::Unknown);
     match format {
         Format::Binary if sensitive => {
             return Recorded::Withheld { reason: "may hold secrets in a binary encoding that is not parsed" };
         }
-        Format::Binary => return Recorded::Clear(body),
-        Format::Text if !sensitive => return Recorded::Clear(body),
-        _ if !sensitive && !mentions_secret(body) => return Recorded::Clear(body),
-        _ if !whole => {
+        Format::Binary => return unparsed(masker, body),
+        Format::Text if !sensitive => return text(masker, body, whole),
+        _ if !mentioned && !masker.masks().may_be_in(body, masker.fields(), is_yaml) => {
+            return Recorded::Clear(body);
+        }
+        _ if !whole && mentioned => {
             return Recorded::Withheld { reason: "may hold secrets and is cut, so it cannot be parsed" };
         }
         _ => {}
     }
     // JSON first: `apply` sends either under the YAML type, and JSON is the stricter of the two.
-    if let Ok(value) = serde_json::from_slice::<Value>(body) {
+    let begun = if whole { None } else { cut_json::closed(body) };
+    if let Ok(value) = serde_json::from_slice::<Value>(begun.as_deref().unwrap_or(body)) {
         return masked(masker, sensitivity, value, |value| serde_json::to_vec(value).ok());
     }
-    if matches!(format, Format::Yaml | Format::Unknown)
+    if is_yaml
+        && whole
         && let Ok(value) = serde_yaml_ng::from_slice::<Value>(body)
         && matches!(value, Value::Object(_) | Value::Array(_))
     {
@@ -170,10 +172,32 @@ fn record_as<'a>(
             serde_yaml_ng::to_string(value).ok().map(String::into_bytes)
         });
     }
-    if !sensitive && format == Format::Unknown {
-        return Recorded::Clear(body);
+    match format {
+        Format::Unknown if !sensitive && masker.fields() == 0 => text(masker, body, whole),
+        _ if mentioned => Recorded::Withheld { reason: "may hold secrets and cannot be parsed" },
+        _ => Recorded::Withheld { reason: "may hold what a rule masks and cannot be parsed" },
     }
-    Recorded::Withheld { reason: "may hold secrets and cannot be parsed" }
+}
+
+/// Text, in which only expressions find something.
+fn text<'a>(masker: &Masker, body: &'a [u8], whole: bool) -> Recorded<'a> {
+    let Some(patterns) = masker.masks().patterns() else { return Recorded::Clear(body) };
+    match patterns.mask(masker, body) {
+        _ if !whole && patterns.may_be_in(body) => {
+            Recorded::Withheld { reason: "may hold what a rule masks and is cut" }
+        }
+        Some(masked) => Recorded::Masked { content: masked.content, masks: masked.masks },
+        None => Recorded::Clear(body),
+    }
+}
+
+/// What no parser here reads.
+fn unparsed<'a>(masker: &Masker, body: &'a [u8]) -> Recorded<'a> {
+    // As in YAML: names stand in it as they are.
+    if masker.masks().may_be_in(body, masker.fields(), true) {
+        return Recorded::Withheld { reason: "may hold what a rule masks in an encoding that is not parsed" };
+    }
+    Recorded::Clear(body)
 }
 
 fn masked<'a>(
@@ -183,7 +207,8 @@ fn masked<'a>(
     serialise: impl Fn(&Value) -> Option<Vec<u8>>,
 ) -> Recorded<'a> {
     let mut walk = Walk { masker, masks: 0 };
-    walk.root(&mut value, sensitivity);
+    let fields = masker.fields();
+    walk.root(&mut value, Around { sensitivity, fields, own: fields });
     match serialise(&value) {
         Some(content) => Recorded::Masked { content, masks: walk.masks },
         None => Recorded::Withheld { reason: "may hold secrets and cannot be serialised after masking" },
@@ -193,7 +218,8 @@ fn masked<'a>(
 /// What is recorded of the copy that `kubectl apply` keeps in an annotation, and the number of masks in it.
 pub(super) fn last_applied(masker: &Masker, sensitivity: Sensitivity, text: &str) -> (String, u64) {
     let mut walk = Walk { masker, masks: 0 };
-    let text = walk.copy(text, sensitivity).unwrap_or_else(|| text.to_owned());
+    let around = Around { sensitivity, fields: 0, own: masker.fields() };
+    let text = walk.copy(text, around).unwrap_or_else(|| text.to_owned());
     (text, walk.masks)
 }
 
@@ -212,115 +238,6 @@ pub(super) fn mentions_secret(body: &[u8]) -> bool {
             _ => false,
         }
     })
-}
-
-/// The walk through one body.
-struct Walk<'a> {
-    masker: &'a Masker,
-    masks: u64,
-}
-
-impl Walk<'_> {
-    fn root(&mut self, value: &mut Value, sensitivity: Sensitivity) {
-        match value {
-            Value::Array(operations) if sensitivity != Sensitivity::None => {
-                operations.iter_mut().for_each(|operation| self.patch(operation, sensitivity));
-            }
-            _ => self.value(value, sensitivity),
-        }
-    }
-
-    /// One operation of a JSON Patch (RFC 6902) to a sensitive object.
-    fn patch(&mut self, operation: &mut Value, sensitivity: Sensitivity) {
-        let Value::Object(operation) = operation else { return self.leaves(operation) };
-        let path = operation.get("path").and_then(Value::as_str).unwrap_or_default();
-        let metadata = path.starts_with("/metadata") && !path.contains(LAST_APPLIED_ESCAPED);
-        let value = operation.get_mut("value").map(Value::take);
-        // Nothing says that it is an operation: a list of objects that the API server will refuse looks the same.
-        self.object(operation, sensitivity);
-        if let Some(mut value) = value {
-            if metadata {
-                self.value(&mut value, sensitivity)
-            } else {
-                self.leaves(&mut value)
-            }
-            operation.insert("value".to_owned(), value);
-        }
-    }
-
-    fn value(&mut self, value: &mut Value, sensitivity: Sensitivity) {
-        match value {
-            Value::Array(items) => items.iter_mut().for_each(|item| self.value(item, sensitivity)),
-            Value::Object(object) => self.object(object, sensitivity),
-            _ => {}
-        }
-    }
-
-    /// Lists, watch events and tables need no case of their own: within what is sensitive, the names decide at any depth.
-    fn object(&mut self, object: &mut Map<String, Value>, surroundings: Sensitivity) {
-        let sensitivity = surroundings.of_kind(object.get("kind").and_then(Value::as_str));
-        for (name, value) in object.iter_mut() {
-            match (name.as_str(), sensitivity) {
-                ("data", Sensitivity::Secrets) => self.data(value),
-                ("stringData", Sensitivity::Secrets) | ("token", Sensitivity::Tokens) => self.leaves(value),
-                (LAST_APPLIED, _) => self.last_applied(value, sensitivity),
-                _ => self.value(value, sensitivity),
-            }
-        }
-    }
-
-    /// `data` holds base64; the mask is of what it encodes, so that it equals that of `stringData`.
-    fn data(&mut self, value: &mut Value) {
-        match value {
-            Value::Object(entries) => entries.values_mut().for_each(|value| match value {
-                Value::String(text) => {
-                    let decoded = STANDARD.decode(&*text).map_or(Cow::Borrowed(text.as_bytes()), Cow::Owned);
-                    *text = self.mask(&decoded);
-                }
-                other => self.leaves(other),
-            }),
-            other => self.leaves(other),
-        }
-    }
-
-    /// Masks every scalar; names stay.
-    fn leaves(&mut self, value: &mut Value) {
-        match value {
-            Value::Null => {}
-            Value::Array(items) => items.iter_mut().for_each(|item| self.leaves(item)),
-            Value::Object(entries) => entries.values_mut().for_each(|value| self.leaves(value)),
-            Value::String(text) => *text = self.mask(text.as_bytes()),
-            Value::Bool(_) | Value::Number(_) => {
-                *value = Value::String(self.mask(value.to_string().as_bytes()))
-            }
-        }
-    }
-
-    fn last_applied(&mut self, value: &mut Value, sensitivity: Sensitivity) {
-        let Value::String(text) = value else { return self.leaves(value) };
-        if let Some(masked) = self.copy(text, sensitivity) {
-            *text = masked;
-        }
-    }
-
-    /// A copy of an object as text; none if it is recorded as it is.
-    fn copy(&mut self, text: &str, sensitivity: Sensitivity) -> Option<String> {
-        if sensitivity == Sensitivity::None && !mentions_secret(text.as_bytes()) {
-            return None;
-        }
-        Some(match serde_json::from_str::<Value>(text) {
-            Ok(mut copy @ Value::Object(_)) => {
-                self.value(&mut copy, sensitivity);
-                copy.to_string()
-            }
-            _ => self.mask(text.as_bytes()),
-        })
-    }
-
-    fn mask(&mut self, secret: &[u8]) -> String {
-        self.masks += 1;
-        self.masker.mask(secret)
-    }
 }
 
 #[cfg(test)]

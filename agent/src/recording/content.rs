@@ -15,6 +15,7 @@ use super::{
     gzip::{self, Gunzip},
     mask::{KeyedDigest, Masker},
     protobuf::{self, Names},
+    sieve::Sieve,
 };
 use crate::streams::Lane;
 
@@ -23,6 +24,9 @@ const DECODED_FACTOR: usize = 4;
 
 /// Most bytes of one line (one event) of a watch; of one whose events have their length before them, too.
 const LINE_BYTES_MAX: usize = 4 * 1024 * 1024;
+
+/// Why the rest of a line is not recorded.
+const LINE_LEFT_OUT: &str = "rest of a watch event or line that is left out";
 
 /// See [`Held::is_small`].
 const SMALL_BYTES_MAX: usize = 64 * 1024;
@@ -127,7 +131,7 @@ pub(super) fn reduce(masker: &Masker, sensitivity: Sensitivity, held: &Held) -> 
     let whole = truncated.is_none();
     let mut names = Names::default();
     let recorded = match withheld {
-        Some(reason) if sensitivity != Sensitivity::None => Recorded::Withheld { reason },
+        Some(reason) if sensitivity != Sensitivity::None || masker.hides() => Recorded::Withheld { reason },
         Some(_) => Recorded::Clear(&content),
         None => body::record(masker, sensitivity, held.content_type.as_deref(), &content, whole, &mut names),
     };
@@ -201,6 +205,8 @@ pub(super) struct Streamed {
     line: Vec<u8>,
     /// Events with their length before them, as a watch in protobuf has them.
     frames: Option<Frames>,
+    /// Finds what rules mask in text.
+    sieve: Option<Sieve>,
     /// Bytes of a line that is skipped; it ends with the next newline.
     skipping: Option<u64>,
     /// Nothing more can be made of this stream.
@@ -227,7 +233,12 @@ impl Streamed {
         let sensitive = sensitivity != Sensitivity::None;
         let broken = match encoding {
             _ if sensitive && !lines && !framed => Some("may hold secrets in a form that is not parsed"),
-            Encoding::Unknown if sensitive || framed => Some("has a content encoding that is not decoded"),
+            _ if watch && !lines && !framed && (masker.hides() || masker.masks().has_environment()) => {
+                Some("may hold what a rule masks in a form that is not parsed")
+            }
+            Encoding::Unknown if sensitive || framed || masker.hides() => {
+                Some("has a content encoding that is not decoded")
+            }
             _ => None,
         };
         let gunzip = matches!(encoding, Encoding::Gzip).then(Gunzip::new);
@@ -238,6 +249,7 @@ impl Streamed {
             lines: lines && !matches!(encoding, Encoding::Unknown),
             line: Vec::new(),
             frames: framed.then(|| Frames::new(LINE_BYTES_MAX)),
+            sieve: masker.masks().patterns().filter(|_| !lines && !framed).map(|_| Sieve::default()),
             skipping: None,
             broken,
             left_out: 0,
@@ -285,7 +297,9 @@ impl Streamed {
             partial += frames.finish();
         }
         self.left_out += partial;
-        self.skipping = self.lines.then_some(0);
+        // Of a line whose beginning is lost nothing can say what it is.
+        self.sieve.iter_mut().for_each(Sieve::forget);
+        self.skipping = (self.lines || self.sieve.is_some()).then_some(0);
         let reason = "response came faster than it could be recorded".to_owned();
         vec![Kind::Gap { reason, events: None, bytes: Some(bytes + partial) }]
     }
@@ -297,8 +311,11 @@ impl Streamed {
             let line = std::mem::take(&mut self.line);
             self.line(masker, &line, &mut out);
         }
+        if let Some((mut sieve, patterns)) = self.sieve.take().zip(masker.masks().patterns()) {
+            out.content.append(&mut sieve.finish(masker, patterns));
+        }
         if let Some(skipped) = self.skipping.take().filter(|skipped| *skipped > 0) {
-            self.gap(&mut out, "rest of a watch event that is left out", skipped);
+            self.gap(&mut out, LINE_LEFT_OUT, skipped);
         }
         let begun = self.frames.take().map_or(0, |mut frames| frames.finish());
         self.gap(&mut out, "watch event is not whole", begun);
@@ -333,14 +350,13 @@ impl Streamed {
             return;
         }
         if !self.lines {
-            out.content.extend_from_slice(bytes);
-            return;
+            return self.text(masker, bytes, out);
         }
         while let Some(end) = bytes.iter().position(|byte| *byte == b'\n') {
             let (line, rest) = bytes.split_at(end + 1);
             bytes = rest;
             if let Some(skipped) = self.skipping.take() {
-                self.gap(out, "rest of a watch event that is left out", skipped + line.len() as u64);
+                self.gap(out, LINE_LEFT_OUT, skipped + line.len() as u64);
             } else if self.line.is_empty() {
                 self.line(masker, line, out);
             } else {
@@ -360,6 +376,26 @@ impl Streamed {
             self.gap(out, "watch event is longer than can be recorded", begun);
             self.skipping = Some(0);
         }
+    }
+
+    fn text(&mut self, masker: &Masker, mut bytes: &[u8], out: &mut Out) {
+        if let Some(skipped) = self.skipping.take() {
+            let end = bytes.iter().position(|byte| *byte == b'\n').map_or(bytes.len(), |end| end + 1);
+            let (line, rest) = bytes.split_at(end);
+            let skipped = skipped + line.len() as u64;
+            if !line.ends_with(b"\n") {
+                self.skipping = Some(skipped);
+                return;
+            }
+            self.gap(out, LINE_LEFT_OUT, skipped);
+            bytes = rest;
+        }
+        let Some((sieve, patterns)) = self.sieve.as_mut().zip(masker.masks().patterns()) else {
+            return out.content.extend_from_slice(bytes);
+        };
+        let masks = sieve.masks;
+        out.content.extend_from_slice(&sieve.push(masker, patterns, bytes));
+        self.masks += sieve.masks - masks;
     }
 
     fn line(&mut self, masker: &Masker, line: &[u8], out: &mut Out) {

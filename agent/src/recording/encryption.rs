@@ -404,6 +404,7 @@ mod tests {
             async_mutations: true,
             when_behind: Some(when_behind),
             backlog: BacklogLimits { wait, ..BacklogLimits::default() },
+            ..CommitRules::default()
         }
     }
 

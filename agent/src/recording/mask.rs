@@ -4,11 +4,18 @@
 //! A mask is `weir:masked:<length class>:<keyed digest>`: equal secrets are recognisable as equal, and whoever lacks the
 //! key cannot try guesses. The key is per cluster, derived from one per journal.
 
+use std::sync::Arc;
+
 use hmac::{Hmac, Mac as _};
 use http::{HeaderMap, HeaderName, HeaderValue, Uri};
 use sha2::Sha256;
-use weir_common::event::{Caller, Header, Process};
+use weir_common::{
+    attributes::Attributes,
+    event::{Caller, Header, Process},
+};
 use zeroize::Zeroizing;
+
+use super::masks::{FieldSet, Masks};
 
 /// What every mask starts with.
 pub(super) const MASK_PREFIX: &str = "weir:masked:";
@@ -46,9 +53,13 @@ const CREDENTIAL_FLAGS: [&str; 10] = [
 /// Short flags of curl whose value may hold a credential.
 const CREDENTIAL_SHORT_FLAGS: [&str; 3] = ["-H", "-u", "-b"];
 
-/// Makes masks for one cluster. `Debug` shows nothing of the key.
+/// Makes masks for one cluster, by the rules that hold for one request. `Debug` shows nothing of the key.
+#[derive(Clone)]
 pub(super) struct Masker {
-    key: Zeroizing<[u8; 32]>,
+    key: Arc<Zeroizing<[u8; 32]>>,
+    masks: Arc<Masks>,
+    /// Fields that are masked in whatever object the request carries.
+    fields: FieldSet,
 }
 
 impl std::fmt::Debug for Masker {
@@ -58,14 +69,39 @@ impl std::fmt::Debug for Masker {
 }
 
 impl Masker {
-    /// Derives a cluster's key from the journal's.
+    /// Derives a cluster's key from the journal's. Without other rules, those without a configuration hold.
     pub(super) fn for_cluster(journal_key: &[u8], cluster: &str) -> Self {
         let mut key = Zeroizing::new([0; 32]);
         let mut derived = hmac(journal_key);
         derived.update(b"weir mask key v1\0");
         derived.update(cluster.as_bytes());
         key.copy_from_slice(&derived.finalize().into_bytes());
-        Self { key }
+        Self { key: Arc::new(key), masks: Arc::default(), fields: 0 }
+    }
+
+    /// The same, by these rules.
+    pub(super) fn by(&self, masks: &Arc<Masks>) -> Self {
+        Self { key: Arc::clone(&self.key), masks: Arc::clone(masks), fields: 0 }
+    }
+
+    /// The same, for bodies of a request.
+    pub(super) fn of(self, attributes: &Attributes) -> Self {
+        Self { fields: self.masks.of_resource(&attributes.resource), ..self }
+    }
+
+    /// The rules.
+    pub(super) fn masks(&self) -> &Masks {
+        &self.masks
+    }
+
+    /// Fields that are masked in whatever object the request carries.
+    pub(super) fn fields(&self) -> FieldSet {
+        self.fields
+    }
+
+    /// Whether what cannot be read must not be recorded, since a rule may be for something in it.
+    pub(super) fn hides(&self) -> bool {
+        self.masks.hides(self.fields)
     }
 
     /// A keyed digest to be fed.
@@ -79,6 +115,12 @@ impl Masker {
         digest.update(value);
         let digest = digest.0.finalize().into_bytes();
         format!("{MASK_PREFIX}{}:{}", length_class(value.len()), hex::encode(&digest[..8]))
+    }
+
+    /// Text with what expressions match masked.
+    pub(super) fn text(&self, text: &str) -> String {
+        let masked = self.masks.patterns().and_then(|patterns| patterns.mask(self, text.as_bytes()));
+        masked.map_or_else(|| text.to_owned(), |masked| String::from_utf8_lossy(&masked.content).into_owned())
     }
 
     /// Headers as they are recorded.
@@ -117,7 +159,7 @@ impl Masker {
             }
             "location" | "referer" => self.uri(&text),
             _ if is_credential_header(name) => self.mask(value),
-            _ => text.into_owned(),
+            _ => self.text(&text),
         }
     }
 
@@ -140,13 +182,13 @@ impl Masker {
     /// A URI with the values of credential parameters masked, cut to its limit.
     fn uri(&self, uri: &str) -> String {
         let mut masked = match uri.split_once('?') {
-            None => uri.to_owned(),
+            None => self.text(uri),
             Some((path, query)) => {
                 let (query, fragment) = query.split_once('#').map_or((query, None), |(q, f)| (q, Some(f)));
                 let parameters: Vec<_> =
                     query.split('&').map(|parameter| self.parameter(parameter)).collect();
                 let fragment = fragment.map(|_| "#").unwrap_or_default();
-                format!("{path}?{}{fragment}", parameters.join("&"))
+                format!("{}?{}{fragment}", self.text(path), parameters.join("&"))
             }
         };
         if masked.len() > URI_BYTES_MAX {
@@ -163,7 +205,23 @@ impl Masker {
             Some((name, value)) if is_credential_parameter(name) => {
                 format!("{name}={}", self.mask(value.as_bytes()))
             }
-            _ => parameter.to_owned(),
+            _ => {
+                let decoded = percent_decoded(&parameter.replace('+', " "));
+                let matches = |text: &str| {
+                    self.masks.patterns().is_some_and(|patterns| patterns.are_in(text.as_bytes()))
+                };
+                if !matches(&decoded) && !matches(parameter) {
+                    return parameter.to_owned();
+                }
+                // What is masked is not text of a URI any more: all of the value is.
+                let (name, value) = parameter.split_once('=').unwrap_or(("", parameter));
+                let name = if matches(&percent_decoded(name)) {
+                    self.mask(name.as_bytes())
+                } else {
+                    name.to_owned()
+                };
+                format!("{name}={}", self.mask(percent_decoded(value).as_bytes()))
+            }
         }
     }
 
@@ -186,7 +244,7 @@ impl Masker {
                     format!("{name}={}", self.mask(value.as_bytes()))
                 }
                 _ if argument.contains('?') && argument.contains("://") => self.uri(argument),
-                _ => argument.clone(),
+                _ => self.text(argument),
             }
         };
         arguments.iter().map(one).collect()
@@ -242,7 +300,7 @@ fn hmac(key: &[u8]) -> Hmac<Sha256> {
 }
 
 /// The next power of two, from 8: a length says too much of a short secret.
-fn length_class(length: usize) -> String {
+pub(super) fn length_class(length: usize) -> String {
     if length == 0 { "0".to_owned() } else { format!("le{}", length.max(8).next_power_of_two()) }
 }
 

@@ -242,7 +242,7 @@ impl Recorder {
             share: Arc::clone(share),
             workers: Arc::clone(&inner.workers),
             worker: inner.workers.assign(),
-            masker: Arc::clone(self.masker(Some(cluster))),
+            masker: self.masker(Some(cluster)).of(attributes),
             sensitivity: Sensitivity::of(attributes),
             cluster,
             session: Arc::clone(&belonging.session),
@@ -295,7 +295,7 @@ async fn mask_request(
     }
     // Never closed.
     let _permit = MASKING.acquire().await;
-    let (masker, sensitivity) = (Arc::clone(&context.masker), context.sensitivity);
+    let (masker, sensitivity) = (context.masker.clone(), context.sensitivity);
     let reduced = tokio::task::spawn_blocking(move || content::reduce(&masker, sensitivity, &held));
     reduced.await.map_err(|_| RecordingError::Closed)
 }

@@ -4,13 +4,15 @@
 //! empty matches everything, the first rule that matches decides. Only a user that Weir has verified is a user here: nobody
 //! chooses a rule by a claim.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use serde::Deserialize;
 use weir_common::{
     attributes::{self, Attributes},
     event::{Identity, IdentityMethod},
 };
+
+use super::masks::Masks;
 
 /// When a record must be on disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
@@ -142,6 +144,8 @@ pub struct CommitRules {
     pub when_behind: Option<WhenBehind>,
     /// When that is.
     pub backlog: BacklogLimits,
+    /// What is masked beside what always is.
+    pub masks: Arc<Masks>,
 }
 
 /// What rules ask of a request.

@@ -2,6 +2,8 @@
 //!
 //! Only a door: nothing is decided here, and the product does not come through it. The mask key is a fixed one.
 
+use std::sync::Arc;
+
 use bytes::Bytes;
 use http::{HeaderMap, Uri};
 use weir_common::{
@@ -13,6 +15,8 @@ use super::{
     body::Sensitivity,
     content::{self, Held, Kept, Streamed},
     mask::Masker,
+    masks::{MaskRules, Masks},
+    sieve::Sieve,
 };
 
 /// A body's way and what its headers claim.
@@ -70,4 +74,26 @@ pub fn request_uri(uri: &Uri) -> String {
 /// A process's arguments as they are recorded.
 pub fn arguments(arguments: &[String]) -> Vec<String> {
     masker().arguments(arguments)
+}
+
+/// The search for what an expression matches in a stream.
+#[derive(Debug)]
+pub struct Sifting(Masker);
+
+impl Sifting {
+    /// For one expression; none if it is none.
+    pub fn new(expression: &str) -> Option<Self> {
+        let rules = MaskRules { patterns: vec![expression.to_owned()], ..MaskRules::default() };
+        Masks::new(rules).ok().map(|masks| Self(masker().by(&Arc::new(masks))))
+    }
+
+    /// What is recorded of a stream that comes in these pieces.
+    pub fn recorded(&self, pieces: &[&[u8]]) -> Vec<u8> {
+        let Some(patterns) = self.0.masks().patterns() else { return pieces.concat() };
+        let mut sieve = Sieve::default();
+        let mut recorded: Vec<u8> =
+            pieces.iter().flat_map(|piece| sieve.push(&self.0, patterns, piece).into_owned()).collect();
+        recorded.extend(sieve.finish(&self.0, patterns));
+        recorded
+    }
 }

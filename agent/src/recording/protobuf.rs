@@ -16,6 +16,8 @@ use weir_common::event::{Channel, Kind, NamedObject, ObjectsNamed};
 use super::{
     body::{self, Recorded, Sensitivity},
     mask::Masker,
+    masks::FieldSet,
+    schema::{self, Others, Rule, Schema, WATCH_EVENT, schema_of},
     wire::{Field, Malformed, field, fields, put},
 };
 
@@ -75,94 +77,10 @@ impl From<Malformed> for Unsafe {
 
 const MALFORMED: Unsafe = Unsafe("may hold secrets and is not the protobuf it claims to be");
 const UNKNOWN: Unsafe = Unsafe("may hold secrets in a type whose fields are not known");
+const FIELDS: Unsafe = Unsafe("a rule masks fields of this kind, which are not known in protobuf");
+const FOUND: Unsafe = Unsafe("a rule masks text in it, which cannot be replaced in protobuf");
 const WITHIN: Unsafe = Unsafe("may hold a secret in a field that is not known");
 const CUT: Unsafe = Unsafe("may hold secrets and is cut, so it cannot be parsed");
-
-/// What is recorded of a field.
-#[derive(Clone, Copy)]
-enum Rule {
-    /// It, as it is.
-    Keep,
-    /// Its mask.
-    Mask,
-    /// A map from names to secrets.
-    MaskedMap,
-    /// `ObjectMeta`.
-    Metadata,
-    /// What is recorded of a message.
-    Message(&'static Schema),
-    /// `RawExtension`: an object in an envelope of its own.
-    Object,
-}
-
-/// What is recorded of fields that a schema does not name.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Others {
-    Keep,
-    /// They are kept where nothing in them looks like an object with secrets.
-    Inspect,
-    /// Nothing: they are as good as masked.
-    Drop,
-}
-
-/// What is recorded of a message.
-struct Schema {
-    fields: &'static [(u32, Rule)],
-    others: Others,
-}
-
-const fn schema(others: Others, fields: &'static [(u32, Rule)]) -> Schema {
-    Schema { fields, others }
-}
-
-static SECRET: Schema = schema(
-    Others::Drop,
-    &[(1, Rule::Metadata), (2, Rule::MaskedMap), (3, Rule::Keep), (4, Rule::MaskedMap), (5, Rule::Keep)],
-);
-static SECRET_LIST: Schema = schema(Others::Drop, &[(1, Rule::Keep), (2, Rule::Message(&SECRET))]);
-static TOKEN: Schema = schema(Others::Drop, &[(1, Rule::Mask), (2, Rule::Keep)]);
-static TOKEN_REQUEST: Schema =
-    schema(Others::Drop, &[(1, Rule::Metadata), (2, Rule::Keep), (3, Rule::Message(&TOKEN))]);
-static TOKEN_REVIEW: Schema =
-    schema(Others::Drop, &[(1, Rule::Metadata), (2, Rule::Message(&TOKEN)), (3, Rule::Keep)]);
-static METADATA: Schema = schema(Others::Drop, &[(1, Rule::Metadata)]);
-static METADATA_LIST: Schema = schema(Others::Drop, &[(1, Rule::Keep), (2, Rule::Message(&METADATA))]);
-/// What a ConfigMap holds is recorded, also where it reads like a Secret.
-static CONFIG_MAP: Schema =
-    schema(Others::Inspect, &[(1, Rule::Metadata), (2, Rule::Keep), (3, Rule::Keep), (4, Rule::Keep)]);
-static CONFIG_MAP_LIST: Schema = schema(Others::Inspect, &[(1, Rule::Keep), (2, Rule::Message(&CONFIG_MAP))]);
-static ANYTHING: Schema = schema(Others::Inspect, &[(1, Rule::Metadata)]);
-static ANYTHING_LIST: Schema = schema(Others::Inspect, &[(1, Rule::Keep), (2, Rule::Message(&ANYTHING))]);
-/// `v1` `List`, of objects of any kind.
-static LIST: Schema = schema(Others::Drop, &[(1, Rule::Keep), (2, Rule::Object)]);
-static WATCH_EVENT: Schema = schema(Others::Drop, &[(1, Rule::Keep), (2, Rule::Object)]);
-/// Has neither metadata of an object nor secrets.
-static PLAIN: Schema = schema(Others::Keep, &[]);
-
-/// How an object of this kind is recorded; `surroundings` is what the request is about.
-fn schema_of(kind: &str, surroundings: Sensitivity) -> Result<(&'static Schema, Sensitivity), Unsafe> {
-    let none = surroundings == Sensitivity::None;
-    let schema = match kind {
-        "Secret" => return Ok((&SECRET, Sensitivity::Secrets)),
-        // Without a kind the server takes that of the request.
-        "" if surroundings == Sensitivity::Secrets => &SECRET,
-        "SecretList" => return Ok((&SECRET_LIST, Sensitivity::Secrets)),
-        "TokenRequest" => return Ok((&TOKEN_REQUEST, Sensitivity::Tokens)),
-        "TokenReview" => return Ok((&TOKEN_REVIEW, Sensitivity::Tokens)),
-        "PartialObjectMetadata" => &METADATA,
-        "PartialObjectMetadataList" => &METADATA_LIST,
-        "List" => &LIST,
-        "Status" => &PLAIN,
-        options if options.ends_with("Options") => &PLAIN,
-        _ if !none => return Err(UNKNOWN),
-        "ConfigMap" => &CONFIG_MAP,
-        "ConfigMapList" => &CONFIG_MAP_LIST,
-        "APIGroup" | "APIGroupList" | "APIResourceList" | "APIVersions" => &PLAIN,
-        list if list.ends_with("List") => &ANYTHING_LIST,
-        _ => &ANYTHING,
-    };
-    Ok((schema, surroundings))
-}
 
 /// Decides what is recorded of a body, and names its objects; of one that is cut (not `whole`) only what it is can be told.
 pub(super) fn record<'a>(
@@ -173,7 +91,7 @@ pub(super) fn record<'a>(
     names: &mut Names,
 ) -> Recorded<'a> {
     if !whole {
-        return match cut(sensitivity, body) {
+        return match cut(masker, sensitivity, body) {
             Ok(()) => Recorded::Clear(body),
             Err(Unsafe(reason)) => Recorded::Withheld { reason },
         };
@@ -192,20 +110,45 @@ pub(super) fn record_event<'a>(
 ) -> Recorded<'a> {
     let mut walk = Walk::new(masker, names);
     walk.event = field(event, 1).and_then(word);
-    let place = Place { sensitivity, api_version: "", kind: "" };
+    let place = Place { sensitivity, api_version: "", kind: "", fields: 0 };
     let mut out = Vec::with_capacity(event.len());
     let made = walk.message(&WATCH_EVENT, place, event, &mut out).map(|()| out);
     walk.recorded(made, event)
 }
 
 /// Whether the beginning of a body may be recorded.
-fn cut(sensitivity: Sensitivity, body: &[u8]) -> Result<(), Unsafe> {
+fn cut(masker: &Masker, sensitivity: Sensitivity, body: &[u8]) -> Result<(), Unsafe> {
     let rest = body.strip_prefix(MAGIC).ok_or(CUT)?;
     let (first, _) = Field::next(rest).map_err(|_| CUT)?;
     let Field { number: 1, bytes: Some(meta), .. } = first else { return Err(CUT) };
     let kind = std::str::from_utf8(field(meta, 2).ok_or(CUT)?).map_err(|_| CUT)?;
-    let (_, sensitivity) = schema_of(kind, sensitivity)?;
-    if sensitivity != Sensitivity::None || looks_secret(rest) { Err(CUT) } else { Ok(()) }
+    let (_, sensitivity) = schema_of(kind, sensitivity).ok_or(UNKNOWN)?;
+    if sensitivity != Sensitivity::None || looks_secret(rest) {
+        return Err(CUT);
+    }
+    // A variable's name stands before its value, as a string: what is cut between them has no value yet.
+    let masks = masker.masks();
+    let found = masks.patterns().is_some_and(|patterns| patterns.may_be_in(rest));
+    if found || fields_of(masker, kind) != 0 || schema::has_variables(kind) && masks.environment_in(rest) {
+        return Err(CUT);
+    }
+    Ok(())
+}
+
+/// Fields that rules mask in an object of this kind, or in those of such a list.
+fn fields_of(masker: &Masker, kind: &str) -> FieldSet {
+    let of = |kind| masker.masks().of_kind(kind);
+    masker.fields() | of(kind) | kind.strip_suffix("List").map_or(0, of)
+}
+
+/// Whether what rules mask in objects of this kind is known by its number.
+fn are_known(masker: &Masker, kind: &str, fields: FieldSet) -> bool {
+    if fields == 0 {
+        return true;
+    }
+    // Metadata are kept as they are.
+    let is_for_metadata = masker.masks().paths(fields).any(|path| path.segments()[0].is("metadata"));
+    schema::are_fields_known(kind) && !is_for_metadata
 }
 
 /// Whether something in these bytes may be an object that holds secrets: in an envelope, or in JSON or YAML.
@@ -225,6 +168,8 @@ struct Place<'a> {
     sensitivity: Sensitivity,
     api_version: &'a str,
     kind: &'a str,
+    /// Fields that rules mask in the object.
+    fields: FieldSet,
 }
 
 /// The walk through one body.
@@ -244,7 +189,12 @@ impl<'a> Walk<'a> {
     }
 
     fn recorded<'b>(self, made: Result<Vec<u8>, Unsafe>, body: &'b [u8]) -> Recorded<'b> {
+        let patterns = self.masker.masks().patterns();
         match made {
+            Ok(content) if patterns.is_some_and(|patterns| patterns.are_in(&content)) => {
+                let Unsafe(reason) = FOUND;
+                Recorded::Withheld { reason }
+            }
             Ok(content) if self.masks > 0 || self.changed => Recorded::Masked { content, masks: self.masks },
             Ok(_) => Recorded::Clear(body),
             Err(Unsafe(reason)) => Recorded::Withheld { reason },
@@ -268,9 +218,13 @@ impl<'a> Walk<'a> {
         let text =
             |number| std::str::from_utf8(field(meta, number).unwrap_or_default()).map_err(|_| MALFORMED);
         let (api_version, kind) = (text(1)?, text(2)?);
-        let (schema, sensitivity) = schema_of(kind, surroundings)?;
+        let (schema, sensitivity) = schema_of(kind, surroundings).ok_or(UNKNOWN)?;
+        let fields = fields_of(self.masker, kind);
+        if !are_known(self.masker, kind, fields) {
+            return Err(FIELDS);
+        }
         let mut object = Vec::with_capacity(raw.len());
-        self.message(schema, Place { sensitivity, api_version, kind }, raw, &mut object)?;
+        self.message(schema, Place { sensitivity, api_version, kind, fields }, raw, &mut object)?;
         let mut out = MAGIC.to_vec();
         for (number, part) in (1..).zip([meta, &object, encoding, content_type]) {
             put(&mut out, number, part);
@@ -311,6 +265,14 @@ impl<'a> Walk<'a> {
                     let extension = self.extension(place.sensitivity, extension)?;
                     put(out, number, &extension);
                 }
+                (Some(Rule::Variable), Some(variable)) => {
+                    let variable = self.variable(variable)?;
+                    put(out, number, &variable);
+                }
+                (Some(Rule::NamedMap(name)), Some(entry)) => {
+                    let entry = self.entry_by_rule(place.fields, name, entry)?;
+                    put(out, number, &entry);
+                }
                 // Of another type than it should be.
                 (Some(_), None) => self.masks += 1,
                 (None, _) => self.other(schema.others, field, out)?,
@@ -332,6 +294,41 @@ impl<'a> Walk<'a> {
     fn mask(&mut self, secret: &[u8]) -> String {
         self.masks += 1;
         self.masker.mask(secret)
+    }
+
+    /// `EnvVar`: 1 name, 2 value.
+    fn variable<'b>(&mut self, variable: &'b [u8]) -> Result<Cow<'b, [u8]>, Unsafe> {
+        let name = field(variable, 1).map(String::from_utf8_lossy);
+        if field(variable, 2).is_none() || !name.is_none_or(|name| self.masker.masks().environment(&name)) {
+            return Ok(Cow::Borrowed(variable));
+        }
+        let mut out = Vec::with_capacity(variable.len());
+        for field in fields(variable) {
+            match field? {
+                Field { number: 2, bytes: Some([]), whole } => out.extend_from_slice(whole),
+                Field { number: 2, bytes: Some(secret), .. } => {
+                    put(&mut out, 2, self.mask(secret).as_bytes())
+                }
+                field => out.extend_from_slice(field.whole),
+            }
+        }
+        Ok(out.into())
+    }
+
+    /// An entry of a map of this name, masked if a rule is for it.
+    fn entry_by_rule<'b>(
+        &mut self,
+        set: FieldSet,
+        map: &str,
+        entry: &'b [u8],
+    ) -> Result<Cow<'b, [u8]>, Unsafe> {
+        let name = field(entry, 1).map(String::from_utf8_lossy).unwrap_or_default();
+        let is_masked = self.masker.masks().paths(set).any(|path| match path.segments() {
+            [of] => of.is(map),
+            [of, named, ..] => of.is(map) && named.is(&name),
+            [] => false,
+        });
+        if is_masked { self.masked_entry(entry).map(Cow::Owned) } else { Ok(Cow::Borrowed(entry)) }
     }
 
     /// An entry of a map: 1 its name, 2 the secret.
@@ -360,7 +357,10 @@ impl<'a> Walk<'a> {
                 field => out.extend_from_slice(field.whole),
             }
         }
-        let text = |number| field(metadata, number).and_then(word).unwrap_or_default();
+        let text = |number| {
+            let word = field(metadata, number).and_then(word);
+            word.map_or_else(String::new, |word| self.masker.text(&word))
+        };
         let of_type = |text: &str| word(text.as_bytes()).unwrap_or_default();
         let object = NamedObject {
             event: self.event.clone(),

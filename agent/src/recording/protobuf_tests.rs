@@ -183,7 +183,7 @@ fn what_kubernetes_writes_is_named_and_masked() {
         a Pod: 1 masked [v1 Pod ns/p 7]
         a DeploymentList: 1 masked [apps/v1 Deployment ns/d ] [apps/v1 Deployment ns/e 7]
         a ConfigMap: 0 masked [v1 ConfigMap ns/m ]
-        a ControllerRevision: 1 masked [apps/v1 ControllerRevision /r ] withheld: may hold a secret in a field that is not known
+        a ControllerRevision: 1 masked [apps/v1 ControllerRevision /r ]
         a watch of Secrets: 9 masked [ADDED v1 Secret ns/s 7] [ADDED meta.k8s.io/v1 PartialObjectMetadata ns/s 7] [ADDED v1 Secret ns/t 7]
         a watch of Pods: 1 masked [ADDED v1 Pod ns/p 7]
     "#]].assert_eq(&all);

@@ -196,7 +196,8 @@ impl RequestRecord {
     fn reads(&self, headers: &HeaderMap) -> Upgraded {
         let leaves_out =
             LeavesOut { payload: self.plan.streams == Streams::Metadata, body: self.left_out.is_some() };
-        Upgraded::new(&self.asked, headers, self.context.sensitivity, leaves_out)
+        let Context { sensitivity, masker, .. } = &*self.context;
+        Upgraded::new(&self.asked, headers, (*sensitivity, masker), leaves_out)
     }
 
     fn upgraded(&self, headers: &HeaderMap) {

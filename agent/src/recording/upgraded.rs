@@ -7,10 +7,10 @@ use http::{
     HeaderMap,
     header::{SEC_WEBSOCKET_EXTENSIONS, SEC_WEBSOCKET_PROTOCOL, UPGRADE},
 };
-use weir_common::event::{Channel, Kind};
+use weir_common::event::{Change, Channel, FileCopied, Kind};
 
-use super::{RequestHead, body::Sensitivity, content};
-use crate::streams::{self, Agreed, Decoder, Direction};
+use super::{RequestHead, body::Sensitivity, content, mask::Masker, sieve::Sieves};
+use crate::streams::{self, Agreed, Decoder, Direction, Lane};
 
 /// What an upgrade asks for, as far as it decides how the stream is read.
 #[derive(Clone, Debug, Default)]
@@ -47,6 +47,8 @@ pub(super) struct Upgraded {
     decoder: Decoder,
     /// Raw bytes may hold objects of the API, which no mask can see in them.
     withholds: bool,
+    /// Finds what rules mask.
+    sieves: Option<Sieves>,
     leaves_out: LeavesOut,
     /// Bytes that were left out.
     left_out: u64,
@@ -77,7 +79,7 @@ impl Upgraded {
     pub(super) fn new(
         asked: &Asked,
         headers: &HeaderMap,
-        sensitivity: Sensitivity,
+        (sensitivity, masker): (Sensitivity, &Masker),
         leaves_out: LeavesOut,
     ) -> Self {
         let text = |name| headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default();
@@ -90,8 +92,10 @@ impl Upgraded {
             subprotocol: text(SEC_WEBSOCKET_PROTOCOL),
             extensions: headers.contains_key(SEC_WEBSOCKET_EXTENSIONS),
         });
-        let withholds = asked.verb == "watch" || sensitivity != Sensitivity::None;
-        Self { decoder, withholds, leaves_out, left_out: 0 }
+        let sieves = Sieves::of(masker);
+        // Masked frames and what is compressed hide from expressions, too.
+        let withholds = asked.verb == "watch" || sensitivity != Sensitivity::None || sieves.is_some();
+        Self { decoder, withholds, sieves, leaves_out, left_out: 0 }
     }
 
     /// Takes the next bytes of one direction.
@@ -109,6 +113,10 @@ impl Upgraded {
             let reason = "left out: a rule wants only metadata of what this stream carried".to_owned();
             decoded.kinds.push(Kind::Gap { reason, events: None, bytes: Some(self.left_out) });
         }
+        for lane in self.sieves.as_ref().map(Sieves::lanes).unwrap_or_default() {
+            decoded.kinds.append(&mut self.end(lane));
+        }
+        decoded.kinds.extend(self.sieves.as_ref().and_then(Sieves::told));
         decoded
     }
 
@@ -141,13 +149,31 @@ impl Upgraded {
                         decoded.kinds.push(withheld(bytes.len()));
                         continue;
                     }
-                    decoded.kinds.append(&mut content::split_lane(lane, offset, &bytes));
+                    let Some(sieves) = &mut self.sieves else {
+                        decoded.kinds.append(&mut content::split_lane(lane, offset, &bytes));
+                        continue;
+                    };
+                    match sieves.push(lane, &bytes) {
+                        // Masks make it longer or shorter: offsets are those of what is recorded.
+                        Some((offset, masked)) => {
+                            decoded.kinds.append(&mut content::split_lane(lane, offset, &masked));
+                        }
+                        None => decoded.kinds.push(withheld(bytes.len())),
+                    }
                 }
-                streams::Event::Changed(streams::Lane { channel, connection }, change) => {
+                streams::Event::Changed(lane @ Lane { channel, connection }, change) => {
+                    if change != Change::Opened {
+                        decoded.kinds.append(&mut self.end(lane));
+                    }
                     decoded.kinds.push(Kind::ChannelChanged { channel, connection, change });
                 }
-                streams::Event::Copied(file) => decoded.kinds.push(Kind::FileCopied(Box::new(file))),
-                streams::Event::Forwarded(connection) => {
+                streams::Event::Copied(file) => {
+                    decoded.kinds.push(Kind::FileCopied(Box::new(self.copied(file))));
+                }
+                streams::Event::Forwarded(mut connection) => {
+                    if let (Some(sieves), Some(name)) = (&self.sieves, &mut connection.server_name) {
+                        *name = sieves.text(name);
+                    }
                     decoded.kinds.push(Kind::ConnectionForwarded(Box::new(connection)));
                 }
                 streams::Event::Gap(reason) => {
@@ -162,10 +188,25 @@ impl Upgraded {
         }
         decoded
     }
+
+    /// A lane is over.
+    fn end(&mut self, lane: Lane) -> Vec<Kind> {
+        let rest = self.sieves.as_mut().and_then(|sieves| sieves.end(lane));
+        rest.map(|(offset, rest)| content::split_lane(lane, offset, &rest)).unwrap_or_default()
+    }
+
+    /// A file as it is recorded: where something of its channel was masked, or nobody looked, without its digest, which is not keyed.
+    fn copied(&self, file: FileCopied) -> FileCopied {
+        let Some(sieves) = &self.sieves else { return file };
+        let lane = Lane { channel: file.channel, connection: None };
+        let digest = file.digest.filter(|_| !self.leaves_out.payload && !sieves.has_masked(lane));
+        let link_target = file.link_target.map(|target| sieves.text(&target));
+        FileCopied { path: sieves.text(&file.path), digest, link_target, ..file }
+    }
 }
 
 /// Bytes of a stream that the masks cannot see into.
 fn withheld(bytes: usize) -> Kind {
-    let reason = "withheld: objects in a stream that is not decoded cannot be masked".to_owned();
+    let reason = "withheld: what is not decoded of a stream cannot be masked".to_owned();
     Kind::Gap { reason, events: None, bytes: Some(bytes as u64) }
 }

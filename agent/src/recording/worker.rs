@@ -55,7 +55,7 @@ pub(super) struct Context {
     pub(super) share: Arc<Share>,
     pub(super) workers: Arc<Workers>,
     pub(super) worker: usize,
-    pub(super) masker: Arc<Masker>,
+    pub(super) masker: Masker,
     pub(super) sensitivity: Sensitivity,
     pub(super) cluster: usize,
     pub(super) session: Arc<SessionKeys>,

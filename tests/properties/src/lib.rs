@@ -16,7 +16,7 @@ pub mod streams;
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets; each has a corpus folder and a fuzz target of its name.
-pub const TARGETS: [Target; 27] = [
+pub const TARGETS: [Target; 28] = [
     ("answer", agent::answer),
     ("attributes", record::attributes),
     ("body", masks::body),
@@ -31,6 +31,7 @@ pub const TARGETS: [Target; 27] = [
     ("frame", journal::frame),
     ("key_set", auth::key_set),
     ("kubeconfig", agent::kubeconfig),
+    ("masked_stream", masks::masked_stream),
     ("message", journal::message),
     ("nri", agent::nri),
     ("packet", kernel::packet),

@@ -6,7 +6,7 @@ use std::sync::OnceLock;
 
 use http::{HeaderMap, HeaderName, HeaderValue, Uri};
 use serde_json::{Value, json};
-use weir_agent::recording::probe::{self, Claim};
+use weir_agent::recording::probe::{self, Claim, Sifting};
 use weir_common::{
     attributes::Attributes,
     event::{BodySummary, CONTENT_BYTES_MAX, Kind},
@@ -275,6 +275,51 @@ fn hides(claim: Claim<'_>, text: &str, limit_choice: u8, cut: u8) {
             is_hidden(&content, text);
         }
     }
+}
+
+/// Expressions that match the secret, each with another end.
+const EXPRESSIONS: [&str; 5] = [
+    "canary-[0-9a-f]{16}",
+    "(?i:x|canary)-[0-9a-f]+",
+    "c[a-z]{2,9}-[0-9a-f]{10,40}?",
+    "canary[^ ]{4,}| [^\n]*canary",
+    "(?s:a.{0,30}canary.{17})|canary-4f1c",
+];
+
+/// A stream with a secret in it, cut as the input says and at every byte: it is not recorded, and a cut leaves no more in clear. The first
+/// byte chooses the expression, the second the length of pieces, the third where in the rest the secret stands.
+pub fn masked_stream(bytes: &[u8]) {
+    static ALL: OnceLock<Vec<Sifting>> = OnceLock::new();
+    let all = ALL.get_or_init(|| EXPRESSIONS.iter().filter_map(|text| Sifting::new(text)).collect());
+    assert_eq!(all.len(), EXPRESSIONS.len(), "all are expressions");
+    let Some(([choice, length, place], rest)) = bytes.split_first_chunk::<3>() else { return };
+    if knows_it(&String::from_utf8_lossy(rest)) || rest.windows(6).any(|window| window == b"masked") {
+        return;
+    }
+    let (before, after) = rest.split_at(usize::from(*place).min(rest.len()));
+    let text = [before, SECRET.as_bytes(), after].concat();
+    let sifting = &all[usize::from(*choice) % all.len()];
+    let whole = sifting.recorded(&[&text]);
+    is_hidden(&whole, "a stream in one piece");
+    for length in [usize::from(*length).max(1), 1] {
+        let recorded = sifting.recorded(&text.chunks(length).collect::<Vec<_>>());
+        is_hidden(&recorded, "a stream in pieces");
+        assert!(clear_bytes(&recorded) <= clear_bytes(&whole), "a cut leaves more in clear");
+    }
+}
+
+/// Bytes beside masks.
+fn clear_bytes(recorded: &[u8]) -> usize {
+    let text: String = recorded.iter().map(|byte| char::from(*byte)).collect();
+    let mut parts = text.split("weir:masked:");
+    let first = parts.next().map_or(0, |part| part.chars().count());
+    let behind = parts.map(|part| {
+        let (class, rest) = part.split_once(':').expect("a mask has a class");
+        assert!(class.starts_with("le"), "{class}");
+        let mask = if rest.starts_with("begun") { 5 } else { 16 };
+        rest.chars().count() - mask
+    });
+    first + behind.sum::<usize>()
 }
 
 /// Whether the input has the secret itself: libFuzzer learns it from the comparisons, and may put it anywhere.

@@ -1,0 +1,288 @@
+//! Expressions over streams that come in pieces: what they match is masked wherever a piece cuts it. Sans-IO.
+//!
+//! Nothing is held back: a piece is recorded before it is forwarded, so what it holds has to be decided with what there is. A match
+//! that may have begun where the piece ends is recorded as `weir:masked:<length class>:begun`, and its bytes are kept to be searched
+//! again with the next piece. When they are a match in the end, the mask of the whole follows, with its digest; should
+//! they be none, they stay masked.
+
+use std::{borrow::Cow, collections::HashMap};
+
+use weir_common::event::Kind;
+
+use super::{
+    mask::{MASK_PREFIX, Masker, length_class},
+    patterns::Patterns,
+};
+use crate::streams::Lane;
+
+/// What stands for a digest where there is none: digests of single letters could be told apart.
+const BEGUN: &str = "begun";
+
+/// Most lanes of one connection that are searched at the same time.
+const LANES_MAX: usize = 1024;
+
+/// The search through one stream. `Debug` would show what it keeps.
+#[derive(Default)]
+pub(super) struct Sieve {
+    /// What the last piece ended with, where a match may have begun.
+    begun: Vec<u8>,
+    /// Masks so far, and bytes that they stand for.
+    pub(super) masks: u64,
+    pub(super) masked_bytes: u64,
+}
+
+impl std::fmt::Debug for Sieve {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Sieve({} bytes)", self.begun.len())
+    }
+}
+
+impl Sieve {
+    /// What is recorded of the next piece.
+    pub(super) fn push<'a>(
+        &mut self,
+        masker: &Masker,
+        patterns: &Patterns,
+        piece: &'a [u8],
+    ) -> Cow<'a, [u8]> {
+        let masks = self.masks;
+        let text = if self.begun.is_empty() {
+            Cow::Borrowed(piece)
+        } else {
+            [&self.begun[..], piece].concat().into()
+        };
+        // Up to where it is recorded, and from where on a match can be.
+        let (mut recorded, mut from) = (self.begun.len(), 0);
+        let mut out = Vec::new();
+        let mut begins = patterns.begins_at(&text, from);
+        while let Some(found) = patterns.find_at(&text, from) {
+            // What follows may make another one of it.
+            if begins.is_some_and(|begins| begins <= found.start()) {
+                break;
+            }
+            out.extend_from_slice(text.get(recorded..found.start()).unwrap_or_default());
+            out.extend_from_slice(masker.mask(found.as_bytes()).as_bytes());
+            self.count(found.end().saturating_sub(recorded.max(found.start())));
+            from = found.end();
+            recorded = recorded.max(from);
+            if begins.is_some_and(|begins| begins < from) {
+                begins = patterns.begins_at(&text, from);
+            }
+        }
+        let begins = begins.unwrap_or(text.len());
+        if let Some(clear) = text.get(recorded..begins) {
+            out.extend_from_slice(clear);
+            recorded = begins;
+        }
+        if text.len() > recorded {
+            let class = length_class(text.len() - recorded);
+            out.extend_from_slice(format!("{MASK_PREFIX}{class}:{BEGUN}").as_bytes());
+            self.count(text.len() - recorded);
+        }
+        let begun = text[begins..].to_vec();
+        self.begun = begun;
+        if self.masks == masks { Cow::Borrowed(piece) } else { Cow::Owned(out) }
+    }
+
+    fn count(&mut self, bytes: usize) {
+        self.masks += 1;
+        self.masked_bytes += bytes as u64;
+    }
+
+    /// The stream is over: a match that could have gone on is whole. Its bytes are recorded as begun; this is its mask.
+    pub(super) fn finish(&mut self, masker: &Masker, patterns: &Patterns) -> Vec<u8> {
+        let begun = std::mem::take(&mut self.begun);
+        let (mut out, mut from) = (Vec::new(), 0);
+        while let Some(found) = patterns.find_at(&begun, from) {
+            out.extend_from_slice(masker.mask(found.as_bytes()).as_bytes());
+            self.count(0);
+            from = found.end();
+        }
+        out
+    }
+
+    /// Something is missing here: what came before goes with nothing that follows.
+    pub(super) fn forget(&mut self) {
+        self.begun.clear();
+    }
+}
+
+/// The search through all lanes of one connection.
+#[derive(Debug)]
+pub(super) struct Sieves {
+    masker: Masker,
+    /// With the length of what is recorded of each.
+    lanes: HashMap<Lane, (Sieve, u64)>,
+    /// Masks in lanes that are over, and the bytes that they stand for.
+    masks: u64,
+    masked_bytes: u64,
+}
+
+impl Sieves {
+    /// None where nothing is searched for.
+    pub(super) fn of(masker: &Masker) -> Option<Self> {
+        masker.masks().patterns()?;
+        Some(Self { masker: masker.clone(), lanes: HashMap::new(), masks: 0, masked_bytes: 0 })
+    }
+
+    /// What is recorded of the next bytes of a lane, and its offset there. None: there are too many lanes.
+    pub(super) fn push<'a>(&mut self, lane: Lane, bytes: &'a [u8]) -> Option<(u64, Cow<'a, [u8]>)> {
+        if !self.lanes.contains_key(&lane) && self.lanes.len() >= LANES_MAX {
+            return None;
+        }
+        let (sieve, recorded) = self.lanes.entry(lane).or_default();
+        let content = sieve.push(&self.masker, self.masker.masks().patterns()?, bytes);
+        let offset = *recorded;
+        *recorded += content.len() as u64;
+        Some((offset, content))
+    }
+
+    /// Whether something in a lane was masked.
+    pub(super) fn has_masked(&self, lane: Lane) -> bool {
+        self.lanes.get(&lane).is_some_and(|(sieve, _)| sieve.masks > 0)
+    }
+
+    /// A lane is over: what is recorded at its end, and the offset there.
+    pub(super) fn end(&mut self, lane: Lane) -> Option<(u64, Vec<u8>)> {
+        let patterns = self.masker.masks().patterns()?;
+        let (sieve, recorded) = self.lanes.get_mut(&lane)?;
+        let (offset, rest) = (*recorded, sieve.finish(&self.masker, patterns));
+        *recorded += rest.len() as u64;
+        // Connections come and go; of others there are few, and what is masked of them counts on.
+        if lane.connection.is_some()
+            && let Some((sieve, _)) = self.lanes.remove(&lane)
+        {
+            self.masks += sieve.masks;
+            self.masked_bytes += sieve.masked_bytes;
+        }
+        Some((offset, rest))
+    }
+
+    /// Lanes that are there.
+    pub(super) fn lanes(&self) -> Vec<Lane> {
+        self.lanes.keys().copied().collect()
+    }
+
+    /// A word of it.
+    pub(super) fn text(&self, text: &str) -> String {
+        self.masker.text(text)
+    }
+
+    /// How much of the stream was masked, if anything was.
+    pub(super) fn told(&self) -> Option<Kind> {
+        let sieves = || self.lanes.values().map(|(sieve, _)| sieve);
+        let masks = self.masks + sieves().map(|sieve| sieve.masks).sum::<u64>();
+        let bytes = self.masked_bytes + sieves().map(|sieve| sieve.masked_bytes).sum::<u64>();
+        (masks > 0).then(|| Kind::Gap {
+            reason: format!("masked by rule: {masks} masks stand in what this stream carried"),
+            events: None,
+            bytes: Some(bytes),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use proptest::prelude::*;
+
+    use super::{Masker, Sieve};
+    use crate::recording::masks::{MaskRules, Masks};
+
+    fn masker(patterns: &[&str]) -> Masker {
+        let patterns = patterns.iter().map(|pattern| (*pattern).to_owned()).collect();
+        let masks = Masks::new(MaskRules { patterns, ..MaskRules::default() }).unwrap();
+        Masker::for_cluster(&[1; 32], "c").by(&Arc::new(masks))
+    }
+
+    fn sifted(masker: &Masker, pieces: &[&[u8]]) -> Vec<u8> {
+        let mut sieve = Sieve::default();
+        let patterns = masker.masks().patterns().unwrap();
+        let recorded = pieces.iter().map(|piece| sieve.push(masker, patterns, piece).into_owned());
+        let mut recorded = recorded.collect::<Vec<_>>().concat();
+        recorded.extend(sieve.finish(masker, patterns));
+        recorded
+    }
+
+    fn shown(masker: &Masker, pieces: &[&[u8]]) -> String {
+        String::from_utf8_lossy(&sifted(masker, pieces)).into_owned()
+    }
+
+    /// Without masks, as pieces between them.
+    fn clear(recorded: &[u8]) -> Vec<String> {
+        let masks = regex::Regex::new("(?:weir:masked:(?:0|le[0-9]+):(?:[0-9a-f]{16}|begun))+").unwrap();
+        masks.split(&String::from_utf8_lossy(recorded)).map(str::to_owned).collect()
+    }
+
+    #[test]
+    fn a_match_that_a_piece_cuts_is_masked_and_its_whole_is_recognisable() {
+        let masker = masker(&["AKIA[0-9A-Z]{16}", "password=[^ ]+"]);
+        let secret = "AKIA0123456789ABCDEF";
+        let whole = String::from_utf8_lossy(masker.mask(secret.as_bytes()).as_bytes()).into_owned();
+        assert_eq!(shown(&masker, &[b"x AKIA0123456789ABCDEF y"]), format!("x {whole} y"));
+        assert_eq!(
+            shown(&masker, &[b"x AK", b"IA0123", b"456789ABCDEF y"]),
+            format!("x weir:masked:le8:begunweir:masked:le8:begun{whole} y")
+        );
+        // What was none stays masked, and what follows is clear.
+        assert_eq!(shown(&masker, &[b"x AK", b"KA"]), "x weir:masked:le8:begunKweir:masked:le8:begun");
+        // One that may go on.
+        let password = masker.mask(b"password=ab");
+        assert_eq!(
+            shown(&masker, &[b"password=a", b"b", b" c"]),
+            format!("weir:masked:le16:begunweir:masked:le8:begun{password} c")
+        );
+        // The end says that it does not.
+        assert_eq!(shown(&masker, &[b"password=ab"]), format!("weir:masked:le16:begun{password}"));
+    }
+
+    #[test]
+    fn what_nothing_matches_is_passed_on_as_it_is() {
+        let masker = masker(&["AKIA[0-9A-Z]{16}"]);
+        assert_eq!(shown(&masker, &[b"some \xff", b"text\n"]), "some \u{fffd}text\n");
+    }
+
+    const PATTERNS: [&str; 4] = ["ab+c", "(?:ca|a)bb", "aab|aabbcc", "c[abc]{2}a"];
+
+    proptest! {
+        /// Every byte that is masked in the whole is masked however it is cut, and what is clear is what it was.
+        #[test]
+        fn a_cut_hides_no_less(
+            text in "[abcx]{0,40}", cuts in proptest::collection::vec(0_usize..40, 0..6), which in 0_usize..4,
+        ) {
+            let masker = masker(&PATTERNS[which..=which]);
+            let mut cuts: Vec<_> = cuts.into_iter().map(|at| at.min(text.len())).chain([0, text.len()]).collect();
+            cuts.sort_unstable();
+            let pieces: Vec<_> = cuts.windows(2).map(|cut| &text.as_bytes()[cut[0]..cut[1]]).collect();
+            let regex = regex::Regex::new(PATTERNS[which]).unwrap();
+            let mut hidden = vec![false; text.len()];
+            regex.find_iter(&text).for_each(|found| hidden[found.range()].fill(true));
+            // What may have begun at a cut, by trying whether anything makes a match of it.
+            let mut sieve = Sieve::default();
+            let patterns = masker.masks().patterns().unwrap();
+            let (mut at, mut seen) = (0, String::new());
+            for piece in &pieces {
+                let recorded = sieve.push(&masker, patterns, piece);
+                let begun = at + piece.len() - sieve.begun.len().min(at + piece.len());
+                hidden[begun.max(at)..at + piece.len()].fill(true);
+                at += piece.len();
+                seen.push_str(&clear(&recorded).join("|"));
+                seen.push('|');
+            }
+            let expected: String = text.char_indices().filter(|(at, _)| !hidden[*at]).map(|(_, c)| c).collect();
+            prop_assert_eq!(seen.replace('|', ""), expected);
+        }
+
+        #[test]
+        fn a_secret_is_hidden_cut_into_single_bytes(before in "[ -~]{0,10}", secret in "[0-9A-Z]{16}", after in "[a-z]{0,10}") {
+            let masker = masker(&["AKIA[0-9A-Z]{16}"]);
+            let text = format!("{before}AKIA{secret}{after}");
+            let pieces: Vec<_> = text.as_bytes().chunks(1).collect();
+            let recorded = shown(&masker, &pieces);
+            let whole = masker.mask(format!("AKIA{secret}").as_bytes());
+            prop_assert!(recorded.contains(&whole), "{}", recorded);
+            prop_assert!(!clear(recorded.as_bytes()).join("").contains(&secret[..6]), "{}", recorded);
+        }
+    }
+}
