@@ -34,6 +34,7 @@ pub(crate) mod ledger;
 mod mask;
 mod masks;
 mod measures;
+mod names;
 mod opening;
 mod patterns;
 mod plan;

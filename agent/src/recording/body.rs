@@ -11,7 +11,8 @@ use weir_common::attributes::Attributes;
 use super::{
     cut_json,
     mask::Masker,
-    protobuf::{self, Names},
+    names::Names,
+    protobuf,
     walk::{Around, Walk},
 };
 
@@ -106,8 +107,7 @@ pub(super) fn is_protobuf(content_type: Option<&str>) -> bool {
     Format::of(content_type) == Format::Protobuf
 }
 
-/// Decides what is recorded of a body that is all there (`whole`) or cut. Where the body cannot be read by who reads the
-/// record, `names` becomes the objects in it.
+/// Decides what is recorded of a body that is all there (`whole`) or cut. `names` becomes the objects in it.
 pub(super) fn record<'a>(
     masker: &Masker,
     sensitivity: Sensitivity,
@@ -125,6 +125,9 @@ pub(super) fn record<'a>(
     };
     if format == Format::Protobuf {
         return protobuf::record(masker, sensitivity, body, whole, names);
+    }
+    if matches!(format, Format::Json | Format::Yaml | Format::Unknown) {
+        names.read(masker, body, format == Format::Yaml);
     }
     record_as(masker, sensitivity, format, body, whole)
 }
@@ -248,7 +251,7 @@ mod tests {
     use weir_common::attributes::Attributes;
 
     use super::{Recorded, Sensitivity, mentions_secret};
-    use crate::recording::{mask::Masker, protobuf::Names};
+    use crate::recording::{mask::Masker, names::Names};
 
     const CANARY: &str = "canary-hunter2";
 

@@ -14,7 +14,8 @@ use super::{
     frames::{Frame, Frames, HEADER},
     gzip::{self, Gunzip},
     mask::{KeyedDigest, Masker},
-    protobuf::{self, Names},
+    names::Names,
+    protobuf,
     sieve::Sieve,
 };
 use crate::streams::Lane;
@@ -44,6 +45,8 @@ pub(super) struct Held {
     pub(super) content_encoding: Option<String>,
     /// Most bytes that are recorded.
     pub(super) bytes_max: usize,
+    /// Whether objects in text are named: no other place says which they are.
+    pub(super) names_text: bool,
 }
 
 impl Held {
@@ -67,7 +70,7 @@ impl Held {
 pub(super) struct Kept {
     pub(super) content: Vec<u8>,
     pub(super) summary: BodySummary,
-    /// Objects in it, where it is not text.
+    /// Objects in it.
     pub(super) names: Names,
 }
 
@@ -129,7 +132,7 @@ pub(super) fn reduce(masker: &Masker, sensitivity: Sensitivity, held: &Held) -> 
         }
     };
     let whole = truncated.is_none();
-    let mut names = Names::default();
+    let mut names = Names::new(held.names_text);
     let recorded = match withheld {
         Some(reason) if sensitivity != Sensitivity::None || masker.hides() => Recorded::Withheld { reason },
         Some(_) => Recorded::Clear(&content),
@@ -263,7 +266,7 @@ impl Streamed {
     /// Takes the next bytes and returns the events that they make.
     pub(super) fn push(&mut self, masker: &Masker, bytes: &[u8]) -> Vec<Kind> {
         self.whole.update(bytes);
-        let mut out = Out::default();
+        let mut out = Out { names: Names::new(self.lines), ..Out::default() };
         if self.broken.is_some() {
             self.left_out += bytes.len() as u64;
             return Vec::new();
@@ -306,7 +309,7 @@ impl Streamed {
 
     /// The stream is over.
     pub(super) fn finish(mut self, masker: &Masker, wire_bytes: u64) -> (Vec<Kind>, BodySummary) {
-        let mut out = Out::default();
+        let mut out = Out { names: Names::new(self.lines), ..Out::default() };
         if !self.line.is_empty() {
             let line = std::mem::take(&mut self.line);
             self.line(masker, &line, &mut out);
@@ -471,7 +474,7 @@ impl Streamed {
 struct Out {
     before: Vec<(Vec<u8>, Kind)>,
     content: Vec<u8>,
-    /// Objects in it, where it is not text.
+    /// Objects in it.
     names: Names,
 }
 

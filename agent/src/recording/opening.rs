@@ -244,6 +244,7 @@ impl Recorder {
             worker: inner.workers.assign(),
             masker: self.masker(Some(cluster)).of(attributes),
             sensitivity: Sensitivity::of(attributes),
+            names_text: attributes.is_resource() && attributes.name.is_empty(),
             cluster,
             session: Arc::clone(&belonging.session),
             invocation: belonging.invocation.clone(),
@@ -281,6 +282,7 @@ async fn mask_request(
         content_type: text(CONTENT_TYPE),
         content_encoding: text(CONTENT_ENCODING),
         bytes_max: REQUEST_BYTES_MAX,
+        names_text: context.names_text,
         chunks: vec![body],
     };
     if let Some(reason) = left_out {

@@ -43,6 +43,7 @@ pub fn held(claim: Claim<'_>, body: &[u8], bytes_max: usize, cut: bool) -> (Vec<
         content_type: claim.content_type.map(str::to_owned),
         content_encoding: claim.content_encoding.map(str::to_owned),
         bytes_max,
+        names_text: true,
     };
     let Kept { content, summary, .. } = content::reduce(&masker(), Sensitivity::of(claim.attributes), &held);
     (content, summary)

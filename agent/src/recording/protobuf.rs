@@ -11,12 +11,13 @@
 
 use std::borrow::Cow;
 
-use weir_common::event::{Channel, Kind, NamedObject, ObjectsNamed};
+use weir_common::event::NamedObject;
 
 use super::{
     body::{self, Recorded, Sensitivity},
     mask::Masker,
     masks::FieldSet,
+    names::{Names, word},
     schema::{self, Others, Rule, Schema, WATCH_EVENT, schema_of},
     wire::{Field, Malformed, field, fields, put},
 };
@@ -29,41 +30,6 @@ pub(super) const CONTENT_TYPE: &str = "application/vnd.kubernetes.protobuf";
 
 /// Most objects in objects: a `List` in a watch event has three.
 const DEPTH_MAX: u32 = 8;
-
-/// Most objects of one event of the record, and of a body.
-const NAMED_PER_EVENT_MAX: usize = 64;
-const NAMED_MAX: usize = 512;
-
-/// Longest name of an object: that of a DNS subdomain.
-const NAME_BYTES_MAX: usize = 253;
-
-/// The objects that were named, within bounds.
-#[derive(Debug, Default, PartialEq, Eq)]
-pub(super) struct Names {
-    objects: Vec<NamedObject>,
-    left_out: u64,
-}
-
-impl Names {
-    fn push(&mut self, object: NamedObject) {
-        if self.objects.len() < NAMED_MAX {
-            self.objects.push(object);
-        } else {
-            self.left_out += 1;
-        }
-    }
-
-    /// As events of the record.
-    pub(super) fn kinds(self, channel: Channel) -> Vec<Kind> {
-        let last = self.objects.len().div_ceil(NAMED_PER_EVENT_MAX).saturating_sub(1);
-        let chunks = self.objects.chunks(NAMED_PER_EVENT_MAX).enumerate();
-        let kind = |(number, objects): (usize, &[NamedObject])| {
-            let left_out = if number == last { self.left_out } else { 0 };
-            Kind::ObjectsNamed(Box::new(ObjectsNamed { channel, objects: objects.to_vec(), left_out }))
-        };
-        chunks.map(kind).collect()
-    }
-}
 
 /// Why nothing of a body is recorded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -154,12 +120,6 @@ fn are_known(masker: &Masker, kind: &str, fields: FieldSet) -> bool {
 /// Whether something in these bytes may be an object that holds secrets: in an envelope, or in JSON or YAML.
 fn looks_secret(bytes: &[u8]) -> bool {
     bytes.windows(MAGIC.len()).any(|window| window == MAGIC) || body::mentions_secret(bytes)
-}
-
-/// A name as it is recorded: nothing that could not be one.
-fn word(bytes: &[u8]) -> Option<String> {
-    let text = std::str::from_utf8(bytes).ok().filter(|text| text.len() <= NAME_BYTES_MAX)?;
-    text.chars().all(|c| !c.is_control()).then(|| text.to_owned())
 }
 
 /// Where a message stands.

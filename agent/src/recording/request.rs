@@ -173,6 +173,7 @@ impl RequestRecord {
             level => Response::Held(Held {
                 content_type,
                 content_encoding,
+                names_text: self.context.names_text,
                 bytes_max: match level {
                     Level::Bounded(bytes_max) => bytes_max,
                     Level::Metadata | Level::Streamed => ERROR_BYTES_MAX,

@@ -57,6 +57,8 @@ pub(super) struct Context {
     pub(super) worker: usize,
     pub(super) masker: Masker,
     pub(super) sensitivity: Sensitivity,
+    /// See [`Held`].
+    pub(super) names_text: bool,
     pub(super) cluster: usize,
     pub(super) session: Arc<SessionKeys>,
     pub(super) invocation: Option<Arc<str>>,

@@ -1,10 +1,10 @@
-//! Which objects a body holds, where that cannot be read in the body itself.
+//! Which objects a body holds, where neither its request says it nor everybody can read the body.
 
 use serde::{Deserialize, Serialize};
 
 use super::Channel;
 
-/// Objects of a body that is not text, or of one of its pieces, as the body names them: a claim of whoever sent it.
+/// Objects of a body, or of one of its pieces, as the body names them: a claim of whoever sent it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct ObjectsNamed {
