@@ -6,6 +6,7 @@
 
 mod admission;
 mod body;
+mod cbor;
 mod claims;
 #[cfg(test)]
 mod commit_tests;

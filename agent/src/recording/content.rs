@@ -11,6 +11,7 @@ use weir_common::event::{self, BodySummary, CONTENT_BYTES_MAX, Channel, Content,
 
 use super::{
     body::{self, Recorded, Sensitivity},
+    cbor,
     frames::{Frame, Frames, HEADER},
     gzip::{self, Gunzip},
     mask::{KeyedDigest, Masker},
@@ -104,6 +105,19 @@ fn keyed(masker: &Masker, content: &[u8]) -> String {
     digest.finish()
 }
 
+/// CBOR as JSON, which is recorded in its place, with its type; anything else as it is.
+fn as_json<'a>(
+    held: &'a Held,
+    content: Cow<'a, [u8]>,
+    summary: &mut BodySummary,
+) -> (Cow<'a, [u8]>, Option<&'a str>) {
+    let content_type = held.content_type.as_deref();
+    let Some(json) = cbor::as_json(content_type, &content) else { return (content, content_type) };
+    let before = summary.decoded.take().map_or("", |_| "gzip, ");
+    summary.decoded = Some(format!("{before}cbor"));
+    (json.into(), Some("application/json"))
+}
+
 /// What is recorded of a body that was held.
 pub(super) fn reduce(masker: &Masker, sensitivity: Sensitivity, held: &Held) -> Kept {
     let wire = held.bytes();
@@ -132,11 +146,15 @@ pub(super) fn reduce(masker: &Masker, sensitivity: Sensitivity, held: &Held) -> 
         }
     };
     let whole = truncated.is_none();
+    let (content, content_type) = match withheld {
+        None if whole => as_json(held, content, &mut summary),
+        _ => (content, held.content_type.as_deref()),
+    };
     let mut names = Names::new(held.names_text);
     let recorded = match withheld {
         Some(reason) if sensitivity != Sensitivity::None || masker.hides() => Recorded::Withheld { reason },
         Some(_) => Recorded::Clear(&content),
-        None => body::record(masker, sensitivity, held.content_type.as_deref(), &content, whole, &mut names),
+        None => body::record(masker, sensitivity, content_type, &content, whole, &mut names),
     };
     let (mut kept, unmasked) = match recorded {
         Recorded::Clear(bytes) => (bytes.to_vec(), true),

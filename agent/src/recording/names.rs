@@ -140,11 +140,12 @@ impl<'de> Visitor<'de> for Object<'_, '_, '_> {
                 "metadata" => metadata = map.next_value::<Option<Metadata>>()?.unwrap_or_default(),
                 "items" | "rows" => {
                     let kind = kind.strip_suffix("List").unwrap_or_default();
-                    let version = if kind.is_empty() { "" } else { &api_version };
+                    let version = if kind.is_empty() { "" } else { api_version.as_str() };
+                    let read = &mut *read;
                     map.next_value_seed(Objects(Object { read, kind, api_version: version, event: None }))?;
                 }
                 "object" => {
-                    let event = happened.clone();
+                    let (event, read) = (happened.clone(), &mut *read);
                     map.next_value_seed(Object { read, kind: "", api_version: "", event })?;
                 }
                 _ => {

@@ -261,6 +261,24 @@ fn expressions_find_what_is_escaped_numbers_and_names() {
     assert_eq!(shown(&masker, "text/plain", "a canary-hunter2."), format!("1 masked a {}.", mask(CANARY)));
 }
 
+#[test]
+fn cbor_is_masked_and_named_as_json() {
+    let secret = serde_json::json!({"kind": "Secret", "metadata": {"name": "s"}, "data": {"a": STANDARD.encode(CANARY)}});
+    let pod = serde_json::json!({"kind": "Pod", "spec": {"containers": [{"env": [{"name": "A_KEY", "value": CANARY}]}]}});
+    let masker = masker_of_all();
+    let mask = masker.mask(CANARY.as_bytes());
+    for (value, of) in [(secret, "application/cbor"), (pod, "application/apply-patch+cbor")] {
+        let list = serde_json::json!({"kind": "List", "items": [value]});
+        let body = super::cbor::tests::encoded(&list);
+        let Kept { content, summary, .. } = held(&masker, of, &body, true);
+        let text = String::from_utf8(content).unwrap();
+        assert!(text.contains(&mask) && summary.masked == 1, "{text}");
+        assert_eq!((summary.decoded.as_deref(), summary.truncated), (Some("cbor"), None));
+        let cut = held(&masker, of, &body[..body.len() - 1], false);
+        assert!(cut.content.is_empty(), "{:?}", cut.summary);
+    }
+}
+
 #[derive(Clone, PartialEq, prost::Message)]
 struct Fields {
     #[prost(bytes = "vec", repeated, tag = "1")]

@@ -1,0 +1,235 @@
+//! CBOR as the API server speaks it where it is asked to, as JSON: what masks and names read. Sans-IO.
+//!
+//! Kubernetes writes texts as byte strings, and what is base64 in JSON as byte strings with tag 22 (k8s.io/apimachinery
+//! `pkg/runtime/serializer/cbor/internal/modes`). What it would refuse (names given twice, other tags) is not read here either.
+
+use base64::{Engine as _, engine::general_purpose::STANDARD};
+use serde_json::{Map, Number, Value};
+
+/// Deepest nesting; Kubernetes reads no deeper.
+const DEPTH_MAX: u32 = 64;
+
+/// "This is CBOR": before every object.
+const SELF_DESCRIBED: u64 = 55_799;
+/// A byte string that JSON has in base64.
+const BASE64: u64 = 22;
+
+/// These bytes are no CBOR that Kubernetes would read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Malformed;
+
+/// A body in CBOR as JSON, which is recorded in its place; none: it is none, or nothing that the API server would read.
+pub(super) fn as_json(content_type: Option<&str>, body: &[u8]) -> Option<Vec<u8>> {
+    let essence = content_type?.split(';').next()?.trim().to_ascii_lowercase();
+    if essence != "application/cbor" && !essence.ends_with("+cbor") {
+        return None;
+    }
+    serde_json::to_vec(&decode(body).ok()?).ok()
+}
+
+/// One document, all of `body`.
+fn decode(body: &[u8]) -> Result<Value, Malformed> {
+    let mut reader = Reader { rest: body };
+    let value = reader.value(0)?;
+    if reader.rest.is_empty() { Ok(value) } else { Err(Malformed) }
+}
+
+struct Reader<'a> {
+    rest: &'a [u8],
+}
+
+/// How long what follows is.
+#[derive(Clone, Copy)]
+enum Length {
+    Of(u64),
+    /// Up to a break.
+    Indefinite,
+}
+
+impl<'a> Reader<'a> {
+    fn take(&mut self, length: u64) -> Result<&'a [u8], Malformed> {
+        let length = usize::try_from(length).map_err(|_| Malformed)?;
+        let (taken, rest) = self.rest.split_at_checked(length).ok_or(Malformed)?;
+        self.rest = rest;
+        Ok(taken)
+    }
+
+    /// The major type of what comes next, the lower bits of its first byte, and its argument.
+    fn head(&mut self) -> Result<(u8, u8, Length), Malformed> {
+        let first = self.take(1)?[0];
+        let (major, bits) = (first >> 5, first & 0x1f);
+        let bytes = match bits {
+            0..24 => return Ok((major, bits, Length::Of(bits.into()))),
+            24..28 => self.take(1 << (bits - 24))?,
+            31 => return Ok((major, bits, Length::Indefinite)),
+            _ => return Err(Malformed),
+        };
+        let argument = bytes.iter().fold(0, |number: u64, byte| number << 8 | u64::from(*byte));
+        Ok((major, bits, Length::Of(argument)))
+    }
+
+    fn value(&mut self, depth: u32) -> Result<Value, Malformed> {
+        if depth > DEPTH_MAX {
+            return Err(Malformed);
+        }
+        let (major, bits, length) = self.head()?;
+        match (major, length) {
+            (0, Length::Of(number)) => Ok(number.into()),
+            (1, Length::Of(number)) => {
+                let number = i64::try_from(number).map_err(|_| Malformed)?;
+                Ok((-1 - number).into())
+            }
+            (2 | 3, length) => self.text(major, length).map(Value::String),
+            (4, length) => self.list(length, depth),
+            (5, length) => self.map(length, depth),
+            (6, Length::Of(SELF_DESCRIBED)) => self.value(depth + 1),
+            (6, Length::Of(BASE64)) => match self.head()? {
+                (2, _, length) => self.bytes(2, length).map(|bytes| STANDARD.encode(bytes).into()),
+                _ => Err(Malformed),
+            },
+            (7, Length::Of(number)) => simple(bits, number),
+            _ => Err(Malformed),
+        }
+    }
+
+    /// A string of bytes or characters, in one or more pieces.
+    fn bytes(&mut self, major: u8, length: Length) -> Result<Vec<u8>, Malformed> {
+        if let Length::Of(length) = length {
+            return Ok(self.take(length)?.to_vec());
+        }
+        let mut all = Vec::new();
+        while !self.breaks() {
+            match self.head()? {
+                (of, _, Length::Of(length)) if of == major => all.extend_from_slice(self.take(length)?),
+                _ => return Err(Malformed),
+            }
+        }
+        Ok(all)
+    }
+
+    fn text(&mut self, major: u8, length: Length) -> Result<String, Malformed> {
+        String::from_utf8(self.bytes(major, length)?).map_err(|_| Malformed)
+    }
+
+    fn list(&mut self, length: Length, depth: u32) -> Result<Value, Malformed> {
+        let mut entries = Vec::new();
+        while self.goes_on(length, entries.len()) {
+            entries.push(self.value(depth + 1)?);
+        }
+        Ok(Value::Array(entries))
+    }
+
+    fn map(&mut self, length: Length, depth: u32) -> Result<Value, Malformed> {
+        let mut entries = Map::new();
+        while self.goes_on(length, entries.len()) {
+            let (major, _, length) = self.head()?;
+            if !matches!(major, 2 | 3) {
+                return Err(Malformed);
+            }
+            let name = self.text(major, length)?;
+            if entries.insert(name, self.value(depth + 1)?).is_some() {
+                return Err(Malformed);
+            }
+        }
+        Ok(Value::Object(entries))
+    }
+
+    /// Whether another entry follows. Each takes a byte at least, so a length that lies ends with the input.
+    fn goes_on(&mut self, length: Length, read: usize) -> bool {
+        match length {
+            Length::Of(length) => (read as u64) < length,
+            Length::Indefinite => !self.breaks(),
+        }
+    }
+
+    fn breaks(&mut self) -> bool {
+        let rest = self.rest.strip_prefix(&[0xff]);
+        self.rest = rest.unwrap_or(self.rest);
+        rest.is_some()
+    }
+}
+
+/// `false`, `true`, nothing, or a number with a fraction.
+fn simple(bits: u8, number: u64) -> Result<Value, Malformed> {
+    let float = match (bits, u32::try_from(number)) {
+        (20, _) => return Ok(Value::Bool(false)),
+        (21, _) => return Ok(Value::Bool(true)),
+        (22, _) => return Ok(Value::Null),
+        (26, Ok(bits)) => f64::from(f32::from_bits(bits)),
+        (27, _) => f64::from_bits(number),
+        // Kubernetes writes no halves.
+        _ => return Err(Malformed),
+    };
+    Number::from_f64(float).map(Value::Number).ok_or(Malformed)
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use proptest::prelude::*;
+    use serde_json::{Value, json};
+
+    use super::{Malformed, decode};
+
+    /// As Kubernetes writes: texts as byte strings.
+    pub(in super::super) fn encoded(value: &Value) -> Vec<u8> {
+        let head = |major: u8, number: u64| {
+            let mut out = vec![major << 5 | 27];
+            out.extend(number.to_be_bytes());
+            out
+        };
+        match value {
+            Value::Null => vec![0xf6],
+            Value::Bool(is) => vec![0xf4 + u8::from(*is)],
+            Value::Number(number) => match (number.as_u64(), number.as_i64()) {
+                (Some(number), _) => head(0, number),
+                (_, Some(number)) => head(1, (-1 - number) as u64),
+                _ => [&[0xfb][..], &number.as_f64().unwrap().to_be_bytes()].concat(),
+            },
+            Value::String(text) => [head(2, text.len() as u64), text.clone().into_bytes()].concat(),
+            Value::Array(list) => {
+                [head(4, list.len() as u64), list.iter().flat_map(encoded).collect()].concat()
+            }
+            Value::Object(map) => {
+                let entries =
+                    map.iter().flat_map(|(name, value)| [encoded(&json!(name)), encoded(value)].concat());
+                [head(5, map.len() as u64), entries.collect()].concat()
+            }
+        }
+    }
+
+    #[test]
+    fn what_kubernetes_writes_is_read_and_what_it_refuses_is_not() {
+        let value = json!({"kind": "Pod", "list": [1, -7, 1.5, true, null, {"a": "b"}]});
+        let body = [&[0xd9, 0xd9, 0xf7][..], &encoded(&value)].concat();
+        assert_eq!(decode(&body), Ok(value));
+        assert_eq!(decode(b"\xd6\x43abc"), Ok(json!("YWJj")));
+        assert_eq!(decode(b"\x9f\x01\x5f\x41a\x41b\xff\xff"), Ok(json!([1, "ab"])));
+        for body in [
+            &b""[..],
+            b"\x41",
+            b"\xa2\x41a\x01\x41a\x02",
+            b"\xa1\x01\x02",
+            b"\x41\xff",
+            b"\x01\x02",
+            b"\xc1\x01",
+            b"\xf9\x3c\x00",
+            b"\x9b\xff\xff\xff\xff\xff\xff\xff\xff\x01",
+            &[0x81; 100],
+            b"\xff",
+            b"\x5f\x61a\xff",
+        ] {
+            assert_eq!(decode(body), Err(Malformed), "{body:x?}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_panic_and_what_is_written_is_read(
+            bytes in proptest::collection::vec(any::<u8>(), 0..200), text in ".{0,20}", number: i64, float in -1e9..1e9,
+        ) {
+            let _ = decode(&bytes);
+            let value = json!({"a": [text, number, float, {"b": null}]});
+            prop_assert_eq!(decode(&encoded(&value)), Ok(value));
+        }
+    }
+}
