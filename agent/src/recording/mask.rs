@@ -4,7 +4,7 @@
 //! A mask is `weir:masked:<length class>:<keyed digest>`: equal secrets are recognisable as equal, and whoever lacks the
 //! key cannot try guesses. The key is per cluster, derived from one per journal.
 
-use std::sync::Arc;
+use std::{borrow::Cow, sync::Arc};
 
 use hmac::{Hmac, Mac as _};
 use http::{HeaderMap, HeaderName, HeaderValue, Uri};
@@ -186,7 +186,7 @@ impl Masker {
             Some((path, query)) => {
                 let (query, fragment) = query.split_once('#').map_or((query, None), |(q, f)| (q, Some(f)));
                 let parameters: Vec<_> =
-                    query.split('&').map(|parameter| self.parameter(parameter)).collect();
+                    self.command(query).map(|parameter| self.parameter(&parameter)).collect();
                 let fragment = fragment.map(|_| "#").unwrap_or_default();
                 format!("{}?{}{fragment}", self.text(path), parameters.join("&"))
             }
@@ -198,6 +198,25 @@ impl Masker {
             masked.push_str(&format!(" {OMITTED_PREFIX}{}", whole - end));
         }
         masked
+    }
+
+    /// The parameters of a query, those of a command masked as its arguments are.
+    fn command<'a>(&self, query: &'a str) -> impl Iterator<Item = Cow<'a, str>> {
+        let decoded = |value: &str| percent_decoded(&value.replace('+', " "));
+        let argument = |parameter: &'a str| {
+            let (name, value) = parameter.split_once('=')?;
+            (percent_decoded(name) == "command").then_some(value)
+        };
+        let given: Vec<_> = query.split('&').filter_map(argument).map(decoded).collect();
+        // A URI in a URI is not looked into: it could have another one in it.
+        let masked = self.arguments_with(&given, |uri| self.mask(uri.as_bytes()));
+        let mut pairs = masked.into_iter().zip(given);
+        query.split('&').map(move |parameter| match argument(parameter).and_then(|_| pairs.next()) {
+            Some((masked, given)) if masked != given => {
+                format!("command={}", self.mask(given.as_bytes())).into()
+            }
+            _ => Cow::Borrowed(parameter),
+        })
     }
 
     fn parameter(&self, parameter: &str) -> String {
@@ -227,6 +246,10 @@ impl Masker {
 
     /// Arguments as they are recorded. They are a claim anyway; what looks like a credential is masked.
     pub(super) fn arguments(&self, arguments: &[String]) -> Vec<String> {
+        self.arguments_with(arguments, |uri| self.uri(uri))
+    }
+
+    fn arguments_with(&self, arguments: &[String], masked_uri: impl Fn(&str) -> String) -> Vec<String> {
         let mut value_follows = false;
         let one = |argument: &String| {
             if std::mem::take(&mut value_follows) {
@@ -238,16 +261,28 @@ impl Masker {
                 value_follows = true;
                 return argument.clone();
             }
+            if let Some(masked) = self.variable(argument) {
+                return masked;
+            }
             match argument.split_once('=') {
                 Some((flag, value)) if CREDENTIAL_FLAGS.contains(&flag) => self.flag_value(flag, value),
-                Some((name, value)) if looks_secret(name) => {
+                Some((name, value))
+                    if looks_secret(name) || is_variable(name) && self.masks.environment(name) =>
+                {
                     format!("{name}={}", self.mask(value.as_bytes()))
                 }
-                _ if argument.contains('?') && argument.contains("://") => self.uri(argument),
+                _ if argument.contains('?') && argument.contains("://") => masked_uri(argument),
                 _ => self.text(argument),
             }
         };
         arguments.iter().map(one).collect()
+    }
+
+    /// `--env=NAME=VALUE` of kubectl run and set env, whose value is masked as the variable's would be; none: it is another argument.
+    fn variable(&self, argument: &str) -> Option<String> {
+        let (name, value) = argument.strip_prefix("--env=")?.split_once('=')?;
+        let is_masked = looks_secret(name) || self.masks.environment(name);
+        is_masked.then(|| format!("--env={name}={}", self.mask(value.as_bytes())))
     }
 
     /// `--from-literal=key=value` keeps its key.
@@ -325,6 +360,11 @@ fn percent_decoded(text: &str) -> String {
     String::from_utf8_lossy(&bytes).into_owned()
 }
 
+/// Whether an argument before `=` is the name of a variable, not a flag or a path.
+fn is_variable(name: &str) -> bool {
+    !name.is_empty() && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')
+}
+
 /// An argument or variable name that speaks of a secret.
 fn looks_secret(name: &str) -> bool {
     let name = name.to_ascii_lowercase();
@@ -384,6 +424,11 @@ mod tests {
             let uri = masker().request_uri(&format!("/api?{query}").parse().unwrap());
             assert!(!uri.contains("canary") && uri.contains(MASK_PREFIX), "{uri}");
         }
+        let exec = "/exec?container=c&command=env&command=A_PASSWORD%3Dcanary&command=--token&command=canary&command=x%3Dy";
+        let uri = masker().request_uri(&exec.parse().unwrap());
+        assert!(!uri.contains("canary") && uri.ends_with("&command=x%3Dy"), "{uri}");
+        let nested = format!("/exec?{}canary", "command=a://?".repeat(4000));
+        assert!(!masker().uri(&nested).contains("canary"));
         let uri = "/api/v1/pods?continue=abc&limit=500&watch=true";
         assert_eq!(masker().request_uri(&uri.parse().unwrap()), uri);
     }
@@ -399,11 +444,17 @@ mod tests {
             "x",
             "--from-literal=key=canary",
             "PASSWORD=canary",
+            "--env=DB_PASSWORD=canary",
+            "--env",
+            "API_KEY=canary",
+            "--env=LEVEL=info",
         ];
         let masked = masker().arguments(&given.map(str::to_owned));
         assert!(!masked.iter().any(|argument| argument.contains("canary")), "{masked:?}");
         assert_eq!((&*masked[0], &*masked[4], &*masked[5]), ("kubectl", "-n", "x"));
         assert!(masked[6].starts_with("--from-literal=key=weir:masked:"));
+        assert!(masked[8].starts_with("--env=DB_PASSWORD=weir:masked:"));
+        assert_eq!(masked[11], "--env=LEVEL=info");
     }
 
     #[test]
