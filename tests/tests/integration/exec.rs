@@ -108,6 +108,7 @@ fn a_client_certificate_works_and_its_key_stays_where_it_is() {
     let before = fs::read(&kubeconfig).unwrap();
     check(&scene, &kubeconfig);
     check_protobuf(&scene, &kubeconfig);
+    check_variable(&scene, &kubeconfig);
     assert_eq!(fs::read(&kubeconfig).unwrap(), before, "the file itself is not changed");
 }
 
@@ -143,6 +144,27 @@ fn a_proxy_that_would_carry_the_requests_elsewhere_is_refused_by_name() {
     let (code, out, err) = shown(&refused);
     assert_ne!(code, Some(0), "{err}");
     assert!(out.is_empty() && err.contains("proxy-url"), "{err}");
+}
+
+/// The value of a variable whose name speaks of a secret is masked without any configuration, in the body and in kubectl's arguments.
+fn check_variable(scene: &Scene, kubeconfig: &Path) {
+    let value = "--env=DB_PASSWORD=variable-4711";
+    let path = "jsonpath={.spec.containers[0].env[0].value}";
+    let arguments = ["run", "hidden", "--image=example.invalid/a", value, "--dry-run=server", "-o", path];
+    let (intercepted, direct) = both(scene, kubeconfig, &arguments);
+    assert_eq!(shown(&intercepted), shown(&direct));
+    assert_eq!(shown(&direct).1, "variable-4711");
+    let has = |bytes: &[u8], text: &str| bytes.windows(text.len()).any(|part| part == text.as_bytes());
+    let mut masks = 0;
+    for event in scene.events() {
+        assert!(!has(&serde_json::to_vec(&event).unwrap(), "variable-4711"), "{event:?}");
+        if let Kind::Content(content) = &event.kind {
+            let bytes = content.bytes.to_vec().unwrap();
+            assert!(!has(&bytes, "variable-4711"), "{:?} has the value", content.channel);
+            masks += usize::from(has(&bytes, "DB_PASSWORD") && has(&bytes, "weir:masked:le16:"));
+        }
+    }
+    assert_eq!(masks, 2, "what was asked and what was answered");
 }
 
 /// All bytes of all files below a folder.
