@@ -25,7 +25,7 @@ use crate::{
     interception::{
         api_set::ClusterAddresses,
         canary::Health,
-        cluster_access::ClusterAccessError,
+        cluster_access::{ClusterAccess, ClusterAccessError},
         cluster_watch::{self, ApiSet, ClusterWatch, KnownPods},
         guard::{self, InForce},
         handover,
@@ -45,6 +45,7 @@ use crate::{
     trust::TrustError,
 };
 
+pub mod approver;
 pub(crate) mod cluster;
 mod reload;
 mod retirement;
@@ -147,7 +148,8 @@ async fn run_recorded(
     signals: &mut Signals,
 ) -> Result<&'static str, AppError> {
     let stop = CancellationToken::new();
-    let ((publish_pods, pods), (settled, ready)) = (watch::channel(KnownPods::None), watch::channel(false));
+    let (publish_pods, pods) = watch::channel(KnownPods::None);
+    let ((settled, ready), (serve, serves)) = (watch::channel(false), watch::channel(false));
     let (publish, clusters) = addresses(config);
     let (publish_nodes, nodes) = watch::channel(Hosts::default());
     let (name_pod, named) = mpsc::channel(NAMED_MAX);
@@ -156,6 +158,7 @@ async fn run_recorded(
     let options = interception::Options {
         guard: guard_options(config),
         pods,
+        serves,
         clusters,
         name_servers: config.name_servers.clone(),
         nodes,
@@ -181,20 +184,19 @@ async fn run_recorded(
         }
     };
     telemetry.serves(proxy.clone());
+    serve.send_replace(true);
     let mut announced = std::pin::pin!(announce(ready, observed.watch_canary()));
-    let mut handed_over = false;
     let ending = loop {
         tokio::select! {
             signal = signals.next() => break Ok(signal),
             Some(connection) = connections.recv() => proxy.serve(connection),
             never = &mut announced => match never {},
-            ended = &mut intercepted => {
-                handed_over = matches!(ended, Ok(Ended::HandedOver));
-                break if handed_over { Ok(HANDED_OVER) } else { Err(early(ended)) };
-            }
-            Some(ended) = parts.join_next() => {
-                break Err(AppError::PartEnded { part: ended.unwrap_or("a part that panicked") });
-            }
+            ended = &mut intercepted => break match ended {
+                Ok(Ended::HandedOver) => Ok(HANDED_OVER),
+                ended => Err(early(ended)),
+            },
+            Some(ended) = parts.join_next() =>
+                break Err(AppError::PartEnded { part: ended.unwrap_or("a part that panicked") }),
         }
     };
     stop.cancel();
@@ -204,10 +206,9 @@ async fn run_recorded(
         drain(&proxy, Duration::ZERO).await;
         return ending;
     };
-    let limit = config.limits.drain;
+    let (limit, serve) = (config.limits.drain, |connection| proxy.serve(connection));
     tracing::info!(signal, drain_seconds = limit.as_secs(), active = proxy.active(), "draining");
-    let serve = |connection| proxy.serve(connection);
-    if handed_over {
+    if *signal == HANDED_OVER {
         // The successor answers from now on.
         metrics.stop().await;
         serve_until(std::future::ready(()), &mut connections, serve).await;
@@ -315,24 +316,27 @@ async fn start_proxy(
     publish: Vec<cluster::Publish>,
     parts: &mut JoinSet<&'static str>,
 ) -> Result<Proxy, AppError> {
-    let clusters = cluster::connect_all(config, publish, parts).await?;
-    // The node belongs to the first cluster: its pods, and the other nodes, are watched there.
-    let client = clusters[0].access.client.clone();
-    parts.spawn(async move {
-        cluster_watch::watch_nodes(client, publish_nodes).await;
-        "the watch of nodes"
-    });
     let (change_enrolment, enrolment) = watch::channel(config.enrolment.clone().into());
-    let pods = ClusterWatch {
-        client: clusters[0].access.client.clone(),
-        node: config.node.clone(),
-        enrolment,
-        intent_annotations: config.intent_annotations.clone(),
+    // The node belongs to the first cluster: its pods, and the other nodes, are watched there. Before there is a certificate: who
+    // is to approve or sign it may be a pod of this node, and is denied the API server until it is known.
+    let begin = |access: &ClusterAccess, parts: &mut JoinSet<&'static str>| {
+        let client = access.client.clone();
+        parts.spawn(async move {
+            cluster_watch::watch_nodes(client, publish_nodes).await;
+            "the watch of nodes"
+        });
+        let pods = ClusterWatch {
+            client: access.client.clone(),
+            node: config.node.clone(),
+            enrolment,
+            intent_annotations: config.intent_annotations.clone(),
+        };
+        parts.spawn(async move {
+            pods.watch_pods(publish_pods, named).await;
+            "the watch of pods"
+        });
     };
-    parts.spawn(async move {
-        pods.watch_pods(publish_pods, named).await;
-        "the watch of pods"
-    });
+    let clusters = cluster::connect_all(config, publish, parts, begin).await?;
     let (client, node) = (clusters[0].access.client.clone(), config.node.clone());
     let taint = startup_taint::remove_when_ready(client, node, Arc::clone(observed));
     parts.spawn(async move { match taint.await {} });

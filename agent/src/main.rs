@@ -14,7 +14,8 @@ use clap::{Parser, Subcommand};
 use nix::sys::signal::{SigSet, Signal};
 use tracing_subscriber::{filter::filter_fn, layer::SubscriberExt as _, util::SubscriberInitExt as _};
 use weir_agent::{
-    app, aws,
+    app::{self, approver::ApproverOptions},
+    aws,
     config::{self, Config, Source},
     doctor::{self, DoctorOptions},
     emergency,
@@ -44,6 +45,23 @@ enum Command {
         /// Configuration file.
         #[arg(long, value_name = "FILE")]
         config: PathBuf,
+        /// Log as JSON, one object a line.
+        #[arg(long)]
+        log_json: bool,
+    },
+    /// Approve the certificates that agents ask of the cluster's signer, and deny what no agent needs: once for a cluster, so that no
+    /// agent needs the right to approve.
+    Approver {
+        /// The agents' service account, as NAMESPACE/NAME.
+        #[arg(long, value_name = "ACCOUNT")]
+        service_account: String,
+        /// A name or address of the API server beside those that the cluster publishes, as the agents have it in `hostNames` or
+        /// `addresses`. May be given several times.
+        #[arg(long = "name", value_name = "HOST")]
+        names: Vec<String>,
+        /// Kubeconfig [default: the service account of this pod].
+        #[arg(long, value_name = "FILE")]
+        kubeconfig: Option<PathBuf>,
         /// Log as JSON, one object a line.
         #[arg(long)]
         log_json: bool,
@@ -199,16 +217,15 @@ fn main() -> ExitCode {
         );
     }
     match command {
-        Command::Run { config, log_json } => {
-            log_to_stderr("info", log_json);
-            let result = run(&config);
-            // Whoever collects JSON would lose, or choke on, a line that is none: the reason why the agent ended.
-            if let (true, Err(error)) = (log_json, &result) {
-                tracing::error!("{}", doctor::chain(error.as_ref()));
-                return ExitCode::FAILURE;
-            }
-            finish(result)
-        }
+        Command::Run { config, log_json } => logged(log_json, || run(&config)),
+        Command::Approver { service_account, names, kubeconfig, log_json } => logged(log_json, || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            Ok(runtime.block_on(app::approver::run(&ApproverOptions {
+                service_account,
+                names,
+                kubeconfig,
+            }))?)
+        }),
         Command::Guard { config } => {
             log_to_stderr("warn", false);
             finish(put_guard_in_force(config.as_deref()))
@@ -233,6 +250,18 @@ fn main() -> ExitCode {
             examine(&DoctorOptions { config, kubeconfig, journal }, json)
         }
     }
+}
+
+/// Something that runs for long, and says why it ended where it has said everything else.
+fn logged(json: bool, run: impl FnOnce() -> anyhow::Result<()>) -> ExitCode {
+    log_to_stderr("info", json);
+    let result = run();
+    // Whoever collects JSON would lose, or choke on, a line that is none.
+    if let (true, Err(error)) = (json, &result) {
+        tracing::error!("{}", doctor::chain(error.as_ref()));
+        return ExitCode::FAILURE;
+    }
+    finish(result)
 }
 
 fn execute(options: &ExecOptions) -> ExitCode {

@@ -12,12 +12,14 @@ use rustls::{
     pki_types::{CertificateDer, ServerName, UnixTime, pem::PemObject},
 };
 
+pub mod approver;
 pub mod authority;
 pub mod client;
 pub mod cluster_signer;
 pub mod leaf;
 #[doc(hidden)]
 pub mod probe;
+pub mod request;
 
 pub use authority::Authority;
 pub use leaf::{Renewal, serve};

@@ -63,14 +63,8 @@ impl Authority {
         if let Some(organization) = subject.organization {
             params.distinguished_name.push(DnType::OrganizationName, organization);
         }
-        for name in subject.names {
-            params.subject_alt_names.push(match name.parse::<IpAddr>() {
-                Ok(address) => SanType::IpAddress(address),
-                Err(_) => {
-                    SanType::DnsName((*name).try_into().with_context(|| format!("{name} is no DNS name"))?)
-                }
-            });
-        }
+        params.subject_alt_names =
+            subject.names.iter().map(|name| subject_alt_name(name)).collect::<Result<_>>()?;
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         params.extended_key_usages =
             vec![ExtendedKeyUsagePurpose::ClientAuth, ExtendedKeyUsagePurpose::ServerAuth];
@@ -82,6 +76,29 @@ impl Authority {
         write_private(&self.folder.join(format!("{}.crt", subject.file)), &certificate.pem())?;
         write_private(&self.folder.join(format!("{}.key", subject.file)), &key.serialize_pem())
     }
+}
+
+/// A request for a node's serving certificate, as `kubernetes.io/kubelet-serving` takes it: PEM, of a key that is thrown away.
+///
+/// # Errors
+/// When a name is not a DNS name.
+pub fn node_request(node: &str, names: &[&str]) -> Result<String> {
+    let key = KeyPair::generate().context("cannot make a key")?;
+    let mut params = CertificateParams::new(Vec::new()).context("cannot describe a certificate")?;
+    params.distinguished_name.push(DnType::OrganizationName, "system:nodes");
+    params.distinguished_name.push(DnType::CommonName, format!("system:node:{node}"));
+    params.subject_alt_names = names.iter().map(|name| subject_alt_name(name)).collect::<Result<_>>()?;
+    params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+    params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
+    let request = params.serialize_request(&key).context("cannot make a request")?;
+    request.pem().context("cannot write a request")
+}
+
+fn subject_alt_name(name: &str) -> Result<SanType> {
+    Ok(match name.parse::<IpAddr>() {
+        Ok(address) => SanType::IpAddress(address),
+        Err(_) => SanType::DnsName(name.try_into().with_context(|| format!("{name} is no DNS name"))?),
+    })
 }
 
 /// Makes the key pair that service account tokens are signed with: `NAME.key` and `NAME.pub` in `folder`.

@@ -23,6 +23,8 @@ use weir_tests::{
 
 #[path = "integration/api_server_faults.rs"]
 mod api_server_faults;
+#[path = "integration/approver.rs"]
+mod approver;
 #[path = "integration/broker_faults.rs"]
 mod broker_faults;
 #[path = "integration/chart.rs"]

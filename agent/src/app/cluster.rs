@@ -41,15 +41,23 @@ pub(super) struct Connected {
 /// Where a cluster's addresses are published, and how they prove to be its own.
 pub(super) type Publish = (watch::Sender<ApiSet>, watch::Sender<Option<Proof>>);
 
-/// Makes all clusters of the configuration ready, in their order. What must run on is spawned into `parts`.
+/// Makes all clusters of the configuration ready, in their order. What must run on is spawned into `parts`; `begin` spawns what
+/// of the first one must not wait until it can be served.
 pub(super) async fn connect_all(
     config: &Config,
     publish: Vec<Publish>,
     parts: &mut JoinSet<&'static str>,
+    begin: impl FnOnce(&ClusterAccess, &mut JoinSet<&'static str>),
 ) -> Result<Vec<Connected>, AppError> {
     let mut connected = Vec::with_capacity(config.clusters.len());
+    let mut begin = Some(begin);
     for (cluster, publish) in config.clusters.iter().zip(publish) {
-        connected.push(connect(config, cluster, publish, parts).await?);
+        let (known, ca) = (known(config, cluster), cluster.certificate_authority.as_deref());
+        let access = ClusterAccess::load_with(&cluster.name, &cluster.access, ca, &known).await?;
+        if let Some(begin) = begin.take() {
+            begin(&access, parts);
+        }
+        connected.push(connect(config, cluster, (access, publish), parts).await?);
     }
     Ok(connected)
 }
@@ -57,12 +65,9 @@ pub(super) async fn connect_all(
 async fn connect(
     config: &Config,
     cluster: &Cluster,
-    (publish, proof): Publish,
+    (access, (publish, proof)): (ClusterAccess, Publish),
     parts: &mut JoinSet<&'static str>,
 ) -> Result<Connected, AppError> {
-    let known = known(config, cluster);
-    let ca = cluster.certificate_authority.as_deref();
-    let access = ClusterAccess::load_with(&cluster.name, &cluster.access, ca, &known).await?;
     let tls = upstream_tls((*access.ca.roots()).clone(), None)?;
     proof.send_replace(Some(tls.clone()));
     let clients = cluster.client_certificate_authority.as_deref().map(ClientCa::load).transpose()?;
@@ -245,6 +250,7 @@ impl Derived {
         Self { addresses: cluster.addresses.clone(), host_names: cluster.host_names.clone() }
     }
 
+    /// What a certificate must cover. What the `approver` lets it cover must be as much.
     fn names(&self, published: &ApiSet) -> ServingNames {
         let addresses = published.service.iter().chain(&published.endpoints).chain(&self.addresses);
         let mut names = ServingNames::of_own_cluster(addresses.map(SocketAddr::ip));

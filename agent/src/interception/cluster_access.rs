@@ -353,6 +353,21 @@ impl ClusterAccess {
         .await
     }
 
+    /// Whether requests to this signer may be approved, and denied.
+    ///
+    /// # Errors
+    /// The API server does not say; in words.
+    pub async fn may_approve(&self, signer: &str) -> Result<bool, String> {
+        self.may(ResourceAttributes {
+            verb: Some("approve".to_owned()),
+            group: Some("certificates.k8s.io".to_owned()),
+            resource: Some("signers".to_owned()),
+            name: Some(signer.to_owned()),
+            ..ResourceAttributes::default()
+        })
+        .await
+    }
+
     async fn may(&self, asked: ResourceAttributes) -> Result<bool, String> {
         let review = SelfSubjectAccessReview {
             spec: SelfSubjectAccessReviewSpec {

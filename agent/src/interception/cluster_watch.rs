@@ -18,6 +18,7 @@ use k8s_openapi::api::{
 };
 use kube::{
     Api, Client, ResourceExt as _,
+    api::ListParams,
     runtime::{WatchStreamExt as _, watcher},
 };
 use tokio::sync::{mpsc, watch};
@@ -283,19 +284,41 @@ fn host(node: &Node) -> Host {
     }
 }
 
+/// Which `default/kubernetes` is, and where its EndpointSlices are.
+fn selected() -> (&'static str, String) {
+    ("metadata.name=kubernetes", format!("{SERVICE_NAME_LABEL}=kubernetes"))
+}
+
+/// The API set as it is now, from the API server itself and no cache.
+///
+/// # Errors
+/// The API server does not answer, or refuses.
+pub async fn read_api_set(client: &Client) -> kube::Result<ApiSet> {
+    let (service, slices) = selected();
+    let services = Api::<Service>::namespaced(client.clone(), "default");
+    let endpoints = Api::<EndpointSlice>::namespaced(client.clone(), "default");
+    let services = services.list(&ListParams::default().fields(service)).await?;
+    let endpoints = endpoints.list(&ListParams::default().labels(&slices)).await?;
+    Ok(ApiSet {
+        service: services.items.iter().flat_map(service_addresses).collect(),
+        endpoints: endpoints.items.iter().flat_map(slice_addresses).collect(),
+    })
+}
+
 /// Watches `default/kubernetes` until dropped, publishing each new state; an empty answer never replaces a full one.
 pub async fn watch_api_set(client: Client, publish: watch::Sender<ApiSet>) {
     enum Change {
         Service(Box<watcher::Event<Service>>),
         Slice(Box<watcher::Event<EndpointSlice>>),
     }
+    let (fields, labels) = selected();
     let service = events(
         Api::<Service>::namespaced(client.clone(), "default"),
-        watcher::Config::default().fields("metadata.name=kubernetes"),
+        watcher::Config::default().fields(fields),
     );
     let slices = events(
         Api::<EndpointSlice>::namespaced(client, "default"),
-        watcher::Config::default().labels(&format!("{SERVICE_NAME_LABEL}=kubernetes")),
+        watcher::Config::default().labels(&labels),
     );
     let mut changes = stream::select(
         service.map(|event| Change::Service(Box::new(event))).boxed(),

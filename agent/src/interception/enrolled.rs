@@ -1,7 +1,10 @@
 //! One pod that is known: its verdict, and the listener of an enrolled one, from its network namespace to the kernel's map.
 //! Which pods there are, and what becomes of what is accepted, is the matter of `enrolment`.
 
-use std::sync::{Arc, atomic::AtomicU64};
+use std::{
+    collections::HashMap,
+    sync::{Arc, atomic::AtomicU64},
+};
 
 use tokio::{sync::watch, time::Instant};
 use tokio_util::sync::CancellationToken;
@@ -20,6 +23,7 @@ use super::{
     listener::{Listener, Namespace},
     namespace::{self, NamespaceId},
     netlink::LinkWatch,
+    pod::PodUid,
     pod_network::{EnrolError, PodInterfaces, blocking, end_direct_connections, name},
 };
 
@@ -155,6 +159,15 @@ pub(super) fn entry(class: Class, listener: Option<&Listener>) -> CgroupEntry {
         class: class as u32,
         listener_port: listener.map_or(0, |listener| u32::from(listener.port())),
     }
+}
+
+/// The pod of a folder, if it can have its verdict now: one that is selected has nobody to go to before somebody `serves`.
+pub(super) fn due<'a>(
+    known: &'a HashMap<PodUid, Arc<KnownPod>>,
+    folder: &PodFolder,
+    serves: bool,
+) -> Option<&'a Arc<KnownPod>> {
+    known.get(&folder.uid).filter(|pod| serves || pod.mode.is_none())
 }
 
 /// Whom connections from a pod are attributed to.

@@ -22,7 +22,7 @@ use super::{
     cgroup_tree::{PodFolder, Tree},
     cluster_watch::{KnownPod, KnownPods},
     coverage::{Counted, Ledger},
-    enrolled::{Enrolled, Outcome, Step, entry, tenant},
+    enrolled::{Enrolled, Outcome, Step, due, entry, tenant},
     handover::Passed,
     interface::HostEnd,
     loader::{Kernel, KernelError},
@@ -128,17 +128,22 @@ impl Enrolment {
     }
 
     /// Brings the maps and listeners in line with the tree and what is known of the pods. Returns whether a pod
-    /// waits for its network namespace: then this should be called again soon.
-    pub(super) async fn apply(&mut self, tree: Tree, known: &KnownPods) -> Result<bool, KernelError> {
+    /// waits for its network namespace: then this should be called again soon. While nobody `serves`, those that are not
+    /// selected are seen to alone: what gives the agent its certificate may be one of them.
+    pub(super) async fn apply(
+        &mut self,
+        (tree, known): (Tree, &KnownPods),
+        serves: bool,
+    ) -> Result<bool, KernelError> {
         while self.serving.try_join_next().is_some() {}
         self.wanted = self.settled().take_wanted();
         self.containers(&tree)?;
         self.remove_gone(&tree)?;
-        self.guard_strangers(&tree, known).await;
+        self.guard_strangers(&tree, known, serves).await;
         let mut waiting = false;
         if let Some(known) = known {
-            waiting = self.see_to(&tree, known).await;
-            if !self.reconciled {
+            waiting = self.see_to((&tree, known), serves).await;
+            if serves && !self.reconciled {
                 self.forget_strangers(&tree)?;
                 self.reconciled = true;
             }
@@ -152,11 +157,11 @@ impl Enrolment {
     }
 
     /// Guards the interfaces of pods that have no verdict yet.
-    async fn guard_strangers(&mut self, tree: &Tree, known: &KnownPods) {
+    async fn guard_strangers(&mut self, tree: &Tree, known: &KnownPods, serves: bool) {
         let has_verdict = |folder: &PodFolder| {
             // A known one keeps its verdict while the API server is away.
             self.pods.contains_key(&folder.cgroup)
-                || known.as_ref().is_some_and(|known| known.contains_key(&folder.uid))
+                || known.as_ref().and_then(|known| due(known, folder, serves)).is_some()
         };
         let host = self.settings.host_namespace;
         let mut new = Vec::new();
@@ -172,11 +177,15 @@ impl Enrolment {
 
     /// Writes the verdicts of known pods, then sees to the listeners of those that are enrolled. One pod's trouble must not
     /// keep the others from being enrolled; it stays denied. Returns whether one waits for its network namespace.
-    async fn see_to(&mut self, tree: &Tree, known: &HashMap<PodUid, Arc<KnownPod>>) -> bool {
+    async fn see_to(
+        &mut self,
+        (tree, known): (&Tree, &HashMap<PodUid, Arc<KnownPod>>),
+        serves: bool,
+    ) -> bool {
         let (sink, host) = (self.settings.sink.clone(), self.settings.host_namespace);
         let mut steps = Vec::new();
         for folder in &tree.pods {
-            let Some(pod) = known.get(&folder.uid) else { continue };
+            let Some(pod) = due(known, folder, serves) else { continue };
             match self.judge(folder, pod) {
                 Ok(Judged::ListenerDue) => {
                     steps.extend(self.step(folder).map(|step| step.take(sink.clone(), host)));

@@ -94,6 +94,9 @@ pub struct Options {
     pub guard: guard::Options,
     /// This node's pods, from [`super::cluster_watch::ClusterWatch::watch_pods`].
     pub pods: watch::Receiver<KnownPods>,
+    /// Becomes true once whoever connects is served. Until then no pod is enrolled and the agent is not ready, but those that are
+    /// not selected pass.
+    pub serves: watch::Receiver<bool>,
     /// The addresses of each cluster.
     pub clusters: Vec<ClusterAddresses>,
     /// Who is asked for the clusters' host names; empty: those of `/etc/resolv.conf`.
@@ -166,7 +169,7 @@ pub async fn run(
     let watch = tree_watch()?;
     let tree = Tree::read(&mount, |folder| watch.watch(folder))
         .map_err(|source| InterceptionError::Io { action: "read the cgroup tree", source })?;
-    enrolment.apply(tree, &None).await?;
+    enrolment.apply((tree, &None), false).await?;
 
     let part = cancellation.child_token();
     // While a successor takes over, what the kernel reports is for it to read.
@@ -199,7 +202,7 @@ pub async fn run(
         nested,
     };
     let result = tokio::select! {
-        result = enrol(&mut enrolment, (&mount, &watch), options.pods, &options.ready, &mut succession) => result,
+        result = enrol(&mut enrolment, (&mount, &watch), (options.pods, options.serves), &options.ready, &mut succession) => result,
         Some(ended) = tasks.join_next(), if !tasks.is_empty() => Err(ended_early(ended)),
     };
     part.cancel();
@@ -303,7 +306,7 @@ fn follow_names(
 async fn enrol(
     enrolment: &mut Enrolment,
     (mount, watch): (&Path, &TreeWatch),
-    mut pods: watch::Receiver<KnownPods>,
+    (mut pods, mut serving): (watch::Receiver<KnownPods>, watch::Receiver<bool>),
     ready: &watch::Sender<bool>,
     succession: &mut Succession,
 ) -> Result<Ended, InterceptionError> {
@@ -313,10 +316,10 @@ async fn enrol(
     let mut watched = true;
     let mut older = OlderLayouts::default();
     loop {
-        let known = pods.borrow_and_update().clone();
+        let (known, serves) = (pods.borrow_and_update().clone(), *serving.borrow_and_update());
         let mut applied = true;
         let waiting = match Tree::read(mount, |folder| watch.watch(folder)) {
-            Ok(tree) => enrolment.apply(tree, &known).await?,
+            Ok(tree) => enrolment.apply((tree, &known), serves).await?,
             Err(error) => {
                 applied = false;
                 tracing::error!(%error, "cannot read the cgroup tree; what is enrolled stays so, new pods stay denied");
@@ -332,7 +335,7 @@ async fn enrol(
             }
         }
         // Not before every known pod has its verdict: what an older layout denies would pass for a moment.
-        if known.is_some() && applied && !*ready.borrow() {
+        if known.is_some() && serves && applied && !*ready.borrow() {
             succession.ready().await?;
             older.remove(enrolment.kernel());
             succession.observed.settle();
@@ -350,6 +353,7 @@ async fn enrol(
             }
             () = watch.changed() => waiting_since = None,
             () = settled.asked() => waiting_since = None,
+            Ok(()) = serving.changed(), if !serves => {}
             changed = pods.changed(), if watched => match changed {
                 Ok(()) => waiting_since = None,
                 Err(_) => {

@@ -3,8 +3,8 @@
 //! That signer issues for subject `O=system:nodes, CN=system:node:…` with any DNS and IP names, for the usages
 //! digital signature, key encipherment and server auth (k8s.io/kubernetes `pkg/apis/certificates/helpers.go`,
 //! `ValidateKubeletServingCSR`), and by default chains to the CA that every pod trusts. Nobody approves its
-//! requests automatically, so the agent does, if its service account may. The only file of trust that talks to
-//! a cluster; verifying what comes back is the caller's.
+//! requests automatically: the agent does, if its service account may, and else waits for the `approver`. The only file of trust that talks to
+//! a cluster beside `approver`; verifying what comes back is the caller's.
 
 use std::{fmt, time::Duration};
 
@@ -27,13 +27,19 @@ use super::ClusterCa;
 /// The signer that is asked.
 pub const SIGNER_NAME: &str = "kubernetes.io/kubelet-serving";
 /// Life that is asked for; the signer may give less.
-const EXPIRATION_SECONDS: i32 = 24 * 60 * 60;
-/// How long the signer may take after approval.
+pub(super) const EXPIRATION_SECONDS_MAX: i32 = 24 * 60 * 60;
+/// HTTP: not allowed.
+const FORBIDDEN: u16 = 403;
+/// HTTP: somebody else has changed it meanwhile.
+pub(super) const CONFLICT: u16 = 409;
+/// How long approval and signer may take together.
 const ISSUE_DEADLINE: Duration = Duration::from_secs(30);
 /// What the agent's service account must be allowed, for error messages.
-const NEEDED_RIGHTS: &str = "is the agent's service account allowed to create, watch and delete \
-     certificatesigningrequests, to patch certificatesigningrequests/approval and to approve the signer \
-     kubernetes.io/kubelet-serving?";
+const NEEDED_RIGHTS: &str = "is the agent's service account allowed to create, get, list, watch and delete certificatesigningrequests?";
+/// What the names of an agent's requests begin with.
+pub(super) const NAME_PREFIX: &str = "weir-serving-";
+/// What is asked for: what the signer gives, and nothing else.
+pub(super) const USAGES: [&str; 3] = ["digital signature", "key encipherment", "server auth"];
 
 /// Why the signer gave no certificate.
 #[derive(Debug, thiserror::Error)]
@@ -63,6 +69,16 @@ pub enum ClusterSignerError {
         ISSUE_DEADLINE.as_secs()
     )]
     Timeout {
+        /// Name of the request.
+        name: String,
+    },
+    /// Nobody has approved it, and the agent may not.
+    #[error(
+        "nobody approved the certificate signing request {name} within {} s, and the agent's service account may not \
+         itself; does the approver run (the Deployment weir-approver), and what does its log say?",
+        ISSUE_DEADLINE.as_secs()
+    )]
+    NotApproved {
         /// Name of the request.
         name: String,
     },
@@ -132,7 +148,7 @@ impl ClusterSigner {
         request_pem: &str,
     ) -> Result<Vec<CertificateDer<'static>>, ClusterSignerError> {
         let requests: Api<CertificateSigningRequest> = Api::all(self.client.clone());
-        let name = format!("weir-serving-{}", uuid::Uuid::now_v7());
+        let name = format!("{NAME_PREFIX}{}", uuid::Uuid::now_v7());
         requests
             .create(&PostParams::default(), &csr(&name, request_pem))
             .await
@@ -166,10 +182,8 @@ fn csr(name: &str, request_pem: &str) -> CertificateSigningRequest {
         spec: CertificateSigningRequestSpec {
             request: ByteString(request_pem.as_bytes().to_vec()),
             signer_name: SIGNER_NAME.to_owned(),
-            usages: Some(
-                ["digital signature", "key encipherment", "server auth"].map(str::to_owned).to_vec(),
-            ),
-            expiration_seconds: Some(EXPIRATION_SECONDS),
+            usages: Some(USAGES.map(str::to_owned).to_vec()),
+            expiration_seconds: Some(EXPIRATION_SECONDS_MAX),
             ..CertificateSigningRequestSpec::default()
         },
         status: None,
@@ -186,16 +200,28 @@ async fn approve_and_wait(
         "reason": "WeirAgent",
         "message": "serving certificate of the Weir agent of this node",
     }]}});
-    requests
-        .patch_approval(name, &PatchParams::default(), &Patch::Merge(&approval))
-        .await
-        .map_err(|source| api_error("approve", name, source))?;
+    let approved = requests.patch_approval(name, &PatchParams::default(), &Patch::Merge(&approval)).await;
+    let approves_itself = match approved {
+        Ok(_) => true,
+        // Somebody else does, and may have already.
+        Err(kube::Error::Api(status)) if matches!(status.code, FORBIDDEN | CONFLICT) => false,
+        Err(source) => return Err(api_error("approve", name, source)),
+    };
     let answered = await_condition(requests.clone(), name, |request: Option<&CertificateSigningRequest>| {
         request.is_none_or(|request| certificate(request).is_some() || refusal(request).is_some())
     });
-    let request = tokio::time::timeout(ISSUE_DEADLINE, answered)
-        .await
-        .map_err(|_elapsed| ClusterSignerError::Timeout { name: name.to_owned() })?
+    let answered = match tokio::time::timeout(ISSUE_DEADLINE, answered).await {
+        Ok(answered) => answered,
+        Err(_elapsed) => {
+            let approved = approves_itself || requests.get(name).await.is_ok_and(|last| is_approved(&last));
+            let name = name.to_owned();
+            return Err(match approved {
+                true => ClusterSignerError::Timeout { name },
+                false => ClusterSignerError::NotApproved { name },
+            });
+        }
+    };
+    let request = answered
         .map_err(|source| ClusterSignerError::Watch { name: name.to_owned(), source: Box::new(source) })?
         .ok_or_else(|| ClusterSignerError::Deleted { name: name.to_owned() })?;
     match (refusal(&request), certificate(&request)) {
@@ -205,6 +231,11 @@ async fn approve_and_wait(
         (None, Some(certificate)) => Ok(certificate.to_vec()),
         (None, None) => Err(ClusterSignerError::Deleted { name: name.to_owned() }),
     }
+}
+
+fn is_approved(request: &CertificateSigningRequest) -> bool {
+    let conditions = request.status.as_ref().and_then(|status| status.conditions.as_ref());
+    conditions.into_iter().flatten().any(|condition| condition.type_ == "Approved")
 }
 
 fn certificate(request: &CertificateSigningRequest) -> Option<&[u8]> {
@@ -236,6 +267,7 @@ mod tests {
         ]}));
         assert_eq!(certificate(&request), None);
         assert_eq!(refusal(&request), None);
+        assert!(is_approved(&request) && !is_approved(&csr("weir-serving-test", "pem")));
     }
 
     #[test]

@@ -4,17 +4,22 @@ use std::{
     collections::HashMap,
     net::{Ipv4Addr, SocketAddr, TcpListener},
     path::{Path, PathBuf},
+    time::Duration,
 };
 
-use weir_agent::interception::{
-    guard::{self, ConfiguredCluster, Guarded, Options},
-    loader::Pinning,
-    pinned::pinned_state,
+use weir_agent::{
+    config::Mode,
+    interception::{
+        guard::{self, ConfiguredCluster, Guarded, Options},
+        loader::Pinning,
+        pinned::pinned_state,
+    },
 };
 use weir_common::kernel::{CgroupEntry, Class, programs};
 
+use crate::enrolment::{self, known};
 use crate::pins::OwnBpffs;
-use crate::world::{API4, API6, Dial, OwnCgroup, OwnNetns, dial, load};
+use crate::world::{API4, API6, Dial, OwnCgroup, OwnNetns, dial, eventually, is, load};
 
 const REFUSED: nix::Error = nix::Error::ECONNREFUSED;
 
@@ -157,4 +162,45 @@ fn a_damaged_file_leaves_the_configured_addresses() {
     node.store("{");
     assert_eq!(node.guard(Some(&[("a", API4)])), Guarded::InForce { api_servers: 1, kubelets: 0 });
     assert_eq!(node.in_kernel(), HashMap::from([(API4, 0)]));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_cluster_publishes_is_stored_for_the_next_start() {
+    let Some(node) = enrolment::Node::start("stored") else { return };
+    let file = node.journal.path().join("state/api-set.json");
+    let stored = |address: SocketAddr| {
+        std::fs::read_to_string(&file).is_ok_and(|text| text.contains(&format!("\"{address}\"")))
+    };
+    node.published.send_if_modified(|set| set.endpoints.insert(API6));
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
+    while !(stored(API4) && stored(API6)) {
+        assert!(tokio::time::Instant::now() < deadline, "{:?}", std::fs::read_to_string(&file));
+        tokio::task::yield_now().await;
+    }
+    node.stop().await;
+}
+
+/// What gives the agent its certificate may be a pod of its node.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn before_anybody_serves_pods_that_are_not_selected_pass_and_no_others() {
+    let Some(mut node) = enrolment::Node::start("unserved") else { return };
+    node.serves.send_replace(false);
+    let uids = ["0", "1"].map(|first| format!("{first}b5e2f6a-3c1d-4e5f-8a9b-0c1d2e3f4a5b"));
+    let pods = uids.each_ref().map(|uid| node.kubepods.below(&format!("pod{uid}")));
+    let sandboxes = uids.each_ref().map(|_| OwnNetns::new());
+    for (pod, sandbox) in pods.iter().zip(&sandboxes) {
+        pod.take(sandbox.pid());
+    }
+    let client = |index: usize| dial(&pods[index].0, Some(&sandboxes[index]), Dial::Tcp(API4));
+    eventually("nothing is known", || client(0), is(REFUSED)).await;
+    node.know(&[known(&uids[0], None, false), known(&uids[1], Some(Mode::Enforce), false)]);
+    eventually("unselected: passes", || client(0), is(nix::Error::ENETUNREACH)).await;
+    assert_eq!(client(1), Err(REFUSED), "there is nobody to redirect it to");
+    assert!(!*node.ready.borrow(), "nor is the agent ready");
+
+    node.serves.send_replace(true);
+    node.ready.wait_for(|ready| *ready).await.unwrap();
+    eventually("selected: arrives", || client(1), Result::is_ok).await;
+    drop((sandboxes, pods));
+    node.stop().await;
 }

@@ -61,11 +61,12 @@ pub(crate) struct Node {
     pub(crate) published: watch::Sender<ApiSet>,
     pub(crate) accepted: mpsc::Receiver<Accepted>,
     pub(crate) ready: watch::Receiver<bool>,
+    pub(crate) serves: watch::Sender<bool>,
     pub(crate) recorder: Recorder,
     observed: Arc<Observed>,
     cancellation: CancellationToken,
     running: tokio::task::JoinHandle<Result<Ended, InterceptionError>>,
-    journal: tempfile::TempDir,
+    pub(crate) journal: tempfile::TempDir,
 }
 
 /// An agent's interception that runs, and both ends of what it talks to.
@@ -74,6 +75,7 @@ struct Agent {
     published: watch::Sender<ApiSet>,
     accepted: mpsc::Receiver<Accepted>,
     ready: watch::Receiver<bool>,
+    serves: watch::Sender<bool>,
     observed: Arc<Observed>,
     cancellation: CancellationToken,
     running: tokio::task::JoinHandle<Result<Ended, InterceptionError>>,
@@ -91,9 +93,11 @@ impl Agent {
         let (published, api_set) = watch::channel(ApiSet::default());
         let (sender, accepted) = mpsc::channel(16);
         let (ready, is_ready) = watch::channel(false);
+        let (serves, is_serving) = watch::channel(true);
         let cancellation = CancellationToken::new();
         let observed: Arc<Observed> = Arc::default();
         let options = Options {
+            serves: is_serving,
             guard: guard::Options {
                 cgroup_root: Some(root.0.clone()),
                 pinning,
@@ -121,7 +125,7 @@ impl Agent {
             observed: observed.clone(),
         };
         let running = tokio::spawn(run(options, None, recorder.clone(), cancellation.clone()));
-        Self { pods, published, accepted, ready: is_ready, observed, cancellation, running }
+        Self { pods, published, accepted, ready: is_ready, serves, observed, cancellation, running }
     }
 }
 
@@ -150,6 +154,7 @@ impl Node {
             published: agent.published,
             accepted: agent.accepted,
             ready: agent.ready,
+            serves: agent.serves,
             recorder,
             observed: agent.observed,
             cancellation: agent.cancellation,
@@ -165,7 +170,7 @@ impl Node {
         let agent = Agent::start(&self.root, pinning, known, &self.recorder, self.journal.path());
         (self.pods, self.published, self.accepted) = (agent.pods, agent.published, agent.accepted);
         (self.ready, self.cancellation, self.running) = (agent.ready, agent.cancellation, agent.running);
-        self.observed = agent.observed;
+        (self.observed, self.serves) = (agent.observed, agent.serves);
     }
 
     pub(crate) fn know(&self, pods: &[KnownPod]) {
@@ -227,22 +232,6 @@ async fn a_pod_is_denied_until_it_is_enrolled_and_then_known_by_name() {
     container.take(sandbox.pid());
     eventually("a new sandbox: arrives", client, Result::is_ok).await;
     drop((sandbox, container, pod, qos));
-    node.stop().await;
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_a_cluster_publishes_is_stored_for_the_next_start() {
-    let Some(node) = Node::start("stored") else { return };
-    let file = node.journal.path().join("state/api-set.json");
-    let stored = |address: SocketAddr| {
-        std::fs::read_to_string(&file).is_ok_and(|text| text.contains(&format!("\"{address}\"")))
-    };
-    node.published.send_if_modified(|set| set.endpoints.insert(API6));
-    let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
-    while !(stored(API4) && stored(API6)) {
-        assert!(tokio::time::Instant::now() < deadline, "{:?}", std::fs::read_to_string(&file));
-        tokio::task::yield_now().await;
-    }
     node.stop().await;
 }
 

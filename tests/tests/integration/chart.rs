@@ -22,6 +22,7 @@ use weir_tests::{
 
 use super::{
     DEADLINE, Scene,
+    approver::answers_agents_alone,
     guard::{asks, direct_requests, is_refused},
     shown,
 };
@@ -140,6 +141,7 @@ impl<'a> Release<'a> {
             output.map(|output| format!("{}\n", shown(&output).1)).unwrap_or_default()
         };
         let mut told = ask(&["get", "pods", "-o", "wide"]) + &ask(&["get", "events"]);
+        told += &ask(&["logs", "deployment/weir-approver", "--tail=20"]);
         for pod in self.pods() {
             let name = pod["metadata"]["name"].as_str().unwrap_or_default();
             for container in ["guard", "agent"] {
@@ -151,7 +153,9 @@ impl<'a> Release<'a> {
 
     /// The agents' pods.
     fn pods(&self) -> Vec<Value> {
-        let text = self.testbed.kubectl(&["get", "pods", "-n", NAMESPACE, "-o", "json"]).unwrap();
+        let of_agents =
+            ["get", "pods", "-n", NAMESPACE, "-l", "app.kubernetes.io/name=weir-agent", "-o", "json"];
+        let text = self.testbed.kubectl(&of_agents).unwrap();
         let list: Value = serde_json::from_str(&text).unwrap();
         list["items"].as_array().unwrap().clone()
     }
@@ -199,6 +203,7 @@ fn the_chart_installs_upgrades_under_load_and_removes_itself() {
     release.testbed.kubectl(&["taint", "node", NODE_NAME, STARTUP_TAINT]).unwrap();
     release.must_apply(&["startupTaint=true"]);
     takes_the_startup_taint_off_and_may_change_nothing_else(&release);
+    answers_agents_alone((release.testbed, release.scratch), (&pod.name, &pod.uid));
     assert_eq!(ask(), (Some(0), "namespace/default\n".to_owned(), String::new()));
     let is_recorded = || {
         let events = agent::read_events(Path::new(JOURNAL))?;

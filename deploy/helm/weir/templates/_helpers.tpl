@@ -15,6 +15,39 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- with .Values.image.digest }}@{{ . }}{{ end }}
 {{- end }}
 
+{{/* What runs once for a cluster, beside the agents. */}}
+{{- define "weir.approver.selector" -}}
+app.kubernetes.io/name: weir-approver
+{{- end }}
+
+{{- define "weir.approver.labels" -}}
+{{ include "weir.approver.selector" . }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+{{- end }}
+
+{{/* Whether agents ask the signer of their own cluster for certificates. */}}
+{{- define "weir.asksSigner" -}}
+{{- $asks := dict }}
+{{- range .Values.config.clusters }}
+{{- if and .inCluster (hasKey .trust "clusterSigner") }}{{ $_ := set $asks "signer" true }}{{ end }}
+{{- end }}
+{{- if $asks.signer }}true{{ end }}
+{{- end }}
+
+{{/* What their certificates may name beside what the cluster publishes itself. */}}
+{{- define "weir.signedNames" -}}
+{{- $names := list }}
+{{- range .Values.config.clusters }}
+{{- if and .inCluster (hasKey .trust "clusterSigner") }}
+{{- $names = concat $names (.hostNames | default list) }}
+{{- range .addresses }}{{ $names = append $names (regexReplaceAll ":[0-9]+$" . "") }}{{ end }}
+{{- end }}
+{{- end }}
+{{- $names | uniq | toJson }}
+{{- end }}
+
 {{/* Port of config.metrics.address; empty where nothing is served. */}}
 {{- define "weir.metricsPort" -}}
 {{- with .Values.config.metrics }}{{ regexFind "[0-9]+$" (.address | default "127.0.0.1:9155") }}{{ end }}

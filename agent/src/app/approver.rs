@@ -1,0 +1,115 @@
+//! `weir-agent approver`: the wiring of what approves the agents' certificates. It runs once for a cluster, with a service account
+//! of its own; it needs nothing of a node, and no configuration, which names files that only agents have.
+
+use std::{net::SocketAddr, path::PathBuf};
+
+use super::{AppError, Signals};
+use crate::{
+    config::Access,
+    interception::{
+        cluster_access::{ClusterAccess, ClusterAccessError},
+        cluster_watch,
+    },
+    trust::{
+        ServingNames,
+        approver::{self, ApproverError},
+        cluster_signer::SIGNER_NAME,
+    },
+};
+
+/// What user names of service accounts begin with.
+const ACCOUNT_PREFIX: &str = "system:serviceaccount:";
+
+/// What the approver is told.
+#[derive(Debug)]
+pub struct ApproverOptions {
+    /// The agents' service account, NAMESPACE/NAME.
+    pub service_account: String,
+    /// Hosts that a certificate may name beside what the cluster publishes.
+    pub names: Vec<String>,
+    /// How the cluster is reached; none: as from one of its pods.
+    pub kubeconfig: Option<PathBuf>,
+}
+
+/// Why there is no approver.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Not NAMESPACE/NAME.
+    #[error("{given:?} is no service account; give it as NAMESPACE/NAME")]
+    ServiceAccount {
+        /// What was given.
+        given: String,
+    },
+    /// Credentials or CA.
+    #[error(transparent)]
+    Access(#[from] ClusterAccessError),
+    /// A right is missing.
+    #[error(
+        "{problem}; may the approver's service account approve signers/{SIGNER_NAME} (certificates.k8s.io)?"
+    )]
+    NotAllowed {
+        /// What was found.
+        problem: String,
+    },
+    /// It cannot begin.
+    #[error(transparent)]
+    Approver(#[from] ApproverError),
+    /// Signals.
+    #[error(transparent)]
+    App(#[from] AppError),
+}
+
+/// Answers the agents' requests until SIGTERM or SIGINT.
+///
+/// # Errors
+/// It cannot start: a credential or a right is missing.
+pub async fn run(options: &ApproverOptions) -> Result<(), Error> {
+    let mut signals = Signals::new()?;
+    let agent = user(&options.service_account)?;
+    let access = options.kubeconfig.clone().map_or(Access::InCluster, Access::Kubeconfig);
+    let access = ClusterAccess::load("local", &access, None).await?;
+    match access.may_approve(SIGNER_NAME).await {
+        Ok(true) => {}
+        Ok(false) => return Err(Error::NotAllowed { problem: "requests could not be answered".to_owned() }),
+        Err(problem) => return Err(Error::NotAllowed { problem }),
+    }
+    let names = async || {
+        let set = cluster_watch::read_api_set(&access.client).await;
+        let set = set.map_err(|error| format!("cannot read where the API server is: {error}"))?;
+        let addresses = set.service.iter().chain(&set.endpoints).map(SocketAddr::ip);
+        let mut names = ServingNames::of_own_cluster(addresses);
+        for host in &options.names {
+            names.add_host(host);
+        }
+        Ok(names)
+    };
+    tokio::select! {
+        never = approver::run(access.client.clone(), &agent, names) => match never? {},
+        signal = signals.next() => tracing::info!(signal, "ends"),
+    }
+    Ok(())
+}
+
+/// The user that a service account is.
+fn user(service_account: &str) -> Result<String, Error> {
+    match service_account.split_once('/') {
+        Some((namespace, name)) if !namespace.is_empty() && !name.is_empty() && !name.contains('/') => {
+            Ok(format!("{ACCOUNT_PREFIX}{namespace}:{name}"))
+        }
+        _ => Err(Error::ServiceAccount { given: service_account.to_owned() }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::user;
+
+    #[test]
+    fn a_service_account_is_given_with_its_namespace() {
+        let agent = user("weir-system/weir-agent").expect("is one");
+        assert_eq!(agent, "system:serviceaccount:weir-system:weir-agent");
+        for wrong in ["weir-agent", "/weir-agent", "weir-system/", "a/b/c", ""] {
+            assert!(user(wrong).expect_err("is none").to_string().contains("NAMESPACE/NAME"), "{wrong}");
+        }
+    }
+}

@@ -1,0 +1,223 @@
+//! Approves the agents' requests for serving certificates, so that no agent can: whoever takes a node gets certificates of the
+//! API server's names alone, and each for a day.
+//!
+//! Every request of the signer is looked at, and one is answered that an agent has made or that bears an agent's name; all others
+//! (kubelets' own) are left to whoever answers those. What is not approved is denied with the reason, which is logged too. The
+//! verdict itself is `request`'s.
+
+use std::{convert::Infallible, pin::pin, time::Duration};
+
+use futures::StreamExt as _;
+use k8s_openapi::api::certificates::v1::CertificateSigningRequest;
+use kube::{
+    Api, Client, ResourceExt as _,
+    api::{Patch, PatchParams},
+    runtime::watcher,
+};
+use serde_json::json;
+
+use super::{
+    ServingNames,
+    cluster_signer::{CONFLICT, NAME_PREFIX, SIGNER_NAME},
+    request::{self, Asked, Denial},
+};
+
+/// What the API server puts into a user's attributes when its token is bound to a pod (k8s.io/apiserver
+/// `pkg/authentication/serviceaccount`, `NodeNameKey`).
+const NODE_NAME_EXTRA: &str = "authentication.kubernetes.io/node-name";
+/// `reason` of the conditions that are written here.
+const REASON: &str = "WeirApprover";
+/// How long nothing may be heard of the requests before all are read anew: a connection may have died without a word.
+const SILENCE_MAX: Duration = Duration::from_mins(2);
+/// How long the API server may take over one request.
+const ANSWER_MAX: Duration = Duration::from_secs(10);
+/// First pause after a failure.
+const RETRY_FIRST: Duration = Duration::from_secs(1);
+/// Longest pause after a failure. An agent waits for half a minute.
+const RETRY_LONGEST: Duration = Duration::from_secs(8);
+/// HTTP: it is gone.
+const NOT_FOUND: u16 = 404;
+
+/// Why the approver cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum ApproverError {
+    /// Requests cannot be read.
+    #[error(
+        "cannot read certificatesigningrequests; may the approver's service account get, list and watch them, and is the API \
+         server up?"
+    )]
+    Read(#[source] Box<watcher::Error>),
+}
+
+/// Answers the requests of `agent` (a user name); `names` gives all names of the API server as they are at that time. Whatever
+/// fails later is tried again, for ever.
+///
+/// # Errors
+/// Requests cannot be read at the start.
+pub async fn run(
+    client: Client,
+    agent: &str,
+    names: impl AsyncFn() -> Result<ServingNames, String>,
+) -> Result<Infallible, ApproverError> {
+    let requests: Api<CertificateSigningRequest> = Api::all(client);
+    let of_signer = watcher::Config::default().fields(&format!("spec.signerName={SIGNER_NAME}"));
+    let (mut began, mut pause) = (false, RETRY_FIRST);
+    loop {
+        let mut events = pin!(watcher(requests.clone(), of_signer.clone()));
+        // Silence is no failure.
+        while let Ok(Some(event)) = tokio::time::timeout(SILENCE_MAX, events.next()).await {
+            let answered = match event {
+                Ok(watcher::Event::InitApply(request) | watcher::Event::Apply(request)) => {
+                    let answered = answer(&requests, &request, agent, &names);
+                    let timed = tokio::time::timeout(ANSWER_MAX, answered).await;
+                    timed.unwrap_or_else(|_| Err(format!("no answer within {} s", ANSWER_MAX.as_secs())))
+                }
+                Ok(watcher::Event::InitDone) => {
+                    if !began {
+                        tracing::info!(
+                            agent,
+                            signer = SIGNER_NAME,
+                            "answers requests for serving certificates"
+                        );
+                    }
+                    (began, pause) = (true, RETRY_FIRST);
+                    Ok(())
+                }
+                Ok(_) => Ok(()),
+                Err(error) if !began => return Err(ApproverError::Read(Box::new(error))),
+                Err(error) => Err(error.to_string()),
+            };
+            if let Err(error) = answered {
+                tracing::error!(
+                    error,
+                    retry_in_s = pause.as_secs(),
+                    "requests for serving certificates wait; agents serve with what they have meanwhile"
+                );
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(RETRY_LONGEST);
+                break;
+            }
+        }
+    }
+}
+
+/// Approves or denies one request, if it is one for here to answer and nobody has.
+async fn answer(
+    requests: &Api<CertificateSigningRequest>,
+    request: &CertificateSigningRequest,
+    agent: &str,
+    names: &impl AsyncFn() -> Result<ServingNames, String>,
+) -> Result<(), String> {
+    if !is_for_here(request, agent) {
+        return Ok(());
+    }
+    let name = request.name_any();
+    let node = node(request).unwrap_or_default();
+    let user = request.spec.username.as_deref().unwrap_or_default();
+    // For others the API server need not be asked: they are denied whatever its names are.
+    let names = if user == agent { names().await? } else { ServingNames::default() };
+    let verdict = judge(request, agent, &names);
+    let (kind, message) = match &verdict {
+        Ok(()) => {
+            ("Approved", format!("the agent of node {node}, for names of the API server, for a day at most"))
+        }
+        Err(denial) => ("Denied", denial.to_string()),
+    };
+    // Of the request as it was judged: one that was deleted and made anew under its name is another one.
+    let change = json!({
+        "metadata": {"uid": request.uid(), "resourceVersion": request.resource_version()},
+        "status": {"conditions": [{"type": kind, "status": "True", "reason": REASON, "message": message}]},
+    });
+    match requests.patch_approval(&name, &PatchParams::default(), &Patch::Merge(&change)).await {
+        Ok(_) => {}
+        // Whatever became of it comes as an event of its own.
+        Err(kube::Error::Api(status)) if matches!(status.code, CONFLICT | NOT_FOUND) => return Ok(()),
+        Err(error) => return Err(format!("cannot answer {name}: {error}")),
+    }
+    match verdict {
+        Ok(()) => tracing::info!(name, node, "approved"),
+        Err(_) => tracing::warn!(name, node, user, reason = message, "denied"),
+    }
+    Ok(())
+}
+
+fn is_for_here(request: &CertificateSigningRequest, agent: &str) -> bool {
+    let conditions = request.status.as_ref().and_then(|status| status.conditions.as_ref());
+    let is_open = conditions.is_none_or(Vec::is_empty);
+    let is_ours =
+        request.spec.username.as_deref() == Some(agent) || request.name_any().starts_with(NAME_PREFIX);
+    // The selector says so too; it is not for a server's mistake to have others' signers answered.
+    is_open && is_ours && request.spec.signer_name == SIGNER_NAME
+}
+
+/// The node of the pod that the maker's token is bound to; who has several has none.
+fn node(request: &CertificateSigningRequest) -> Option<&str> {
+    match request.spec.extra.as_ref()?.get(NODE_NAME_EXTRA)?.as_slice() {
+        [node] => Some(node),
+        _ => None,
+    }
+}
+
+fn judge(request: &CertificateSigningRequest, agent: &str, allowed: &ServingNames) -> Result<(), Denial> {
+    let spec = &request.spec;
+    let asked = Asked {
+        user: spec.username.as_deref().unwrap_or_default(),
+        node: node(request),
+        pem: &spec.request.0,
+        usages: spec.usages.as_deref().unwrap_or_default(),
+        expiration_seconds: spec.expiration_seconds,
+    };
+    request::judge(&asked, agent, allowed)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    const AGENT: &str = "system:serviceaccount:weir-system:weir-agent";
+
+    fn request(change: impl FnOnce(&mut Value)) -> CertificateSigningRequest {
+        let mut request = json!({
+            "metadata": {"name": "weir-serving-1"},
+            "spec": {"request": "", "signerName": SIGNER_NAME, "username": AGENT,
+                "extra": {"authentication.kubernetes.io/node-name": ["node-a"]}},
+        });
+        change(&mut request);
+        serde_json::from_value(request).expect("a request")
+    }
+
+    #[test]
+    fn only_open_requests_that_say_they_are_an_agents_are_answered() {
+        let answered = |change: fn(&mut Value)| is_for_here(&request(change), AGENT);
+        assert!(answered(|_| {}));
+        assert!(answered(|request| request["metadata"]["name"] = "csr-abc".into()), "by its maker");
+        assert!(answered(|request| request["spec"]["username"] = "somebody".into()), "by its name");
+        assert!(!answered(|request| {
+            request["metadata"]["name"] = "csr-abc".into();
+            request["spec"]["username"] = "system:node:node-a".into();
+        }));
+        assert!(!answered(
+            |request| request["spec"]["signerName"] = "kubernetes.io/kube-apiserver-client".into()
+        ));
+        for kind in ["Approved", "Denied", "Failed"] {
+            let conditions = json!({"conditions": [{"type": kind, "status": "True"}]});
+            let answered = request(|request| request["status"] = conditions);
+            assert!(!is_for_here(&answered, AGENT), "{kind}");
+        }
+    }
+
+    #[test]
+    fn who_is_of_several_nodes_is_of_none() {
+        let of = |nodes: Value| {
+            let request = request(|request| {
+                request["spec"]["extra"] = json!({"authentication.kubernetes.io/node-name": nodes});
+            });
+            node(&request).map(str::to_owned)
+        };
+        assert_eq!(of(json!(["a"])), Some("a".to_owned()));
+        assert_eq!((of(json!([])), of(json!(["a", "b"]))), (None, None));
+        assert_eq!(node(&request(|request| request["spec"]["extra"] = Value::Null)), None);
+    }
+}

@@ -1,0 +1,148 @@
+//! The chart's approver, and what admission leaves an agent's token: on the real API server, in the name of an agent's service
+//! account. That an agent's own request is approved shows in its being ready at all.
+
+use std::{fs, path::Path};
+
+use base64::{Engine as _, engine::general_purpose::STANDARD};
+use serde_json::{Value, json};
+use weir_tests::{
+    Testbed, certificates, command,
+    testbed::{API_CLUSTER_IP, NODE_NAME},
+    wait_until,
+};
+
+use super::{DEADLINE, shown};
+
+const AGENT: &str = "--as=system:serviceaccount:weir-system:weir-agent";
+const SIGNER: &str = "kubernetes.io/kubelet-serving";
+/// With every right, so that it is admission that refuses.
+const MASTERS: &str = "--as-group=system:masters";
+
+/// What kubectl says to who acts as somebody else.
+struct As<'a> {
+    testbed: &'a Testbed,
+    scratch: &'a Path,
+}
+
+impl As<'_> {
+    fn kubectl(&self, who: &[&str], arguments: &[&str]) -> (Option<i32>, String, String) {
+        shown(&command::output(self.testbed.kubectl_command().args(arguments).args(who)).unwrap())
+    }
+
+    /// Makes a request for a certificate as an agent makes it, but for `change`.
+    fn ask(&self, who: &[&str], name: &str, names: &[&str], change: Value) -> (Option<i32>, String, String) {
+        let usages = ["digital signature", "key encipherment", "server auth"];
+        let pem = certificates::node_request(NODE_NAME, names).unwrap();
+        let mut request = json!({
+            "apiVersion": "certificates.k8s.io/v1", "kind": "CertificateSigningRequest", "metadata": {"name": name},
+            "spec": {"request": STANDARD.encode(pem), "signerName": SIGNER, "usages": usages, "expirationSeconds": 86400},
+        });
+        for (key, value) in change.as_object().unwrap() {
+            request["spec"][key] = value.clone();
+        }
+        let file = self.scratch.join("request.json");
+        fs::write(&file, request.to_string()).unwrap();
+        self.kubectl(who, &["create", "-f", file.to_str().unwrap()])
+    }
+
+    fn status(&self, name: &str) -> Value {
+        let request = self.testbed.kubectl(&["get", "csr", name, "-o", "json"]).unwrap();
+        serde_json::from_str::<Value>(&request).unwrap()["status"].clone()
+    }
+
+    #[track_caller]
+    fn asked(&self, who: &[&str], name: &str, names: &[&str], change: Value) {
+        let (code, _, error) = self.ask(who, name, names, change);
+        assert_eq!(code, Some(0), "{name}: {error}");
+    }
+
+    #[track_caller]
+    fn denied(&self, name: &str, said: &str) {
+        let answered = wait_until(&format!("{name} to be answered"), DEADLINE, || {
+            let status = self.status(name);
+            Ok((!status["conditions"].is_null()).then_some(status))
+        });
+        let condition = answered.unwrap()["conditions"][0].clone();
+        assert_eq!((&condition["type"], &condition["reason"]), (&json!("Denied"), &json!("WeirApprover")));
+        let message = condition["message"].as_str().unwrap();
+        assert!(message.contains(said), "{message}");
+    }
+}
+
+/// The release is installed, and its agent ready. `pod` is one of `it-chart`.
+pub(super) fn answers_agents_alone((testbed, scratch): (&Testbed, &Path), (pod, uid): (&str, &str)) {
+    let it = As { testbed, scratch };
+    let of_node = |node: &str| format!("--as-user-extra=authentication.kubernetes.io/node-name={node}");
+    let (node, other) = (of_node(NODE_NAME), of_node("another"));
+    let agent = [AGENT, &node];
+    let names = ["kubernetes.default.svc", API_CLUSTER_IP];
+    let log = it.kubectl(&[], &["logs", "-n", "weir-system", "deployment/weir-approver"]).1;
+    assert!(log.contains("approved") && log.contains(NODE_NAME), "{log}");
+
+    // Left alone: neither an agent's nor named as one.
+    it.asked(&[], "somebody-elses", &names, json!({}));
+    it.asked(&agent, "weir-serving-good", &names, json!({"expirationSeconds": 600}));
+    it.asked(&agent, "weir-serving-name", &["kubernetes", "kubernetes.evil.example"], json!({}));
+    it.asked(&agent, "weir-serving-wildcard", &["*.default.svc"], json!({}));
+    it.asked(&agent, "weir-serving-address", &[API_CLUSTER_IP, "10.96.0.2"], json!({}));
+    it.asked(&agent, "weir-serving-long", &names, json!({"expirationSeconds": 86401}));
+    it.asked(&agent, "weir-serving-endless", &names, json!({"expirationSeconds": null}));
+    let usages = json!({"usages": ["digital signature", "server auth", "client auth"]});
+    it.asked(&agent, "weir-serving-usages", &names, usages);
+    it.asked(&[AGENT, &other], "weir-serving-node", &names, json!({}));
+    it.asked(&[AGENT], "weir-serving-unbound", &names, json!({}));
+    let another = ["--as=system:serviceaccount:it-chart:default", MASTERS, &node];
+    it.asked(&another, "weir-serving-account", &names, json!({}));
+    it.denied(
+        "weir-serving-name",
+        "kubernetes.evil.example is not a name or address of the API server; those are",
+    );
+    it.denied("weir-serving-wildcard", "*.default.svc is not a name or address of the API server");
+    it.denied("weir-serving-address", "10.96.0.2 is not a name or address of the API server");
+    it.denied("weir-serving-long", "expirationSeconds is 86401, and must be given and at most 86400");
+    it.denied("weir-serving-endless", "expirationSeconds is not given");
+    it.denied("weir-serving-usages", "usages are digital signature, server auth, client auth, and may be");
+    it.denied(
+        "weir-serving-node",
+        "must be O=system:nodes, CN=system:node:another, of the node that the token is",
+    );
+    it.denied("weir-serving-unbound", "names no node: it is bound to no pod");
+    it.denied("weir-serving-account", "system:serviceaccount:it-chart:default asks, and only");
+    let issued = wait_until("the certificate", DEADLINE, || {
+        let status = it.status("weir-serving-good");
+        Ok((!status["certificate"].is_null()).then_some(status))
+    });
+    assert_eq!(issued.unwrap()["conditions"][0]["reason"], "WeirApprover");
+    assert!(it.status("somebody-elses")["conditions"].is_null(), "it is nobody's business here");
+
+    let refused = |who: &[&str], arguments: &[&str], said: &str| {
+        let (code, _, error) = it.kubectl(who, arguments);
+        assert!(code != Some(0) && error.contains(said), "{arguments:?}: {code:?} {error}");
+    };
+    refused(&agent, &["certificate", "approve", "somebody-elses"], "forbidden");
+    refused(
+        &agent,
+        &["delete", "csr", "somebody-elses"],
+        "deletes its own requests for certificates, and no others",
+    );
+    refused(&agent, &["delete", "csr", "weir-serving-node"], "deletes its own requests");
+    assert_eq!(it.kubectl(&agent, &["delete", "csr", "weir-serving-good"]).0, Some(0));
+    for change in
+        [json!({"signerName": "kubernetes.io/kube-apiserver-client"}), json!({"signerName": "example.com/a"})]
+    {
+        let (code, _, error) = it.ask(&agent, "weir-serving-signer", &names, change);
+        assert!(code != Some(0) && error.contains("and no other signer"), "{error}");
+    }
+
+    let agent = [AGENT, MASTERS, &node];
+    let token = ["create", "token", "default", "-n", "it-chart"];
+    let (audience, uid) = ("--audience=sts.amazonaws.com", format!("--bound-object-uid={uid}"));
+    let bound = ["--bound-object-kind=Pod", &format!("--bound-object-name={pod}"), &uid];
+    refused(&agent, &token, "for sts.amazonaws.com alone");
+    refused(&agent, &[&token[..], &bound].concat(), "for sts.amazonaws.com alone");
+    refused(&agent, &[&token[..], &[audience]].concat(), "has tokens minted for a pod");
+    let whole = [&token[..], &[audience], &bound].concat();
+    refused(&[AGENT, MASTERS], &whole, "that the kubelet has mounted into its pod");
+    assert_eq!(it.kubectl(&agent, &whole).0, Some(0));
+    testbed.kubectl(&["delete", "csr", "--all"]).unwrap();
+}
