@@ -33,6 +33,10 @@ pub const MOTO: PythonEnvironment = PythonEnvironment { name: "moto", what: "mot
 /// What validates OCSF events against the published schema; no part of the testbed.
 pub const OCSF: PythonEnvironment = PythonEnvironment { name: "ocsf", what: "the published schema of OCSF" };
 
+/// What validates objects against the schemas of each Kubernetes version; no part of the testbed.
+pub const KUBERNETES_SCHEMAS: PythonEnvironment =
+    PythonEnvironment { name: "kubernetes-schemas", what: "the schemas of Kubernetes 1.25 to 1.37" };
+
 /// Everything of the testbed that is installed with Python.
 pub const ENVIRONMENTS: &[PythonEnvironment] = &[MOTO];
 
@@ -73,12 +77,26 @@ impl PythonEnvironment {
     /// # Errors
     /// As of [`Self::install`].
     pub fn program(&self, name: &str, progress: Progress) -> Result<Command> {
+        let mut command = self.installed(progress)?;
+        command.arg(self.lock_file().with_file_name(name));
+        Ok(command)
+    }
+
+    /// Its Python and a module of it, installed if it is not there.
+    ///
+    /// # Errors
+    /// As of [`Self::install`].
+    pub fn module(&self, name: &str, progress: Progress) -> Result<Command> {
+        let mut command = self.installed(progress)?;
+        command.args(["-m", name]);
+        Ok(command)
+    }
+
+    fn installed(&self, progress: Progress) -> Result<Command> {
         if !self.is_installed()? {
             self.install(progress)?;
         }
-        let mut command = Command::new(self.python()?);
-        command.arg(self.lock_file().with_file_name(name));
-        Ok(command)
+        Ok(Command::new(self.python()?))
     }
 
     /// Makes it anew.
@@ -128,7 +146,7 @@ mod tests {
 
     #[test]
     fn every_requirement_has_its_version_and_hashes() {
-        for environment in ENVIRONMENTS.iter().chain([&OCSF]) {
+        for environment in ENVIRONMENTS.iter().chain([&OCSF, &KUBERNETES_SCHEMAS]) {
             let lock = fs::read_to_string(environment.lock_file()).unwrap();
             let requirements: Vec<&str> = lock
                 .lines()

@@ -1,5 +1,5 @@
-//! `cargo xtask chart`: the Helm chart without a cluster: lint, what it renders to, which mistakes it refuses, and that
-//! alerts and dashboard in it are those of this commit.
+//! `cargo xtask chart`: the Helm chart without a cluster: lint, what it renders to, that every Kubernetes version it is for has a
+//! schema for that, which mistakes it refuses, and that alerts and dashboard in it are those of this commit.
 //!
 //! What an API server says of it, and that it works on a node, is the integration tests' (`chart`).
 
@@ -10,7 +10,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
-use weir_tests::{components, progress::Progress};
+use weir_tests::{components, progress::Progress, python};
 
 const CHART: &str = "deploy/helm/weir";
 /// What it renders to, each beside the values that make it.
@@ -19,6 +19,18 @@ const GOLDEN: &str = "deploy/helm/golden";
 const VALUES: &str = ".values.yaml";
 /// What it is rendered for; nothing in it depends on that.
 const KUBERNETES: &str = "1.33.0";
+
+/// The Kubernetes versions that the chart is for, each with the MutatingAdmissionPolicy that its API server can serve (v1beta1 only
+/// where an operator has switched it on).
+const VERSIONS: [(&str, Option<&str>); 4] =
+    [("1.33", None), ("1.34", Some("v1beta1")), ("1.35", Some("v1beta1")), ("1.36", Some("v1"))];
+/// What the golden values cannot have where there is none.
+const WITHOUT_MUTATING: [&str; 4] = [
+    "--set",
+    "trustBundle.enabled=false",
+    "--set-json",
+    r#"config.clusters=[{"name": "a", "inCluster": true, "addresses": ["192.0.2.1:443"], "trust": {"clusterSigner": {}}}]"#,
+];
 
 /// What an API server serves from 1.36 on.
 const MUTATING: &str = "admissionregistration.k8s.io/v1/MutatingAdmissionPolicy";
@@ -75,6 +87,7 @@ pub(crate) fn run(root: &Path) -> Result<()> {
     let helm = Helm { program: components::helm(Progress::Shown)?, root: root.to_owned() };
     helm.lint()?;
     helm.renders_as_written()?;
+    helm.is_of_every_versions_schema()?;
     helm.refuses_mistakes()?;
     helm.brings_what_this_commit_has()?;
     println!("the chart is as it should be");
@@ -109,7 +122,8 @@ impl Helm {
         self.run(&["lint", "--strict", "--kube-version", KUBERNETES, CHART]).map(drop)
     }
 
-    fn renders_as_written(&self) -> Result<()> {
+    /// Names of the golden values.
+    fn golden(&self) -> Result<Vec<String>> {
         let folder = self.root.join(GOLDEN);
         let entries = fs::read_dir(&folder).with_context(|| format!("cannot read {}", folder.display()))?;
         let mut names = Vec::new();
@@ -118,7 +132,49 @@ impl Helm {
             names.extend(name.strip_suffix(VALUES).map(str::to_owned));
         }
         ensure!(!names.is_empty(), "there are no values in {GOLDEN}");
-        for name in names {
+        Ok(names)
+    }
+
+    /// Every object has a schema in each version, and no key that is unknown to it. The Prometheus operator's kinds have none.
+    fn is_of_every_versions_schema(&self) -> Result<()> {
+        let scratch = tempfile::tempdir().context("cannot make a scratch folder")?;
+        for (version, mutating) in VERSIONS {
+            let mut validate = python::KUBERNETES_SCHEMAS.module("kubernetes_validate", Progress::Shown)?;
+            validate.args(["--strict", "--kubernetes-version", version]);
+            let mut count = 0;
+            for name in self.golden()? {
+                let (values, kube) = (format!("{GOLDEN}/{name}{VALUES}"), format!("{version}.0"));
+                let fixed = ["template", "weir", CHART, "--kube-version", &kube, "--values", &values];
+                let served = format!(
+                    "admissionregistration.k8s.io/{}/MutatingAdmissionPolicy",
+                    mutating.unwrap_or("v1alpha1")
+                );
+                let rest: &[&str] = if mutating.is_some() { &[] } else { &WITHOUT_MUTATING };
+                let rendered = self.run(&[&fixed[..], &["--api-versions", &served], rest].concat())?;
+                let objects = rendered.split("\n---\n");
+                let objects: Vec<_> =
+                    objects.filter(|object| !object.contains("apiVersion: monitoring.coreos.com/")).collect();
+                count += objects.len();
+                let file = scratch.path().join(format!("{name}-{version}.yaml"));
+                fs::write(&file, objects.join("\n---\n")).context("cannot write objects")?;
+                validate.arg(file);
+            }
+            let output = validate.output().context("cannot start Python")?;
+            let said = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+            // What has no schema is only warned of.
+            let passed =
+                said.lines().filter(|line| line.starts_with("INFO ") && line.contains(" passed ")).count();
+            ensure!(
+                output.status.success() && passed == count && said.lines().count() == count,
+                "of {count} objects {passed} are of Kubernetes {version}'s schema:\n{said}"
+            );
+        }
+        Ok(())
+    }
+
+    fn renders_as_written(&self) -> Result<()> {
+        let folder = self.root.join(GOLDEN);
+        for name in self.golden()? {
             let values = format!("{GOLDEN}/{name}{VALUES}");
             let rendered = self.template(CHART, &["--values", &values, "--api-versions", MUTATING])?;
             let path = folder.join(format!("{name}.yaml"));
