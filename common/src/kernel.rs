@@ -23,19 +23,19 @@ pub const NAME_ENDPOINTS_MAX: usize = 16;
 pub const SUSPECTED_MAX: u32 = 16_384;
 /// Most of one pod's: it may tell itself what it likes, and must not take the room of others.
 pub const SUSPECTED_BY_POD_MAX: u32 = 256;
-/// Most pods of which is kept what reading their answers costs; the oldest are forgotten, and begin anew.
+/// Most accounts, two a pod, of what reading answers costs; the oldest are forgotten, and begin anew.
 pub const SPENDERS_MAX: u32 = 2048;
 /// Most steps through answers that a pod may be ahead of [`STEP_SHIFT`].
 pub const STEPS_AHEAD_MAX: u64 = 1 << 20;
-/// After `1 << STEP_SHIFT` ns a pod has made good for a step through an answer: about a million a second, some thousands of
-/// answers, and about a hundredth of a processor.
-pub const STEP_SHIFT: u32 = 10;
+/// After `1 << STEP_SHIFT` ns a pod has made good for a step through an answer: 244,000 a second, some 1,500 answers, and less than
+/// a hundredth of a processor.
+pub const STEP_SHIFT: u32 = 12;
 /// Most flows between `connect` and `accept` that are kept; the oldest are dropped (and then refused on accept).
 pub const FLOWS_MAX: u32 = 65_536;
 /// Most network interfaces (the host's ends of enrolled pods') that are guarded.
 pub const INTERFACES_MAX: u32 = 8192;
-/// Most pods and interfaces whose last notice of a guard is remembered; the oldest are forgotten, and may then be
-/// reported once more.
+/// Most pods and interfaces, by kinds of notices, whose last one is remembered; the oldest are forgotten, and may then be reported
+/// once more.
 pub const REPORTED_MAX: u32 = 1024;
 /// Least time between two notices of a guard about one pod or interface, ns: a flood of packets must not become a
 /// flood of notices.
@@ -275,7 +275,7 @@ pub mod maps {
     pub const SETTINGS: &str = "SETTINGS";
     /// Socket storage of [`SocketState`](super::SocketState).
     pub const SOCKETS: &str = "SOCKETS";
-    /// Socket storage of a `u32`: there if the socket has gone to port 53, whose answers are read.
+    /// Socket storage of a `u32`: there if the socket has gone to port 53, whose answers are read; where to, mixed.
     pub const ASKERS: &str = "ASKERS";
     /// Per-CPU hash of cgroup id (`u64`) → [`PodCounters`](super::PodCounters); the agent makes the entries.
     pub const POD_COUNTERS: &str = "POD_COUNTERS";
@@ -285,7 +285,8 @@ pub mod maps {
     pub const QUARANTINE: &str = "QUARANTINE";
     /// Hash of cgroup id (`u64`) → [`PodName`](super::PodName): for people, the programs do not read it.
     pub const PODS: &str = "PODS";
-    /// LRU hash of cgroup id or interface index (`u64`) → time of a guard's last notice, in ns since boot (`u64`).
+    /// LRU hash of cgroup id or interface index, with the kind in the highest byte (`u64`) → time of the last notice of that kind, in ns
+    /// since boot (`u64`).
     pub const REPORTED: &str = "REPORTED";
     /// Array of `u64` by [`sieve::slot_of`](crate::sieve::slot_of): not 0 where an address of the API set has this slot. Whoever adds an
     /// address marks it first, and nobody takes a mark away, so that an address without one needs no look-up.

@@ -96,6 +96,16 @@ const RESERVED: u8 = 255;
 /// other payloads), Geneve, GUE, MPLS in UDP, Weave. What is inside is not read, so it counts for every port.
 const TUNNELS: [u16; 7] = [4789, 8472, 4790, 6081, 6080, 6635, 6784];
 
+/// Where a packet says that it comes from: an [`Address`](crate::kernel::Address) by its four words in memory.
+#[inline(always)]
+pub fn source(packet: &impl Packet) -> Option<[u32; 4]> {
+    match packet.bytes::<1>(0)?[0] >> 4 {
+        4 => packet.words::<1>(12).map(|[address]| [0, 0, MAPPED, address]),
+        6 => packet.words::<4>(8),
+        _ => None,
+    }
+}
+
 /// Reads the network header.
 #[inline(always)]
 pub fn destination(packet: &impl Packet) -> Destination {
@@ -200,7 +210,7 @@ pub fn port(packet: &impl Packet, transport: Transport) -> Option<u32> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Destination, PORT_UNKNOWN, Packet as _, destination, port};
+    use super::{Destination, PORT_UNKNOWN, Packet as _, destination, port, source};
 
     const MAPPED: [u8; 16] = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 192, 0, 2, 1];
     const ADDRESS6: [u8; 16] = [0x20, 1, 0xd, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1];
@@ -222,6 +232,28 @@ mod tests {
         packet[24..40].copy_from_slice(&ADDRESS6);
         packet.extend_from_slice(rest);
         packet
+    }
+
+    #[test]
+    fn the_source_of_either_family_is_read_and_none_from_a_header_that_ends_early() {
+        let mut packet = packet4(17, 0, 0, &[]);
+        packet[12..16].copy_from_slice(&[192, 0, 2, 9]);
+        let words = |address: [u8; 16]| {
+            let mut words = [0; 4];
+            for (word, bytes) in words.iter_mut().zip(address.chunks_exact(4)) {
+                *word = u32::from_ne_bytes(bytes.try_into().expect("four bytes"));
+            }
+            words
+        };
+        let mut expected = MAPPED;
+        expected[15] = 9;
+        assert_eq!(source(&&packet[..]), Some(words(expected)));
+        assert_eq!(source(&&packet[..15]), None);
+        let mut packet = packet6(17, &[]);
+        packet[8..24].copy_from_slice(&ADDRESS6);
+        assert_eq!(source(&&packet[..]), Some(words(ADDRESS6)));
+        assert_eq!(source(&&packet[..23]), None);
+        assert_eq!(source(&&[0x50; 40][..]), None, "no version of IP");
     }
 
     /// The address, and the port if the packet could open a conversation.

@@ -52,9 +52,9 @@ pub(crate) struct Spent {
     steps: u64,
 }
 
-/// Has the answers read that a socket gets which goes to this port; whether that is so.
+/// Has the answers read that a socket gets which goes to this address and port; whether that is so, or nobody would read them.
 #[inline(always)]
-pub(crate) fn will_be_heard(sock: *mut c_void, port: u32) -> bool {
+pub(crate) fn will_be_heard(sock: *mut c_void, address: [u32; 4], port: u32) -> bool {
     // SAFETY: an entry is written whole.
     if port != u32::from(DOMAIN) || unsafe { NAMES.get(&ANY_NAME) }.is_none() {
         return true;
@@ -62,7 +62,17 @@ pub(crate) fn will_be_heard(sock: *mut c_void, port: u32) -> bool {
     // A pod could see to it that there is no room for the note (`net.core.optmem_max`): then it does not ask. What is not the
     // programs' own is no pod's, or one's in the host's network, and asks.
     // SAFETY: what the caller has of its hook.
-    unsafe { socket::asks(sock) || socket::storage(sock, None).is_none() }
+    if unsafe { socket::asks(sock, socket::server(address)) || socket::storage(sock, None).is_none() } {
+        return true;
+    }
+    let nearest = class::nearest(class::own());
+    nearest.id == 0 || may_know(nearest.entry.class)
+}
+
+/// Whoever may go to an API server may know where it is.
+#[inline(always)]
+fn may_know(class: u32) -> bool {
+    matches!(Class::from_number(class), Some(Class::Agent | Class::Unselected | Class::Observed))
 }
 
 /// Whether an answer is one to a question of this socket. A stranger could else have a pod told what it likes, and keep it from every
@@ -70,7 +80,7 @@ pub(crate) fn will_be_heard(sock: *mut c_void, port: u32) -> bool {
 #[inline(always)]
 fn is_asked_for(sock: *mut bpf_sock, stream: bool) -> bool {
     // SAFETY: what the caller has of its hook.
-    if unsafe { socket::has_asked(sock.cast()) } {
+    if unsafe { socket::asked(sock.cast()) }.is_some() {
         return true;
     }
     // Connections without a note may be accepted ones, which never ask.
@@ -86,10 +96,21 @@ fn is_asked_for(sock: *mut bpf_sock, stream: bool) -> bool {
 #[inline(always)]
 pub(crate) fn report_unheard(original: ApiEndpoint, protocol: u32) {
     let cgroup = class::own();
-    if let Some(now) = may_report(cgroup) {
+    if let Some(now) = may_report(cgroup, NoticeKind::QuestionRefused) {
         let nearest = class::nearest(cgroup);
         let flow = class::record(original, 0, (cgroup, nearest.id), 0, now);
         class::report(NoticeKind::QuestionRefused, protocol, &flow);
+    }
+}
+
+/// Whether a packet comes from the name server that its socket has gone to last. Others' have an account of their own: what strangers
+/// send must not cost a pod the answers to its questions.
+#[inline(always)]
+fn is_from_who_was_asked(skb: *mut __sk_buff, sock: *mut bpf_sock) -> bool {
+    // SAFETY: what the caller has of its hook.
+    match (unsafe { socket::asked(sock.cast()) }, packet::source(&Buffer(skb))) {
+        (Some(asked), Some(source)) => asked == socket::server(source),
+        _ => false,
     }
 }
 
@@ -118,18 +139,18 @@ pub(crate) fn ingress(skb: *mut __sk_buff) -> i32 {
     if nearest.id == 0 {
         return PROCEED;
     }
-    // Whoever may go to an API server may know where it is.
-    if let Some(Class::Agent | Class::Unselected | Class::Observed) = Class::from_number(nearest.entry.class)
-    {
+    if may_know(nearest.entry.class) {
         return PROCEED;
     }
     let Some(reading) = READING.get_ptr_mut(0) else { return REJECT };
     let mut context = Context { reading, cgroup: nearest.id, failed: 0 };
-    let asked = is_asked_for(sock, payload.stream);
-    if heard(skb, payload, &mut context, asked) {
+    // Below a root of pods each that is not known yet has its own.
+    let payer = if nearest.entry.class == Class::Container as u32 { cgroup } else { nearest.id };
+    let account = payer << 1 | u64::from(is_from_who_was_asked(skb, sock));
+    if heard(skb, payload, &mut context, account, is_asked_for(sock, payload.stream)) {
         return PROCEED;
     }
-    if let Some(now) = may_report(cgroup) {
+    if let Some(now) = may_report(cgroup, NoticeKind::AnswerRefused) {
         let flow = FlowRecord {
             original: socket::NO_ENDPOINT,
             cluster: 0,
@@ -146,9 +167,9 @@ pub(crate) fn ingress(skb: *mut __sk_buff) -> i32 {
 }
 
 /// Reads an answer, and notes what it tells; whether the pod may have it. What it has not `asked` for it may not have, if it is
-/// about a configured name: else one socket would ask and another one, at the same port, hear.
+/// about a configured name: else one socket would ask and another one, at the same port, hear. The steps are taken at the `account`'s cost.
 #[inline(always)]
-fn heard(skb: *mut __sk_buff, payload: Payload, context: &mut Context, asked: bool) -> bool {
+fn heard(skb: *mut __sk_buff, payload: Payload, context: &mut Context, account: u64, asked: bool) -> bool {
     // SAFETY: the context is valid while the program runs.
     let (whole, segments) = unsafe { ((*skb).len, (*skb).gso_segs) };
     if whole <= payload.offset {
@@ -162,8 +183,6 @@ fn heard(skb: *mut __sk_buff, payload: Payload, context: &mut Context, asked: bo
     if length > MESSAGE_BYTES_MAX as u32 {
         length = MESSAGE_BYTES_MAX as u32;
     }
-    // Apart from what it asked for: what strangers send must not cost it the answers to its own questions.
-    let account = context.cgroup << 1 | u64::from(asked);
     if spent(account) > STEPS_AHEAD_MAX {
         return false;
     }
@@ -193,6 +212,7 @@ fn heard(skb: *mut __sk_buff, payload: Payload, context: &mut Context, asked: bo
             // SAFETY: as above.
             let told = unsafe { addr_of!((*reading).told).read_volatile() };
             let all = told * (NAMES_MAX * NAME_ENDPOINTS_MAX) as u32;
+            spend(account, u64::from(all));
             // SAFETY: the context lives longer than the loop.
             unsafe { bpf_loop(all, note as *mut c_void, core::ptr::from_mut(context).cast(), 0) };
             // SAFETY: valid; the loop may have written it.

@@ -123,7 +123,7 @@ fn redirected(ctx: &SockAddrContext) -> Option<&'static FlowRecord> {
 fn judge(ctx: &SockAddrContext, address: [u32; 4], call: Call) -> Answer {
     let port = socket::port(ctx.sock_addr);
     let original = ApiEndpoint { address: socket::address(address), port };
-    if !answer::will_be_heard(sock(ctx), port) {
+    if !answer::will_be_heard(sock(ctx), address, port) {
         answer::report_unheard(original, kind_and_protocol(ctx).1);
         return Answer::Deny;
     }

@@ -141,7 +141,7 @@ pub(crate) fn egress(skb: *mut __sk_buff) -> i32 {
     };
     // SAFETY: as above.
     let protocol = unsafe { (*sock).protocol };
-    if let Some(now) = may_report(cgroup) {
+    if let Some(now) = may_report(cgroup, NoticeKind::GuardDropped) {
         let flow = FlowRecord {
             original,
             cluster,
@@ -179,7 +179,7 @@ pub(crate) fn interface(skb: *mut __sk_buff) -> i32 {
         return TC_ACT_UNSPEC;
     }
     class::count(Counter::InterfaceDropped, pod_cgroup);
-    if let Some(now) = may_report(u64::from(index)) {
+    if let Some(now) = may_report(u64::from(index), NoticeKind::InterfaceDropped) {
         let flow = FlowRecord {
             original,
             cluster,
@@ -195,10 +195,12 @@ pub(crate) fn interface(skb: *mut __sk_buff) -> i32 {
     TC_ACT_SHOT as i32
 }
 
-/// Now, if nothing was reported under this key for a while.
+/// Now, if nothing of this kind was reported under this key for a while. By kinds: a pod must not hide one behind another.
 #[inline(always)]
-pub(crate) fn may_report(key: u64) -> Option<u64> {
+pub(crate) fn may_report(key: u64, kind: NoticeKind) -> Option<u64> {
     let now = class::now();
+    // Neither cgroups nor interfaces have numbers that long.
+    let key = key ^ (kind as u64) << 56;
     // SAFETY: values are single words.
     if let Some(last) = unsafe { REPORTED.get(&key) }
         && now.wrapping_sub(*last) < REPORT_INTERVAL_NS

@@ -158,28 +158,46 @@ pub(crate) unsafe fn storage(
     unsafe { state.cast::<SocketState>().as_mut() }
 }
 
-/// Whether a socket is known to have gone to a name server.
+/// The [name server](server) that a socket has gone to last, if it is known to have gone to any.
 ///
 /// # Safety
 /// As that of [`storage`].
 #[inline(always)]
-pub(crate) unsafe fn has_asked(socket: *mut core::ffi::c_void) -> bool {
+pub(crate) unsafe fn asked(socket: *mut core::ffi::c_void) -> Option<u32> {
     let map = ptr::addr_of!(ASKERS).cast_mut().cast();
     // SAFETY: the map exists, the socket is valid by this function's contract.
-    !unsafe { bpf_sk_storage_get(map, socket, ptr::null_mut(), 0) }.is_null()
+    let asked = unsafe { bpf_sk_storage_get(map, socket, ptr::null_mut(), 0) };
+    // SAFETY: null or the storage, which lives as long as the socket does, and so longer than this run.
+    unsafe { asked.cast::<u32>().as_ref() }.copied()
 }
 
-/// Notes that it has; whether that could be noted.
+/// Notes that it goes to one; whether that could be noted.
 ///
 /// # Safety
 /// As that of [`storage`].
 #[inline(always)]
-pub(crate) unsafe fn asks(socket: *mut core::ffi::c_void) -> bool {
+pub(crate) unsafe fn asks(socket: *mut core::ffi::c_void, mut server: u32) -> bool {
     let map = ptr::addr_of!(ASKERS).cast_mut().cast();
-    let mut asked = 1_u32;
-    let value = ptr::from_mut(&mut asked).cast();
+    let value = ptr::from_mut(&mut server).cast();
     // SAFETY: the map exists, the socket is valid by this function's contract, and so is the value.
-    !unsafe { bpf_sk_storage_get(map, socket, value, u64::from(BPF_SK_STORAGE_GET_F_CREATE)) }.is_null()
+    let asked = unsafe { bpf_sk_storage_get(map, socket, value, u64::from(BPF_SK_STORAGE_GET_F_CREATE)) };
+    if asked.is_null() {
+        return false;
+    }
+    // SAFETY: not null, and as above; a single word.
+    unsafe { asked.cast::<u32>().write_volatile(server) };
+    true
+}
+
+/// An address by as much as is noted of it.
+#[inline(always)]
+pub(crate) fn server(address: [u32; 4]) -> u32 {
+    let mut mixed = 0_u32;
+    for word in address {
+        // The prime of FNV-1a.
+        mixed = (mixed ^ word).wrapping_mul(0x0100_0193);
+    }
+    mixed
 }
 
 /// Four words in memory order are the sixteen bytes in network order.

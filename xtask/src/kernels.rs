@@ -31,7 +31,19 @@ const CLOUD: &str = "-cloud-amd64";
 /// Programs that the tests start.
 const PROGRAMS: [&str; 5] = ["bash", "busybox", "ip", "nsenter", "unshare"];
 /// Modules that a node's kernel loads by itself, in the order of their dependencies.
-const MODULES: [&str; 7] = ["inet_diag", "tcp_diag", "udp_diag", "veth", "macvlan", "sch_ingress", "cls_bpf"];
+const MODULES: [&str; 11] = [
+    "inet_diag",
+    "tcp_diag",
+    "udp_diag",
+    "veth",
+    "macvlan",
+    "sch_ingress",
+    "cls_bpf",
+    "libcrc32c",
+    "udp_tunnel",
+    "ip6_udp_tunnel",
+    "sctp",
+];
 /// What must be there: a program, and the Debian package that has it.
 const NEEDED: [(&str, &str); 6] = [
     ("strip", "binutils"),
@@ -173,7 +185,7 @@ fn numbers(name: &str) -> Vec<u64> {
 /// The tests, one after the other.
 fn runs_tests() -> String {
     format!(
-        "export CI=true RUST_BACKTRACE=0 WEIR_TEST_BPF_LSM=1
+        "export CI=true RUST_BACKTRACE=0 WEIR_TEST_BPF_LSM=1 WEIR_TEST_SCTP=1
 cd /tmp
 # What is about many pods, not about the kernel, takes minutes in emulation.
 kernel-tests --test-threads=1 --skip scale::

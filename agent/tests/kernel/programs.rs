@@ -146,10 +146,19 @@ async fn protocols_that_cannot_be_redirected_are_refused() {
     let listener = Listener::in_netns(Namespace::of_process(netns.pid()).unwrap()).unwrap();
     classify(&kernel, &cgroup, Class::Unselected, None);
     assert_eq!(dial(&cgroup.0, Some(&netns), Dial::Mptcp(API4)), Err(nix::Error::ENETUNREACH));
+    // Not every kernel has it; those of the kernel matrix do.
+    let has_sctp = std::env::var_os("WEIR_TEST_SCTP").is_some();
+    if has_sctp {
+        assert_eq!(dial(&cgroup.0, Some(&netns), Dial::Sctp(API4)), Err(nix::Error::ENETUNREACH));
+    }
     classify(&kernel, &cgroup, Class::Enrolled, Some(&listener));
     assert_eq!(dial(&cgroup.0, Some(&netns), Dial::Mptcp(API4)), Err(nix::Error::EPROTONOSUPPORT));
     assert_eq!(dial(&cgroup.0, Some(&netns), Dial::Udp(API4)), Err(nix::Error::ECONNREFUSED));
     assert_eq!(kernel.counters().unwrap().protocol_refused, 2);
+    if has_sctp {
+        assert_eq!(dial(&cgroup.0, Some(&netns), Dial::Sctp(API4)), Err(nix::Error::EPROTONOSUPPORT));
+        assert_eq!(kernel.counters().unwrap().protocol_refused, 3);
+    }
     let mut notices = kernel.notices().unwrap().expect("taken once");
     let first = notices.next().await.unwrap();
     assert_eq!((first.kind, first.protocol), (3, 262));

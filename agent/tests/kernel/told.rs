@@ -39,7 +39,7 @@ struct Scene {
     kernel: Arc<Kernel>,
     pod: OwnCgroup,
     other: OwnCgroup,
-    _above: [OwnCgroup; 2],
+    above: [OwnCgroup; 2],
     netns: OwnNetns,
     datagrams: UdpSocket,
     streams: TcpListener,
@@ -58,7 +58,7 @@ impl Scene {
         kernel.set_names(&names).unwrap();
         let (datagrams, streams) =
             netns.within(|| (UdpSocket::bind(SERVER).unwrap(), TcpListener::bind(SERVER).unwrap()));
-        let scene = Self { kernel, pod, other, _above: [kubepods, root], netns, datagrams, streams };
+        let scene = Self { kernel, pod, other, above: [kubepods, root], netns, datagrams, streams };
         for pod in [&scene.pod, &scene.other] {
             scene.classify(pod, Class::Enrolled, None);
         }
@@ -270,6 +270,15 @@ async fn who_could_not_be_known_for_asking_does_not_ask_and_it_is_reported() {
         (notice.flow.pod_cgroup, notice.flow.original.port),
         (scene.pod.id(), u32::from(SERVER.port()))
     );
+    // What is reported of one thing hides no other.
+    let (api, _server) = scene.fresh("198.51.100.7");
+    scene.kernel.set_api_endpoint(api, 3).unwrap();
+    assert_eq!(scene.dial(&scene.pod, Dial::Raw(api, UDP, 0)), Err(nix::Error::EPERM));
+    let notice = notices.next().await.unwrap();
+    assert_eq!(NoticeKind::from_number(notice.kind), Some(NoticeKind::GuardDropped));
+    // Whose answers are not read asks as ever.
+    scene.classify(&scene.other, Class::Unselected, None);
+    assert_eq!(scene.dial(&scene.other, Dial::AskWithoutRoom(SERVER)), Err(NO_ANSWER));
     // Where no name is configured nothing is noted.
     scene.kernel.set_names(&[]).unwrap();
     assert_eq!(scene.dial(&scene.pod, Dial::AskWithoutRoom(SERVER)), Err(NO_ANSWER));
@@ -291,34 +300,42 @@ fn reading_a_pods_answers_costs_no_more_than_its_share_and_nobody_else_pays() {
     let (long, short) =
         (long_answer(), answer("other.test.", &[("other.test.", data([198, 51, 100, 7].into()))]));
     let datagrams = &scene.datagrams;
-    let asker = || datagrams.recv_from(&mut [0; 64]).unwrap().1;
+    let bound = |address: &str| scene.netns.within(|| UdpSocket::bind(address).unwrap());
     // More than all that a pod has, and what it makes good for in the fraction of a second meanwhile.
-    let flood = |to: SocketAddr| {
-        for _ in 0..4 * STEPS_AHEAD_MAX / u64::from(STEPS_MAX) {
-            datagrams.send_to(&long, to).unwrap();
+    let flood = |from: &UdpSocket, to: SocketAddr| {
+        for _ in 0..2 * STEPS_AHEAD_MAX / u64::from(STEPS_MAX) {
+            from.send_to(&long, to).unwrap();
         }
     };
-    // One that no socket asks for costs those nothing that are asked for.
-    let stranger = scene.netns.within(|| UdpSocket::bind("127.0.0.1:5300").unwrap());
-    std::thread::scope(|threads| {
-        threads.spawn(|| {
-            let (_, to) = stranger.recv_from(&mut [0; 64]).unwrap();
-            flood(to);
-            datagrams.send_to(&short, to).unwrap();
-            scene.tell(&scene.pod, &short).expect("its own questions are answered");
-        });
-        let told = scene.dial(&scene.pod, Dial::AskAnybody(stranger.local_addr().unwrap()));
-        assert_eq!(told, Err(NO_ANSWER), "nothing more is read for it");
-    });
-    std::thread::scope(|threads| {
-        threads.spawn(|| {
-            let to = asker();
-            flood(to);
-            datagrams.send_to(&short, to).unwrap();
-            scene.tell(&scene.other, &short).expect("another pod has its own share");
-        });
-        assert_eq!(scene.dial(&scene.pod, Dial::Ask(SERVER)), Err(NO_ANSWER));
-    });
+    // A pod's socket asks `asked`, is sent a flood and then an answer; meanwhile `then` sees how others fare.
+    let flooded = |pod: &OwnCgroup, question, asked: &UdpSocket, by: &UdpSocket, then: &(dyn Fn() + Sync)| {
+        std::thread::scope(|threads| {
+            threads.spawn(|| {
+                let (_, to) = asked.recv_from(&mut [0; 64]).unwrap();
+                flood(by, to);
+                datagrams.send_to(&short, to).unwrap();
+                then();
+            });
+            scene.dial(pod, question)
+        })
+    };
+    let tell = |pod: &OwnCgroup| scene.tell(pod, &short);
+    // What no socket asks for costs those nothing that are asked for.
+    let neighbour = bound("127.0.0.1:5300");
+    let question = Dial::AskAnybody(neighbour.local_addr().unwrap());
+    let own = || tell(&scene.pod).expect("its own questions are answered");
+    assert_eq!(flooded(&scene.pod, question, &neighbour, datagrams, &own), Err(NO_ANSWER), "no more is read");
+    // Nor does what a stranger sends to a socket that asks.
+    let stranger = bound("127.0.0.2:53");
+    assert_eq!(flooded(&scene.pod, Dial::AskAnybody(SERVER), datagrams, &stranger, &own), Ok(()));
+    // Pods that are not known yet are no one pod.
+    let [kubepods, _] = &scene.above;
+    scene.classify(kubepods, Class::Container, None);
+    let [first, second] = ["first", "second"].map(|name| kubepods.below(name));
+    let other = || tell(&second).expect("another pod has its own share");
+    assert_eq!(flooded(&first, Dial::Ask(SERVER), datagrams, datagrams, &other), Err(NO_ANSWER));
+    let other = || tell(&scene.other).expect("another pod has its own share");
+    assert_eq!(flooded(&scene.pod, Dial::Ask(SERVER), datagrams, datagrams, &other), Err(NO_ANSWER));
     let answered_again = (0..100).any(|_| scene.tell(&scene.pod, &short).is_ok());
     assert!(answered_again, "it makes good for what it has spent");
 }

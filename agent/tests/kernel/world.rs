@@ -184,6 +184,7 @@ pub(crate) enum Dial {
     /// An IPv6 socket that dials a v4-mapped address.
     Mapped(SocketAddr),
     Mptcp(SocketAddr),
+    Sctp(SocketAddr),
     Udp(SocketAddr),
     /// A datagram without a connect.
     SendTo(SocketAddr),
@@ -284,6 +285,7 @@ fn in_child(procs: &std::fs::File, netns: Option<&std::fs::File>, dial: Dial) ->
             (SocketAddr::new(ip.to_ipv6_mapped().into(), address.port()), libc::SOCK_DGRAM, 0)
         }
         Dial::Mptcp(address) => (address, libc::SOCK_STREAM, libc::IPPROTO_MPTCP),
+        Dial::Sctp(address) => (address, libc::SOCK_STREAM, libc::IPPROTO_SCTP),
         Dial::Udp(address)
         | Dial::SendTo(address)
         | Dial::Ask(address)
