@@ -32,6 +32,8 @@ const BODY_BYTES: usize = 2048;
 /// Bytes that a mutation's first group takes in the journal, near enough.
 const GROUP_BYTES: usize = 4096;
 const FILE_BYTES: usize = 64 * 1024 * 1024;
+/// Whom content is encrypted for in some rows: Bob of RFC 7748, section 6.1.
+const RECIPIENT: &str = "-----BEGIN PUBLIC KEY-----\nMCowBQYDK2VuAyEA3p7bfXt9wbTTW2HC7OQ1Nz+DQ8hbeGdNrfx+FG+IK08=\n-----END PUBLIC KEY-----\n";
 
 /// Half of them took no longer, and 99 of 100.
 fn quantiles(mut took: Vec<Duration>) -> String {
@@ -147,8 +149,15 @@ fn main() {
     let folder = folder.unwrap();
     let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
     println!("load {}, µs, {OPERATIONS} requests a row\n", load.trim());
-    let options = RecorderOptions::new(folder.path().join("journal"), "node".into(), vec!["cluster".into()]);
-    let recorder = Recorder::start(RecorderOptions { pod_quota: PodQuota::UNLIMITED, ..options }).unwrap();
+    let recipient = folder.path().join("recipient.pem");
+    std::fs::write(&recipient, RECIPIENT).unwrap();
+    let recorder = |name: &str, recipient_files| {
+        let options = RecorderOptions::new(folder.path().join(name), "node".into(), vec!["cluster".into()]);
+        let pod_quota = PodQuota::UNLIMITED;
+        Recorder::start(RecorderOptions { pod_quota, recipient_files, ..options }).unwrap()
+    };
+    let encrypting = recorder("encrypted", vec![recipient]);
+    let recorder = recorder("journal", Vec::new());
     println!("{:<44} {:>8} {:>8}", "", "p50", "p99");
     println!("{:<44} {}", "fdatasync alone, before", quantiles(syncs(folder.path())));
     let waits = ["before forwarding", "without its sync", "before the end", "without its sync"];
@@ -158,12 +167,18 @@ fn main() {
     runtime.block_on(async {
         row(&recorder, "sync, one mutation after the other", Method::POST, 1).await;
         row(&recorder, &format!("sync, {AT_ONCE} mutations at once"), Method::POST, AT_ONCE).await;
+        row(&encrypting, "the first again, encrypted", Method::POST, 1).await;
+        row(&encrypting, "the second again, encrypted", Method::POST, AT_ONCE).await;
         row(&recorder, "async, one read after the other", Method::GET, 1).await;
         recorder.set_rules(rules(Commit::Async));
         row(&recorder, "the same mutations async, for comparison", Method::POST, 1).await;
+        encrypting.set_rules(rules(Commit::Async));
+        row(&encrypting, "the same, encrypted", Method::POST, 1).await;
         recorder.set_rules(rules(Commit::Strict));
         row(&recorder, "strict, one read after the other", Method::GET, 1).await;
     });
     println!("\n{:<44} {}", "fdatasync alone, after", quantiles(syncs(folder.path())));
-    runtime.block_on(recorder.stop("bench")).unwrap();
+    for recorder in [recorder, encrypting] {
+        runtime.block_on(recorder.stop("bench")).unwrap();
+    }
 }

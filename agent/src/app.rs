@@ -17,6 +17,7 @@ use tokio::{
     task::JoinSet,
 };
 use tokio_util::sync::CancellationToken;
+use weir_common::kms::Kms;
 
 use crate::{
     auth::IssuersError,
@@ -39,7 +40,7 @@ use crate::{
     },
     proxy::{self, Drained, Proxy, ProxyOptions},
     publishing::{Publishing, PublishingError},
-    recording::{Recorder, RecorderOptions, RecordingError},
+    recording::{KeyService, Recorder, RecorderOptions, RecordingError},
     telemetry::{self, Telemetry},
     traces::Traces,
     trust::TrustError,
@@ -395,6 +396,7 @@ pub(crate) fn recorder_options(config: &Config) -> RecorderOptions {
         signing_key_files: config.journal.signing_key_files.clone(),
         idle_checkpoint_interval: config.journal.idle_checkpoint_interval,
         recipient_files: config.recording.recipient_files.clone(),
+        key_service: config.recording.kms.clone().map(|key| Arc::new(Kms::new(key)) as Arc<dyn KeyService>),
         ..RecorderOptions::new(config.journal.directory.clone(), config.node.clone(), clusters)
     }
 }

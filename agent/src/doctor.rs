@@ -6,15 +6,14 @@
 use std::{fmt, path::PathBuf};
 
 use serde::Serialize;
-use weir_common::encryption::Recipient;
 
 use crate::{
     config::{self, Config},
     exec::invoker::Invoker,
-    recipients,
 };
 
 pub mod clusters;
+pub mod encryption;
 pub mod kafka;
 pub mod kernel;
 pub mod nri;
@@ -172,7 +171,8 @@ pub fn run(options: &DoctorOptions) -> Report {
             Ok(config) => {
                 checks.push(Check::good("config", Need::Must, path.display().to_string()));
                 checks.push(storage::check(&config.journal.directory, config.journal.bytes_max));
-                checks.extend(encryption(&config));
+                checks.extend(encryption::recipients(&config));
+                checks.extend(runtime.block_on(encryption::key_service(&config)));
                 checks.push(nri::check(config.nri.as_deref()));
                 checks.extend(runtime.block_on(clusters::configured(&config)));
                 checks.extend(runtime.block_on(pods::checks(&config)));
@@ -193,28 +193,6 @@ pub fn run(options: &DoctorOptions) -> Report {
         },
     }
     Report::new(checks)
-}
-
-/// Whether content is encrypted, and for whom; an agent whose recipients cannot be read does not start.
-fn encryption(config: &Config) -> Option<Check> {
-    let files = &config.recording.recipient_files;
-    if files.is_empty() {
-        return None;
-    }
-    Some(match recipients::read_all(files) {
-        Err(error) => Check::failed("encryption", Need::Must, &error),
-        Ok(recipients) => {
-            let names: Vec<_> = recipients.iter().map(Recipient::name).collect();
-            let found = format!("content is encrypted for {}", names.join(", "));
-            match names.len() {
-                1 => {
-                    let mend = "name a second recipient, whose identity lies in a safe: who loses the only one loses all content";
-                    Check::bad("encryption", Need::Should, found, mend)
-                }
-                _ => Check::good("encryption", Need::Should, found),
-            }
-        }
-    })
 }
 
 #[cfg(test)]

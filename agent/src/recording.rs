@@ -101,6 +101,7 @@ pub use self::{
     durable::{Durable, DurablePosition},
     error::RecordingError,
     journal::IDLE_CHECKPOINT_INTERVAL,
+    key_store::KeyService,
     masks::{ENVIRONMENT, FieldMask, MASK_BYTES_MAX, MASKS_MAX, MaskError, MaskRules, Masks},
     measures::{Measured, SYNC_BOUNDS},
     plan::{BacklogLimits, Bodies, Commit, CommitRule, CommitRules, Resources, Streams, WhenBehind},
@@ -151,6 +152,8 @@ pub struct RecorderOptions {
     pub signing_key_files: Vec<PathBuf>,
     /// X25519 public keys (PEM) of whoever may read bodies and streams; without any they are recorded in clear.
     pub recipient_files: Vec<PathBuf>,
+    /// What wraps keys for whoever may read, beside those.
+    pub key_service: Option<Arc<dyn KeyService>>,
     /// Time between checkpoints while nothing is recorded.
     pub idle_checkpoint_interval: Duration,
     /// How requests are committed.
@@ -172,6 +175,7 @@ impl RecorderOptions {
             session_idle_timeout: SESSION_IDLE_TIMEOUT,
             signing_key_files: Vec::new(),
             recipient_files: Vec::new(),
+            key_service: None,
             idle_checkpoint_interval: IDLE_CHECKPOINT_INTERVAL,
             rules: CommitRules::default(),
             pod_quota: PodQuota::UNLIMITED,
@@ -268,9 +272,10 @@ impl Recorder {
         let thread = |error| RecordingError::Thread(Arc::new(error));
         let (queue, measures) = (Arc::new(Queue::default()), Arc::new(Measures::default()));
         let mut encryption = None;
-        if !recipients.is_empty() {
+        if !recipients.is_empty() || options.key_service.is_some() {
             let store = KeyStore::start(KeyFolder {
                 storage: Arc::clone(&storage),
+                service: options.key_service,
                 folder: epoch.folder.clone(),
                 queue: Arc::clone(&queue),
                 measures: Arc::clone(&measures),

@@ -3,9 +3,10 @@
 //! Each session has keys of its own. A key encrypts pieces of content (AES-256-GCM); it is wrapped to every recipient (HPKE,
 //! RFC 9180: X25519, HKDF-SHA256, AES-256-GCM, base mode) and then forgotten. What is wrapped stands apart from the log:
 //! without it nobody reads the content any more, and the log, whose leaves hash what is encrypted, verifies as before.
+//! A key of a service (AWS KMS) may stand beside recipients, or instead of them: the same key, wrapped by it.
 //! Everything else of an event stays readable. `docs/recording-format.md` describes the bytes; keep both in step. Sans-IO.
 
-use std::time::Duration;
+use std::{collections::HashMap, time::Duration};
 
 use aws_lc_rs::{
     aead::{AES_256_GCM, Aad, LessSafeKey, NONCE_LEN, Nonce, UnboundKey},
@@ -77,7 +78,7 @@ pub enum EncryptionError {
     #[error("it is no wrapped key of a version that is known")]
     Form,
     /// It is wrapped to others.
-    #[error("it is wrapped to other recipients than the identities that are given")]
+    #[error("it is wrapped to others than the identities, or the KMS key, that are given")]
     NotForUs,
     /// Wrapped key or content were changed, or belong somewhere else.
     #[error("it was changed, or belongs somewhere else")]
@@ -183,6 +184,34 @@ pub struct WrappedKey {
     pub time_unix_us: i64,
     algorithms: String,
     recipients: Vec<Wrapped>,
+    /// The same key, wrapped by AWS KMS.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    kms: Option<WrappedByKms>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct WrappedByKms {
+    /// ARN of the key that it is wrapped with.
+    key: String,
+    /// KMS's ciphertext, base64.
+    wrapped: String,
+}
+
+/// The key itself, on its way to a service that wraps it; wiped when dropped. Does not show itself.
+pub struct Secret(Zeroizing<[u8; KEY_BYTES]>);
+
+impl std::fmt::Debug for Secret {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Secret")
+    }
+}
+
+impl Secret {
+    /// Its bytes.
+    pub fn as_bytes(&self) -> &[u8] {
+        self.0.as_slice()
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -240,7 +269,25 @@ impl ContentKey {
         time_unix_us: i64,
         recipients: &[Recipient],
     ) -> Result<(Self, WrappedKey), EncryptionError> {
-        if recipients.is_empty() || recipients.len() > RECIPIENTS_MAX {
+        if recipients.is_empty() {
+            return Err(EncryptionError::Wrap);
+        }
+        let (key, wrapped, _) = Self::generate_for_service(epoch, number, session, time_unix_us, recipients)?;
+        Ok((key, wrapped))
+    }
+
+    /// The same for a service that wraps the key as well, or alone: it has to be handed to it.
+    ///
+    /// # Errors
+    /// There are too many recipients, or one whose key is of no use.
+    pub fn generate_for_service(
+        epoch: Uuid,
+        number: u64,
+        session: &str,
+        time_unix_us: i64,
+        recipients: &[Recipient],
+    ) -> Result<(Self, WrappedKey, Secret), EncryptionError> {
+        if recipients.len() > RECIPIENTS_MAX {
             return Err(EncryptionError::Wrap);
         }
         let mut key = Zeroizing::new([0; KEY_BYTES]);
@@ -263,8 +310,9 @@ impl ContentKey {
             time_unix_us,
             algorithms: ALGORITHMS.to_owned(),
             recipients: recipients.iter().map(wrap).collect::<Result<_, _>>()?,
+            kms: None,
         };
-        Ok((Self::new(epoch, number, key.as_slice())?, wrapped))
+        Ok((Self::new(epoch, number, key.as_slice())?, wrapped, Secret(key)))
     }
 
     fn new(epoch: Uuid, number: u64, key: &[u8]) -> Result<Self, EncryptionError> {
@@ -348,6 +396,40 @@ impl WrappedKey {
         let wrapped: Self = serde_json::from_slice(bytes).map_err(|_| EncryptionError::Form)?;
         let is_known = wrapped.version == VERSION && wrapped.algorithms == ALGORITHMS;
         is_known.then_some(wrapped).ok_or(EncryptionError::Form)
+    }
+
+    /// What KMS binds it to, and shows in its own log (CloudTrail): in clear, and without anything that only content says.
+    pub fn context(&self) -> HashMap<String, String> {
+        let Self { epoch, key, session, .. } = self;
+        let purpose = String::from_utf8_lossy(INFO).into_owned();
+        let pairs = [
+            ("purpose", purpose),
+            ("epoch", epoch.to_string()),
+            ("key", key.to_string()),
+            ("session", session.clone()),
+        ];
+        pairs.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
+    }
+
+    /// The same, with what KMS made of the key.
+    #[must_use]
+    pub fn with_kms(self, arn: &str, wrapped: &[u8]) -> Self {
+        let kms = WrappedByKms { key: arn.to_owned(), wrapped: STANDARD.encode(wrapped) };
+        Self { kms: Some(kms), ..self }
+    }
+
+    /// ARN of the KMS key that it is wrapped with, and the ciphertext; none if it is not.
+    pub fn by_kms(&self) -> Option<(&str, Vec<u8>)> {
+        let kms = self.kms.as_ref()?;
+        Some((&kms.key, STANDARD.decode(&kms.wrapped).ok()?))
+    }
+
+    /// The key, of what KMS unwrapped.
+    ///
+    /// # Errors
+    /// It is none.
+    pub fn unwrapped(&self, secret: &[u8]) -> Result<ContentKey, EncryptionError> {
+        ContentKey::new(self.epoch, self.key, secret)
     }
 
     /// The names of those whom it is wrapped to.

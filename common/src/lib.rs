@@ -25,6 +25,8 @@ pub mod envelope;
 pub mod event;
 #[cfg(feature = "record")]
 pub mod frame;
+#[cfg(feature = "kms")]
+pub mod kms;
 #[cfg(feature = "record")]
 pub mod merkle;
 #[cfg(feature = "record")]

@@ -31,12 +31,13 @@ use replay::{Pace, Subject};
 use source::{
     Journal,
     address::Address,
-    decryption,
+    decryption::Reader,
     group::{Begin, Group},
     properties::Properties,
     topic::Reading,
 };
 use terminal::Style;
+use weir_common::kms::KeyArn;
 
 /// How often a followed journal is looked at.
 const FOLLOW_INTERVAL: Duration = Duration::from_millis(200);
@@ -163,6 +164,10 @@ struct EventsArgs {
     /// Private key (X25519, PEM) to decrypt content with; may be repeated. Of topics name that of the wrapped keys too.
     #[arg(long, value_name = "FILE", conflicts_with = "group")]
     identity: Vec<PathBuf>,
+    /// Key of AWS KMS to decrypt content with, by its ARN, with your own AWS credentials (kms:Decrypt). KMS is asked once for
+    /// each session.
+    #[arg(long, value_name = "ARN", value_parser = KeyArn::parse, conflicts_with = "group")]
+    kms: Option<KeyArn>,
 }
 
 #[derive(Debug, Args)]
@@ -199,6 +204,10 @@ struct ReplayArgs {
     /// Private key (X25519, PEM) to decrypt content with; may be repeated. Of topics name that of the wrapped keys too.
     #[arg(long, value_name = "FILE")]
     identity: Vec<PathBuf>,
+    /// Key of AWS KMS to decrypt content with, by its ARN, with your own AWS credentials (kms:Decrypt). KMS is asked once for
+    /// each session.
+    #[arg(long, value_name = "ARN", value_parser = KeyArn::parse)]
+    kms: Option<KeyArn>,
 }
 
 #[derive(Debug, Args)]
@@ -363,12 +372,15 @@ fn print_events(args: &EventsArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     if args.since.is_some() && matches!(args.from.address, Address::Directory(_)) {
         anyhow::bail!("events --since reads topics, which have an index of times; a journal has none");
     }
-    if args.follow && !args.identity.is_empty() && matches!(args.from.address, Address::Topics(_)) {
-        anyhow::bail!("topics that are followed are not decrypted; leave out --follow or --identity");
+    let decrypts = !args.identity.is_empty() || args.kms.is_some();
+    if args.follow && decrypts && matches!(args.from.address, Address::Topics(_)) {
+        anyhow::bail!(
+            "topics that are followed are not decrypted; leave out --follow, or --identity and --kms"
+        );
     }
-    let identities = decryption::identities(&args.identity)?;
+    let reader = Reader::new(&args.identity, args.kms.as_ref())?;
     let reading = Reading { since: args.since, follow: args.follow, ..Reading::default() };
-    let journal = args.from.open(reading)?.read_by(identities);
+    let journal = args.from.open(reading)?.read_by(reader);
     let lines = lines(args, out);
     if args.follow {
         warn(&journal);
@@ -398,8 +410,8 @@ fn lines<'a>(args: &'a EventsArgs, out: &'a mut dyn Write) -> events::Lines<'a> 
 }
 
 fn replay(args: ReplayArgs, out: &mut dyn Write, style: Style) -> anyhow::Result<()> {
-    let identities = decryption::identities(&args.identity)?;
-    let journal = args.from.open(Reading::default())?.read_by(identities);
+    let reader = Reader::new(&args.identity, args.kms.as_ref())?;
+    let journal = args.from.open(Reading::default())?.read_by(reader);
     let subject = match (args.request, args.session) {
         (Some(request), _) => Subject::Request(request),
         (None, session) => Subject::Session(session.unwrap_or_default()),

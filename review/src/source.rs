@@ -14,14 +14,13 @@ use std::{
 
 use uuid::Uuid;
 use weir_common::{
-    encryption::Identity,
     event::Event,
     removed::{REMOVED_BYTES_MAX, REMOVED_FILE, Removed, RemovedError},
     segment::{SEGMENT_HEADER_BYTES, SEGMENT_SUFFIX, SegmentError, SegmentHeader, SegmentReader},
 };
 
 use crate::moment::counted;
-use decryption::Decryption;
+use decryption::{Decryption, Reader};
 use records::Entry;
 pub(crate) use records::{Archive, Place, Record, Records};
 use topic::Topic;
@@ -183,9 +182,9 @@ impl Journal {
         }
     }
 
-    /// The same, with its content decrypted for these identities.
-    pub(crate) fn read_by(self, identities: Vec<Identity>) -> Self {
-        Self { decryption: Decryption::new(identities), ..self }
+    /// The same, with its content decrypted for a reader.
+    pub(crate) fn read_by(self, reader: Reader) -> Self {
+        Self { decryption: Decryption::new(reader), ..self }
     }
 
     /// Decrypts the content of an event, as far as that can be; warns where it cannot.

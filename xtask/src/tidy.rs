@@ -21,9 +21,10 @@ const ARCHITECTURE_LINES_MAX: usize = 200;
 const EMPTY_NAMES: [&str; 6] = ["utils", "util", "helpers", "types", "manager", "misc"];
 
 /// A third-party library of the edges: the crate's name as imported, and where it may be imported.
-const EDGES: [(&str, &[&str]); 20] = [
-    ("aws_config", &["agent/src/aws/sts.rs"]),
+const EDGES: [(&str, &[&str]); 21] = [
+    ("aws_config", &["agent/src/aws/sts.rs", "common/src/kms.rs"]),
     ("aws_credential_types", &["agent/src/aws/"]),
+    ("aws_sdk_kms", &["common/src/kms.rs"]),
     ("aws_sdk_sts", &["agent/src/aws/sts.rs"]),
     ("aws_sigv4", &["agent/src/aws/presigned.rs"]),
     ("aya", &["agent/src/interception/", "agent/build.rs", "common/src/kernel.rs"]),

@@ -219,9 +219,7 @@ impl AgentConfiguration {
         }
         let recording = self.recording.validate()?;
         let kafka = self.kafka.map(RawKafka::validate).transpose()?;
-        if !recording.recipient_files.is_empty()
-            && kafka.as_ref().is_some_and(|kafka| kafka.key_topic.is_none())
-        {
+        if recording.is_encrypted() && kafka.as_ref().is_some_and(|kafka| kafka.key_topic.is_none()) {
             let problem =
                 "is needed with recording.encryption: without its keys nobody can read what is published";
             return invalid("kafka.keyTopic", problem);

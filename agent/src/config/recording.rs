@@ -3,7 +3,10 @@
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use serde::Deserialize;
-use weir_common::encryption::RECIPIENTS_MAX;
+use weir_common::{
+    encryption::RECIPIENTS_MAX,
+    kms::{KeyArn, KmsKey},
+};
 
 use super::raw::{Invalid, invalid};
 #[cfg(test)]
@@ -31,6 +34,15 @@ pub struct Recording {
     pub emergency_max: Option<Duration>,
     /// Public keys of whoever may read bodies and streams; none: they are recorded in clear.
     pub recipient_files: Vec<PathBuf>,
+    /// The key of AWS KMS whose users may read them, too.
+    pub kms: Option<KmsKey>,
+}
+
+impl Recording {
+    /// Whether bodies and streams are encrypted.
+    pub fn is_encrypted(&self) -> bool {
+        !self.recipient_files.is_empty() || self.kms.is_some()
+    }
 }
 
 // As it is written.
@@ -113,20 +125,61 @@ impl RawMasks {
 struct RawEncryption {
     /// Files with X25519 public keys (PEM, as `openssl pkey -pubout` writes them); absolute paths. Whoever has the private half of
     /// any of them can read. Nobody but the agent's user or root may write them. They are read when the agent starts. With
-    /// `kafka`, `kafka.keyTopic` is needed as well. See encryption.md.
+    /// `kafka`, `kafka.keyTopic` is needed as well. Needed without `kms`. See encryption.md.
     #[cfg_attr(test, schemars(length(min = 1, max = RECIPIENTS_MAX)))]
-    recipient_files: Vec<PathBuf>,
+    recipient_files: Option<Vec<PathBuf>>,
+    /// A key of AWS KMS: whoever may call `kms:Decrypt` with it can read, beside the recipients if there are any. The agent calls
+    /// `kms:Encrypt`, with its own credentials, once for each session.
+    kms: Option<RawKms>,
+}
+
+#[derive(Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+struct RawKms {
+    /// ARN of a symmetric key, `arn:aws:kms:REGION:ACCOUNT:key/ID`; no alias.
+    key: String,
+    /// Address of KMS, `https://…`, such as that of a VPC endpoint without a private name. Without it: as AWS has it for the key's
+    /// region.
+    endpoint: Option<String>,
 }
 
 impl RawEncryption {
-    fn validate(self) -> Result<Vec<PathBuf>, Invalid> {
-        let (key, files) = ("recording.encryption.recipientFiles", self.recipient_files);
-        if !(1..=RECIPIENTS_MAX).contains(&files.len()) {
+    fn validate(self) -> Result<(Vec<PathBuf>, Option<KmsKey>), Invalid> {
+        let key = "recording.encryption.recipientFiles";
+        let kms = self.kms.map(RawKms::validate).transpose()?;
+        let files = match self.recipient_files {
+            None if kms.is_some() => Vec::new(),
+            None => return invalid("recording.encryption", "names neither recipientFiles nor kms"),
+            Some(files) => files,
+        };
+        if kms.is_none() && files.is_empty() || files.len() > RECIPIENTS_MAX {
             return invalid(key, format!("must name from 1 to {RECIPIENTS_MAX} files"));
         }
         match files.iter().position(|path| !path.is_absolute()) {
             Some(index) => invalid(format!("{key}[{index}]"), "must be an absolute path"),
-            None => Ok(files),
+            None => Ok((files, kms)),
+        }
+    }
+}
+
+impl RawKms {
+    fn validate(self) -> Result<KmsKey, Invalid> {
+        let key = "recording.encryption.kms";
+        let Ok(arn) = KeyArn::parse(&self.key) else {
+            let problem = "must be the ARN of a key (arn:aws:kms:REGION:ACCOUNT:key/ID); who may change an alias would decide who reads";
+            return invalid(format!("{key}.key"), problem);
+        };
+        let is_address = |endpoint: &String| {
+            let host = endpoint.strip_prefix("https://").unwrap_or_default();
+            !host.is_empty()
+                && host.bytes().all(|byte| byte.is_ascii_alphanumeric() || b".:-[]".contains(&byte))
+        };
+        match self.endpoint {
+            Some(endpoint) if !is_address(&endpoint) => {
+                invalid(format!("{key}.endpoint"), "must be https://HOST or https://HOST:PORT")
+            }
+            endpoint => Ok(KmsKey { arn, endpoint }),
         }
     }
 }
@@ -267,8 +320,9 @@ impl RawRecording {
         let when_behind = self.when_behind;
         let masks = Arc::new(self.masks.validate()?);
         let commits = CommitRules { rules, async_mutations: allowed, when_behind, backlog, masks };
-        let recipient_files = self.encryption.map(RawEncryption::validate).transpose()?.unwrap_or_default();
-        Ok(Recording { commits, emergency_max, recipient_files })
+        let (recipient_files, kms) =
+            self.encryption.map(RawEncryption::validate).transpose()?.unwrap_or_default();
+        Ok(Recording { commits, emergency_max, recipient_files, kms })
     }
 }
 
@@ -351,10 +405,14 @@ rules:
 - {whenBehind: metadataOnly, level: Request, streams: metadata}
 backlog: {bytesMax: 1000, ageSecondsMax: 60, waitSeconds: 3}
 emergency: {secondsMax: 600}
-encryption: {recipientFiles: [/etc/weir/recipient.pem]}
+encryption:
+  recipientFiles: [/etc/weir/recipient.pem]
+  kms:
+    key: arn:aws:kms:eu-central-1:123456789012:key/1-a
+    endpoint: https://vpce-1.kms.eu-central-1.vpce.amazonaws.com
 masks: {environment: [], fields: [{kinds: [ConfigMap], paths: ['data.*']}], patterns: ['AKIA[0-9A-Z]{16}']}
 ";
-        let Recording { commits, emergency_max, recipient_files } = parse(text).expect("is valid");
+        let Recording { commits, emergency_max, recipient_files, kms } = parse(text).expect("is valid");
         assert_eq!((commits.rules.len(), commits.rules[0].commit), (3, Some(Commit::Strict)));
         assert_eq!(commits.rules[2].when_behind, Some(WhenBehind::MetadataOnly));
         assert_eq!(
@@ -372,6 +430,9 @@ masks: {environment: [], fields: [{kinds: [ConfigMap], paths: ['data.*']}], patt
         assert_eq!(*commits.masks, Masks::new(masks).expect("is valid"));
         assert_eq!(emergency_max, Some(Duration::from_secs(600)));
         assert_eq!(recipient_files, [PathBuf::from("/etc/weir/recipient.pem")]);
+        let kms = kms.expect("is there");
+        assert_eq!(kms.arn.as_str(), "arn:aws:kms:eu-central-1:123456789012:key/1-a");
+        assert_eq!(kms.endpoint.as_deref(), Some("https://vpce-1.kms.eu-central-1.vpce.amazonaws.com"));
     }
 
     #[test]
@@ -453,6 +514,23 @@ masks: {environment: [], fields: [{kinds: [ConfigMap], paths: ['data.*']}], patt
             "emergency: {secondsMax: 0}",
             expect!["recording.emergency.secondsMax: must be from 1 to 86400"],
         );
+        refused("encryption: {}", expect!["recording.encryption: names neither recipientFiles nor kms"]);
+        for wrong in ["alias/weir", "arn:aws:kms:eu-central-1:123456789012:alias/weir"] {
+            refused(
+                &format!("encryption: {{kms: {{key: '{wrong}'}}}}"),
+                expect![
+                    "recording.encryption.kms.key: must be the ARN of a key (arn:aws:kms:REGION:ACCOUNT:key/ID); who may change an alias would decide who reads"
+                ],
+            );
+        }
+        for endpoint in ["http://kms", "https://", "https://a/b", "https://a@b"] {
+            refused(
+                &format!(
+                    "encryption: {{kms: {{key: 'arn:aws:kms:eu-central-1:123456789012:key/1', endpoint: '{endpoint}'}}}}"
+                ),
+                expect!["recording.encryption.kms.endpoint: must be https://HOST or https://HOST:PORT"],
+            );
+        }
         refused(
             "encryption: {recipientFiles: []}",
             expect!["recording.encryption.recipientFiles: must name from 1 to 16 files"],

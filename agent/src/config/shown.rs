@@ -16,7 +16,7 @@ const TEXT_BYTES_MAX: usize = 16 * 1024;
 const DEPTH_MAX: usize = 16;
 
 /// Keys whose values are shown, as docs/configuration.md names them.
-const SHOWN: [&str; 103] = [
+const SHOWN: [&str; 105] = [
     "apiVersion",
     "clusters[].addresses",
     "clusters[].authentication.jwt[].claimMappings.extra[].key",
@@ -101,6 +101,8 @@ const SHOWN: [&str; 103] = [
     "recording.backlog.bytesMax",
     "recording.backlog.waitSeconds",
     "recording.emergency.secondsMax",
+    "recording.encryption.kms.endpoint",
+    "recording.encryption.kms.key",
     "recording.masks.environment",
     "recording.masks.fields[].kinds",
     "recording.masks.fields[].paths",

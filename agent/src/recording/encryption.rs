@@ -89,6 +89,11 @@ impl SessionKey {
         self.key.number()
     }
 
+    /// When it was made.
+    pub(super) fn made(&self) -> Instant {
+        self.made
+    }
+
     /// Whether its file is on disk, or why it is not; none: it is not known yet.
     pub(super) fn stored(&self) -> Option<&Result<(), RecordingError>> {
         self.stored.get()
@@ -113,7 +118,7 @@ impl SessionKey {
 }
 
 impl Encryption {
-    /// For an epoch.
+    /// For an epoch; recipients there may be none, where the store has a key service.
     pub(super) fn new(epoch: Uuid, recipients: Vec<Recipient>, store: KeyStore) -> Self {
         Self { epoch, recipients, made: AtomicU64::new(0), store }
     }
@@ -187,11 +192,11 @@ impl Encryption {
     fn make(&self, session: &str, share: &Arc<Share>) -> Result<Arc<SessionKey>, RecordingError> {
         // The number is spent even if it cannot be stored: nobody knows what is on disk then.
         let number = self.made.fetch_add(1, Ordering::Relaxed) + 1;
-        let made = ContentKey::generate(self.epoch, number, session, unix_us(), &self.recipients);
-        let (key, wrapped) = made.map_err(|error| self.failed(number, &error.to_string()))?;
+        let made = ContentKey::generate_for_service(self.epoch, number, session, unix_us(), &self.recipients);
+        let (key, wrapped, secret) = made.map_err(|error| self.failed(number, &error.to_string()))?;
         let (made, count) = (Instant::now(), AtomicU64::new(0));
         let key = Arc::new(SessionKey { key, made, count, stored: OnceLock::new() });
-        self.store.store(Arc::clone(&key), wrapped.encode(), share);
+        self.store.store(Arc::clone(&key), (wrapped, secret), share);
         Ok(key)
     }
 
@@ -206,21 +211,31 @@ fn digest_of(body: &mut Option<BodySummary>) -> Option<&mut Option<String>> {
 
 #[cfg(test)]
 mod tests {
-    use std::{path::Path, sync::Arc, time::Duration};
+    use std::{
+        collections::HashMap,
+        path::Path,
+        sync::{
+            Arc,
+            atomic::{AtomicBool, AtomicUsize, Ordering},
+        },
+        time::Duration,
+    };
 
-    use futures::FutureExt as _;
+    use futures::{FutureExt as _, future::BoxFuture};
     use http::{HeaderMap, Method, StatusCode};
     use tempfile::TempDir;
+    use tokio::sync::Semaphore;
     use weir_common::{
-        encryption::{Identity, Place, WrappedKey, wrapped_key_file},
+        encryption::{Identity, Place, Secret, WrappedKey, wrapped_key_file},
         event::{Bytes, Caller, Channel, Event, FileCopied, Kind, Outcome},
+        kms::KmsError,
     };
 
     use super::{Ids, SessionKeys};
     use crate::{
         recipients::{IDENTITY, RECIPIENT},
         recording::{
-            BacklogLimits, Commit, CommitRule, CommitRules, PodQuota, Recorder, RecorderOptions,
+            BacklogLimits, Commit, CommitRule, CommitRules, KeyService, PodQuota, Recorder, RecorderOptions,
             RecordingError, WhenBehind, fixture::*, segment::bytes_of_all, share::KEYS_BURST,
         },
         storage::FileSystem,
@@ -470,6 +485,120 @@ mod tests {
         assert!(closed, "{:?}", names(&events));
         let lost = |event: &Event| matches!(&event.kind, Kind::Gap { events: Some(1), .. });
         assert!(events.iter().any(lost), "what is lost is counted: {events:?}");
+    }
+
+    const ARN: &str = "arn:aws:kms:eu-central-1:123456789012:key/1";
+
+    /// A key service in the hands of a test: it turns keys round.
+    #[derive(Debug)]
+    struct Service {
+        calls: AtomicUsize,
+        fails: AtomicBool,
+        /// A call takes one for good.
+        permits: Semaphore,
+    }
+
+    impl Service {
+        fn new(permits: usize) -> Arc<Self> {
+            let (calls, fails) = (AtomicUsize::new(0), AtomicBool::new(false));
+            Arc::new(Self { calls, fails, permits: Semaphore::new(permits) })
+        }
+    }
+
+    impl KeyService for Service {
+        fn name(&self) -> &str {
+            ARN
+        }
+
+        fn wrap<'a>(
+            &'a self,
+            secret: &'a Secret,
+            context: HashMap<String, String>,
+        ) -> BoxFuture<'a, Result<Vec<u8>, KmsError>> {
+            Box::pin(async move {
+                self.calls.fetch_add(1, Ordering::SeqCst);
+                self.permits.acquire().await.unwrap().forget();
+                assert_eq!((context["purpose"].as_str(), context.len()), ("weir content key v1", 4));
+                if self.fails.load(Ordering::SeqCst) {
+                    return Err(KmsError::Throttled);
+                }
+                Ok(secret.as_bytes().iter().rev().copied().collect())
+            })
+        }
+    }
+
+    fn with_service(directory: &Path, service: &Arc<Service>) -> Recorder {
+        let service: Arc<dyn KeyService> = Arc::<Service>::clone(service);
+        let options = RecorderOptions { key_service: Some(service), ..options(&directory.join("journal")) };
+        on(&Arc::new(TestDisk::default()), options).unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_key_service_wraps_one_key_of_a_session_and_what_it_unwraps_reads() {
+        let (directory, service) = (TempDir::new().unwrap(), Service::new(1));
+        let recorder = with_service(directory.path(), &service);
+        for _ in 0..3 {
+            drop(create(&recorder, &of_pod("a", None), "{\"a\":1}").await.unwrap());
+        }
+        let folder = recorder.folder().to_owned();
+        recorder.stop("test").await.unwrap();
+        assert_eq!(service.calls.load(Ordering::SeqCst), 1);
+        let wrapped = std::fs::read(folder.join(wrapped_key_file(1))).unwrap();
+        let wrapped = WrappedKey::decode(&wrapped).unwrap();
+        assert_eq!(wrapped.recipients().count(), 0);
+        let (arn, mut secret) = wrapped.by_kms().unwrap();
+        assert_eq!(arn, ARN);
+        secret.reverse();
+        let key = wrapped.unwrapped(&secret).unwrap();
+        let contents = read(&folder).into_iter().filter_map(|event| match &event.kind {
+            Kind::Content(content) => {
+                let place = Place { session: &event.session, request: event.request.as_deref().unwrap() };
+                Some(key.decrypt(place, content).unwrap().bytes.to_vec().unwrap())
+            }
+            _ => None,
+        });
+        assert_eq!(contents.collect::<Vec<_>>(), [b"{\"a\":1}"; 3]);
+    }
+
+    #[tokio::test]
+    async fn while_the_key_service_is_away_only_new_sessions_with_content_are_refused_or_wait() {
+        let (directory, service) = (TempDir::new().unwrap(), Service::new(1));
+        let recorder = with_service(directory.path(), &service);
+        let [a, b, c, d] = ["a", "b", "c", "d"].map(|pod| of_pod(pod, None));
+        let body = "{\"a\":1}";
+        drop(create(&recorder, &a, body).await.unwrap());
+        // It does not answer.
+        let mut hanging = [&b, &c].map(|pod| Box::pin(create(&recorder, pod, body)));
+        assert!(hanging.iter_mut().all(|hanging| hanging.as_mut().now_or_never().is_none()));
+        drop(create(&recorder, &a, body).await.unwrap());
+        drop(get(&recorder, &attributes("get", "pods", "")).await);
+        // It says no.
+        service.fails.store(true, Ordering::SeqCst);
+        service.permits.add_permits(2);
+        for hanging in hanging {
+            let refused = hanging.await.unwrap_err();
+            assert!(refused.is_of_key_service() && refused.for_client().contains("AWS KMS"), "{refused:?}");
+        }
+        // While it is tried with one, the others are not kept waiting.
+        let mut tried = Box::pin(create(&recorder, &b, body));
+        assert!(tried.as_mut().now_or_never().is_none());
+        let refused = create(&recorder, &c, body).now_or_never().unwrap().unwrap_err();
+        assert!(refused.is_of_key_service());
+        drop(create(&recorder, &a, body).await.unwrap());
+        recorder
+            .set_rules(CommitRules { when_behind: Some(WhenBehind::MetadataOnly), ..CommitRules::default() });
+        drop(create(&recorder, &d, body).await.unwrap());
+        // It is back.
+        service.fails.store(false, Ordering::SeqCst);
+        service.permits.add_permits(2);
+        drop(tried.await.unwrap());
+        drop(create(&recorder, &c, body).await.unwrap());
+        recorder.stop("test").await.unwrap();
+        let events = read(recorder.folder());
+        let count = |name| names(&events).into_iter().filter(|of| *of == name).count();
+        let left_out = |event: &&Event| matches!(&event.kind, Kind::Gap { reason, .. } if reason.starts_with("bodies of this request are left out"));
+        let left_out = events.iter().filter(left_out).count();
+        assert_eq!((count("requestOpened"), count("content"), left_out), (7, 5, 1));
     }
 
     #[tokio::test]

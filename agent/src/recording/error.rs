@@ -9,6 +9,8 @@ use std::{
     sync::Arc,
 };
 
+use weir_common::kms::KmsError;
+
 /// What went wrong with recording; the proxy answers 503 with it.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum RecordingError {
@@ -67,6 +69,9 @@ pub enum RecordingError {
     /// The key that content is to be encrypted with cannot be stored: nothing may be recorded with it.
     #[error("content cannot be encrypted, its key is not stored")]
     NoKey(#[source] Arc<RecordingError>),
+    /// The key service does not wrap it.
+    #[error("AWS KMS does not wrap the key; without that nobody could read what it encrypts")]
+    KeyService(#[source] KmsError),
     /// The name does not fit into a segment header.
     #[error("node name {node:?} is longer than 253 bytes")]
     Node {
@@ -124,6 +129,9 @@ impl RecordingError {
                 "the journal cannot be written"
             }
             Self::NoKey(why) => why.for_client(),
+            Self::KeyService(_) => {
+                "the key service (AWS KMS) that recorded content is encrypted with does not answer, or refuses; its operator must see to it"
+            }
             Self::Key { .. } | Self::Node { .. } | Self::Thread(_) => "recording is not set up",
             Self::TooLong { .. } => "an event of it is longer than a journal frame may be",
             Self::Behind { .. } => {
@@ -153,7 +161,17 @@ impl RecordingError {
             | Self::NoSpace { .. }
             | Self::ReadOnly { .. }
             | Self::Denied { .. }
+            | Self::KeyService(_)
             | Self::Storage { .. } => true,
+            _ => false,
+        }
+    }
+
+    /// Whether the key service is to blame.
+    pub(super) fn is_of_key_service(&self) -> bool {
+        match self {
+            Self::NoKey(why) => why.is_of_key_service(),
+            Self::KeyService(_) => true,
             _ => false,
         }
     }

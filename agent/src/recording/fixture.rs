@@ -199,6 +199,7 @@ pub(super) fn options(directory: &Path) -> RecorderOptions {
         session_idle_timeout: Duration::from_secs(600),
         signing_key_files: Vec::new(),
         recipient_files: Vec::new(),
+        key_service: None,
         idle_checkpoint_interval: TUNING.idle_interval,
         rules: CommitRules::default(),
         pod_quota: PodQuota::UNLIMITED,

@@ -2,22 +2,28 @@
 //! waits for a key's file. What a key encrypted waits in its pod's lane of the queue until it is told here that the file is on disk.
 //! Pods take turns, each with one key at a time: one that begins many sessions, or whose file hangs, holds up itself.
 //!
-//! One thread with a runtime of its own hands the files to threads that come with the need for them, and go.
+//! One thread with a runtime of its own asks the key service, if there is one, to wrap keys as well, those of many pods at a time, and hands
+//! the files to threads that come with the need for them, and go.
 
 use std::{
-    io,
+    collections::HashMap,
+    fmt, io,
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     thread::JoinHandle,
     time::{Duration, Instant},
 };
 
+use futures::future::BoxFuture;
 use tokio::{
     runtime::Builder,
-    sync::Notify,
+    sync::{Notify, Semaphore},
     task::{JoinSet, spawn_blocking},
 };
-use weir_common::encryption::wrapped_key_file;
+use weir_common::{
+    encryption::{Secret, WrappedKey, wrapped_key_file},
+    kms::{Kms, KmsError},
+};
 
 use super::{
     encryption::SessionKey,
@@ -33,10 +39,41 @@ use crate::storage::{self, Storage};
 /// Pods whose files may hang before another pod's key waits for them.
 const FILES_MAX: usize = 16;
 
+/// Keys that the service is asked for at a time.
+const CALLS_MAX: usize = 64;
+
+/// Wraps keys beside their recipients, or instead of them.
+pub trait KeyService: fmt::Debug + Send + Sync {
+    /// What wrapped keys call its key.
+    fn name(&self) -> &str;
+
+    /// Wraps a key, bound to `context`; with bounded waits.
+    fn wrap<'a>(
+        &'a self,
+        secret: &'a Secret,
+        context: HashMap<String, String>,
+    ) -> BoxFuture<'a, Result<Vec<u8>, KmsError>>;
+}
+
+impl KeyService for Kms {
+    fn name(&self) -> &str {
+        self.key().as_str()
+    }
+
+    fn wrap<'a>(
+        &'a self,
+        secret: &'a Secret,
+        context: HashMap<String, String>,
+    ) -> BoxFuture<'a, Result<Vec<u8>, KmsError>> {
+        Box::pin(self.wrap(secret.as_bytes(), context))
+    }
+}
+
 /// What is worked on.
 #[derive(Debug)]
 pub(super) struct KeyFolder {
     pub(super) storage: Arc<dyn Storage>,
+    pub(super) service: Option<Arc<dyn KeyService>>,
     /// The epoch's.
     pub(super) folder: PathBuf,
     pub(super) queue: Arc<Queue>,
@@ -59,6 +96,7 @@ struct Desk {
     at: KeyFolder,
     state: Mutex<State>,
     work: Notify,
+    calls: Semaphore,
 }
 
 #[derive(Debug, Default)]
@@ -72,9 +110,9 @@ struct State {
 #[derive(Debug)]
 struct Job {
     key: Arc<SessionKey>,
-    wrapped: Vec<u8>,
-    /// It stays until its key is counted.
-    _share: Arc<Share>,
+    wrapped: WrappedKey,
+    secret: Secret,
+    share: Arc<Share>,
 }
 
 /// A key whose turn it is. However its task ends, all are told, and its pod has its next turn.
@@ -89,8 +127,12 @@ struct UnderWay {
 impl Drop for UnderWay {
     fn drop(&mut self) {
         let stored = std::mem::replace(&mut self.stored, Ok(()));
+        let failure = stored.as_ref().err().map(|error| (error.clone(), Instant::now()));
         // Before anybody is told, so that who is refused does not find the old state.
-        self.desk.lock().failure = stored.as_ref().err().map(|error| (error.clone(), Instant::now()));
+        let before = std::mem::replace(&mut self.desk.lock().failure, failure);
+        if let (Err(error), None) = (&stored, before) {
+            tracing::warn!(why = causes(error), "a key of recorded content is not stored");
+        }
         self.job.key.settle(stored);
         self.desk.at.queue.keys_settled();
         self.desk.lock().jobs.done(&self.turn);
@@ -100,7 +142,8 @@ impl Drop for UnderWay {
 
 impl KeyStore {
     pub(super) fn start(at: KeyFolder) -> io::Result<Self> {
-        let desk = Arc::new(Desk { at, state: Mutex::default(), work: Notify::new() });
+        let (work, calls) = (Notify::new(), Semaphore::new(CALLS_MAX));
+        let desk = Arc::new(Desk { at, state: Mutex::default(), work, calls });
         let mut runtime = Builder::new_current_thread();
         let runtime =
             runtime.enable_all().max_blocking_threads(FILES_MAX).thread_name("weir-key-file").build()?;
@@ -109,18 +152,24 @@ impl KeyStore {
         Ok(Self { desk, thread: Mutex::new(Some(thread)) })
     }
 
-    /// Why no key need be made just now: one failed a moment ago.
+    /// Why no key need be made just now: one failed a moment ago; or the service did not wrap the last one, and is being tried with
+    /// another: then nobody else waits for it.
     pub(super) fn failure(&self) -> Option<RecordingError> {
         let state = self.desk.lock();
         let (error, at) = state.failure.as_ref()?;
-        (at.elapsed() < self.desk.at.retry_interval).then(|| error.clone())
+        let is_tried = error.is_of_key_service() && !state.jobs.is_empty();
+        (is_tried || at.elapsed() < self.desk.at.retry_interval).then(|| error.clone())
     }
 
     /// Has a new key stored; returns at once.
-    pub(super) fn store(&self, key: Arc<SessionKey>, wrapped: Vec<u8>, share: &Arc<Share>) {
-        // What it takes on disk is the pod's.
-        share.charge(segment::whole_blocks(wrapped.len() as u64) as usize, Instant::now());
-        self.desk.lock().jobs.push(share.lane, Job { key, wrapped, _share: Arc::clone(share) });
+    pub(super) fn store(
+        &self,
+        key: Arc<SessionKey>,
+        (wrapped, secret): (WrappedKey, Secret),
+        share: &Arc<Share>,
+    ) {
+        let job = Job { key, wrapped, secret, share: Arc::clone(share) };
+        self.desk.lock().jobs.push(share.lane, job);
         self.desk.work.notify_one();
     }
 
@@ -197,9 +246,36 @@ impl Desk {
 
 impl UnderWay {
     async fn store(mut self) {
-        let (desk, number) = (Arc::clone(&self.desk), self.job.key.number());
-        let wrapped = std::mem::take(&mut self.job.wrapped);
-        let written = spawn_blocking(move || desk.write(number, &wrapped)).await;
-        self.stored = written.unwrap_or(Err(RecordingError::Closed)).map_err(RecordingError::no_key);
+        self.stored = self.wrap_and_write().await;
     }
+
+    async fn wrap_and_write(&self) -> Result<(), RecordingError> {
+        let (desk, Job { key, wrapped, secret, share }) = (Arc::clone(&self.desk), &self.job);
+        let mut wrapped = wrapped.clone();
+        if let Some(service) = &desk.at.service {
+            // Never closed.
+            let _call = desk.calls.acquire().await;
+            // What waited while it was not to be had is not tried one by one.
+            let failed = desk.lock().failure.clone().filter(|(error, at)| {
+                error.is_of_key_service() && key.made() < *at && at.elapsed() < desk.at.retry_interval
+            });
+            if let Some((error, _)) = failed {
+                return Err(error);
+            }
+            let by_service = service.wrap(secret, wrapped.context()).await;
+            let by_service = by_service.map_err(|error| RecordingError::KeyService(error).no_key())?;
+            wrapped = wrapped.with_kms(service.name(), &by_service);
+        }
+        let (wrapped, number) = (wrapped.encode(), key.number());
+        // What it takes on disk is the pod's.
+        share.charge(segment::whole_blocks(wrapped.len() as u64) as usize, Instant::now());
+        let written = spawn_blocking(move || desk.write(number, &wrapped)).await;
+        written.unwrap_or(Err(RecordingError::Closed)).map_err(RecordingError::no_key)
+    }
+}
+
+/// An error with what it comes from.
+fn causes(error: &dyn std::error::Error) -> String {
+    let sources = std::iter::successors(error.source(), |error| error.source());
+    sources.fold(error.to_string(), |text, source| format!("{text}: {source}"))
 }

@@ -31,7 +31,7 @@ const BODY_BYTES_MAX: usize = 8 * 1024 * 1024;
 /// Most bytes of an unfinished line of a watch that are kept until its end comes.
 const LINE_BYTES_MAX: usize = 4 * 1024 * 1024;
 /// What stands for content that is for others.
-const ENCRYPTED: &[u8] = b"(encrypted; --identity FILE shows it to whom it is for)";
+const ENCRYPTED: &[u8] = b"(encrypted; --identity FILE or --kms ARN shows it to whom it is for)";
 /// Before each line of content.
 const MARGIN: &str = "             │ ";
 

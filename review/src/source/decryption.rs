@@ -1,4 +1,4 @@
-//! Content that is encrypted, for whoever has the private half of a recipient's key.
+//! Content that is encrypted, for whoever has the private half of a recipient's key, or may have AWS KMS unwrap it.
 //!
 //! Nothing that is decrypted is kept: it is made anew whenever it is shown.
 
@@ -12,13 +12,18 @@ use std::{
     rc::Rc,
 };
 
+use tokio::runtime::{Builder, Runtime};
+
 use uuid::Uuid;
 use weir_common::{
     encryption::{
-        ContentKey, Identity, Place, RECIPIENTS_MAX, WRAPPED_KEY_BYTES_MAX, WrappedKey, wrapped_key_file,
+        ContentKey, EncryptionError, Identity, Place, RECIPIENTS_MAX, WRAPPED_KEY_BYTES_MAX, WrappedKey,
+        wrapped_key_file,
     },
     event::{Bytes, Event, Kind},
+    kms::{KeyArn, Kms, KmsError, KmsKey},
 };
+use zeroize::Zeroizing;
 
 /// Most bytes of an identity file.
 const IDENTITY_BYTES_MAX: u64 = 16 * 1024;
@@ -42,13 +47,77 @@ pub(crate) enum IdentityError {
     /// More than a key can be wrapped to.
     #[error("more than {RECIPIENTS_MAX} identities are given")]
     TooMany,
+    /// The system.
+    #[error("cannot make what asks KMS")]
+    Runtime(#[source] io::Error),
+}
+
+/// For whom content is decrypted.
+#[derive(Debug, Default)]
+pub(crate) struct Reader {
+    identities: Vec<Identity>,
+    kms: Option<Service>,
+}
+
+/// A key of KMS, asked one key at a time with the credentials of whoever reads.
+#[derive(Debug)]
+struct Service {
+    kms: Kms,
+    runtime: Runtime,
+    /// Why it is not asked any more: the next key would wait for the same.
+    failure: RefCell<Option<KmsError>>,
+}
+
+impl Reader {
+    /// Reads the identities in these files; KMS is asked when there is something to unwrap, at `AWS_ENDPOINT_URL_KMS` if that is set.
+    ///
+    /// # Errors
+    /// One cannot be read, is not for its user alone, or is none.
+    pub(crate) fn new(files: &[PathBuf], key: Option<&KeyArn>) -> Result<Self, IdentityError> {
+        let service = |arn: &KeyArn| {
+            let runtime =
+                Builder::new_current_thread().enable_all().build().map_err(IdentityError::Runtime)?;
+            let kms = Kms::new(KmsKey { arn: arn.clone(), endpoint: None });
+            Ok(Service { kms, runtime, failure: RefCell::default() })
+        };
+        Ok(Self { identities: identities(files)?, kms: key.map(service).transpose()? })
+    }
+
+    fn unwrap(&self, wrapped: &WrappedKey) -> Result<ContentKey, String> {
+        let by_identity = wrapped.unwrap(&self.identities);
+        let (Err(EncryptionError::NotForUs), Some(service)) = (&by_identity, &self.kms) else {
+            return by_identity.map_err(|error| error.to_string());
+        };
+        match wrapped.by_kms() {
+            Some((arn, ciphertext)) if service.kms.key().unwraps(arn) => {
+                let secret = service.unwrap(ciphertext, wrapped).map_err(|error| error.to_string())?;
+                wrapped.unwrapped(&secret).map_err(|error| error.to_string())
+            }
+            _ => by_identity.map_err(|error| error.to_string()),
+        }
+    }
+}
+
+impl Service {
+    fn unwrap(&self, ciphertext: Vec<u8>, wrapped: &WrappedKey) -> Result<Zeroizing<Vec<u8>>, KmsError> {
+        if let Some(failure) = self.failure.borrow().clone() {
+            return Err(failure);
+        }
+        let unwrapped = self.runtime.block_on(self.kms.unwrap(ciphertext, wrapped.context()));
+        if let Err(error) = &unwrapped
+            && !matches!(error, KmsError::Changed)
+        {
+            *self.failure.borrow_mut() = Some(error.clone());
+        }
+        unwrapped
+    }
 }
 
 /// Reads the identities in these files.
 ///
 /// # Errors
 /// One cannot be read, is not for its user alone, or is none.
-pub(crate) fn identities(files: &[PathBuf]) -> Result<Vec<Identity>, IdentityError> {
+fn identities(files: &[PathBuf]) -> Result<Vec<Identity>, IdentityError> {
     if files.len() > RECIPIENTS_MAX {
         return Err(IdentityError::TooMany);
     }
@@ -76,19 +145,19 @@ type Unwrapped = Option<Rc<ContentKey>>;
 /// Unwraps keys and reads content with them.
 #[derive(Debug, Default)]
 pub(crate) struct Decryption {
-    identities: Vec<Identity>,
+    reader: Reader,
     /// Those that were asked for; none: it cannot be had.
     keys: RefCell<HashMap<(Uuid, u64), Unwrapped>>,
 }
 
 impl Decryption {
-    pub(crate) fn new(identities: Vec<Identity>) -> Self {
-        Self { identities, ..Self::default() }
+    pub(crate) fn new(reader: Reader) -> Self {
+        Self { reader, ..Self::default() }
     }
 
     /// Whether there is anybody to read for.
     pub(crate) fn is_wanted(&self) -> bool {
-        !self.identities.is_empty()
+        !self.reader.identities.is_empty() || self.reader.kms.is_some()
     }
 
     /// Decrypts the content in an event, if it is encrypted; `folder` is that of its epoch.
@@ -136,7 +205,7 @@ impl Decryption {
         if (wrapped.epoch, wrapped.key) != (epoch, number) {
             return Err("its file holds the wrapped key of something else".to_owned());
         }
-        wrapped.unwrap(&self.identities).map(Rc::new).map_err(|error| error.to_string())
+        self.reader.unwrap(&wrapped).map(Rc::new)
     }
 }
 
@@ -154,7 +223,7 @@ mod tests {
         event::{Bytes, Channel, Content, Kind},
     };
 
-    use super::identities;
+    use super::{Reader, identities};
     use crate::{
         events::{Lines, list},
         fixture::{SESSION, Writer, request},
@@ -198,8 +267,8 @@ mod tests {
     }
 
     fn open(directory: &Path) -> Journal {
-        let identities = identities(&[directory.join("identity.pem")]).unwrap();
-        Journal::open(&directory.join("journal")).unwrap().read_by(identities)
+        let reader = Reader::new(&[directory.join("identity.pem")], None).unwrap();
+        Journal::open(&directory.join("journal")).unwrap().read_by(reader)
     }
 
     fn listed(journal: &Journal) -> String {
