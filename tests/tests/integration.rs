@@ -57,6 +57,8 @@ mod exec;
 mod far_side;
 #[path = "integration/guard.rs"]
 mod guard;
+#[path = "integration/guides.rs"]
+mod guides;
 #[path = "integration/http_attacks.rs"]
 mod http_attacks;
 #[path = "integration/identity.rs"]

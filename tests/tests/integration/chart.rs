@@ -24,7 +24,7 @@ use super::{
     DEADLINE, Scene,
     approver::answers_agents_alone,
     guard::{asks, direct_requests, is_refused},
-    shown,
+    guides, shown,
 };
 
 const NAMESPACE: &str = "weir-system";
@@ -199,6 +199,13 @@ fn the_chart_installs_upgrades_under_load_and_removes_itself() {
     let pod = scene.testbed.run_pod(&PodSpec::idle("it-chart", "caller")).unwrap();
     let ask = || shown(&pod.exec(&["kubectl", "get", "namespace", "default", "-o", "name"]).unwrap());
     is_what_the_api_server_takes(&release);
+    let guides = guides::Node {
+        testbed: release.testbed,
+        scratch: release.scratch,
+        helm: &|arguments| release.command(arguments),
+        in_agent: &|arguments| release.in_agent(arguments),
+    };
+    guides::values_are_taken(&guides);
 
     release.testbed.kubectl(&["taint", "node", NODE_NAME, STARTUP_TAINT]).unwrap();
     release.must_apply(&["startupTaint=true"]);
@@ -215,6 +222,7 @@ fn the_chart_installs_upgrades_under_load_and_removes_itself() {
     println!("{}", shown(&examined).1);
 
     refuses_pods_that_could_reach_past_weir(&release);
+    guides::are_run(&guides);
     is_upgraded_under_load(&release, &pod);
     is_kept_from_the_api_server_through_reboots(&release, &scene, &pod);
 
