@@ -206,7 +206,6 @@ fn the_chart_installs_upgrades_under_load_and_removes_itself() {
         in_agent: &|arguments| release.in_agent(arguments),
     };
     guides::values_are_taken(&guides);
-
     release.testbed.kubectl(&["taint", "node", NODE_NAME, STARTUP_TAINT]).unwrap();
     release.must_apply(&["startupTaint=true"]);
     takes_the_startup_taint_off_and_may_change_nothing_else(&release);
@@ -220,14 +219,11 @@ fn the_chart_installs_upgrades_under_load_and_removes_itself() {
     let examined = release.in_agent(&["weir-agent", "doctor", "--config", "/etc/weir/config/agent.yaml"]);
     assert!(examined.status.success(), "{:?}", shown(&examined));
     println!("{}", shown(&examined).1);
-
     refuses_pods_that_could_reach_past_weir(&release);
     guides::are_run(&guides);
     is_upgraded_under_load(&release, &pod);
     is_kept_from_the_api_server_through_reboots(&release, &scene, &pod);
-
     pods_are_given_a_bundle_where_they_would_not_trust_the_agent(&release, &pod);
-
     release.must_apply(&["uninstall=true"]);
     let done = ["rollout", "status", "daemonset/weir-agent", "-n", NAMESPACE, READY_DEADLINE];
     scene.testbed.kubectl(&done).unwrap();
