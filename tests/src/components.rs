@@ -35,11 +35,11 @@ pub struct GoModule {
     /// Folder below `tests/testbed`.
     pub folder: &'static str,
     /// Build tags.
-    tags: &'static str,
+    pub(crate) tags: &'static str,
     /// Linker flags.
-    linker_flags: &'static str,
+    pub(crate) linker_flags: &'static str,
     /// Files of other modules that belong to the package that is built: module and path in it.
-    copied: &'static [(&'static str, &'static str)],
+    pub(crate) copied: &'static [(&'static str, &'static str)],
     /// Binary and package.
     pub binaries: &'static [(&'static str, &'static str)],
     /// About how long a build takes on two cores, for the plan.
@@ -361,7 +361,7 @@ fn binary_folder() -> Result<PathBuf> {
 
 impl GoModule {
     /// The one binary of a module that is no part of the testbed.
-    fn tool(&self, progress: Progress) -> Result<PathBuf> {
+    pub(crate) fn tool(&self, progress: Progress) -> Result<PathBuf> {
         let folder = cache_folder()?.join("testbed/bin");
         if !self.is_built(&folder)? {
             self.build(&folder, progress)?;
@@ -504,7 +504,8 @@ mod tests {
 
     #[test]
     fn the_go_that_is_asked_for_is_the_one_of_every_module() {
-        for module in GO_MODULES.iter().chain([&PROMTOOL, &NOTE_VERIFIER, &HELM]) {
+        for module in GO_MODULES.iter().chain([&PROMTOOL, &NOTE_VERIFIER, &HELM, &crate::clients::CLIENT_GO])
+        {
             let go_mod = fs::read_to_string(module.source().join("go.mod")).unwrap();
             assert!(go_mod.contains(&format!("\ngo 1.{GO_MINOR}.")), "{}", module.folder);
         }

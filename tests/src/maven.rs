@@ -146,6 +146,16 @@ impl Project {
 }
 
 impl Installed {
+    /// Java itself.
+    pub(crate) fn java(&self) -> &Path {
+        &self.java
+    }
+
+    /// The folder of the jars.
+    pub(crate) fn jars(&self) -> &Path {
+        &self.jars
+    }
+
     /// A class of it, to add arguments to; `options` are those of Java. What it unpacks goes into `scratch`.
     pub(crate) fn class(&self, name: &str, options: &[&str], scratch: &Path) -> Command {
         let mut command = Command::new(&self.java);

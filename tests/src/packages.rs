@@ -4,6 +4,7 @@
 //! the Go components and of the kernel programs are installed side by side (in `cargo xtask test` by two processes),
 //! and the system's own daily update runs soon after boot. So whoever comes second waits, up to a bound.
 
+use std::fs;
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
@@ -39,10 +40,28 @@ pub fn install(packages: &[&str]) -> Result<()> {
     install_with(&apt, packages)
 }
 
+/// Fetches a package and puts its files below `to`; the machine does not get it.
+///
+/// # Errors
+/// When this is no Debian, or apt or dpkg fails; the error has their last lines.
+pub fn unpack(package: &str, to: &Path) -> Result<()> {
+    let Some(apt) = find_in_path("apt-get") else {
+        bail!("there is no apt-get here, which fetches Debian's {package}");
+    };
+    let scratch = tempfile::tempdir().context("cannot make a scratch folder")?;
+    run_alone(&apt, &["update", "-q"], scratch.path())?;
+    run_alone(&apt, &["download", "-q", package], scratch.path())?;
+    let mut files = fs::read_dir(scratch.path()).context("cannot read a scratch folder")?;
+    let file = files.next().with_context(|| format!("apt has fetched no file of {package}"))?;
+    run(Command::new("dpkg").arg("-x").arg(file.context("cannot read a scratch folder")?.path()).arg(to))
+        .map(|_| ())
+}
+
 fn install_with(apt: &Path, packages: &[&str]) -> Result<()> {
-    run_alone(apt, &["update", "-q"])?;
+    let here = Path::new("/");
+    run_alone(apt, &["update", "-q"], here)?;
     let options = ["install", "-q", "-y", "--no-install-recommends"];
-    match run_alone(apt, &[&options[..], packages].concat()) {
+    match run_alone(apt, &[&options[..], packages].concat(), here) {
         Err(error) if UNKNOWN.iter().any(|text| format!("{error:#}").contains(text)) => Err(error).context(
             "a package is in no suite of this machine's apt sources; Debian 12 has rustc-web 1.96 and llvm-22 in \
              bookworm-security: is that suite enabled in /etc/apt/sources.list or sources.list.d?",
@@ -51,12 +70,13 @@ fn install_with(apt: &Path, packages: &[&str]) -> Result<()> {
     }
 }
 
-/// Runs apt, again and again while another one holds a lock.
-fn run_alone(apt: &Path, arguments: &[&str]) -> Result<()> {
+/// Runs apt in a folder, again and again while another one holds a lock.
+fn run_alone(apt: &Path, arguments: &[&str], folder: &Path) -> Result<()> {
     wait_until("another apt or dpkg to end", OTHER_APT_DEADLINE, || {
         let mut command = Command::new(apt);
         // apt itself waits for dpkg's lock alone; for the others it must be asked again.
         command.arg(format!("-oDPkg::Lock::Timeout={}", OTHER_APT_DEADLINE.as_secs())).args(arguments);
+        command.current_dir(folder);
         // Its messages are read, so they must not be translated.
         match run(command.env("DEBIAN_FRONTEND", "noninteractive").env("LC_ALL", "C")) {
             Ok(_) => Ok(Some(())),
@@ -68,7 +88,6 @@ fn run_alone(apt: &Path, arguments: &[&str]) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
     use std::os::unix::fs::PermissionsExt;
     use std::path::PathBuf;
 

@@ -4,7 +4,7 @@
 //! itself does goes through whatever its connections go through. Nothing here knows Weir.
 
 use std::fs::File;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::Duration;
 
@@ -31,8 +31,31 @@ pub struct PodSpec<'a> {
     pub service_account: &'a str,
     /// Whether it shares the host's network.
     pub host_network: bool,
+    /// Folders of this machine that it may read.
+    pub folders: &'a [Folder],
     /// What its container runs, in a shell.
     pub script: &'a str,
+}
+
+/// A folder of this machine, as a pod has it: read-only.
+#[derive(Clone, Debug)]
+pub struct Folder {
+    from: PathBuf,
+    to: String,
+}
+
+impl Folder {
+    /// `from`, as `to`.
+    #[must_use]
+    pub fn new(from: PathBuf, to: &str) -> Self {
+        Self { from, to: to.to_owned() }
+    }
+
+    /// At the same path.
+    #[must_use]
+    pub fn same(folder: &Path) -> Self {
+        Self { from: folder.to_owned(), to: folder.display().to_string() }
+    }
 }
 
 impl<'a> PodSpec<'a> {
@@ -41,12 +64,26 @@ impl<'a> PodSpec<'a> {
     pub fn idle(namespace: &'a str, name: &'a str) -> Self {
         // A shell as process 1 ignores SIGTERM unless told otherwise, and it must reap what is left to it.
         let script = "trap 'exit 0' TERM; while :; do sleep 1000 & wait $!; done";
-        Self { namespace, name, labels: &[], service_account: "default", host_network: false, script }
+        Self {
+            namespace,
+            name,
+            labels: &[],
+            service_account: "default",
+            host_network: false,
+            folders: &[],
+            script,
+        }
     }
 
     /// The pod's object.
     #[must_use]
     pub fn manifest(&self) -> Value {
+        let folders =
+            || self.folders.iter().enumerate().map(|(number, folder)| (format!("folder-{number}"), folder));
+        let volumes =
+            folders().map(|(name, folder)| json!({"name": name, "hostPath": {"path": folder.from}}));
+        let mounts =
+            folders().map(|(name, folder)| json!({"name": name, "mountPath": folder.to, "readOnly": true}));
         json!({
             "apiVersion": "v1",
             "kind": "Pod",
@@ -60,11 +97,13 @@ impl<'a> PodSpec<'a> {
                 "hostNetwork": self.host_network,
                 "terminationGracePeriodSeconds": 1,
                 "restartPolicy": "Never",
+                "volumes": volumes.collect::<Vec<_>>(),
                 "containers": [{
                     "name": "main",
                     "image": AGENT_IMAGE,
                     "imagePullPolicy": "Never",
                     "command": ["/bin/sh", "-c", self.script],
+                    "volumeMounts": mounts.collect::<Vec<_>>(),
                 }],
             },
         })

@@ -146,7 +146,7 @@ mod tests {
 
     #[test]
     fn every_requirement_has_its_version_and_hashes() {
-        for environment in ENVIRONMENTS.iter().chain([&OCSF, &KUBERNETES_SCHEMAS]) {
+        for environment in ENVIRONMENTS.iter().chain([&OCSF, &KUBERNETES_SCHEMAS, &crate::clients::PYTHON]) {
             let lock = fs::read_to_string(environment.lock_file()).unwrap();
             let requirements: Vec<&str> = lock
                 .lines()

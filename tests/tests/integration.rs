@@ -33,6 +33,8 @@ mod chart;
 mod client;
 #[path = "integration/client_faults.rs"]
 mod client_faults;
+#[path = "integration/clients.rs"]
+mod clients;
 #[path = "integration/clusters.rs"]
 mod clusters;
 #[path = "integration/commits.rs"]

@@ -92,11 +92,26 @@ pub(super) fn check_target(
     }
     let port =
         port(&authority).ok_or(Refusal::MalformedHost { problem: "given with a port that is none" })?;
+    if is_loopback(authority.host()) {
+        return own_authority(dialled);
+    }
     let port_agrees = port.is_none_or(|port| port == dialled.port());
     if !port_agrees || !names.agrees(authority.host(), dialled) {
         return Err(Refusal::Misdirected { host: authority.to_string() });
     }
     Ok(authority)
+}
+
+/// Whether a host is the client's own machine. No cluster's front can mean anything by it, so such a request can only be for
+/// what was dialled: `kubectl proxy` before 1.22 passes on the `Host` that it was asked under itself.
+fn is_loopback(host: &str) -> bool {
+    host.eq_ignore_ascii_case("localhost") || parse_ip(host).is_some_and(|address| address.is_loopback())
+}
+
+/// What was dialled, as an authority: what is forwarded never names another machine than that.
+fn own_authority(dialled: SocketAddr) -> Result<Authority, Refusal> {
+    let dialled = SocketAddr::new(dialled.ip().to_canonical(), dialled.port()).to_string();
+    Authority::try_from(dialled).map_err(|_| Refusal::MalformedHost { problem: "malformed" })
 }
 
 /// The one authority of a request: `Host` and the request line's (absolute form, `:authority`) must not disagree.
@@ -264,6 +279,32 @@ mod tests {
         check(host("10.96.0.1:65536"), expect!["400 the request's host is given with a port that is none"]);
         check(host("u@api.example"), expect!["400 the request's host is given with user information"]);
         check(host(""), expect!["400 the request's host is malformed"]);
+    }
+
+    #[test]
+    fn a_clients_own_machine_as_host_stands_for_what_it_dialled() {
+        for host in [
+            "127.0.0.1:8001",
+            "localhost:8001",
+            "LOCALHOST",
+            "[::1]:8001",
+            "127.1.2.3",
+            "[::ffff:127.0.0.1]:1",
+        ] {
+            check(Request::get("/api").header("host", host), expect!["forward to 10.0.0.5:6443"]);
+        }
+        for host in ["localhost.evil.example", "127.0.0.1.evil.example", "128.0.0.1"] {
+            let refusal = check_target(
+                &head(Request::get("/api").header("host", host)),
+                &HostNames::new(&[]),
+                "10.0.0.5:6443".parse().expect("an address"),
+            );
+            assert!(matches!(refusal, Err(Refusal::Misdirected { .. })), "{host}");
+        }
+        check(
+            Request::get("/api").header("host", "u@127.0.0.1:8001"),
+            expect!["400 the request's host is given with user information"],
+        );
     }
 
     #[test]

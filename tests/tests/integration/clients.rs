@@ -1,0 +1,389 @@
+//! Clients that nobody here wrote, each of which does everything once, in a pod that is enrolled and in one that is not: they
+//! must not notice. What they did is then looked for in three witnesses that must agree: the record, the API server's own
+//! audit log, and the objects that the server holds.
+//!
+//! What each does is in `tests/testbed/clients`; it prints nothing that differs from run to run.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    thread,
+};
+
+use serde_json::{Value, json};
+use sha2::{Digest as _, Sha256};
+use weir_common::event::{Channel, Connection, Event, Kind};
+use weir_tests::{
+    Clients, Coverage, Pod, PodSpec, Testbed, agent::TrustSource, audit, progress::Progress,
+    testbed::AGENT_IMAGE, wait_until,
+};
+
+use super::{DEADLINE, Scene, shown, verify};
+
+/// The clients, each with the port of its container of the target; the last one with `WEIR_TEST_LONG` only.
+const CLIENTS: [(&str, u16); 7] = [
+    ("python", 7001),
+    ("node", 7002),
+    ("go", 7003),
+    ("kubectl", 7004),
+    ("kubectl-old", 7005),
+    (HELM, 7006),
+    (JAVA, 7007),
+];
+/// It has no streams, and labels nothing.
+const HELM: &str = "helm";
+const JAVA: &str = "java";
+/// The pods that are enrolled, and those that are not.
+const NAMESPACES: [(&str, bool); 2] = [("it-clients", true), ("it-clients-free", false)];
+/// Bytes that go through an exec each way; with `WEIR_TEST_LONG` more. The last line has no end.
+const BYTES: usize = 256 * 1024 + 7;
+const BYTES_LONG: usize = 64 * 1024 * 1024 + 7;
+/// How long a forwarded port lies idle with `WEIR_TEST_LONG`: longer than the minute after which proxies cut it.
+const IDLE_SECONDS_LONG: &str = "70";
+/// A client that takes longer is ended, and the test fails.
+const CLIENT_SECONDS_MAX: &str = "300";
+/// Bytes of gzip in base64, and of that in base64 again, as a release of Helm's is stored and sent.
+const GZIP: [&str; 2] = ["H4sIAAAA", "SDRzSUFBQUE"];
+
+/// By client: exit code, output, errors.
+type Said = BTreeMap<&'static str, (Option<i32>, String, String)>;
+
+fn is_long() -> bool {
+    std::env::var_os("WEIR_TEST_LONG").is_some()
+}
+
+fn clients() -> impl Iterator<Item = (&'static str, u16)> {
+    CLIENTS.into_iter().filter(|(name, _)| is_long() || *name != JAVA)
+}
+
+fn bytes() -> usize {
+    if is_long() { BYTES_LONG } else { BYTES }
+}
+
+/// A pod with a container for each client, which talks to whoever attaches and echoes what comes to its port.
+fn run_target(testbed: &Testbed, namespace: &str) {
+    let container = |(name, port): (&str, u16)| {
+        let script = format!(
+            "(while :; do nc -l -p {port} -e cat; done) & \
+             echo begins; while read line; do echo \"got $line\"; [ \"$line\" = quit ] && break; done; echo ends"
+        );
+        json!({
+            "name": name, "image": AGENT_IMAGE, "imagePullPolicy": "Never", "stdin": true,
+            "command": ["/bin/sh", "-c", script],
+        })
+    };
+    let pod = json!({
+        "apiVersion": "v1", "kind": "Pod", "metadata": {"name": "target", "namespace": namespace},
+        "spec": {
+            "restartPolicy": "Never", "terminationGracePeriodSeconds": 1,
+            "containers": clients().map(container).collect::<Vec<_>>(),
+        },
+    });
+    testbed.apply(&pod.to_string()).unwrap();
+    let ready = ["wait", "pod/target", "-n", namespace, "--for=condition=Ready", "--timeout=60s"];
+    testbed.kubectl(&ready).unwrap();
+}
+
+/// What a client's command line is.
+fn command(clients: &Clients, java: &[String], namespace: &str, (name, port): (&str, u16)) -> Vec<String> {
+    let (port, bytes) = (port.to_string(), bytes().to_string());
+    let source = Clients::source;
+    let program = match name {
+        "python" => vec![clients.python.clone(), source("client.py")],
+        "node" => vec![
+            "env".to_owned(),
+            format!("NODE_PACKAGES={}", clients.node_packages),
+            clients.node.clone(),
+            source("client.mjs"),
+        ],
+        "go" => vec![Clients::binary("client-go")],
+        JAVA => java.to_vec(),
+        HELM => vec!["sh".to_owned(), source("helm.sh"), Clients::binary("helm")],
+        _ => {
+            let kubectl = if name == "kubectl" { "/bin/kubectl" } else { &clients.old_kubectl };
+            let idle = if is_long() { IDLE_SECONDS_LONG } else { "0" };
+            let idle = format!("IDLE={idle}");
+            vec!["env".to_owned(), idle, "sh".to_owned(), source("kubectl.sh"), kubectl.to_owned()]
+        }
+    };
+    let own = [namespace.to_owned(), name.to_owned(), port, bytes, clients.python.clone()];
+    program.into_iter().chain(own).collect()
+}
+
+/// What every client says in a pod, as far as it does not name the namespace.
+fn said_by_all(programs: &Clients, java: &[String], pod: &Pod<'_>) -> Said {
+    let said = |client: (&'static str, u16)| {
+        let command = command(programs, java, &pod.namespace, client);
+        let words = ["timeout", CLIENT_SECONDS_MAX].into_iter();
+        let words: Vec<&str> = words.chain(command.iter().map(String::as_str)).collect();
+        let (code, out, err) = shown(&pod.exec(&words).unwrap());
+        let neutral = |text: String| text.replace(&pod.namespace, "NAMESPACE");
+        (client.0, (code, neutral(out), neutral(err)))
+    };
+    thread::scope(|scope| {
+        let running: Vec<_> = clients().map(|client| scope.spawn(move || said(client))).collect();
+        running.into_iter().map(|client| client.join().unwrap()).collect()
+    })
+}
+
+/// What each must have come to, so that nothing is the same because it failed in both places.
+#[track_caller]
+fn all_was_done(said: &Said) {
+    let kubectl = ["same", "True True exit 5", "exit 3", "exit 4", "visible-kubectl-4"];
+    let expected: [(&str, &[&str]); 7] = [
+        (
+            "python",
+            &["bytes in: [true", "bytes out: [true", "[true, true, 5]", "logs -f: ", "port-forward: "],
+        ),
+        (
+            "node",
+            &["bytes in: [true", "bytes out: [true", "[true,true,5]", "logs -f: ", "cp: ", "port-forward: "],
+        ),
+        ("go", &["bytes in: [true", "bytes out: [true", "[true,true,5]", "logs -f: ", "port-forward: "]),
+        ("kubectl", &[&kubectl[..], &["debugged through"]].concat()),
+        ("kubectl-old", &[&kubectl[..4], &["visible-kubectl-old-4"]].concat()),
+        (
+            JAVA,
+            &[
+                "bytes in: true",
+                "bytes out: true",
+                "true true 5",
+                "cp there: true",
+                "cp back: true",
+                "logs -f: ",
+            ],
+        ),
+        (HELM, &["STATUS: deployed", "Rollback was a success", "release \"helm\" uninstalled"]),
+    ];
+    for (name, expected) in expected.into_iter().filter(|(name, _)| said.contains_key(name)) {
+        for text in expected {
+            assert!(said[name].1.contains(text), "{name} does not say {text:?}");
+        }
+        let ping = format!("ping-{name}");
+        assert!(name == HELM || said[name].1.contains(&ping), "{name} does not say {ping}");
+    }
+}
+
+/// What is on record of each request.
+#[derive(Default)]
+struct Request {
+    verb: String,
+    uri: String,
+    /// Command of an exec, argument by argument.
+    command: Vec<String>,
+    lanes: BTreeMap<(Channel, Option<Connection>), Vec<u8>>,
+    exit_code: Option<i32>,
+}
+
+fn requests(events: &[Event]) -> BTreeMap<String, Request> {
+    let mut requests = BTreeMap::<String, Request>::new();
+    for event in events {
+        let Some(id) = &event.request else { continue };
+        let request = requests.entry(id.clone()).or_default();
+        match &event.kind {
+            Kind::RequestOpened(opened) => {
+                request.verb.clone_from(&opened.attributes.verb);
+                request.uri.clone_from(&opened.uri);
+                let execution = opened.execution.as_ref();
+                request.command = execution.map(|execution| execution.command.clone()).unwrap_or_default();
+            }
+            Kind::Content(content) => {
+                let lane = request.lanes.entry((content.channel, content.connection)).or_default();
+                lane.extend(content.bytes.to_vec().unwrap());
+            }
+            Kind::RequestClosed(closed) => request.exit_code = closed.exit_code,
+            _ => {}
+        }
+    }
+    requests
+}
+
+#[test]
+fn no_client_notices_weir_and_the_record_is_all_that_they_did() {
+    let Some(mut scene) = Scene::new() else { return };
+    let mut programs = Clients::install(Progress::Shown).unwrap();
+    let java = if is_long() { programs.install_java(Progress::Shown).unwrap() } else { Vec::new() };
+    for (namespace, enrolled) in NAMESPACES {
+        scene.namespace(namespace, enrolled);
+    }
+    let pods = thread::scope(|scope| {
+        let run = |namespace| {
+            run_target(&scene.testbed, namespace);
+            let spec = PodSpec { folders: programs.folders(), ..PodSpec::idle(namespace, "caller") };
+            scene.testbed.run_pod(&spec).unwrap()
+        };
+        let pods = NAMESPACES.map(|(namespace, _)| scope.spawn(move || run(namespace)));
+        pods.map(|pod| pod.join().unwrap())
+    });
+    let mut agent = scene.agent(TrustSource::ClusterSigner);
+    let said = thread::scope(|scope| {
+        let said = pods.each_ref().map(|pod| scope.spawn(|| said_by_all(&programs, &java, pod)));
+        said.map(|said| said.join().unwrap())
+    });
+    let [with, without] = &said;
+    for (name, (code, out, err)) in with {
+        println!("== {name}: {code:?}\n{out}{err}");
+    }
+    for (name, (code, out, err)) in with {
+        assert_eq!(*code, Some(0), "{name}: {out}{err}");
+        assert_eq!(with[name], without[name], "{name}");
+    }
+    all_was_done(with);
+    let log = scene.testbed.layout().audit_log();
+    let compared = wait_until("the record and the audit log to agree", DEADLINE, || {
+        let audited = audit::finished_by_pod(&log, &pods[0].uid)?;
+        let coverage = Coverage::compare(&audited, &scene.events(), &pods[0].uid);
+        Ok(coverage.is_complete().then_some(coverage))
+    });
+    let coverage = compared.unwrap_or_else(|error| {
+        let audited = audit::finished_by_pod(&log, &pods[0].uid).unwrap();
+        panic!("{error:#}\n{}", Coverage::compare(&audited, &scene.events(), &pods[0].uid))
+    });
+    println!("{coverage}");
+    assert!(agent.terminate().unwrap().success(), "{}", agent.last_lines());
+    let events = scene.events();
+    let requests = requests(&events);
+    streams_are_on_record(&requests, with);
+    objects_are_on_record(&scene, &requests);
+    no_canary_is_on_record(&requests);
+    let verified = verify(&scene.journal());
+    assert!(verified.status.success(), "{:?}", shown(&verified));
+}
+
+/// What the clients say that they wrote and read is what the record has.
+#[track_caller]
+fn streams_are_on_record(requests: &BTreeMap<String, Request>, said: &Said) {
+    let digest = |bytes: &Vec<u8>| hex::encode(Sha256::digest(bytes));
+    for (name, port) in clients().filter(|(name, _)| *name != HELM) {
+        let container = format!("container={name}&");
+        let of = |part: &str| {
+            let is_it = |request: &&Request| {
+                format!("{}&", request.uri).contains(&container) && request.uri.contains(part)
+            };
+            let found: Vec<_> = requests.values().filter(is_it).collect();
+            assert!(!found.is_empty(), "{name}: no request with {part}");
+            found
+        };
+        let digests: BTreeSet<_> = said[name].1.split('"').filter(|word| word.len() == 64).collect();
+        assert_eq!(digests.len(), 1, "{name} says one digest: {digests:?}");
+        let written = |request: &&Request| {
+            request.lanes.get(&(Channel::Stdin, None)).filter(|stdin| stdin.len() == bytes()).map(&digest)
+        };
+        let written: Vec<_> = of("sha256sum").iter().filter_map(written).collect();
+        assert!(!written.is_empty(), "{name} writes");
+        assert!(written.iter().all(|digest| digests.contains(digest.as_str())), "{name}: what was written");
+        for request in of("yes") {
+            let stdout = &request.lanes[&(Channel::Stdout, None)];
+            assert!(digests.contains(&*digest(stdout)), "{name}: what was read");
+        }
+        for (arguments, code) in [
+            (&["sh", "-c", "echo out; echo err >&2; exit 3", "two words"][..], 3),
+            (&["sh", "-c", if name == JAVA { "head -c 6; exit 4" } else { "cat; exit 4" }], 4),
+            (&["sh", "-c", "test -t 0 && echo a terminal; read it; exit 5"], 5),
+        ] {
+            let found: Vec<_> =
+                of("/exec").into_iter().filter(|request| request.command == arguments).collect();
+            assert!(!found.is_empty(), "{name}: {arguments:?}");
+            for request in found {
+                assert_eq!(request.exit_code, Some(code), "{name}: {arguments:?}");
+            }
+        }
+        let [attached] = of("/attach")[..] else { panic!("{name} attaches once") };
+        assert_eq!(attached.lanes[&(Channel::Stdin, None)], b"one\nquit\n", "{name}");
+        let shown = &attached.lanes[&(Channel::Stdout, None)];
+        let all = b"got one\ngot quit\nends\n";
+        assert!(shown.starts_with(b"got one\n") && all.starts_with(shown), "{name}: {shown:?}");
+        let followed = of("/log");
+        let followed = followed.iter().find(|request| request.uri.contains("follow=")).unwrap();
+        let lines = &followed.lanes[&(Channel::ResponseBody, None)];
+        assert_eq!(*lines, b"begins\ngot one\ngot quit\nends\n", "{name}");
+        let ping = format!("ping-{name}\n").into_bytes();
+        for channel in [Channel::PortIn, Channel::PortOut] {
+            let is_it = |request: &Request| {
+                request.lanes.iter().any(|((lane, connection), bytes)| {
+                    *lane == channel && connection.is_some_and(|to| to.port == port) && *bytes == ping
+                })
+            };
+            assert!(requests.values().any(is_it), "{name}: {channel:?}");
+        }
+    }
+}
+
+/// What the server holds of each object is what it answered to the last change on record.
+#[track_caller]
+fn objects_are_on_record(scene: &Scene, requests: &BTreeMap<String, Request>) {
+    let held =
+        scene.testbed.kubectl(&["get", "configmaps", "-n", NAMESPACES[0].0, "-l", "client", "-o", "json"]);
+    let held: Value = serde_json::from_str(&held.unwrap()).unwrap();
+    let held = held["items"].as_array().unwrap();
+    // All but the one that each has deleted.
+    assert_eq!(held.len(), (clients().count() - 1) * 4);
+    for object in held {
+        let [name, version] =
+            ["name", "resourceVersion"].map(|field| object["metadata"][field].as_str().unwrap());
+        let answered = requests.values().any(|request| {
+            let Some(body) = request.lanes.get(&(Channel::ResponseBody, None)) else { return false };
+            if !["create", "patch", "update"].contains(&request.verb.as_str()) {
+                return false;
+            }
+            match serde_json::from_slice::<Value>(body) {
+                Ok(body) => {
+                    body["metadata"]["resourceVersion"] == version
+                        && body["metadata"]["name"] == name
+                        && body["data"] == object["data"]
+                        && body["metadata"]["uid"] == object["metadata"]["uid"]
+                }
+                // In protobuf, the strings stand as they are.
+                Err(_) => {
+                    let data = object["data"].as_object().unwrap().values();
+                    let texts = data.filter_map(Value::as_str).chain([name, version]);
+                    texts.into_iter().all(|text| contains(body, text.as_bytes()))
+                }
+            }
+        });
+        assert!(answered, "{name} at version {version} is not on record as the server holds it");
+    }
+}
+
+fn contains(bytes: &[u8], part: &[u8]) -> bool {
+    memchr::memmem::find(bytes, part).is_some()
+}
+
+/// What a text is in base64, wherever in what was encoded it stands.
+fn in_base64(text: &str) -> [String; 3] {
+    use base64::{Engine as _, engine::general_purpose::STANDARD_NO_PAD};
+    [0, 1, 2].map(|before| {
+        let padded = format!("{}{text}", "-".repeat(before));
+        let encoded = STANDARD_NO_PAD.encode(&padded);
+        // The first characters have bits of what is before, the last of what is behind.
+        let begin = [0, 2, 3][before];
+        let end = padded.len() * 8 / 6;
+        encoded[begin..end].to_owned()
+    })
+}
+
+/// Nothing of a Secret's value is there; what is no Secret is, by the same search.
+#[track_caller]
+fn no_canary_is_on_record(requests: &BTreeMap<String, Request>) {
+    for (name, _) in clients() {
+        let canary = format!("canary-{name}-4711");
+        let mut hidden = vec![canary.clone()];
+        hidden.extend(in_base64(&canary));
+        for once in in_base64(&canary) {
+            hidden.extend(in_base64(&once));
+        }
+        hidden.extend(GZIP.map(str::to_owned));
+        for request in requests.values() {
+            for ((channel, _), bytes) in &request.lanes {
+                for text in &hidden {
+                    let found = contains(bytes, text.as_bytes());
+                    assert!(!found, "{text} is in {channel:?} of {} {}", request.verb, request.uri);
+                }
+            }
+            assert!(!request.uri.contains(&canary));
+        }
+        let visible = format!("visible-{name}-2");
+        let on_record =
+            |request: &Request| request.lanes.values().any(|bytes| contains(bytes, visible.as_bytes()));
+        assert!(requests.values().any(on_record), "{visible} is on record");
+    }
+}
