@@ -6,6 +6,7 @@
 
 mod admission;
 mod body;
+mod bounded;
 mod cbor;
 mod claims;
 #[cfg(test)]

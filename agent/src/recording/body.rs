@@ -9,7 +9,7 @@ use serde_json::Value;
 use weir_common::attributes::Attributes;
 
 use super::{
-    cut_json,
+    bounded, cut_json,
     mask::Masker,
     names::Names,
     protobuf,
@@ -145,7 +145,8 @@ fn record_as<'a>(
     whole: bool,
 ) -> Recorded<'a> {
     let sensitive = sensitivity != Sensitivity::None;
-    let mentioned = sensitive || mentions_secret(body);
+    // Escapes of YAML are many.
+    let mentioned = sensitive || mentions_secret(body) || format == Format::Yaml && body.contains(&b'\\');
     let is_yaml = matches!(format, Format::Yaml | Format::Unknown);
     match format {
         Format::Binary if sensitive => {
@@ -163,12 +164,12 @@ fn record_as<'a>(
     }
     // JSON first: `apply` sends either under the YAML type, and JSON is the stricter of the two.
     let begun = if whole { None } else { cut_json::closed(body) };
-    if let Ok(value) = serde_json::from_slice::<Value>(begun.as_deref().unwrap_or(body)) {
+    if let Some(value) = bounded::json(begun.as_deref().unwrap_or(body)) {
         return masked(masker, sensitivity, value, |value| serde_json::to_vec(value).ok());
     }
     if is_yaml
         && whole
-        && let Ok(value) = serde_yaml_ng::from_slice::<Value>(body)
+        && let Some(value) = bounded::yaml(body)
         && matches!(value, Value::Object(_) | Value::Array(_))
     {
         return masked(masker, sensitivity, value, |value| {
@@ -227,7 +228,7 @@ pub(super) fn last_applied(masker: &Masker, sensitivity: Sensitivity, text: &str
 }
 
 /// Whether a kind that holds secrets is named anywhere, in JSON, YAML, or JSON within a JSON string; or whether
-/// letters are escaped, so that it could be.
+/// letters are escaped, so that it could be; as can be what rules look for, if quotes, slashes or digits are.
 pub(super) fn mentions_secret(body: &[u8]) -> bool {
     let kinds: [&[u8]; 3] = [b"Secret", b"TokenRe", b"\\u00"];
     (0..body.len()).any(|at| {
@@ -237,7 +238,12 @@ pub(super) fn mentions_secret(body: &[u8]) -> bool {
                 let window = &body[at.saturating_sub(MENTION_WINDOW)..at];
                 window.windows(4).any(|bytes| bytes == b"kind")
             }
-            b'\\' if rest.starts_with(kinds[2]) => matches!(rest.get(4), Some(b'4'..=b'7')),
+            b'\\' if rest.starts_with(kinds[2]) => match (rest.get(4), rest.get(5)) {
+                (Some(b'4'..=b'7'), _) => true,
+                (Some(b'2'), Some(low)) => matches!(low, b'2' | b'd'..=b'f' | b'D'..=b'F'),
+                (Some(b'3'), Some(low)) => low.is_ascii_digit(),
+                _ => false,
+            },
             _ => false,
         }
     })
@@ -388,6 +394,39 @@ mod tests {
             "kind: Secret\n---\nkind: Secret\nstringData: {a: CANARY}\n",
             expect!["withheld: may hold secrets and cannot be parsed"],
         );
+    }
+
+    #[test]
+    fn a_kind_that_is_written_with_escapes_does_not_hide_a_secret() {
+        check(
+            Sensitivity::None,
+            "application/yaml",
+            "kind: \"\\x53ecret\"\nstringData:\n  a: CANARY\n",
+            expect![[r#"
+                1 masked kind: Secret
+                stringData:
+                  a: weir:masked:le16:903554d12c313c30
+            "#]],
+        );
+        check(
+            Sensitivity::Secrets,
+            "application/yaml",
+            "x: &x {a: CANARY}\nkind: Secret\nstringData:\n  <<: *x\n",
+            expect!["withheld: may hold secrets and cannot be parsed"],
+        );
+    }
+
+    #[test]
+    fn escaped_slashes_quotes_and_digits_are_parsed_and_what_go_escapes_is_not() {
+        for (text, expected) in [
+            (r"\u002fenv", true),
+            (r"\u002Fenv", true),
+            (r"\u0022name", true),
+            (r"TOKEN\u0031", true),
+            (r"\u0026\u003c\u003e\u003d", false),
+        ] {
+            assert_eq!(mentions_secret(text.as_bytes()), expected, "{text}");
+        }
     }
 
     #[test]

@@ -6,6 +6,8 @@
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use serde_json::{Map, Number, Value};
 
+use super::bounded::{Budget, Exceeded};
+
 /// Deepest nesting; Kubernetes reads no deeper.
 const DEPTH_MAX: u32 = 64;
 
@@ -14,9 +16,15 @@ const SELF_DESCRIBED: u64 = 55_799;
 /// A byte string that JSON has in base64.
 const BASE64: u64 = 22;
 
-/// These bytes are no CBOR that Kubernetes would read.
+/// These bytes are no CBOR that Kubernetes would read, or too much of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Malformed;
+
+impl From<Exceeded> for Malformed {
+    fn from(Exceeded: Exceeded) -> Self {
+        Self
+    }
+}
 
 /// A body in CBOR as JSON, which is recorded in its place; none: it is none, or nothing that the API server would read.
 pub(super) fn as_json(content_type: Option<&str>, body: &[u8]) -> Option<Vec<u8>> {
@@ -29,13 +37,14 @@ pub(super) fn as_json(content_type: Option<&str>, body: &[u8]) -> Option<Vec<u8>
 
 /// One document, all of `body`.
 fn decode(body: &[u8]) -> Result<Value, Malformed> {
-    let mut reader = Reader { rest: body };
+    let mut reader = Reader { rest: body, budget: Budget::default() };
     let value = reader.value(0)?;
     if reader.rest.is_empty() { Ok(value) } else { Err(Malformed) }
 }
 
 struct Reader<'a> {
     rest: &'a [u8],
+    budget: Budget,
 }
 
 /// How long what follows is.
@@ -73,6 +82,7 @@ impl<'a> Reader<'a> {
             return Err(Malformed);
         }
         let (major, bits, length) = self.head()?;
+        self.budget.value(0)?;
         match (major, length) {
             (0, Length::Of(number)) => Ok(number.into()),
             (1, Length::Of(number)) => {
@@ -127,6 +137,7 @@ impl<'a> Reader<'a> {
                 return Err(Malformed);
             }
             let name = self.text(major, length)?;
+            self.budget.entry(entries.len(), name.len())?;
             if entries.insert(name, self.value(depth + 1)?).is_some() {
                 return Err(Malformed);
             }

@@ -11,7 +11,7 @@ use serde::{
 };
 use weir_common::event::{Channel, Kind, NamedObject, ObjectsNamed};
 
-use super::mask::Masker;
+use super::{bounded, mask::Masker};
 
 /// Most objects of one event of the record, and of a body.
 const NAMED_PER_EVENT_MAX: usize = 64;
@@ -66,7 +66,10 @@ impl Names {
         if is_json {
             // What cannot be read on has been named up to there.
             let _ = object.deserialize(&mut serde_json::Deserializer::from_slice(body));
-        } else if may_be_yaml && object.deserialize(serde_yaml_ng::Deserializer::from_slice(body)).is_err() {
+        } else if may_be_yaml
+            && let Some(value) = bounded::yaml(body)
+            && object.deserialize(value).is_err()
+        {
             // Of YAML, which is read as a whole, nothing is left half.
             self.objects.truncate(before);
         }

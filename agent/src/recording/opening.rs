@@ -2,7 +2,7 @@
 
 use std::{
     sync::{Arc, Mutex, PoisonError, atomic::AtomicU64},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use bytes::Bytes;
@@ -18,7 +18,7 @@ use weir_common::{
 
 use super::{
     Recorder, RecordingError, RequestHead, RequestRecord, Unmasked,
-    admission::{COMMIT_WAIT_MAX, LOOK_INTERVAL, Reduced},
+    admission::{COMMIT_WAIT_MAX, Reduced},
     body::Sensitivity,
     content::{self, Held, Kept},
     entry::{Append, Entry, Ids},
@@ -38,6 +38,9 @@ const MUTATION_RESPONSE_BYTES_MAX: usize = 4 * 1024 * 1024;
 
 /// Most bytes of an error's body that are recorded where a success would be recorded otherwise.
 pub(super) const ERROR_BYTES_MAX: usize = 64 * 1024;
+
+/// How long whoever waits tries again to begin: each time its body is masked anew.
+const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 
 /// How many bodies that are not small are masked at a time: each may take many times its length of memory.
 static MASKING: Semaphore = Semaphore::const_new(4);
@@ -85,8 +88,8 @@ impl Recorder {
                 plan.when_behind == WhenBehind::MetadataOnly && !is_stream || self.inner.emergency.is_on();
             if spares && !is_reduced && matches!(error, RecordingError::NoKey(_)) {
                 without_key = Some(error);
-            } else if plan.when_behind == WhenBehind::Block && Instant::now() + LOOK_INTERVAL < deadline {
-                tokio::time::sleep(LOOK_INTERVAL).await;
+            } else if plan.when_behind == WhenBehind::Block && Instant::now() + RETRY_INTERVAL < deadline {
+                tokio::time::sleep(RETRY_INTERVAL).await;
             } else {
                 return Err(error);
             }
@@ -295,8 +298,9 @@ async fn mask_request(
     if held.is_small() {
         return Ok(content::reduce(&context.masker, context.sensitivity, &held));
     }
-    // Never closed.
-    let _permit = MASKING.acquire().await;
+    let permit = tokio::time::timeout(COMMIT_WAIT_MAX, MASKING.acquire()).await;
+    // It is never closed.
+    let _permit = permit.map_err(|_| RecordingError::TooSlow)?;
     let (masker, sensitivity) = (context.masker.clone(), context.sensitivity);
     let reduced = tokio::task::spawn_blocking(move || content::reduce(&masker, sensitivity, &held));
     reduced.await.map_err(|_| RecordingError::Closed)

@@ -7,6 +7,7 @@ use serde_json::{Map, Value};
 
 use super::{
     body::{LAST_APPLIED, Sensitivity, mentions_secret},
+    bounded,
     mask::{MASK_PREFIX, Masker},
     masks::{FieldSet, Segment},
 };
@@ -245,8 +246,8 @@ impl Walk<'_> {
         if sensitivity == Sensitivity::None && !may_be_in && !mentions_secret(text.as_bytes()) {
             return None;
         }
-        Some(match serde_json::from_str::<Value>(text) {
-            Ok(mut copy @ Value::Object(_)) => {
+        Some(match bounded::json(text.as_bytes()) {
+            Some(mut copy @ Value::Object(_)) => {
                 self.value(&mut copy, Around { fields: own, ..around });
                 copy.to_string()
             }
