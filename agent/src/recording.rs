@@ -18,6 +18,7 @@ mod draft;
 mod durability_tests;
 mod durable;
 mod emergency;
+mod encoding;
 mod encryption;
 mod entry;
 mod epoch;

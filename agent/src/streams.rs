@@ -27,6 +27,7 @@ mod websocket;
 use bytes::Bytes;
 use weir_common::event::{Change, Channel, Connection, ConnectionForwarded, FileCopied};
 
+pub use self::meaning::CONNECTIONS_MAX;
 use self::{
     channels::{Layout, Messages},
     meaning::Meaning,

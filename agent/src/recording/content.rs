@@ -12,17 +12,15 @@ use weir_common::event::{self, BodySummary, CONTENT_BYTES_MAX, Channel, Content,
 use super::{
     body::{self, Recorded, Sensitivity},
     cbor,
+    encoding::{Decoded, Encoding, NOT_GZIP, is_readable},
     frames::{Frame, Frames, HEADER},
-    gzip::{self, Gunzip},
+    gzip::Gunzip,
     mask::{KeyedDigest, Masker},
     names::Names,
     protobuf,
     sieve::Sieve,
 };
 use crate::streams::Lane;
-
-/// A compressed body may become this many times its limit before it counts as cut.
-const DECODED_FACTOR: usize = 4;
 
 /// Most bytes of one line (one event) of a watch; of one whose events have their length before them, too.
 const LINE_BYTES_MAX: usize = 4 * 1024 * 1024;
@@ -75,26 +73,6 @@ pub(super) struct Kept {
     pub(super) names: Names,
 }
 
-/// What a body is encoded with.
-enum Encoding {
-    Identity,
-    Gzip,
-    Unknown,
-}
-
-impl Encoding {
-    fn of(name: Option<&str>) -> Self {
-        match name.map(str::trim) {
-            None | Some("") => Self::Identity,
-            Some(name) if name.eq_ignore_ascii_case("identity") => Self::Identity,
-            Some(name) if name.eq_ignore_ascii_case("gzip") || name.eq_ignore_ascii_case("x-gzip") => {
-                Self::Gzip
-            }
-            Some(_) => Self::Unknown,
-        }
-    }
-}
-
 fn sha256(content: &[u8]) -> String {
     format!("sha256:{}", hex::encode(Sha256::digest(content)))
 }
@@ -118,41 +96,53 @@ fn as_json<'a>(
     (json.into(), Some("application/json"))
 }
 
-/// What is recorded of a body that was held.
+/// Whether anything may be masked in bytes that nothing reads.
+fn may_hide(masker: &Masker, sensitivity: Sensitivity, content: &[u8]) -> bool {
+    sensitivity != Sensitivity::None
+        || masker.hides()
+        || masker.masks().has_environment()
+        || body::mentions_secret(content)
+}
+
+/// What is recorded of an answer's body that was held.
+pub(super) fn reduce_answer(masker: &Masker, sensitivity: Sensitivity, held: &Held) -> Kept {
+    reduced(masker, sensitivity, held, true)
+}
+
+/// What is recorded of a request's body that was held. API servers do not look at the encoding of a request: where it is not what
+/// the header says, the bytes are read as they are.
 pub(super) fn reduce(masker: &Masker, sensitivity: Sensitivity, held: &Held) -> Kept {
+    reduced(masker, sensitivity, held, false)
+}
+
+fn reduced(masker: &Masker, sensitivity: Sensitivity, held: &Held, is_answer: bool) -> Kept {
     let wire = held.bytes();
     let mut summary = BodySummary { wire_bytes: held.wire_bytes, ..BodySummary::default() };
     let mut truncated = held.cut.as_ref().map(|(reason, _)| reason.clone());
-    let decoded_max = held.bytes_max.saturating_mul(DECODED_FACTOR);
-    let mut withheld = None;
-    let content = match Encoding::of(held.content_encoding.as_deref()) {
-        Encoding::Identity => Cow::Borrowed(&wire[..]),
-        Encoding::Gzip => match gzip::decode(&wire, decoded_max) {
-            Ok((content, whole)) => {
-                summary.decoded = Some("gzip".to_owned());
-                if !whole && truncated.is_none() {
-                    truncated = Some("decoded content is cut".to_owned());
-                }
-                Cow::Owned(content)
+    let mut unread = None;
+    let content = match Decoded::of(held.content_encoding.as_deref(), &wire, held.bytes_max) {
+        Decoded::Plain => Cow::Borrowed(&wire[..]),
+        Decoded::Gzip { content, whole } => {
+            summary.decoded = Some("gzip".to_owned());
+            if !whole && truncated.is_none() {
+                truncated = Some("decoded content is cut".to_owned());
             }
-            Err(_) => {
-                withheld = Some("is not the gzip it claims to be");
-                Cow::Borrowed(&wire[..])
-            }
-        },
-        Encoding::Unknown => {
-            withheld = Some("has a content encoding that is not decoded");
+            Cow::Owned(content)
+        }
+        Decoded::Unread(reason) => {
+            unread = Some(reason);
             Cow::Borrowed(&wire[..])
         }
     };
     let whole = truncated.is_none();
-    let (content, content_type) = match withheld {
-        None if whole => as_json(held, content, &mut summary),
-        _ => (content, held.content_type.as_deref()),
+    let (content, content_type) = if whole && (unread.is_none() || !is_answer) {
+        as_json(held, content, &mut summary)
+    } else {
+        (content, held.content_type.as_deref())
     };
     let mut names = Names::new(held.names_text);
-    let recorded = match withheld {
-        Some(reason) if sensitivity != Sensitivity::None || masker.hides() => Recorded::Withheld { reason },
+    let recorded = match unread.filter(|_| is_answer || !is_readable(&content)) {
+        Some(reason) if may_hide(masker, sensitivity, &content) => Recorded::Withheld { reason },
         Some(_) => Recorded::Clear(&content),
         None => body::record(masker, sensitivity, content_type, &content, whole, &mut names),
     };
@@ -257,7 +247,7 @@ impl Streamed {
             _ if watch && !lines && !framed && (masker.hides() || masker.masks().has_environment()) => {
                 Some("may hold what a rule masks in a form that is not parsed")
             }
-            Encoding::Unknown if sensitive || framed || masker.hides() => {
+            Encoding::Unknown if sensitive || lines || framed || masker.hides() => {
                 Some("has a content encoding that is not decoded")
             }
             _ => None,
@@ -267,7 +257,7 @@ impl Streamed {
             sensitivity,
             content_type,
             gunzip,
-            lines: lines && !matches!(encoding, Encoding::Unknown),
+            lines,
             line: Vec::new(),
             frames: framed.then(|| Frames::new(LINE_BYTES_MAX)),
             sieve: masker.masks().patterns().filter(|_| !lines && !framed).map(|_| Sieve::default()),
@@ -298,7 +288,7 @@ impl Streamed {
                 });
                 self.gunzip = Some(gunzip);
                 if decoded.is_err() {
-                    self.broken = Some("is not the gzip it claims to be");
+                    self.broken = Some(NOT_GZIP);
                     self.left_out += bytes.len() as u64;
                 }
             }
@@ -498,12 +488,18 @@ struct Out {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use bytes::Bytes;
     use proptest::prelude::*;
     use weir_common::event::{BodySummary, CONTENT_BYTES_MAX, Channel, Kind};
 
-    use super::{Held, Kept, LINE_BYTES_MAX, Streamed, reduce, split};
-    use crate::recording::{body::Sensitivity, mask::Masker};
+    use super::{Held, Kept, LINE_BYTES_MAX, Streamed, reduce, reduce_answer, split};
+    use crate::recording::{
+        body::Sensitivity,
+        mask::Masker,
+        masks::{MaskRules, Masks},
+    };
 
     fn masker() -> Masker {
         Masker::for_cluster(&[1; 32], "c")
@@ -584,9 +580,66 @@ mod tests {
             bytes_max: 10,
             ..Held::default()
         };
-        assert_eq!(reduce(&masker(), Sensitivity::None, &held()).content, b"abc");
-        let Kept { content, summary, .. } = reduce(&masker(), Sensitivity::Secrets, &held());
-        assert!(content.is_empty() && summary.truncated.is_some());
+        let rules = MaskRules { environment: Vec::new(), ..MaskRules::default() };
+        let without = masker().by(&Arc::new(Masks::new(rules).unwrap()));
+        assert_eq!(reduce_answer(&without, Sensitivity::None, &held()).content, b"abc");
+        let mention = Held { chunks: vec![Bytes::from_static(b"kind: Secret")], ..held() };
+        for (masker, sensitivity, held) in [
+            (&without, Sensitivity::Secrets, held()),
+            (&without, Sensitivity::None, mention),
+            (&masker(), Sensitivity::None, held()),
+        ] {
+            let Kept { content, summary, .. } = reduce_answer(masker, sensitivity, &held);
+            assert!(content.is_empty() && summary.truncated.is_some());
+        }
+    }
+
+    #[test]
+    fn a_request_is_read_as_the_api_server_reads_it_whatever_encoding_it_claims() {
+        const CANARY: &str = "canary-hunter2";
+        let json = format!(r#"{{"env":[{{"name":"A_KEY","value":"{CANARY}"}}],"x":"shown"}}"#);
+        let yaml = format!("env:\n- name: A_KEY\n  value: {CANARY}\nx: shown\n");
+        let secret = format!(r#"{{"kind":"Secret","stringData":{{"a":"{CANARY}"}},"type":"shown"}}"#);
+        let (json, yaml, secret) = (json.as_str(), yaml.as_str(), secret.as_str());
+        let rules = MaskRules { patterns: vec!["canary-[a-z0-9]+".to_owned()], ..MaskRules::default() };
+        let by_pattern = masker().by(&Arc::new(Masks::new(rules).unwrap()));
+        let short = format!("{:>9}", "a");
+        for masker in [masker(), by_pattern] {
+            for encoding in ["br", "gzip", "x-gzip", "gzip, gzip"] {
+                let reduced = |content_type: &str, body: &[u8]| {
+                    let held = Held {
+                        chunks: vec![Bytes::copy_from_slice(body)],
+                        wire_bytes: body.len() as u64,
+                        content_type: Some(content_type.to_owned()),
+                        content_encoding: Some(encoding.to_owned()),
+                        bytes_max: 1000,
+                        ..Held::default()
+                    };
+                    reduce(&masker, Sensitivity::None, &held)
+                };
+                for (content_type, body) in
+                    [("application/json", json), ("application/yaml", yaml), ("application/json", secret)]
+                {
+                    let Kept { content, summary, .. } = reduced(content_type, body.as_bytes());
+                    let text = String::from_utf8(content).unwrap();
+                    assert!(text.contains("shown") && !text.contains(CANARY), "{encoding}: {text}");
+                    assert_eq!((summary.masked, summary.truncated), (1, None));
+                }
+                assert_eq!(reduced("text/plain", short.as_bytes()).content, short.as_bytes());
+                // Not text: it may be what the header says.
+                let Kept { content, summary, .. } = reduced("application/json", b"\x1f\x8b\xffabc");
+                assert!(content.is_empty() && summary.truncated.is_some());
+            }
+        }
+    }
+
+    #[test]
+    fn a_watch_in_an_unknown_encoding_is_withheld() {
+        let kind = Some("application/json".to_owned());
+        let streamed = Streamed::new(&masker(), Sensitivity::None, kind, Some("br"), true);
+        let (text, _, summary) = run(streamed, &[b"some", b"bytes"]);
+        assert_eq!(text, "");
+        assert!(summary.truncated.unwrap().contains("9 bytes"));
     }
 
     #[test]

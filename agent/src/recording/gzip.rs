@@ -10,6 +10,9 @@ use flate2::write::MultiGzDecoder;
 /// Input that is decoded at a time: at deflate's best ratio (1:1032) it becomes 4 MiB.
 const SLICE_BYTES: usize = 4 * 1024;
 
+/// What gzip begins with.
+pub(super) const MAGIC: [u8; 2] = [0x1f, 0x8b];
+
 /// A stream of gzip members that is being decoded.
 pub(super) struct Gunzip {
     decoder: MultiGzDecoder<Vec<u8>>,

@@ -4,8 +4,13 @@
 //! around it, so a piece can be searched without the rest. From the expressions one more is made that matches every beginning of what they
 //! match that can go on. Where it matches up to the end of a piece, the next piece may make a match of it: that much is masked, too, and
 //! searched again with what follows. So nothing is held back, and no match is recorded in clear wherever it was cut.
+//!
+//! Each expression is searched for by itself, and what any of them matches is masked: in one search for all of them a match would
+//! hide those of others that overlap it. Matches that overlap have one mask.
 
-use regex::bytes::{Match, Regex, RegexBuilder};
+use std::ops::Range;
+
+use regex::bytes::{Regex, RegexBuilder};
 use regex_syntax::{
     ParserBuilder,
     hir::{Class, ClassBytes, ClassBytesRange, Hir, HirKind, Repetition},
@@ -16,7 +21,7 @@ use super::mask::Masker;
 /// Longest match that is found where pieces cut it, bytes; within one piece, and in bodies, they may be longer.
 pub(super) const LOOK_BEHIND_BYTES: usize = 4 * 1024;
 
-/// Most bytes of a compiled expression, and of what its search may remember.
+/// Most bytes of all expressions when compiled, and of what their search may remember.
 const COMPILED_BYTES_MAX: usize = 4 * 1024 * 1024;
 
 /// Most groups within groups.
@@ -30,11 +35,21 @@ pub(super) struct PatternError {
     pub(super) problem: String,
 }
 
-/// All expressions together.
-pub(super) struct Patterns {
-    any: Regex,
+/// Least of what the search for one expression among many may remember, bytes.
+const REMEMBERED_BYTES_MIN: usize = 256 * 1024;
+
+/// An expression, or all of them together.
+struct Pattern {
+    whole: Regex,
     /// What may become a match, at the end of a piece.
     begun: Regex,
+}
+
+/// All expressions.
+pub(super) struct Patterns {
+    /// All in one: whether there is anything to search for.
+    any: Pattern,
+    each: Vec<Pattern>,
 }
 
 /// Text with its matches masked.
@@ -46,66 +61,129 @@ pub(super) struct Masked {
 impl Patterns {
     /// Compiles expressions; none if there are none.
     pub(super) fn new(expressions: &[String]) -> Result<Option<Self>, PatternError> {
-        let mut whole = Vec::new();
-        for (index, expression) in expressions.iter().enumerate() {
-            let read = read(expression).and_then(|hir| compile(&hir.to_string()).map(|_| hir));
-            whole.push(read.map_err(|problem| PatternError { index: Some(index), problem })?);
-        }
-        if whole.is_empty() {
+        if expressions.is_empty() {
             return Ok(None);
         }
-        let begun = Hir::alternation(whole.iter().map(beginning).collect());
-        let any = Hir::alternation(whole);
-        let together = |problem| PatternError { index: None, problem };
-        let any = compile(&any.to_string()).map_err(together)?;
-        let begun = compile(&format!("(?:{begun})\\z")).map_err(together)?;
-        Ok(Some(Self { any, begun }))
+        let remembered = (COMPILED_BYTES_MAX / expressions.len()).max(REMEMBERED_BYTES_MIN);
+        let (mut all, mut each) = (Vec::new(), Vec::new());
+        for (index, expression) in expressions.iter().enumerate() {
+            let read = read(expression).and_then(|hir| Ok((Pattern::new(&hir, remembered)?, hir)));
+            let (pattern, hir) = read.map_err(|problem| PatternError { index: Some(index), problem })?;
+            each.push(pattern);
+            all.push(hir);
+        }
+        // Also the bound of what all of them take.
+        let any = Pattern::new(&Hir::alternation(all), COMPILED_BYTES_MAX)
+            .map_err(|problem| PatternError { index: None, problem })?;
+        Ok(Some(Self { any, each }))
     }
 
     /// Whether there is a match.
     pub(super) fn are_in(&self, text: &[u8]) -> bool {
-        self.any.is_match(text)
+        self.any.whole.is_match(text)
     }
 
     /// Whether there is a match, or `text` ends where one may have begun.
     pub(super) fn may_be_in(&self, text: &[u8]) -> bool {
-        self.are_in(text) || self.begins_at(text, 0).is_some()
+        self.are_in(text) || self.any.begins_at(text, 0).is_some()
     }
 
     /// Text that is all there; none: nothing in it matches.
     pub(super) fn mask(&self, masker: &Masker, text: &[u8]) -> Option<Masked> {
+        if !self.are_in(text) {
+            return None;
+        }
+        let mut found = Vec::new();
+        for pattern in &self.each {
+            found.extend(pattern.whole.find_iter(text).map(|found| found.range()));
+            found = union(found);
+        }
         let mut masked = Masked { content: Vec::new(), masks: 0 };
         let mut from = 0;
-        for found in self.any.find_iter(text) {
-            masked.content.extend_from_slice(&text[from..found.start()]);
-            masked.content.extend_from_slice(masker.mask(found.as_bytes()).as_bytes());
+        for found in found {
+            masked.content.extend_from_slice(&text[from..found.start]);
+            masked.content.extend_from_slice(masker.mask(&text[found.clone()]).as_bytes());
             masked.masks += 1;
-            from = found.end();
-        }
-        if masked.masks == 0 {
-            return None;
+            from = found.end;
         }
         masked.content.extend_from_slice(&text[from..]);
         Some(masked)
     }
 
-    /// The first match from `from` on.
-    pub(super) fn find_at<'a>(&self, text: &'a [u8], from: usize) -> Option<Match<'a>> {
-        self.any.find_at(text, from)
+    /// Matches in a piece that nothing which follows makes longer, each expression searched from its place in `from` on (none: from
+    /// the beginning); `from` becomes where it is searched on with the next piece.
+    pub(super) fn decided(&self, text: &[u8], from: &mut Vec<usize>) -> Vec<Range<usize>> {
+        from.resize(self.each.len(), 0);
+        let mut found = Vec::new();
+        for (pattern, from) in self.each.iter().zip(from) {
+            pattern.decided(text, from, &mut found);
+            found = union(found);
+        }
+        found
+    }
+
+    /// Matches in what is left at the end, each expression searched from its place on.
+    pub(super) fn left(&self, text: &[u8], from: &[usize]) -> Vec<Range<usize>> {
+        let mut found = Vec::new();
+        for (pattern, from) in self.each.iter().zip(from) {
+            let mut at = *from;
+            while let Some(one) = pattern.whole.find_at(text, at) {
+                found.push(one.range());
+                at = one.end();
+            }
+        }
+        union(found)
+    }
+}
+
+impl Pattern {
+    fn new(hir: &Hir, remembered: usize) -> Result<Self, String> {
+        let begun = format!("(?:{})\\z", beginning(hir));
+        Ok(Self { whole: compile(&hir.to_string(), remembered)?, begun: compile(&begun, remembered)? })
+    }
+
+    /// See [`Patterns::decided`].
+    fn decided(&self, text: &[u8], from: &mut usize, decided: &mut Vec<Range<usize>>) {
+        let mut begins = self.begins_at(text, *from);
+        while let Some(found) = self.whole.find_at(text, *from) {
+            // What follows may make another one of it.
+            if begins.is_some_and(|begins| begins <= found.start()) {
+                break;
+            }
+            decided.push(found.range());
+            *from = found.end();
+            if begins.is_some_and(|begins| begins < *from) {
+                begins = self.begins_at(text, *from);
+            }
+        }
+        *from = begins.unwrap_or(text.len());
     }
 
     /// The earliest place from `from` on, within [`LOOK_BEHIND_BYTES`] of the end, where a match may have begun.
-    pub(super) fn begins_at(&self, text: &[u8], from: usize) -> Option<usize> {
+    fn begins_at(&self, text: &[u8], from: usize) -> Option<usize> {
         let from = from.max(text.len().saturating_sub(LOOK_BEHIND_BYTES));
         let begun = self.begun.find(&text[from..])?;
         (!begun.is_empty()).then_some(from + begun.start())
     }
 }
 
-fn compile(expression: &str) -> Result<Regex, String> {
+/// Ranges in their order, those that overlap as one.
+fn union(mut ranges: Vec<Range<usize>>) -> Vec<Range<usize>> {
+    ranges.sort_unstable_by_key(|range| range.start);
+    ranges.dedup_by(|next, last| {
+        let overlaps = next.start < last.end;
+        if overlaps {
+            last.end = last.end.max(next.end);
+        }
+        overlaps
+    });
+    ranges
+}
+
+fn compile(expression: &str, remembered: usize) -> Result<Regex, String> {
     let builder = |expression| {
         let mut builder = RegexBuilder::new(expression);
-        builder.unicode(false).size_limit(COMPILED_BYTES_MAX).dfa_size_limit(COMPILED_BYTES_MAX);
+        builder.unicode(false).size_limit(COMPILED_BYTES_MAX).dfa_size_limit(remembered);
         builder.nest_limit(8 * NEST_MAX).build()
     };
     builder(expression).map_err(|_| {

@@ -162,7 +162,7 @@ impl Closing {
         let mut kinds = self.rest;
         if let Some(held) = &self.body {
             let Kept { content, summary, names } =
-                content::reduce(&context.masker, context.sensitivity, held);
+                content::reduce_answer(&context.masker, context.sensitivity, held);
             kinds.append(&mut content::split(Channel::ResponseBody, 0, &content));
             kinds.append(&mut names.kinds(Channel::ResponseBody));
             self.closed.body = Some(summary);

@@ -13,7 +13,7 @@ use super::{
 };
 
 /// Most connections of one port-forward that are counted at the same time; of more the first is told of early.
-const CONNECTIONS_MAX: usize = 1024;
+pub const CONNECTIONS_MAX: usize = 1024;
 
 /// Most of them whose first bytes are kept at the same time.
 const GREETINGS_MAX: usize = 64;
