@@ -378,6 +378,18 @@ impl ContentKey {
     }
 }
 
+/// What KMS binds a session's key to, and shows in its own log (CloudTrail): in clear, and without anything that only content says.
+pub fn kms_context(epoch: Uuid, key: u64, session: &str) -> HashMap<String, String> {
+    let purpose = String::from_utf8_lossy(INFO).into_owned();
+    let pairs = [
+        ("purpose", purpose),
+        ("epoch", epoch.to_string()),
+        ("key", key.to_string()),
+        ("session", session.to_owned()),
+    ];
+    pairs.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
+}
+
 impl WrappedKey {
     /// Its bytes, for a file or a message.
     pub fn encode(&self) -> Vec<u8> {
@@ -398,17 +410,9 @@ impl WrappedKey {
         is_known.then_some(wrapped).ok_or(EncryptionError::Form)
     }
 
-    /// What KMS binds it to, and shows in its own log (CloudTrail): in clear, and without anything that only content says.
+    /// What KMS binds it to.
     pub fn context(&self) -> HashMap<String, String> {
-        let Self { epoch, key, session, .. } = self;
-        let purpose = String::from_utf8_lossy(INFO).into_owned();
-        let pairs = [
-            ("purpose", purpose),
-            ("epoch", epoch.to_string()),
-            ("key", key.to_string()),
-            ("session", session.clone()),
-        ];
-        pairs.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
+        kms_context(self.epoch, self.key, &self.session)
     }
 
     /// The same, with what KMS made of the key.

@@ -1,8 +1,10 @@
 //! Whether content is encrypted, and for whom.
 
-use std::collections::HashMap;
-
-use weir_common::{encryption::Recipient, kms::Kms};
+use uuid::Uuid;
+use weir_common::{
+    encryption::{Recipient, kms_context},
+    kms::Kms,
+};
 
 use super::{Check, Need};
 use crate::{config::Config, recipients};
@@ -31,7 +33,8 @@ pub(super) fn recipients(config: &Config) -> Option<Check> {
 pub(super) async fn key_service(config: &Config) -> Option<Check> {
     let key = config.recording.kms.clone()?;
     let found = format!("keys of content are wrapped with {}", key.arn.as_str());
-    let context = HashMap::from([("purpose".to_owned(), "weir doctor".to_owned())]);
+    // In the form of all others, which a key policy may ask for.
+    let context = kms_context(Uuid::nil(), 0, "doctor");
     Some(match Kms::new(key).wrap(&[0; 32], context).await {
         Ok(_) => Check::good("kms", Need::Must, found),
         Err(error) => Check::failed("kms", Need::Must, &error),

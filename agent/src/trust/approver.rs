@@ -15,6 +15,7 @@ use kube::{
     runtime::watcher,
 };
 use serde_json::json;
+use tokio::time::Instant;
 
 use super::{
     ServingNames,
@@ -31,6 +32,8 @@ const REASON: &str = "WeirApprover";
 const SILENCE_MAX: Duration = Duration::from_mins(2);
 /// How long the API server may take over one request.
 const ANSWER_MAX: Duration = Duration::from_secs(10);
+/// How many requests are read at a time.
+const PAGE: u32 = 8;
 /// First pause after a failure.
 const RETRY_FIRST: Duration = Duration::from_secs(1);
 /// Longest pause after a failure. An agent waits for half a minute.
@@ -61,16 +64,24 @@ pub async fn run(
 ) -> Result<Infallible, ApproverError> {
     let requests: Api<CertificateSigningRequest> = Api::all(client);
     let of_signer = watcher::Config::default().fields(&format!("spec.signerName={SIGNER_NAME}"));
+    // Anybody who may make one makes it as large as etcd takes it.
+    let of_signer = of_signer.page_size(PAGE);
     let (mut began, mut pause) = (false, RETRY_FIRST);
     loop {
         let mut events = pin!(watcher(requests.clone(), of_signer.clone()));
-        // Silence is no failure.
-        while let Ok(Some(event)) = tokio::time::timeout(SILENCE_MAX, events.next()).await {
-            let answered = match event {
+        let mut failed_at = None;
+        // One that cannot be answered keeps nobody waiting: the others' turn comes first, and then all are read anew. Silence is
+        // no failure.
+        while let Ok(Some(event)) = tokio::time::timeout_at(until(failed_at, pause), events.next()).await {
+            match event {
                 Ok(watcher::Event::InitApply(request) | watcher::Event::Apply(request)) => {
                     let answered = answer(&requests, &request, agent, &names);
                     let timed = tokio::time::timeout(ANSWER_MAX, answered).await;
-                    timed.unwrap_or_else(|_| Err(format!("no answer within {} s", ANSWER_MAX.as_secs())))
+                    let slow = || Err(format!("no answer within {} s", ANSWER_MAX.as_secs()));
+                    if let Err(error) = timed.unwrap_or_else(|_| slow()) {
+                        wait(&error, pause);
+                        failed_at.get_or_insert_with(Instant::now);
+                    }
                 }
                 Ok(watcher::Event::InitDone) => {
                     if !began {
@@ -80,25 +91,38 @@ pub async fn run(
                             "answers requests for serving certificates"
                         );
                     }
-                    (began, pause) = (true, RETRY_FIRST);
-                    Ok(())
+                    began = true;
+                    if failed_at.is_none() {
+                        pause = RETRY_FIRST;
+                    }
                 }
-                Ok(_) => Ok(()),
+                Ok(_) => {}
                 Err(error) if !began => return Err(ApproverError::Read(Box::new(error))),
-                Err(error) => Err(error.to_string()),
-            };
-            if let Err(error) = answered {
-                tracing::error!(
-                    error,
-                    retry_in_s = pause.as_secs(),
-                    "requests for serving certificates wait; agents serve with what they have meanwhile"
-                );
-                tokio::time::sleep(pause).await;
-                pause = (pause * 2).min(RETRY_LONGEST);
-                break;
+                Err(error) => {
+                    wait(&error.to_string(), pause);
+                    failed_at = Some(Instant::now());
+                    tokio::time::sleep(pause).await;
+                    break;
+                }
             }
         }
+        if failed_at.is_some() {
+            pause = (pause * 2).min(RETRY_LONGEST);
+        }
     }
+}
+
+/// When all requests are read anew, if nothing is heard of them until then or one could not be answered.
+fn until(failed_at: Option<Instant>, pause: Duration) -> Instant {
+    failed_at.map_or_else(|| Instant::now() + SILENCE_MAX, |at| at + pause)
+}
+
+fn wait(error: &str, pause: Duration) {
+    tracing::error!(
+        error,
+        retry_in_s = pause.as_secs(),
+        "requests for serving certificates wait; agents serve with what they have meanwhile"
+    );
 }
 
 /// Approves or denies one request, if it is one for here to answer and nobody has.
@@ -173,6 +197,7 @@ fn judge(request: &CertificateSigningRequest, agent: &str, allowed: &ServingName
 #[cfg(test)]
 mod tests {
     use serde_json::{Value, json};
+    use tokio::sync::mpsc;
 
     use super::*;
 
@@ -206,6 +231,51 @@ mod tests {
             let answered = request(|request| request["status"] = conditions);
             assert!(!is_for_here(&answered, AGENT), "{kind}");
         }
+    }
+
+    /// An API server with two requests, which fails at one of them; tells whose answers it was sent.
+    fn failing(answered: mpsc::UnboundedSender<String>) -> Client {
+        let service = tower::service_fn(move |asked: http::Request<kube::client::Body>| {
+            let path = asked.uri().path().to_owned();
+            let of = |name: &str| {
+                let mut request = request(|request| request["spec"]["username"] = "somebody".into());
+                request.metadata.name = Some(name.to_owned());
+                request
+            };
+            let (status, body) = match path.split('/').nth_back(1) {
+                Some(name) if path.ends_with("/approval") => {
+                    let _ = answered.send(name.to_owned());
+                    let failed = name == "weir-serving-0";
+                    let failure =
+                        json!({"kind": "Status", "status": "Failure", "code": 500, "message": "too large"});
+                    if failed { (500, failure) } else { (200, json!(of(name))) }
+                }
+                _ if asked.uri().query().is_some_and(|query| query.contains("watch=true")) => {
+                    (200, Value::Null)
+                }
+                _ => {
+                    let items = ["weir-serving-0", "weir-serving-1"].map(of);
+                    (200, json!({"metadata": {"resourceVersion": "1"}, "items": items}))
+                }
+            };
+            let body = if body.is_null() { Vec::new() } else { body.to_string().into_bytes() };
+            let response = http::Response::builder().status(status).body(kube::client::Body::from(body));
+            async { Ok::<_, Infallible>(response.expect("a response")) }
+        });
+        Client::new(service, "default")
+    }
+
+    #[tokio::test]
+    async fn one_that_cannot_be_answered_keeps_no_other_waiting() {
+        let (sender, mut answered) = mpsc::unbounded_channel();
+        let names = async || Ok(ServingNames::default());
+        let approver = run(failing(sender), AGENT, names);
+        let both = async { [answered.recv().await, answered.recv().await] };
+        let both = tokio::select! {
+            ended = approver => panic!("{ended:?}"),
+            both = both => both,
+        };
+        assert_eq!(both, ["weir-serving-0", "weir-serving-1"].map(|name| Some(name.to_owned())));
     }
 
     #[test]
