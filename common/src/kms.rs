@@ -81,6 +81,9 @@ impl KeyArn {
     }
 }
 
+/// The call that unwraps, as KMS and its policies name it.
+const DECRYPT: &str = "Decrypt";
+
 /// A key, and where KMS is asked for it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct KmsKey {
@@ -208,7 +211,7 @@ impl Kms {
             let call = self.client().await.decrypt().key_id(self.key.arn.as_str());
             call.ciphertext_blob(Blob::new(wrapped)).set_encryption_context(Some(context)).send().await
         };
-        let answer = self.bounded(asked).await?.map_err(|error| self.failure(&error, "Decrypt"))?;
+        let answer = self.bounded(asked).await?.map_err(|error| self.failure(&error, DECRYPT))?;
         let secret = answer.plaintext.map(|secret| Zeroizing::new(secret.into_inner()));
         secret.ok_or_else(|| self.unreachable("the answer is empty"))
     }
@@ -249,6 +252,8 @@ impl Kms {
             | "InvalidKeyUsageException"
             | "NotFoundException" => KmsError::Unusable { key, code: shortened(code) },
             "InvalidCiphertextException" | "IncorrectKeyException" => KmsError::Changed,
+            // What is to be unwrapped, and for what, is all that a call to unwrap has of others.
+            "ValidationException" if action == DECRYPT => KmsError::Changed,
             "ThrottlingException" | "LimitExceededException" => KmsError::Throttled,
             _ => self.unreachable(&format!("{code}: {message}")),
         }
@@ -285,6 +290,13 @@ mod tests {
         ] {
             assert!(matches!(KeyArn::parse(wrong), Err(KmsError::Arn)), "{wrong}");
         }
+    }
+
+    #[test]
+    fn what_kms_finds_malformed_is_the_wrapped_keys_fault_and_no_reason_to_ask_no_more() {
+        let kms = Kms::new(KmsKey { arn: KeyArn::parse(ARN).unwrap(), endpoint: None });
+        assert!(matches!(kms.refused("ValidationException", "", "Decrypt"), KmsError::Changed));
+        assert!(matches!(kms.refused("ValidationException", "", "Encrypt"), KmsError::Unreachable { .. }));
     }
 
     #[test]

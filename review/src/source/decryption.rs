@@ -104,9 +104,8 @@ impl Service {
             return Err(failure);
         }
         let unwrapped = self.runtime.block_on(self.kms.unwrap(ciphertext, wrapped.context()));
-        if let Err(error) = &unwrapped
-            && !matches!(error, KmsError::Changed)
-        {
+        // What it says of one key may be otherwise with the next; no answer, and a key that cannot be used, are not.
+        if let Err(error @ (KmsError::Unreachable { .. } | KmsError::Unusable { .. })) = &unwrapped {
             *self.failure.borrow_mut() = Some(error.clone());
         }
         unwrapped
