@@ -1,6 +1,5 @@
 //! The far side: prints every packet from a /24 or /64 (but its first address, the gateway's) that an interface takes in, behind
-//! what guards that interface's ports. `SOURCE DESTINATION PROTOCOL PORT` a line; port 0 where there is none (a fragment, a protocol without
-//! ports). Behind the source of a TCP segment stand its flags, in hexadecimal.
+//! what guards that interface's ports. `SOURCE DESTINATION PROTOCOL PORT` a line; port 0 where there is none (a fragment, a protocol without ports).
 
 use std::{io::Write as _, net::IpAddr, os::fd::AsRawFd as _, process::ExitCode};
 
@@ -23,38 +22,24 @@ fn untagged(bytes: &[u8]) -> Option<&[u8]> {
     (packet.len() >= 20).then_some(packet)
 }
 
-/// What is printed of a packet.
-struct Parts {
-    from: IpAddr,
-    to: IpAddr,
-    protocol: u8,
-    port: u16,
-    /// Of a TCP segment.
-    flags: Option<u8>,
-}
-
-fn parts(packet: &[u8]) -> Option<Parts> {
+/// Source, destination, protocol and port of a packet.
+fn parts(packet: &[u8]) -> Option<(IpAddr, IpAddr, u8, u16)> {
     let port = |protocol: u8, transport: usize| match packet.get(transport + 2..transport + 4) {
-        Some(port) if matches!(protocol, 6 | 17 | 33 | 132) => {
-            let flags = packet.get(transport + 13).filter(|_| protocol == 6);
-            (u16::from_be_bytes([port[0], port[1]]), flags.copied())
-        }
-        _ => (0, None),
+        Some(port) if matches!(protocol, 6 | 17 | 33 | 132) => u16::from_be_bytes([port[0], port[1]]),
+        _ => 0,
     };
     match packet[0] >> 4 {
         4 => {
             let address =
                 |at: usize| IpAddr::from(<[u8; 4]>::try_from(&packet[at..at + 4]).unwrap_or_default());
             let fragment = u16::from_be_bytes([packet[6], packet[7]]) & 0x1fff;
-            let head = usize::from(packet[0] & 0xf) * 4;
-            let (port, flags) = if fragment == 0 { port(packet[9], head) } else { (0, None) };
-            Some(Parts { from: address(12), to: address(16), protocol: packet[9], port, flags })
+            let port = if fragment == 0 { port(packet[9], usize::from(packet[0] & 0xf) * 4) } else { 0 };
+            Some((address(12), address(16), packet[9], port))
         }
         6 if packet.len() >= 40 => {
             let address =
                 |at: usize| IpAddr::from(<[u8; 16]>::try_from(&packet[at..at + 16]).unwrap_or_default());
-            let (port, flags) = port(packet[6], 40);
-            Some(Parts { from: address(8), to: address(24), protocol: packet[6], port, flags })
+            Some((address(8), address(24), packet[6], port(packet[6], 40)))
         }
         _ => None,
     }
@@ -104,12 +89,11 @@ fn watch(interface: &str, network: &str) -> nix::Result<()> {
         let length = nix::unistd::read(&socket, &mut packet)?;
         // As a packet socket of this kind gives it: from the IP header on.
         let Some(packet) = packet.get(..length).and_then(untagged) else { continue };
-        let Some(Parts { from, to, protocol, port, flags }) = parts(packet) else { continue };
+        let Some((from, to, protocol, port)) = parts(packet) else { continue };
         if !is_within(from, network) {
             continue;
         }
-        let flags = flags.map_or_else(String::new, |flags| format!("/{flags:02x}"));
-        if writeln!(out, "{from}{flags} {to} {protocol} {port}").is_err() {
+        if writeln!(out, "{from} {to} {protocol} {port}").is_err() {
             return Ok(());
         }
     }

@@ -356,7 +356,7 @@ fn many_pods(scene: &Scene, runtime: Option<NriRuntime>) -> Counted {
     let started = Instant::now();
     for first in (1..=count).step_by(AT_ONCE) {
         let mut wave = stage.come(first..(first + AT_ONCE).min(count + 1));
-        let without_agent = format!("{}/", address(WITHOUT_AGENT));
+        let without_agent = format!("{} ", address(WITHOUT_AGENT));
         wave.direct.retain(|packet| !packet.starts_with(&without_agent));
         assert!(wave.direct.is_empty(), "the far side saw {:?}\n{}", wave.direct, agent.last_lines());
         let (status, certificates) = (agent.status().unwrap(), certificates_of(&agent));
