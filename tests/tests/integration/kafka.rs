@@ -304,6 +304,8 @@ fn what_the_journal_has_is_on_the_topics_byte_for_byte_and_answers_the_same() {
     let mut configuration = configuration(&scene, publishing(&kafka.bootstrap()));
     let keys = ["new", "old"].map(|name| KeyPair::make(scene.scratch.path(), name, "ed25519"));
     configuration["journal"]["idleCheckpointSeconds"] = json!(1);
+    // Nobody listens there: that spans are lost holds up nothing.
+    configuration["traces"] = json!({"endpoint": "http://127.0.0.1:9"});
     configuration["journal"]["signingKeyFiles"] = keys.iter().map(|key| json!(key.private)).collect();
     let (mut agent, monitored) = Monitored::start_with(&scene, configuration);
     work(&other);

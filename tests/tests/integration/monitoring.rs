@@ -21,8 +21,9 @@ const ANSWER_DEADLINE: Duration = Duration::from_secs(10);
 /// Every family there is, as operators read of it.
 const DOCUMENTATION: &str = include_str!("../../../docs/metrics.md");
 
-/// Families that an agent has which publishes; `kafka` looks for them.
-const OF_PUBLISHING: [&str; 5] = [
+/// Families that an agent has which publishes, or tells traces; `kafka` looks for them.
+const OF_PUBLISHING: [&str; 6] = [
+    "weir_trace_",
     "weir_kafka_",
     "weir_journal_segments_removed",
     "weir_journal_damages",
