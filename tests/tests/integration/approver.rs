@@ -45,6 +45,12 @@ impl As<'_> {
         self.kubectl(who, &["create", "-f", file.to_str().unwrap()])
     }
 
+    #[track_caller]
+    fn refused(&self, who: &[&str], arguments: &[&str], said: &str) {
+        let (code, _, error) = self.kubectl(who, arguments);
+        assert!(code != Some(0) && error.contains(said), "{arguments:?}: {code:?} {error}");
+    }
+
     fn status(&self, name: &str) -> Value {
         let request = self.testbed.kubectl(&["get", "csr", name, "-o", "json"]).unwrap();
         serde_json::from_str::<Value>(&request).unwrap()["status"].clone()
@@ -115,10 +121,7 @@ pub(super) fn answers_agents_alone((testbed, scratch): (&Testbed, &Path), (pod, 
     assert_eq!(issued.unwrap()["conditions"][0]["reason"], "WeirApprover");
     assert!(it.status("somebody-elses")["conditions"].is_null(), "it is nobody's business here");
 
-    let refused = |who: &[&str], arguments: &[&str], said: &str| {
-        let (code, _, error) = it.kubectl(who, arguments);
-        assert!(code != Some(0) && error.contains(said), "{arguments:?}: {code:?} {error}");
-    };
+    let refused = |who: &[&str], arguments: &[&str], said: &str| it.refused(who, arguments, said);
     refused(&agent, &["certificate", "approve", "somebody-elses"], "forbidden");
     refused(
         &agent,
@@ -134,15 +137,27 @@ pub(super) fn answers_agents_alone((testbed, scratch): (&Testbed, &Path), (pod, 
         assert!(code != Some(0) && error.contains("and no other signer"), "{error}");
     }
 
-    let agent = [AGENT, MASTERS, &node];
+    // What follows a request in PEM is nobody's business, and would be read by all who read the request.
+    let pem = certificates::node_request(NODE_NAME, &names).unwrap();
+    let padded = json!({"request": STANDARD.encode(format!("{pem}{}", "\n".repeat(24 * 1024)))});
+    let (code, _, error) = it.ask(&agent, "weir-serving-padded", &names, padded);
+    assert!(code != Some(0) && error.contains("24 KiB at most"), "{error}");
+
+    testbed.kubectl(&["delete", "csr", "--all"]).unwrap();
+    mints_for_sts_alone(&it, &[AGENT, MASTERS, &node], (pod, uid));
+}
+
+/// What tokens an agent that may mint some has minted.
+fn mints_for_sts_alone(it: &As<'_>, agent: &[&str], (pod, uid): (&str, &str)) {
+    let refused = |who: &[&str], arguments: &[&str], said: &str| it.refused(who, arguments, said);
     let token = ["create", "token", "default", "-n", "it-chart"];
     let (audience, uid) = ("--audience=sts.amazonaws.com", format!("--bound-object-uid={uid}"));
     let bound = ["--bound-object-kind=Pod", &format!("--bound-object-name={pod}"), &uid];
-    refused(&agent, &token, "for sts.amazonaws.com alone");
-    refused(&agent, &[&token[..], &bound].concat(), "for sts.amazonaws.com alone");
-    refused(&agent, &[&token[..], &[audience]].concat(), "has tokens minted for a pod");
+    refused(agent, &token, "for sts.amazonaws.com alone");
+    refused(agent, &[&token[..], &bound].concat(), "for sts.amazonaws.com alone");
+    refused(agent, &[&token[..], &[audience]].concat(), "has tokens minted for a pod");
     let whole = [&token[..], &[audience], &bound].concat();
     refused(&[AGENT, MASTERS], &whole, "that the kubelet has mounted into its pod");
-    assert_eq!(it.kubectl(&agent, &whole).0, Some(0));
-    testbed.kubectl(&["delete", "csr", "--all"]).unwrap();
+    refused(agent, &[&whole[..], &["--duration=61m"]].concat(), "for an hour at most");
+    assert_eq!(it.kubectl(agent, &whole).0, Some(0));
 }
