@@ -5,14 +5,18 @@
 //! an encryption context to where it belongs, and comes back as what stands in the wrapped key. Credentials are those of the SDK's
 //! default chain. Few tries and bounded waits; who calls decides what becomes of a failure.
 
-use std::{collections::HashMap, error::Error, sync::Arc, time::Duration};
+use std::{collections::HashMap, error::Error, net::IpAddr, sync::Arc, time::Duration};
 
 use aws_config::{BehaviorVersion, Region, retry::RetryConfig, timeout::TimeoutConfig};
 use aws_sdk_kms::{
     Client,
-    error::{DisplayErrorContext, ProvideErrorMetadata, SdkError},
+    config::{
+        Builder, ConfigBag, Intercept, RuntimeComponents, interceptors::BeforeTransmitInterceptorContextRef,
+    },
+    error::{BoxError, DisplayErrorContext, ProvideErrorMetadata, SdkError},
     primitives::Blob,
 };
+use http::{Uri, uri::Scheme};
 use tokio::sync::OnceCell;
 use zeroize::Zeroizing;
 
@@ -129,6 +133,15 @@ pub enum KmsError {
     /// Too many calls.
     #[error("KMS is asked too often; the account's quota of cryptographic operations may be too small")]
     Throttled,
+    /// Keys would cross the network in clear.
+    #[error(
+        "{endpoint} is not https: keys and credentials would cross the network in clear; mend AWS_ENDPOINT_URL_KMS, AWS_ENDPOINT_URL \
+         or endpoint_url in the AWS profile (http is for loopback alone)"
+    )]
+    Plain {
+        /// Address that was to be asked.
+        endpoint: Arc<str>,
+    },
     /// No answer, or no credentials to ask with.
     #[error("KMS in {region} cannot be asked: {cause}")]
     Unreachable {
@@ -159,9 +172,9 @@ impl Kms {
         &self.key.arn
     }
 
-    async fn client(&self) -> &Client {
+    async fn client(&self) -> Result<&Client, KmsError> {
         self.client
-            .get_or_init(async || {
+            .get_or_try_init(async || {
                 let retries = RetryConfig::standard()
                     .with_max_attempts(ATTEMPTS_MAX)
                     .with_initial_backoff(BACKOFF_FIRST);
@@ -175,13 +188,20 @@ impl Kms {
                     .retry_config(retries)
                     .timeout_config(timeouts);
                 let config = loader.load().await;
-                let own = aws_sdk_kms::config::Builder::from(&config);
-                Client::from_conf(match &self.key.endpoint {
-                    Some(endpoint) => own.endpoint_url(endpoint).build(),
-                    None => own.build(),
-                })
+                // Those who give credentials are asked there too, before KMS is.
+                if let Some(endpoint) = config.endpoint_url() {
+                    confidential(endpoint)?;
+                }
+                Ok(self.client_of(Builder::from(&config)))
             })
             .await
+    }
+
+    fn client_of(&self, mut own: Builder) -> Client {
+        if let Some(endpoint) = &self.key.endpoint {
+            own = own.endpoint_url(endpoint);
+        }
+        Client::from_conf(own.interceptor(Confidential).build())
     }
 
     /// Wraps a secret, bound to `context`.
@@ -190,10 +210,11 @@ impl Kms {
     /// KMS does not.
     pub async fn wrap(&self, secret: &[u8], context: HashMap<String, String>) -> Result<Vec<u8>, KmsError> {
         let asked = async {
-            let call = self.client().await.encrypt().key_id(self.key.arn.as_str());
-            call.plaintext(Blob::new(secret)).set_encryption_context(Some(context)).send().await
+            let call = self.client().await?.encrypt().key_id(self.key.arn.as_str());
+            let answer = call.plaintext(Blob::new(secret)).set_encryption_context(Some(context)).send().await;
+            answer.map_err(|error| self.failure(&error, "Encrypt"))
         };
-        let answer = self.bounded(asked).await?.map_err(|error| self.failure(&error, "Encrypt"))?;
+        let answer = self.bounded(asked).await?;
         answer.ciphertext_blob.map(Blob::into_inner).ok_or_else(|| self.unreachable("the answer is empty"))
     }
 
@@ -208,17 +229,19 @@ impl Kms {
     ) -> Result<Zeroizing<Vec<u8>>, KmsError> {
         let asked = async {
             // The key is named, so that nobody can have another one used.
-            let call = self.client().await.decrypt().key_id(self.key.arn.as_str());
-            call.ciphertext_blob(Blob::new(wrapped)).set_encryption_context(Some(context)).send().await
+            let call = self.client().await?.decrypt().key_id(self.key.arn.as_str());
+            let call = call.ciphertext_blob(Blob::new(wrapped)).set_encryption_context(Some(context));
+            call.send().await.map_err(|error| self.failure(&error, DECRYPT))
         };
-        let answer = self.bounded(asked).await?.map_err(|error| self.failure(&error, DECRYPT))?;
+        let answer = self.bounded(asked).await?;
         let secret = answer.plaintext.map(|secret| Zeroizing::new(secret.into_inner()));
         secret.ok_or_else(|| self.unreachable("the answer is empty"))
     }
 
     /// The SDK's own bound does not cover the search for credentials before the first call.
-    async fn bounded<T>(&self, asked: impl Future<Output = T>) -> Result<T, KmsError> {
-        tokio::time::timeout(CALL_TIMEOUT, asked).await.map_err(|_| self.unreachable("no answer in time"))
+    async fn bounded<T>(&self, asked: impl Future<Output = Result<T, KmsError>>) -> Result<T, KmsError> {
+        let in_time = tokio::time::timeout(CALL_TIMEOUT, asked).await;
+        in_time.unwrap_or_else(|_| Err(self.unreachable("no answer in time")))
     }
 
     fn unreachable(&self, cause: &str) -> KmsError {
@@ -238,6 +261,7 @@ impl Kms {
                 let (code, message) = (context.err().code(), context.err().message());
                 self.refused(code.unwrap_or("none"), message.unwrap_or_default(), action)
             }
+            _ if let Some(plain) = plain_endpoint(error) => plain,
             _ => self.unreachable(&DisplayErrorContext(error).to_string()),
         }
     }
@@ -260,6 +284,57 @@ impl Kms {
     }
 }
 
+/// Keeps every request from an address that would let others read it, wherever the SDK has that address from: the environment, a
+/// profile, or AWS's own rules. It comes before anything is sent.
+#[derive(Debug)]
+struct Confidential;
+
+impl Intercept for Confidential {
+    fn name(&self) -> &'static str {
+        "Confidential"
+    }
+
+    fn read_before_transmit(
+        &self,
+        context: &BeforeTransmitInterceptorContextRef<'_>,
+        _: &RuntimeComponents,
+        _: &mut ConfigBag,
+    ) -> Result<(), BoxError> {
+        Ok(confidential(context.request().uri())?)
+    }
+}
+
+/// Whether nobody on the way reads what is sent there: TLS, or it does not leave the machine.
+fn confidential(endpoint: &str) -> Result<(), KmsError> {
+    let uri = endpoint.parse::<Uri>().unwrap_or_default();
+    let is_loopback = |host: &str| {
+        let address = host.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>();
+        address.map_or_else(|_| host.eq_ignore_ascii_case("localhost"), |address| address.is_loopback())
+    };
+    let is_https = uri.scheme() == Some(&Scheme::HTTPS);
+    if is_https || uri.scheme() == Some(&Scheme::HTTP) && uri.host().is_some_and(is_loopback) {
+        return Ok(());
+    }
+    // Neither a path nor what stands before a host: there may be a password.
+    let endpoint = match (uri.scheme_str(), uri.host()) {
+        (Some(scheme), Some(host)) => shortened(&format!("{scheme}://{host}")),
+        _ => "the endpoint of AWS".into(),
+    };
+    Err(KmsError::Plain { endpoint })
+}
+
+/// What [`Confidential`] said, if an error comes from there.
+fn plain_endpoint(error: &(dyn Error + 'static)) -> Option<KmsError> {
+    let mut cause = Some(error);
+    while let Some(error) = cause {
+        if let Some(plain) = error.downcast_ref::<KmsError>() {
+            return Some(plain.clone());
+        }
+        cause = error.source();
+    }
+    None
+}
+
 /// On one line, and not longer than a log should have.
 fn shortened(text: &str) -> Arc<str> {
     let mut line: String = text.chars().map(|char| if char.is_control() { ' ' } else { char }).collect();
@@ -269,7 +344,15 @@ fn shortened(text: &str) -> Arc<str> {
 
 #[cfg(test)]
 mod tests {
-    use super::{KeyArn, Kms, KmsError, KmsKey};
+    use std::{collections::HashMap, time::Duration};
+
+    use aws_sdk_kms::{
+        Client,
+        config::{BehaviorVersion, Builder, Credentials, Region},
+    };
+    use tokio::{io::AsyncReadExt as _, net::TcpListener};
+
+    use super::{KeyArn, Kms, KmsError, KmsKey, confidential};
 
     const ARN: &str = "arn:aws:kms:eu-central-1:123456789012:key/1234abcd-12ab-34cd-56ef-1234567890ab";
 
@@ -289,6 +372,58 @@ mod tests {
             "arn:aws:s3:eu-central-1:123456789012:key/1",
         ] {
             assert!(matches!(KeyArn::parse(wrong), Err(KmsError::Arn)), "{wrong}");
+        }
+    }
+
+    /// Asks KMS at `endpoint`, with credentials that are there already.
+    async fn wrap_at(endpoint: &str) -> KmsError {
+        let kms = Kms::new(KmsKey { arn: KeyArn::parse(ARN).unwrap(), endpoint: Some(endpoint.to_owned()) });
+        let own = Builder::new()
+            .behavior_version(BehaviorVersion::latest())
+            .region(Region::new("eu-central-1"))
+            .credentials_provider(Credentials::new("id", "secret", None, None, "test"));
+        let client: Client = kms.client_of(own);
+        kms.client.set(client).unwrap();
+        kms.wrap(&[7; 32], HashMap::new()).await.unwrap_err()
+    }
+
+    #[tokio::test]
+    async fn no_key_crosses_the_network_in_clear() {
+        for endpoint in ["http://192.0.2.1:8080", "http://kms.example.com", "http://localhost.example.com"] {
+            let error = wrap_at(endpoint).await;
+            assert!(matches!(error, KmsError::Plain { .. }), "{error}");
+            assert!(error.to_string().contains("is not https"), "{error}");
+        }
+        // To loopback it goes: whoever listens there hears the request.
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let endpoint = format!("http://{}", listener.local_addr().unwrap());
+        let heard = async {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let mut begin = [0; 4];
+            stream.read_exact(&mut begin).await.unwrap();
+            begin
+        };
+        let asked = tokio::spawn(async move { wrap_at(&endpoint).await });
+        assert_eq!(&tokio::time::timeout(Duration::from_secs(30), heard).await.unwrap(), b"POST");
+        asked.abort();
+    }
+
+    #[test]
+    fn https_and_loopback_are_confidential_and_nothing_else_is() {
+        for endpoint in [
+            "https://kms.eu-central-1.amazonaws.com",
+            "http://127.0.0.1:8080",
+            "http://127.1.2.3/",
+            "http://[::1]:1",
+            "http://LOCALHOST:1",
+        ] {
+            confidential(endpoint).unwrap();
+        }
+        for endpoint in
+            ["", "kms", "ftp://127.0.0.1", "http://10.0.0.1", "http://user:pass-4711@10.0.0.1/pass-4711"]
+        {
+            let said = confidential(endpoint).unwrap_err().to_string();
+            assert!(!said.contains("pass-4711"), "{said}");
         }
     }
 
