@@ -2,6 +2,9 @@
 //! publishing to a broker on the same machine. `cargo xtask bench journal` runs it, with a Kafka; `--long` with as much as
 //! the goals say.
 //!
+//! Beside records a second stand records for each second of CPU time that the process took, kernel included: what one core does if nothing else is
+//! on it, whatever is.
+//!
 //! Goals: 100,000 records of 1 KiB a second on one core; 50,000 a second to the local broker; 5 s with 10 GiB of segments.
 #![expect(clippy::unwrap_used, reason = "what fails here fails the bench, with its place")]
 #![expect(clippy::print_stdout, reason = "the table is what the bench is for")]
@@ -14,6 +17,10 @@ use std::{
 
 use nix::{
     sched::{CpuSet, sched_getaffinity, sched_setaffinity},
+    sys::{
+        resource::{UsageWho, getrusage},
+        time::TimeValLike as _,
+    },
     unistd::Pid,
 };
 use weir_agent::{
@@ -52,26 +59,34 @@ fn recorder(journal: &Path) -> Recorder {
 struct Rate {
     records: f64,
     seconds: f64,
+    cpu_seconds: f64,
     bytes: f64,
     syncs: u64,
 }
 
 impl Rate {
     fn said(&self) -> String {
-        let Self { records, seconds, bytes, syncs } = self;
+        let Self { records, seconds, cpu_seconds, bytes, syncs } = self;
         format!(
-            "{:>9.0} records/s {:>5.0} MB/s  {:.0} bytes each, {syncs} fdatasync",
+            "{:>9.0} records/s {:>5.0} MB/s {:>9.0} records a CPU-second  {:.0} bytes each, {syncs} fdatasync",
             records / seconds,
             bytes / seconds / 1e6,
+            records / cpu_seconds,
             bytes / records
         )
     }
 }
 
+/// CPU time that this process has taken.
+fn cpu_seconds() -> f64 {
+    let usage = getrusage(UsageWho::RUSAGE_SELF).unwrap();
+    (usage.user_time().num_microseconds() + usage.system_time().num_microseconds()) as f64 / 1e6
+}
+
 /// Records `records` events as fast as they are taken, and waits until they are durable.
 fn fill(recorder: &Recorder, records: u64) -> Rate {
     let text = "x".repeat(TEXT_BYTES);
-    let (before, start) = (recorder.measured(), Instant::now());
+    let (before, start, cpu) = (recorder.measured(), Instant::now(), cpu_seconds());
     for number in 0..records {
         recorder.finding(None, None, "bench", &text);
         while number % 64 == 0 && recorder.measured().backlog_bytes > BACKLOG_BYTES {
@@ -82,10 +97,11 @@ fn fill(recorder: &Recorder, records: u64) -> Rate {
     // Whoever waits for one more waits for all.
     recorder.gap("the end".to_owned(), None).unwrap();
     let (after, seconds) = (recorder.measured(), start.elapsed().as_secs_f64());
+    let cpu_seconds = cpu_seconds() - cpu;
     let written = after.events - before.events;
     assert_eq!((after.lost, written), (0, records + 1), "nothing was dropped");
     let syncs = after.syncs.iter().sum::<u64>() - before.syncs.iter().sum::<u64>();
-    Rate { records: written as f64, seconds, bytes: (after.bytes - before.bytes) as f64, syncs }
+    Rate { records: written as f64, seconds, cpu_seconds, bytes: (after.bytes - before.bytes) as f64, syncs }
 }
 
 fn publish(recorder: &Recorder, broker: &str) {

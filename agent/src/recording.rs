@@ -29,6 +29,7 @@ pub(crate) mod fixture;
 mod flood_tests;
 mod frames;
 mod gzip;
+mod held;
 mod jobs;
 mod journal;
 mod key_store;

@@ -258,8 +258,23 @@ pub fn encode(
     envelope: &Envelope,
     value: &[u8],
 ) -> Result<Hash, EncodeError> {
-    if value.len() > VALUE_BYTES_MAX {
-        return Err(EncodeError::ValueTooLong { bytes: value.len() });
+    encode_parts(buffer, frame_type, (sequence, commit), envelope, &[value])
+}
+
+/// The same with a value in parts, which is put together in the frame alone; `numbers` are sequence and commit.
+///
+/// # Errors
+/// As of [`encode`].
+pub fn encode_parts(
+    buffer: &mut Vec<u8>,
+    frame_type: FrameType,
+    (sequence, commit): (u64, u64),
+    envelope: &Envelope,
+    value: &[&[u8]],
+) -> Result<Hash, EncodeError> {
+    let value_bytes = value.iter().map(|part| part.len()).sum();
+    if value_bytes > VALUE_BYTES_MAX {
+        return Err(EncodeError::ValueTooLong { bytes: value_bytes });
     }
     let start = buffer.len();
     buffer.resize(start + FRAME_HEADER_BYTES, 0);
@@ -270,15 +285,15 @@ pub fn encode(
             return Err(error.into());
         }
     };
-    buffer.extend_from_slice(value);
-    let leaf = leaf_hash(value);
+    value.iter().for_each(|part| buffer.extend_from_slice(part));
+    let leaf = leaf_hash(&buffer[start + FRAME_HEADER_BYTES + envelope_bytes..]);
     let body_checksum = crc32c::crc32c(&buffer[start + FRAME_HEADER_BYTES..]);
     let header = &mut buffer[start..start + FRAME_HEADER_BYTES];
     header[0..4].copy_from_slice(&FRAME_MAGIC);
     header[4..8].copy_from_slice(&[FRAME_VERSION, frame_type.number(), CODEC_BINCODE_STANDARD, 0]);
     // Both lengths are far below 2^32: checked above, the envelope by its encoder.
     header[8..12].copy_from_slice(&(envelope_bytes as u32).to_le_bytes());
-    header[12..16].copy_from_slice(&(value.len() as u32).to_le_bytes());
+    header[12..16].copy_from_slice(&(value_bytes as u32).to_le_bytes());
     header[16..24].copy_from_slice(&sequence.to_le_bytes());
     header[24..32].copy_from_slice(&commit.to_le_bytes());
     header[32..64].copy_from_slice(&leaf);

@@ -1,5 +1,7 @@
 //! A group on its way into the log: its frames, and what they add, which is taken over only when they are durable.
 
+use std::fmt::Write as _;
+
 use weir_common::{
     checkpoint::Checkpoint,
     envelope::Envelope,
@@ -22,32 +24,40 @@ pub(super) struct Draft {
     /// The last checkpoint in it.
     pub(super) signed: Option<String>,
     commit: u64,
+    /// That of the event before: the next one's is written over it, and takes no memory of its own.
+    envelope: Envelope,
 }
+
+/// What types of events begin with.
+const EVENT_TYPE: &str = "weir.v1.";
 
 impl Draft {
     /// An empty one, behind that many events.
     pub(super) fn begin(mut frames: Vec<u8>, sequence: u64, tree: Tree, commit: u64) -> Self {
         frames.clear();
-        Self { frames, sequence, tree, signed: None, commit }
+        Self { frames, sequence, tree, signed: None, commit, envelope: Envelope::default() }
     }
 
     /// Adds an event.
     pub(super) fn event(&mut self, origin: &Origin, entry: &Entry) -> Result<(), RecordingError> {
-        let sequence = self.sequence;
         let Origin { node, epoch, .. } = origin;
-        let envelope = Envelope {
-            key: entry.kafka_key.clone(),
-            id: format!("{epoch}/{sequence}"),
-            event_type: format!("weir.v1.{}", entry.name),
-            source: format!("/weir/{node}/{epoch}"),
-            time_unix_us: entry.time_unix_us,
-            flags: 0,
-            key_id: entry.key_id(),
-        };
-        let value = entry.value(sequence);
-        let leaf =
-            frame::encode(&mut self.frames, FrameType::Event, sequence, self.commit, &envelope, &value)
-                .map_err(|_| RecordingError::TooLong { bytes: value.len() })?;
+        let Envelope { key, id, event_type, source, time_unix_us, key_id, flags: _ } = &mut self.envelope;
+        if source.is_empty() {
+            *source = format!("/weir/{node}/{epoch}");
+            *id = format!("{epoch}/");
+            EVENT_TYPE.clone_into(event_type);
+        }
+        key.clone_from(&entry.kafka_key);
+        id.truncate(epoch.len() + 1);
+        // Writing to a string does not fail.
+        let _ = write!(id, "{}", self.sequence);
+        event_type.truncate(EVENT_TYPE.len());
+        event_type.push_str(entry.name);
+        (*time_unix_us, *key_id) = (entry.time_unix_us, entry.key_id());
+        let value = entry.value(&self.envelope.id[epoch.len() + 1..]);
+        let (frame_type, numbers) = (FrameType::Event, (self.sequence, self.commit));
+        let leaf = frame::encode_parts(&mut self.frames, frame_type, numbers, &self.envelope, &value)
+            .map_err(|_| RecordingError::TooLong { bytes: entry.bytes() })?;
         self.tree.push(leaf);
         self.sequence += 1;
         Ok(())

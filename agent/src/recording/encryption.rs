@@ -51,6 +51,8 @@ pub(super) struct KeySlot(Mutex<Option<Arc<SessionKey>>>);
 pub(super) struct SessionKey {
     key: ContentKey,
     made: Instant,
+    /// The request whose content it was made for.
+    request: Option<Box<str>>,
     /// Pieces that it encrypted.
     count: AtomicU64,
     /// Whether its file is on disk, once that is known.
@@ -104,7 +106,8 @@ impl SessionKey {
     pub(super) fn unsettled(number: u64) -> Arc<Self> {
         let recipient = Recipient::from_pem(crate::recipients::RECIPIENT.as_bytes()).unwrap();
         let (key, _) = ContentKey::generate(Uuid::nil(), number, "s", 0, &[recipient]).unwrap();
-        Arc::new(Self { key, made: Instant::now(), count: AtomicU64::new(0), stored: OnceLock::new() })
+        let (made, count) = (Instant::now(), AtomicU64::new(0));
+        Arc::new(Self { key, made, request: None, count, stored: OnceLock::new() })
     }
 
     /// Now it is known.
@@ -179,23 +182,32 @@ impl Encryption {
     /// The session's key; of a pod that has begun more sessions than get one each, the key that those beyond have together.
     fn key_of(&self, ids: Ids<'_>) -> Result<Arc<SessionKey>, RecordingError> {
         let (keys, share) = ids.keys.ok_or_else(|| self.failed(0, "content belongs to a session"))?;
-        keys.current.get_or(|| {
+        let key = keys.current.get_or(|| {
             // Before one is spent.
             if let Some(failure) = self.store.failure() {
                 return Err(failure);
             }
-            let make = || self.make(keys.id(), share);
+            let make = || self.make(ids, share);
             if share.takes_key(Instant::now()) { make() } else { share.common_key.get_or(make) }
-        })
+        })?;
+        // While the key service does not answer, one request finds out when it does: the session's others do not wait with it.
+        if key.stored().is_none()
+            && key.request.as_deref() != ids.request
+            && let Some(failure) = self.store.failure().filter(RecordingError::is_of_key_service)
+        {
+            return Err(failure);
+        }
+        Ok(key)
     }
 
-    fn make(&self, session: &str, share: &Arc<Share>) -> Result<Arc<SessionKey>, RecordingError> {
+    fn make(&self, ids: Ids<'_>, share: &Arc<Share>) -> Result<Arc<SessionKey>, RecordingError> {
         // The number is spent even if it cannot be stored: nobody knows what is on disk then.
         let number = self.made.fetch_add(1, Ordering::Relaxed) + 1;
-        let made = ContentKey::generate_for_service(self.epoch, number, session, unix_us(), &self.recipients);
+        let made =
+            ContentKey::generate_for_service(self.epoch, number, ids.session, unix_us(), &self.recipients);
         let (key, wrapped, secret) = made.map_err(|error| self.failed(number, &error.to_string()))?;
-        let (made, count) = (Instant::now(), AtomicU64::new(0));
-        let key = Arc::new(SessionKey { key, made, count, stored: OnceLock::new() });
+        let (made, count, request) = (Instant::now(), AtomicU64::new(0), ids.request.map(Into::into));
+        let key = Arc::new(SessionKey { key, made, request, count, stored: OnceLock::new() });
         self.store.store(Arc::clone(&key), (wrapped, secret), share);
         Ok(key)
     }
@@ -582,8 +594,10 @@ mod tests {
         // While it is tried with one, the others are not kept waiting.
         let mut tried = Box::pin(create(&recorder, &b, body));
         assert!(tried.as_mut().now_or_never().is_none());
-        let refused = create(&recorder, &c, body).now_or_never().unwrap().unwrap_err();
-        assert!(refused.is_of_key_service());
+        for pod in [&c, &b] {
+            let refused = create(&recorder, pod, body).now_or_never().unwrap().unwrap_err();
+            assert!(refused.is_of_key_service());
+        }
         drop(create(&recorder, &a, body).await.unwrap());
         recorder
             .set_rules(CommitRules { when_behind: Some(WhenBehind::MetadataOnly), ..CommitRules::default() });
@@ -599,6 +613,41 @@ mod tests {
         let left_out = |event: &&Event| matches!(&event.kind, Kind::Gap { reason, .. } if reason.starts_with("bodies of this request are left out"));
         let left_out = events.iter().filter(left_out).count();
         assert_eq!((count("requestOpened"), count("content"), left_out), (7, 5, 1));
+    }
+
+    #[tokio::test]
+    async fn what_needs_no_key_does_not_wait_behind_a_request_of_its_pod_that_does() {
+        let (directory, service) = (TempDir::new().unwrap(), Service::new(0));
+        let recorder = with_service(directory.path(), &service);
+        let pod = of_pod("a", None);
+        let mut hanging = Box::pin(create(&recorder, &pod, "{\"a\":1}"));
+        assert!(hanging.as_mut().now_or_never().is_none());
+        // Durable before it goes on, and its answer ends when its own record is.
+        let (request, attributes) = ((Method::DELETE, "/api/v1/x"), attributes("delete", "configmaps", ""));
+        let record = open_as(&recorder, &pod, request, &attributes, &HeaderMap::new(), None).await.unwrap();
+        record.response_started(StatusCode::OK, &HeaderMap::new(), false);
+        record.close_durably(Outcome::Complete, None).unwrap().await.unwrap();
+        assert!(hanging.as_mut().now_or_never().is_none());
+        service.permits.add_permits(1);
+        let created = hanging.await.unwrap();
+        created.response_started(StatusCode::CREATED, &content_type(JSON), false);
+        created.close_durably(Outcome::Complete, None).unwrap().await.unwrap();
+        drop((record, created));
+        recorder.stop("test").await.unwrap();
+        let events = read(recorder.folder());
+        let of_requests = events.iter().filter(|event| event.request.is_some());
+        let mut each: Vec<(&str, Vec<&str>)> = Vec::new();
+        for event in of_requests {
+            let request = event.request.as_deref().unwrap();
+            match each.iter_mut().find(|(of, _)| *of == request) {
+                Some((_, names)) => names.push(event.kind.name()),
+                None => each.push((request, vec![event.kind.name()])),
+            }
+        }
+        let each: Vec<_> = each.into_iter().map(|(_, names)| names).collect();
+        let deleted = ["requestOpened", "responseStarted", "requestClosed"];
+        let created = ["requestOpened", "content", "responseStarted", "requestClosed"];
+        assert_eq!(each, [&deleted[..], &created[..]], "{:?}", names(&events));
     }
 
     #[tokio::test]

@@ -67,8 +67,8 @@ pub(super) struct Entry {
     key: Option<Arc<SessionKey>>,
     /// Whether there is content in it.
     is_content: bool,
-    /// Its JSON behind the number.
-    rest: Vec<u8>,
+    /// Its JSON, with 0 for the number.
+    json: Vec<u8>,
 }
 
 impl Origin {
@@ -106,25 +106,21 @@ impl Origin {
             kind,
         };
         // Maps have string keys and nothing here fails to serialise; should that change, it is refused as too long.
-        let json = serde_json::to_vec(&event).unwrap_or_default();
-        match json.strip_prefix(UNNUMBERED) {
-            Some(rest) if json.len() + NUMBER_BYTES_MAX <= VALUE_BYTES_MAX => {
-                let (kafka_key, rest) = (event.session, rest.to_vec());
-                Ok(Entry { kafka_key, name, time_unix_us, key, is_content, rest })
-            }
-            _ => Err(RecordingError::TooLong { bytes: json.len() }),
+        let mut json = serde_json::to_vec(&event).unwrap_or_default();
+        if !json.starts_with(UNNUMBERED) || json.len() + NUMBER_BYTES_MAX > VALUE_BYTES_MAX {
+            return Err(RecordingError::TooLong { bytes: json.len() });
         }
+        // What waits is counted by its length: it shall not take more.
+        json.shrink_to_fit();
+        Ok(Entry { kafka_key: event.session, name, time_unix_us, key, is_content, json })
     }
 }
 
 impl Entry {
-    /// The event with its number: the bytes for Kafka.
-    pub(super) fn value(&self, sequence: u64) -> Vec<u8> {
-        let mut value = Vec::with_capacity(self.bytes() + NUMBER_BYTES_MAX);
-        value.extend_from_slice(&UNNUMBERED[..UNNUMBERED.len() - 1]);
-        value.extend_from_slice(sequence.to_string().as_bytes());
-        value.extend_from_slice(&self.rest);
-        value
+    /// The event with its number between what comes before and behind it: the bytes for Kafka.
+    pub(super) fn value<'a>(&'a self, sequence: &'a str) -> [&'a [u8]; 3] {
+        let (before, behind) = (UNNUMBERED.len() - 1, UNNUMBERED.len());
+        [&self.json[..before], sequence.as_bytes(), &self.json[behind..]]
     }
 
     /// Number of the key that content in it is encrypted with; 0: none is.
@@ -134,7 +130,7 @@ impl Entry {
 
     /// Its length, near enough for limits.
     pub(super) fn bytes(&self) -> usize {
-        UNNUMBERED.len() + self.rest.len()
+        self.json.len()
     }
 
     /// Whether nobody will ever read what it holds: its key is not stored.
@@ -145,8 +141,8 @@ impl Entry {
     /// One of a length, which costs nothing to make.
     #[cfg(test)]
     pub(super) fn of_length(bytes: usize) -> Self {
-        let (name, rest) = ("gap", vec![0; bytes]);
-        Self { kafka_key: String::new(), name, time_unix_us: 0, key: None, is_content: false, rest }
+        let (name, json) = ("gap", vec![0; UNNUMBERED.len() + bytes]);
+        Self { kafka_key: String::new(), name, time_unix_us: 0, key: None, is_content: false, json }
     }
 
     /// The same, as if it were content that `key` encrypted.
@@ -175,12 +171,14 @@ pub(super) struct Append {
     pub(super) since: Instant,
     /// Whose they are; none: the agent's own.
     pub(super) share: Option<Arc<Share>>,
+    /// Id of the request whose other events they do not come before.
+    pub(super) request: Option<Arc<str>>,
 }
 
 impl Append {
     /// Events that nobody waits for: durable within the bound.
     pub(super) fn behind(entries: Vec<Entry>) -> Self {
-        Self { entries, waiter: None, since: Instant::now(), share: None }
+        Self { entries, waiter: None, since: Instant::now(), share: None, request: None }
     }
 
     /// Events that somebody waits for.
@@ -199,10 +197,26 @@ impl Append {
         Self { share: Some(Arc::clone(share)), ..self }
     }
 
-    /// Whether their keys are on disk, or why they will not be; none: it is not known yet.
-    pub(super) fn keys_stored(&self) -> Option<Result<(), RecordingError>> {
-        let mut keys = self.entries.iter().filter_map(|entry| entry.key.as_ref());
-        keys.try_fold(Ok(()), |all, key| Some(all.and(key.stored()?.clone())))
+    /// The same, of a request of that pod.
+    pub(super) fn of_request(self, share: &Arc<Share>, request: &Arc<str>) -> Self {
+        Self { request: Some(Arc::clone(request)), ..self.of(share) }
+    }
+
+    /// Number of a key that is needed, and of which is not known yet whether it will be on disk.
+    pub(super) fn awaited_key(&self) -> Option<u64> {
+        self.keys().find(|key| key.stored().is_none()).map(|key| key.number())
+    }
+
+    /// Why one of their keys will not be on disk.
+    ///
+    /// # Errors
+    /// One will not be.
+    pub(super) fn keys_stored(&self) -> Result<(), RecordingError> {
+        self.keys().filter_map(|key| key.stored()).find(|stored| stored.is_err()).cloned().unwrap_or(Ok(()))
+    }
+
+    fn keys(&self) -> impl Iterator<Item = &Arc<SessionKey>> {
+        self.entries.iter().filter_map(|entry| entry.key.as_ref())
     }
 
     /// Takes out content whose key is not stored; how many events that were. What is said of a request without its content is

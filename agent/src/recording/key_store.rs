@@ -134,7 +134,7 @@ impl Drop for UnderWay {
             tracing::warn!(why = causes(error), "a key of recorded content is not stored");
         }
         self.job.key.settle(stored);
-        self.desk.at.queue.keys_settled();
+        self.desk.at.queue.key_settled(self.job.key.number());
         self.desk.lock().jobs.done(&self.turn);
         self.desk.work.notify_one();
     }

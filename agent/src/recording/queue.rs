@@ -6,7 +6,7 @@
 //! Each pod has a lane of its own, the agent another. Within a lane order is kept; lanes take turns, so that one that is
 //! flooded delays itself. A lane may hold half of what is free: however many are flooded, there is room for a new one.
 //! Who waits for room has it kept free from those that hold more or came later ([`Claims`]): nobody waits for ever.
-//! What is encrypted with a key that is not on disk yet is held back in its lane, and what follows in that lane behind it.
+//! What is encrypted with a key that is not on disk yet is held back in its lane ([`Held`]), and so is what its request says after that.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -21,6 +21,7 @@ use super::{
     claims::{self, Claims, TURN_BYTES},
     entry::Append,
     error::RecordingError,
+    held::Held,
     share::Share,
 };
 
@@ -68,14 +69,16 @@ struct State {
     claims: Claims,
     /// Woken when there is room.
     wakers: Vec<Waker>,
+    /// Whether the writer waits for work.
+    idle: bool,
     closed: Option<String>,
 }
 
 #[derive(Debug, Default)]
 struct Lane {
     waiting: VecDeque<Append>,
-    /// What comes behind these: the first one waits for its key.
-    held: VecDeque<Append>,
+    /// Of what waits for a key.
+    held: Held,
     bytes: usize,
 }
 
@@ -115,43 +118,51 @@ impl State {
         taken
     }
 
-    /// What is held back in a lane goes on as far as keys are on disk. Of what has none that will ever be, who waits is told so; where
+    /// Lets an append go on in its lane, unless it has to wait for a key. Of what has none that will ever be, who waits is told so; where
     /// nobody waits, content is lost and counted, and the rest goes on. Returns whether the writer has to look.
-    fn release(&mut self, number: u64) -> bool {
+    fn let_on(&mut self, number: u64, append: Append) -> bool {
         let Some(lane) = self.lanes.get_mut(&number) else { return false };
-        let mut wake = false;
-        while let Some(keys) = lane.held.front().and_then(Append::keys_stored) {
-            let Some(mut append) = lane.held.pop_front() else { break };
-            let mut bytes = append.bytes();
-            if let Err(error) = keys {
-                lane.bytes -= bytes;
-                self.bytes -= bytes;
-                if let Some(waiter) = append.waiter.take() {
-                    self.dropped += append.entries.len() as u64;
-                    // Who went away need not be told.
-                    let _ = waiter.send(Err(error));
-                    continue;
-                }
-                self.dropped += append.without_lost();
-                if append.entries.is_empty() {
-                    continue;
-                }
-                bytes = append.bytes();
-                lane.bytes += bytes;
-                self.bytes += bytes;
+        let Some(mut append) = lane.held.keep(append) else { return false };
+        let mut bytes = append.bytes();
+        if let Err(error) = append.keys_stored() {
+            lane.bytes -= bytes;
+            self.bytes -= bytes;
+            if let Some(waiter) = append.waiter.take() {
+                self.dropped += append.entries.len() as u64;
+                // Who went away need not be told.
+                let _ = waiter.send(Err(error));
+                return false;
             }
-            wake |= append.waiter.is_some() || self.turns.is_empty() || self.ready > GROUP_BYTES_MAX;
-            self.ready += bytes;
-            self.durable += usize::from(append.waiter.is_some());
-            if lane.waiting.is_empty() {
-                self.turns.push_back(number);
+            self.dropped += append.without_lost();
+            if append.entries.is_empty() {
+                return false;
             }
-            lane.waiting.push_back(append);
+            bytes = append.bytes();
+            lane.bytes += bytes;
+            self.bytes += bytes;
         }
-        if lane.waiting.is_empty() && lane.held.is_empty() {
+        self.ready += bytes;
+        self.durable += usize::from(append.waiter.is_some());
+        let wakes = append.waiter.is_some() || self.turns.is_empty() || self.ready > GROUP_BYTES_MAX;
+        if lane.waiting.is_empty() {
+            self.turns.push_back(number);
+        }
+        lane.waiting.push_back(append);
+        wakes
+    }
+
+    /// What waited for a key in a lane goes on. Returns whether the writer has to look.
+    fn release(&mut self, number: u64, key: u64) -> bool {
+        let waited = self.lanes.get_mut(&number).map(|lane| lane.held.take(key)).unwrap_or_default();
+        let wake = waited.into_iter().filter_map(|append| self.let_on(number, append).then_some(())).count();
+        self.forget_if_empty(number);
+        wake > 0
+    }
+
+    fn forget_if_empty(&mut self, number: u64) {
+        if self.lanes.get(&number).is_some_and(|lane| lane.waiting.is_empty() && lane.held.is_empty()) {
             self.lanes.remove(&number);
         }
-        wake
     }
 
     /// Whether nothing comes any more.
@@ -191,21 +202,22 @@ impl Queue {
         state.claims.served(number, bytes);
         let lane = state.lanes.entry(number).or_default();
         lane.bytes += bytes;
-        lane.held.push_back(append);
-        if state.release(number) {
-            self.work.notify_one();
+        let wake = state.let_on(number, append);
+        state.forget_if_empty(number);
+        if wake {
+            self.wake_writer(state);
         }
     }
 
     /// A key is on disk, or will not be. What it encrypted may lie in another lane than that of the pod's share when it was made: a
     /// pod that shared one with others may have its own by now.
-    pub(super) fn keys_settled(&self) {
+    pub(super) fn key_settled(&self, key: u64) {
         let mut state = self.lock();
         let held: Vec<_> =
             state.lanes.iter().filter(|(_, lane)| !lane.held.is_empty()).map(|(number, _)| *number).collect();
-        let woken = held.into_iter().filter(|number| state.release(*number)).count();
+        let woken = held.into_iter().filter(|number| state.release(*number, key)).count();
         if woken > 0 || state.has_ended() {
-            self.work.notify_one();
+            self.wake_writer(&state);
         }
         self.tell_of_room(&mut state);
     }
@@ -334,8 +346,15 @@ impl Queue {
     pub(super) fn close(&self, reason: &str) {
         let mut state = self.lock();
         state.closed.get_or_insert_with(|| reason.to_owned());
-        self.work.notify_one();
+        self.wake_writer(&state);
         self.tell_of_room(&mut state);
+    }
+
+    /// A writer that is at work looks by itself before it waits: under load nobody makes a system call for it.
+    fn wake_writer(&self, state: &State) {
+        if state.idle {
+            self.work.notify_one();
+        }
     }
 
     /// Whoever is woken may take locks of its own, but never asks this queue under one of them.
@@ -376,6 +395,7 @@ impl Queue {
             if ready {
                 return self.take_now(&mut state);
             }
+            state.idle = true;
             state = match due.into_iter().chain(deadline).min() {
                 None => self.work.wait(state).unwrap_or_else(PoisonError::into_inner),
                 Some(until) => {
@@ -383,6 +403,7 @@ impl Queue {
                     woken.unwrap_or_else(PoisonError::into_inner).0
                 }
             };
+            state.idle = false;
         }
     }
 
@@ -591,12 +612,58 @@ mod tests {
         let (waits, told) = Append::durable(held());
         queue.try_push(waits.of(&other)).unwrap();
         queue.try_push(append(&other, 10)).unwrap();
-        assert!(queue.take(Some(Instant::now())).appends.is_empty());
+        assert_eq!(
+            queue.take(Some(Instant::now())).appends.len(),
+            1,
+            "what needs no key does not wait for one"
+        );
         key.settle(Ok(()));
-        queue.keys_settled();
-        assert_eq!(queue.take(Some(Instant::now())).appends.len(), 3);
+        queue.key_settled(2);
+        assert!(queue.take(Some(Instant::now())).appends.is_empty(), "that is another one");
+        queue.key_settled(1);
+        assert_eq!(queue.take(Some(Instant::now())).appends.len(), 2);
         assert_eq!((queue.backlog_bytes(), queue.lock().lanes.len()), (0, 0));
         drop(told);
+    }
+
+    #[test]
+    fn a_request_keeps_its_order_behind_what_waits_for_keys_and_others_pass_it() {
+        let (queue, [pod]) = (Queue::default(), pods());
+        let keys = [1, 2].map(SessionKey::unsettled);
+        let requests = ["a", "b"].map(std::sync::Arc::<str>::from);
+        // Told apart by their lengths.
+        let push = |request: usize, bytes: usize, key: Option<usize>| {
+            let entry = entry(bytes);
+            let entry = key.map_or(Entry::of_length(bytes), |key| entry.encrypted_with(&keys[key]));
+            let append = Append::behind(vec![entry]).of_request(&pod, &requests[request]);
+            assert!(queue.try_push(append).is_ok());
+        };
+        let taken = || {
+            let appends = queue.take(Some(Instant::now())).appends;
+            appends.iter().map(|append| append.bytes() - Entry::of_length(0).bytes()).collect::<Vec<_>>()
+        };
+        push(0, 1, None);
+        push(0, 2, Some(0));
+        push(0, 3, Some(1));
+        push(0, 4, None);
+        push(1, 5, None);
+        push(1, 6, Some(1));
+        push(1, 7, None);
+        assert_eq!(taken(), [1, 5]);
+        keys[0].settle(Ok(()));
+        queue.key_settled(1);
+        assert_eq!(taken(), [2]);
+        push(0, 8, None);
+        assert!(taken().is_empty());
+        keys[1].settle(Ok(()));
+        queue.key_settled(2);
+        let order = taken();
+        let of =
+            |request: &[usize]| order.iter().copied().filter(|at| request.contains(at)).collect::<Vec<_>>();
+        assert_eq!((of(&[3, 4, 8]), of(&[6, 7])), (vec![3, 4, 8], vec![6, 7]), "{order:?}");
+        push(0, 9, None);
+        assert_eq!(taken(), [9]);
+        assert_eq!((queue.backlog_bytes(), queue.lock().lanes.len()), (0, 0));
     }
 
     #[test]
@@ -608,7 +675,7 @@ mod tests {
         let (waits, mut told) = Append::durable(vec![told_of, entry(20)]);
         queue.try_push(waits.of(&one)).unwrap();
         key.settle(Err(RecordingError::Closed.no_key()));
-        queue.keys_settled();
+        queue.key_settled(1);
         let group = queue.take(Some(Instant::now()));
         assert_eq!((group.appends.len(), group.appends[0].entries.len(), group.dropped), (1, 1, 3));
         assert!(matches!(told.try_recv(), Ok(Err(RecordingError::NoKey(_)))));

@@ -23,7 +23,7 @@ use weir_common::event::{Kind, Outcome, RequestClosed, RoleAssumed};
 use super::{
     admission::COMMIT_WAIT_MAX,
     content::{Held, Streamed},
-    entry::{self, Append, Entry, Waiter},
+    entry::{self, Entry, Waiter},
     error::RecordingError,
     mask::KeyedDigest,
     opening::ERROR_BYTES_MAX,
@@ -333,17 +333,14 @@ impl RequestRecord {
     pub(super) async fn append(&self, entries: Vec<Entry>, durable: bool) -> Result<(), RecordingError> {
         let context = &self.context;
         if context.emergency.is_on() {
-            context.queue.push_or_drop(Append::behind(entries).of(&context.share));
+            context.queue.push_or_drop(context.append(entries));
             return Ok(());
         }
-        let (append, result) = if durable || self.status.is_failing() {
-            let (append, result) = Append::durable(entries);
-            (append, Some(result))
-        } else {
-            (Append::behind(entries), None)
-        };
+        let waits = durable || self.status.is_failing();
+        let (waiter, result) = waits.then(oneshot::channel).unzip();
+        let append = context.append(entries).told_to(waiter);
         let committed = async {
-            context.queue.push(append.of(&context.share)).await?;
+            context.queue.push(append).await?;
             let Some(result) = result else { return Ok(()) };
             result.await.unwrap_or(Err(RecordingError::Closed))
         };
@@ -363,7 +360,7 @@ impl RequestRecord {
 
     fn push_small(&self, kind: Kind) {
         if let Some(entry) = self.context.entry(kind) {
-            self.context.push_small(Append::behind(vec![entry]).of(&self.context.share));
+            self.context.push_small(self.context.append(vec![entry]));
         }
     }
 

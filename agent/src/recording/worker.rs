@@ -117,7 +117,12 @@ impl Context {
 
     /// Events of this request, with whoever waits for them.
     pub(super) fn appendix(&self, kinds: Vec<Kind>, waiter: Option<Waiter>) -> Append {
-        Append::behind(self.entries(kinds)).of(&self.share).told_to(waiter)
+        self.append(self.entries(kinds)).told_to(waiter)
+    }
+
+    /// Events of this request that are made already.
+    pub(super) fn append(&self, entries: Vec<Entry>) -> Append {
+        Append::behind(entries).of_request(&self.share, &self.request)
     }
 
     /// What is made of a piece; none if that is nothing, and nobody waits for it.
