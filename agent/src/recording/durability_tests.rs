@@ -145,6 +145,30 @@ async fn a_failed_write_poisons_the_segment_and_the_next_one_goes_on_without_a_h
 }
 
 #[tokio::test]
+async fn a_group_that_one_segment_did_not_take_is_in_the_next_and_nobody_is_refused() {
+    // The write of a group, and its fdatasync.
+    for (operation, request) in [(1, "{\"a\":1}"), (2, "{\"a\":2}")] {
+        let directory = TempDir::new().unwrap();
+        let disk = Arc::new(TestDisk::default());
+        let recorder = on(&disk, options(directory.path())).unwrap();
+        post(&recorder, "{}").await.unwrap().close_durably(Outcome::Complete, None).unwrap().await.unwrap();
+        disk.fail_once(disk.operations() + operation);
+        post(&recorder, request).await.unwrap().close(Outcome::Complete, None);
+        assert!(recorder.failure().is_none());
+        recorder.stop("test").await.unwrap();
+        let events = read(recorder.folder());
+        let told = |text: &str| {
+            let says =
+                |event: &&weir_common::event::Event| serde_json::to_string(event).unwrap().contains(text);
+            events.iter().filter(says).count()
+        };
+        assert_eq!(told(&request.replace('"', "\\\"")), 1, "{:?}", names(&events));
+        assert!(!names(&events).contains(&"gap"), "nothing is lost: {:?}", names(&events));
+        assert_eq!(segments(recorder.folder()).len(), 2);
+    }
+}
+
+#[tokio::test]
 async fn room_that_removal_has_made_is_used_before_anything_is_refused() {
     let directory = TempDir::new().unwrap();
     let options = RecorderOptions { journal_bytes_max: 3 << 20, ..options(directory.path()) };

@@ -2,8 +2,9 @@
 //!
 //! One thread owns it. A group is written with one write and one fdatasync and counts only when both returned: number
 //! and tree go forward then, not before. If either fails, the segment is poisoned (a second fdatasync may succeed
-//! without the data), whoever waited is refused, and the next group tries a new segment, at most once per
-//! `RETRY_INTERVAL`, so that a full disk costs neither a busy loop nor the log.
+//! without the data), and the group is written once more, from memory, into a new one. If that fails too, whoever waited
+//! is refused, and the next group tries a new segment, at most once per `RETRY_INTERVAL`, so that a full disk costs
+//! neither a busy loop nor the log.
 
 use std::{
     path::PathBuf,
@@ -220,7 +221,7 @@ impl Journal {
         if entries().next().is_none() && self.lost == 0 && self.failure.is_none() {
             return Ok(());
         }
-        let result = self.try_commit(&mut entries(), false);
+        let result = self.try_commit(appends, false);
         if result.is_err() {
             self.measures.failed();
             self.lose(entries().count() as u64);
@@ -235,7 +236,7 @@ impl Journal {
             self.checkpoint_silence();
         } else {
             // A failure is kept in `failure` and meets the next group.
-            let _ = self.try_commit(&mut std::iter::empty(), true);
+            let _ = self.try_commit(&[], true);
         }
     }
 
@@ -275,20 +276,22 @@ impl Journal {
         failure.map_or(Ok(()), |(error, _)| Err(error))
     }
 
-    fn try_commit(
-        &mut self,
-        entries: &mut dyn Iterator<Item = &Entry>,
-        checkpoint: bool,
-    ) -> Result<(), RecordingError> {
+    fn try_commit(&mut self, appends: &[Append], checkpoint: bool) -> Result<(), RecordingError> {
         self.recover()?;
-        let draft = self.draft(entries, checkpoint)?;
+        let entries = || appends.iter().flat_map(|append| &append.entries);
+        let draft = self.draft(&mut entries(), checkpoint)?;
         let needed = draft.frames.len() as u64;
         if self.segment.as_ref().is_none_or(|segment| segment.room(false) < needed)
             && let Err(error) = self.rotate(needed)
         {
             return Err(self.stop_recording(error));
         }
-        self.write(draft)
+        let Err(error) = self.write(draft) else { return Ok(()) };
+        tracing::warn!(event = "segment-given-up", %error, "a segment is given up; what it did not take is written to a new one");
+        // Framed anew: what may have reached the disk bears the number of another commit.
+        let draft = self.draft(&mut entries(), checkpoint)?;
+        let rewritten = self.rotate(needed).and_then(|()| self.write(draft));
+        rewritten.map_err(|error| self.fail(error))
     }
 
     /// Tries a new segment if recording is not possible, but not too often.
@@ -342,7 +345,7 @@ impl Journal {
         Ok(draft)
     }
 
-    /// Writes the frames of a draft and, if that held, takes over what they add.
+    /// Writes the frames of a draft and, if that held, takes over what they add; if not, the segment is given up.
     fn write(&mut self, draft: Draft) -> Result<(), RecordingError> {
         let Some(segment) = &mut self.segment else { return Err(RecordingError::Closed) };
         let committed = segment.commit(&draft.frames);
@@ -357,7 +360,7 @@ impl Journal {
             let _ = self.segment.take().map(OpenSegment::finish);
             // Whatever reached the disk bears this commit's number.
             self.commit += 1;
-            return Err(self.fail(error));
+            return Err(error);
         }
         self.publish_durable();
         self.commit += 1;

@@ -11,6 +11,7 @@ use weir_common::{
 
 use super::{KeySource, Options, Report, VerifyError, verify};
 use crate::{
+    events::{Lines, list},
     fixture::{SESSION, Writer, one_session, request, signer},
     source::Journal,
 };
@@ -366,6 +367,34 @@ fn silence_up_to_the_checkpoint_file_is_proven_and_a_time_without_any_word_is_na
     let bytes = fs::read(&segment).unwrap();
     fs::write(&segment, &bytes[..frames(&bytes)[3].start]).unwrap();
     assert!(damage(&verified(directory.path())).contains("its file `checkpoint` covers 2 events"));
+}
+
+#[test]
+fn a_clock_that_is_set_by_a_day_damages_nothing_and_what_nobody_vouches_for_is_named() {
+    const DAY_MS: i64 = 86_400_000;
+    let directory = tempfile::tempdir().unwrap();
+    let mut writer = Writer::new(1, 7);
+    let ids = |request: &'static str| [SESSION, "i1", request];
+    let get = || request("GET", "list", "/api/v1/pods", "");
+    writer.started().session(SESSION, "u").checkpoint().commit();
+    writer.after_ms(DAY_MS).open(ids("r1"), get()).checkpoint().commit();
+    writer.after_ms(-2 * DAY_MS).close(ids("r1"), 200, 5).checkpoint().commit();
+    writer.after_ms(DAY_MS).open(ids("r2"), get()).close(ids("r2"), 200, 5).commit();
+    writer.stopped().checkpoint().save(directory.path(), 256);
+    let report = verified(directory.path());
+    assert!(report.is_sound() && report.epochs[0].silences.number == 0, "{report:#?}");
+    let wordless =
+        |note: &&super::Finding| note.what.starts_with("nobody vouches that the agent ran between");
+    assert_eq!(report.notes.listed.iter().filter(wordless).count(), 2, "both times forward: {report:#?}");
+    // Numbers say what came after what, not times.
+    let journal = Journal::open(directory.path()).unwrap();
+    let mut printed = Vec::new();
+    list(&journal, Lines::new(&mut printed, false, None)).unwrap();
+    let lines = String::from_utf8(printed).unwrap();
+    let sequences: Vec<_> =
+        (0..writer.sequence).map(|sequence| format!("{{\"schema\":1,\"sequence\":{sequence},")).collect();
+    let are_in_order = lines.lines().zip(&sequences).all(|(line, begin)| line.starts_with(begin));
+    assert!(are_in_order && lines.lines().count() == sequences.len(), "{lines}");
 }
 
 #[test]
