@@ -27,6 +27,8 @@ mod api_server_faults;
 mod approver;
 #[path = "integration/broker_faults.rs"]
 mod broker_faults;
+#[path = "integration/bundle.rs"]
+mod bundle;
 #[path = "integration/chart.rs"]
 mod chart;
 #[path = "integration/client.rs"]

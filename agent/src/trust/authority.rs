@@ -253,6 +253,9 @@ impl EphemeralCa {
     }
 }
 
+/// Whose a certificate says that it is. Nobody names a CA so: OpenSSL takes one that is named as its issuer for signed by itself.
+const LEAF_NAME: &str = "serving certificate of Weir's agent";
+
 /// Signs a serving certificate for `key` that ends before its issuer does.
 fn sign_leaf(
     issuer: &Issuer<'_, KeyPair>,
@@ -261,7 +264,7 @@ fn sign_leaf(
     issuer_end: SystemTime,
 ) -> Result<CertificateDer<'static>, TrustError> {
     let now = SystemTime::now();
-    let mut params = leaf::serving_params(names, &[(DnType::CommonName, "weir")])?;
+    let mut params = leaf::serving_params(names, &[(DnType::CommonName, LEAF_NAME)])?;
     params.not_before = (now - CLOCK_SKEW).into();
     params.not_after = (now + LEAF_LIFE).min(issuer_end).into();
     params.use_authority_key_identifier_extension = true;

@@ -1,5 +1,5 @@
 // What a program does with the API by the JavaScript client, each thing once; prints what came of it, without what
-// differs from run to run. The same steps as `main.go` and `client.py`.
+// differs from run to run. The same steps as `main.go` and `client.py`. With namespace and name alone it only reads.
 
 import { createHash } from "node:crypto";
 import { once } from "node:events";
@@ -32,6 +32,12 @@ const patch = (strategy, body, call = "patchNamespacedConfigMap", object = `${na
     { name: object, namespace, body, ...more },
     k8s.setHeaderOptions("Content-Type", k8s.PatchStrategy[strategy]),
   );
+
+async function reads() {
+  say("get", (await core.readNamespacedConfigMap({ name: `${name}-1`, namespace })).data);
+  const listed = await core.listNamespacedConfigMap({ namespace, labelSelector: `client=${name}` });
+  say("list", listed.items.map((item) => item.metadata.name));
+}
 
 async function objects() {
   for (let number = 1; number <= 5; number++) {
@@ -197,6 +203,10 @@ async function logsAndAttach() {
   say("logs -f", lines.text());
 }
 
+if (port === undefined) {
+  await reads();
+  process.exit(0);
+}
 await objects();
 await secrets();
 await streams();

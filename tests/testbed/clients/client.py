@@ -10,7 +10,9 @@ from kubernetes import client, config, watch
 from kubernetes.client.rest import ApiException
 from kubernetes.stream import portforward, stream
 
-NAMESPACE, NAME, PORT, BYTES = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+NAMESPACE, NAME = sys.argv[1:3]
+READS_ONLY = len(sys.argv) == 3
+PORT, BYTES = (0, 0) if READS_ONLY else map(int, sys.argv[3:5])
 POD = "target"
 # No command line has it.
 CANARY = "-".join(["canary", NAME, "4711"])
@@ -33,6 +35,12 @@ def patch(kind, body, call=None, name=f"{NAME}-1", **more):
     api.api_client.select_header_content_type = lambda *_, **__: f"application/{kind}"
     call = getattr(api, call or "patch_namespaced_config_map")
     return call(name, NAMESPACE, body, **more)
+
+
+def reads():
+    say("get", core.read_namespaced_config_map(f"{NAME}-1", NAMESPACE).data)
+    listed = core.list_namespaced_config_map(NAMESPACE, label_selector=f"client={NAME}")
+    say("list", [item.metadata.name for item in listed.items])
 
 
 def objects():
@@ -156,6 +164,9 @@ def logs_and_attach():
     say("logs -f", lines)
 
 
+if READS_ONLY:
+    reads()
+    sys.exit()
 objects()
 secrets()
 streams()

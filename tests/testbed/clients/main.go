@@ -1,5 +1,5 @@
 // What a program does with the API by client-go in protobuf, each thing once; prints what came of it, without what
-// differs from run to run. The same steps as `client.py` and `client.mjs`.
+// differs from run to run. The same steps as `client.py` and `client.mjs`. With namespace and name alone it only reads.
 package main
 
 import (
@@ -49,8 +49,9 @@ type program struct {
 }
 
 func main() {
-	if len(os.Args) < 5 {
-		panic("arguments: namespace, name, port, bytes")
+	readsOnly := len(os.Args) == 3
+	if !readsOnly && len(os.Args) < 5 {
+		panic("arguments: namespace, name, port, bytes; or namespace, name")
 	}
 	config := must(rest.InClusterConfig())
 	config.ContentType = "application/vnd.kubernetes.protobuf"
@@ -66,9 +67,13 @@ func main() {
 	defer cancel()
 	p := &program{
 		context: ctx, config: config, client: must(kubernetes.NewForConfig(config)),
-		namespace: os.Args[1], name: os.Args[2], port: must(strconv.Atoi(os.Args[3])), bytes: must(strconv.Atoi(os.Args[4])),
-		canary: strings.Join([]string{"canary", os.Args[2], "4711"}, "-"),
+		namespace: os.Args[1], name: os.Args[2], canary: strings.Join([]string{"canary", os.Args[2], "4711"}, "-"),
 	}
+	if readsOnly {
+		p.reads()
+		return
+	}
+	p.port, p.bytes = must(strconv.Atoi(os.Args[3])), must(strconv.Atoi(os.Args[4]))
 	p.objects()
 	p.secrets()
 	p.streams()
@@ -102,6 +107,16 @@ func (p *program) object(number int) string {
 
 func (p *program) selector() metav1.ListOptions {
 	return metav1.ListOptions{LabelSelector: "client=" + p.name}
+}
+
+func (p *program) reads() {
+	maps := p.client.CoreV1().ConfigMaps(p.namespace)
+	say("get", must(maps.Get(p.context, p.object(1), metav1.GetOptions{})).Data)
+	names := []string{}
+	for _, item := range must(maps.List(p.context, p.selector())).Items {
+		names = append(names, item.Name)
+	}
+	say("list", names)
 }
 
 func (p *program) objects() {

@@ -16,22 +16,23 @@ use nix::{
 use serde_json::{Value, json};
 use weir_common::event::Kind;
 use weir_tests::{
-    PodSpec, Testbed, agent, certificates::Authority, command, components, image::Image, progress::Progress,
+    Clients, PodSpec, Testbed, agent, command, components, image::Image, progress::Progress,
     testbed::NODE_NAME, wait_until,
 };
 
 use super::{
     DEADLINE, Scene,
     approver::answers_agents_alone,
+    bundle,
     guard::{asks, direct_requests, is_refused},
     guides, shown,
 };
 
-const NAMESPACE: &str = "weir-system";
+pub(super) const NAMESPACE: &str = "weir-system";
 const IMAGE: &str = "weir.test/weir-agent:1";
 /// Where the chart's agent keeps things on the node, which here is this machine.
 const STATE: &str = "/var/lib/weir";
-const JOURNAL: &str = "/var/lib/weir/journal";
+pub(super) const JOURNAL: &str = "/var/lib/weir/journal";
 /// What keeps pods off a node without an agent.
 const STARTUP_TAINT: &str = "weir.dev/agent-not-ready=:NoSchedule";
 /// What an API server serves from 1.36 on.
@@ -57,10 +58,10 @@ fn only_one(folder: &Path, suffix: &str) -> PathBuf {
 }
 
 /// The release; it, and what it leaves on this machine, goes with this value.
-struct Release<'a> {
-    testbed: &'a Testbed,
+pub(super) struct Release<'a> {
+    pub(super) testbed: &'a Testbed,
     helm: PathBuf,
-    scratch: &'a Path,
+    pub(super) scratch: &'a Path,
 }
 
 impl<'a> Release<'a> {
@@ -128,13 +129,13 @@ impl<'a> Release<'a> {
     }
 
     #[track_caller]
-    fn must_apply(&self, set: &[&str]) {
+    pub(super) fn must_apply(&self, set: &[&str]) {
         let output = self.apply(set);
         assert!(output.status.success(), "{:?}\n{}", shown(&output), self.told());
     }
 
     /// What a failure is explained by.
-    fn told(&self) -> String {
+    pub(super) fn told(&self) -> String {
         let ask = |arguments: &[&str]| {
             let output =
                 command::output(self.testbed.kubectl_command().args(arguments).args(["-n", NAMESPACE]));
@@ -161,7 +162,11 @@ impl<'a> Release<'a> {
     }
 
     /// What the API server says to a pod, or makes of it, without making it.
-    fn try_pod(&self, namespace: &str, change: &dyn Fn(&mut Value)) -> (Option<i32>, String, String) {
+    pub(super) fn try_pod(
+        &self,
+        namespace: &str,
+        change: &dyn Fn(&mut Value),
+    ) -> (Option<i32>, String, String) {
         let mut pod = PodSpec::idle(namespace, "tried").manifest();
         change(&mut pod["spec"]);
         let file = self.scratch.join("pod.json");
@@ -172,7 +177,7 @@ impl<'a> Release<'a> {
     }
 
     /// A command in the agent's container.
-    fn in_agent(&self, arguments: &[&str]) -> Output {
+    pub(super) fn in_agent(&self, arguments: &[&str]) -> Output {
         let mut command = self.testbed.kubectl_command();
         command.args(["exec", "-n", NAMESPACE, "daemonset/weir-agent", "-c", "agent", "--"]).args(arguments);
         command::output(&mut command).unwrap()
@@ -196,7 +201,9 @@ fn the_chart_installs_upgrades_under_load_and_removes_itself() {
     let Some(mut scene) = Scene::new() else { return };
     scene.namespace("it-chart", true);
     let release = Release::new(&scene);
-    let pod = scene.testbed.run_pod(&PodSpec::idle("it-chart", "caller")).unwrap();
+    let clients = Clients::install(Progress::Shown).unwrap();
+    let spec = PodSpec { folders: clients.folders(), ..PodSpec::idle("it-chart", "caller") };
+    let pod = scene.testbed.run_pod(&spec).unwrap();
     let ask = || shown(&pod.exec(&["kubectl", "get", "namespace", "default", "-o", "name"]).unwrap());
     is_what_the_api_server_takes(&release);
     let guides = guides::Node {
@@ -223,7 +230,7 @@ fn the_chart_installs_upgrades_under_load_and_removes_itself() {
     guides::are_run(&guides);
     is_upgraded_under_load(&release, &pod);
     is_kept_from_the_api_server_through_reboots(&release, &scene, &pod);
-    pods_are_given_a_bundle_where_they_would_not_trust_the_agent(&release, &pod);
+    bundle::is_given_where_pods_would_not_trust_the_agent(&release, &clients, &pod);
     release.must_apply(&["uninstall=true"]);
     let done = ["rollout", "status", "daemonset/weir-agent", "-n", NAMESPACE, READY_DEADLINE];
     scene.testbed.kubectl(&done).unwrap();
@@ -349,81 +356,6 @@ fn is_kept_from_the_api_server_through_reboots(
     }
     let direct = direct_requests(scene, &std::iter::once(pod.uid.clone()).collect());
     assert!(direct.is_empty(), "{direct:?}");
-}
-
-/// Trust tier T1: the agent's CA is one that no pod holds, and pods that are made from then on get a bundle wherever they mount
-/// the cluster's.
-fn pods_are_given_a_bundle_where_they_would_not_trust_the_agent(
-    release: &Release<'_>,
-    before: &weir_tests::Pod<'_>,
-) {
-    let (folder, testbed) = (release.scratch.join("own-ca"), release.testbed);
-    fs::create_dir(&folder).unwrap();
-    Authority::create(&folder, "weir").unwrap();
-    let read = |path: PathBuf| fs::read_to_string(path).unwrap();
-    let bundle = read(testbed.layout().path("pki/ca.crt")) + &read(folder.join("ca.crt"));
-    let files = ["tls.crt=ca.crt", "tls.key=ca.key"].map(|pair| {
-        let (key, file) = pair.split_once('=').unwrap();
-        format!("--from-file={key}={}", folder.join(file).display())
-    });
-    testbed
-        .kubectl(&["create", "secret", "generic", "weir-ca", "-n", NAMESPACE, &files[0], &files[1]])
-        .unwrap();
-    let path = release.scratch.join("values.json");
-    let mut values: Value = serde_json::from_str(&read(path.clone())).unwrap();
-    let secret = |name: &str| format!("/etc/weir/secrets/weir-ca/{name}");
-    values["secrets"] = json!(["weir-ca"]);
-    values["config"]["clusters"] = json!([{"name": "local", "inCluster": true, "trust": {"mountedCa": {
-        "certificate": secret("tls.crt"), "key": secret("tls.key"), "clientBundle": "/etc/weir/trust-bundle/ca.crt",
-    }}}]);
-    values["trustBundle"] = json!({"enabled": true, "certificates": bundle, "namespaces": ["it-chart"]});
-    fs::write(&path, values.to_string()).unwrap();
-    release.must_apply(&["startupTaint=true"]);
-
-    let mounts = |namespace: &str| {
-        let everything = json!([
-            {"name": "plain", "configMap": {"name": "kube-root-ca.crt"}},
-            {"name": "other", "configMap": {"name": "other"}},
-            {"name": "own", "projected": {"sources": [
-                {"secret": {"name": "s"}},
-                {"configMap": {"name": "kube-root-ca.crt", "items": [{"key": "ca.crt", "path": "a", "mode": 256}]}},
-            ]}},
-        ]);
-        let (code, made, error) = release.try_pod(namespace, &|spec| spec["volumes"] = everything.clone());
-        assert_eq!(code, Some(0), "{error}");
-        let pod: Value = serde_json::from_str(&made).unwrap();
-        pod["spec"]["volumes"].clone()
-    };
-    let count = |volumes: &Value, name: &str| volumes.to_string().matches(name).count();
-    let volumes = wait_until("the policy to be in force", DEADLINE, || {
-        let volumes = mounts("it-chart");
-        Ok((count(&volumes, "weir-root-ca.crt") > 0).then_some(volumes))
-    })
-    .unwrap();
-    assert_eq!(
-        (count(&volumes, "weir-root-ca.crt"), count(&volumes, "kube-root-ca.crt")),
-        (3, 0),
-        "{volumes}"
-    );
-    let sources = json!([{"secret": {"name": "s"}}, {"configMap": {"name": "weir-root-ca.crt",
-        "items": [{"key": "ca.crt", "path": "a", "mode": 256}]}}]);
-    assert_eq!(
-        (&volumes[1]["configMap"]["name"], &volumes[2]["projected"]["sources"]),
-        (&json!("other"), &sources)
-    );
-    assert_eq!(count(&mounts(NAMESPACE), "kube-root-ca.crt"), 3, "elsewhere it is nobody's business");
-
-    let ask = ["kubectl", "get", "namespace", "default", "-o", "name"];
-    let (code, _, error) = shown(&before.exec(&ask).unwrap());
-    assert!(code == Some(1) && error.contains("signed by unknown authority"), "it was there before: {error}");
-    let pod = testbed.run_pod(&PodSpec::idle("it-chart", "bundled")).unwrap();
-    let said = shown(&pod.exec(&ask).unwrap());
-    assert_eq!(said, (Some(0), "namespace/default\n".to_owned(), String::new()), "{}", release.told());
-    let mounted = pod.shell("cat /var/run/secrets/kubernetes.io/serviceaccount/ca.crt").unwrap();
-    assert_eq!(mounted.trim(), bundle.trim());
-    let examined = release.in_agent(&["weir-agent", "doctor", "--config", "/etc/weir/config/agent.yaml"]);
-    let (code, said, _) = shown(&examined);
-    assert!(code == Some(0) && said.contains("tier T1: mounted CA"), "{said}");
 }
 
 /// Folders of the node, where `/srv/cache` and `/runner/.cache/` are allowed.

@@ -1,0 +1,180 @@
+//! Trust tier T1 of the chart on the node, a part of the chart's test: the agent's CA is one that no pod holds, and pods that are
+//! made from then on are given a bundle wherever they mount the cluster's. Clients in Go, Python and Node verify with it, unchanged;
+//! in a pod that was there before they refuse the agent.
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    path::{Path, PathBuf},
+    thread,
+};
+
+use serde_json::{Value, json};
+use weir_common::event::Kind;
+use weir_tests::{Clients, Pod, PodSpec, agent, certificates::Authority, wait_until};
+
+use super::{
+    DEADLINE,
+    chart::{JOURNAL, NAMESPACE, Release},
+    shown,
+};
+
+/// Each with what it says of a server whose CA it does not hold.
+const CLIENTS: [(&str, &str); 3] = [
+    ("go", "x509: certificate signed by unknown authority"),
+    ("python", "CERTIFICATE_VERIFY_FAILED"),
+    ("node", "unable to verify the first certificate"),
+];
+
+/// The release is installed; `before` is a pod of `it-chart`, with the clients' folders.
+pub(super) fn is_given_where_pods_would_not_trust_the_agent(
+    release: &Release<'_>,
+    clients: &Clients,
+    before: &Pod<'_>,
+) {
+    let bundle = is_asked_for(release);
+    volumes_name_it(release);
+    is_all_that_pods_verify_with(release, clients, before, &bundle);
+    let examined = release.in_agent(&["weir-agent", "doctor", "--config", "/etc/weir/config/agent.yaml"]);
+    let (code, said, _) = shown(&examined);
+    assert!(code == Some(0) && said.contains("tier T1: mounted CA"), "{said}");
+}
+
+/// A CA of one's own, and the values that have pods trust it; gives the bundle.
+fn is_asked_for(release: &Release<'_>) -> String {
+    let (folder, testbed) = (release.scratch.join("own-ca"), release.testbed);
+    fs::create_dir(&folder).unwrap();
+    Authority::create(&folder, "weir").unwrap();
+    let read = |path: PathBuf| fs::read_to_string(path).unwrap();
+    let bundle = read(testbed.layout().path("pki/ca.crt")) + &read(folder.join("ca.crt"));
+    let files = ["tls.crt=ca.crt", "tls.key=ca.key"].map(|pair| {
+        let (key, file) = pair.split_once('=').unwrap();
+        format!("--from-file={key}={}", folder.join(file).display())
+    });
+    testbed
+        .kubectl(&["create", "secret", "generic", "weir-ca", "-n", NAMESPACE, &files[0], &files[1]])
+        .unwrap();
+    let path = release.scratch.join("values.json");
+    let mut values: Value = serde_json::from_str(&read(path.clone())).unwrap();
+    let secret = |name: &str| format!("/etc/weir/secrets/weir-ca/{name}");
+    values["secrets"] = json!(["weir-ca"]);
+    values["config"]["clusters"] = json!([{"name": "local", "inCluster": true, "trust": {"mountedCa": {
+        "certificate": secret("tls.crt"), "key": secret("tls.key"), "clientBundle": "/etc/weir/trust-bundle/ca.crt",
+    }}}]);
+    values["trustBundle"] = json!({"enabled": true, "certificates": bundle, "namespaces": ["it-chart"]});
+    fs::write(&path, values.to_string()).unwrap();
+    release.must_apply(&["startupTaint=true"]);
+    bundle
+}
+
+/// However a pod mounts the cluster's CA, once the policy is in force.
+fn volumes_name_it(release: &Release<'_>) {
+    let mounts = |namespace: &str| {
+        let everything = json!([
+            {"name": "plain", "configMap": {"name": "kube-root-ca.crt"}},
+            {"name": "other", "configMap": {"name": "other"}},
+            {"name": "own", "projected": {"sources": [
+                {"secret": {"name": "s"}},
+                {"configMap": {"name": "kube-root-ca.crt", "items": [{"key": "ca.crt", "path": "a", "mode": 256}]}},
+            ]}},
+        ]);
+        let (code, made, error) = release.try_pod(namespace, &|spec| spec["volumes"] = everything.clone());
+        assert_eq!(code, Some(0), "{error}");
+        let pod: Value = serde_json::from_str(&made).unwrap();
+        pod["spec"]["volumes"].clone()
+    };
+    let count = |volumes: &Value, name: &str| volumes.to_string().matches(name).count();
+    let volumes = wait_until("the policy to be in force", DEADLINE, || {
+        let volumes = mounts("it-chart");
+        Ok((count(&volumes, "weir-root-ca.crt") > 0).then_some(volumes))
+    })
+    .unwrap();
+    assert_eq!(
+        (count(&volumes, "weir-root-ca.crt"), count(&volumes, "kube-root-ca.crt")),
+        (3, 0),
+        "{volumes}"
+    );
+    let sources = json!([{"secret": {"name": "s"}}, {"configMap": {"name": "weir-root-ca.crt",
+        "items": [{"key": "ca.crt", "path": "a", "mode": 256}]}}]);
+    assert_eq!(
+        (&volumes[1]["configMap"]["name"], &volumes[2]["projected"]["sources"]),
+        (&json!("other"), &sources)
+    );
+    assert_eq!(count(&mounts(NAMESPACE), "kube-root-ca.crt"), 3, "elsewhere it is nobody's business");
+}
+
+fn is_all_that_pods_verify_with(release: &Release<'_>, clients: &Clients, before: &Pod<'_>, bundle: &str) {
+    let testbed = release.testbed;
+    let object = |(name, _)| {
+        json!({"apiVersion": "v1", "kind": "ConfigMap", "data": {"value": format!("visible-{name}")},
+            "metadata": {"namespace": "it-chart", "name": format!("{name}-1"), "labels": {"client": name}}})
+    };
+    let list = json!({"apiVersion": "v1", "kind": "List", "items": CLIENTS.map(object)});
+    testbed.apply(&list.to_string()).unwrap();
+    for ((name, doubt), (code, said, error)) in CLIENTS.iter().zip(all_read(clients, before)) {
+        assert!(code != Some(0) && said.is_empty(), "{name} was there before: {code:?} {said}");
+        assert!(error.contains(doubt), "{name}: {error}");
+    }
+    let spec = PodSpec { folders: clients.folders(), ..PodSpec::idle("it-chart", "bundled") };
+    let pod = testbed.run_pod(&spec).unwrap();
+    let mounted = pod.shell("cat /var/run/secrets/kubernetes.io/serviceaccount/ca.crt").unwrap();
+    assert_eq!(mounted.trim(), bundle.trim());
+    for ((name, _), said) in CLIENTS.iter().zip(all_read(clients, &pod)) {
+        let expected = format!("get: {{\"value\":\"visible-{name}\"}}\nlist: [\"{name}-1\"]\n");
+        let spaced = expected.replace("\":\"", "\": \"");
+        assert!(said.1 == expected || said.1 == spaced, "{name}: {said:?}\n{}", release.told());
+        assert_eq!(said.0, Some(0), "{name}: {said:?}");
+    }
+    is_on_record(before, &pod);
+}
+
+/// What each client says that reads in the pod, all at a time.
+fn all_read(clients: &Clients, pod: &Pod<'_>) -> [(Option<i32>, String, String); 3] {
+    let packages = format!("NODE_PACKAGES={}", clients.node_packages);
+    let [python, node] = ["client.py", "client.mjs"].map(Clients::source);
+    let go = Clients::binary("client-go");
+    let commands: [&[&str]; 3] =
+        [&[&go], &[&clients.python, &python], &["env", &packages, &clients.node, &node]];
+    thread::scope(|scope| {
+        let read = |(name, _): (&str, _), command: &[&str]| {
+            shown(&pod.exec(&[command, &["it-chart", name]].concat()).unwrap())
+        };
+        let running = [0, 1, 2].map(|at| scope.spawn(move || read(CLIENTS[at], commands[at])));
+        running.map(|client| client.join().unwrap())
+    })
+}
+
+/// Both requests of each client of `pod`; of the one before, which sent none, nothing.
+fn is_on_record(before: &Pod<'_>, pod: &Pod<'_>) {
+    let wanted: BTreeSet<_> = CLIENTS
+        .iter()
+        .flat_map(|(name, _)| {
+            let all = "/api/v1/namespaces/it-chart/configmaps";
+            [("get", format!("{all}/{name}-1")), ("list", format!("{all}?labelSelector=client%3D{name}"))]
+        })
+        .map(|(verb, uri)| (verb.to_owned(), uri))
+        .collect();
+    let requests = |of: &Pod<'_>| -> anyhow::Result<BTreeSet<(String, String)>> {
+        let events = agent::read_events(Path::new(JOURNAL))?;
+        let sessions: BTreeSet<_> = events
+            .iter()
+            .filter_map(|event| match &event.kind {
+                Kind::SessionStarted { caller } => {
+                    let pod = caller.pod.as_ref()?;
+                    (pod.uid == of.uid).then(|| event.session.clone())
+                }
+                _ => None,
+            })
+            .collect();
+        let of_pod = events.into_iter().filter(|event| sessions.contains(&event.session));
+        let asked = of_pod.filter_map(|event| match event.kind {
+            Kind::RequestOpened(opened) => Some((opened.attributes.verb, opened.uri)),
+            _ => None,
+        });
+        Ok(asked.filter(|(_, uri)| uri.contains("/configmaps")).collect())
+    };
+    let whole = || Ok((requests(pod)? == wanted).then_some(()));
+    let found = wait_until("the clients' requests in the node's journal", DEADLINE, whole);
+    found.unwrap_or_else(|error| panic!("{error:#}: {:?}", requests(pod)));
+    assert_eq!(requests(before).unwrap(), BTreeSet::new());
+}
