@@ -38,6 +38,8 @@ pub mod shown;
 pub mod source;
 mod traces;
 
+pub(crate) use self::raw::METRICS_PORT;
+
 /// The `apiVersion` that this agent reads.
 pub const API_VERSION: &str = "weir.dev/v1alpha1";
 /// The `kind` of the agent's configuration.

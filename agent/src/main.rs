@@ -5,6 +5,7 @@
 use std::{
     ffi::OsString,
     io::{IsTerminal as _, Write as _},
+    net::SocketAddr,
     path::{Path, PathBuf},
     process::ExitCode,
     time::Duration,
@@ -62,6 +63,9 @@ enum Command {
         /// Kubeconfig [default: the service account of this pod].
         #[arg(long, value_name = "FILE")]
         kubeconfig: Option<PathBuf>,
+        /// Serve metrics and health by plain HTTP at this IP or IP:PORT [default port: 9155]; without it nothing is served.
+        #[arg(long, value_name = "ADDRESS", value_parser = app::approver::metrics_address)]
+        metrics: Option<SocketAddr>,
         /// Log as JSON, one object a line.
         #[arg(long)]
         log_json: bool,
@@ -218,14 +222,13 @@ fn main() -> ExitCode {
     }
     match command {
         Command::Run { config, log_json } => logged(log_json, || run(&config)),
-        Command::Approver { service_account, names, kubeconfig, log_json } => logged(log_json, || {
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-            Ok(runtime.block_on(app::approver::run(&ApproverOptions {
-                service_account,
-                names,
-                kubeconfig,
-            }))?)
-        }),
+        Command::Approver { service_account, names, kubeconfig, metrics, log_json } => {
+            logged(log_json, || {
+                let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+                let options = ApproverOptions { service_account, names, kubeconfig, metrics };
+                Ok(runtime.block_on(app::approver::run(&options))?)
+            })
+        }
         Command::Guard { config } => {
             log_to_stderr("warn", false);
             finish(put_guard_in_force(config.as_deref()))

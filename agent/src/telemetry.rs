@@ -13,6 +13,7 @@ use std::{
     time::SystemTime,
 };
 
+use self::server::Monitored;
 use crate::{
     interception::{canary::Health, observed::Observed},
     proxy::Proxy,
@@ -20,6 +21,7 @@ use crate::{
     recording::Recorder,
 };
 
+mod approver;
 mod exposition;
 mod families;
 mod journal;
@@ -62,18 +64,6 @@ impl Telemetry {
         self.publishing.as_ref().map(|publishing| publishing.published())
     }
 
-    /// What an operator should know although it costs no pod anything.
-    pub fn notes(&self) -> Option<String> {
-        let emergency = self.recorder.measured().emergency.map(|left| {
-            format!(
-                "an emergency is on for {} more seconds: requests go on although their records may be lost",
-                left.as_secs()
-            )
-        });
-        let notes: Vec<_> = emergency.into_iter().chain(self.observed.unpublished()).collect();
-        (!notes.is_empty()).then(|| notes.join("\n"))
-    }
-
     /// The proxy serves from now on.
     pub fn serves(&self, proxy: Proxy) {
         // There is one proxy in an agent's life.
@@ -84,9 +74,10 @@ impl Telemetry {
     pub fn ends(&self) {
         self.ending.store(true, Ordering::Relaxed);
     }
+}
 
-    /// Why the agent is not ready, each with what it means for pods; empty if it is.
-    pub fn unready(&self) -> Vec<String> {
+impl Monitored for Telemetry {
+    fn unready(&self) -> Vec<String> {
         let mut reasons = Vec::new();
         if self.ending.load(Ordering::Relaxed) {
             reasons.push("the agent ends: it serves what is open and takes nothing new".to_owned());
@@ -113,5 +104,20 @@ impl Telemetry {
             reasons.push(format!("recording stopped: {failure}; requests that must be recorded are refused"));
         }
         reasons
+    }
+
+    fn notes(&self) -> Option<String> {
+        let emergency = self.recorder.measured().emergency.map(|left| {
+            format!(
+                "an emergency is on for {} more seconds: requests go on although their records may be lost",
+                left.as_secs()
+            )
+        });
+        let notes: Vec<_> = emergency.into_iter().chain(self.observed.unpublished()).collect();
+        (!notes.is_empty()).then(|| notes.join("\n"))
+    }
+
+    fn metrics(&self) -> String {
+        exposition::render(families::gather(self))
     }
 }

@@ -12,6 +12,7 @@ use rustls::{
     pki_types::{CertificateDer, ServerName, UnixTime, pem::PemObject},
 };
 
+pub mod approvals;
 pub mod approver;
 pub mod authority;
 pub mod client;

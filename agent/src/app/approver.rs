@@ -1,17 +1,26 @@
 //! `weir-agent approver`: the wiring of what approves the agents' certificates. It runs once for a cluster, with a service account
 //! of its own; it needs nothing of a node, and no configuration, which names files that only agents have.
 
-use std::{net::SocketAddr, path::PathBuf};
+use std::{
+    convert::Infallible,
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+    sync::Arc,
+};
+
+use tokio_util::sync::CancellationToken;
 
 use super::{AppError, Signals};
 use crate::{
-    config::Access,
+    config::{Access, METRICS_PORT},
     interception::{
         cluster_access::{ClusterAccess, ClusterAccessError},
         cluster_watch,
     },
+    telemetry::server,
     trust::{
         ServingNames,
+        approvals::Approvals,
         approver::{self, ApproverError},
         cluster_signer::SIGNER_NAME,
     },
@@ -29,6 +38,21 @@ pub struct ApproverOptions {
     pub names: Vec<String>,
     /// How the cluster is reached; none: as from one of its pods.
     pub kubeconfig: Option<PathBuf>,
+    /// Where metrics and health are served; none: nowhere.
+    pub metrics: Option<SocketAddr>,
+}
+
+/// Reads the address of [`ApproverOptions::metrics`]: `IP:PORT`, or an IP alone, as a pod knows its own.
+///
+/// # Errors
+/// It is neither.
+pub fn metrics_address(text: &str) -> Result<SocketAddr, String> {
+    let address =
+        text.parse::<SocketAddr>().or_else(|_| text.parse::<IpAddr>().map(|ip| (ip, METRICS_PORT).into()));
+    match address {
+        Ok(address) if address.port() != 0 => Ok(address),
+        _ => Err("give an IP address, or IP:PORT ([IPv6]:PORT)".to_owned()),
+    }
 }
 
 /// Why there is no approver.
@@ -65,6 +89,24 @@ pub enum Error {
 /// It cannot start: a credential or a right is missing.
 pub async fn run(options: &ApproverOptions) -> Result<(), Error> {
     let mut signals = Signals::new()?;
+    let approvals = Arc::new(Approvals::default());
+    let serving = async {
+        match options.metrics {
+            // Nobody ends it but this function, by its own end.
+            Some(address) => server::serve(address, approvals.clone(), CancellationToken::new()).await,
+            None => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        never = answer(options, &approvals) => match never? {},
+        () = serving => {}
+        signal = signals.next() => tracing::info!(signal, "ends"),
+    }
+    Ok(())
+}
+
+/// Answers the agents' requests for ever.
+async fn answer(options: &ApproverOptions, approvals: &Approvals) -> Result<Infallible, Error> {
     let agent = user(&options.service_account)?;
     let access = options.kubeconfig.clone().map_or(Access::InCluster, Access::Kubeconfig);
     let access = ClusterAccess::load("local", &access, None).await?;
@@ -83,11 +125,7 @@ pub async fn run(options: &ApproverOptions) -> Result<(), Error> {
         }
         Ok(names)
     };
-    tokio::select! {
-        never = approver::run(access.client.clone(), &agent, names) => match never? {},
-        signal = signals.next() => tracing::info!(signal, "ends"),
-    }
-    Ok(())
+    Ok(approver::run(access.client.clone(), &agent, names, approvals).await?)
 }
 
 /// The user that a service account is.
@@ -102,7 +140,18 @@ fn user(service_account: &str) -> Result<String, Error> {
 
 #[cfg(test)]
 mod tests {
-    use super::user;
+    use super::{metrics_address, user};
+
+    #[test]
+    fn metrics_are_served_where_the_pod_is_or_at_a_port_of_ones_own() {
+        let read = |text| metrics_address(text).map(|address| address.to_string());
+        assert_eq!(read("10.0.0.1"), Ok("10.0.0.1:9155".to_owned()));
+        assert_eq!(read("fd00::1"), Ok("[fd00::1]:9155".to_owned()));
+        assert_eq!(read("[fd00::1]:80"), Ok("[fd00::1]:80".to_owned()));
+        for wrong in ["", "10.0.0.1:0", "localhost", ":9155", "10.0.0.1:99999"] {
+            assert!(read(wrong).is_err(), "{wrong}");
+        }
+    }
 
     #[test]
     fn a_service_account_is_given_with_its_namespace() {

@@ -35,7 +35,7 @@ pub(super) fn invalid<T>(key: impl Into<String>, problem: impl Into<String>) -> 
 }
 
 /// Port of metrics and health, unless another is configured.
-const METRICS_PORT: u16 = 9155;
+pub(crate) const METRICS_PORT: u16 = 9155;
 
 /// The configuration of a node's agent.
 #[derive(Deserialize)]

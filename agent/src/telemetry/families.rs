@@ -5,7 +5,7 @@
 
 use std::time::SystemTime;
 
-use super::Telemetry;
+use super::{Telemetry, server::Monitored as _};
 use crate::{
     interception::{
         canary::Health,

@@ -6,13 +6,24 @@ use std::{collections::BTreeSet, fmt::Write as _, net::SocketAddr, sync::Arc, ti
 use expect_test::expect_file;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
-use super::{Telemetry, families, server};
+use super::{Telemetry, approver, families, server};
 use crate::{
     interception::observed::Observed,
     recording::{Recorder, RecorderOptions},
+    trust::approvals::Approvals,
 };
 
 const INTRODUCTION: &str = include_str!("introduction.txt");
+/// What is before the approver's families.
+const OF_THE_APPROVER: &str = "
+## The approver
+
+`weir-agent approver --metrics ADDRESS` serves the same three paths with these families, and none of an agent's; in the chart
+at port 9155 of its pod. It is ready while it can read requests for certificates.
+
+| metric | type | labels | meaning |
+|---|---|---|---|
+";
 /// The rules that are delivered.
 const RULES: &str = include_str!("../../../deploy/prometheus/weir-rules.yaml");
 /// How long an answer may take; far longer than it takes.
@@ -21,22 +32,26 @@ const DEADLINE: Duration = Duration::from_secs(20);
 #[test]
 fn the_documentation_is_what_the_table_says() {
     let mut text = format!("{INTRODUCTION}\n| metric | type | labels | meaning |\n|---|---|---|---|\n");
-    for family in families::all() {
+    let row = |family: &families::Family| {
         let kind = format!("{:?}", family.kind).to_lowercase();
         let labels = family.labels.iter().map(|label| format!("`{label}`")).collect::<Vec<_>>().join(", ");
-        let _ = writeln!(text, "| `{}` | {kind} | {labels} | {} |", family.full_name(), family.help);
-    }
+        format!("| `{}` | {kind} | {labels} | {} |\n", family.full_name(), family.help)
+    };
+    text.extend(families::all().map(row));
     let _ = writeln!(
         text,
         "\nAt most {} pods have series of their own; pods that nobody selected have none unless something of them was denied or dropped.",
         families::PODS_MAX
     );
+    text.push_str(OF_THE_APPROVER);
+    text.extend(approver::ALL.map(row));
     expect_file!["../../../docs/metrics.md"].assert_eq(&text);
 }
 
 #[test]
 fn rules_ask_for_nothing_that_is_not_exposed() {
-    let known: BTreeSet<_> = families::all().map(|family| family.full_name()).collect();
+    let all = families::all().chain(approver::ALL);
+    let known: BTreeSet<_> = all.map(|family| family.full_name()).collect();
     let words = RULES.split(|c: char| !(c.is_ascii_alphanumeric() || c == '_'));
     let asked: BTreeSet<_> = words.filter(|word| word.starts_with("weir_")).collect();
     assert!(asked.len() > 5, "{asked:?}");
@@ -53,10 +68,14 @@ async fn started() -> (Arc<Telemetry>, SocketAddr, tempfile::TempDir) {
     let recorder = Recorder::start(options).expect("a recorder");
     let observed: Arc<Observed> = Arc::default();
     let telemetry = Arc::new(Telemetry::new(recorder, None, observed, folder.path().join("pins")));
+    (telemetry.clone(), served(telemetry).await, folder)
+}
+
+async fn served(monitored: Arc<dyn server::Monitored>) -> SocketAddr {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let address = listener.local_addr().expect("an address");
-    tokio::spawn(server::accept(listener, telemetry.clone()));
-    (telemetry, address, folder)
+    tokio::spawn(server::accept(listener, monitored));
+    address
 }
 
 async fn ask(address: SocketAddr, request: &str) -> String {
@@ -109,6 +128,23 @@ async fn what_is_exposed_is_in_the_table() {
         "{missing:?}"
     );
     assert!(answer.contains("\nweir_kernel_readable 0\n"), "{answer}");
+}
+
+#[tokio::test]
+async fn an_approver_that_has_only_started_is_not_ready_and_has_families_of_its_own() {
+    let address = served(Arc::new(Approvals::default())).await;
+    assert!(get(address, "/healthz").await.starts_with("HTTP/1.1 200"));
+    let unready = get(address, "/readyz").await;
+    assert!(unready.starts_with("HTTP/1.1 503") && unready.contains("cannot be read"), "{unready}");
+    let answer = get(address, "/metrics").await;
+    let exposed: Vec<_> = answer.lines().filter_map(|line| line.strip_prefix("# TYPE ")).collect();
+    let known = approver::ALL.map(|family| {
+        let name = family.full_name();
+        format!("{} {}", name.trim_end_matches("_total"), format!("{:?}", family.kind).to_lowercase())
+    });
+    assert_eq!(exposed, known);
+    assert!(answer.contains("\nweir_approver_ready 0\n"), "{answer}");
+    assert!(answer.contains("\nweir_approver_denied_total{reason=\"no_name\"} 0\n"), "{answer}");
 }
 
 #[tokio::test]

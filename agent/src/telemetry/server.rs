@@ -16,7 +16,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{Telemetry, exposition, families};
+use super::exposition;
 
 /// Most connections at once; more wait in the kernel.
 const CONNECTIONS_MAX: usize = 8;
@@ -33,12 +33,24 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 const PLAIN: &str = "text/plain; charset=utf-8";
 
+/// The process that is asked about.
+pub trait Monitored: Send + Sync + 'static {
+    /// Why it is not ready, each with what that means; empty if it is.
+    fn unready(&self) -> Vec<String>;
+
+    /// What an operator should know although it may be ready.
+    fn notes(&self) -> Option<String>;
+
+    /// Its metrics, as OpenMetrics text. May block for some system calls.
+    fn metrics(&self) -> String;
+}
+
 /// Serves until cancelled. That the address cannot be had is logged and tried again: pods must not be refused for it.
-pub async fn serve(address: SocketAddr, telemetry: Arc<Telemetry>, cancellation: CancellationToken) {
+pub async fn serve(address: SocketAddr, monitored: Arc<dyn Monitored>, cancellation: CancellationToken) {
     let serving = async {
         let listener = listen(address).await;
         tracing::info!(%address, "metrics and health are served");
-        accept(listener, telemetry).await;
+        accept(listener, monitored).await;
     };
     cancellation.run_until_cancelled(serving).await;
 }
@@ -63,7 +75,7 @@ async fn listen(address: SocketAddr) -> TcpListener {
 }
 
 /// Accepts for ever.
-pub(super) async fn accept(listener: TcpListener, telemetry: Arc<Telemetry>) {
+pub(super) async fn accept(listener: TcpListener, monitored: Arc<dyn Monitored>) {
     let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     // Dropped with this future, it ends what is open.
     let mut open = tokio::task::JoinSet::new();
@@ -73,7 +85,7 @@ pub(super) async fn accept(listener: TcpListener, telemetry: Arc<Telemetry>) {
         let place = places.clone().acquire_owned().await.ok();
         match listener.accept().await {
             Ok((stream, _)) => {
-                let answering = answer_one(stream, telemetry.clone());
+                let answering = answer_one(stream, monitored.clone());
                 open.spawn(async move {
                     // Who is too slow is cut off.
                     let _ = tokio::time::timeout(CONNECTION_TIMEOUT, answering).await;
@@ -88,10 +100,10 @@ pub(super) async fn accept(listener: TcpListener, telemetry: Arc<Telemetry>) {
     }
 }
 
-async fn answer_one(stream: TcpStream, telemetry: Arc<Telemetry>) {
+async fn answer_one(stream: TcpStream, monitored: Arc<dyn Monitored>) {
     let service = service_fn(move |request: Request<Incoming>| {
-        let telemetry = telemetry.clone();
-        async move { Ok::<_, Infallible>(answer(request.method(), request.uri().path(), telemetry).await) }
+        let monitored = monitored.clone();
+        async move { Ok::<_, Infallible>(answer(request.method(), request.uri().path(), monitored).await) }
     });
     let served = http1::Builder::new()
         .timer(TokioTimer::new())
@@ -106,7 +118,7 @@ async fn answer_one(stream: TcpStream, telemetry: Arc<Telemetry>) {
     }
 }
 
-async fn answer(method: &Method, path: &str, telemetry: Arc<Telemetry>) -> Response<Full<Bytes>> {
+async fn answer(method: &Method, path: &str, monitored: Arc<dyn Monitored>) -> Response<Full<Bytes>> {
     if *method != Method::GET && *method != Method::HEAD {
         let mut response = text(StatusCode::METHOD_NOT_ALLOWED, PLAIN, "only GET is served\n".to_owned());
         response.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET, HEAD"));
@@ -115,7 +127,7 @@ async fn answer(method: &Method, path: &str, telemetry: Arc<Telemetry>) -> Respo
     match path {
         "/healthz" => text(StatusCode::OK, PLAIN, "ok\n".to_owned()),
         "/readyz" => {
-            let (reasons, notes) = (telemetry.unready(), telemetry.notes());
+            let (reasons, notes) = (monitored.unready(), monitored.notes());
             let (status, mut lines) = match reasons.is_empty() {
                 true => (StatusCode::OK, vec!["ready".to_owned()]),
                 false => (StatusCode::SERVICE_UNAVAILABLE, reasons),
@@ -123,16 +135,10 @@ async fn answer(method: &Method, path: &str, telemetry: Arc<Telemetry>) -> Respo
             lines.extend(notes);
             text(status, PLAIN, lines.join("\n") + "\n")
         }
-        "/metrics" => {
-            let rendered =
-                tokio::task::spawn_blocking(move || exposition::render(families::gather(&telemetry)));
-            match rendered.await {
-                Ok(rendered) => text(StatusCode::OK, exposition::CONTENT_TYPE, rendered),
-                Err(_) => {
-                    text(StatusCode::INTERNAL_SERVER_ERROR, PLAIN, "cannot read the metrics\n".to_owned())
-                }
-            }
-        }
+        "/metrics" => match tokio::task::spawn_blocking(move || monitored.metrics()).await {
+            Ok(rendered) => text(StatusCode::OK, exposition::CONTENT_TYPE, rendered),
+            Err(_) => text(StatusCode::INTERNAL_SERVER_ERROR, PLAIN, "cannot read the metrics\n".to_owned()),
+        },
         _ => text(StatusCode::NOT_FOUND, PLAIN, "there are /metrics, /healthz and /readyz\n".to_owned()),
     }
 }

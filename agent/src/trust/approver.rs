@@ -19,6 +19,7 @@ use tokio::time::Instant;
 
 use super::{
     ServingNames,
+    approvals::Approvals,
     cluster_signer::{CONFLICT, NAME_PREFIX, SIGNER_NAME},
     request::{self, Asked, Denial},
 };
@@ -53,7 +54,7 @@ pub enum ApproverError {
 }
 
 /// Answers the requests of `agent` (a user name); `names` gives all names of the API server as they are at that time. Whatever
-/// fails later is tried again, for ever.
+/// fails later is tried again, for ever; `approvals` counts.
 ///
 /// # Errors
 /// Requests cannot be read at the start.
@@ -61,6 +62,7 @@ pub async fn run(
     client: Client,
     agent: &str,
     names: impl AsyncFn() -> Result<ServingNames, String>,
+    approvals: &Approvals,
 ) -> Result<Infallible, ApproverError> {
     let requests: Api<CertificateSigningRequest> = Api::all(client);
     let of_signer = watcher::Config::default().fields(&format!("spec.signerName={SIGNER_NAME}"));
@@ -69,17 +71,18 @@ pub async fn run(
     let (mut began, mut pause) = (false, RETRY_FIRST);
     loop {
         let mut events = pin!(watcher(requests.clone(), of_signer.clone()));
-        let mut failed_at = None;
+        let (mut failed_at, mut all_read) = (None, false);
         // One that cannot be answered keeps nobody waiting: the others' turn comes first, and then all are read anew. Silence is
         // no failure.
         while let Ok(Some(event)) = tokio::time::timeout_at(until(failed_at, pause), events.next()).await {
             match event {
                 Ok(watcher::Event::InitApply(request) | watcher::Event::Apply(request)) => {
-                    let answered = answer(&requests, &request, agent, &names);
+                    let answered = answer(&requests, &request, agent, &names, approvals);
                     let timed = tokio::time::timeout(ANSWER_MAX, answered).await;
                     let slow = || Err(format!("no answer within {} s", ANSWER_MAX.as_secs()));
                     if let Err(error) = timed.unwrap_or_else(|_| slow()) {
                         wait(&error, pause);
+                        approvals.unanswered();
                         failed_at.get_or_insert_with(Instant::now);
                     }
                 }
@@ -91,7 +94,8 @@ pub async fn run(
                             "answers requests for serving certificates"
                         );
                     }
-                    began = true;
+                    (began, all_read) = (true, true);
+                    approvals.reads();
                     if failed_at.is_none() {
                         pause = RETRY_FIRST;
                     }
@@ -100,11 +104,16 @@ pub async fn run(
                 Err(error) if !began => return Err(ApproverError::Read(Box::new(error))),
                 Err(error) => {
                     wait(&error.to_string(), pause);
+                    approvals.unread();
                     failed_at = Some(Instant::now());
                     tokio::time::sleep(pause).await;
                     break;
                 }
             }
+        }
+        if !all_read && failed_at.is_none() {
+            wait(&format!("not all are read within {} s", SILENCE_MAX.as_secs()), Duration::ZERO);
+            approvals.unread();
         }
         if failed_at.is_some() {
             pause = (pause * 2).min(RETRY_LONGEST);
@@ -131,6 +140,7 @@ async fn answer(
     request: &CertificateSigningRequest,
     agent: &str,
     names: &impl AsyncFn() -> Result<ServingNames, String>,
+    approvals: &Approvals,
 ) -> Result<(), String> {
     if !is_for_here(request, agent) {
         return Ok(());
@@ -158,6 +168,7 @@ async fn answer(
         Err(kube::Error::Api(status)) if matches!(status.code, CONFLICT | NOT_FOUND) => return Ok(()),
         Err(error) => return Err(format!("cannot answer {name}: {error}")),
     }
+    approvals.answered(&verdict);
     match verdict {
         Ok(()) => tracing::info!(name, node, "approved"),
         Err(_) => tracing::warn!(name, node, user, reason = message, "denied"),
@@ -269,13 +280,56 @@ mod tests {
     async fn one_that_cannot_be_answered_keeps_no_other_waiting() {
         let (sender, mut answered) = mpsc::unbounded_channel();
         let names = async || Ok(ServingNames::default());
-        let approver = run(failing(sender), AGENT, names);
-        let both = async { [answered.recv().await, answered.recv().await] };
+        let approvals = Approvals::default();
+        let approver = run(failing(sender), AGENT, names, &approvals);
+        let both = async {
+            let both = [answered.recv().await, answered.recv().await];
+            while !approvals.is_reading() {
+                tokio::task::yield_now().await;
+            }
+            both
+        };
         let both = tokio::select! {
             ended = approver => panic!("{ended:?}"),
             both = both => both,
         };
         assert_eq!(both, ["weir-serving-0", "weir-serving-1"].map(|name| Some(name.to_owned())));
+        let denied: Vec<_> = approvals.denied().filter(|(_, count)| *count > 0).collect();
+        assert_eq!((approvals.approved(), denied.as_slice()), (0, &[("not_the_agent", 1)][..]));
+        assert_eq!(approvals.failed(), [("read", 0), ("answer", 1)]);
+    }
+
+    /// An API server that has no requests, and watches none.
+    fn without_watches() -> Client {
+        let service = tower::service_fn(move |asked: http::Request<kube::client::Body>| {
+            let is_watch = asked.uri().query().is_some_and(|query| query.contains("watch=true"));
+            let (status, body) = if is_watch {
+                (500, json!({"kind": "Status", "status": "Failure", "code": 500, "message": "no watches"}))
+            } else {
+                (200, json!({"metadata": {"resourceVersion": "1"}, "items": []}))
+            };
+            let body = kube::client::Body::from(body.to_string().into_bytes());
+            let response = http::Response::builder().status(status).body(body);
+            async { Ok::<_, Infallible>(response.expect("a response")) }
+        });
+        Client::new(service, "default")
+    }
+
+    #[tokio::test]
+    async fn one_that_cannot_read_requests_says_so_until_it_can() {
+        let approvals = Approvals::default();
+        let names = async || Ok(ServingNames::default());
+        let failed = async {
+            while approvals.failed() != [("read", 1), ("answer", 0)] {
+                tokio::task::yield_now().await;
+            }
+            approvals.is_reading()
+        };
+        let is_reading = tokio::select! {
+            ended = run(without_watches(), AGENT, names, &approvals) => panic!("{ended:?}"),
+            is_reading = failed => is_reading,
+        };
+        assert!(!is_reading);
     }
 
     #[test]

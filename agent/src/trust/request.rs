@@ -118,6 +118,37 @@ pub enum Denial {
     NoName,
 }
 
+impl Denial {
+    /// All of [`Self::kind`].
+    pub const KINDS: [&str; 9] = [
+        "not_the_agent",
+        "not_bound_to_node",
+        "life",
+        "usages",
+        "unreadable",
+        "subject",
+        "extension",
+        "name",
+        "no_name",
+    ];
+
+    /// A word for metrics.
+    #[must_use]
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::NotTheAgent { .. } => "not_the_agent",
+            Self::NotBoundToNode { .. } => "not_bound_to_node",
+            Self::Life { .. } => "life",
+            Self::Usages { .. } => "usages",
+            Self::Unreadable { .. } => "unreadable",
+            Self::Subject { .. } => "subject",
+            Self::Extension { .. } => "extension",
+            Self::Name { .. } => "name",
+            Self::NoName => "no_name",
+        }
+    }
+}
+
 /// Whether `agent` (a user name) may have what it asks for, where `allowed` are all names of the API server.
 ///
 /// # Errors

@@ -11,12 +11,23 @@ use weir_tests::{
     wait_until,
 };
 
-use super::{DEADLINE, shown};
+use super::{DEADLINE, monitoring, shown};
 
 const AGENT: &str = "--as=system:serviceaccount:weir-system:weir-agent";
 const SIGNER: &str = "kubernetes.io/kubelet-serving";
 /// With every right, so that it is admission that refuses.
 const MASTERS: &str = "--as-group=system:masters";
+
+/// What the approver's metrics have of the requests below.
+const COUNTED: [(&str, f64); 7] = [
+    ("weir_approver_approved_total", 1.0),
+    (r#"weir_approver_denied_total{reason="name"}"#, 3.0),
+    (r#"weir_approver_denied_total{reason="life"}"#, 2.0),
+    (r#"weir_approver_denied_total{reason="usages"}"#, 1.0),
+    (r#"weir_approver_denied_total{reason="subject"}"#, 1.0),
+    (r#"weir_approver_denied_total{reason="not_bound_to_node"}"#, 1.0),
+    (r#"weir_approver_denied_total{reason="not_the_agent"}"#, 1.0),
+];
 
 /// What kubectl says to who acts as somebody else.
 struct As<'a> {
@@ -85,6 +96,9 @@ pub(super) fn answers_agents_alone((testbed, scratch): (&Testbed, &Path), (pod, 
     let log = it.kubectl(&[], &["logs", "-n", "weir-system", "deployment/weir-approver"]).1;
     assert!(log.contains("approved") && log.contains(NODE_NAME), "{log}");
 
+    let monitored = monitoring::of_approver(testbed);
+    let before = monitored.metrics();
+
     // Left alone: neither an agent's nor named as one.
     it.asked(&[], "somebody-elses", &names, json!({}));
     it.asked(&agent, "weir-serving-good", &names, json!({"expirationSeconds": 600}));
@@ -120,6 +134,10 @@ pub(super) fn answers_agents_alone((testbed, scratch): (&Testbed, &Path), (pod, 
     });
     assert_eq!(issued.unwrap()["conditions"][0]["reason"], "WeirApprover");
     assert!(it.status("somebody-elses")["conditions"].is_null(), "it is nobody's business here");
+    let after = monitored.metrics();
+    for (series, count) in COUNTED {
+        assert_eq!(after[series] - before[series], count, "{series}");
+    }
 
     let refused = |who: &[&str], arguments: &[&str], said: &str| it.refused(who, arguments, said);
     refused(&agent, &["certificate", "approve", "somebody-elses"], "forbidden");

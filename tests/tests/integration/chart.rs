@@ -245,7 +245,7 @@ fn the_chart_installs_upgrades_under_load_and_removes_itself() {
 /// Prometheus operator's kinds) is left out.
 fn is_what_the_api_server_takes(release: &Release<'_>) {
     let root = components::repository().join("deploy/helm");
-    for name in ["default", "everything", "uninstall"] {
+    for name in ["default", "everything", "monitored", "uninstall"] {
         let mut command =
             release.command(&["template", "weir", "--kube-version", "1.36.0", "--api-versions", MUTATING]);
         command.arg(root.join("weir")).arg("--values").arg(root.join(format!("golden/{name}.values.yaml")));

@@ -3,12 +3,12 @@
 use std::{
     collections::BTreeMap,
     io::{Read as _, Write as _},
-    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
+    net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream},
     path::Path,
     time::{Duration, SystemTime},
 };
 
-use weir_tests::{AgentProcess, PodSpec, agent, agent::TrustSource, wait_until};
+use weir_tests::{AgentProcess, PodSpec, Testbed, agent, agent::TrustSource, wait_until};
 
 use super::{
     DEADLINE, Scene, client::Requests, storage_faults::Mounted, support::a_bundle_helps_and_holds_no_secret,
@@ -16,6 +16,8 @@ use super::{
 
 /// How long it may take until a detached program is noticed, attached again and in the record.
 const NOTICED_MAX: Duration = Duration::from_secs(5);
+/// The chart's port of the approver.
+const APPROVER_PORT: u16 = 9155;
 /// How long an answer may take; far longer than it takes.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(10);
 /// Every family there is, as operators read of it.
@@ -107,9 +109,30 @@ fn metrics_prove_that_what_the_kernel_saw_of_a_pod_was_proxied() {
     a_bundle_helps_and_holds_no_secret(&scene, &agent, &pod);
 }
 
+/// The families of the approver, which no agent has.
+const OF_THE_APPROVER: &str = "weir_approver_";
+
+/// The approver's address for monitoring, as its pod is there.
+pub(super) fn of_approver(testbed: &Testbed) -> Monitored {
+    let of_pods = ["get", "pods", "-n", "weir-system", "-l", "app.kubernetes.io/name=weir-approver"];
+    let address = [&of_pods[..], &["-o", "jsonpath={.items[*].status.podIP}"]].concat();
+    let address: IpAddr = testbed.kubectl(&address).unwrap().parse().unwrap();
+    let monitored = Monitored((address, APPROVER_PORT).into());
+    assert_eq!(monitored.get("/readyz").unwrap(), (200, "ready\n".to_owned()));
+    let metrics = monitored.metrics();
+    has_families(&metrics, |name| name.starts_with(OF_THE_APPROVER));
+    assert!(metrics.keys().all(|series| series.starts_with(OF_THE_APPROVER)), "{metrics:#?}");
+    monitored
+}
+
 /// Checks that what operators read about is there, and has a value.
 #[track_caller]
 pub(super) fn check_documented(metrics: &BTreeMap<String, f64>, expected: impl Fn(&str) -> bool) {
+    has_families(metrics, |name| expected(name) && !name.starts_with(OF_THE_APPROVER));
+}
+
+#[track_caller]
+fn has_families(metrics: &BTreeMap<String, f64>, expected: impl Fn(&str) -> bool) {
     let rows = DOCUMENTATION.lines().filter_map(|line| line.strip_prefix("| `weir_"));
     let names = rows.map(|row| format!("weir_{}", row.split('`').next().unwrap()));
     for name in names.filter(|name| expected(name)) {

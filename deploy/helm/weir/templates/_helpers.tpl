@@ -27,6 +27,11 @@ app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
 app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- end }}
 
+{{/* The port that its `--metrics` has where none is given. */}}
+{{- define "weir.approver.metricsPort" -}}
+9155
+{{- end }}
+
 {{/* Whether agents ask the signer of their own cluster for certificates. */}}
 {{- define "weir.asksSigner" -}}
 {{- $asks := dict }}
