@@ -313,6 +313,18 @@ pub fn helm(progress: Progress) -> Result<PathBuf> {
     HELM.tool(progress)
 }
 
+/// The definitions of the Prometheus operator's kinds that the chart has, as files of a Go module of its; nothing is built.
+///
+/// # Errors
+/// When there is no Go, or they cannot be fetched.
+pub fn prometheus_operator_kinds() -> Result<[PathBuf; 2]> {
+    let source = repository().join("tests/testbed/prometheus-operator");
+    let module = downloaded(&go()?, &source, "github.com/prometheus-operator/prometheus-operator")?;
+    Ok(["servicemonitors", "prometheusrules"].map(|kind| {
+        module.join(format!("example/prometheus-operator-crd/monitoring.coreos.com_{kind}.yaml"))
+    }))
+}
+
 /// What [`promtool`] and [`helm`] would do; nothing when they are there.
 ///
 /// # Errors
@@ -438,13 +450,18 @@ impl GoModule {
             copy(&entry.context("cannot read a folder")?.path())?;
         }
         for (module, file) in self.copied {
-            run(Command::new(go).args(["mod", "download", module]).current_dir(&source))?;
-            let list = ["list", "-m", "-f", "{{.Dir}}", module];
-            let downloaded = run(Command::new(go).args(list).current_dir(&source))?;
-            copy(&Path::new(downloaded.trim()).join(file))?;
+            copy(&downloaded(go, &source, module)?.join(file))?;
         }
         Ok(Some(folder))
     }
+}
+
+/// The folder of a module that `source` requires.
+fn downloaded(go: &Path, source: &Path, module: &str) -> Result<PathBuf> {
+    run(Command::new(go).args(["mod", "download", module]).current_dir(source))?;
+    let list = ["list", "-m", "-f", "{{.Dir}}", module];
+    let folder = run(Command::new(go).args(list).current_dir(source))?;
+    Ok(PathBuf::from(folder.trim()))
 }
 
 /// How far the builds are with `binary`, for example ` (3 of 10)`; nothing for one that is built alone.

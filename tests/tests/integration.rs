@@ -91,6 +91,10 @@ mod own_pod;
 mod pod_kinds;
 #[path = "integration/projections.rs"]
 mod projections;
+#[path = "integration/rendered.rs"]
+mod rendered;
+#[path = "integration/rights.rs"]
+mod rights;
 #[path = "integration/rules.rs"]
 mod rules;
 #[path = "integration/run_time.rs"]

@@ -47,7 +47,7 @@ const NOT_FOUND: u16 = 404;
 pub enum ApproverError {
     /// Requests cannot be read.
     #[error(
-        "cannot read certificatesigningrequests; may the approver's service account get, list and watch them, and is the API \
+        "cannot read certificatesigningrequests; may the approver's service account list and watch them, and is the API \
          server up?"
     )]
     Read(#[source] Box<watcher::Error>),

@@ -25,7 +25,9 @@ use super::{
     approver::answers_agents_alone,
     bundle,
     guard::{asks, direct_requests, is_refused},
-    guides, shown,
+    guides,
+    rendered::is_what_the_api_server_takes,
+    rights, shown,
 };
 
 pub(super) const NAMESPACE: &str = "weir-system";
@@ -35,8 +37,6 @@ const STATE: &str = "/var/lib/weir";
 pub(super) const JOURNAL: &str = "/var/lib/weir/journal";
 /// What keeps pods off a node without an agent.
 const STARTUP_TAINT: &str = "weir.dev/agent-not-ready=:NoSchedule";
-/// What an API server serves from 1.36 on.
-const MUTATING: &str = "admissionregistration.k8s.io/v1/MutatingAdmissionPolicy";
 /// The image is there, and nothing is pulled.
 const READY_DEADLINE: &str = "--timeout=120s";
 /// Calls that must have succeeded after an upgrade.
@@ -205,13 +205,13 @@ fn the_chart_installs_upgrades_under_load_and_removes_itself() {
     let spec = PodSpec { folders: clients.folders(), ..PodSpec::idle("it-chart", "caller") };
     let pod = scene.testbed.run_pod(&spec).unwrap();
     let ask = || shown(&pod.exec(&["kubectl", "get", "namespace", "default", "-o", "name"]).unwrap());
-    is_what_the_api_server_takes(&release);
     let guides = guides::Node {
         testbed: release.testbed,
         scratch: release.scratch,
         helm: &|arguments| release.command(arguments),
         in_agent: &|arguments| release.in_agent(arguments),
     };
+    is_what_the_api_server_takes(&guides);
     guides::values_are_taken(&guides);
     release.testbed.kubectl(&["taint", "node", NODE_NAME, STARTUP_TAINT]).unwrap();
     release.must_apply(&["startupTaint=true"]);
@@ -230,6 +230,7 @@ fn the_chart_installs_upgrades_under_load_and_removes_itself() {
     guides::are_run(&guides);
     is_upgraded_under_load(&release, &pod);
     is_kept_from_the_api_server_through_reboots(&release, &scene, &pod);
+    rights::are_all_used(release.testbed);
     bundle::is_given_where_pods_would_not_trust_the_agent(&release, &clients, &pod);
     release.must_apply(&["uninstall=true"]);
     let done = ["rollout", "status", "daemonset/weir-agent", "-n", NAMESPACE, READY_DEADLINE];
@@ -239,24 +240,6 @@ fn the_chart_installs_upgrades_under_load_and_removes_itself() {
     let removed = command::output(&mut release.command(&["uninstall", "weir", "--wait"])).unwrap();
     assert!(removed.status.success(), "{:?}", shown(&removed));
     wait_until("the last pod to be gone", DEADLINE, || Ok(release.pods().is_empty().then_some(()))).unwrap();
-}
-
-/// Everything that the golden values render is of the API server's own schema, no key unknown to it. What it does not serve (the
-/// Prometheus operator's kinds) is left out.
-fn is_what_the_api_server_takes(release: &Release<'_>) {
-    let root = components::repository().join("deploy/helm");
-    for name in ["default", "everything", "monitored", "uninstall"] {
-        let mut command =
-            release.command(&["template", "weir", "--kube-version", "1.36.0", "--api-versions", MUTATING]);
-        command.arg(root.join("weir")).arg("--values").arg(root.join(format!("golden/{name}.values.yaml")));
-        let rendered = command::run(&mut command).unwrap();
-        let served = |object: &&str| !object.contains("apiVersion: monitoring.coreos.com/");
-        let objects: Vec<_> = rendered.split("\n---\n").filter(served).collect();
-        let file = release.scratch.join("rendered.yaml");
-        fs::write(&file, objects.join("\n---\n")).unwrap();
-        let apply = ["apply", "--dry-run=server", "--validate=strict", "-f", file.to_str().unwrap()];
-        release.testbed.kubectl(&apply).unwrap();
-    }
 }
 
 fn takes_the_startup_taint_off_and_may_change_nothing_else(release: &Release<'_>) {
