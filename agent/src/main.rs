@@ -224,6 +224,7 @@ fn main() -> ExitCode {
         Command::Run { config, log_json } => logged(log_json, || run(&config)),
         Command::Approver { service_account, names, kubeconfig, metrics, log_json } => {
             logged(log_json, || {
+                forbid_core_dumps()?;
                 let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
                 let options = ApproverOptions { service_account, names, kubeconfig, metrics };
                 Ok(runtime.block_on(app::approver::run(&options))?)
@@ -318,7 +319,14 @@ fn raise_open_files() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// The dump of a process has all that its memory holds: keys of certificates, tokens, bodies.
+fn forbid_core_dumps() -> anyhow::Result<()> {
+    use anyhow::Context as _;
+    nix::sys::prctl::set_dumpable(false).context("cannot forbid core dumps of this process")
+}
+
 fn run(path: &Path) -> anyhow::Result<()> {
+    forbid_core_dumps()?;
     let configured = Source::load(path, &config::default_node())?;
     raise_open_files()?;
     tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(app::run(configured))?;

@@ -1,7 +1,11 @@
 //! The chart's approver, and what admission leaves an agent's token: on the real API server, in the name of an agent's service
 //! account. That an agent's own request is approved shows in its being ready at all.
 
-use std::{fs, path::Path};
+use std::{
+    fs,
+    os::unix::fs::MetadataExt as _,
+    path::{Path, PathBuf},
+};
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use serde_json::{Value, json};
@@ -86,6 +90,22 @@ impl As<'_> {
     }
 }
 
+/// A process that may be dumped belongs in /proc to its own user, one that may not to root (proc(5)).
+fn leaves_no_core_dump() {
+    let processes = fs::read_dir("/proc").unwrap().map(|entry| entry.unwrap().path());
+    let is_it = |path: &PathBuf| {
+        let line = fs::read_to_string(path.join("cmdline")).unwrap_or_default();
+        line.contains("\0approver\0--service-account=weir-system/weir-agent\0")
+    };
+    let approvers: Vec<_> = processes.filter(is_it).collect();
+    assert!(!approvers.is_empty());
+    for folder in approvers {
+        let status = fs::read_to_string(folder.join("status")).unwrap();
+        assert!(status.contains("\nUid:\t65532\t"), "{status}");
+        assert_eq!(fs::metadata(folder.join("status")).unwrap().uid(), 0);
+    }
+}
+
 /// The release is installed, and its agent ready. `pod` is one of `it-chart`.
 pub(super) fn answers_agents_alone((testbed, scratch): (&Testbed, &Path), (pod, uid): (&str, &str)) {
     let it = As { testbed, scratch };
@@ -96,6 +116,7 @@ pub(super) fn answers_agents_alone((testbed, scratch): (&Testbed, &Path), (pod, 
     let log = it.kubectl(&[], &["logs", "-n", "weir-system", "deployment/weir-approver"]).1;
     assert!(log.contains("approved") && log.contains(NODE_NAME), "{log}");
 
+    leaves_no_core_dump();
     let monitored = monitoring::of_approver(testbed);
     let before = monitored.metrics();
 
