@@ -521,8 +521,9 @@ mod tests {
 
     #[test]
     fn the_go_that_is_asked_for_is_the_one_of_every_module() {
-        for module in GO_MODULES.iter().chain([&PROMTOOL, &NOTE_VERIFIER, &HELM, &crate::clients::CLIENT_GO])
-        {
+        let tools =
+            [&PROMTOOL, &NOTE_VERIFIER, &crate::key_service::LOCAL_KMS, &HELM, &crate::clients::CLIENT_GO];
+        for module in GO_MODULES.iter().chain(tools) {
             let go_mod = fs::read_to_string(module.source().join("go.mod")).unwrap();
             assert!(go_mod.contains(&format!("\ngo 1.{GO_MINOR}.")), "{}", module.folder);
         }

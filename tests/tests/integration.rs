@@ -77,6 +77,8 @@ mod kafka;
 mod kafka_access;
 #[path = "integration/kafka_faults.rs"]
 mod kafka_faults;
+#[path = "integration/kms.rs"]
+mod kms;
 #[path = "integration/monitoring.rs"]
 mod monitoring;
 #[path = "integration/names.rs"]
