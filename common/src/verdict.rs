@@ -59,9 +59,15 @@ pub const fn guard_passes(class: Option<Class>, host_netns: bool) -> bool {
     matches!(verdict(Target::ApiServer, class, false, host_netns), Verdict::Pass | Verdict::PassObserved)
 }
 
+/// Whether a task may make packet sockets, where the kernel asks: nobody may whom a guard must stop and an interface may not be
+/// guarded yet. Where nobody can have said what a task is, it is the host's.
+pub const fn packet_sockets_pass(class: Option<Class>) -> bool {
+    guard_passes(class, true)
+}
+
 #[cfg(test)]
 mod tests {
-    use super::{Target, Verdict, guard_passes, verdict};
+    use super::{Target, Verdict, guard_passes, packet_sockets_pass, verdict};
     use crate::kernel::Class;
 
     const CLASSES: [Option<Class>; 6] = [
@@ -94,6 +100,13 @@ mod tests {
             assert_eq!(all(Target::ApiServer, class), api_server, "{class:?}");
             assert_eq!(all(Target::Kubelet, class), kubelet.unwrap_or(api_server), "{class:?}");
         }
+    }
+
+    #[test]
+    fn packet_sockets_are_for_the_host_and_for_pods_that_are_known_and_not_enrolled() {
+        let passing = CLASSES.into_iter().filter(|class| packet_sockets_pass(*class));
+        let expected = [None, Some(Class::Agent), Some(Class::Unselected), Some(Class::Observed)];
+        assert!(passing.eq(expected));
     }
 
     #[test]

@@ -1,9 +1,16 @@
-//! What a kernel with BPF LSM adds: enrolled pods make no packet sockets and do not call bpf(2), whatever privilege they have.
-//! Elsewhere the guards at interfaces stand alone; nothing here is relied upon. Never a connect hook: TCP fast open passes it by.
+//! What a kernel with BPF LSM adds: pods that are enrolled, or that nobody has said anything of yet, make no packet sockets, and
+//! enrolled ones do not call bpf(2), whatever privilege they have. Elsewhere the guards at interfaces stand alone, and a pod that
+//! starts while no agent runs has none yet. Never a connect hook: TCP fast open passes it by.
 
-use weir_common::kernel::{Class, NoticeKind};
+use weir_common::{
+    kernel::{Class, NoticeKind},
+    verdict::packet_sockets_pass,
+};
 
-use crate::{class, socket::NO_ENDPOINT};
+use crate::{
+    class::{self, Classified},
+    socket::NO_ENDPOINT,
+};
 
 /// `EPERM`.
 const EPERM: i32 = 1;
@@ -15,26 +22,32 @@ const XDP: u32 = 44;
 /// `socket_create`.
 #[inline(always)]
 pub(crate) fn socket_created(family: u32) -> i32 {
-    if family == PACKET || family == XDP {
-        refuse_enrolled(NoticeKind::PacketSocketRefused, family)
-    } else {
-        0
+    if family != PACKET && family != XDP {
+        return 0;
     }
+    let cgroup = class::own();
+    let nearest = class::nearest(cgroup);
+    // A number that no class has is a class of a newer agent: unknown.
+    let class = Class::from_number(nearest.entry.class);
+    if (class.is_some() || nearest.id == 0) && packet_sockets_pass(class) {
+        return 0;
+    }
+    refuse(NoticeKind::PacketSocketRefused, family, cgroup, &nearest)
 }
 
-/// `bpf`.
+/// `bpf`. Who is not known yet may: agents are among them, of Weir and of network plug-ins.
 #[inline(always)]
 pub(crate) fn bpf_called(command: u32) -> i32 {
-    refuse_enrolled(NoticeKind::BpfRefused, command)
-}
-
-#[inline(always)]
-fn refuse_enrolled(kind: NoticeKind, what: u32) -> i32 {
     let cgroup = class::own();
     let nearest = class::nearest(cgroup);
     if nearest.entry.class != Class::Enrolled as u32 {
         return 0;
     }
+    refuse(NoticeKind::BpfRefused, command, cgroup, &nearest)
+}
+
+#[inline(always)]
+fn refuse(kind: NoticeKind, what: u32, cgroup: u64, nearest: &Classified) -> i32 {
     // These hooks know no socket yet, and so no network namespace.
     class::report(kind, what, &class::record(NO_ENDPOINT, 0, (cgroup, nearest.id), 0, class::now()));
     -EPERM

@@ -156,10 +156,11 @@ fn lsm(modules: &str, lockdown: &str) -> Check {
         (false, true) => format!("{modules}, with lockdown"),
         (false, false) => format!("not among {modules}"),
     };
-    let mend = "boot with bpf in lsm=… and without lockdown, so that enrolled pods make no packet sockets and do not call bpf(2); without \
-                it a privileged pod can detach the programs (the agent attaches them again within a second, and says so), and one with \
-                NET_RAW on the host's network can send frames: keep privileged, hostPath and hostNetwork out of enrolled namespaces, and \
-                give their service accounts no rights of their own";
+    let mend = "boot with bpf in lsm=… and without lockdown, so that pods that are enrolled or not known yet make no packet sockets, and \
+                enrolled ones do not call bpf(2); without it a privileged pod can detach the programs (the agent attaches them again within \
+                a second, and says so), and one with NET_RAW can send frames if it is on the host's network or starts while no agent runs: \
+                keep NET_RAW, privileged, hostPath and hostNetwork out of enrolled namespaces, give their service accounts no rights of \
+                their own, and have containerd 2.2 start no container of theirs without the agent (SECURITY.md)";
     Check::bad(name, Need::Should, found, mend)
 }
 

@@ -23,6 +23,7 @@ use super::{
     loader::{Kernel, Pinning},
     pod::KUBEPODS_ROOTS,
     run::InterceptionError,
+    security::{PACKET_SOCKETS_DENIED, Security},
     stored_set::StoredSet,
 };
 use crate::config::EndpointName;
@@ -140,6 +141,13 @@ fn put_in_force(options: &Options, own_cgroup: Option<u64>) -> Result<InForce, I
     }
     kernel.attach_missing(&mount)?;
     tree.roots.iter().try_for_each(|(root, _)| kernel.attach_listening(root))?;
+    // No interface of a pod that comes before the agent is guarded: where the kernel can, it sends no frames either.
+    match kernel.attach_missing_security()? {
+        Security::InForce => tracing::info!("{PACKET_SOCKETS_DENIED}"),
+        Security::Absent(reason) => {
+            tracing::info!(reason, "without BPF LSM; pods that come before the agent can send frames");
+        }
+    }
     tracing::info!(cgroup = %mount.display(), "in force at the root of the tree");
     Ok(InForce { kernel, mount, own_cgroup, stored })
 }

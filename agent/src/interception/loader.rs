@@ -243,6 +243,14 @@ impl Kernel {
         Ok(attach::lock(&self.attached).attach_security()?)
     }
 
+    /// The same, but what is pinned already stays, whoever has loaded it.
+    ///
+    /// # Errors
+    /// As [`Self::attach_security`].
+    pub(super) fn attach_missing_security(&self) -> Result<Security, KernelError> {
+        Ok(attach::lock(&self.attached).attach_missing_security()?)
+    }
+
     /// Asks the kernel whether everything is attached as this process has attached it, and attaches what someone has
     /// detached. Returns what that was, and the programs of others beside ours.
     ///

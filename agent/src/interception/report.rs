@@ -136,7 +136,9 @@ fn record(
             recorder.connection_refused(None, Some(caller), &reason);
             return;
         }
-        NoticeKind::PacketSocketRefused => "refused by the kernel: an enrolled pod makes no packet sockets",
+        NoticeKind::PacketSocketRefused => {
+            "refused by the kernel: no packet sockets for a pod that is enrolled, or not known yet"
+        }
         NoticeKind::AnswerRefused => {
             "kept from the pod: an answer of a name server about a configured host name that cannot be read, or tells too many new addresses; or one of more than are read for one pod"
         }

@@ -38,7 +38,7 @@ use super::{
     observed::Observed,
     pod_lookup::NamedPod,
     resolution::Resolution,
-    security::Security,
+    security::{PACKET_SOCKETS_DENIED, Security},
     stored_set,
     succession::Succession,
     told,
@@ -215,7 +215,7 @@ pub async fn run(
 fn attach(kernel: &Kernel, mount: &Path) -> Result<(), KernelError> {
     kernel.attach(mount)?;
     match kernel.attach_security()? {
-        Security::InForce => tracing::info!("enrolled pods make no packet sockets and do not call bpf(2)"),
+        Security::InForce => tracing::info!("{PACKET_SOCKETS_DENIED}"),
         Security::Absent(reason) => {
             tracing::info!(reason, "without BPF LSM; the guards at interfaces stand alone");
         }

@@ -1,4 +1,5 @@
-//! The programs that a kernel with BPF LSM takes beside the guards: enrolled pods make no packet sockets and do not call bpf(2).
+//! The programs that a kernel with BPF LSM takes beside the guards: pods that are enrolled, or not known yet, make no packet
+//! sockets, and enrolled ones do not call bpf(2).
 //!
 //! They only add. A kernel without BPF LSM would load them and never call them, so it is asked first.
 
@@ -20,6 +21,10 @@ use crate::doctor;
 const MODULES: &str = "/sys/kernel/security/lsm";
 /// How the pins of these programs begin.
 pub(super) const PIN: &str = "lsm-";
+
+/// What they do, in words.
+pub(super) const PACKET_SOCKETS_DENIED: &str =
+    "pods that are enrolled or not known yet make no packet sockets, and enrolled ones do not call bpf(2)";
 
 /// Whether they are in force.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -69,6 +74,15 @@ impl Attached {
         }
         self.security = true;
         Ok(Security::InForce)
+    }
+
+    /// The same, but pinned ones of whoever came before stay: they decide by the same maps.
+    pub(super) fn attach_missing_security(&mut self) -> Result<Security, AttachError> {
+        let is_there = |pins: &PathBuf| programs::LSM.iter().all(|(name, _)| pin_path(pins, name).exists());
+        if self.pins.as_ref().is_some_and(is_there) {
+            return Ok(Security::InForce);
+        }
+        self.attach_security()
     }
 
     /// Attaches them again if someone has removed a pin of theirs.

@@ -85,6 +85,11 @@ impl Drop for Node {
     }
 }
 
+/// Whether this kernel is known to have BPF LSM.
+fn asks_bpf() -> bool {
+    std::env::var_os("WEIR_TEST_BPF_LSM").is_some()
+}
+
 fn tcp(cgroup: &Path, netns: Option<&OwnNetns>, address: SocketAddr) -> Result<(), nix::Error> {
     dial(cgroup, netns, Dial::Tcp(address)).map(|_| ())
 }
@@ -108,6 +113,15 @@ fn with_the_guard_alone_pods_of_every_kind_are_denied_and_the_host_passes() {
     }
     assert_eq!(tcp(&system.0, None, local), Ok(()));
     assert_eq!(tcp(&system.0, Some(&netns), API4), Err(REFUSED), "no pod's cgroup, but no host's network");
+    // No interface of a pod is guarded yet: where the kernel can, it makes no packet sockets.
+    let packet = |cgroup: &OwnCgroup| dial(&cgroup.0, Some(&netns), Dial::Packet).map(|_| ());
+    let expected = if asks_bpf() { Err(nix::Error::EPERM) } else { Ok(()) };
+    // Twice: the next guard leaves in force what there is.
+    for _ in 0..2 {
+        assert_eq!(packet(&node.below("kubepods/late")), expected);
+        assert_eq!(packet(&system), Ok(()), "a process of the host");
+        node.guard(None);
+    }
 }
 
 #[test]
@@ -134,7 +148,8 @@ fn the_guard_changes_nothing_that_is_in_force() {
     assert!(link.exists());
     assert!(!node.root.0.join("kubepods.slice").exists(), "the root of pods is there already");
     let links = pinned_state(&node.pins()).unwrap().unwrap().links;
-    let expected = programs::GUARD_AND_HOOKS.len() + programs::LISTENING.len();
+    let security = if asks_bpf() { programs::LSM.len() } else { 0 };
+    let expected = programs::GUARD_AND_HOOKS.len() + programs::LISTENING.len() + security;
     assert_eq!(links.len(), expected, "{links:?}");
     drop(pod);
 }

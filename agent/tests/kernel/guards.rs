@@ -56,7 +56,7 @@ impl Scene {
 }
 
 #[test]
-fn what_bpf_lsm_adds_is_in_force_for_enrolled_pods_alone_and_said_to_be_absent_where_it_is() {
+fn what_bpf_lsm_adds_is_in_force_for_enrolled_and_unknown_pods_and_said_to_be_absent_where_it_is() {
     let Some(scene) = Scene::new("security") else { return };
     let ways = [Dial::Packet, Dial::Bpf];
     let refused = match scene.kernel.attach_security().unwrap() {
@@ -67,10 +67,13 @@ fn what_bpf_lsm_adds_is_in_force_for_enrolled_pods_alone_and_said_to_be_absent_w
             Ok(())
         }
     };
-    for class in [Class::Unselected, Class::Observed, Class::Enrolled, Class::Unselected] {
+    assert_eq!(ways.map(|way| scene.dial(way)), [Ok(()); 2], "a process of the host");
+    for class in [Class::Unselected, Class::Observed, Class::Enrolled, Class::Container, Class::Unselected] {
         scene.classify(class, None);
-        let expected = if class == Class::Enrolled { refused } else { Ok(()) };
-        assert_eq!(ways.map(|way| scene.dial(way)), [expected; 2], "{class:?}");
+        let packet = if matches!(class, Class::Enrolled | Class::Container) { refused } else { Ok(()) };
+        // An agent is not known before it has made itself known.
+        let bpf = if class == Class::Enrolled { refused } else { Ok(()) };
+        assert_eq!(ways.map(|way| scene.dial(way)), [packet, bpf], "{class:?}");
     }
 }
 

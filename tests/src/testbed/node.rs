@@ -277,6 +277,9 @@ path = "{folder}/opt"
 socket_path = "{folder}/state/nri.sock"
 plugin_path = "{folder}/nri"
 plugin_config_path = "{folder}/nri"
+# Refuses containers whose pods name a plugin that is not there; others are as before.
+[plugins."io.containerd.nri.v1.nri".default_validator]
+enable = true
 
 [plugins."io.containerd.cri.v1.images"]
 snapshotter = "overlayfs"

@@ -269,8 +269,55 @@ fn pods_start_and_are_denied_while_the_agent_is_stopped_or_killed() {
     println!("{}", Starts::of(&monitored).since(&before).check("after the agent was stopped", 1, &agent));
 
     agent.crash().unwrap();
+    let waiting = Waiting::new(&scene, "it-unasked");
     let killed = refused("killed");
+    waiting.wait_until_refused();
     let next = AgentProcess::start(agent.config(), &scene.scratch.path().join("next.log")).unwrap();
     served(&killed, &|| next.last_lines());
     served(&stopped, &|| next.last_lines());
+    waiting.wait_until_served(&next);
+}
+
+/// A pod that says that no container of it starts without the agent, and whose first instruction is a call.
+struct Waiting<'a> {
+    scene: &'a Scene,
+    namespace: &'a str,
+}
+
+impl<'a> Waiting<'a> {
+    const NAME: &'static str = "waiting";
+
+    fn new(scene: &'a Scene, namespace: &'a str) -> Self {
+        let script = "exec kubectl get namespace default -o name";
+        let mut manifest = PodSpec { script, ..PodSpec::idle(namespace, Self::NAME) }.manifest();
+        manifest["metadata"]["annotations"] = json!({"required-plugins.noderesource.dev": "[weir]"});
+        scene.testbed.apply(&manifest.to_string()).unwrap();
+        Self { scene, namespace }
+    }
+
+    fn get(&self, words: &[&str]) -> anyhow::Result<String> {
+        self.scene.testbed.kubectl(&[&["get", "-n", self.namespace][..], words].concat())
+    }
+
+    /// The runtime makes no container, and so nothing of the pod runs.
+    fn wait_until_refused(&self) {
+        let of_it = format!("involvedObject.name={}", Self::NAME);
+        wait_until("the runtime to make no container", DEADLINE, || {
+            let events = self.get(&["events", "--field-selector", &of_it, "-o", "yaml"])?;
+            Ok(events.contains("not present").then_some(()))
+        })
+        .unwrap();
+        let started = self.get(&["pod", Self::NAME, "-o", "jsonpath={.status.containerStatuses[*].started}"]);
+        assert_eq!(started.unwrap(), "false");
+    }
+
+    /// It comes by itself, and its first call is answered.
+    fn wait_until_served(&self, agent: &AgentProcess) {
+        wait_until("the pod that waited to be served", DEADLINE, || {
+            let phase = self.get(&["pod", Self::NAME, "-o", "jsonpath={.status.phase}"])?;
+            assert_ne!(phase, "Failed", "{}", agent.last_lines());
+            Ok((phase == "Succeeded").then_some(()))
+        })
+        .unwrap();
+    }
 }
