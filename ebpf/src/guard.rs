@@ -123,7 +123,10 @@ pub(crate) fn egress(skb: *mut __sk_buff) -> i32 {
         Some(state) => class::in_host_netns(class::settings(), state.flow.netns),
         None => true,
     };
-    if !host_netns && socket::is_loopback(socket::words(original.address)) {
+    let to = socket::words(original.address);
+    // Without an address at all it may go anywhere.
+    let hidden = to == socket::words(socket::NO_ENDPOINT.address);
+    if !host_netns && !hidden && socket::is_loopback(to) {
         // The loopback address of a pod's own network namespace is no server of the node.
         return PROCEED;
     }

@@ -25,6 +25,8 @@ use weir_tests::{
 mod api_server_faults;
 #[path = "integration/approver.rs"]
 mod approver;
+#[path = "integration/before.rs"]
+mod before;
 #[path = "integration/broker_faults.rs"]
 mod broker_faults;
 #[path = "integration/bundle.rs"]
@@ -89,6 +91,8 @@ mod nested;
 mod nri;
 #[path = "integration/own_pod.rs"]
 mod own_pod;
+#[path = "integration/places.rs"]
+mod places;
 #[path = "integration/pod_kinds.rs"]
 mod pod_kinds;
 #[path = "integration/projections.rs"]

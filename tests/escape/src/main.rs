@@ -4,8 +4,11 @@
 //! Static, so that it runs in any container. `--cgroup`, `--netns` and `--late` put it where only a privileged process
 //! can put itself: into a cgroup, into a process's network namespace, and there only after its socket is made; with `--born` it
 //! is cloned into the cgroup, and what it tries is its first instruction. `--relay` has a connection carry standard input
-//! and output, behind the line `connected`; `--via` names the machine that unwraps packets, `--from` whom they are from.
+//! and output, behind the line `connected`; `--via` names the machine that unwraps packets, `--from` whom they are from,
+//! `--station` the one that IPv6 packets are routed to first. `before` makes the sockets of several ways at once, and uses them later.
 
+mod again;
+mod before;
 mod born;
 mod forge;
 mod packet;
@@ -35,12 +38,15 @@ fn main() -> ExitCode {
             "--relay" => place.relay = true,
             "--from" => place.from = rest.next().and_then(|from| from.parse().ok()),
             "--via" => place.via = rest.next().and_then(|via| via.parse().ok()),
+            "--station" => place.station = rest.next().and_then(|station| station.parse().ok()),
             word => words.push(word.to_owned()),
         }
     }
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
-    if let ["watch", interface, network] = words[..] {
-        return watch::run(interface, network);
+    match words[..] {
+        ["watch", interface, network] => return watch::run(interface, network),
+        ["before", ..] => return before::run(&words[1..]),
+        _ => {}
     }
     let is_to_try = if is_born { born::clone_into(&mut place) } else { Ok(true) };
     let outcome = match is_to_try {
@@ -49,15 +55,23 @@ fn main() -> ExitCode {
         Ok(false) => Ok(sockets::ENDED),
         Err(errno) => Err(errno),
     };
-    match outcome {
-        // What it carried is the last that it says.
-        Ok(sockets::ENDED) => {}
-        Ok(word) => println!("{word}"),
-        Err(nix::Error::ETIMEDOUT | nix::Error::EINPROGRESS | nix::Error::EAGAIN) => println!("timedOut"),
-        Err(nix::Error::ECONNREFUSED) => println!("refused"),
-        Err(errno) => println!("failed {errno:?}"),
+    if let Some(words) = said(outcome) {
+        println!("{words}");
     }
     ExitCode::SUCCESS
+}
+
+/// An outcome in words; none of a connection whose last words were what it carried.
+fn said(outcome: Outcome) -> Option<String> {
+    match outcome {
+        Ok(sockets::ENDED) => None,
+        Ok(word) => Some(word.to_owned()),
+        Err(nix::Error::ETIMEDOUT | nix::Error::EINPROGRESS | nix::Error::EAGAIN) => {
+            Some("timedOut".to_owned())
+        }
+        Err(nix::Error::ECONNREFUSED) => Some("refused".to_owned()),
+        Err(errno) => Some(format!("failed {errno:?}")),
+    }
 }
 
 fn act(words: &[&str], place: &sockets::Place) -> Outcome {
@@ -78,7 +92,9 @@ fn act(words: &[&str], place: &sockets::Place) -> Outcome {
 
 fn attempt(way: &str, target: std::net::SocketAddrV4, place: &sockets::Place) -> Outcome {
     match way {
-        "raw" | "raw-protocol" | "raw-fragment" | "raw-gre" => packet::raw(way, target, place),
+        "raw" | "raw-protocol" | "raw-connected" | "raw-fragment" | "raw-gre" => {
+            packet::raw(way, target, place)
+        }
         "frame" | "frame-fragment" | "frame-fragments" | "frame-vlan" | "frame-double-vlan"
         | "frame-vxlan" => packet::frame(way, target, place),
         "udp-vxlan" => packet::wrapped(target, place),

@@ -6,7 +6,7 @@ use std::{
     os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
 };
 
-use nix::sys::socket::{MsgFlags, SockaddrStorage, sendto};
+use nix::sys::socket::{MsgFlags, SockaddrStorage, connect, sendto};
 
 use crate::{Outcome, sockets::Place};
 
@@ -28,13 +28,19 @@ pub(crate) fn raw(way: &str, target: SocketAddrV4, place: &Place) -> Outcome {
     let to = SockaddrStorage::from(SocketAddr::V4(target));
     let own = own_address()?;
     let (protocol, bytes) = match way {
-        "raw-protocol" => (libc::IPPROTO_TCP, segment(own, target, &[])),
+        "raw-protocol" | "raw-connected" => (libc::IPPROTO_TCP, segment(own, target, &[])),
         "raw-fragment" => (libc::IPPROTO_RAW, ip(target, own, 6, LATER)),
         "raw-gre" => (libc::IPPROTO_RAW, ip(target, own, 47, 0)),
         _ => (libc::IPPROTO_RAW, ip(target, own, 6, 0)),
     };
     let socket = socket(libc::AF_INET, libc::SOCK_RAW, protocol)?;
-    sendto(socket.as_raw_fd(), &bytes, &to, MsgFlags::empty())?;
+    place.made();
+    if way == "raw-connected" {
+        connect(socket.as_raw_fd(), &to)?;
+        nix::unistd::write(&socket, &bytes)?;
+    } else {
+        sendto(socket.as_raw_fd(), &bytes, &to, MsgFlags::empty())?;
+    }
     Ok("sent")
 }
 
@@ -74,8 +80,10 @@ pub(crate) fn frame(way: &str, target: SocketAddrV4, place: &Place) -> Outcome {
         }
         _ => vec![ip(target, own, 6, 0)],
     };
+    let socket = frame_socket(ETHERTYPE_IPV4)?;
+    place.made();
     for packet in packets {
-        send_frame(&[&header[..], &packet].concat(), ETHERTYPE_IPV4)?;
+        send_frame(&socket, &[&header[..], &packet].concat(), ETHERTYPE_IPV4)?;
     }
     Ok("sent")
 }
@@ -101,9 +109,13 @@ fn vxlan(target: SocketAddrV4, own: Ipv4Addr) -> Vec<u8> {
     bytes
 }
 
+/// For frames of a kind.
+pub(crate) fn frame_socket(protocol: u16) -> nix::Result<OwnedFd> {
+    socket(libc::AF_PACKET, libc::SOCK_RAW, i32::from(protocol.to_be()))
+}
+
 /// Sends a frame over the pod's interface.
-pub(crate) fn send_frame(frame: &[u8], protocol: u16) -> Outcome {
-    let socket = socket(libc::AF_PACKET, libc::SOCK_RAW, i32::from(protocol.to_be()))?;
+pub(crate) fn send_frame(socket: &OwnedFd, frame: &[u8], protocol: u16) -> nix::Result<()> {
     let index = nix::net::if_::if_nametoindex(INTERFACE)?;
     let to = libc::sockaddr_ll {
         sll_family: libc::AF_PACKET as u16,
@@ -125,7 +137,7 @@ pub(crate) fn send_frame(frame: &[u8], protocol: u16) -> Outcome {
             size_of::<libc::sockaddr_ll>() as libc::socklen_t,
         )
     };
-    if sent < 0 { Err(nix::Error::last()) } else { Ok("sent") }
+    nix::Error::result(sent).map(drop)
 }
 
 pub(crate) fn socket(family: i32, kind: i32, protocol: i32) -> nix::Result<OwnedFd> {
@@ -204,7 +216,7 @@ fn hardware_address(text: &str) -> nix::Result<Vec<u8>> {
 /// The address that this machine would send from.
 fn own_address() -> nix::Result<Ipv4Addr> {
     let socket = UdpSocket::bind("0.0.0.0:0").map_err(|_| nix::Error::ENETUNREACH)?;
-    socket.connect("192.0.2.1:9").map_err(|_| nix::Error::ENETUNREACH)?;
+    socket.connect("198.51.100.1:9").map_err(|_| nix::Error::ENETUNREACH)?;
     match socket.local_addr().map(|address| address.ip()) {
         Ok(std::net::IpAddr::V4(address)) => Ok(address),
         _ => Err(nix::Error::ENETUNREACH),
@@ -216,7 +228,7 @@ fn gateway_hardware_address() -> nix::Result<Vec<u8>> {
     let socket = UdpSocket::bind("0.0.0.0:0").map_err(|_| nix::Error::ENETUNREACH)?;
     let deadline = std::time::Instant::now() + crate::TIMEOUT;
     loop {
-        let _ = socket.send_to(b"x", "192.0.2.1:9");
+        let _ = socket.send_to(b"x", "198.51.100.1:9");
         // IP address, type, flags, hardware address, …
         for line in read("/proc/net/arp")?.lines().skip(1) {
             let address = line.split_whitespace().nth(3).unwrap_or_default();

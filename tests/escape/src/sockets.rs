@@ -3,8 +3,9 @@
 use std::{
     fs::File,
     io::{Read as _, Write as _},
-    net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream},
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, TcpStream},
     os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd},
+    sync::Arc,
     thread,
 };
 
@@ -21,7 +22,7 @@ use nix::{
     },
 };
 
-use crate::{Outcome, TIMEOUT};
+use crate::{Outcome, TIMEOUT, again, before::Gate};
 
 /// `TCP_FASTOPEN_CONNECT`, linux/tcp.h.
 const TCP_FASTOPEN_CONNECT: libc::c_int = 30;
@@ -46,8 +47,12 @@ pub(crate) struct Place {
     pub(crate) late: bool,
     /// What is connected then carries standard input and output, so that more can be seen of it than that it is connected.
     pub(crate) relay: bool,
+    /// What is made waits here until it is used.
+    pub(crate) gate: Option<Arc<Gate>>,
     /// The machine that takes packets out of their wrapping.
     pub(crate) via: Option<Ipv4Addr>,
+    /// The machine that a routing header sends packets to first.
+    pub(crate) station: Option<Ipv6Addr>,
     /// Whom the packet in the wrapping is from; else this machine.
     pub(crate) from: Option<Ipv4Addr>,
 }
@@ -60,6 +65,13 @@ impl Place {
             setns(&file, CloneFlags::CLONE_NEWNET)?;
         }
         if self.late { Ok(()) } else { self.enter_cgroup() }
+    }
+
+    /// Says that the socket is made.
+    pub(crate) fn made(&self) {
+        if let Some(gate) = &self.gate {
+            gate.wait();
+        }
     }
 
     /// What goes with a connection at once, where that is possible.
@@ -127,15 +139,18 @@ pub(crate) fn attempt(way: &str, target: SocketAddrV4, place: &Place) -> Outcome
         "sctp" => (libc::AF_INET, libc::SOCK_STREAM, libc::IPPROTO_SCTP),
         "dccp" => (libc::AF_INET, libc::SOCK_DCCP, libc::IPPROTO_DCCP),
         "mapped" => (libc::AF_INET6, libc::SOCK_STREAM, 0),
-        "udp" | "udp-sendto" | "udp-mapped-sendto" => {
-            let family = if way == "udp-mapped-sendto" { libc::AF_INET6 } else { libc::AF_INET };
-            (family, libc::SOCK_DGRAM, 0)
-        }
+        "udp-mapped-sendto" | "udp6-connect4" | "udp6-sendto4" => (libc::AF_INET6, libc::SOCK_DGRAM, 0),
+        "udplite" => (libc::AF_INET, libc::SOCK_DGRAM, libc::IPPROTO_UDPLITE),
+        _ if way.starts_with("udp") => (libc::AF_INET, libc::SOCK_DGRAM, 0),
         _ => (libc::AF_INET, libc::SOCK_STREAM, 0),
     };
     let socket = new_socket(family, kind, protocol)?;
     if place.late {
         place.enter_cgroup()?;
+    }
+    if way.starts_with("udp6") {
+        place.made();
+        return again::other_family(way, &socket, target);
     }
     let to = if family == libc::AF_INET6 {
         SocketAddr::new(target.ip().to_ipv6_mapped().into(), target.port())
@@ -147,6 +162,19 @@ pub(crate) fn attempt(way: &str, target: SocketAddrV4, place: &Place) -> Outcome
 
 /// What is done with a socket that is there.
 pub(crate) fn through(way: &str, socket: OwnedFd, to: SocketAddr, place: &Place) -> Outcome {
+    if way == "udp-before" {
+        connect(socket.as_raw_fd(), &SockaddrStorage::from(to))?;
+    }
+    place.made();
+    match way {
+        "unspec" | "unspec-after" | "unspec-pending" | "unspec-accepted" => {
+            return again::stream(way, socket, to, place);
+        }
+        "udp-unspec" | "udp-unspec-sendto" | "udp-unspec-address" | "udp-connected-sendto" => {
+            return again::datagram(way, &socket, to);
+        }
+        _ => {}
+    }
     let first = if way.starts_with("fastopen") { place.first_bytes()? } else { Vec::new() };
     match connect_by(way, &socket, to, &first)? {
         "connected" => place.connected(socket.into()),
@@ -180,20 +208,18 @@ fn connect_by(way: &str, socket: &OwnedFd, to: SocketAddr, first: &[u8]) -> Outc
             sendto(fd, b"x", &address, MsgFlags::empty())?;
             return Ok("sent");
         }
-        "udp" => {
+        "udp" | "udplite" => {
             connect(fd, &address)?;
+            nix::unistd::write(socket, b"x")?;
+            return Ok("sent");
+        }
+        // Connected when it was made.
+        "udp-before" => {
             nix::unistd::write(socket, b"x")?;
             return Ok("sent");
         }
         "nonblocking" => return non_blocking(socket, &address),
         "io-uring" => return io_uring(socket, &address),
-        "unspec" | "elsewhere" => {
-            // First to a server of our own, then away from it.
-            let own = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).map_err(|_| nix::Error::EADDRINUSE)?;
-            let own = own.local_addr().map_err(|_| nix::Error::EADDRINUSE)?;
-            connect(fd, &SockaddrStorage::from(own))?;
-            disconnect(fd)?;
-        }
         _ => {}
     }
     connect_timed(socket, &address)?;
@@ -210,7 +236,7 @@ fn timeout(socket: &OwnedFd) -> nix::Result<()> {
     setsockopt(socket, SendTimeout, &TimeVal::milliseconds(TIMEOUT.as_millis() as i64))
 }
 
-fn connect_timed(socket: &OwnedFd, address: &SockaddrStorage) -> nix::Result<()> {
+pub(crate) fn connect_timed(socket: &OwnedFd, address: &SockaddrStorage) -> nix::Result<()> {
     timeout(socket)?;
     connect(socket.as_raw_fd(), address)
 }
@@ -233,7 +259,7 @@ fn io_uring(socket: &OwnedFd, address: &SockaddrStorage) -> Outcome {
     }
 }
 
-fn non_blocking(socket: &OwnedFd, address: &SockaddrStorage) -> Outcome {
+pub(crate) fn non_blocking(socket: &OwnedFd, address: &SockaddrStorage) -> Outcome {
     use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
     use std::os::fd::AsFd as _;
     nix::fcntl::fcntl(socket, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK))?;
@@ -328,14 +354,5 @@ fn set_option(fd: RawFd, level: i32, name: i32, value: &[u8]) -> nix::Result<()>
     // SAFETY: the value and its length are given, and the call keeps no pointer.
     let result =
         unsafe { libc::setsockopt(fd, level, name, value.as_ptr().cast(), value.len() as libc::socklen_t) };
-    nix::Error::result(result).map(drop)
-}
-
-/// Connects to `AF_UNSPEC`.
-fn disconnect(fd: RawFd) -> nix::Result<()> {
-    let unspecified = libc::sockaddr { sa_family: libc::AF_UNSPEC as libc::sa_family_t, sa_data: [0; 14] };
-    // SAFETY: the address is valid and its size is given.
-    let result =
-        unsafe { libc::connect(fd, &raw const unspecified, size_of::<libc::sockaddr>() as libc::socklen_t) };
     nix::Error::result(result).map(drop)
 }

@@ -11,7 +11,7 @@ use nix::sys::socket::{
 
 use crate::{
     Outcome,
-    packet::{ETHERTYPE_VLAN, checksum, own_hardware_address, send_frame, socket, syn},
+    packet::{ETHERTYPE_VLAN, checksum, frame_socket, own_hardware_address, send_frame, socket, syn},
     sockets::{Place, through},
 };
 
@@ -19,6 +19,15 @@ const ETHERTYPE_IPV6: u16 = 0x86dd;
 /// A fragment but the last has a multiple of eight bytes, and the first the whole TCP header, or it is dropped on the way
 /// (RFC 7112).
 const FIRST_BYTES: usize = 24;
+/// Offset and flag of a later fragment of which no earlier one comes.
+const LATER: u16 = 1480;
+/// Headers by number, and one with a padding option alone that TCP follows.
+const TCP: u8 = 6;
+const HOP_BY_HOP: u8 = 0;
+const ROUTING: u8 = 43;
+const FRAGMENT: u8 = 44;
+const DESTINATION_OPTIONS: u8 = 60;
+const NO_OPTIONS: [u8; 8] = [TCP, 0, 1, 4, 0, 0, 0, 0];
 /// Everybody on the link: whose the address is need not be known.
 const BROADCAST: [u8; 6] = [0xff; 6];
 
@@ -26,8 +35,8 @@ pub(crate) fn attempt(way: &str, target: SocketAddrV6, place: &Place) -> Outcome
     place.enter()?;
     let to = SocketAddr::V6(target);
     match way {
-        "raw" | "raw-protocol" => raw(way, target),
-        "frame" | "frame-vlan" | "frame-fragments" => frame(way, target),
+        _ if way.starts_with("raw") => raw(way, target, place),
+        _ if way.starts_with("frame") => frame(way, target, place),
         "steal" => {
             let socket = socket(libc::AF_INET6, libc::SOCK_STREAM, 0)?;
             setsockopt(&socket, ReusePort, &true)?;
@@ -44,20 +53,24 @@ pub(crate) fn attempt(way: &str, target: SocketAddrV6, place: &Place) -> Outcome
 }
 
 /// Sends a packet over a raw socket: the kernel writes its IP header, or we do.
-fn raw(way: &str, target: SocketAddrV6) -> Outcome {
-    // A raw socket's port is its protocol, and no other (raw(7)).
-    let to = SockaddrStorage::from(SocketAddr::from((*target.ip(), 0)));
-    let (protocol, bytes) = match way {
-        "raw-protocol" => (libc::IPPROTO_TCP, segment(own_address(target)?, target, &[])),
-        _ => (libc::IPPROTO_RAW, ip(target)?),
+fn raw(way: &str, target: SocketAddrV6, place: &Place) -> Outcome {
+    let (protocol, packets) = match way {
+        "raw-protocol" => (libc::IPPROTO_TCP, vec![segment(own_address(target)?, target, &[])]),
+        _ => (libc::IPPROTO_RAW, packets(way, target, place)?),
     };
+    // A raw socket's port is its protocol, and no other (raw(7)).
+    let next = if way.ends_with("routing") { station(place)? } else { *target.ip() };
+    let to = SockaddrStorage::from(SocketAddr::from((next, 0)));
     let socket = socket(libc::AF_INET6, libc::SOCK_RAW, protocol)?;
-    sendto(socket.as_raw_fd(), &bytes, &to, MsgFlags::empty())?;
+    place.made();
+    for bytes in packets {
+        sendto(socket.as_raw_fd(), &bytes, &to, MsgFlags::empty())?;
+    }
     Ok("sent")
 }
 
-/// Sends a frame, or the two of a packet in fragments, over a packet socket.
-fn frame(way: &str, target: SocketAddrV6) -> Outcome {
+/// Sends a packet over a packet socket, in as many frames as it has fragments.
+fn frame(way: &str, target: SocketAddrV6, place: &Place) -> Outcome {
     let mut header = BROADCAST.to_vec();
     header.extend(own_hardware_address()?);
     if way == "frame-vlan" {
@@ -65,39 +78,60 @@ fn frame(way: &str, target: SocketAddrV6) -> Outcome {
         header.extend(1_u16.to_be_bytes());
     }
     header.extend(ETHERTYPE_IPV6.to_be_bytes());
-    let own = own_address(target)?;
-    let packets = if way == "frame-fragments" {
-        let segment = segment(own, target, &[0; 12]);
-        let (first, rest) = segment.split_at(FIRST_BYTES);
-        // Next header, nothing, offset (in its upper 13 bits, in units of eight) and more to come, number (RFC 8200, 4.5).
-        let part = |offset_and_more: u16, payload: &[u8]| {
-            let mut bytes = vec![6, 0];
-            bytes.extend(offset_and_more.to_be_bytes());
-            bytes.extend(std::process::id().to_be_bytes());
-            bytes.extend(payload);
-            ip_packet(own, target, 44, &bytes)
-        };
-        vec![part(1, first), part(FIRST_BYTES as u16, rest)]
-    } else {
-        vec![ip_packet(own, target, 6, &segment(own, target, &[]))]
-    };
+    let packets = packets(way, target, place)?;
+    let socket = frame_socket(ETHERTYPE_IPV6)?;
+    place.made();
     for packet in packets {
-        send_frame(&[&header[..], &packet].concat(), ETHERTYPE_IPV6)?;
+        send_frame(&socket, &[&header[..], &packet].concat(), ETHERTYPE_IPV6)?;
     }
     Ok("sent")
 }
 
-fn ip(target: SocketAddrV6) -> nix::Result<Vec<u8>> {
+/// A request for a connection, whole or in fragments, with what a way puts before it (RFC 8200, 4).
+fn packets(way: &str, target: SocketAddrV6, place: &Place) -> nix::Result<Vec<Vec<u8>>> {
     let own = own_address(target)?;
-    Ok(ip_packet(own, target, 6, &segment(own, target, &[])))
+    let plain = segment(own, target, &[]);
+    // Next header, nothing, offset (in its upper 13 bits, in units of eight) and more to come, number.
+    let part = |offset_and_more: u16, payload: &[u8]| {
+        let mut bytes = vec![TCP, 0];
+        bytes.extend(offset_and_more.to_be_bytes());
+        bytes.extend(std::process::id().to_be_bytes());
+        bytes.extend(payload);
+        ip_packet(own, *target.ip(), FRAGMENT, &bytes)
+    };
+    let kind = way.split_once('-').map_or("", |(_, kind)| kind);
+    Ok(match kind {
+        "fragments" => {
+            let segment = segment(own, target, &[0; 12]);
+            let (first, rest) = segment.split_at(FIRST_BYTES);
+            vec![part(1, first), part(FIRST_BYTES as u16, rest)]
+        }
+        "fragment" => vec![part(LATER, &plain)],
+        "hop-by-hop" | "options" => {
+            let header = if kind == "options" { DESTINATION_OPTIONS } else { HOP_BY_HOP };
+            vec![ip_packet(own, *target.ip(), header, &[&NO_OPTIONS[..], &plain].concat())]
+        }
+        // The first station's address is the one that shows (type 0).
+        "routing" => {
+            let mut header = vec![TCP, 2, 0, 1, 0, 0, 0, 0];
+            header.extend(target.ip().octets());
+            header.extend(&plain);
+            vec![ip_packet(own, station(place)?, ROUTING, &header)]
+        }
+        _ => vec![ip_packet(own, *target.ip(), TCP, &plain)],
+    })
 }
 
-fn ip_packet(own: Ipv6Addr, target: SocketAddrV6, next: u8, payload: &[u8]) -> Vec<u8> {
+fn station(place: &Place) -> nix::Result<Ipv6Addr> {
+    place.station.ok_or(nix::Error::EDESTADDRREQ)
+}
+
+fn ip_packet(own: Ipv6Addr, to: Ipv6Addr, next: u8, payload: &[u8]) -> Vec<u8> {
     let mut packet = vec![0x60, 0, 0, 0];
     packet.extend((payload.len() as u16).to_be_bytes());
     packet.extend([next, 64]);
     packet.extend(own.octets());
-    packet.extend(target.ip().octets());
+    packet.extend(to.octets());
     packet.extend(payload);
     packet
 }
