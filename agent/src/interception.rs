@@ -25,6 +25,7 @@ mod debug_log;
 mod enrolled;
 pub mod enrolment;
 pub mod flow;
+pub mod foreign;
 pub mod guard;
 pub mod handover;
 mod held_back;

@@ -11,7 +11,7 @@ use serde::Serialize;
 use crate::{
     emergency::{self, Emergency, EmergencyError},
     interception::{
-        handover,
+        foreign, handover,
         loader::{self, KernelError},
         pinned::{self, PinnedState},
         presence::Presence,
@@ -45,6 +45,9 @@ pub struct Status {
     pub agent: Presence,
     /// What somebody asked for. Whether the agent takes it up is its configuration's to say.
     pub emergency: Option<Emergency>,
+    /// Programs of others that decide where connections of pods go.
+    #[serde(rename = "foreignPrograms")]
+    pub foreign_programs: Vec<String>,
     /// What is in force.
     #[serde(flatten)]
     pub pinned: PinnedState,
@@ -62,7 +65,8 @@ pub fn read() -> Result<Status, StatusError> {
     let agent = handover::presence(Path::new(handover::STANDARD));
     let asked_for = emergency::read(Path::new(emergency::STANDARD))?;
     let emergency = asked_for.filter(|emergency| emergency.left(Duration::MAX).is_some());
-    Ok(Status { agent, emergency, pinned })
+    let foreign_programs = foreign::on_node(&folder);
+    Ok(Status { agent, emergency, foreign_programs, pinned })
 }
 
 impl fmt::Display for Status {
@@ -70,6 +74,9 @@ impl fmt::Display for Status {
         writeln!(formatter, "agent           {}", self.agent)?;
         if let Some(emergency) = &self.emergency {
             writeln!(formatter, "emergency       asked for by {}: {}", emergency.by, emergency.reason)?;
+        }
+        for program in &self.foreign_programs {
+            writeln!(formatter, "another's       program {program}")?;
         }
         write!(formatter, "{}", self.pinned)
     }

@@ -6,10 +6,11 @@ use std::{fs, path::Path};
 
 use nix::unistd::{AccessFlags, access};
 
-use super::{Check, Need};
+use super::{Check, FOUND_CHARS_MAX, Need};
 use crate::{
     interception::cgroup::find_mount,
-    interception::loader::{Kernel, Pinning},
+    interception::foreign,
+    interception::loader::{Kernel, Pinning, pin_folder},
 };
 
 /// Oldest kernel on which the kernel programs are tested.
@@ -37,6 +38,7 @@ pub fn checks(pinned: bool) -> Vec<Check> {
         capabilities(&read("/proc/self/status")),
         bpffs(&mountinfo, if pinned { Need::Must } else { Need::Should }),
         programs(),
+        others(&foreign::on_node(&pin_folder())),
         lsm(&read("/sys/kernel/security/lsm"), &read("/sys/kernel/security/lockdown")),
     ]
 }
@@ -142,6 +144,19 @@ fn programs() -> Check {
         Ok(_unloaded_at_once) => Check::good(name, Need::Must, "accepted by the verifier"),
         Err(error) => Check::failed(name, Need::Must, &error),
     }
+}
+
+/// Programs of others where those of Weir are, or before them.
+fn others(found: &[String]) -> Check {
+    let name = "programs of others";
+    if found.is_empty() {
+        return Check::good(name, Need::Should, "none decides beside Weir where connections of pods go");
+    }
+    let shown: String = found.join(", ").chars().take(FOUND_CHARS_MAX).collect();
+    let mend = "see whose they are (bpftool prog show id ID; a service mesh or a CNI has some at the root): one that runs before Weir's \
+                may refuse or rewrite what a pod dials, one that runs after them what Weir made of it. Packets to an API server are \
+                dropped all the same, but the pod is then cut off; at the cgroup of a pod only a privileged hand can attach one";
+    Check::bad(name, Need::Should, shown, mend)
 }
 
 fn lsm(modules: &str, lockdown: &str) -> Check {

@@ -2,6 +2,7 @@
 //! serves. What does not is closed and recorded. What the connection says is the proxy's matter.
 
 use std::{
+    borrow::Cow,
     net::SocketAddr,
     sync::{
         Arc,
@@ -18,7 +19,9 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{caller::Tenant, flow::Flow, listener::Listener, loader::Kernel, observed::Observed};
+use super::{
+    caller::Tenant, flow::Flow, listener::Listener, loader::Kernel, observed::Observed, pinned, pod_network,
+};
 use crate::{proxy::Accepted, recording::Recorder};
 
 /// Most connections of one listener that are between `accept` and the proxy; more wait in the kernel.
@@ -106,7 +109,7 @@ struct Arrived {
 struct Refusal {
     tenant: Arc<Tenant>,
     flow: Option<Flow>,
-    reason: &'static str,
+    reason: Cow<'static, str>,
 }
 
 async fn handle(arrived: Arrived, tenant: Arc<Tenant>, sink: Sink, refused: mpsc::Sender<Refusal>) {
@@ -117,15 +120,18 @@ async fn handle(arrived: Arrived, tenant: Arc<Tenant>, sink: Sink, refused: mpsc
         Err(_) => None,
     };
     let reason = match &flow {
-        None => Some("no flow record: dialled past the kernel's redirect"),
+        None => {
+            sink.observed.closed();
+            Some(Cow::Borrowed("no flow record: dialled past the kernel's redirect"))
+        }
         Some(flow) if flow.record.pod_cgroup != tenant.cgroup => {
-            Some("the connection's cgroup is not of the pod that the listener serves")
+            sink.observed.disagreed();
+            Some(Cow::Owned(disagreement(&sink.kernel, flow.record.pod_cgroup, &tenant)))
         }
         Some(_) => None,
     };
     if let Some(reason) = reason {
         drop(stream);
-        sink.observed.closed();
         // The accept loop takes these; at its end it takes all that are left.
         let _ = refused.send(Refusal { tenant, flow, reason }).await;
         return;
@@ -142,6 +148,19 @@ async fn handle(arrived: Arrived, tenant: Arc<Tenant>, sink: Sink, refused: mpsc
         sink.observed.proxied();
     }
     drop(permit);
+}
+
+/// Whose connection came to whose listener. The kernel sends none there; a map that somebody else has written could.
+fn disagreement(kernel: &Kernel, cgroup: u64, tenant: &Tenant) -> String {
+    let whose = match kernel.pod_name(cgroup) {
+        Some(name) => format!("the pod {} ({})", pinned::pod(&name), pinned::text(&name.uid)),
+        None => format!("no pod that is known ({cgroup})"),
+    };
+    let uid = tenant.pod.as_ref().map_or("", |pod| &pod.uid);
+    let served = pod_network::name(tenant);
+    format!(
+        "the connection's cgroup is of {whose}, and the listener serves {served} ({uid}): identities that do not agree are refused"
+    )
 }
 
 /// Bounds what refusals write to the journal: a pod must not fill it by dialling the listener in a loop.
@@ -180,7 +199,7 @@ impl Refusals {
         if admitted {
             let Refusal { tenant, flow, reason } = refusal;
             let cluster = flow.and_then(|flow| usize::try_from(flow.record.cluster).ok());
-            recorder.connection_refused(cluster, Some(&tenant.unproven(flow.as_ref())), reason);
+            recorder.connection_refused(cluster, Some(&tenant.unproven(flow.as_ref())), &reason);
         }
     }
 

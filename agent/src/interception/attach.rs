@@ -374,7 +374,8 @@ impl Attached {
         let pin = self.pin(&format!("{id}-{program}"))?;
         if attached.contains(&own) && pin.as_ref().is_none_or(|pin| pin.exists()) {
             let others = attached.iter().filter(|other| **other != own);
-            let beside = |other: &u32| (*other, format!("{other} beside {program} at {}", path.display()));
+            let kind = program.trim_start_matches("weir_");
+            let beside = |other: &u32| (*other, format!("{other} of {kind} at {}", path.display()));
             found.foreign.extend(others.map(beside));
             return Ok(());
         }

@@ -6,7 +6,7 @@
 //! vanished from its list: a verdict ends with the pod's cgroup.
 
 use std::{
-    collections::{BTreeSet, HashMap, HashSet},
+    collections::{HashMap, HashSet},
     sync::{Arc, atomic::Ordering},
     time::Duration,
 };
@@ -23,6 +23,7 @@ use super::{
     cluster_watch::{KnownPod, KnownPods},
     coverage::{Counted, Ledger},
     enrolled::{Enrolled, Outcome, Step, due, entry, tenant},
+    foreign::Foreign,
     handover::Passed,
     interface::HostEnd,
     loader::{Kernel, KernelError},
@@ -85,7 +86,7 @@ pub(super) struct Enrolment {
     /// What is said of pods that cannot be enrolled.
     troubles: Troubles,
     /// Programs of others that are reported.
-    foreign: BTreeSet<(u32, String)>,
+    foreign: Foreign,
     /// What was counted when coverage was last recorded.
     ledger: Ledger,
     coverage_recorded: Instant,
@@ -115,7 +116,7 @@ impl Enrolment {
             adopted: adopted.into_iter().map(|passed| (passed.cgroup, passed)).collect(),
             strangers: HashMap::new(),
             troubles: Troubles::default(),
-            foreign: BTreeSet::new(),
+            foreign: Foreign::default(),
             ledger: Ledger::default(),
             coverage_recorded: Instant::now(),
             quarantined: HashSet::new(),
@@ -289,16 +290,8 @@ impl Enrolment {
             );
             sink.recorder.finding(None, None, "programDetached", &message);
         }
-        let new: Vec<_> = found.foreign.difference(&self.foreign).map(|(_, place)| place.as_str()).collect();
-        if !new.is_empty() {
-            let programs = new.join(", ");
-            tracing::warn!(programs, "programs of someone else are attached");
-            let message = format!(
-                "programs of someone else (see `bpftool prog show id ID`) are attached: {programs}; they may refuse or rewrite connections before or after Weir does"
-            );
-            sink.recorder.finding(None, None, "foreignProgram", &message);
-        }
-        self.foreign = found.foreign;
+        let pods = self.pods.values().map(|pod| pod.tenant.borrow().clone());
+        self.foreign.report(found.foreign, pods, &sink.recorder);
         Ok(())
     }
 
@@ -425,7 +418,7 @@ impl Enrolment {
         );
         if former.as_ref().is_some_and(|former| former.class == Class::Enrolled) {
             tracing::warn!(pod = %name(tenant), class = ?class, "pod is no longer enrolled");
-            let message = "the pod's labels or its namespace's changed, and it is no longer enrolled: what it does from here on is not recorded";
+            let message = "the pod's labels, its namespace's or the configuration changed, and it is no longer enrolled: what it does from here on is not recorded";
             self.settings.sink.recorder.finding(
                 None,
                 Some(&tenant.unproven(None)),

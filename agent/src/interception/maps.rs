@@ -133,6 +133,11 @@ impl Kernel {
         filled(|| pods.insert(cgroup, name, 0)).map_err(|source| KernelError::Map { map: maps::PODS, source })
     }
 
+    /// The names of the pod that a cgroup is of, as far as they are noted.
+    pub(super) fn pod_name(&self, cgroup: u64) -> Option<PodName> {
+        lock(&self.pods).get(&cgroup, 0).ok()
+    }
+
     /// Puts right how many cgroups are in quarantine, should an agent's start and the command have overtaken each other.
     ///
     /// # Errors

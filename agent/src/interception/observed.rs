@@ -31,6 +31,7 @@ pub struct Observed {
     pub(super) waits: Waits,
     proxied: AtomicU64,
     closed: AtomicU64,
+    disagreed: AtomicU64,
     handovers_taken: AtomicU64,
     handovers_given: AtomicU64,
     handovers_broken_off: AtomicU64,
@@ -55,8 +56,10 @@ pub struct Observed {
 pub struct Numbers {
     /// Connections that arrived with a flow record of the listener's pod and reached the proxy.
     pub proxied: u64,
-    /// Connections that arrived without one, and were closed.
+    /// Connections that arrived without any, and were closed.
     pub closed: u64,
+    /// Connections whose flow record is of another pod than the listener's, and were closed.
+    pub disagreed: u64,
     /// Whether the listeners of the agent before were taken (once at most).
     pub handovers_taken: u64,
     /// Whether they were given to the one after (once at most).
@@ -153,6 +156,7 @@ impl Observed {
         Numbers {
             proxied: read(&self.proxied),
             closed: read(&self.closed),
+            disagreed: read(&self.disagreed),
             handovers_taken: read(&self.handovers_taken),
             handovers_given: read(&self.handovers_given),
             handovers_broken_off: read(&self.handovers_broken_off),
@@ -205,6 +209,10 @@ impl Observed {
 
     pub(super) fn closed(&self) {
         add(&self.closed);
+    }
+
+    pub(super) fn disagreed(&self) {
+        add(&self.disagreed);
     }
 
     pub(super) fn taken(&self) {

@@ -160,7 +160,7 @@ static CONFIGURATIONS: Family = counter(
 static ACCEPTED: Family = counter(
     "weir_connections_accepted",
     &["result"],
-    "Connections that arrived at listeners of pods: proxied, or closed for want of a flow record of their pod.",
+    "Connections that arrived at listeners of pods: proxied, closed for want of a flow record, or closed since the record is of another pod (disagreed).",
 );
 static CONNECTIONS: Family =
     counter("weir_proxy_connections", &["cluster"], "Connections that the proxy served.");
@@ -422,7 +422,11 @@ fn connections(telemetry: &Telemetry, out: &mut Gathered) {
     let observed = telemetry.observed.read();
     out.push((
         &ACCEPTED,
-        vec![labelled(["proxied"], observed.proxied), labelled(["closed"], observed.closed)],
+        vec![
+            labelled(["proxied"], observed.proxied),
+            labelled(["closed"], observed.closed),
+            labelled(["disagreed"], observed.disagreed),
+        ],
     ));
     out.extend([
         (&CANARY, number(u64::from(telemetry.observed.canary() == Health::Passed))),

@@ -6,12 +6,14 @@
 //! is cloned into the cgroup, and what it tries is its first instruction. `--relay` has a connection carry standard input
 //! and output, behind the line `connected`; `--via` names the machine that unwraps packets, `--from` whom they are from,
 //! `--station` the one that IPv6 packets are routed to first. `before` makes the sockets of several ways at once, and uses them later.
+//! `rewrite CGROUP FROM TO` tries nothing: it is somebody else's program, which stands at a cgroup until its input ends.
 
 mod again;
 mod before;
 mod born;
 mod forge;
 mod packet;
+mod rewrite;
 mod sockets;
 mod v6;
 mod watch;
@@ -81,6 +83,7 @@ fn act(words: &[&str], place: &sockets::Place) -> Outcome {
             forge::race_until_redirected(name, server, address)
         }
         ["forge", name, address, to] => forge::answer(name, address, to),
+        ["rewrite", cgroup, from, to] => rewrite::run(cgroup, from, to),
         [way, target] => match target.parse() {
             Ok(SocketAddr::V4(target)) => attempt(way, target, place),
             Ok(SocketAddr::V6(target)) => v6::attempt(way, target, place),

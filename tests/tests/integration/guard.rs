@@ -223,21 +223,33 @@ fn in_whichever_order_a_cold_node_starts_nothing_waits_for_ever_and_no_request_i
 fn a_pod_that_is_not_enrolled_and_made_while_no_agent_runs_works_within_two_seconds_of_its_return() {
     let Some(mut scene) = Scene::new() else { return };
     scene.namespace("it-system", false);
-    let name = "name-server";
-    let before = scene.testbed.run_pod(&PodSpec::idle("it-system", name)).unwrap();
+    // As a name server's, and as kube-proxy's, which is in the host's network.
+    let specs = [("name-server", false), ("node-proxy", true)]
+        .map(|(name, host_network)| PodSpec { host_network, ..PodSpec::idle("it-system", name) });
+    let run = |spec: &PodSpec<'_>| scene.testbed.run_pod(spec).unwrap();
+    let before = specs.each_ref().map(run);
     let mut agent = scene.agent(TrustSource::ClusterSigner);
-    assert_eq!(asks(&before).0, Some(0), "{}", agent.last_lines());
+    for pod in &before {
+        assert_eq!(asks(pod).0, Some(0), "{}: {}", pod.name, agent.last_lines());
+    }
     agent.crash().unwrap();
-    assert_eq!(asks(&before).0, Some(0), "a known one keeps its verdict");
-    before.delete().unwrap();
-    let after = scene.testbed.run_pod(&PodSpec::idle("it-system", name)).unwrap();
-    is_refused(&after, "a new one is not known");
-    let asking = Asking::begin(&after);
+    for pod in &before {
+        assert_eq!(asks(pod).0, Some(0), "{}: a known one keeps its verdict", pod.name);
+    }
+    before.into_iter().for_each(|pod| pod.delete().unwrap());
+    let after = specs.each_ref().map(run);
+    for pod in &after {
+        is_refused(pod, &format!("{}: a new one is not known", pod.name));
+    }
+    let asking = after.each_ref().map(Asking::begin);
     let log = scene.scratch.path().join("back.log");
     let mut back = AgentProcess::spawn(agent.config(), &log).unwrap();
-    let waited = asking.answered_after(ready_at(&mut back));
-    println!("answered {} ms after the agent was ready", waited.as_millis());
-    assert!(waited <= AFTER_READY, "{waited:?}");
+    let ready = ready_at(&mut back);
+    for (asking, pod) in asking.into_iter().zip(&after) {
+        let waited = asking.answered_after(ready);
+        println!("{} was answered {} ms after the agent was ready", pod.name, waited.as_millis());
+        assert!(waited <= AFTER_READY, "{}: {waited:?}", pod.name);
+    }
     assert!(back.terminate().unwrap().success(), "{}", back.last_lines());
 }
 

@@ -2,16 +2,24 @@
 
 use std::{
     collections::BTreeMap,
-    io::{Read as _, Write as _},
+    io::{BufRead as _, BufReader, Read as _, Write as _},
     net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream},
     path::Path,
+    process::{Child, Command, Stdio},
     time::{Duration, SystemTime},
 };
 
-use weir_tests::{AgentProcess, PodSpec, Testbed, agent, agent::TrustSource, wait_until};
+use weir_common::event::{Event, Kind};
+use weir_tests::{AgentProcess, Pod, PodSpec, Testbed, agent, agent::TrustSource, command, wait_until};
 
 use super::{
-    DEADLINE, Scene, client::Requests, storage_faults::Mounted, support::a_bundle_helps_and_holds_no_secret,
+    DEADLINE, Scene,
+    client::Requests,
+    escape::{Attack, Target, place},
+    storage_faults::Mounted,
+    support::a_bundle_helps_and_holds_no_secret,
+    watch::{PROGRAM, program},
+    witness::Server,
 };
 
 /// How long it may take until a detached program is noticed, attached again and in the record.
@@ -174,6 +182,125 @@ fn readiness_and_metrics_say_when_recording_stopped() {
     .unwrap();
 }
 
+/// How long after this a finding was made, by its own time.
+fn noticed_after(finding: &Event, began: SystemTime) -> Duration {
+    let noticed = Duration::from_micros(finding.time_unix_us.try_into().unwrap());
+    noticed.saturating_sub(began.duration_since(SystemTime::UNIX_EPOCH).unwrap())
+}
+
+/// Somebody else's program at a cgroup, which sends what connects to one address to another; gone with this value.
+struct Rewriting(Child);
+
+impl Rewriting {
+    fn begin(cgroup: &Path, from: &str, to: &str) -> Self {
+        let mut command = Command::new(program());
+        command.arg("rewrite").arg(cgroup).args([from, to]).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let mut said = String::new();
+        BufReader::new(child.stdout.as_mut().unwrap()).read_line(&mut said).unwrap();
+        assert_eq!(said, "attached\n");
+        Self(child)
+    }
+}
+
+impl Drop for Rewriting {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// A program of others that rewrites where connections go is said and recorded, and leads no connection past Weir: one that runs
+/// before Weir's gives them the address to judge, and what one makes of Weir's answer the guard drops.
+fn others_programs_lead_nowhere(scene: &Scene, agent: &AgentProcess, pod: &Pod<'_>) {
+    let attack = Attack::new(scene, pod);
+    let endpoint = attack.address(Target::Endpoint);
+    let status = agent.status().unwrap();
+    assert_eq!(status["foreignPrograms"], serde_json::json!([]));
+    let of_pod = status["pods"].as_array().unwrap().iter().find(|state| state["uid"] == pod.uid.as_str());
+    let listener = format!("127.0.0.1:{}", of_pod.unwrap()["listenerPort"]);
+    let (container, _) = place(pod);
+    let root = container.ancestors().find(|folder| !folder.join("cgroup.events").exists()).unwrap();
+    for (cgroup, from, expected) in [
+        // The kernel runs it first.
+        (container.parent().unwrap(), attack.address(Target::Service), "connected"),
+        (container.as_path(), "192.0.2.1:443", "connected"),
+        // After Weir's, which have been there before.
+        (root, listener.as_str(), "timedOut"),
+    ] {
+        let known = scene.events().len();
+        let began = SystemTime::now();
+        let rewriting = Rewriting::begin(cgroup, from, endpoint);
+        let target = if from == "192.0.2.1:443" { from } else { attack.address(Target::Service) };
+        if expected == "connected" {
+            let mut command = scene.testbed.kubectl_command();
+            command.args([
+                "exec",
+                "-i",
+                "-n",
+                &pod.namespace,
+                &pod.name,
+                "--",
+                PROGRAM,
+                "--relay",
+                "tcp",
+                target,
+            ]);
+            let said = attack.witness.ask(command);
+            assert_eq!(
+                (said.as_str(), attack.direct()),
+                (expected, Vec::new()),
+                "{from} at {}",
+                cgroup.display()
+            );
+            assert_eq!(attack.witness.check(Server::Weir, Some(agent)), 1);
+        } else {
+            let said = attack.try_way("tcp", Target::Service);
+            assert_eq!(said, (expected.to_owned(), Vec::new()), "{from} at {}", cgroup.display());
+        }
+        let place = format!(" of connect4 at {}", cgroup.display());
+        let noticed = wait_until("the other's program in the record", DEADLINE, || {
+            let new = scene.events().split_off(known);
+            Ok(new.into_iter().find(|event| {
+                matches!(&event.kind, Kind::Finding { name, message, .. }
+                    if name == "foreignProgram" && (message.contains(&format!("{place},")) || message.contains(&format!("{place};"))))
+            }))
+        });
+        let noticed = noticed.unwrap_or_else(|error| panic!("{error:#}: {}", agent.last_lines()));
+        if cgroup != root {
+            assert!(
+                matches!(&noticed.kind, Kind::Finding { caller: Some(caller), .. }
+                if caller.pod.as_ref().is_some_and(|found| found.uid == pod.uid)),
+                "{noticed:?}"
+            );
+        }
+        let after = noticed_after(&noticed, began);
+        println!("another's program at {}: noticed after {} ms", cgroup.display(), after.as_millis());
+        assert!(after < NOTICED_MAX, "{after:?}");
+        let status = agent.status().unwrap();
+        let said = status["foreignPrograms"].as_array().unwrap();
+        assert!(said.len() == 1 && said[0].as_str().unwrap().ends_with(&place), "{status}");
+        if cgroup == root {
+            let mut doctor = Command::new(agent::built_binary("weir-agent").unwrap());
+            let ended =
+                command::output(doctor.args(["doctor", "--json", "--config"]).arg(agent.config())).unwrap();
+            let report: serde_json::Value = serde_json::from_slice(&ended.stdout).unwrap();
+            let check = report["checks"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .find(|check| check["name"] == "programs of others");
+            let found = check.unwrap()["found"].as_str().unwrap();
+            assert!(check.unwrap()["ok"] == false && found.ends_with(&place), "{found}");
+        }
+        drop(rewriting);
+    }
+    assert_eq!(attack.witness.direct(), 0, "requests that the API server had from the pod itself");
+    scene.event("what the guard dropped", |event| {
+        matches!(&event.kind, Kind::ConnectionRefused { reason, .. } if reason.contains("dropped by the guard"))
+    });
+}
+
 #[test]
 fn programs_that_someone_detaches_are_attached_again_and_the_agent_is_ready() {
     let Some(mut scene) = Scene::new() else { return };
@@ -192,6 +319,8 @@ fn programs_that_someone_detaches_are_attached_again_and_the_agent_is_ready() {
         (Some("running"), Some(agent.pid().into()))
     );
 
+    others_programs_lead_nowhere(&scene, &agent, &pod);
+
     // Everything at the root and at the pods' root, as a privileged hand would.
     let links = Path::new(status["folder"].as_str().unwrap()).join("links");
     let (mut removed, began) = (0, SystemTime::now());
@@ -200,12 +329,12 @@ fn programs_that_someone_detaches_are_attached_again_and_the_agent_is_ready() {
         removed += 1;
     }
     assert!(removed > 20, "{removed}");
-    let finding = scene.event("the finding", |event| {
-        matches!(&event.kind, weir_common::event::Kind::Finding { name, .. } if name == "programDetached")
-    });
+    let finding = scene.event(
+        "the finding",
+        |event| matches!(&event.kind, Kind::Finding { name, .. } if name == "programDetached"),
+    );
     // Written when they are attached again.
-    let noticed = Duration::from_micros(finding.time_unix_us.try_into().unwrap());
-    let noticed = noticed.saturating_sub(began.duration_since(SystemTime::UNIX_EPOCH).unwrap());
+    let noticed = noticed_after(&finding, began);
     println!("{removed} links removed; noticed and repaired within {} ms", noticed.as_millis());
     assert!(noticed < NOTICED_MAX, "{noticed:?}");
     wait_until("the agent to be ready", DEADLINE, || Ok((monitored.get("/readyz")?.0 == 200).then_some(())))

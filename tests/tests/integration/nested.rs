@@ -3,11 +3,21 @@
 //! the pod's own. Tasks outside the pod's cgroup stay refused.
 
 use std::{
+    fs::File,
     path::Path,
     process::{Child, Command, Stdio},
 };
 
-use weir_tests::{AgentProcess, PodSpec, agent::TrustSource, command, wait_until};
+use weir_agent::interception::{
+    listener::own_netns,
+    loader::{Kernel, Pinning},
+};
+use weir_common::kernel::CgroupEntry;
+use weir_tests::{
+    AgentProcess, Pod, PodSpec,
+    agent::{self, TrustSource},
+    command, wait_until,
+};
 
 use super::{
     DEADLINE, Scene,
@@ -16,6 +26,7 @@ use super::{
         Expected::{self, Dropped, Proxied},
         Folder, GUARDED, REFUSED, place,
     },
+    monitoring::Monitored,
     witness::Server,
 };
 
@@ -158,16 +169,20 @@ fn a_network_inside_a_pod_leads_not_around_weir() {
 }
 
 #[test]
-fn a_pod_is_not_served_in_the_network_of_another() {
+fn a_pod_is_not_served_in_the_network_of_another_nor_by_its_listener() {
     let Some(mut scene) = Scene::new() else { return };
     scene.namespace("it-strange", true);
     scene.namespace("it-plain", false);
     let pod = scene.testbed.run_pod(&PodSpec::idle("it-strange", "caller")).unwrap();
     let others = ["it-strange", "it-plain"]
         .map(|namespace| scene.testbed.run_pod(&PodSpec::idle(namespace, "other")).unwrap());
-    let agent = scene.agent(TrustSource::ClusterSigner);
+    let host = PodSpec { host_network: true, ..PodSpec::idle("it-strange", "host") };
+    let host = scene.testbed.run_pod(&host).unwrap();
+    let configuration = agent::configuration(&scene.testbed, &scene.journal(), TrustSource::ClusterSigner);
+    let (agent, monitored) = Monitored::start_with(&scene, configuration);
     let attack = Attack::new(&scene, &pod);
     let (own, _) = place(&pod);
+    let [strange, _] = others.each_ref().map(|other| place(other).1);
     for other in &others {
         let (_, pid) = place(other);
         // Often enough for a listener to have come, had one been made.
@@ -179,4 +194,63 @@ fn a_pod_is_not_served_in_the_network_of_another() {
     }
     let nested = |event: &weir_common::event::Event| matches!(&event.kind, weir_common::event::Kind::Finding { name, .. } if name == "nestedNetwork");
     assert!(!scene.events().iter().any(nested));
+
+    // The kernel sends a connection to its own pod's listener alone, so that a map must be false for one to come to another's, be
+    // it by an agent's fault or a privileged hand: then the listener's network namespace says one pod and the cgroup another. In
+    // the host's network namespace, which all of its pods share, the cgroup alone does.
+    let kernel = Kernel::load(Pinning::standard()).unwrap();
+    let cgroup = weir_agent::interception::cgroup::id(own.parent().unwrap()).unwrap();
+    let of_caller = kernel.cgroups().unwrap()[&cgroup];
+    let own_place = ["--cgroup", own.to_str().unwrap()];
+    let there = ["--netns", strange.as_str(), own_place[0], own_place[1]];
+    let monitored = |result: &str| {
+        monitored.metrics()[&format!("weir_connections_accepted_total{{result=\"{result}\"}}")]
+    };
+    for (count, (other, place, netns)) in (1..).zip([
+        (&others[0], &there[..], cookie(&format!("/proc/{strange}/ns/net"))),
+        (&host, &own_place[..], cookie("/proc/self/ns/net")),
+    ]) {
+        let port = listener_port(&agent, other);
+        kernel
+            .classify(cgroup, CgroupEntry { listener_netns: netns, listener_port: port, ..of_caller })
+            .unwrap();
+        let (said, direct) = attack.try_from(place, "tcp");
+        assert!(said.starts_with("\"connected\", then "), "{said}: {}", agent.last_lines());
+        assert_eq!(direct, [""; 0]);
+        scene.event("both pods in the record", |event| {
+            matches!(&event.kind, weir_common::event::Kind::ConnectionRefused { reason, caller: Some(caller) }
+                if reason.contains(&format!("is of the pod it-strange/caller ({})", pod.uid))
+                    && reason.contains(&format!("serves it-strange/{} ({})", other.name, other.uid))
+                    && caller.pod.as_ref().is_some_and(|found| found.uid == other.uid))
+        });
+        assert_eq!((monitored("disagreed"), monitored("closed")), (f64::from(count), 0.0));
+    }
+    kernel.classify(cgroup, of_caller).unwrap();
+    for pod in [&pod, &host] {
+        let out = pod.exec(&["kubectl", "get", "namespace", "default", "-o", "name"]).unwrap();
+        assert!(out.status.success(), "{}: {}", pod.name, agent.last_lines());
+        scene.event("a session of the pod's own", |event| {
+            matches!(&event.kind, weir_common::event::Kind::SessionStarted { caller }
+                if caller.pod.as_ref().is_some_and(|found| found.uid == pod.uid))
+        });
+    }
+    assert_eq!(attack.witness.direct(), 0, "requests that the API server had from the pod itself");
+}
+
+/// The cookie of a network namespace.
+fn cookie(path: &str) -> u64 {
+    let file = File::open(path).unwrap();
+    // On a thread of its own, which is gone afterwards.
+    let inside = std::thread::spawn(move || {
+        nix::sched::setns(file, nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+        own_netns().unwrap()
+    });
+    inside.join().unwrap()
+}
+
+/// The port of a pod's listener.
+fn listener_port(agent: &AgentProcess, pod: &Pod<'_>) -> u32 {
+    let status = agent.status().unwrap();
+    let of_pod = status["pods"].as_array().unwrap().iter().find(|state| state["uid"] == pod.uid.as_str());
+    of_pod.unwrap()["listenerPort"].as_u64().unwrap().try_into().unwrap()
 }

@@ -6,7 +6,7 @@ use std::{
     process::{Child, Stdio},
 };
 
-use serde_json::json;
+use serde_json::{Value, json};
 use weir_common::event::{Event, Kind};
 use weir_tests::{
     AgentProcess, PodSpec,
@@ -98,6 +98,36 @@ fn a_pod_that_is_enrolled_while_it_runs_loses_its_direct_connections_and_one_tha
         .unwrap();
     wait_until("it to be served", DEADLINE, || Ok((ask() == expected).then_some(()))).unwrap();
     attack.direct();
+    let (said, direct) = attack.ask_by("tcp", Target::Service);
+    assert_eq!((said.as_str(), direct), ("connected", Vec::new()));
+    assert_eq!(attack.witness.check(Server::Weir, Some(&agent)), 1);
+
+    // The same by the configuration, whose selection the running agent takes up.
+    let written =
+        || serde_yaml_ng::from_str::<Value>(&std::fs::read_to_string(agent.config()).unwrap()).unwrap();
+    let (selects, mut selects_not) = (written(), written());
+    selects_not["enrolment"][0]["podSelector"] = json!({"matchLabels": {"selected": "nowhere"}});
+    let known = scene.events().len();
+    let since = |what: &str, name: &'static str| {
+        let is_it = finding(name, &pod.uid);
+        wait_until(what, DEADLINE, || {
+            Ok(scene.events().split_off(known).into_iter().find(|event| is_it(event)))
+        })
+        .unwrap_or_else(|error| panic!("{error:#}: {}", agent.last_lines()))
+    };
+    agent::write_configuration(&selects_not, agent.config()).unwrap();
+    since("what the configuration makes of it", "notEnrolledAnyMore");
+    wait_until("the verdict", DEADLINE, || Ok((class().as_deref() == Some("Unselected")).then_some(())))
+        .unwrap();
+    let (said, _) = attack.ask_by("tcp", Target::Service);
+    assert_eq!((said.as_str(), attack.witness.check(Server::Api, None)), ("connected", 1));
+    let watching = Watching::begin(&attack);
+    assert!(!attack.direct().is_empty(), "directly, as before");
+    agent::write_configuration(&selects, agent.config()).unwrap();
+    since("the end of what it had open", "directConnectionsEnded");
+    watching.end();
+    attack.direct();
+    assert_eq!(ask(), expected, "{}", agent.last_lines());
     let (said, direct) = attack.ask_by("tcp", Target::Service);
     assert_eq!((said.as_str(), direct), ("connected", Vec::new()));
     assert_eq!(attack.witness.check(Server::Weir, Some(&agent)), 1);
