@@ -1,15 +1,15 @@
 //! Flow records: who is behind an accepted connection, and the kernel's notices. Lookup only; what follows from
 //! a missing record is decided by who accepts.
 
-use std::{fmt, net::SocketAddr, sync::PoisonError, time::Duration};
+use std::{fmt, net::SocketAddr, time::Duration};
 
-use aya::maps::{MapData, RingBuf};
+use aya::maps::{HashMap, MapData, RingBuf};
 use tokio::io::{Interest, unix::AsyncFd};
-use weir_common::kernel::{FlowKey, FlowRecord, Notice};
+use weir_common::kernel::{FlowKey, FlowRecord, KUBELET, Notice};
 
 use super::{
     loader::Kernel,
-    maps::{address, notice, socket_address},
+    maps::{address, lock, notice, socket_address},
 };
 
 /// Oldest flow that may still be accepted. What a connection that never arrived has left must not vouch for a
@@ -44,13 +44,19 @@ impl Kernel {
             client_port: u32::from(client.port()),
             listener_port: u32::from(listener.port()),
         };
-        let mut flows = self.flows.lock().unwrap_or_else(PoisonError::into_inner);
-        let record = flows.get(&key, 0).ok()?;
-        // If the map, being full, has dropped it between the two calls, it is ours all the same.
-        let _ = flows.remove(&key);
+        let own = take(&mut lock(&self.flows), &key);
+        let record = own.or_else(|| self.take_older(&key))?;
         let age = boottime_ns()?.saturating_sub(record.connected_boottime_ns);
         let fresh = u128::from(age) <= AGE_MAX.as_nanos();
         (record.netns == netns && fresh).then(|| Flow::of(record))
+    }
+
+    /// That of a connection which an older layout's programs have redirected. Its clusters are numbered by the configuration of the
+    /// agent before.
+    fn take_older(&self, key: &FlowKey) -> Option<FlowRecord> {
+        let record = take(lock(&self.older_flows).as_mut()?, key)?;
+        let cluster = lock(&self.api_set).get(&record.original, 0).ok()?;
+        (cluster != KUBELET).then_some(FlowRecord { cluster, ..record })
     }
 
     /// The stream of notices; once per process.
@@ -63,6 +69,13 @@ impl Kernel {
         let ring = unsafe { AsyncFd::register_with_interest(ring, Interest::READABLE) };
         Ok(Some(Notices { ring: ring.map_err(std::io::Error::from)? }))
     }
+}
+
+fn take(flows: &mut HashMap<MapData, FlowKey, FlowRecord>, key: &FlowKey) -> Option<FlowRecord> {
+    let record = flows.get(key, 0).ok()?;
+    // If the map, being full, has dropped it between the two calls, it is ours all the same.
+    let _ = flows.remove(key);
+    Some(record)
 }
 
 /// What the kernel reports: denials, refused protocols.

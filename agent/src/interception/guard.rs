@@ -114,6 +114,12 @@ pub(super) fn agent_in_force(options: &Options) -> Result<InForce, InterceptionE
 fn put_in_force(options: &Options, own_cgroup: Option<u64>) -> Result<InForce, InterceptionError> {
     let mount = mount(options)?;
     let kernel = Arc::new(Kernel::load(options.pinning.clone())?);
+    if kernel.adopt_older_layout()? {
+        tracing::info!(
+            event = "older-layout-adopted",
+            "what an older layout of the maps knows is taken over"
+        );
+    }
     // First, so that the agent can never lock itself out.
     if let Some(own) = own_cgroup {
         kernel.classify(own, entry(Class::Agent))?;

@@ -27,6 +27,13 @@ use std::{
     time::Duration,
 };
 
+use super::{
+    listener::{ListenerError, Sockets},
+    loader::layout_version,
+    namespace::NamespaceId,
+    presence::Presence,
+    succession::Gate,
+};
 use nix::{
     cmsg_space,
     sys::{
@@ -44,14 +51,6 @@ use tokio::{
     sync::{mpsc, oneshot},
 };
 use tokio_util::sync::CancellationToken;
-use weir_common::kernel::LAYOUT_VERSION;
-
-use super::{
-    listener::{ListenerError, Sockets},
-    namespace::NamespaceId,
-    presence::Presence,
-    succession::Gate,
-};
 
 /// Version of the messages; another one is refused.
 const VERSION: u32 = 1;
@@ -263,7 +262,7 @@ fn take_blocking(path: &Path) -> Result<Option<Taken>, HandoverError> {
         Err(errno) => return Err(io::Error::from(errno).into()),
     }
     set_timeout(&connection, MESSAGE_TIMEOUT)?;
-    let hello = Message::Hello { version: VERSION, layout: LAYOUT_VERSION, pid: std::process::id() };
+    let hello = Message::Hello { version: VERSION, layout: layout_version(), pid: std::process::id() };
     send(&connection, &hello, &[])?;
     let count = match receive(&connection)? {
         (Message::Welcome { listeners }, _) if listeners <= LISTENERS_MAX => listeners,
@@ -395,9 +394,11 @@ async fn hand_over(
         Ok((other, _)) => return Err(unexpected(&other).into()),
         Err(error) => return Err(error.into()),
     };
-    if (version, layout) != (VERSION, LAYOUT_VERSION) {
+    // One with a newer layout of the maps knows ours; the other way about nobody does.
+    let own = layout_version();
+    if version != VERSION || layout < own {
         let reason = format!(
-            "it has version {VERSION} of the handover and {LAYOUT_VERSION} of the maps, the new one {version} and {layout}"
+            "it has version {VERSION} of the handover and {own} of the maps, the new one {version} and {layout}"
         );
         send(&connection, &Message::Refused { reason }, &[])?;
         return Ok(false);

@@ -1,20 +1,30 @@
 //! Pins of other layouts beside ours: what an agent from before an upgrade has left in force.
 //!
-//! Its programs go on to judge by maps that nobody writes any more but for one entry, the agent's own, so they deny: no gap,
-//! but no way for pods either. They go when an agent has everything in force in their place.
+//! What its maps know is taken over first, so that our programs judge as its do. Its go on to redirect and to guard, by maps that
+//! nobody writes any more but for one entry, the agent's own: there is no gap, and what they redirect is served, but pods that come
+//! meanwhile are denied. When an agent has everything in force in their place, they go: first what redirects, a moment later the
+//! rest, which publishes the flows of what was redirected last.
 
 use std::{
     fs, io,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
-use aya::maps::{Array, HashMap, Map, MapError};
-use weir_common::kernel::{CgroupEntry, Class, maps};
+use aya::{
+    Pod,
+    maps::{Array, HashMap, Map, MapData, MapError},
+};
+use tokio::time::Instant;
+use weir_common::kernel::{
+    CgroupEntry, Class, FlowKey, FlowRecord, NestedKey, PodName, Suspect, Suspicion, maps, programs,
+};
 
 use super::{
     attach::{AttachError, uninstall},
     loader::{Kernel, KernelError, check_sizes},
-    pinned::pinned_map,
+    maps::lock,
+    pinned::{pinned_links, pinned_map},
     sieve::changed,
 };
 use crate::doctor;
@@ -28,27 +38,47 @@ pub fn uninstall_all(pins: &Path) -> Result<usize, AttachError> {
     others.chain([pins.to_owned()]).try_fold(0, |removed, folder| Ok(removed + uninstall(&folder)?))
 }
 
+/// How long what redirects is gone before the rest goes: a connect takes microseconds from the one to the other.
+const REDIRECTED: Duration = Duration::from_secs(1);
+/// How long what was redirected last may wait at a listener.
+const ACCEPTED: Duration = Duration::from_secs(60);
+
 /// What an agent of an older layout left, which is in the way once every pod has its verdict.
 #[derive(Debug, Default)]
 pub(super) struct OlderLayouts {
     gone: bool,
+    /// Since when it redirects nothing any more.
+    passed_by: Option<Instant>,
     /// Why not, as it was said last.
     said: Option<String>,
 }
 
 impl OlderLayouts {
-    /// Removes it, if it is still there; after a failure it is tried again.
+    /// Removes it, if it is still there, by steps, one each time this is called; after a failure it is tried again.
     pub(super) fn remove(&mut self, kernel: &Kernel) {
-        if self.gone {
-            return;
-        }
-        match kernel.remove_older_layouts() {
-            Ok(pins) => {
-                self.gone = true;
-                if pins > 0 {
-                    tracing::info!(pins, "removed the pins of an older layout");
-                }
+        let step = match self.passed_by {
+            None => kernel.end_older_redirects().map(|()| self.passed_by = Some(Instant::now())),
+            Some(since) if !self.gone && since.elapsed() >= REDIRECTED => {
+                kernel.remove_older_layouts().map(|pins| {
+                    self.gone = true;
+                    if pins > 0 {
+                        tracing::info!(
+                            event = "older-layout-removed",
+                            pins,
+                            "removed the pins of an older layout"
+                        );
+                    }
+                })
             }
+            Some(since) => {
+                if self.gone && since.elapsed() >= ACCEPTED {
+                    lock(&kernel.older_flows).take();
+                }
+                Ok(())
+            }
+        };
+        match step {
+            Ok(()) => {}
             Err(error) => {
                 let message = doctor::chain(&error);
                 if self.said.as_ref() != Some(&message) {
@@ -68,6 +98,87 @@ pub(super) fn older(pins: &Path) -> Result<Vec<PathBuf>, AttachError> {
     let Some(own) = version(pins) else { return Ok(Vec::new()) };
     let older = others(pins)?.into_iter().filter(|(other, _)| *other < own);
     Ok(older.map(|(_, folder)| folder).collect())
+}
+
+/// The newest of these.
+pub(super) fn newest(layouts: Vec<PathBuf>) -> Option<PathBuf> {
+    layouts.into_iter().max_by_key(|folder| version(folder))
+}
+
+/// Whether the connections that older layouts redirect can be served: an agent that runs with one of them would else be better
+/// ended first.
+///
+/// # Errors
+/// Their flows have another layout.
+pub(super) fn can_follow(pins: &Path) -> Result<(), KernelError> {
+    for folder in older(pins)? {
+        map_of::<FlowKey, FlowRecord, HashMap<MapData, FlowKey, FlowRecord>>(&folder, maps::FLOWS)?;
+    }
+    Ok(())
+}
+
+/// Removes the pins of what redirects connections.
+pub(super) fn remove_redirects(pins: &Path) -> Result<(), AttachError> {
+    let redirects = [programs::CONNECT4, programs::CONNECT6];
+    let names = pinned_links(pins)?.into_iter();
+    for name in names.filter(|name| redirects.iter().any(|program| name.ends_with(program))) {
+        let path = pins.join("links").join(name);
+        fs::remove_file(&path).map_err(|source| AttachError::Remove { path, source })?;
+    }
+    Ok(())
+}
+
+/// Takes over what an older layout knows, before our programs are attached or by what they judge by already: cgroups with their
+/// listeners, names, quarantine, listeners inside pods, and what pods were told. What is known already stays, and of a map with
+/// other sizes nothing is taken: what it held is found anew, and denied until then.
+pub(super) fn adopt(kernel: &Kernel, folder: &Path) -> Result<(), KernelError> {
+    *lock(&kernel.older_flows) = unless_other(map_of::<FlowKey, FlowRecord, _>(folder, maps::FLOWS))?;
+    copy::<u64, PodName>(folder, maps::PODS, &mut lock(&kernel.pods))?;
+    copy::<u64, u64>(folder, maps::QUARANTINE, &mut lock(&kernel.quarantine))?;
+    copy::<NestedKey, u32>(folder, maps::NESTED, &mut lock(&kernel.nested))?;
+    copy::<Suspect, Suspicion>(folder, maps::SUSPECTED, &mut lock(&kernel.suspected))?;
+    copy::<u64, u32>(folder, maps::SUSPICIONS, &mut lock(&kernel.suspicions))?;
+    kernel.mark_api_set()?;
+    let Some(cgroups) =
+        unless_other(map_of::<u64, CgroupEntry, HashMap<MapData, u64, CgroupEntry>>(folder, maps::CGROUPS))?
+    else {
+        return Ok(());
+    };
+    let known = kernel.cgroups()?;
+    for entry in cgroups.iter() {
+        let (cgroup, entry) = entry.map_err(|source| KernelError::Map { map: maps::CGROUPS, source })?;
+        if !known.contains_key(&cgroup) {
+            kernel.classify(cgroup, entry)?;
+        }
+    }
+    Ok(())
+}
+
+/// Copies what is not there yet.
+fn copy<K: Pod, V: Pod>(
+    folder: &Path,
+    name: &'static str,
+    to: &mut HashMap<MapData, K, V>,
+) -> Result<(), KernelError> {
+    let Some(from) = unless_other(map_of::<K, V, HashMap<MapData, K, V>>(folder, name))? else {
+        return Ok(());
+    };
+    let failed = |source| KernelError::Map { map: name, source };
+    for entry in from.iter() {
+        let (key, value) = entry.map_err(failed)?;
+        if to.get(&key, 0).is_err() {
+            to.insert(key, value, 0).map_err(failed)?;
+        }
+    }
+    Ok(())
+}
+
+/// None of a map with other sizes.
+fn unless_other<M>(found: Result<Option<M>, KernelError>) -> Result<Option<M>, KernelError> {
+    match found {
+        Err(KernelError::Layout { .. }) => Ok(None),
+        found => found,
+    }
 }
 
 /// Tells an older layout's programs that this cgroup is the agent's: to them an agent that runs in a pod is a stranger, and it

@@ -117,7 +117,17 @@ impl Pinning {
 
 /// The folder of pins that `run` uses.
 pub fn pin_folder() -> PathBuf {
-    Path::new(BPFFS).join("weir").join(format!("v{LAYOUT_VERSION}"))
+    Path::new(BPFFS).join("weir").join(format!("v{}", layout_version()))
+}
+
+/// The version of this agent's layouts.
+pub(super) fn layout_version() -> u32 {
+    // A test of an upgrade needs an agent of another one. What is released heeds nothing of the kind.
+    #[cfg(debug_assertions)]
+    if let Some(version) = std::env::var("WEIR_TEST_LAYOUT").ok().and_then(|version| version.parse().ok()) {
+        return version;
+    }
+    LAYOUT_VERSION
 }
 
 /// The programs and maps in the kernel. Dropped, it detaches what is not pinned.
@@ -131,6 +141,8 @@ pub struct Kernel {
     pub(super) suspected: Mutex<HashMap<MapData, Suspect, Suspicion>>,
     pub(super) suspicions: Mutex<HashMap<MapData, u64, u32>>,
     pub(super) flows: Mutex<HashMap<MapData, FlowKey, FlowRecord>>,
+    /// Of an older layout, whose programs still redirect or did a moment ago.
+    pub(super) older_flows: Mutex<Option<HashMap<MapData, FlowKey, FlowRecord>>>,
     pub(super) counters: PerCpuArray<MapData, u64>,
     pub(super) pod_counters: Mutex<PerCpuHashMap<MapData, u64, PodCounters>>,
     pub(super) interfaces: Mutex<HashMap<MapData, u32, u64>>,
@@ -188,6 +200,7 @@ impl Kernel {
             suspected: Mutex::new(map(&mut ebpf, maps::SUSPECTED)?),
             suspicions: Mutex::new(map(&mut ebpf, maps::SUSPICIONS)?),
             flows: Mutex::new(map(&mut ebpf, maps::FLOWS)?),
+            older_flows: Mutex::new(None),
             counters: map(&mut ebpf, maps::COUNTERS)?,
             pod_counters: Mutex::new(map(&mut ebpf, maps::POD_COUNTERS)?),
             interfaces: Mutex::new(map(&mut ebpf, maps::INTERFACES)?),
@@ -282,6 +295,23 @@ impl Kernel {
         Ok(older.len())
     }
 
+    /// Takes over what the newest of the older layouts knows, and the flows of what its programs redirect. Returns whether there is one.
+    ///
+    /// # Errors
+    /// Its pins cannot be read, or the kernel refuses.
+    pub fn adopt_older_layout(&self) -> Result<bool, KernelError> {
+        let older = attach::lock(&self.attached).older_layouts()?;
+        let Some(newest) = layouts::newest(older) else { return Ok(false) };
+        layouts::adopt(self, &newest).map(|()| true)
+    }
+
+    /// Has older layouts redirect nothing any more; all else of them stays, what publishes the flows of what they have just
+    /// redirected above all.
+    pub(super) fn end_older_redirects(&self) -> Result<(), KernelError> {
+        let older = attach::lock(&self.attached).older_layouts()?;
+        Ok(older.iter().try_for_each(|folder| layouts::remove_redirects(folder))?)
+    }
+
     /// Removes the pins of older layouts: to be called when all that they kept is kept by ours. Interfaces that they alone guard
     /// are guarded first; if that fails, all of it stays. Returns how many pins there were.
     ///
@@ -311,6 +341,7 @@ impl Kernel {
     /// # Errors
     /// The kernel refuses.
     pub(super) fn forget_flows(&self) -> Result<(), KernelError> {
+        lock(&self.older_flows).take();
         let mut flows = lock(&self.flows);
         let stale = flows.keys().collect::<Result<Vec<_>, _>>();
         let stale = stale.map_err(|source| KernelError::Map { map: maps::FLOWS, source })?;

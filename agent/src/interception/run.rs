@@ -30,9 +30,9 @@ use super::{
     handover::{self, HandoverError, Passed},
     held_back::HeldBack,
     hosts::{self, Hosts},
-    layouts::OlderLayouts,
+    layouts::{self, OlderLayouts},
     listener::ListenerError,
-    loader::{Kernel, KernelError},
+    loader::{Kernel, KernelError, Pinning},
     namespace,
     nested::Nested,
     observed::Observed,
@@ -139,7 +139,12 @@ pub async fn run(
     cancellation: CancellationToken,
 ) -> Result<Ended, InterceptionError> {
     let mut taken = match &options.handover {
-        Some(path) => handover::take(path).await?,
+        Some(path) => {
+            if let (Pinning::Pinned(pins), true) = (&options.guard.pinning, handover::an_agent_runs(path)) {
+                layouts::can_follow(pins)?;
+            }
+            handover::take(path).await?
+        }
         None => None,
     };
     let in_force = match in_force {

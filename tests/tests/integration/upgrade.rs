@@ -2,11 +2,12 @@
 
 use std::{
     io::{BufRead as _, BufReader, Write as _},
-    process::Stdio,
+    path::Path,
+    process::{Command, Stdio},
 };
 
 use weir_common::event::{Kind, Outcome};
-use weir_tests::{AgentProcess, PodSpec, agent, agent::TrustSource, command, wait_until};
+use weir_tests::{AgentProcess, Pod, PodSpec, agent, agent::TrustSource, command, wait_until};
 
 use super::{DEADLINE, Scene, verify};
 
@@ -14,12 +15,17 @@ use super::{DEADLINE, Scene, verify};
 const CALLS_AFTER: usize = 10;
 const CALLS_AFTER_LONG: usize = 500;
 
+/// The agent before has another layout of the kernel's maps, as one of an earlier version may.
+const OLDER_LAYOUT: (&str, &str) = ("WEIR_TEST_LAYOUT", "2");
+
 #[test]
 fn an_upgrade_refuses_no_connection_and_cuts_no_stream() {
     let Some(mut scene) = Scene::new() else { return };
     scene.namespace("it-upgrade", true);
+    scene.namespace("it-upgrade-free", false);
     let pod = scene.testbed.run_pod(&PodSpec::idle("it-upgrade", "caller")).unwrap();
     let other = scene.testbed.run_pod(&PodSpec::idle("it-upgrade", "other")).unwrap();
+    let free = scene.testbed.run_pod(&PodSpec::idle("it-upgrade-free", "free")).unwrap();
     let mut configuration =
         agent::configuration(&scene.testbed, &scene.journal(), TrustSource::ClusterSigner);
     let long = std::env::var_os("WEIR_TEST_LONG").is_some();
@@ -28,11 +34,20 @@ fn an_upgrade_refuses_no_connection_and_cuts_no_stream() {
     let path = scene.scratch.path().join("agent.yaml");
     agent::write_configuration(&configuration, &path).unwrap();
     let start = |name: &str| AgentProcess::start(&path, &scene.scratch.path().join(name)).unwrap();
-    let mut current = start("agent-0.log");
+    let oldest = scene.scratch.path().join("agent-0.log");
+    let mut current = AgentProcess::spawn_with(&path, &oldest, &[OLDER_LAYOUT]).unwrap();
+    wait_until("the agent with the older layout to be ready", DEADLINE, || {
+        Ok(current.log()?.contains(": ready").then_some(()))
+    })
+    .unwrap_or_else(|error| panic!("{error:#}: {}", current.last_lines()));
+    let pins = |layout: &str| Path::new("/sys/fs/bpf/weir").join(layout).exists();
+    assert_eq!((pins("v2"), pins("v3")), (true, false));
 
     // One call after the other; each prints its exit code.
     let calls = "while [ ! -e /tmp/stop ]; do kubectl get namespace default -o name >/dev/null 2>/tmp/error; echo $?; done; cat /tmp/error";
-    let mut calling = pod.exec_command().args(["sh", "-c", calls]).stdout(Stdio::piped()).spawn().unwrap();
+    let begin =
+        |pod: &Pod<'_>| pod.exec_command().args(["sh", "-c", calls]).stdout(Stdio::piped()).spawn().unwrap();
+    let (mut calling, calling_freely) = (begin(&pod), begin(&free));
     let mut codes = BufReader::new(calling.stdout.take().unwrap()).lines();
     let mut call = |when: &str| assert_eq!(codes.next().unwrap().unwrap(), "0", "{when}");
     // A stream of the pod itself: what goes in comes out, before and after.
@@ -72,6 +87,12 @@ fn an_upgrade_refuses_no_connection_and_cuts_no_stream() {
         }
         say(&format!("after upgrade {upgrade}"));
         hears(&format!("after-{upgrade}"));
+        if upgrade == 1 {
+            wait_until("the older layout to be gone", DEADLINE, || Ok((!pins("v2")).then_some(()))).unwrap();
+            for _ in 0..CALLS_AFTER {
+                call(&format!("without the older layout: {}", current.last_lines()));
+            }
+        }
         if upgrade == 2 {
             // It serves no stream, and so has nothing to drain.
             let mut former = former;
@@ -80,7 +101,19 @@ fn an_upgrade_refuses_no_connection_and_cuts_no_stream() {
             first = Some(former);
         }
     }
-    pod.shell("touch /tmp/stop").unwrap();
+    // Back to an older layout there is no handover, and nothing comes of the attempt.
+    let mut older = Command::new(agent::built_binary("weir-agent").unwrap());
+    let older =
+        command::output(older.args(["run", "--config"]).arg(&path).env(OLDER_LAYOUT.0, OLDER_LAYOUT.1));
+    let (code, _, err) = super::shown(&older.unwrap());
+    assert!(code == Some(1) && err.contains("does not hand over: it has version"), "{code:?} {err}");
+    call("after an older one was refused");
+    for pod in [&pod, &free] {
+        pod.shell("touch /tmp/stop").unwrap();
+    }
+    let freely = calling_freely.wait_with_output().unwrap();
+    let freely = String::from_utf8(freely.stdout).unwrap();
+    assert!(freely.starts_with("0\n0\n") && freely.lines().all(|code| code == "0"), "{freely}");
     for code in codes.by_ref() {
         let code = code.unwrap();
         assert!(code == "0" || code.is_empty(), "{code}");
@@ -99,7 +132,9 @@ fn an_upgrade_refuses_no_connection_and_cuts_no_stream() {
 /// Three epochs, and one exec stream that ended where it began.
 fn check_records(scene: &Scene) {
     let events = scene.events();
-    let epochs: std::collections::BTreeSet<_> = events.iter().map(|event| &event.epoch).collect();
+    // That of the agent which was refused has none.
+    let requests = events.iter().filter(|event| matches!(event.kind, Kind::RequestOpened(_)));
+    let epochs: std::collections::BTreeSet<_> = requests.map(|event| &event.epoch).collect();
     assert_eq!(epochs.len(), 3, "each process has its own epoch");
     let exec = events
         .iter()
