@@ -35,6 +35,7 @@ mod journal;
 mod key_store;
 #[cfg(test)]
 pub(crate) mod ledger;
+mod lenient_json;
 mod mask;
 mod masks;
 mod measures;
@@ -48,6 +49,7 @@ mod protobuf;
 #[cfg(test)]
 mod protobuf_tests;
 mod queue;
+mod quoted;
 mod request;
 #[cfg(test)]
 mod rule_tests;
@@ -56,6 +58,7 @@ mod segment;
 mod session;
 mod share;
 mod sieve;
+mod split;
 #[cfg(test)]
 mod tests;
 mod throttle;
@@ -66,6 +69,7 @@ mod walk;
 mod wire;
 mod worker;
 mod writer;
+mod zstd;
 
 use std::{
     path::PathBuf,

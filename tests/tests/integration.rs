@@ -81,6 +81,8 @@ mod kafka_access;
 mod kafka_faults;
 #[path = "integration/kms.rs"]
 mod kms;
+#[path = "integration/memory.rs"]
+mod memory;
 #[path = "integration/monitoring.rs"]
 mod monitoring;
 #[path = "integration/names.rs"]
@@ -342,44 +344,6 @@ fn a_watch_that_is_open_at_sigterm_ends_within_the_drain_and_is_closed_in_the_re
         _ => None,
     });
     assert_eq!(closed, Some(Outcome::Drained));
-}
-
-#[test]
-fn memory_stays_flat_over_large_lists() {
-    let Some(mut scene) = Scene::new() else { return };
-    scene.namespace("it-large", true);
-    let pod = scene.testbed.run_pod(&PodSpec::idle("it-large", "caller")).unwrap();
-    // 25 objects of 1,000,000 bytes: a list of 25 MB. Random, since the API server compresses large lists.
-    for index in 0..25 {
-        let value = random_text(1_000_000);
-        let object = serde_json::json!({
-            "apiVersion": "v1", "kind": "ConfigMap",
-            "metadata": {"name": format!("large-{index}"), "namespace": "it-large"}, "data": {"value": value},
-        });
-        let file = scene.scratch.path().join("large.json");
-        std::fs::write(&file, object.to_string()).unwrap();
-        scene.testbed.kubectl(&["create", "-f", file.to_str().unwrap()]).unwrap();
-    }
-    let agent = scene.agent(TrustSource::ClusterSigner);
-    let get = "kubectl get --raw /api/v1/namespaces/it-large/configmaps | wc -c";
-    let list = || {
-        let bytes: usize = pod.shell(get).unwrap().trim().parse().unwrap();
-        assert!(bytes > 25_000_000, "{bytes}");
-    };
-    // The first one fills what is kept for the next: pools, the allocator's arenas, the writer's buffers.
-    list();
-    std::fs::write(format!("/proc/{}/clear_refs", agent.pid()), "5").unwrap();
-    let before = peak_resident_kib(agent.pid());
-    for _ in 0..4 {
-        list();
-    }
-    let grown = peak_resident_kib(agent.pid()).saturating_sub(before);
-    println!("4 lists of 25 MB: peak resident memory {before} KiB + {grown} KiB");
-    assert!(grown < 12 * 1024, "grew by {grown} KiB");
-    scene.event("a list whose record says that it is cut", |event| {
-        matches!(&event.kind, Kind::RequestClosed(closed)
-            if closed.response_bytes > 15_000_000 && closed.body.as_ref().is_some_and(|body| body.truncated.is_some()))
-    });
 }
 
 /// Text of six random bits a byte.

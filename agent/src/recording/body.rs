@@ -10,9 +10,10 @@ use weir_common::attributes::Attributes;
 
 use super::{
     bounded, cut_json,
+    lenient_json::{self, Repaired},
     mask::Masker,
     names::Names,
-    protobuf,
+    protobuf, quoted,
     walk::{Around, Walk},
 };
 
@@ -146,7 +147,10 @@ fn record_as<'a>(
 ) -> Recorded<'a> {
     let sensitive = sensitivity != Sensitivity::None;
     // Escapes of YAML are many.
-    let mentioned = sensitive || mentions_secret(body) || format == Format::Yaml && body.contains(&b'\\');
+    let mentioned = sensitive
+        || mentions_secret(body)
+        || format == Format::Yaml && body.contains(&b'\\')
+        || masker.masks().has_environment() && quoted::has_status_on_variables(body);
     let is_yaml = matches!(format, Format::Yaml | Format::Unknown);
     match format {
         Format::Binary if sensitive => {
@@ -164,15 +168,15 @@ fn record_as<'a>(
     }
     // JSON first: `apply` sends either under the YAML type, and JSON is the stricter of the two.
     let begun = if whole { None } else { cut_json::closed(body) };
-    if let Some(value) = bounded::json(begun.as_deref().unwrap_or(body)) {
-        return masked(masker, sensitivity, value, |value| serde_json::to_vec(value).ok());
+    if let Some((value, masks)) = json(masker, begun.as_deref().unwrap_or(body)) {
+        return masked(masker, sensitivity, value, masks, |value| serde_json::to_vec(value).ok());
     }
     if is_yaml
         && whole
         && let Some(value) = bounded::yaml(body)
         && matches!(value, Value::Object(_) | Value::Array(_))
     {
-        return masked(masker, sensitivity, value, |value| {
+        return masked(masker, sensitivity, value, 0, |value| {
             serde_yaml_ng::to_string(value).ok().map(String::into_bytes)
         });
     }
@@ -181,6 +185,15 @@ fn record_as<'a>(
         _ if mentioned => Recorded::Withheld { reason: "may hold secrets and cannot be parsed" },
         _ => Recorded::Withheld { reason: "may hold what a rule masks and cannot be parsed" },
     }
+}
+
+/// JSON, also such as only the API server reads, and how many masks are in it already.
+fn json(masker: &Masker, text: &[u8]) -> Option<(Value, u64)> {
+    if let Some(value) = bounded::json(text) {
+        return Some((value, 0));
+    }
+    let Repaired { text, masks } = lenient_json::repaired(masker, text)?;
+    Some((bounded::json(&text)?, masks))
 }
 
 /// Text, in which only expressions find something.
@@ -208,9 +221,10 @@ fn masked<'a>(
     masker: &Masker,
     sensitivity: Sensitivity,
     mut value: Value,
+    masks: u64,
     serialise: impl Fn(&Value) -> Option<Vec<u8>>,
 ) -> Recorded<'a> {
-    let mut walk = Walk { masker, masks: 0 };
+    let mut walk = Walk { masker, masks };
     let fields = masker.fields();
     walk.root(&mut value, Around { sensitivity, fields, own: fields });
     match serialise(&value) {

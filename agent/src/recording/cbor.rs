@@ -35,9 +35,78 @@ pub(super) fn as_json(content_type: Option<&str>, body: &[u8]) -> Option<Vec<u8>
     serde_json::to_vec(&decode(body).ok()?).ok()
 }
 
+/// Whether a stream of this type has one document after the other, as a watch in CBOR has its events.
+pub(super) fn is_sequence(content_type: &str) -> bool {
+    let essence = content_type.split(';').next().unwrap_or_default();
+    essence.trim().eq_ignore_ascii_case("application/cbor-seq")
+}
+
+/// Documents that follow one another (RFC 8742), as lines of JSON.
+pub(super) struct Sequence {
+    /// Longest document.
+    bytes_max: usize,
+    begun: Vec<u8>,
+}
+
+impl std::fmt::Debug for Sequence {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Sequence({} bytes)", self.begun.len())
+    }
+}
+
+impl Sequence {
+    pub(super) fn new(bytes_max: usize) -> Self {
+        Self { bytes_max, begun: Vec::new() }
+    }
+
+    /// Takes the next bytes: documents that end in them, and how many bytes are left out if it cannot go on from there.
+    pub(super) fn lines(&mut self, bytes: &[u8]) -> (Vec<u8>, Result<(), u64>) {
+        self.begun.extend_from_slice(bytes);
+        let (mut lines, mut from) = (Vec::new(), 0);
+        loop {
+            let rest = &self.begun[from..];
+            let length = match length(rest) {
+                Ok(Some(length)) => length,
+                Ok(None) if rest.len() <= self.bytes_max => break,
+                Ok(None) | Err(Malformed) => return (lines, Err(self.give_up(from))),
+            };
+            let json = decode(&rest[..length]).ok().and_then(|value| serde_json::to_vec(&value).ok());
+            let Some(json) = json.filter(|_| length <= self.bytes_max) else {
+                return (lines, Err(self.give_up(from)));
+            };
+            lines.extend_from_slice(&json);
+            lines.push(b'\n');
+            from += length;
+        }
+        self.begun.drain(..from);
+        (lines, Ok(()))
+    }
+
+    fn give_up(&mut self, from: usize) -> u64 {
+        let left = self.begun.len() - from;
+        self.begun = Vec::new();
+        left as u64
+    }
+
+    /// The stream is over, or goes on elsewhere: bytes of a document that is not whole.
+    pub(super) fn finish(&mut self) -> u64 {
+        self.give_up(0)
+    }
+}
+
+/// Length of the document that `bytes` begin with; none: it does not end in them.
+fn length(bytes: &[u8]) -> Result<Option<usize>, Malformed> {
+    let mut reader = Reader { rest: bytes, budget: Budget::default(), is_short: false };
+    match reader.pass(0) {
+        Ok(()) => Ok(Some(bytes.len() - reader.rest.len())),
+        Err(Malformed) if reader.is_short => Ok(None),
+        Err(Malformed) => Err(Malformed),
+    }
+}
+
 /// One document, all of `body`.
 fn decode(body: &[u8]) -> Result<Value, Malformed> {
-    let mut reader = Reader { rest: body, budget: Budget::default() };
+    let mut reader = Reader { rest: body, budget: Budget::default(), is_short: false };
     let value = reader.value(0)?;
     if reader.rest.is_empty() { Ok(value) } else { Err(Malformed) }
 }
@@ -45,6 +114,8 @@ fn decode(body: &[u8]) -> Result<Value, Malformed> {
 struct Reader<'a> {
     rest: &'a [u8],
     budget: Budget,
+    /// It ended before what it should have.
+    is_short: bool,
 }
 
 /// How long what follows is.
@@ -58,9 +129,40 @@ enum Length {
 impl<'a> Reader<'a> {
     fn take(&mut self, length: u64) -> Result<&'a [u8], Malformed> {
         let length = usize::try_from(length).map_err(|_| Malformed)?;
-        let (taken, rest) = self.rest.split_at_checked(length).ok_or(Malformed)?;
+        let Some((taken, rest)) = self.rest.split_at_checked(length) else {
+            self.is_short = true;
+            return Err(Malformed);
+        };
         self.rest = rest;
         Ok(taken)
+    }
+
+    /// Passes over a document without reading it.
+    fn pass(&mut self, depth: u32) -> Result<(), Malformed> {
+        if depth > DEPTH_MAX {
+            return Err(Malformed);
+        }
+        let (major, _, length) = self.head()?;
+        let of_entry = if major == 5 { 2 } else { 1 };
+        match (major, length) {
+            (2 | 3, Length::Of(length)) => self.take(length).map(drop),
+            (2..6, Length::Indefinite) => {
+                while !self.breaks() {
+                    self.pass(depth + 1)?;
+                }
+                Ok(())
+            }
+            (4 | 5, Length::Of(entries)) => {
+                // What is short ends it, however many entries it says.
+                for _ in 0..entries.saturating_mul(of_entry) {
+                    self.pass(depth + 1)?;
+                }
+                Ok(())
+            }
+            (6, Length::Of(_)) => self.pass(depth + 1),
+            (0 | 1 | 7, Length::Of(_)) => Ok(()),
+            _ => Err(Malformed),
+        }
     }
 
     /// The major type of what comes next, the lower bits of its first byte, and its argument.
@@ -179,7 +281,7 @@ pub(super) mod tests {
     use proptest::prelude::*;
     use serde_json::{Value, json};
 
-    use super::{Malformed, decode};
+    use super::{Malformed, Sequence, decode};
 
     /// As Kubernetes writes: texts as byte strings.
     pub(in super::super) fn encoded(value: &Value) -> Vec<u8> {
@@ -231,6 +333,43 @@ pub(super) mod tests {
         ] {
             assert_eq!(decode(body), Err(Malformed), "{body:x?}");
         }
+    }
+
+    fn lines(pieces: &[&[u8]], bytes_max: usize) -> (String, Option<u64>, u64) {
+        let (mut sequence, mut all, mut broken) = (Sequence::new(bytes_max), Vec::new(), None);
+        for piece in pieces {
+            let (lines, read) = sequence.lines(piece);
+            all.extend(lines);
+            broken = broken.or(read.err());
+            assert!(sequence.begun.len() <= bytes_max, "memory is bounded");
+        }
+        (String::from_utf8(all).unwrap(), broken, sequence.finish())
+    }
+
+    #[test]
+    fn documents_of_a_sequence_become_lines_however_it_is_cut() {
+        let one = json!({"type": "ADDED", "object": {"kind": "Pod", "list": [1, -7, 1.5, null, true]}});
+        let documents = [
+            &[0xd9, 0xd9, 0xf7][..],
+            &encoded(&one),
+            b"\x9f\x01\x5f\x41a\x41b\xff\xff",
+            b"\xd6\x43abc",
+            &encoded(&one),
+        ]
+        .concat();
+        let expected = format!("{one}\n[1,\"ab\"]\n\"YWJj\"\n{one}\n");
+        for at in 0..documents.len() {
+            let (before, after) = documents.split_at(at);
+            assert_eq!(lines(&[before, after], 200), (expected.clone(), None, 0), "{at}");
+        }
+        let single: Vec<_> = documents.chunks(1).collect();
+        assert_eq!(lines(&single, 200), (expected, None, 0));
+        // One that is not whole, one that is none, one that is too long.
+        assert_eq!(lines(&[b"\x01\x42a"], 200), ("1\n".into(), None, 2));
+        assert_eq!(lines(&[b"\x01\xff\x02"], 200), ("1\n".into(), Some(2), 0));
+        assert_eq!(lines(&[b"\x01\x58\xff", &[0; 9]], 10), ("1\n".into(), Some(11), 0));
+        assert_eq!(lines(&[&encoded(&one)], 10), (String::new(), Some(encoded(&one).len() as u64), 0));
+        assert_eq!(lines(&[b"\x9b\xff\xff\xff\xff\xff\xff\xff\xff\x01"], 200).2, 10);
     }
 
     proptest! {

@@ -7,11 +7,11 @@ use std::borrow::Cow;
 
 use bytes::Bytes;
 use sha2::{Digest as _, Sha256};
-use weir_common::event::{self, BodySummary, CONTENT_BYTES_MAX, Channel, Content, Kind};
+use weir_common::event::{BodySummary, Channel, Kind};
 
 use super::{
     body::{self, Recorded, Sensitivity},
-    cbor,
+    cbor::{self, Sequence},
     encoding::{Decoded, Encoding, NOT_GZIP, is_readable},
     frames::{Frame, Frames, HEADER},
     gzip::Gunzip,
@@ -19,8 +19,8 @@ use super::{
     names::Names,
     protobuf,
     sieve::Sieve,
+    split::split,
 };
-use crate::streams::Lane;
 
 /// Most bytes of one line (one event) of a watch; of one whose events have their length before them, too.
 const LINE_BYTES_MAX: usize = 4 * 1024 * 1024;
@@ -77,7 +77,8 @@ fn sha256(content: &[u8]) -> String {
     format!("sha256:{}", hex::encode(Sha256::digest(content)))
 }
 
-fn keyed(masker: &Masker, content: &[u8]) -> String {
+/// The keyed digest of what is not recorded.
+pub(super) fn keyed(masker: &Masker, content: &[u8]) -> String {
     let mut digest = masker.digest();
     digest.update(content);
     digest.finish()
@@ -91,8 +92,10 @@ fn as_json<'a>(
 ) -> (Cow<'a, [u8]>, Option<&'a str>) {
     let content_type = held.content_type.as_deref();
     let Some(json) = cbor::as_json(content_type, &content) else { return (content, content_type) };
-    let before = summary.decoded.take().map_or("", |_| "gzip, ");
-    summary.decoded = Some(format!("{before}cbor"));
+    summary.decoded = Some(match summary.decoded.take() {
+        Some(encoding) => format!("{encoding}, cbor"),
+        None => "cbor".to_owned(),
+    });
     (json.into(), Some("application/json"))
 }
 
@@ -122,8 +125,8 @@ fn reduced(masker: &Masker, sensitivity: Sensitivity, held: &Held, is_answer: bo
     let mut unread = None;
     let content = match Decoded::of(held.content_encoding.as_deref(), &wire, held.bytes_max) {
         Decoded::Plain => Cow::Borrowed(&wire[..]),
-        Decoded::Gzip { content, whole } => {
-            summary.decoded = Some("gzip".to_owned());
+        Decoded::Undone { encoding, content, whole } => {
+            summary.decoded = Some(encoding.to_owned());
             if !whole && truncated.is_none() {
                 truncated = Some("decoded content is cut".to_owned());
             }
@@ -175,36 +178,6 @@ fn reduced(masker: &Masker, sensitivity: Sensitivity, held: &Held, is_answer: bo
     Kept { content: kept, summary, names }
 }
 
-/// Splits content into events, at the boundaries of characters where it is text.
-pub(super) fn split(channel: Channel, offset: u64, content: &[u8]) -> Vec<Kind> {
-    split_lane(Lane { channel, connection: None }, offset, content)
-}
-
-/// Content of one lane of a stream, split over as many events as it needs.
-pub(super) fn split_lane(lane: Lane, offset: u64, mut content: &[u8]) -> Vec<Kind> {
-    let Lane { channel, connection } = lane;
-    let (mut kinds, mut offset) = (Vec::new(), offset);
-    while !content.is_empty() {
-        let mut end = content.len().min(CONTENT_BYTES_MAX);
-        // A continuation byte there: the character began at most three bytes before.
-        let boundary =
-            (end.saturating_sub(3)..=end).rev().find(|at| content.get(*at).is_none_or(|b| b & 0xc0 != 0x80));
-        if let Some(boundary) = boundary.filter(|boundary| *boundary > 0) {
-            end = boundary;
-        }
-        let (piece, rest) = content.split_at(end);
-        kinds.push(Kind::Content(Content {
-            channel,
-            connection,
-            offset,
-            bytes: event::Bytes::from_slice(piece),
-        }));
-        offset += end as u64;
-        content = rest;
-    }
-    kinds
-}
-
 /// A response body that is recorded while it comes.
 #[derive(Debug)]
 pub(super) struct Streamed {
@@ -216,6 +189,8 @@ pub(super) struct Streamed {
     line: Vec<u8>,
     /// Events with their length before them, as a watch in protobuf has them.
     frames: Option<Frames>,
+    /// Events in CBOR, one after the other, which become lines of JSON.
+    sequence: Option<Sequence>,
     /// Finds what rules mask in text.
     sieve: Option<Sieve>,
     /// Bytes of a line that is skipped; it ends with the next newline.
@@ -238,7 +213,8 @@ impl Streamed {
         watch: bool,
     ) -> Self {
         let essence = content_type.as_deref().unwrap_or_default();
-        let lines = watch && essence.contains("json");
+        let is_sequence = watch && cbor::is_sequence(essence);
+        let lines = watch && (is_sequence || essence.contains("json"));
         let framed = watch && body::is_protobuf(content_type.as_deref());
         let encoding = Encoding::of(content_encoding);
         let sensitive = sensitivity != Sensitivity::None;
@@ -247,7 +223,8 @@ impl Streamed {
             _ if watch && !lines && !framed && (masker.hides() || masker.masks().has_environment()) => {
                 Some("may hold what a rule masks in a form that is not parsed")
             }
-            Encoding::Unknown if sensitive || lines || framed || masker.hides() => {
+            // A stream in zstd has no bound: of each byte may become thousands.
+            Encoding::Unknown | Encoding::Zstd if sensitive || lines || framed || masker.hides() => {
                 Some("has a content encoding that is not decoded")
             }
             _ => None,
@@ -255,11 +232,12 @@ impl Streamed {
         let gunzip = matches!(encoding, Encoding::Gzip).then(Gunzip::new);
         Self {
             sensitivity,
-            content_type,
+            content_type: if is_sequence { Some("application/json".to_owned()) } else { content_type },
             gunzip,
             lines,
             line: Vec::new(),
             frames: framed.then(|| Frames::new(LINE_BYTES_MAX)),
+            sequence: is_sequence.then(|| Sequence::new(LINE_BYTES_MAX)),
             sieve: masker.masks().patterns().filter(|_| !lines && !framed).map(|_| Sieve::default()),
             skipping: None,
             broken,
@@ -303,9 +281,10 @@ impl Streamed {
             self.broken = Some("is compressed and a part of it was lost");
         }
         let mut partial = std::mem::take(&mut self.line).len() as u64;
-        if let Some(frames) = &mut self.frames {
+        let begun = self.frames.as_mut().map(Frames::finish);
+        if let Some(begun) = begun.or(self.sequence.as_mut().map(Sequence::finish)) {
             self.broken = Some("is not text and a part of it was lost");
-            partial += frames.finish();
+            partial += begun;
         }
         self.left_out += partial;
         // Of a line whose beginning is lost nothing can say what it is.
@@ -329,8 +308,15 @@ impl Streamed {
             self.gap(&mut out, LINE_LEFT_OUT, skipped);
         }
         let begun = self.frames.take().map_or(0, |mut frames| frames.finish());
+        let begun = begun + self.sequence.as_mut().map_or(0, Sequence::finish);
         self.gap(&mut out, "watch event is not whole", begun);
-        let decoded = self.gunzip.is_some().then(|| "gzip".to_owned());
+        let decoded = match (self.gunzip.is_some(), self.sequence.is_some()) {
+            (true, true) => Some("gzip, cbor-seq"),
+            (true, false) => Some("gzip"),
+            (false, true) => Some("cbor-seq"),
+            (false, false) => None,
+        };
+        let decoded = decoded.map(str::to_owned);
         let (broken, left_out, masks) = (self.broken, self.left_out, self.masks);
         let kinds = self.events(out);
         let changed = masks > 0 || left_out > 0;
@@ -354,15 +340,33 @@ impl Streamed {
         (kinds, summary)
     }
 
-    fn decoded(&mut self, masker: &Masker, mut bytes: &[u8], out: &mut Out) {
+    fn decoded(&mut self, masker: &Masker, bytes: &[u8], out: &mut Out) {
+        if self.broken.is_some() {
+            self.left_out += bytes.len() as u64;
+            return;
+        }
         if let Some(mut frames) = self.frames.take() {
             frames.push(bytes, |frame| self.frame(masker, &frame, out));
             self.frames = Some(frames);
             return;
         }
+        if let Some(mut sequence) = self.sequence.take() {
+            let (lines, read) = sequence.lines(bytes);
+            self.json_lines(masker, &lines, out);
+            if let Err(left) = read {
+                self.broken = Some("has an event that is not the CBOR it claims to be, or too long");
+                self.left_out += left;
+            }
+            self.sequence = Some(sequence);
+            return;
+        }
         if !self.lines {
             return self.text(masker, bytes, out);
         }
+        self.json_lines(masker, bytes, out);
+    }
+
+    fn json_lines(&mut self, masker: &Masker, mut bytes: &[u8], out: &mut Out) {
         while let Some(end) = bytes.iter().position(|byte| *byte == b'\n') {
             let (line, rest) = bytes.split_at(end + 1);
             bytes = rest;
@@ -497,6 +501,7 @@ mod tests {
     use super::{Held, Kept, LINE_BYTES_MAX, Streamed, reduce, reduce_answer, split};
     use crate::recording::{
         body::Sensitivity,
+        cbor::tests::encoded,
         mask::Masker,
         masks::{MaskRules, Masks},
     };
@@ -538,6 +543,30 @@ mod tests {
         assert_eq!(gaps.len(), 2);
         assert!(gaps[0].contains("withheld") && gaps[0].contains("hmac-sha256:"), "{gaps:?}");
         assert!(summary.truncated.is_some() && summary.digest.unwrap().starts_with("hmac-sha256:"));
+    }
+
+    #[test]
+    fn a_watch_in_cbor_is_recorded_as_lines_of_json_with_masks() {
+        let event = serde_json::json!({"type": "ADDED", "object": {"kind": "Secret", "stringData": {"a": "canary-hunter2"}}});
+        let bookmark = serde_json::json!({"type": "BOOKMARK"});
+        let wire = [encoded(&event), encoded(&bookmark), encoded(&bookmark)].concat();
+        let cut = wire.len() - 3;
+        for at in [1, 30, cut] {
+            let content_type = Some("application/cbor-seq".to_owned());
+            let mut streamed = Streamed::new(&masker(), Sensitivity::None, content_type, None, true);
+            let mut kinds = Vec::new();
+            for piece in [&wire[..at], &wire[at..cut]] {
+                kinds.append(&mut streamed.push(&masker(), piece));
+            }
+            let (mut rest, summary) = streamed.finish(&masker(), 0);
+            kinds.append(&mut rest);
+            kinds.retain(|kind| !matches!(kind, Kind::ObjectsNamed(_)));
+            let (text, gaps) = shown(kinds);
+            let mask = masker().mask(b"canary-hunter2");
+            assert_eq!(text, format!("{}\n{bookmark}\n", event.to_string().replace("canary-hunter2", &mask)));
+            assert_eq!((summary.masked, summary.decoded.as_deref()), (1, Some("cbor-seq")));
+            assert_eq!(gaps, ["watch event is not whole"]);
+        }
     }
 
     #[test]

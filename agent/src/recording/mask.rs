@@ -15,7 +15,10 @@ use weir_common::{
 };
 use zeroize::Zeroizing;
 
-use super::masks::{FieldSet, Masks};
+use super::{
+    body::Sensitivity,
+    masks::{FieldSet, Masks},
+};
 
 /// What every mask starts with.
 pub(super) const MASK_PREFIX: &str = "weir:masked:";
@@ -60,6 +63,8 @@ pub(super) struct Masker {
     masks: Arc<Masks>,
     /// Fields that are masked in whatever object the request carries.
     fields: FieldSet,
+    /// Words about the request may quote what is masked in it.
+    quotes: bool,
 }
 
 impl std::fmt::Debug for Masker {
@@ -76,17 +81,19 @@ impl Masker {
         derived.update(b"weir mask key v1\0");
         derived.update(cluster.as_bytes());
         key.copy_from_slice(&derived.finalize().into_bytes());
-        Self { key: Arc::new(key), masks: Arc::default(), fields: 0 }
+        Self { key: Arc::new(key), masks: Arc::default(), fields: 0, quotes: false }
     }
 
     /// The same, by these rules.
     pub(super) fn by(&self, masks: &Arc<Masks>) -> Self {
-        Self { key: Arc::clone(&self.key), masks: Arc::clone(masks), fields: 0 }
+        Self { key: Arc::clone(&self.key), masks: Arc::clone(masks), fields: 0, quotes: false }
     }
 
     /// The same, for bodies of a request.
     pub(super) fn of(self, attributes: &Attributes) -> Self {
-        Self { fields: self.masks.of_resource(&attributes.resource), ..self }
+        let fields = self.masks.of_resource(&attributes.resource);
+        let quotes = fields != 0 || Sensitivity::of(attributes) != Sensitivity::None;
+        Self { fields, quotes, ..self }
     }
 
     /// The rules.
@@ -158,6 +165,8 @@ impl Masker {
                 protocols.collect::<Vec<_>>().join(", ")
             }
             "location" | "referer" => self.uri(&text),
+            // An admission webhook's words, among others.
+            "warning" if self.quotes => self.mask(value),
             _ if is_credential_header(name) => self.mask(value),
             _ => self.text(&text),
         }

@@ -11,7 +11,11 @@ use serde::{
 };
 use weir_common::event::{Channel, Kind, NamedObject, ObjectsNamed};
 
-use super::{bounded, mask::Masker};
+use super::{
+    bounded,
+    lenient_json::{self, Repaired},
+    mask::Masker,
+};
 
 /// Most objects of one event of the record, and of a body.
 const NAMED_PER_EVENT_MAX: usize = 64;
@@ -65,7 +69,15 @@ impl Names {
         let object = Object { read: &mut read, kind: "", api_version: "", event: None };
         if is_json {
             // What cannot be read on has been named up to there.
-            let _ = object.deserialize(&mut serde_json::Deserializer::from_slice(body));
+            let read = object.deserialize(&mut serde_json::Deserializer::from_slice(body));
+            if read.is_err()
+                && let Some(Repaired { text, .. }) = lenient_json::repaired(masker, body)
+            {
+                self.objects.truncate(before);
+                let mut read = Read { names: self, masker };
+                let object = Object { read: &mut read, kind: "", api_version: "", event: None };
+                let _ = object.deserialize(&mut serde_json::Deserializer::from_slice(&text));
+            }
         } else if may_be_yaml
             && let Some(value) = bounded::yaml(body)
             && object.deserialize(value).is_err()

@@ -26,6 +26,7 @@ use super::{
     request::Level,
     session::{self, Belonging},
     share::{Budget, Share},
+    split,
     upgraded::Asked,
     worker::Context,
 };
@@ -144,7 +145,7 @@ impl Recorder {
         };
         let mut kinds = vec![Kind::RequestOpened(Box::new(opened))];
         if let Some(Kept { content, names, .. }) = body {
-            kinds.append(&mut content::split(Channel::RequestBody, 0, &content));
+            kinds.append(&mut split::split(Channel::RequestBody, 0, &content));
             kinds.append(&mut names.kinds(Channel::RequestBody));
         }
         kinds.extend(gap);

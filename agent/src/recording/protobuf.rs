@@ -18,6 +18,7 @@ use super::{
     mask::Masker,
     masks::FieldSet,
     names::{Names, word},
+    quoted,
     schema::{self, Others, Rule, Schema, WATCH_EVENT, schema_of},
     wire::{Field, Malformed, field, fields, put},
 };
@@ -95,7 +96,12 @@ fn cut(masker: &Masker, sensitivity: Sensitivity, body: &[u8]) -> Result<(), Uns
     // A variable's name stands before its value, as a string: what is cut between them has no value yet.
     let masks = masker.masks();
     let found = masks.patterns().is_some_and(|patterns| patterns.may_be_in(rest));
-    if found || fields_of(masker, kind) != 0 || schema::has_variables(kind) && masks.environment_in(rest) {
+    let on_variables = kind == "Status" && masks.has_environment() && quoted::speaks_of_variables(rest);
+    if found
+        || on_variables
+        || fields_of(masker, kind) != 0
+        || schema::has_variables(kind) && masks.environment_in(rest)
+    {
         return Err(CUT);
     }
     Ok(())
@@ -233,12 +239,32 @@ impl<'a> Walk<'a> {
                     let entry = self.entry_by_rule(place.fields, name, entry)?;
                     put(out, number, &entry);
                 }
+                (Some(Rule::Words), Some(words))
+                    if !self.may_quote(place, words) || quoted::is_plain(words) =>
+                {
+                    out.extend_from_slice(whole);
+                }
+                (Some(Rule::FieldPath), Some(path)) if !self.quotes(place) || !quoted::has_keys(path) => {
+                    out.extend_from_slice(whole);
+                }
+                (Some(Rule::Words | Rule::FieldPath), Some(words)) => {
+                    put(out, number, self.mask(words).as_bytes());
+                }
                 // Of another type than it should be.
                 (Some(_), None) => self.masks += 1,
                 (None, _) => self.other(schema.others, field, out)?,
             }
         }
         Ok(())
+    }
+
+    /// Whether words about what is in this place may quote what is masked.
+    fn quotes(&self, place: Place<'_>) -> bool {
+        place.sensitivity != Sensitivity::None || place.fields != 0
+    }
+
+    fn may_quote(&self, place: Place<'_>, words: &[u8]) -> bool {
+        self.quotes(place) || self.masker.masks().has_environment() && quoted::speaks_of_variables(words)
     }
 
     /// A field that the schema does not name.

@@ -330,3 +330,60 @@ proptest! {
         prop_assert_eq!(after.metadata.unwrap().name, secret.metadata.unwrap().name);
     }
 }
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct Status {
+    #[prost(string, tag = "2")]
+    status: String,
+    #[prost(string, tag = "3")]
+    message: String,
+    #[prost(message, tag = "5")]
+    details: Option<StatusDetails>,
+    #[prost(int32, tag = "6")]
+    code: i32,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct StatusDetails {
+    #[prost(string, tag = "1")]
+    name: String,
+    #[prost(message, repeated, tag = "4")]
+    causes: Vec<StatusCause>,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct StatusCause {
+    #[prost(string, tag = "2")]
+    message: String,
+    #[prost(string, tag = "3")]
+    field: String,
+}
+
+#[test]
+fn words_of_a_status_that_may_quote_have_a_mask() {
+    let status = |message: &str, field: &str| Status {
+        status: "Failure".into(),
+        message: message.into(),
+        details: Some(StatusDetails {
+            name: "db".into(),
+            causes: vec![StatusCause { message: message.into(), field: field.into() }],
+        }),
+        code: 422,
+    };
+    let quoting = format!("Invalid value: \"{CANARY}\"");
+    let body = envelope("Status", &status(&quoting, "users[name=\"canary-hunter2\"]"));
+    let kept = held(Sensitivity::Secrets, &body, true);
+    assert_eq!(kept.summary.masked, 3);
+    let mask = |text: &str| masker().mask(text.as_bytes());
+    let expected = status(&mask(&quoting), &mask("users[name=\"canary-hunter2\"]"));
+    assert_eq!(decoded::<Status>(&kept.content), expected);
+    // Elsewhere, and what quotes nothing.
+    assert_eq!(held(Sensitivity::None, &body, true).content, body);
+    let plain = envelope("Status", &status("secrets \"db\" not found", "data[tls.key]"));
+    assert_eq!(held(Sensitivity::Secrets, &plain, true).content, plain);
+    // A pod template, also where it is cut.
+    let template = envelope("Status", &status(&format!("Env:[]core.EnvVar{{Value:{CANARY}}}"), "spec"));
+    assert!(!has(&held(Sensitivity::None, &template, true).content, CANARY));
+    let cut = held(Sensitivity::None, &template[..template.len() - 4], false);
+    assert!(!has(&cut.content, CANARY));
+}

@@ -34,6 +34,18 @@ use super::{
 };
 use crate::streams::Direction;
 
+/// What a server says on an upgraded connection is marked after so many bytes, and waits while a mark before is not on disk: memory
+/// does not depend on how much faster than the disk it speaks.
+const AHEAD_BYTES: usize = 1024 * 1024;
+
+/// How far what a server says is ahead of the disk.
+#[derive(Debug, Default)]
+struct Ahead {
+    /// Bytes since the last mark.
+    bytes: usize,
+    mark: Option<oneshot::Receiver<Result<(), RecordingError>>>,
+}
+
 /// How much of a response is recorded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Level {
@@ -67,6 +79,7 @@ pub struct RequestRecord {
     upgraded: Mutex<Option<Upgraded>>,
     client_bytes: AtomicU64,
     server_bytes: AtomicU64,
+    ahead: Mutex<Ahead>,
 }
 
 #[derive(Debug, Default)]
@@ -114,6 +127,7 @@ impl RequestRecord {
             upgraded: Mutex::default(),
             client_bytes: AtomicU64::new(0),
             server_bytes: AtomicU64::new(0),
+            ahead: Mutex::default(),
         }
     }
 
@@ -286,8 +300,8 @@ impl RequestRecord {
         if entries.is_empty() { Ok(()) } else { self.append_first(entries).await }
     }
 
-    /// Bytes of an upgraded connection, server to client: queued (waits only while the queue is full); with `strict`
-    /// durable.
+    /// Bytes of an upgraded connection, server to client: queued (waits only while the queue is full, or much of this stream is ahead of
+    /// the disk); with `strict` durable.
     ///
     /// # Errors
     /// The journal cannot accept: the stream must be cut.
@@ -303,7 +317,33 @@ impl RequestRecord {
         if entries.is_empty() {
             return Ok(());
         }
-        self.append(entries, strict).await
+        self.append(entries, strict).await?;
+        self.wait_for_disk(data.len()).await
+    }
+
+    /// Waits while too much of the stream is not on disk. Whether it could be written is not asked here.
+    async fn wait_for_disk(&self, bytes: usize) -> Result<(), RecordingError> {
+        let (waiter, before) = {
+            let mut ahead = self.ahead.lock().unwrap_or_else(PoisonError::into_inner);
+            ahead.bytes += bytes;
+            if ahead.bytes < AHEAD_BYTES || self.context.emergency.is_on() {
+                return Ok(());
+            }
+            ahead.bytes = 0;
+            let (waiter, written) = oneshot::channel();
+            (waiter, ahead.mark.replace(written))
+        };
+        let context = &self.context;
+        let written = async {
+            let mark = context.append(Vec::new()).told_to(Some(waiter));
+            context.queue.push(mark).await?;
+            if let Some(before) = before {
+                // What failed is told to whoever comes next.
+                let _ = before.await;
+            }
+            Ok(())
+        };
+        tokio::time::timeout(COMMIT_WAIT_MAX, written).await.unwrap_or(Err(RecordingError::TooSlow))
     }
 
     /// The server has sent its last byte: when this returns, all of them are durable, where the rules want that.

@@ -19,6 +19,10 @@ pub(super) enum Rule {
     Object,
     /// `EnvVar`, whose value is masked by its name.
     Variable,
+    /// Words that may quote a value.
+    Words,
+    /// The path of a field, in which values may be keys.
+    FieldPath,
     /// A map of this name, whose values are masked where a rule is for them.
     NamedMap(&'static str),
 }
@@ -68,6 +72,10 @@ static LIST: Schema = schema(Others::Drop, &[(1, Rule::Keep), (2, Rule::Object)]
 pub(super) static WATCH_EVENT: Schema = schema(Others::Drop, &[(1, Rule::Keep), (2, Rule::Object)]);
 /// Has neither metadata of an object nor secrets.
 static PLAIN: Schema = schema(Others::Keep, &[]);
+
+static CAUSE: Schema = schema(Others::Keep, &[(2, Rule::Words), (3, Rule::FieldPath)]);
+static DETAILS: Schema = schema(Others::Keep, &[(4, Rule::Message(&CAUSE))]);
+static STATUS: Schema = schema(Others::Keep, &[(3, Rule::Words), (5, Rule::Message(&DETAILS))]);
 
 /// `ephemeralContainers` have the fields of a container one level deeper.
 static CONTAINER: Schema = schema(Others::Inspect, &[(7, Rule::Variable)]);
@@ -158,7 +166,7 @@ pub(super) fn schema_of(kind: &str, surroundings: Sensitivity) -> Option<(&'stat
         "PartialObjectMetadata" => &METADATA,
         "PartialObjectMetadataList" => &METADATA_LIST,
         "List" => &LIST,
-        "Status" => &PLAIN,
+        "Status" => &STATUS,
         options if options.ends_with("Options") => &PLAIN,
         _ if !none => return None,
         "ConfigMap" => &CONFIG_MAP,

@@ -9,7 +9,7 @@ use http::{
 };
 use weir_common::event::{Change, Channel, FileCopied, Kind};
 
-use super::{RequestHead, body::Sensitivity, content, mask::Masker, sieve::Sieves};
+use super::{RequestHead, body::Sensitivity, content, mask::Masker, sieve::Sieves, split};
 use crate::streams::{self, Agreed, Decoder, Direction, Lane};
 
 /// What an upgrade asks for, as far as it decides how the stream is read.
@@ -45,6 +45,7 @@ pub(super) struct Decoded {
 #[derive(Debug)]
 pub(super) struct Upgraded {
     decoder: Decoder,
+    masker: Masker,
     /// Raw bytes may hold objects of the API, which no mask can see in them.
     withholds: bool,
     /// Finds what rules mask.
@@ -95,7 +96,7 @@ impl Upgraded {
         let sieves = Sieves::of(masker);
         // Masked frames and what is compressed hide from expressions, too.
         let withholds = asked.verb == "watch" || sensitivity != Sensitivity::None || sieves.is_some();
-        Self { decoder, withholds, sieves, leaves_out, left_out: 0 }
+        Self { decoder, masker: masker.clone(), withholds, sieves, leaves_out, left_out: 0 }
     }
 
     /// Takes the next bytes of one direction.
@@ -146,19 +147,19 @@ impl Upgraded {
                         many => many.concat().into(),
                     };
                     if self.withholds && matches!(lane.channel, Channel::ClientRaw | Channel::ServerRaw) {
-                        decoded.kinds.push(withheld(bytes.len()));
+                        decoded.kinds.push(self.withheld(&bytes));
                         continue;
                     }
                     let Some(sieves) = &mut self.sieves else {
-                        decoded.kinds.append(&mut content::split_lane(lane, offset, &bytes));
+                        decoded.kinds.append(&mut split::split_lane(lane, offset, &bytes));
                         continue;
                     };
                     match sieves.push(lane, &bytes) {
                         // Masks make it longer or shorter: offsets are those of what is recorded.
                         Some((offset, masked)) => {
-                            decoded.kinds.append(&mut content::split_lane(lane, offset, &masked));
+                            decoded.kinds.append(&mut split::split_lane(lane, offset, &masked));
                         }
-                        None => decoded.kinds.push(withheld(bytes.len())),
+                        None => decoded.kinds.push(self.withheld(&bytes)),
                     }
                 }
                 streams::Event::Changed(lane @ Lane { channel, connection }, change) => {
@@ -189,10 +190,18 @@ impl Upgraded {
         decoded
     }
 
+    /// Bytes of a stream that the masks cannot see into. They pass: who configures masks wants secrets kept out of the record, not
+    /// connections cut, and whoever holds the bytes can prove by their digest what they were.
+    fn withheld(&self, bytes: &[u8]) -> Kind {
+        let digest = content::keyed(&self.masker, bytes);
+        let reason = format!("withheld: what is not decoded of a stream cannot be masked; {digest}");
+        Kind::Gap { reason, events: None, bytes: Some(bytes.len() as u64) }
+    }
+
     /// A lane is over.
     fn end(&mut self, lane: Lane) -> Vec<Kind> {
         let rest = self.sieves.as_mut().and_then(|sieves| sieves.end(lane));
-        rest.map(|(offset, rest)| content::split_lane(lane, offset, &rest)).unwrap_or_default()
+        rest.map(|(offset, rest)| split::split_lane(lane, offset, &rest)).unwrap_or_default()
     }
 
     /// A file as it is recorded: where something of its channel was masked, or nobody looked, without its digest, which is not keyed.
@@ -203,10 +212,4 @@ impl Upgraded {
         let link_target = file.link_target.map(|target| sieves.text(&target));
         FileCopied { path: sieves.text(&file.path), digest, link_target, ..file }
     }
-}
-
-/// Bytes of a stream that the masks cannot see into.
-fn withheld(bytes: usize) -> Kind {
-    let reason = "withheld: what is not decoded of a stream cannot be masked".to_owned();
-    Kind::Gap { reason, events: None, bytes: Some(bytes as u64) }
 }

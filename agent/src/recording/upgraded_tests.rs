@@ -4,13 +4,14 @@ use std::sync::{Arc, atomic::Ordering};
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use bytes::Bytes;
+use futures::FutureExt as _;
 use http::{HeaderMap, Method, StatusCode};
 use sha2::{Digest as _, Sha256};
 use tempfile::TempDir;
 use weir_common::event::{Channel, Kind, Outcome};
 
 use super::{
-    CommitRule, CommitRules, Recorder, RecorderOptions, Streams,
+    CommitRule, CommitRules, MaskRules, Masks, Recorder, RecorderOptions, Streams,
     fixture::{CANARY, TestDisk, attributes, names, on, open, options, read},
     tests::{closed, content, no_canary},
 };
@@ -156,4 +157,70 @@ async fn of_a_stream_whose_payload_a_rule_leaves_out_its_end_and_lengths_are_rec
     });
     assert_eq!(missing, Some(2 * CANARY.len() as u64));
     assert_eq!(closed(&events).exit_code, Some(0));
+}
+
+#[tokio::test]
+async fn what_cannot_be_masked_of_a_stream_goes_on_when_its_length_and_digest_are_on_disk() {
+    let directory = TempDir::new().unwrap();
+    let disk = Arc::new(TestDisk::default());
+    let masks = MaskRules { patterns: vec!["canary-[a-z0-9-]+".into()], ..MaskRules::default() };
+    let masks = Arc::new(Masks::new(masks).unwrap());
+    let rules = CommitRules { masks, ..CommitRules::default() };
+    let recorder = on(&disk, RecorderOptions { rules, ..options(directory.path()) }).unwrap();
+    let headers = agreed("chat");
+    let proxy = attributes("create", "services", "proxy");
+    let record = open(&recorder, Method::GET, &proxy, &headers, None).await.unwrap();
+    record.response_started(StatusCode::SWITCHING_PROTOCOLS, &headers, true);
+    for _ in 0..2 {
+        let before = disk.syncs.load(Ordering::SeqCst);
+        record.client_stream_data(from_client(CANARY.as_bytes()).into()).await.unwrap();
+        assert!(disk.syncs.load(Ordering::SeqCst) > before, "nothing is forwarded that is not durable");
+    }
+    record.server_stream_data(from_server(CANARY.as_bytes())).await.unwrap();
+    record.close(Outcome::Complete, None);
+    recorder.stop("test").await.unwrap();
+    no_canary(directory.path());
+    let events = read(recorder.folder());
+    let withheld: Vec<_> = events
+        .iter()
+        .filter_map(|event| match &event.kind {
+            Kind::Gap { reason, bytes, .. } if reason.starts_with("withheld") => {
+                Some((reason.as_str(), *bytes))
+            }
+            _ => None,
+        })
+        .collect();
+    let (of_client, of_server) = (from_client(CANARY.as_bytes()).len(), from_server(CANARY.as_bytes()).len());
+    let lengths: Vec<_> = withheld.iter().map(|(_, bytes)| bytes.unwrap()).collect();
+    assert_eq!(lengths, [of_client as u64, of_client as u64, of_server as u64]);
+    assert!(withheld.iter().all(|(reason, _)| reason.contains("; hmac-sha256:")), "{withheld:?}");
+    assert_eq!(withheld[0], withheld[1], "equal bytes are recognisable");
+}
+
+#[tokio::test]
+async fn a_server_that_speaks_faster_than_the_disk_waits_before_much_of_it_is_in_memory() {
+    let directory = TempDir::new().unwrap();
+    let disk = Arc::new(TestDisk::default());
+    let recorder = on(&disk, options(directory.path())).unwrap();
+    let headers = agreed("v4.channel.k8s.io");
+    let exec = attributes("create", "pods", "exec");
+    let record = open(&recorder, Method::POST, &exec, &headers, None).await.unwrap();
+    record.response_started(StatusCode::SWITCHING_PROTOCOLS, &headers, true);
+    disk.hold(true);
+    let said = vec![7; 60_000];
+    let piece = from_server(&[b"\x01", &said[..]].concat());
+    let mut pieces = 1;
+    while record.server_stream_data(piece.clone()).now_or_never().is_some() {
+        pieces += 1;
+        assert!(pieces * said.len() < 3 << 20, "it waits");
+    }
+    assert!(pieces * said.len() > 1 << 20, "it does not wait for each piece");
+    // Content is in base64 there.
+    assert!(recorder.inner.queue.backlog_bytes() < 4 << 20);
+    disk.hold(false);
+    record.server_stream_data(piece).await.unwrap();
+    record.close(Outcome::Complete, None);
+    recorder.stop("test").await.unwrap();
+    let stdout = content(&read(recorder.folder()), Channel::Stdout);
+    assert_eq!(stdout.len(), (pieces + 1) * said.len(), "all of it is on record");
 }

@@ -10,6 +10,7 @@ use super::{
     bounded,
     mask::{MASK_PREFIX, Masker},
     masks::{FieldSet, Segment},
+    quoted,
 };
 
 /// [`LAST_APPLIED`] as it stands in a JSON Patch path.
@@ -148,6 +149,11 @@ impl Walk<'_> {
                 }
             }
         }
+        match object.get("kind").and_then(Value::as_str) {
+            Some("Status") => self.status(object, Around { sensitivity, fields, own }),
+            Some("Table") => self.table(object, Around { sensitivity, fields, own }),
+            _ => {}
+        }
         for (name, value) in object.iter_mut() {
             let fields = match name.as_str() {
                 "items" => fields | listed,
@@ -167,6 +173,57 @@ impl Walk<'_> {
             }
         }
         self.names(object);
+    }
+
+    /// Words that may quote what was sent.
+    fn status(&mut self, status: &mut Map<String, Value>, around: Around) {
+        let words = status.get("message").and_then(Value::as_str).unwrap_or_default();
+        let on_variables =
+            self.masker.masks().has_environment() && quoted::speaks_of_variables(words.as_bytes());
+        if around.sensitivity == Sensitivity::None && around.own == 0 && !on_variables {
+            return;
+        }
+        self.words(status);
+        let causes = status.get_mut("details").and_then(|details| details.get_mut("causes"));
+        let Some(causes) = causes.and_then(Value::as_array_mut) else { return };
+        for cause in causes.iter_mut().filter_map(Value::as_object_mut) {
+            self.words(cause);
+            let field = cause.get_mut("field");
+            if let Some(field) = field
+                .filter(|field| !matches!(field, Value::String(path) if !quoted::has_keys(path.as_bytes())))
+            {
+                self.leaves(field);
+            }
+        }
+    }
+
+    fn words(&mut self, of: &mut Map<String, Value>) {
+        let message = of.get_mut("message");
+        if let Some(message) = message
+            .filter(|message| !matches!(message, Value::String(words) if quoted::is_plain(words.as_bytes())))
+        {
+            self.leaves(message);
+        }
+    }
+
+    /// What API servers print of objects: a column of a custom resource may be a field that is masked.
+    fn table(&mut self, table: &mut Map<String, Value>, around: Around) {
+        let Some(Value::Array(mut rows)) = table.get_mut("rows").map(Value::take) else { return };
+        for row in &mut rows {
+            let kind = row.pointer("/object/kind").and_then(Value::as_str);
+            let sensitivity = around.sensitivity.of_kind(kind);
+            let fields = around.fields | kind.map_or(0, |kind| self.masker.masks().of_kind(kind));
+            if sensitivity == Sensitivity::None && fields == 0 {
+                continue;
+            }
+            let of_secrets = sensitivity == Sensitivity::Secrets && fields == 0;
+            for at in quoted::cells_with_values(table, row, of_secrets) {
+                if let Some(cell) = row.get_mut("cells").and_then(|cells| cells.get_mut(at)) {
+                    self.leaves(cell);
+                }
+            }
+        }
+        table.insert("rows".to_owned(), Value::Array(rows));
     }
 
     /// Names in which an expression finds something.

@@ -28,6 +28,7 @@ use super::{
     mask::Masker,
     queue::Queue,
     share::{Budget, Share},
+    split,
 };
 
 /// Most bytes that all requests together hold for the threads.
@@ -168,7 +169,7 @@ impl Closing {
         if let Some(held) = &self.body {
             let Kept { content, summary, names } =
                 content::reduce_answer(&context.masker, context.sensitivity, held);
-            kinds.append(&mut content::split(Channel::ResponseBody, 0, &content));
+            kinds.append(&mut split::split(Channel::ResponseBody, 0, &content));
             kinds.append(&mut names.kinds(Channel::ResponseBody));
             self.closed.body = Some(summary);
         }

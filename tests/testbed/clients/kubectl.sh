@@ -62,6 +62,15 @@ step "apply secret by the server" k apply --server-side -f served.yaml
 echo "token=$canary" >literals
 step "create secret from a file" k create secret generic "$name-literals" --from-env-file=literals
 step "patch secret" k patch secret "$name" --type merge -p "$(printf '{"metadata":{"labels":{"seen":"yes"}}}')"
+# What is refused is quoted in the answer: a value of the wrong type, and a template that may not be changed.
+printf 'apiVersion: v1\nkind: Secret\nmetadata: {name: %s}\nstringData: {password: {nested: %s}}\n' "$name-typed" "$canary" >typed.yaml
+job() { printf 'apiVersion: batch/v1\nkind: Job\nmetadata: {name: %s}\nspec: {suspend: true, template: {spec: {restartPolicy: Never, containers: [{name: c, image: x, env: [{name: DB_PASSWORD, value: %s}]}]}}}\n' "$name" "$1"; }
+job "$canary" >job.yaml
+step "create a job" k create -f job.yaml
+job "$canary-2" >job.yaml
+typed=$(k apply --server-side --validate=false -f typed.yaml 2>&1 | grep -c "$canary")
+changed=$(k replace --validate=false -f job.yaml 2>&1 | grep "$canary" | grep -c "field is immutable")
+echo "quoted: $typed $changed"
 echo "== get secrets"
 k get secrets -l "client=$name" -o yaml | grep -c "password:"
 k get secrets -l "client=$name" --no-headers | wc -l

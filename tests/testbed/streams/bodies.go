@@ -108,7 +108,7 @@ func bodies(path string) {
 		{Name: "a Secret elsewhere", Path: others, Body: encoded(secret("s"))},
 		{Name: "a SecretList", Path: secrets, Body: encoded(&corev1.SecretList{Items: []corev1.Secret{*secret("s"), *secret("t")}})},
 		{Name: "metadata of Secrets", Path: secrets, Body: encoded(&metav1.PartialObjectMetadataList{Items: []metav1.PartialObjectMetadata{*partial}})},
-		{Name: "a Status", Path: secrets, Body: encoded(&metav1.Status{Status: "Failure", Message: "shown", Code: 404})},
+		{Name: "a Status", Path: others, Body: encoded(&metav1.Status{Status: "Failure", Message: "shown", Code: 404})},
 		{Name: "a List", Path: others, Body: encoded(list)},
 		{Name: "a TokenRequest", Path: "/api/v1/namespaces/ns/serviceaccounts/a/token", Body: encoded(&authenticationv1.TokenRequest{
 			ObjectMeta: meta("a"), Spec: authenticationv1.TokenRequestSpec{Audiences: []string{"shown"}},

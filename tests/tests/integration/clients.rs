@@ -128,7 +128,7 @@ fn said_by_all(programs: &Clients, java: &[String], pod: &Pod<'_>) -> Said {
 /// What each must have come to, so that nothing is the same because it failed in both places.
 #[track_caller]
 fn all_was_done(said: &Said) {
-    let kubectl = ["same", "True True exit 5", "exit 3", "exit 4", "visible-kubectl-4"];
+    let kubectl = ["same", "True True exit 5", "exit 3", "exit 4", "quoted: 1 1", "visible-kubectl-4"];
     let expected: [(&str, &[&str]); 7] = [
         (
             "python",
@@ -140,7 +140,7 @@ fn all_was_done(said: &Said) {
         ),
         ("go", &["bytes in: [true", "bytes out: [true", "[true,true,5]", "logs -f: ", "port-forward: "]),
         ("kubectl", &[&kubectl[..], &["debugged through"]].concat()),
-        ("kubectl-old", &[&kubectl[..4], &["visible-kubectl-old-4"]].concat()),
+        ("kubectl-old", &[&kubectl[..5], &["visible-kubectl-old-4"]].concat()),
         (
             JAVA,
             &[
