@@ -37,6 +37,8 @@ const NAMESPACES: [(&str, bool); 2] = [("it-clients", true), ("it-clients-free",
 /// Bytes that go through an exec each way; with `WEIR_TEST_LONG` more. The last line has no end.
 const BYTES: usize = 256 * 1024 + 7;
 const BYTES_LONG: usize = 64 * 1024 * 1024 + 7;
+/// The same of the Java client, which sends what is typed in small messages, of which each waits for the disk.
+const BYTES_LONG_JAVA: usize = 4 * 1024 * 1024 + 7;
 /// How long a forwarded port lies idle with `WEIR_TEST_LONG`: longer than the minute after which proxies cut it.
 const IDLE_SECONDS_LONG: &str = "70";
 /// A client that takes longer is ended, and the test fails.
@@ -55,8 +57,12 @@ fn clients() -> impl Iterator<Item = (&'static str, u16)> {
     CLIENTS.into_iter().filter(|(name, _)| is_long() || *name != JAVA)
 }
 
-fn bytes() -> usize {
-    if is_long() { BYTES_LONG } else { BYTES }
+fn bytes(client: &str) -> usize {
+    match client {
+        _ if !is_long() => BYTES,
+        JAVA => BYTES_LONG_JAVA,
+        _ => BYTES_LONG,
+    }
 }
 
 /// A pod with a container for each client, which talks to whoever attaches and echoes what comes to its port.
@@ -85,7 +91,7 @@ fn run_target(testbed: &Testbed, namespace: &str) {
 
 /// What a client's command line is.
 fn command(clients: &Clients, java: &[String], namespace: &str, (name, port): (&str, u16)) -> Vec<String> {
-    let (port, bytes) = (port.to_string(), bytes().to_string());
+    let (port, bytes) = (port.to_string(), bytes(name).to_string());
     let source = Clients::source;
     let program = match name {
         "python" => vec![clients.python.clone(), source("client.py")],
@@ -266,7 +272,7 @@ fn streams_are_on_record(requests: &BTreeMap<String, Request>, said: &Said) {
         let digests: BTreeSet<_> = said[name].1.split('"').filter(|word| word.len() == 64).collect();
         assert_eq!(digests.len(), 1, "{name} says one digest: {digests:?}");
         let written = |request: &&Request| {
-            request.lanes.get(&(Channel::Stdin, None)).filter(|stdin| stdin.len() == bytes()).map(&digest)
+            request.lanes.get(&(Channel::Stdin, None)).filter(|stdin| stdin.len() == bytes(name)).map(&digest)
         };
         let written: Vec<_> = of("sha256sum").iter().filter_map(written).collect();
         assert!(!written.is_empty(), "{name} writes");
