@@ -19,11 +19,24 @@ use crate::testbed::Start;
 /// Holds the namespaces of a pod.
 pub const PAUSE_IMAGE: &str = "weir.test/pause:1";
 
-/// The real kubectl, and a shell with the usual commands (busybox).
+/// The real kubectl, and a shell with the usual commands (busybox); [`RUNNER`] is where runners of GitHub Actions have theirs.
 pub const AGENT_IMAGE: &str = "weir.test/agent:1";
 
 /// Changes when the recipe here does, so that a kept image is not taken for a new one.
-const RECIPE: &str = "1";
+const RECIPE: &str = "2";
+
+/// What a runner in ARC's `kubernetes` mode asks of the API: a pod for its job, a secret, a command in that pod.
+const RUNNER: &str = r#"#!/bin/sh
+set -eux
+test "$ACTIONS_RUNNER_INPUT_JITCONFIG" = jit
+echo work > /home/runner/_work/job
+kubectl get pods -o name
+kubectl create secret generic "$ACTIONS_RUNNER_POD_NAME-job" --from-literal=a=b
+kubectl run job --image=weir.test/agent:1 --restart=Never --command -- sleep 1000
+until [ "$(kubectl get pod job -o jsonpath='{.status.phase}')" = Running ]; do sleep 1; done
+kubectl exec job -- echo said by the job
+kubectl delete pod job --wait=false --grace-period=1
+"#;
 
 const BUSYBOX: &str = "/bin/busybox";
 
@@ -42,7 +55,7 @@ pub(super) fn import(start: &Start<'_>) -> Result<()> {
 /// The image's tar, made if it is not there.
 fn archive(name: &str, entry_point: &[&str], binaries: &[&Path]) -> Result<PathBuf> {
     let mut digest = Sha256::new();
-    digest.update(format!("{RECIPE} {name} {entry_point:?}"));
+    digest.update(format!("{RECIPE} {name} {entry_point:?} {RUNNER}"));
     for binary in binaries {
         hash_file(binary, &mut digest)?;
     }
@@ -66,6 +79,11 @@ fn write_archive(scratch: &Path, name: &str, entry: &[&str], binaries: &[&Path],
     fs::write(root.join("etc/passwd"), "root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534::/tmp:/bin/sh\n")
         .and_then(|()| fs::write(root.join("etc/group"), "root:x:0:\nnogroup:x:65534:\n"))
         .context("cannot write the users of an image")?;
+    let runner = root.join("home/runner");
+    fs::create_dir_all(&runner)
+        .and_then(|()| fs::write(runner.join("run.sh"), RUNNER))
+        .and_then(|()| fs::set_permissions(runner.join("run.sh"), fs::Permissions::from_mode(0o755)))
+        .context("cannot write a runner's script")?;
     for binary in binaries {
         let file = binary.file_name().context("a binary has no name")?;
         fs::copy(binary, root.join("bin").join(file))

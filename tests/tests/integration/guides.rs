@@ -128,15 +128,19 @@ fn yaml(text: &str) -> Value {
     serde_yaml_ng::from_str(text).unwrap_or_else(|error| panic!("{error}:\n{text}"))
 }
 
-/// In a shell, with kubectl in PATH, as an administrator has it.
 fn runs_as_it_is(node: &Node<'_>, block: &str) {
+    command::run(&mut with_kubectl(node, block)).unwrap();
+}
+
+/// In a shell, with kubectl in PATH, as an administrator has it.
+pub(super) fn with_kubectl(node: &Node<'_>, script: &str) -> Command {
     let kubectl = node.testbed.kubectl_command();
     let folder = Path::new(kubectl.get_program()).parent().unwrap();
     let path = format!("{}:{}", folder.display(), std::env::var("PATH").unwrap());
     let mut shell = Command::new("sh");
-    shell.args(["-euc", block]).env("PATH", path);
+    shell.args(["-euc", script]).env("PATH", path);
     shell.env("KUBECONFIG", node.testbed.layout().kubeconfig("admin"));
-    command::run(&mut shell).unwrap();
+    shell
 }
 
 /// What a job does in step 6, and that its session is there.

@@ -62,6 +62,11 @@ impl Monitored {
         (agent, Self(free))
     }
 
+    /// An agent that serves them there.
+    pub(super) fn at(address: SocketAddr) -> Self {
+        Self(address)
+    }
+
     /// Status and body.
     pub(super) fn get(&self, path: &str) -> anyhow::Result<(u16, String)> {
         let mut stream = TcpStream::connect_timeout(&self.0, ANSWER_DEADLINE)?;

@@ -1,0 +1,117 @@
+//! `helm upgrade` while a pod's clients are at work.
+
+use std::{
+    collections::BTreeSet,
+    io::{BufRead as _, BufReader, Write as _},
+    path::Path,
+    process::{Child, Stdio},
+    time::Duration,
+};
+
+use weir_common::event::Kind;
+use weir_tests::{Pod, agent, wait_until};
+
+use super::{JOURNAL, release::Release};
+
+/// Clients of a pod that call one after the other, each on connections of its own.
+const CLIENTS: usize = 3;
+/// Calls of each that must have succeeded after an upgrade, and with `WEIR_TEST_LONG`.
+const CALLS_AFTER: usize = 10;
+const CALLS_AFTER_LONG: usize = 300;
+/// The former agent ends when the stream that it serves has ended.
+const END_DEADLINE: Duration = Duration::from_secs(60);
+
+struct Calls {
+    process: Child,
+    codes: std::io::Lines<BufReader<std::process::ChildStdout>>,
+}
+
+impl Calls {
+    fn begin(pod: &Pod<'_>, number: usize) -> Self {
+        let calls = format!(
+            "while [ ! -e /tmp/stop ]; do kubectl get namespace default -o name >/dev/null 2>/tmp/error-{number}; \
+             echo $?; done; cat /tmp/error-{number}"
+        );
+        let mut process =
+            pod.exec_command().args(["sh", "-c", &calls]).stdout(Stdio::piped()).spawn().unwrap();
+        let codes = BufReader::new(process.stdout.take().unwrap()).lines();
+        Self { process, codes }
+    }
+
+    #[track_caller]
+    fn succeed(&mut self, times: usize) {
+        for _ in 0..times {
+            assert_eq!(self.codes.next().unwrap().unwrap(), "0");
+        }
+    }
+}
+
+/// Calls of an enrolled pod go on, and a stream and a watch of its, while the DaemonSet's pod is replaced. The streams stay with the former agent,
+/// whose pod ends when they have ended.
+pub(super) fn is_upgraded_under_load(release: &Release<'_>, pod: &Pod<'_>) {
+    let former = release.pods();
+    let mut clients: Vec<_> = (0..CLIENTS).map(|number| Calls::begin(pod, number)).collect();
+    clients.iter_mut().for_each(|client| client.succeed(1));
+    let echo = ["kubectl", "exec", "-i", "-n", &pod.namespace, &pod.name, "--", "cat"];
+    let mut command = release.testbed.kubectl_command();
+    command.args(["exec", "-i", "-n", &pod.namespace, &pod.name, "--"]).args(echo);
+    let mut session = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut to_session = session.stdin.take().unwrap();
+    let mut from_session = BufReader::new(session.stdout.take().unwrap()).lines();
+    let mut say = |line: &str| {
+        writeln!(to_session, "{line}").unwrap();
+        assert_eq!(from_session.next().unwrap().unwrap(), line);
+    };
+    say("before");
+    let values = ["startupTaint=true", "admission.enabled=true", "config.limits.drainSeconds=121"];
+    // Helm waits for the former pod to be gone, which waits for the stream.
+    let mut upgrading =
+        release.to_apply("upgrade", &values).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    wait_until("the former agent's pod to be ended", END_DEADLINE, || {
+        let pods = release.pods();
+        let ends = pods.iter().any(|pod| pod["metadata"]["deletionTimestamp"].is_string());
+        Ok((pods.len() == 2 && ends).then_some(()))
+    })
+    .unwrap_or_else(|error| panic!("{error:#}\n{}", release.told()));
+    let long = std::env::var_os("WEIR_TEST_LONG").is_some();
+    clients.iter_mut().for_each(|client| client.succeed(if long { CALLS_AFTER_LONG } else { CALLS_AFTER }));
+    say("while the former agent drains");
+    drop(to_session);
+    assert!(session.wait().unwrap().success());
+    assert!(upgrading.wait().unwrap().success(), "{}", release.told());
+    release.can_be_followed();
+    wait_until("the former agent's pod to be gone", END_DEADLINE, || {
+        Ok((release.pods().len() == 1).then_some(()))
+    })
+    .unwrap();
+    let now = release.pods();
+    assert_ne!(former[0]["metadata"]["uid"], now[0]["metadata"]["uid"]);
+    assert_eq!(now[0]["status"]["containerStatuses"][0]["restartCount"], 0, "{}", release.told());
+    pod.shell("touch /tmp/stop").unwrap();
+    for mut client in clients {
+        let codes: Vec<_> = client.codes.map(Result::unwrap).collect();
+        assert!(codes.iter().all(|code| code == "0" || code.is_empty()), "{codes:?}\n{}", release.told());
+        client.process.wait().unwrap();
+    }
+    check_records();
+}
+
+fn check_records() {
+    let events = agent::read_events(Path::new(JOURNAL)).unwrap();
+    let refused = events.iter().filter(|event| matches!(event.kind, Kind::ConnectionRefused { .. })).count();
+    assert_eq!(refused, 0);
+    let epochs: BTreeSet<_> = events.iter().map(|event| &event.epoch).collect();
+    assert_eq!(epochs.len(), 2, "one agent before, one after, and no third that took over again");
+    let is_exec =
+        |kind: &Kind| matches!(kind, Kind::RequestOpened(opened) if opened.attributes.subresource == "exec");
+    let stream = events.iter().rfind(|event| is_exec(&event.kind)).unwrap();
+    // That it ended well is what the client says, above.
+    let closed = events
+        .iter()
+        .find(|event| matches!(event.kind, Kind::RequestClosed(_)) && event.request == stream.request);
+    assert_eq!(
+        closed.map(|event| &event.epoch),
+        Some(&stream.epoch),
+        "the former agent served it to its end"
+    );
+}
