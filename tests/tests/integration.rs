@@ -31,6 +31,8 @@ mod before;
 mod broker_faults;
 #[path = "integration/bundle.rs"]
 mod bundle;
+#[path = "integration/bystanders.rs"]
+mod bystanders;
 #[path = "integration/chart.rs"]
 mod chart;
 #[path = "integration/client.rs"]
@@ -91,6 +93,8 @@ mod names;
 mod nested;
 #[path = "integration/nri.rs"]
 mod nri;
+#[path = "integration/other_cluster.rs"]
+mod other_cluster;
 #[path = "integration/own_pod.rs"]
 mod own_pod;
 #[path = "integration/places.rs"]

@@ -387,30 +387,3 @@ impl Drop for Folder {
         let _ = std::fs::remove_dir(&self.0);
     }
 }
-
-#[test]
-fn what_is_not_enrolled_sees_no_change() {
-    let Some(mut scene) = Scene::new() else { return };
-    scene.namespace("it-bystander", false);
-    let pod = scene.testbed.run_pod(&PodSpec::idle("it-bystander", "caller")).unwrap();
-    let attack = Attack::new(&scene, &pod);
-    let look = || {
-        let ways = ["tcp", "mapped", "udp-sendto", "raw", "mptcp"];
-        let seen = ways.map(|way| {
-            let (said, direct) = attack.try_way(way, Target::Service);
-            (way, said, direct.is_empty())
-        });
-        let kubelet = attack.try_way("tcp", Target::Kubelet).0;
-        let host = attack.try_from(&[], "tcp").0;
-        let answer = pod.exec(&["kubectl", "get", "namespace", "default", "-o", "name"]).unwrap();
-        (seen, kubelet, host, super::shown(&answer))
-    };
-    let before = look();
-    assert!(before.0.iter().all(|(_, _, none_seen)| !none_seen), "{before:?}");
-    let mut agent = scene.agent(TrustSource::ClusterSigner);
-    assert_eq!(look(), before, "while it runs");
-    agent.crash().unwrap();
-    assert_eq!(look(), before, "after it was killed");
-    agent.uninstall().unwrap();
-    assert_eq!(look(), before, "after everything is gone");
-}
