@@ -17,6 +17,11 @@ use crate::packages;
 use crate::progress::Progress;
 use crate::python;
 
+mod tools;
+pub use tools::{
+    audit_decoder, helm, note_verifier, prometheus_operator_kinds, promtool, streams_capture, tools_plan,
+};
+
 /// Names a folder of ready binaries to use instead of building.
 pub const BINARIES_VARIABLE: &str = "WEIR_TESTBED_BIN";
 
@@ -68,14 +73,7 @@ pub const GO_MODULES: &[GoModule] = &[
         ],
         minutes: 1.0,
     },
-    GoModule {
-        folder: "identity-provider",
-        tags: "",
-        linker_flags: "-s -w",
-        copied: &[],
-        binaries: &[(crate::identity_provider::BINARY, ".")],
-        minutes: 0.5,
-    },
+    crate::identity_provider::MODULE,
     GoModule {
         folder: "nri",
         tags: "nri_no_wasm",
@@ -109,56 +107,6 @@ pub const GO_MODULES: &[GoModule] = &[
         minutes: 9.0,
     },
 ];
-
-/// What tests the alert rules; no part of the testbed.
-static PROMTOOL: GoModule = GoModule {
-    folder: "promtool",
-    tags: "remove_all_sd",
-    linker_flags: "-s -w",
-    copied: &[("github.com/prometheus/prometheus", "cmd/promtool/unittest.go")],
-    binaries: &[("promtool-test-rules", ".")],
-    minutes: 1.0,
-};
-
-/// Kubernetes' clients and servers of streams, which the decoders' conversations are recorded from; no part of the testbed.
-static STREAMS: GoModule = GoModule {
-    folder: "streams",
-    tags: "",
-    linker_flags: "-s -w",
-    copied: &[],
-    binaries: &[("streams-capture", ".")],
-    minutes: 1.0,
-};
-
-/// Verifies Weir's notes and proofs with the libraries of other logs; no part of the testbed.
-static NOTE_VERIFIER: GoModule = GoModule {
-    folder: "note-verifier",
-    tags: "",
-    linker_flags: "-s -w",
-    copied: &[],
-    binaries: &[("note-verifier", ".")],
-    minutes: 0.2,
-};
-
-/// Decodes audit events strictly, with Kubernetes' own types; no part of the testbed.
-static AUDIT_DECODER: GoModule = GoModule {
-    folder: "audit-decoder",
-    tags: "",
-    linker_flags: "-s -w",
-    copied: &[],
-    binaries: &[("audit-decoder", ".")],
-    minutes: 0.5,
-};
-
-/// What renders and installs the chart; no part of the testbed either.
-static HELM: GoModule = GoModule {
-    folder: "helm",
-    tags: "",
-    linker_flags: "-s -w -X helm.sh/helm/v3/internal/version.version=v3.22.0",
-    copied: &[],
-    binaries: &[("helm", "helm.sh/helm/v3/cmd/helm")],
-    minutes: 1.5,
-};
 
 /// A Debian package and the file or command that shows it is there (or an equal of another distribution).
 const PACKAGES: &[(&str, &[&str])] = &[
@@ -268,74 +216,6 @@ pub fn plan() -> Result<Vec<String>> {
             go()?;
             let names: Vec<&str> = module.binaries.iter().map(|(name, _)| *name).collect();
             lines.push(format!("build with Go: {} (about {} min)", names.join(", "), module.minutes));
-        }
-    }
-    Ok(lines)
-}
-
-/// What records conversations for the stream decoders, built if it is not there.
-///
-/// # Errors
-/// When it cannot be built.
-pub fn streams_capture(progress: Progress) -> Result<PathBuf> {
-    STREAMS.tool(progress)
-}
-
-/// The part of promtool that tests alert rules, built if it is not there.
-///
-/// # Errors
-/// When it cannot be built.
-pub fn promtool(progress: Progress) -> Result<PathBuf> {
-    PROMTOOL.tool(progress)
-}
-
-/// The program that verifies notes and proofs with other libraries than Weir's, built if it is not there.
-///
-/// # Errors
-/// There is no Go, or the build fails.
-pub fn note_verifier(progress: Progress) -> Result<PathBuf> {
-    NOTE_VERIFIER.tool(progress)
-}
-
-/// The program that decodes audit events as Kubernetes does, built if it is not there.
-///
-/// # Errors
-/// There is no Go, or the build fails.
-pub fn audit_decoder(progress: Progress) -> Result<PathBuf> {
-    AUDIT_DECODER.tool(progress)
-}
-
-/// Helm, built if it is not there.
-///
-/// # Errors
-/// When it cannot be built.
-pub fn helm(progress: Progress) -> Result<PathBuf> {
-    HELM.tool(progress)
-}
-
-/// The definitions of the Prometheus operator's kinds that the chart has, as files of a Go module of its; nothing is built.
-///
-/// # Errors
-/// When there is no Go, or they cannot be fetched.
-pub fn prometheus_operator_kinds() -> Result<[PathBuf; 2]> {
-    let source = repository().join("tests/testbed/prometheus-operator");
-    let module = downloaded(&go()?, &source, "github.com/prometheus-operator/prometheus-operator")?;
-    Ok(["servicemonitors", "prometheusrules"].map(|kind| {
-        module.join(format!("example/prometheus-operator-crd/monitoring.coreos.com_{kind}.yaml"))
-    }))
-}
-
-/// What [`promtool`] and [`helm`] would do; nothing when they are there.
-///
-/// # Errors
-/// As of [`plan`].
-pub fn tools_plan() -> Result<Vec<String>> {
-    let folder = cache_folder()?.join("testbed/bin");
-    let mut lines = Vec::new();
-    for module in [&PROMTOOL, &HELM] {
-        if !module.is_built(&folder)? {
-            go()?;
-            lines.push(format!("build with Go: {} (about {} min)", module.binaries[0].0, module.minutes));
         }
     }
     Ok(lines)
@@ -521,9 +401,13 @@ mod tests {
 
     #[test]
     fn the_go_that_is_asked_for_is_the_one_of_every_module() {
-        let tools =
-            [&PROMTOOL, &NOTE_VERIFIER, &crate::key_service::LOCAL_KMS, &HELM, &crate::clients::CLIENT_GO];
-        for module in GO_MODULES.iter().chain(tools) {
+        for module in GO_MODULES.iter().chain([
+            &tools::PROMTOOL,
+            &tools::NOTE_VERIFIER,
+            &crate::key_service::LOCAL_KMS,
+            &tools::HELM,
+            &crate::clients::CLIENT_GO,
+        ]) {
             let go_mod = fs::read_to_string(module.source().join("go.mod")).unwrap();
             assert!(go_mod.contains(&format!("\ngo 1.{GO_MINOR}.")), "{}", module.folder);
         }

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
+use std::path::PathBuf;
 use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,12 +21,23 @@ use serde_json::{Value, json};
 
 use crate::certificates::{Authority, Subject};
 use crate::command::tail;
+use crate::components::GoModule;
 use crate::process::RecordedProcess;
+use crate::progress::Progress;
 use crate::testbed::{Testbed, free_ports};
 use crate::wait::wait_until;
 
 /// Name of its binary.
 pub const BINARY: &str = "identity-provider";
+/// A part of the testbed that also serves without the rest of it.
+pub(crate) const MODULE: GoModule = GoModule {
+    folder: "identity-provider",
+    tags: "",
+    linker_flags: "-s -w",
+    copied: &[],
+    binaries: &[(BINARY, ".")],
+    minutes: 0.5,
+};
 
 /// Where it listens, and what its certificate is for.
 const ADDRESS: &str = "127.0.0.1";
@@ -69,7 +81,7 @@ pub struct User {
 #[derive(Debug)]
 pub struct IdentityProvider {
     folder: tempfile::TempDir,
-    binary: std::path::PathBuf,
+    binary: PathBuf,
     port: u16,
     tls: Arc<ClientConfig>,
     process: Option<RecordedProcess>,
@@ -86,11 +98,23 @@ struct Answer {
 }
 
 impl IdentityProvider {
-    /// Starts it with these clients and users, on a port that nobody uses.
+    /// Starts the testbed's with these clients and users, on a port that nobody uses.
     ///
     /// # Errors
     /// When it does not come up.
     pub fn start(testbed: &Testbed, clients: &[Client], users: &[User]) -> Result<Self> {
+        Self::start_binary(testbed.components().binary(BINARY), clients, users)
+    }
+
+    /// As [`Self::start`], without a testbed; its program is built if it is not there.
+    ///
+    /// # Errors
+    /// When it cannot be built, or does not come up.
+    pub fn start_alone(clients: &[Client], users: &[User]) -> Result<Self> {
+        Self::start_binary(MODULE.tool(Progress::Shown)?, clients, users)
+    }
+
+    fn start_binary(binary: PathBuf, clients: &[Client], users: &[User]) -> Result<Self> {
         let folder = tempfile::tempdir().context("cannot make a scratch folder")?;
         let [port] = free_ports(ADDRESS)?;
         Authority::create(folder.path(), "weir-testbed-identity-provider")?.sign(&Subject {
@@ -124,7 +148,6 @@ impl IdentityProvider {
         fs::write(folder.path().join("provider.json"), configuration.to_string())
             .context("cannot write the provider's configuration")?;
         let tls = Arc::new(trusting(&folder.path().join("ca.crt"))?);
-        let binary = testbed.components().binary(BINARY);
         let mut provider = Self { folder, binary, port, tls, process: None };
         provider.resume()?;
         Ok(provider)
@@ -205,7 +228,7 @@ impl IdentityProvider {
         tokens["id_token"].as_str().map(str::to_owned).context("no ID token")
     }
 
-    fn log(&self) -> std::path::PathBuf {
+    fn log(&self) -> PathBuf {
         self.folder.path().join("provider.log")
     }
 

@@ -17,6 +17,8 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 use weir_tests::packages;
 
+use crate::cross::Architecture;
+
 /// Name of the object below the target folder; `agent/build.rs` looks for it there.
 const OBJECT: &str = "bpf/weir-ebpf.o";
 /// The linker that is installed if there is none.
@@ -49,6 +51,28 @@ pub(crate) struct Options {
     /// Build even if no input has changed.
     #[arg(long)]
     force: bool,
+    /// The architecture of the nodes [default: this machine's]. Another one's object lies in a folder of its own.
+    #[arg(long, value_name = "ARCHITECTURE")]
+    arch: Option<Architecture>,
+}
+
+impl Options {
+    /// For nodes of an architecture.
+    pub(crate) fn of(architecture: Architecture) -> Self {
+        Self { arch: Some(architecture), ..Self::default() }
+    }
+
+    fn arch(self) -> &'static str {
+        self.arch.map_or(env::consts::ARCH, Architecture::name)
+    }
+
+    /// Name of the object below the target folder.
+    fn object(self) -> String {
+        match self.arch() {
+            env::consts::ARCH => OBJECT.to_owned(),
+            other => format!("bpf-{other}/weir-ebpf.o"),
+        }
+    }
 }
 
 /// How to call the compiler.
@@ -62,7 +86,7 @@ enum Toolchain {
 /// Builds the kernel programs and returns the path of the object.
 pub(crate) fn run(root: &Path, options: Options) -> Result<PathBuf> {
     let target = target(root);
-    let object = target.join(OBJECT);
+    let object = target.join(options.object());
     let stamp = object.with_extension("inputs");
     let inputs = fingerprint(root, options)?;
     if !options.force && is_current(&object, &inputs) {
@@ -146,7 +170,7 @@ fn cargo(toolchain: &Toolchain, root: &Path, linker: &Path, options: Options) ->
             command
         }
     };
-    let mut flags = OsString::from(format!("--cfg=bpf_target_arch=\"{}\"", env::consts::ARCH));
+    let mut flags = OsString::from(format!("--cfg=bpf_target_arch=\"{}\"", options.arch()));
     for flag in ["-Cdebuginfo=2", "-Clink-arg=--btf"] {
         flags.push("\x1f");
         flags.push(flag);
@@ -169,7 +193,7 @@ fn cargo(toolchain: &Toolchain, root: &Path, linker: &Path, options: Options) ->
 /// A digest of every input; only compared with one of the same build of xtask, so any hash will do.
 fn fingerprint(root: &Path, options: Options) -> Result<String> {
     let mut hasher = DefaultHasher::new();
-    (options.debug_log, BPF_LINKER_VERSION, env::consts::ARCH).hash(&mut hasher);
+    (options.debug_log, BPF_LINKER_VERSION, options.arch()).hash(&mut hasher);
     for input in INPUTS {
         hash_path(&root.join(input), &mut hasher)?;
     }

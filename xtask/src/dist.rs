@@ -1,29 +1,44 @@
-//! `cargo xtask dist`: what is given away, in `target/dist`: an OCI image without a Docker daemon, a tarball of the binaries, the
-//! chart as a package, a list of what is in them (SPDX), and checksums of all. The same commit, built in the same folder by the same
-//! toolchain and distribution, gives the same bytes, but for the chart's package, in which Helm puts the time:
-//! [`weir_tests::image`] writes archives without times, users and order of its own.
+//! `cargo xtask dist`: what is given away, in `target/dist`: an OCI image without a Docker daemon, for one architecture or several, for
+//! each a tarball of the binaries and a list of what is in them (SPDX), the chart as a package, and checksums of all.
+//!
+//! The same commit, built in the same folder by the same toolchain and distribution, gives the same bytes:
+//! [`weir_tests::image`] writes archives without times, users and order of its own. What was built for another
+//! architecture is run in emulation ([`smoke`]).
 
 use std::{
+    collections::BTreeSet,
     fs,
     path::{Path, PathBuf},
-    process::Command,
+    process::{Command, Stdio},
 };
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 use weir_tests::{
+    command::{command, run as output_of},
     components,
-    image::{self, Image},
+    image::{self, Image, Platform},
     progress::Progress,
 };
 
-use crate::{build_ebpf, sbom};
+use crate::{
+    build_ebpf,
+    cross::{Architecture, Cross},
+    sbom::{self, Package},
+};
+
+mod smoke;
 
 /// What is given away, the one that a container runs first.
 const BINARIES: [&str; 2] = ["weir-agent", "weir"];
+/// Of what is given away.
+const VERSION: &str = env!("CARGO_PKG_VERSION");
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {
+    /// What the binaries are built for; several, with commas between them, give one image that fits nodes of each [default: this machine's].
+    #[arg(long, value_name = "ARCHITECTURE", value_delimiter = ',')]
+    arch: Vec<Architecture>,
     /// Profile that the binaries are built with.
     #[arg(long, default_value = "release", value_name = "NAME")]
     profile: String,
@@ -31,47 +46,172 @@ pub(crate) struct Arguments {
     /// full name alone, also where the chart has it short.
     #[arg(long, default_value = "docker.io/library/weir-agent", value_name = "NAME")]
     image: String,
-    /// Install on the testbed what was made: the chart's package with the image's archive. Needs root.
+    /// Pack twice, and install on the testbed what was made: the chart's package with the image's archive. Needs root, and an image for this
+    /// machine.
     #[arg(long)]
     test: bool,
+}
+
+impl Arguments {
+    /// What is asked for, each once and in the same order however it was said.
+    fn architectures(&self) -> Result<BTreeSet<Architecture>> {
+        let own = Architecture::own()?;
+        let mut asked: BTreeSet<_> = self.arch.iter().copied().collect();
+        if asked.is_empty() {
+            asked.insert(own);
+        }
+        ensure!(
+            !self.test || asked.contains(&own),
+            "--test installs an image for this machine; put {} into --arch, too",
+            own.name()
+        );
+        Ok(asked)
+    }
+}
+
+/// What was built for one architecture.
+struct Build {
+    architecture: Architecture,
+    platform: Platform,
+    /// Where the libraries are from.
+    packages: Vec<Package>,
+    /// None for this machine's own.
+    cross: Option<Cross>,
 }
 
 /// Builds everything, and says what lies where.
 ///
 /// # Errors
-/// Something cannot be built or written.
+/// Something cannot be built or written, or does not run.
 pub(crate) fn run(root: &Path, arguments: &Arguments) -> Result<()> {
-    let version = env!("CARGO_PKG_VERSION");
-    let name = format!("weir-{version}-linux-{}", std::env::consts::ARCH);
-    build_ebpf::run(root, build_ebpf::Options::default())?;
-    let binaries = build(root, &arguments.profile)?;
+    let architectures = arguments.architectures()?;
+    let mut builds = Vec::new();
+    for architecture in &architectures {
+        builds.push(Build::make(root, *architecture, &arguments.profile)?);
+    }
     let dist = root.join("target/dist");
     if dist.exists() {
         fs::remove_dir_all(&dist).with_context(|| format!("cannot empty {}", dist.display()))?;
     }
     fs::create_dir_all(&dist).with_context(|| format!("cannot make {}", dist.display()))?;
+    for build in &builds {
+        build.write(root, &dist)?;
+    }
+    let (crossed, platforms): (Vec<_>, Vec<_>) =
+        builds.into_iter().map(|build| (build.cross, build.platform)).unzip();
+    let name = format!("{}:{VERSION}", arguments.image);
     let license = root.join("LICENSE");
+    let revision = revision(root);
     let image = Image {
-        name: &format!("{}:{version}", arguments.image),
-        version,
-        binaries: &binaries,
+        name: &name,
+        version: VERSION,
+        revision: revision.as_deref(),
+        platforms: &platforms,
         license: &license,
         compressed: true,
     };
-    let digest = image.write(&dist.join(format!("{name}.oci.tar")))?;
-    tarball(root, &binaries, &name, &dist)?;
-    let helm = components::helm(Progress::Shown)?;
-    let mut package = Command::new(helm);
-    package.args(["package", "--destination"]).arg(&dist).arg(root.join("deploy/helm/weir"));
-    let packaged = package.output().context("cannot start helm")?;
-    ensure!(packaged.status.success(), "helm: {}", String::from_utf8_lossy(&packaged.stderr));
-    let libraries = image::libraries_of(&binaries)?;
-    let list = format!("{:#}\n", sbom::document(root, &name, &libraries)?);
-    fs::write(dist.join(format!("{name}.spdx.json")), list).context("cannot write the list of packages")?;
+    let archive = dist.join(match architectures.iter().collect::<Vec<_>>()[..] {
+        [one] => format!("{}.oci.tar", file_name(*one)),
+        _ => format!("weir-{VERSION}-linux.oci.tar"),
+    });
+    let digest = image.write(&archive)?;
+    chart(root, &dist)?;
     let sums = checksums(&dist)?;
     fs::write(dist.join("SHA256SUMS"), &sums).context("cannot write checksums")?;
-    println!("{}:\n{sums}image {} has the digest {digest}", dist.display(), image.name);
-    if arguments.test { test(root, &dist) } else { Ok(()) }
+    println!("{}:\n{sums}image {name} has the digest {digest}", dist.display());
+    for cross in crossed.iter().flatten() {
+        smoke::run(root, cross, &archive)?;
+    }
+    if arguments.test {
+        is_packed_alike(&image, &archive)?;
+        test(root, &dist)?;
+    }
+    Ok(())
+}
+
+/// Of what is for one architecture, without an ending.
+fn file_name(architecture: Architecture) -> String {
+    format!("weir-{VERSION}-linux-{}", architecture.name())
+}
+
+/// The commit, if this is a checkout; `-modified` where files differ from it.
+fn revision(root: &Path) -> Option<String> {
+    let ask = |arguments: &[&str]| output_of(command("git", arguments).current_dir(root)).ok();
+    let commit = ask(&["rev-parse", "HEAD"])?;
+    let changed = ask(&["status", "--porcelain", "--untracked-files=no"])?;
+    Some(format!("{}{}", commit.trim(), if changed.is_empty() { "" } else { "-modified" }))
+}
+
+/// The chart as Helm packs it, but for the times that Helm puts in.
+fn chart(root: &Path, dist: &Path) -> Result<()> {
+    let scratch = tempfile::tempdir().context("cannot make a scratch folder")?;
+    let [packed, content] = ["packed", "content"].map(|name| scratch.path().join(name));
+    fs::create_dir(&content).context("cannot make a folder")?;
+    let mut helm = Command::new(components::helm(Progress::Shown)?);
+    output_of(helm.args(["package", "--destination"]).arg(&packed).arg(root.join("deploy/helm/weir")))?;
+    let name = format!("weir-{VERSION}");
+    output_of(
+        Command::new("tar").arg("-xf").arg(packed.join(format!("{name}.tgz"))).arg("-C").arg(&content),
+    )?;
+    // Helm takes the first folder of a path for the chart's, and would take a dot for it.
+    let archive = dist.join(format!("{name}.tar"));
+    image::tar_of(&content, "weir", &archive)?;
+    output_of(command("gzip", &["-n9", "--suffix", ".tgz"]).arg(&archive))?;
+    fs::rename(dist.join(format!("{name}.tar.tgz")), dist.join(format!("{name}.tgz")))
+        .context("cannot name the chart's package")
+}
+
+/// Packs the same files again.
+fn is_packed_alike(image: &Image<'_>, archive: &Path) -> Result<()> {
+    let again = tempfile::NamedTempFile::new().context("cannot make a scratch file")?;
+    image.write(again.path())?;
+    output_of(Command::new("cmp").arg(archive).arg(again.path()))
+        .context("the same files were packed twice, and the archives differ")?;
+    println!("packed twice: the same bytes");
+    Ok(())
+}
+
+impl Build {
+    fn make(root: &Path, architecture: Architecture, profile: &str) -> Result<Self> {
+        let programs = build_ebpf::run(root, build_ebpf::Options::of(architecture))?;
+        let folder = root.join("target/dist-build").join(architecture.name());
+        let cross = if architecture == Architecture::own()? {
+            None
+        } else {
+            Some(Cross::prepare(architecture, &folder)?)
+        };
+        let mut cargo = Command::new("cargo");
+        cargo.args(["build", "--locked", "--profile", profile]).current_dir(root);
+        if let Some(cross) = &cross {
+            cross.builds(&mut cargo)?;
+            cargo.env("WEIR_EBPF_OBJECT", programs);
+        }
+        let strip = if cross.is_some() { architecture.tool("strip") } else { "strip".to_owned() };
+        let binaries = build(cargo, &strip, &folder.join("stripped"))?;
+        let (platform, mut packages) = match &cross {
+            None => {
+                let platform = Platform::own(binaries)?;
+                let packages = sbom::packages_of(&platform.libraries)?;
+                (platform, packages)
+            }
+            Some(cross) => {
+                let libraries = cross.libraries_of(&cross.root, &binaries)?;
+                let (architecture, root) = (architecture.debian(), cross.root.clone());
+                (Platform { architecture, binaries, libraries, root }, cross.packages.clone())
+            }
+        };
+        packages.extend(sbom::installed("ca-certificates"));
+        Ok(Self { architecture, platform, packages, cross })
+    }
+
+    /// Writes what is for this architecture alone: the tarball, and the list of what is in it and in the image.
+    fn write(&self, root: &Path, dist: &Path) -> Result<()> {
+        let name = file_name(self.architecture);
+        tarball(root, &self.platform.binaries, &name, dist)?;
+        let list = sbom::document(root, &name, &self.architecture.target(), &self.packages)?;
+        fs::write(dist.join(format!("{name}.spdx.json")), format!("{list:#}\n"))
+            .context("cannot write the list of packages")
+    }
 }
 
 /// Runs the chart's test with it.
@@ -100,11 +240,10 @@ fn test(root: &Path, dist: &Path) -> Result<()> {
 }
 
 /// Builds the binaries, and leaves out what only a debugger reads.
-fn build(root: &Path, profile: &str) -> Result<Vec<PathBuf>> {
-    let mut cargo = Command::new("cargo");
-    cargo.args(["build", "--locked", "--profile", profile, "--message-format", "json-render-diagnostics"]);
-    cargo.args(BINARIES.iter().flat_map(|name| ["-p", name])).current_dir(root);
-    let built = cargo.stderr(std::process::Stdio::inherit()).output().context("cannot start cargo")?;
+fn build(mut cargo: Command, strip: &str, stripped: &Path) -> Result<Vec<PathBuf>> {
+    cargo.args(["--message-format", "json-render-diagnostics"]);
+    cargo.args(BINARIES.iter().flat_map(|name| ["-p", name]));
+    let built = cargo.stderr(Stdio::inherit()).output().context("cannot start cargo")?;
     ensure!(built.status.success(), "cargo build ended with {}", built.status);
     let messages = String::from_utf8(built.stdout)?;
     let executables: Vec<PathBuf> = messages
@@ -112,17 +251,14 @@ fn build(root: &Path, profile: &str) -> Result<Vec<PathBuf>> {
         .filter_map(|line| serde_json::from_str::<Value>(line).ok())
         .filter_map(|message| message["executable"].as_str().map(PathBuf::from))
         .collect();
-    let stripped = root.join("target/dist-stripped");
-    fs::create_dir_all(&stripped).with_context(|| format!("cannot make {}", stripped.display()))?;
+    fs::create_dir_all(stripped).with_context(|| format!("cannot make {}", stripped.display()))?;
     BINARIES
         .iter()
         .map(|name| {
             let found = executables.iter().find(|path| path.file_name().is_some_and(|file| file == *name));
             let (from, to) =
                 (found.with_context(|| format!("cargo has not built {name}"))?, stripped.join(name));
-            let status =
-                Command::new("strip").arg("-o").arg(&to).arg(from).status().context("cannot start strip")?;
-            ensure!(status.success(), "strip ended with {status}");
+            output_of(command(strip, &["-o"]).arg(&to).arg(from))?;
             Ok(to)
         })
         .collect()

@@ -8,6 +8,7 @@ mod bench;
 mod build_ebpf;
 mod chaos;
 mod chart;
+mod cross;
 mod demo;
 mod dist;
 mod docs;
@@ -45,7 +46,7 @@ enum Command {
     /// Record conversations of Kubernetes' own clients and servers of streams, and bodies of its codecs, anew: what `cargo test`
     /// holds decoders and masks to.
     Conversations,
-    /// Build what is given away, into target/dist: image, tarball, chart, list of packages, checksums.
+    /// Build what is given away, into target/dist: image, tarball, chart, list of packages, checksums; for x86_64, aarch64 or both in one image.
     Dist(dist::Arguments),
     /// Write the documentation that is generated from types: docs/configuration.md with its JSON schema, the chart's values.schema.json, docs/metrics.md.
     Docs,

@@ -10,13 +10,26 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 
-/// The document of what is given away under `name`.
+/// A Debian package that an image has something of.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Package {
+    pub(crate) name: String,
+    pub(crate) version: String,
+    pub(crate) architecture: String,
+}
+
+/// The document of what is given away under `name`, for a target, with libraries of these packages.
 ///
 /// # Errors
-/// Cargo or dpkg cannot be asked.
-pub(crate) fn document(root: &Path, name: &str, libraries: &[PathBuf]) -> Result<Value> {
-    let mut packages = crates(root)?;
-    packages.extend(debian(libraries)?);
+/// Cargo cannot be asked.
+pub(crate) fn document(root: &Path, name: &str, target: &str, libraries: &[Package]) -> Result<Value> {
+    let mut packages = crates(root, target)?;
+    packages.extend(libraries.iter().map(|package| {
+        let mut found = entry("deb/debian", &package.name, &package.version, "NOASSERTION");
+        let locator = &mut found["externalRefs"][0]["referenceLocator"];
+        *locator = json!(format!("{}?arch={}", locator.as_str().unwrap_or_default(), package.architecture));
+        found
+    }));
     let described: Vec<_> = packages.iter().map(|package| {
         json!({"spdxElementId": "SPDXRef-DOCUMENT", "relationshipType": "DESCRIBES", "relatedSpdxElement": package["SPDXID"]})
     }).collect();
@@ -34,10 +47,9 @@ pub(crate) fn document(root: &Path, name: &str, libraries: &[PathBuf]) -> Result
 }
 
 /// The crates that the shipped packages are built of, without those that only tests need.
-fn crates(root: &Path) -> Result<Vec<Value>> {
-    let target = format!("{}-unknown-linux-gnu", std::env::consts::ARCH);
+fn crates(root: &Path, target: &str) -> Result<Vec<Value>> {
     let output = Command::new("cargo")
-        .args(["metadata", "--locked", "--format-version", "1", "--filter-platform", &target])
+        .args(["metadata", "--locked", "--format-version", "1", "--filter-platform", target])
         .current_dir(root)
         .output()
         .context("cannot start cargo")?;
@@ -61,9 +73,16 @@ fn crates(root: &Path) -> Result<Vec<Value>> {
             continue;
         }
         for dependency in nodes.get(&id).map(|node| list(&node["deps"])).unwrap_or_default() {
-            // Of kind null are those of the program itself; "build" and "dev" are not in it.
-            if list(&dependency["dep_kinds"]).iter().any(|kind| kind["kind"].is_null()) {
-                pending.push(text(&dependency["pkg"]));
+            let kinds = list(&dependency["dep_kinds"]);
+            let package = text(&dependency["pkg"]);
+            // Of kind null are those of the program itself; "build" and "dev" are not in it, but for crates that are C sources, which a
+            // build compiles in. What such a crate needs itself only compiles them.
+            if kinds.iter().any(|kind| kind["kind"].is_null()) {
+                pending.push(package);
+            } else if text(&dependency["name"]).ends_with("_src")
+                && kinds.iter().any(|kind| kind["kind"] == "build")
+            {
+                reached.insert(package);
             }
         }
     }
@@ -76,8 +95,11 @@ fn crates(root: &Path) -> Result<Vec<Value>> {
     Ok(reached.map(of).collect())
 }
 
-/// The Debian packages of the libraries; of another distribution none are known.
-fn debian(libraries: &[PathBuf]) -> Result<Vec<Value>> {
+/// The Debian packages of libraries of this machine; of another distribution none are known.
+///
+/// # Errors
+/// A library cannot be read.
+pub(crate) fn packages_of(libraries: &[PathBuf]) -> Result<Vec<Package>> {
     let mut names = BTreeSet::new();
     for library in libraries {
         // dpkg knows files by where they were before /lib became a link to /usr/lib, or after.
@@ -89,16 +111,16 @@ fn debian(libraries: &[PathBuf]) -> Result<Vec<Value>> {
             names.extend(found.split_once(": ").map(|(package, _)| package.to_owned()));
         }
     }
-    names.insert("ca-certificates".to_owned());
-    let mut found = Vec::new();
-    for name in names {
-        let asked = Command::new("dpkg-query").args(["-W", "-f", "${Version}", &name]).output();
-        let version =
-            asked.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
-        let plain = name.split(':').next().unwrap_or_default();
-        found.extend((!version.is_empty()).then(|| entry("deb/debian", plain, &version, "NOASSERTION")));
-    }
-    Ok(found)
+    Ok(names.iter().filter_map(|name| installed(name)).collect())
+}
+
+/// A package of this machine.
+pub(crate) fn installed(name: &str) -> Option<Package> {
+    let asked = Command::new("dpkg-query").args(["-W", "-f", "${Version} ${Architecture}", name]).output();
+    let asked = asked.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
+    let (version, architecture) = asked.split_once(' ')?;
+    let name = name.split(':').next().unwrap_or_default().to_owned();
+    Some(Package { name, version: version.to_owned(), architecture: architecture.to_owned() })
 }
 
 fn entry(kind: &str, name: &str, version: &str, license: &str) -> Value {
@@ -118,7 +140,35 @@ fn entry(kind: &str, name: &str, version: &str, license: &str) -> Value {
         "externalRefs": [{
             "referenceCategory": "PACKAGE-MANAGER",
             "referenceType": "purl",
-            "referenceLocator": format!("pkg:{kind}/{name}@{version}"),
+            "referenceLocator": format!("pkg:{kind}/{name}@{}", version.replace('+', "%2B")),
         }],
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_compiled_from_c_is_listed_and_each_id_is_of_one_package() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+        let library = Package {
+            name: "libc6".to_owned(),
+            version: "2.36-9+deb12u14".to_owned(),
+            architecture: "arm64".to_owned(),
+        };
+        let document = document(root, "name", "aarch64-unknown-linux-gnu", &[library]).unwrap();
+        let packages = document["packages"].as_array().unwrap();
+        let named = |name: &str| packages.iter().any(|package| package["name"] == name);
+        for name in ["weir-agent", "weir", "rdkafka-sys", "openssl-src", "aws-lc-sys", "libc6"] {
+            assert!(named(name), "{name}");
+        }
+        // What only builds and tests use is in nobody's image.
+        assert!(!named("cc") && !named("expect-test") && !named("xtask"));
+        let ids: BTreeSet<_> = packages.iter().map(|package| package["SPDXID"].as_str().unwrap()).collect();
+        assert_eq!(ids.len(), packages.len());
+        let locators: Vec<_> =
+            packages.iter().map(|package| &package["externalRefs"][0]["referenceLocator"]).collect();
+        assert!(locators.contains(&&json!("pkg:deb/debian/libc6@2.36-9%2Bdeb12u14?arch=arm64")));
+    }
 }

@@ -60,7 +60,7 @@ pub(crate) fn run(root: &Path, long: bool) -> Result<()> {
     // Integration tests and the demo attach to it; it goes down whatever becomes of them.
     let up = Testbed::up(&Testbed::default_folder()?, Progress::Shown)?.down_on_drop();
     used.push(("testbed up", Duration::from_secs(60), started.elapsed()));
-    for suite in on_testbed(root, &xtask) {
+    for suite in on_testbed(root, &xtask).into_iter().chain(long.then(|| given_away(root, &xtask))) {
         used.push(suite.run(seed, long)?);
     }
     drop(up);
@@ -158,6 +158,13 @@ fn on_testbed(root: &Path, xtask: &Path) -> Vec<Suite> {
         Suite { name: "integration", budget: Duration::from_secs(2100), command: integration },
         Suite { name: "demo", budget: Duration::from_secs(180), command: demo },
     ]
+}
+
+/// What is given away, for both architectures, and installed: two release builds, which are too long for every change.
+fn given_away(root: &Path, xtask: &Path) -> Suite {
+    let mut command = Command::new(xtask);
+    command.args(["dist", "--arch", "x86_64,aarch64", "--test"]).current_dir(root);
+    Suite { name: "dist", budget: Duration::from_secs(3600), command }
 }
 
 impl Suite {

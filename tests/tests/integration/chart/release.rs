@@ -8,7 +8,7 @@ use std::{
 
 use serde_json::{Value, json};
 use weir_tests::{
-    PodSpec, Testbed, agent, command, components, image::Image, progress::Progress, testbed::NODE_NAME,
+    PodSpec, Testbed, agent, command, components, image, progress::Progress, testbed::NODE_NAME,
 };
 
 use super::super::{Scene, shown};
@@ -84,9 +84,7 @@ impl<'a> Release<'a> {
         let binaries = ["weir-agent", "weir"].map(|name| agent::built_binary(name).unwrap());
         let license = components::repository().join("LICENSE");
         let archive = self.scratch.join("image.tar");
-        let image =
-            Image { name: IMAGE, version: "test", binaries: &binaries, license: &license, compressed: false };
-        image.write(&archive).unwrap();
+        image::write_own(IMAGE, binaries.to_vec(), &license, &archive).unwrap();
         archive
     }
 
