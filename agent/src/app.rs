@@ -132,12 +132,15 @@ pub async fn run((source, config): (Source, Config)) -> Result<(), AppError> {
         publishing.stop().await;
     }
     if outcome? == HANDED_OVER && own_pod().is_some() {
-        tracing::info!("another agent serves this node's pods; this one waits for the end of its own pod");
+        tracing::info!(
+            event = "waits-for-other-agent",
+            "another agent serves this node's pods; this one waits for the end of its own pod"
+        );
         let is_there = || handover::an_agent_runs(Path::new(handover::STANDARD));
         let over = retirement::wait(signals.next(), retirement::LOOK_INTERVAL, is_there).await;
-        tracing::info!(?over, "waits no longer");
+        tracing::info!(event = "wait-ended", ?over, "waits no longer");
     }
-    tracing::info!(reason, "stopped; the kernel programs stay in force until `weir-agent uninstall`");
+    tracing::info!(event = "stopped", %reason, "stopped; the kernel programs stay in force until `weir-agent uninstall`");
     Ok(stopped?)
 }
 
@@ -208,7 +211,7 @@ async fn run_recorded(
         return ending;
     };
     let (limit, serve) = (config.limits.drain, |connection| proxy.serve(connection));
-    tracing::info!(signal, drain_seconds = limit.as_secs(), active = proxy.active(), "draining");
+    tracing::info!(event = "draining", %signal, drain_seconds = limit.as_secs(), active = proxy.active(), "draining");
     if *signal == HANDED_OVER {
         // The successor answers from now on.
         metrics.stop().await;
@@ -238,18 +241,24 @@ fn start_publishing(config: &Config, recorder: &Recorder) -> Result<Option<Arc<P
     // A thread of its own, which nothing waits for: not the start, nor the end.
     let looked = std::thread::Builder::new().name("weir-kafka-look".to_owned()).spawn(move || {
         for check in doctor::kafka::checks(&kafka).into_iter().filter(|check| !check.ok) {
-            tracing::warn!(name = check.name, found = check.found, mend = check.mend, "not as it should be");
+            tracing::warn!(
+                event = "kafka-check-failed",
+                name = check.name,
+                found = check.found,
+                mend = check.mend,
+                "not as it should be"
+            );
         }
     });
     if let Err(error) = looked {
-        tracing::warn!(%error, "the brokers and topics are not looked at");
+        tracing::warn!(event = "kafka-not-checked", %error, "the brokers and topics are not looked at");
     }
     Ok(Some(Arc::new(publishing)))
 }
 
 async fn drain(proxy: &Proxy, limit: Duration) {
     if let Drained::Cut(count) = proxy.drain(limit).await {
-        tracing::warn!(count, "connections were cut; their records say so");
+        tracing::warn!(event = "connections-cut", count, "connections were cut; their records say so");
     }
 }
 
@@ -259,7 +268,7 @@ async fn announce(mut settled: watch::Receiver<bool>, mut canary: watch::Receive
     let is_settled = settled.wait_for(|settled| *settled).await.is_ok();
     let passed = canary.wait_for(|health| *health == Health::Passed).await.is_ok();
     if is_settled && passed {
-        tracing::info!("ready");
+        tracing::info!(event = "ready", "ready");
     }
     std::future::pending().await
 }
@@ -445,7 +454,7 @@ impl Exporting {
             }
             // No pod is refused for their sake.
             Err(error) => {
-                tracing::error!(error = doctor::chain(&error), "no traces are made");
+                tracing::error!(event = "traces-off", error = doctor::chain(&error), "no traces are made");
                 (None, Self(None))
             }
         }

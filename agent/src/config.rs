@@ -198,8 +198,11 @@ pub enum Access {
 /// Where serving certificates come from that pods trust: as they are (tier T0), or by a bundle that they are given (T1).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Trust {
-    /// The cluster's own `kubernetes.io/kubelet-serving` signer.
-    ClusterSigner,
+    /// A signer of the cluster's own.
+    ClusterSigner {
+        /// Its name.
+        signer_name: String,
+    },
     /// A CA (or intermediate) that chains to the pods' CA bundle, mounted as files.
     MountedCa {
         /// PEM certificates, the issuing one first.
@@ -295,7 +298,7 @@ mod tests {
 
     use expect_test::{Expect, expect};
 
-    use super::{Config, Mode};
+    use super::{Config, Mode, Trust};
 
     const WHOLE: &str = "
 apiVersion: weir.dev/v1alpha1
@@ -422,6 +425,29 @@ limits: {drainSeconds: 10, responseBytesMax: 4096, sessionIdleTimeoutSeconds: 60
                 "configuration weir.yaml: clusters[0]: say either `inCluster: true` or `kubeconfig: FILE`"
             ],
         );
+    }
+
+    #[test]
+    fn another_signer_is_named_and_one_that_signs_no_servers_is_refused() {
+        let with = |name: &str| {
+            WHOLE.replace("{clusterSigner: {}}", &format!("{{clusterSigner: {{signerName: {name}}}}}"))
+        };
+        let signer = |text: &str| {
+            Config::parse("weir.yaml".as_ref(), text, "node").map(|config| config.clusters[0].trust.clone())
+        };
+        let named = |name: &str| Trust::ClusterSigner { signer_name: name.to_owned() };
+        assert_eq!(signer(WHOLE).expect("is valid"), named("kubernetes.io/kubelet-serving"));
+        let of_eks = "beta.eks.amazonaws.com/app-serving";
+        assert_eq!(signer(&with(of_eks)).expect("is valid"), named(of_eks));
+        refused(
+            &with("kubernetes.io/kube-apiserver-client"),
+            expect![
+                "configuration weir.yaml: clusters[0].trust.clusterSigner.signerName: kubernetes.io/kube-apiserver-client signs no certificates of servers; Kubernetes has kubernetes.io/kubelet-serving for them"
+            ],
+        );
+        for wrong in ["kubelet-serving", "'/a'", "'a.b/'", "a/b", "a.b/c'd", "A.b/c", "'a..b/c'", "a.b/c/d"] {
+            assert!(signer(&with(wrong)).is_err(), "{wrong}");
+        }
     }
 
     #[test]

@@ -176,7 +176,7 @@ pub fn run(options: &DoctorOptions) -> Report {
                 checks.push(nri::check(config.nri.as_deref()));
                 checks.extend(runtime.block_on(clusters::configured(&config)));
                 checks.extend(runtime.block_on(pods::checks(&config)));
-                checks.extend(config.kafka.iter().flat_map(kafka::checks));
+                checks.extend(kafka::configured(&config));
             }
         },
         None => match Invoker::find(environment) {

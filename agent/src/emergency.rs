@@ -274,7 +274,11 @@ impl Switch {
             emergency.reason,
             emergency.by
         );
-        tracing::error!(message, "emergency");
+        tracing::error!(
+            event = "emergency-began",
+            detail = message,
+            "requests go on although their records may be lost"
+        );
         self.owe("emergencyBegan", message);
         self.pay().await;
         self.said = None;
@@ -289,14 +293,18 @@ impl Switch {
                 "{requests} requests went on without waiting for their records; gaps say how many of those were lost; {} (begun by {})",
                 emergency.reason, emergency.by
             );
-            tracing::warn!(message, "the emergency is over");
+            tracing::warn!(event = "emergency-ended", detail = message, "the emergency is over");
             self.owe("emergencyEnded", message);
         }
     }
 
     fn refuse(&mut self, problem: String) {
         if self.said.as_ref() != Some(&problem) {
-            tracing::error!(problem, "an emergency was asked for and is not taken up");
+            tracing::error!(
+                event = "emergency-refused",
+                problem,
+                "an emergency was asked for and is not taken up"
+            );
             self.owe("emergencyRefused", problem.clone());
             self.said = Some(problem);
         }

@@ -336,7 +336,11 @@ impl Session {
         // Also after an error: whoever is in the cgroup must not go on unrecorded.
         let left = cgroup.end().await?;
         if left > 0 {
-            warn!(processes = left, "ended processes that the command had left behind");
+            warn!(
+                event = "exec-processes-ended",
+                processes = left,
+                "ended processes that the command had left behind"
+            );
         }
         interceptor.stop().await;
         proxy.drain(DRAIN_DEADLINE).await;

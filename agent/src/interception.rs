@@ -7,6 +7,7 @@
 //! not read here.
 
 pub mod accept;
+pub mod account_rights;
 pub mod answers;
 pub mod api_set;
 pub mod attach;

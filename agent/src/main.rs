@@ -29,6 +29,7 @@ use weir_agent::{
     },
     readiness, status,
     support::{self, SupportOptions},
+    trust::cluster_signer::SIGNER_NAME,
 };
 
 /// Makes the pods of a Kubernetes node act through a recording gateway.
@@ -56,6 +57,9 @@ enum Command {
         /// The agents' service account, as NAMESPACE/NAME.
         #[arg(long, value_name = "ACCOUNT")]
         service_account: String,
+        /// The signer that agents ask, as they have it in `trust.clusterSigner.signerName`.
+        #[arg(long, value_name = "NAME", default_value = SIGNER_NAME)]
+        signer: String,
         /// A name or address of the API server beside those that the cluster publishes, as the agents have it in `hostNames` or
         /// `addresses`. May be given several times.
         #[arg(long = "name", value_name = "HOST")]
@@ -222,11 +226,11 @@ fn main() -> ExitCode {
     }
     match command {
         Command::Run { config, log_json } => logged(log_json, || run(&config)),
-        Command::Approver { service_account, names, kubeconfig, metrics, log_json } => {
+        Command::Approver { service_account, signer, names, kubeconfig, metrics, log_json } => {
             logged(log_json, || {
                 forbid_core_dumps()?;
                 let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-                let options = ApproverOptions { service_account, names, kubeconfig, metrics };
+                let options = ApproverOptions { service_account, signer, names, kubeconfig, metrics };
                 Ok(runtime.block_on(app::approver::run(&options))?)
             })
         }
@@ -262,7 +266,7 @@ fn logged(json: bool, run: impl FnOnce() -> anyhow::Result<()>) -> ExitCode {
     let result = run();
     // Whoever collects JSON would lose, or choke on, a line that is none.
     if let (true, Err(error)) = (json, &result) {
-        tracing::error!("{}", doctor::chain(error.as_ref()));
+        tracing::error!(event = "failed", "{}", doctor::chain(error.as_ref()));
         return ExitCode::FAILURE;
     }
     finish(result)
@@ -315,7 +319,7 @@ fn raise_open_files() -> anyhow::Result<()> {
     use nix::sys::resource::{Resource, getrlimit, setrlimit};
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
     setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
-    tracing::info!(open_files = hard, "limit of open files raised");
+    tracing::info!(event = "open-files-raised", open_files = hard, "limit of open files raised");
     Ok(())
 }
 

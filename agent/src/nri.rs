@@ -86,10 +86,11 @@ pub(crate) async fn follow(socket: PathBuf, asked: impl Asked, part: Cancellatio
             asked.asks(Err(format!("{}: {reason}; `weir-agent doctor` has the mend", socket.display())));
             if connection.registered {
                 (pause, said_absent) = (RETRY, false);
-                tracing::warn!(%reason, "the container runtime does not ask any more; containers start without waiting");
+                tracing::warn!(event = "nri-lost", %reason, "the container runtime does not ask any more; containers start without waiting");
             } else if !said_absent {
                 said_absent = true;
                 tracing::info!(
+                    event = "nri-absent",
                     socket = %socket.display(), %reason,
                     "the container runtime offers no NRI; containers start without waiting, and are denied until they are enrolled"
                 );
@@ -138,7 +139,7 @@ impl<'a, A: Asked> Connection<'a, A> {
                     (Service::Runtime, Kind::Response) => messages::registered(&message.data)?,
                     (Service::Plugin, Kind::Request) => {
                         let call = messages::call(&message.data).unwrap_or_else(|error| {
-                            tracing::warn!(%error, "a call of the container runtime cannot be read; it is answered all the same");
+                            tracing::warn!(event = "nri-call-unreadable", %error, "a call of the container runtime cannot be read; it is answered all the same");
                             Call::Other
                         });
                         let answer = messages::answer(message.stream, &call);
@@ -162,7 +163,12 @@ impl<'a, A: Asked> Connection<'a, A> {
             Call::Configure(configure) => {
                 self.patience = Patience::of_runtime(configure.request_timeout_ms);
                 let (runtime, version) = (configure.runtime, configure.version);
-                tracing::info!(runtime, version, "the container runtime asks before it starts a container");
+                tracing::info!(
+                    event = "nri-in-force",
+                    runtime,
+                    version,
+                    "the container runtime asks before it starts a container"
+                );
                 None
             }
             Call::Synchronize { more: false } => {

@@ -326,7 +326,11 @@ impl Proxy {
         shared.upstream_tasks.close();
         let ended = async { tokio::join!(shared.tasks.wait(), shared.upstream_tasks.wait()) };
         if tokio::time::timeout(CUT_GRACE, ended).await.is_err() {
-            tracing::warn!(tasks = shared.tasks.len(), "connections did not end although they were cut");
+            tracing::warn!(
+                event = "connections-stay",
+                tasks = shared.tasks.len(),
+                "connections did not end although they were cut"
+            );
         }
         drained
     }

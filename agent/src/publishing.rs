@@ -119,7 +119,7 @@ impl Publishing {
         let gap = Box::new(move |reason: String, events| {
             // If it cannot be recorded now, the journal counts it as lost and says so later.
             if let Err(error) = gaps.gap(reason, events) {
-                tracing::warn!(%error, "that the journal is damaged could not be recorded");
+                tracing::warn!(event = "damage-not-recorded", %error, "that the journal is damaged could not be recorded");
             }
         });
         let mut publisher = Publisher::new(
@@ -174,14 +174,20 @@ impl Publishing {
         let joined = tokio::task::spawn_blocking(|| thread.map(JoinHandle::join)).await;
         let left = self.published().backlog_bytes;
         match joined {
-            Ok(Some(Ok(()))) if left == 0 => tracing::info!("everything is published"),
+            Ok(Some(Ok(()))) if left == 0 => {
+                tracing::info!(event = "everything-published", "everything is published")
+            }
             Ok(Some(Ok(()))) => {
                 tracing::info!(
+                    event = "unpublished-left",
                     left,
                     "bytes that are not published yet stay in the journal for the next agent"
                 );
             }
-            _ => tracing::error!("the publisher ended early; the next agent publishes what is left"),
+            _ => tracing::error!(
+                event = "publisher-ended",
+                "the publisher ended early; the next agent publishes what is left"
+            ),
         }
     }
 }

@@ -60,6 +60,7 @@ fn an_agent_that_logs_json_gives_its_last_words_as_json() {
     let text = String::from_utf8_lossy(&output.stderr);
     let last: serde_json::Value = serde_json::from_str(text.trim_end()).unwrap();
     assert_eq!(last["level"], "ERROR", "{text}");
+    assert_eq!(last["fields"]["event"], "failed", "{text}");
     let message = last["fields"]["message"].as_str().unwrap_or_default();
     assert!(message.contains("cannot read configuration /nonexistent/agent.yaml"), "{text}");
 }

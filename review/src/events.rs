@@ -7,6 +7,7 @@
 use std::io::{self, Write};
 
 use crate::{
+    invoked,
     projection::Projector,
     source::{Journal, Record, SourceError, group::Group},
     terminal::{escaped, escaped_json},
@@ -19,7 +20,10 @@ const COMMIT_EVENTS_MAX: usize = 512;
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum EventsError {
     /// Nothing has this id.
-    #[error("no session in {journal} has the id {id}; `weir sessions --from {journal}` lists the sessions")]
+    #[error(
+        "no session in {journal} has the id {id}; `{} sessions --from {journal}` lists the sessions",
+        invoked::name()
+    )]
     Unknown { id: String, journal: String },
     /// The journal cannot be read.
     #[error(transparent)]

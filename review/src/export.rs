@@ -27,6 +27,7 @@ use weir_common::{
 };
 
 use crate::{
+    invoked,
     source::{Epoch, Journal, SourceError, is_unmade, read_segment, with_sources},
     terminal::{Progress, escaped},
     verify::{Keys, VerifyError},
@@ -94,11 +95,15 @@ pub(crate) enum ExportError {
     Keys(#[from] VerifyError),
     /// Something is wrong with the log.
     #[error(
-        "{place}: {what}; nothing can be proven with a damaged log, `weir verify --from {journal}` tells more"
+        "{place}: {what}; nothing can be proven with a damaged log, `{} verify --from {journal}` tells more",
+        invoked::name()
     )]
     Damaged { place: String, what: String, journal: String },
     /// Nothing has this id.
-    #[error("no session in {journal} has the id {id}; `weir sessions --from {journal}` lists the sessions")]
+    #[error(
+        "no session in {journal} has the id {id}; `{} sessions --from {journal}` lists the sessions",
+        invoked::name()
+    )]
     Unknown { id: String, journal: String },
     /// No checkpoint covers the session.
     #[error(

@@ -7,6 +7,7 @@ mod events;
 mod export;
 #[cfg(test)]
 mod fixture;
+mod invoked;
 mod moment;
 mod projection;
 mod replay;
@@ -23,7 +24,7 @@ use std::{
 };
 
 use anyhow::Context as _;
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 
 use moment::{Moment, Seek};
 use projection::{Format, Projector};
@@ -272,7 +273,9 @@ fn seconds(text: &str) -> Result<Duration, String> {
 }
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    // Usage says what was typed, which for a plugin of kubectl is not the name of a file.
+    let matches = Cli::command().bin_name(invoked::name()).get_matches();
+    let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
     match run(cli.command) {
         Ok(code) => code,
         Err(error) if is_closed_pipe(&error) => ExitCode::SUCCESS,
@@ -354,8 +357,12 @@ fn warn(journal: &Journal) {
     }
     if !warnings.is_empty() {
         let more = if more > 0 { format!("{more} more; ") } else { String::new() };
-        let _ =
-            writeln!(io::stderr(), "weir: warning: {more}`weir verify --from {}` tells all", journal.name());
+        let _ = writeln!(
+            io::stderr(),
+            "weir: warning: {more}`{} verify --from {}` tells all",
+            invoked::name(),
+            journal.name()
+        );
     }
 }
 

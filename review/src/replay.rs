@@ -23,6 +23,7 @@ use serde_json::json;
 use weir_common::event::{BytesError, Channel, Content, Event, Kind};
 
 use crate::{
+    invoked,
     moment::{Moment, Seek},
     source::{Journal, Record, SourceError},
     terminal::{Style, escaped, escaped_json},
@@ -40,7 +41,10 @@ const CANDIDATES_MAX: usize = 10;
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ReplayError {
     /// Nothing has this id.
-    #[error("no {what} in {journal} has the id {id}; `weir sessions --from {journal}` lists the sessions")]
+    #[error(
+        "no {what} in {journal} has the id {id}; `{} sessions --from {journal}` lists the sessions",
+        invoked::name()
+    )]
     Unknown { what: &'static str, id: String, journal: String },
     /// Several have it.
     #[error("{what} id {id} is not unique; give more of it: {candidates}")]
@@ -106,7 +110,7 @@ pub(crate) fn play(
         (_, Some(_)) => (Detail::Readable, Order::Chronological),
         (_, None) => (Detail::Readable, Order::Grouped),
     };
-    let full_command = format!("weir replay --from {} --request", journal.name());
+    let full_command = format!("{} replay --from {} --request", invoked::name(), journal.name());
     let mut contents = journal.archive();
     let mut printer = Printer::new(out, style, &story, &mut contents, detail, &full_command);
     printer.header()?;

@@ -13,6 +13,7 @@ use uuid::Uuid;
 use weir_common::event::{Caller, Event, Kind, Outcome};
 
 use crate::{
+    invoked,
     moment::{Moment, counted, length},
     source::made_us,
     terminal::{Style, escaped, escaped_json},
@@ -290,10 +291,11 @@ pub(crate) fn print(out: &mut dyn Write, style: Style, list: &[Summary], outside
     let Outside { connections_refused, gaps, findings } = outside;
     if outside != Outside::default() {
         let text = format!(
-            "outside of sessions: {}, {}, {} (`weir events` shows them)",
+            "outside of sessions: {}, {}, {} (`{} events` shows them)",
             counted(connections_refused, "refused connection"),
             counted(gaps, "gap"),
-            counted(findings, "finding")
+            counted(findings, "finding"),
+            invoked::name()
         );
         writeln!(out, "{}", style.warning(&text))?;
     }

@@ -35,6 +35,8 @@ mod bundle;
 mod bystanders;
 #[path = "integration/chart.rs"]
 mod chart;
+#[path = "integration/chart_values.rs"]
+mod chart_values;
 #[path = "integration/client.rs"]
 mod client;
 #[path = "integration/client_faults.rs"]

@@ -36,9 +36,17 @@ const WITHOUT_MUTATING: [&str; 4] = [
 const MUTATING: &str = "admissionregistration.k8s.io/v1/MutatingAdmissionPolicy";
 
 /// Mistakes in values, and what is said of them.
-const MISTAKES: [(&str, &str); 16] = [
+const MISTAKES: [(&str, &str); 19] = [
     (r#"{"config": {"jurnal": {}}}"#, "at '/config': additional properties 'jurnal' not allowed"),
     (r#"{"config": {"kafka": {"brokers": ["kafka:9093"]}}}"#, "at '/config/kafka': missing property 'topic'"),
+    (
+        r#"{"config": {"kafka": {"brokers": ["kafka:9093"], "topic": "weir", "properties": {"sasl.password": "x"}}}}"#,
+        "at '/config/kafka/properties/sasl.password': value must be 'put it into a file and name that in kafka.propertyFiles'",
+    ),
+    (
+        r#"{"config": {"kafka": {"brokers": ["kafka:9093"], "topic": "weir", "properties": {"ssl.key.pem": "x"}}}}"#,
+        "at '/config/kafka/properties/ssl.key.pem': value must be 'put it into a file and name that in",
+    ),
     (r#"{"config": {"clusters": []}}"#, "at '/config/clusters': minItems"),
     (
         r#"{"config": {"enrolment": [{"namespaceSelector": {}, "podSelector": {}, "mode": "enforced"}]}}"#,
@@ -72,6 +80,10 @@ const MISTAKES: [(&str, &str); 16] = [
     (
         r#"{"config": {"clusters": [{"name": "a", "inCluster": true, "trust": {"mountedCa": {"certificate": "/etc/weir/secrets/ca/tls.crt", "key": "/etc/weir/secrets/ca/tls.key", "clientBundle": "/etc/weir/trust-bundle/ca.crt"}}}]}}"#,
         "a has its clientBundle below /etc/weir/trust-bundle",
+    ),
+    (
+        r#"{"config": {"kafka": {"brokers": ["kafka:9093"], "topic": "weir", "propertyFiles": {"sasl.password": "/etc/weir/secrets/kafka/password"}}}}"#,
+        "config names a file in /etc/weir/secrets/kafka, and kafka is not among `secrets`",
     ),
     (
         r#"{"monitoring": {"serviceMonitor": true}}"#,

@@ -278,6 +278,8 @@ fn tarball(root: &Path, binaries: &[PathBuf], name: &str, dist: &Path) -> Result
         let file = from.file_name().context("a file has no name")?;
         fs::copy(&from, to.join(file)).with_context(|| format!("cannot copy {}", from.display()))?;
     }
+    // By that name kubectl finds it as a plugin: `kubectl weir …`.
+    std::os::unix::fs::symlink("weir", folder.join("bin/kubectl-weir")).context("cannot make a link")?;
     let archive = dist.join(format!("{name}.tar"));
     image::tar(&scratch.path().join("content"), &archive)?;
     let status = Command::new("gzip").arg("-n9").arg(&archive).status().context("cannot start gzip")?;

@@ -1,4 +1,4 @@
-//! `cargo xtask docs`: writes the documentation that is generated from types.
+//! `cargo xtask docs`: writes the documentation that is generated from types and source.
 //!
 //! The test that refuses a stale file is what writes it, so that both cannot differ.
 
@@ -6,10 +6,12 @@ use std::{path::Path, process::Command};
 
 use anyhow::{Result, bail};
 
+use crate::{logs, tidy};
+
 /// Below which tests compare a generated file, as `cargo test` filters them.
 const TESTS: &str = "::reference::";
 
-/// Writes the files anew.
+/// Writes the files anew. What is logged is read from the source; no test of the agent could see it all.
 ///
 /// # Errors
 /// The agent's tests cannot be built, or a generated file cannot be written.
@@ -22,5 +24,5 @@ pub(crate) fn run(root: &Path) -> Result<()> {
     if !status.success() {
         bail!("cannot write the generated documentation");
     }
-    Ok(())
+    logs::write(root, &tidy::tracked(root)?)
 }

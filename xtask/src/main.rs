@@ -14,6 +14,7 @@ mod dist;
 mod docs;
 mod fuzz;
 mod kernels;
+mod logs;
 mod native;
 mod sbom;
 mod test;

@@ -11,6 +11,8 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 
+use crate::logs;
+
 /// Most production lines (before the file's test module) in one file.
 const FILE_LINES_MAX: usize = 500;
 /// Most folders below `src/`.
@@ -96,6 +98,7 @@ pub(crate) fn run(root: &Path) -> Result<()> {
     }
     manifests(root, &files, &mut findings)?;
     documents(root, &files, &mut findings)?;
+    logs::check(root, &files, &mut findings)?;
     if findings.is_empty() {
         return Ok(());
     }
@@ -107,7 +110,7 @@ pub(crate) fn run(root: &Path) -> Result<()> {
 }
 
 /// Files that git tracks or would track.
-fn tracked(root: &Path) -> Result<Vec<PathBuf>> {
+pub(crate) fn tracked(root: &Path) -> Result<Vec<PathBuf>> {
     let output = Command::new("git")
         .args(["ls-files", "--cached", "--others", "--exclude-standard"])
         .current_dir(root)

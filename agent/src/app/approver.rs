@@ -22,7 +22,6 @@ use crate::{
         ServingNames,
         approvals::Approvals,
         approver::{self, ApproverError},
-        cluster_signer::SIGNER_NAME,
     },
 };
 
@@ -34,6 +33,8 @@ const ACCOUNT_PREFIX: &str = "system:serviceaccount:";
 pub struct ApproverOptions {
     /// The agents' service account, NAMESPACE/NAME.
     pub service_account: String,
+    /// The signer whose requests are answered.
+    pub signer: String,
     /// Hosts that a certificate may name beside what the cluster publishes.
     pub names: Vec<String>,
     /// How the cluster is reached; none: as from one of its pods.
@@ -68,12 +69,12 @@ pub enum Error {
     #[error(transparent)]
     Access(#[from] ClusterAccessError),
     /// A right is missing.
-    #[error(
-        "{problem}; may the approver's service account approve signers/{SIGNER_NAME} (certificates.k8s.io)?"
-    )]
+    #[error("{problem}; may the approver's service account approve signers/{signer} (certificates.k8s.io)?")]
     NotAllowed {
         /// What was found.
         problem: String,
+        /// Whose requests.
+        signer: String,
     },
     /// It cannot begin.
     #[error(transparent)]
@@ -100,7 +101,7 @@ pub async fn run(options: &ApproverOptions) -> Result<(), Error> {
     tokio::select! {
         never = answer(options, &approvals) => match never? {},
         () = serving => {}
-        signal = signals.next() => tracing::info!(signal, "ends"),
+        signal = signals.next() => tracing::info!(event = "approver-ends", signal, "ends"),
     }
     Ok(())
 }
@@ -110,10 +111,14 @@ async fn answer(options: &ApproverOptions, approvals: &Approvals) -> Result<Infa
     let agent = user(&options.service_account)?;
     let access = options.kubeconfig.clone().map_or(Access::InCluster, Access::Kubeconfig);
     let access = ClusterAccess::load("local", &access, None).await?;
-    match access.may_approve(SIGNER_NAME).await {
+    let signer = options.signer.clone();
+    match access.may_approve(&signer).await {
         Ok(true) => {}
-        Ok(false) => return Err(Error::NotAllowed { problem: "requests could not be answered".to_owned() }),
-        Err(problem) => return Err(Error::NotAllowed { problem }),
+        Ok(false) => {
+            let problem = "requests could not be answered".to_owned();
+            return Err(Error::NotAllowed { problem, signer });
+        }
+        Err(problem) => return Err(Error::NotAllowed { problem, signer }),
     }
     let names = async || {
         let set = cluster_watch::read_api_set(&access.client).await;
@@ -125,7 +130,7 @@ async fn answer(options: &ApproverOptions, approvals: &Approvals) -> Result<Infa
         }
         Ok(names)
     };
-    Ok(approver::run(access.client.clone(), &agent, names, approvals).await?)
+    Ok(approver::run(access.client.clone(), (&agent, &signer), names, approvals).await?)
 }
 
 /// The user that a service account is.

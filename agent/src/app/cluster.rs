@@ -90,7 +90,7 @@ async fn connect(
         renewal.run().await;
         "the renewal of a certificate"
     });
-    tracing::info!(cluster = cluster.name, "has its serving certificate");
+    tracing::info!(event = "cluster-has-certificate", cluster = cluster.name, "has its serving certificate");
     let own_tls = access.certificate.as_ref().map(|certificate| {
         let mut own = rustls::ClientConfig::clone(&tls);
         own.client_auth_cert_resolver = Arc::clone(certificate);
@@ -170,10 +170,11 @@ fn authority(config: &Config, cluster: &Cluster, access: &ClusterAccess) -> Resu
             let files = (certificate.as_path(), key.as_path());
             Authority::Mounted(MountedCa::load(files, client_bundle.as_deref(), access.ca.clone())?)
         }
-        Trust::ClusterSigner => Authority::ClusterSigner(ClusterSigner::new(
+        Trust::ClusterSigner { signer_name } => Authority::ClusterSigner(ClusterSigner::new(
             access.client.clone(),
             config.node.clone(),
             access.ca.clone(),
+            signer_name.clone(),
         )),
     })
 }
@@ -184,10 +185,16 @@ async fn reach(cluster: &Cluster, access: &ClusterAccess) {
     loop {
         match access.probe().await {
             Ok(version) => {
-                tracing::info!(cluster = cluster.name, version, "API server reached");
+                tracing::info!(
+                    event = "api-server-reached",
+                    cluster = cluster.name,
+                    version,
+                    "API server reached"
+                );
                 return;
             }
             Err(error) => tracing::warn!(
+                event = "api-server-not-reached",
                 cluster = cluster.name,
                 error,
                 retry_in_ms = pause.as_millis(),
@@ -211,6 +218,7 @@ async fn serving_certificate(
         match trust::serve(authority.clone(), names.clone(), clients.cloned()).await {
             Ok(served) => return served,
             Err(error) => tracing::error!(
+                event = "no-certificate",
                 cluster = cluster.name,
                 error = %Causes(&error),
                 retry_in_ms = pause.as_millis(),

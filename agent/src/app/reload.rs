@@ -24,7 +24,7 @@ pub(super) fn announce_async_mutations(recorder: &Recorder, recording: &Recordin
     if recording.commits.async_mutations {
         let message = "recording.allowAsyncMutations is set: what rules make async goes on before its record is durable, \
              mutations and streams included; a crash can lose such records";
-        tracing::warn!(message);
+        tracing::warn!(event = "async-mutations", message);
         recorder.finding(None, None, "asyncMutations", message);
     }
 }
@@ -69,7 +69,10 @@ impl Reload {
         self.enrolment.send_replace(config.enrolment.clone().into());
         self.take_recording(&config.recording);
         self.observed.configured(None);
-        tracing::info!("configuration changed: rules, issuers, recording and enrolment are in force");
+        tracing::info!(
+            event = "configuration-changed",
+            "configuration changed: rules, issuers, recording and enrolment are in force"
+        );
     }
 
     /// What may weaken the record is recorded before it is in force.
@@ -87,7 +90,11 @@ impl Reload {
     }
 
     fn refuse(&self, problem: &str) {
-        tracing::error!(problem, "the changed configuration was refused; the one before stays in force");
+        tracing::error!(
+            event = "configuration-refused",
+            problem,
+            "the changed configuration was refused; the one before stays in force"
+        );
         let message = format!("{problem}; the configuration before stays in force");
         self.recorder.finding(None, None, FINDING, &message);
         self.observed.configured(Some(problem.to_owned()));

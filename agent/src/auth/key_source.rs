@@ -218,7 +218,7 @@ impl KeySource {
                 state.failure = None;
             }
             Err(error) => {
-                tracing::warn!(issuer = %self.issuer, %error, "cannot fetch the keys of an issuer");
+                tracing::warn!(event = "issuer-keys-not-fetched", issuer = %self.issuer, %error, "cannot fetch the keys of an issuer");
                 state.failure = Some(error.brief());
             }
         }

@@ -389,7 +389,12 @@ impl Policy {
                     own(of_pod_uid, pod.uid.clone());
                 }
                 let authorization = rules.own.authorization().await.map_err(|error| {
-                    tracing::warn!(cluster = self.cluster, error, "no credential of the agent's own");
+                    tracing::warn!(
+                        event = "no-own-credential",
+                        cluster = self.cluster,
+                        error,
+                        "no credential of the agent's own"
+                    );
                     Refused::NoOwnCredential { cluster: self.cluster.clone() }
                 })?;
                 let headers = impersonation::headers(&user)?;
@@ -417,6 +422,7 @@ impl Policy {
             Ok(Some(right)) => Err(Refused::MayNotImpersonate { user: name(), right: right.to_string() }),
             Err(error) => {
                 tracing::warn!(
+                    event = "impersonation-not-asked",
                     cluster = self.cluster,
                     error,
                     "cannot ask whom a mapped user may impersonate; may the agent create subjectaccessreviews?"

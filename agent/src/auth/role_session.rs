@@ -70,7 +70,12 @@ impl TokenSource for Minted {
     fn token(&self) -> BoxFuture<'_, Result<Zeroizing<String>, String>> {
         async move {
             self.own.mint(&self.pod, AUDIENCE).await.map_err(|error| {
-                tracing::warn!(subject = self.subject, error, "no token could be minted");
+                tracing::warn!(
+                    event = "token-not-minted",
+                    subject = self.subject,
+                    error,
+                    "no token could be minted"
+                );
                 "the cluster mints no token for the pod's service account".to_owned()
             })
         }
@@ -113,7 +118,7 @@ impl InRole {
     /// What the caller is told of an error of STS.
     pub(super) fn refused(&self, error: &StsError) -> Refused {
         let role = self.role.arn().to_owned();
-        tracing::warn!(role, error = %error, detail = error.detail(), "no credentials of a role");
+        tracing::warn!(event = "no-role-credentials", role, error = %error, detail = error.detail(), "no credentials of a role");
         match error.retry_after() {
             Some(retry_after) => Refused::RoleUnavailable { role, cause: error.to_string(), retry_after },
             None => Refused::RoleDenied { role, cause: error.to_string() },

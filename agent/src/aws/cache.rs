@@ -265,7 +265,7 @@ impl Shared {
                 let life = error.retry_after().unwrap_or(FAILURE_LIFE);
                 state.failure = Some((error.clone(), (self.clock)() + life));
                 let role = entry.request.role().arn();
-                tracing::warn!(%role, error = %error, detail = error.detail(), "no credentials for a role");
+                tracing::warn!(event = "no-role-credentials", %role, error = %error, detail = error.detail(), "no credentials for a role");
             }
         }
         outcome

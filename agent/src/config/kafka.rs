@@ -56,6 +56,9 @@ const OAUTH_PREFIX: &str = "sasl.oauthbearer.";
 const SECRET: [&str; 6] =
     ["password", "secret", "passphrase", "key.pem", "private.key", "sasl.oauthbearer.config"];
 
+/// Where those belong.
+const SECRET_MEND: &str = "put it into a file and name that in kafka.propertyFiles";
+
 /// Where events are published.
 #[derive(Clone, Debug)]
 pub struct Kafka {
@@ -114,6 +117,7 @@ pub(super) struct RawKafka {
     /// Topic of the wrapped keys of encrypted content; needed with `recording.encryption`, and one of its own, since it is
     /// compacted: who erases a key there erases the content. See encryption.md.
     key_topic: Option<String>,
+    #[cfg_attr(test, schemars(extend("patternProperties" = secrets())))]
     /// Properties of librdkafka, such as `security.protocol`. Refused are those that Weir sets itself, and secrets, which
     /// belong into files: `propertyFiles`.
     #[serde(default)]
@@ -150,6 +154,15 @@ struct RawMskIam {
     region: String,
     /// IAM role that is assumed to sign. Without it the agent's own credentials sign.
     role_arn: Option<String>,
+}
+
+/// Secrets in the schema: by the pattern of their names nothing fits but the mend, which validators then say.
+#[cfg(test)]
+fn secrets() -> serde_json::Value {
+    // Expressions here have no "but not": what follows the word is nothing, or does not end with ".file".
+    let no_file = r"(|.*[^e]|(.*[^l])?e|(.*[^i])?le|(.*[^f])?ile|(.*[^.])?file)$";
+    let words = SECRET.map(|word| word.replace('.', r"\.")).join("|");
+    serde_json::json!({format!("({words}){no_file}"): {"const": SECRET_MEND}})
 }
 
 impl RawOAuth {
@@ -217,7 +230,7 @@ impl RawKafka {
             let key = format!("kafka.properties.{name}");
             not_fixed(&key, name, has_oauth)?;
             if SECRET.iter().any(|word| name.contains(word)) && !name.ends_with(".file") {
-                let problem = "is a secret, which must not stand in a configuration; put it into a file and name that in kafka.propertyFiles";
+                let problem = format!("is a secret, which must not stand in a configuration; {SECRET_MEND}");
                 return invalid(key, problem);
             }
         }
@@ -401,6 +414,25 @@ mod tests {
                     "kafka.properties.{name}: is a secret, which must not stand in a configuration; put it into a file and name that in kafka.propertyFiles"
                 ),
             );
+        }
+        let patterns = super::secrets();
+        let pattern = patterns.as_object().unwrap().keys().next().unwrap();
+        let pattern = regex::Regex::new(pattern).unwrap();
+        for (name, is_secret) in [
+            ("sasl.password", true),
+            ("ssl.key.pem", true),
+            ("sasl.oauthbearer.client.secret", true),
+            ("sasl.oauthbearer.config", true),
+            ("sasl.oauthbearer.assertion.private.key.passphrase", true),
+            ("ssl.key.passwordfile", true),
+            ("sasl.oauthbearer.assertion.private.key.file", false),
+            ("ssl.key.location", false),
+            ("linger.ms", false),
+        ] {
+            assert_eq!(pattern.is_match(name), is_secret, "{name} in the schema");
+            let taken =
+                serde_yaml_ng::from_str::<RawKafka>(&WHOLE.replace("linger.ms", name)).unwrap().validate();
+            assert_eq!(taken.is_err(), is_secret, "{name}");
         }
         let with_file =
             |path: &str| format!("{}, propertyFiles: {{sasl.password: {path}}}}}", &WHOLE[..WHOLE.len() - 1]);

@@ -23,6 +23,10 @@ use super::{
     roles::{self, RawRole},
     traces::RawTraces,
 };
+use crate::trust::cluster_signer::SIGNER_NAME;
+
+/// Longest name of a signer, by Kubernetes' own rules.
+const SIGNER_NAME_BYTES_MAX: usize = 571;
 
 /// A value that makes no sense: where, and why.
 pub(super) struct Invalid {
@@ -165,10 +169,46 @@ struct RawCluster {
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, rename_all = "camelCase")]
 struct RawTrust {
-    /// `{}`: the cluster's own `kubernetes.io/kubelet-serving` signer, where it chains to the CA that pods trust.
-    cluster_signer: Option<Nothing>,
+    /// `{}`: a signer of the cluster's own, where it chains to the CA that pods trust.
+    cluster_signer: Option<RawClusterSigner>,
     /// A CA, or an intermediate, that chains to the one that pods trust.
     mounted_ca: Option<RawMountedCa>,
+}
+
+#[derive(Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+struct RawClusterSigner {
+    /// The signer's name; on EKS `beta.eks.amazonaws.com/app-serving`. The approver must answer for the same one.
+    #[serde(default = "kubelet_serving")]
+    #[cfg_attr(test, schemars(length(min = 1, max = SIGNER_NAME_BYTES_MAX)))]
+    signer_name: String,
+}
+
+fn kubelet_serving() -> String {
+    SIGNER_NAME.to_owned()
+}
+
+impl RawClusterSigner {
+    /// A domain and a path, as Kubernetes has them. Its own other signers give certificates of clients, or none that serve.
+    fn validate(self, key: &str) -> Result<Trust, Invalid> {
+        let name = self.signer_name;
+        let is_domain =
+            |text: &str| text.split('.').count() > 1 && text.split('.').all(|part| !part.is_empty());
+        let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "-.".contains(c);
+        let (domain, path) = name.split_once('/').unwrap_or_default();
+        let is_name = is_domain(domain) && !path.is_empty() && domain.chars().chain(path.chars()).all(plain);
+        if !is_name || name.len() > SIGNER_NAME_BYTES_MAX {
+            let problem = format!("{name:?} is no name of a signer; give one like {SIGNER_NAME}");
+            return invalid(format!("{key}.clusterSigner.signerName"), problem);
+        }
+        if (domain == "kubernetes.io" || domain.ends_with(".kubernetes.io")) && name != SIGNER_NAME {
+            let problem =
+                format!("{name} signs no certificates of servers; Kubernetes has {SIGNER_NAME} for them");
+            return invalid(format!("{key}.clusterSigner.signerName"), problem);
+        }
+        Ok(Trust::ClusterSigner { signer_name: name })
+    }
 }
 
 /// `{}`: a choice without settings.
@@ -406,7 +446,7 @@ fn claimed_once(
 impl RawTrust {
     fn validate(self, key: &str) -> Result<Trust, Invalid> {
         match (self.cluster_signer, self.mounted_ca) {
-            (Some(Nothing {}), None) => Ok(Trust::ClusterSigner),
+            (Some(signer), None) => signer.validate(key),
             (None, Some(files)) => Ok(Trust::MountedCa {
                 certificate: readable(format!("{key}.mountedCa.certificate"), files.certificate)?,
                 client_bundle: files

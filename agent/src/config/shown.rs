@@ -16,7 +16,7 @@ const TEXT_BYTES_MAX: usize = 16 * 1024;
 const DEPTH_MAX: usize = 16;
 
 /// Keys whose values are shown, as docs/configuration.md names them.
-const SHOWN: [&str; 105] = [
+const SHOWN: [&str; 106] = [
     "apiVersion",
     "clusters[].addresses",
     "clusters[].authentication.jwt[].claimMappings.extra[].key",
@@ -66,6 +66,7 @@ const SHOWN: [&str; 105] = [
     "clusters[].roles[].webIdentity.sessionPolicyArns",
     "clusters[].roles[].webIdentity.token",
     "clusters[].roles[].when",
+    "clusters[].trust.clusterSigner.signerName",
     "enrolment[].mode",
     "enrolment[].namespaceSelector.matchExpressions[].key",
     "enrolment[].namespaceSelector.matchExpressions[].operator",

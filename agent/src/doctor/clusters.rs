@@ -48,7 +48,12 @@ pub async fn configured(config: &Config) -> Vec<Check> {
         match access.probe().await {
             Ok(version) => checks.push(Check::good(name, Need::Must, format!("{}, {version}", access.host))),
             Err(problem) => {
-                let mend = "is the API server up, and may the agent's service account log in?";
+                let mend = if problem.contains("invalid peer certificate") {
+                    "is the CA of the kubeconfig (in a pod: of its service account) that of this API server, and the host one that its \
+                     certificate names?"
+                } else {
+                    "is the API server up, and may the agent's service account log in?"
+                };
                 checks.push(Check::bad(name, Need::Must, format!("{}: {problem}", access.host), mend));
             }
         }
@@ -133,8 +138,9 @@ async fn trust_of(cluster: &Cluster, access: ClusterAccess, node: &str) -> Check
             let files = (certificate.as_path(), key.as_path());
             MountedCa::load(files, client_bundle.as_deref(), access.ca).map(Authority::Mounted)
         }
-        Trust::ClusterSigner => {
-            Ok(Authority::ClusterSigner(ClusterSigner::new(access.client, node, access.ca)))
+        Trust::ClusterSigner { signer_name } => {
+            let signer = ClusterSigner::new(access.client, node, access.ca, signer_name.clone());
+            Ok(Authority::ClusterSigner(signer))
         }
     };
     let issued = match authority {

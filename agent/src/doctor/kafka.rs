@@ -6,7 +6,7 @@ use weir_common::message::MESSAGE_BYTES_MAX;
 
 use super::{Check, Need};
 use crate::{
-    config::Kafka,
+    config::{Config, Kafka},
     publishing::{self, ClusterFacts, Failure, TopicFacts},
 };
 
@@ -15,6 +15,19 @@ const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// An outage over a night must not cost what comes late.
 const RETENTION_MIN: Duration = Duration::from_hours(24);
+
+/// Of the Kafka that is configured; that there is none is a choice with a price.
+pub fn configured(config: &Config) -> Vec<Check> {
+    match &config.kafka {
+        Some(kafka) => checks(kafka),
+        None => vec![Check::bad(
+            "kafka",
+            Need::Should,
+            "not configured: nothing leaves this node's journal, and when that is full enrolled pods are refused every request",
+            "set kafka.brokers and kafka.topic",
+        )],
+    }
+}
 
 /// Asks the brokers. Blocks. Without Kafka the journal keeps the events, so little here is a must: what keeps the
 /// agent from starting, and a topic that loses what was acknowledged.

@@ -1,14 +1,18 @@
 //! What the selected pods of this node could do past Weir, and what closes it.
 
+use std::collections::{BTreeSet, HashMap};
+
 use tokio::sync::watch;
 
 use super::{Check, Need};
 use crate::{
     config::Config,
     interception::{
+        account_rights::{ACCOUNTS_MAX, Account, NAMESPACES_MAX, Rights},
         cluster_access::ClusterAccess,
         cluster_watch::ClusterWatch,
-        powers::{selected, unguarded},
+        pod::PodUid,
+        powers::{Selected, selected, unguarded},
     },
 };
 
@@ -21,6 +25,11 @@ const CLOSES: &str = "such a pod can, as root of the node: detach the programs (
                       pod-security.kubernetes.io/enforce=baseline, give their service accounts no rights of their own (then what goes \
                       past Weir is refused by the API server), and boot with bpf in lsm=";
 
+/// What a service account's own rights are good for, and what takes them.
+const MEND_OF_RIGHTS: &str = "whoever has its token can use them from where no Weir is, and a pod that got past Weir could here: take its RoleBindings \
+                              and ClusterRoleBindings away (`kubectl auth can-i --list --as=system:serviceaccount:NAMESPACE:NAME -n NAMESPACE` shows all that \
+                              it holds), and let clusters[].roles say who goes on as whom";
+
 /// Those of the node's own cluster, which is the first.
 pub async fn checks(config: &Config) -> Vec<Check> {
     let Some(cluster) = config.clusters.first() else { return Vec::new() };
@@ -30,7 +39,7 @@ pub async fn checks(config: &Config) -> Vec<Check> {
         return Vec::new();
     };
     let watch = ClusterWatch {
-        client: access.client,
+        client: access.client.clone(),
         node: config.node.clone(),
         enrolment: watch::channel(config.enrolment.clone().into()).1,
         intent_annotations: Vec::new(),
@@ -43,13 +52,17 @@ pub async fn checks(config: &Config) -> Vec<Check> {
             return vec![Check::bad(name, Need::Must, problem, mend)];
         }
     };
+    vec![powers_of(&selected), interfaces_of(&selected), accounts_of(&access, &selected).await]
+}
+
+fn powers_of(selected: &HashMap<PodUid, Selected>) -> Check {
     let powerful = selected.values().filter(|pod| !pod.powers.is_empty());
     let powerful = powerful.map(|pod| {
         let powers: Vec<_> = pod.powers.iter().map(String::as_str).collect();
         format!("{} ({})", pod.name, powers.join(", "))
     });
-    let count = selected.len();
-    let powers = Check {
+    let (name, count) = ("selected pods", selected.len());
+    Check {
         mend: Some(CLOSES.to_owned()),
         ..match listed(powerful.collect()) {
             None => Check::good(
@@ -61,9 +74,12 @@ pub async fn checks(config: &Config) -> Vec<Check> {
                 Check::bad(name, Need::Should, format!("privileged, or reaching into the node: {named}"), "")
             }
         }
-    };
-    let name = "selected pods' interfaces";
-    let guarded = match unguarded(&selected) {
+    }
+}
+
+fn interfaces_of(selected: &HashMap<PodUid, Selected>) -> Check {
+    let (name, count) = ("selected pods' interfaces", selected.len());
+    match unguarded(selected) {
         Err(error) => Check::bad(
             name,
             Need::Should,
@@ -88,8 +104,55 @@ pub async fn checks(config: &Config) -> Vec<Check> {
                 ),
             }
         }
-    };
-    vec![powers, guarded]
+    }
+}
+
+/// Whether their service accounts hold rights: advice, since without rules it is by them that pods work.
+async fn accounts_of(access: &ClusterAccess, selected: &HashMap<PodUid, Selected>) -> Check {
+    let name = "selected pods' rights";
+    let accounts: BTreeSet<Account> = selected.values().filter_map(|pod| pod.account.clone()).collect();
+    match Rights::of(&access.client, &accounts).await {
+        Err(problem) => {
+            let mend = "may the agent's ClusterRole create subjectaccessreviews (authorization.k8s.io), and does every binding name a role that is there?";
+            Check::bad(name, Need::Should, format!("cannot be asked for: {problem}"), mend)
+        }
+        Ok(rights) => {
+            let left_out = left_out(&rights, accounts.len());
+            match listed(rights.holders.clone()) {
+                None => {
+                    let ((all, each), places) = (Rights::ASKED, rights.namespaces);
+                    let found = format!(
+                        "none of {} service accounts holds any of {all} rights, of which {each} were asked for in each of {places} namespaces (rights to \
+                         objects by their names are not seen){left_out}",
+                        rights.accounts
+                    );
+                    // What was not asked for is not known to be none.
+                    if left_out.is_empty() {
+                        Check::good(name, Need::Should, found)
+                    } else {
+                        Check::bad(name, Need::Should, found, MEND_OF_RIGHTS)
+                    }
+                }
+                Some(named) => {
+                    let found = format!("service accounts with rights of their own: {named}{left_out}");
+                    Check::bad(name, Need::Should, found, MEND_OF_RIGHTS)
+                }
+            }
+        }
+    }
+}
+
+/// What was not asked for, since there was too much.
+fn left_out(rights: &Rights, accounts: usize) -> String {
+    let mut text = String::new();
+    if accounts > rights.accounts {
+        text += &format!("; not asked for: {} more accounts than {ACCOUNTS_MAX}", accounts - rights.accounts);
+    }
+    if rights.accounts > 0 && rights.namespaces_total > rights.namespaces {
+        let more = rights.namespaces_total - rights.namespaces;
+        text += &format!("; not asked in: {more} more namespaces than {NAMESPACES_MAX}");
+    }
+    text
 }
 
 /// Names in one line, sorted; none where there are none.

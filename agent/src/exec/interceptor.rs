@@ -152,7 +152,7 @@ impl ApiSet {
                 }
                 Err(error) => {
                     let target = &self.targets[index];
-                    info!(cluster = target.name(), host = target.server.host, %error, "cannot resolve an API server");
+                    info!(event = "exec-server-not-resolved", cluster = target.name(), host = target.server.host, %error, "cannot resolve an API server");
                 }
             }
         }
@@ -166,13 +166,14 @@ impl ApiSet {
             match self.known.get(&address) {
                 Some(owner) if *owner == index => {}
                 Some(owner) => warn!(
+                    event = "exec-address-shared",
                     %address,
                     served = self.targets[*owner].name(),
                     refused = self.targets[index].name(),
                     "two clusters share an address; only the first can be used in this session"
                 ),
                 None if self.known.len() >= ADDRESSES_MAX => {
-                    warn!(%address, "too many addresses; connections to this one are not recorded");
+                    warn!(event = "exec-too-many-addresses", %address, "too many addresses; connections to this one are not recorded");
                 }
                 None => {
                     let cluster = u32::try_from(index).unwrap_or(u32::MAX);
@@ -194,7 +195,7 @@ impl ApiSet {
                 // What cannot be resolved now cannot be dialled by a client either; the next round asks again.
                 let Ok(found) = self.targets[index].resolve().await else { continue };
                 if let Err(error) = self.add(index, found) {
-                    warn!(%error, "cannot add an address to the API set; connections to it are not recorded");
+                    warn!(event = "exec-address-not-added", %error, "cannot add an address to the API set; connections to it are not recorded");
                 }
             }
         }

@@ -83,7 +83,7 @@ pub async fn serve(
             // The client gave up before it was accepted.
             Err(error) if error.kind() == std::io::ErrorKind::ConnectionAborted => {}
             Err(error) => {
-                tracing::warn!(%error, "cannot accept; are there too many open files?");
+                tracing::warn!(event = "accept-failed", %error, "cannot accept; are there too many open files?");
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }
         }

@@ -163,6 +163,7 @@ impl Answers {
         // SAFETY: takes numbers only; 0 is this thread.
         if unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, NICENESS) } != 0 {
             tracing::warn!(
+                event = "answers-read-late",
                 "cannot be quicker than others in seeing the answers of name servers; has the agent CAP_SYS_NICE?"
             );
         }

@@ -112,7 +112,12 @@ impl Addresses {
         // One that fails must not leave the others out.
         for error in added.chain(removed).filter_map(Result::err) {
             let error = &error as &dyn std::error::Error;
-            tracing::error!(cluster = owner, error, "cannot update the API set");
+            tracing::error!(
+                event = "api-set-not-updated",
+                cluster = owner,
+                error,
+                "cannot update the API set"
+            );
         }
         drop(claims);
         self.report(owner, &refused);
@@ -125,7 +130,7 @@ impl Addresses {
         let mut all = lock(&self.refused);
         let known = all.entry(owner).or_default();
         for (address, keeper) in refused.iter().filter(|(address, _)| !known.contains(*address)) {
-            tracing::error!(cluster = owner, %address, keeper, "two clusters publish one address; it stays with the first");
+            tracing::error!(event = "address-of-two-clusters", cluster = owner, %address, keeper, "two clusters publish one address; it stays with the first");
             let keeper =
                 if *keeper == KUBELET { "the kubelets".to_owned() } else { format!("cluster {keeper}") };
             let message = format!(
@@ -145,7 +150,12 @@ impl Addresses {
         }
         if let Err(error) = self.kernel.set_api_endpoint(address, owner) {
             let error = &error as &dyn std::error::Error;
-            tracing::error!(cluster = owner, error, "cannot update the API set");
+            tracing::error!(
+                event = "api-set-not-updated",
+                cluster = owner,
+                error,
+                "cannot update the API set"
+            );
         }
         // What pods have open there is stalled, but not ended: a forgery must not cost them more.
         true
@@ -158,7 +168,12 @@ impl Addresses {
             && let Err(error) = self.kernel.remove_api_endpoint(address)
         {
             let error = &error as &dyn std::error::Error;
-            tracing::error!(cluster = owner, error, "cannot update the API set");
+            tracing::error!(
+                event = "api-set-not-updated",
+                cluster = owner,
+                error,
+                "cannot update the API set"
+            );
         }
         drop(claims);
         if proven {
@@ -280,7 +295,7 @@ pub(super) async fn follow(
             _ = check.tick() => {}
             Some((name, address)) = learnt.suspected.recv() => {
                 stale = false;
-                tracing::info!(cluster = cluster.cluster, %name, %address, "somebody on this node was told a new address of this name");
+                tracing::info!(event = "address-suspected", cluster = cluster.cluster, %name, %address, "somebody on this node was told a new address of this name");
                 proofs.spawn(proof::given(cluster.proof.clone(), name, address));
             }
             Some(Ok((address, proven))) = proofs.join_next() => {

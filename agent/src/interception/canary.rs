@@ -184,12 +184,19 @@ impl Canary {
         };
         match (&former, &health) {
             (_, Health::Failed(reason)) if former != health => {
-                tracing::error!(reason, "the canary failed: what must be intercepted may not be");
+                tracing::error!(
+                    event = "canary-failed",
+                    reason,
+                    "the canary failed: what must be intercepted may not be"
+                );
                 let message = format!("the canary failed: {reason}");
                 self.recorder.finding(None, None, "canaryFailed", &message);
             }
             (Health::Failed(_), Health::Passed) => {
-                tracing::warn!("the canary is refused and redirected again as it must be");
+                tracing::warn!(
+                    event = "canary-recovered",
+                    "the canary is refused and redirected again as it must be"
+                );
                 let message = "the canary is refused and redirected again as it must be";
                 self.recorder.finding(None, None, "canaryRecovered", message);
             }
@@ -370,13 +377,13 @@ async fn remove(folder: &Path) {
                 tokio::time::sleep(Duration::from_millis(1)).await;
             }
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                tracing::warn!(cgroup = %folder.display(), %error, "cannot remove the canary's cgroup");
+                tracing::warn!(event = "canary-cgroup-stays", cgroup = %folder.display(), %error, "cannot remove the canary's cgroup");
                 return;
             }
             _ => return,
         }
     }
-    tracing::warn!(cgroup = %folder.display(), "the canary's cgroup stays busy; it is removed with the next");
+    tracing::warn!(event = "canary-cgroup-stays", cgroup = %folder.display(), "the canary's cgroup stays busy; it is removed with the next");
 }
 
 /// Removes cgroups of agents that are gone.

@@ -270,7 +270,7 @@ fn impersonate(right: &Right) -> ResourceAttributes {
 }
 
 /// Has the API server answer a review.
-async fn create<R>(client: &Client, review: &R) -> Result<R, String>
+pub(super) async fn create<R>(client: &Client, review: &R) -> Result<R, String>
 where
     R: kube::Resource<DynamicType = (), Scope = k8s_openapi::ClusterResourceScope>
         + Clone
@@ -386,7 +386,8 @@ impl ClusterAccess {
     pub async fn probe(&self) -> Result<String, String> {
         match tokio::time::timeout(READ_TIMEOUT, self.client.apiserver_version()).await {
             Ok(Ok(version)) => Ok(version.git_version),
-            Ok(Err(error)) => Err(error.to_string()),
+            // That a certificate is none of the CA's stands among the causes.
+            Ok(Err(error)) => Err(crate::doctor::chain(&error)),
             Err(_) => Err(format!("no answer within {} s", READ_TIMEOUT.as_secs())),
         }
     }

@@ -390,6 +390,7 @@ where
         event
             .inspect_err(|error| {
                 tracing::warn!(
+                    event = "watch-interrupted",
                     kind = %K::kind(&K::DynamicType::default()),
                     error = %error,
                     "watch interrupted; the last known state stays in force"

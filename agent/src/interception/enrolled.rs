@@ -131,7 +131,7 @@ impl Step {
         sink.kernel.classify(folder.cgroup, entry(Class::Enrolled, Some(&listener)))?;
         let current = pod.tenant.borrow().clone();
         end_direct_connections(sink, &current, file, "it was enrolled").await?;
-        tracing::info!(pod = %name(&pod.tenant.borrow()), port = listener.port(), "pod is enrolled");
+        tracing::info!(event = "pod-enrolled", pod = %name(&pod.tenant.borrow()), port = listener.port(), "pod is enrolled");
         // Ends the listener of a former sandbox, if there was one.
         let end = self.end.clone();
         pod.listening = Some(Listening {

@@ -237,7 +237,7 @@ impl Enrolment {
         ] {
             for pod in cgroups.filter_map(|cgroup| self.pods.get(cgroup)) {
                 let tenant = pod.tenant.borrow().clone();
-                tracing::warn!(pod = %name(&tenant), message);
+                tracing::warn!(event = "pod-quarantine", pod = %name(&tenant), message);
                 sink.recorder.finding(None, Some(&tenant.unproven(None)), finding, message);
             }
         }
@@ -284,7 +284,7 @@ impl Enrolment {
         let found = sink.kernel.inspect()?;
         if !found.repaired.is_empty() {
             let programs = found.repaired.join(", ");
-            tracing::error!(programs, "were detached or replaced by someone, and are attached again");
+            tracing::error!(event = "programs-reattached", %programs, "were detached or replaced by someone, and are attached again");
             let message = format!(
                 "detached or replaced by someone, and attached again: {programs}; who else is privileged on this node?"
             );
@@ -302,7 +302,7 @@ impl Enrolment {
             .filter_map(|(cgroup, listening)| {
                 let sockets = listening.listener.share();
                 let sockets = sockets.inspect_err(|error| {
-                    tracing::error!(%error, "cannot share a listener; are there too many open files?");
+                    tracing::error!(event = "listener-not-shared", %error, "cannot share a listener; are there too many open files?");
                 });
                 Some(Passed { cgroup, namespace: listening.namespace, nested: false, sockets: sockets.ok()? })
             })
@@ -317,7 +317,7 @@ impl Enrolment {
         while self.serving.join_next().await.is_some() {}
         // After the last connection, so that the agent's last minute is covered as well.
         if let Err(error) = self.record_coverage() {
-            tracing::warn!(%error, "cannot record the coverage of the last minute");
+            tracing::warn!(event = "coverage-not-recorded", %error, "cannot record the coverage of the last minute");
         }
     }
 
@@ -331,7 +331,7 @@ impl Enrolment {
                 kernel.classify(*id, entry)?;
                 kernel.attach_hooks(path)?;
                 self.attached.insert(*id);
-                tracing::info!(cgroup = %path.display(), "attached to the root of pods");
+                tracing::info!(event = "pod-root-attached", cgroup = %path.display(), "attached to the root of pods");
             }
         }
         let new: HashSet<u64> = tree.runtimes.iter().copied().collect();
@@ -363,7 +363,7 @@ impl Enrolment {
                     self.settled().set(&found.pod, None);
                 }
                 self.settings.sink.observed.forget(tenant.pod.as_ref().map_or("", |pod| &pod.uid));
-                tracing::info!(pod = %name(&tenant), "pod is gone");
+                tracing::info!(event = "pod-gone", pod = %name(&tenant), "pod is gone");
             }
         }
         Ok(())
@@ -417,7 +417,7 @@ impl Enrolment {
             },
         );
         if former.as_ref().is_some_and(|former| former.class == Class::Enrolled) {
-            tracing::warn!(pod = %name(tenant), class = ?class, "pod is no longer enrolled");
+            tracing::warn!(event = "pod-not-enrolled-any-more", pod = %name(tenant), class = ?class, "pod is no longer enrolled");
             let message = "the pod's labels, its namespace's or the configuration changed, and it is no longer enrolled: what it does from here on is not recorded";
             self.settings.sink.recorder.finding(
                 None,
@@ -431,7 +431,7 @@ impl Enrolment {
             (pod.proxied, pod.interfaces) = (former.proxied.clone(), former.interfaces.clone());
         }
         self.ledger.begin(folder.cgroup, kernel.pod_counters(folder.cgroup)?.unwrap_or_default());
-        tracing::info!(pod = %name(tenant), class = ?class, "pod is classified");
+        tracing::info!(event = "pod-classified", pod = %name(tenant), class = ?class, "pod is classified");
         Ok(())
     }
 

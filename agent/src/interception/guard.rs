@@ -128,7 +128,11 @@ fn put_in_force(options: &Options, own_cgroup: Option<u64>) -> Result<InForce, I
     kernel.set_settings(own_netns()?, ATTACH_LEVELS)?;
     let stored = StoredSet::read(&options.state_directory).unwrap_or_else(|error| {
         let error = &error as &dyn std::error::Error;
-        tracing::warn!(error, "only the configured addresses of API servers are known");
+        tracing::warn!(
+            event = "guard-knows-configured-only",
+            error,
+            "only the configured addresses of API servers are known"
+        );
         None
     });
     restore_api_set(&kernel, options.clusters.as_deref(), stored.as_ref())?;
@@ -149,12 +153,16 @@ fn put_in_force(options: &Options, own_cgroup: Option<u64>) -> Result<InForce, I
     tree.roots.iter().try_for_each(|(root, _)| kernel.attach_listening(root))?;
     // No interface of a pod that comes before the agent is guarded: where the kernel can, it sends no frames either.
     match kernel.attach_missing_security()? {
-        Security::InForce => tracing::info!("{PACKET_SOCKETS_DENIED}"),
+        Security::InForce => tracing::info!(event = "bpf-lsm-in-force", "{PACKET_SOCKETS_DENIED}"),
         Security::Absent(reason) => {
-            tracing::info!(reason, "without BPF LSM; pods that come before the agent can send frames");
+            tracing::info!(
+                event = "bpf-lsm-absent",
+                reason,
+                "without BPF LSM; pods that come before the agent can send frames"
+            );
         }
     }
-    tracing::info!(cgroup = %mount.display(), "in force at the root of the tree");
+    tracing::info!(event = "guard-in-force", cgroup = %mount.display(), "in force at the root of the tree");
     Ok(InForce { kernel, mount, own_cgroup, stored })
 }
 
@@ -162,11 +170,14 @@ fn put_in_force(options: &Options, own_cgroup: Option<u64>) -> Result<InForce, I
 fn admit_in_older_layouts(kernel: &Kernel, own_cgroup: u64) {
     match kernel.admit_in_older_layouts(own_cgroup) {
         Ok(0) => {}
-        Ok(layouts) => tracing::info!(layouts, "known to the programs of an older layout"),
+        Ok(layouts) => {
+            tracing::info!(event = "older-layouts-told", layouts, "known to the programs of an older layout")
+        }
         // Not the end: in the host's network namespace and outside every pod it passes them as it is.
         Err(error) => {
             let error = &error as &dyn std::error::Error;
             tracing::error!(
+                event = "older-layout-denies",
                 error,
                 "the programs of an older layout may deny this agent the API server; if they do, run weir-agent uninstall"
             );

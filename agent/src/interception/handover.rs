@@ -345,7 +345,9 @@ impl Server {
                 // The successor has put its own socket in this place.
                 Ok(true) => return,
                 Ok(false) => {}
-                Err(error) => tracing::warn!(%error, "a handover broke off; this agent goes on"),
+                Err(error) => {
+                    tracing::warn!(event = "handover-broke-off", %error, "a handover broke off; this agent goes on")
+                }
             }
         }
         let _ = fs::remove_file(&self.path);
@@ -407,7 +409,7 @@ async fn hand_over(
         send(&connection, &Message::Refused { reason }, &[])?;
         return Ok(false);
     }
-    tracing::info!(pid, "a successor takes over");
+    tracing::info!(event = "handover-begins", pid, "a successor takes over");
     let (passed, listeners) = oneshot::channel();
     let (complete, completed) = oneshot::channel();
     if requests.send(Request { passed, completed }).await.is_err() {

@@ -91,6 +91,7 @@ impl HeldBack {
         self.observed.waits.released(released, waited);
         if released == Release::TimedOut {
             tracing::warn!(
+                event = "container-starts-early",
                 uid = pod.as_str(),
                 waited_ms = waited.as_millis(),
                 "a container starts before its pod has its verdict; it is denied the API until then"

@@ -50,7 +50,7 @@ pub(super) async fn follow(
         let local = match local_addresses() {
             Ok(local) => local,
             Err(error) => {
-                tracing::error!(%error, "cannot read this machine's addresses; the last known ones stay");
+                tracing::error!(event = "host-addresses-not-read", %error, "cannot read this machine's addresses; the last known ones stay");
                 continue;
             }
         };

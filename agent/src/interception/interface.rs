@@ -196,6 +196,7 @@ pub(super) fn remove_filters(pins: &Path) {
         if let Err(error) = remove_filter(&name) {
             let error = &error as &dyn std::error::Error;
             tracing::warn!(
+                event = "interface-guard-stays",
                 interface = name,
                 error,
                 "a guard stays; remove it with tc filter delete dev NAME ingress"

@@ -125,7 +125,7 @@ impl Nested {
                     adopted.push((key, passed.namespace, Arc::new(listener)));
                 }
                 Err(error) => {
-                    tracing::warn!(%error, "cannot take over a listener in a pod's own network namespace")
+                    tracing::warn!(event = "nested-listener-not-taken-over", %error, "cannot take over a listener in a pod's own network namespace")
                 }
             }
         }
@@ -133,6 +133,7 @@ impl Nested {
         if let Err(error) = part.sink.kernel.keep_nested(|key| keys.contains(key)) {
             let error = &error as &dyn std::error::Error;
             tracing::error!(
+                event = "nested-unserved",
                 error,
                 "pods' own network namespaces are sent to where nobody listens; they are denied"
             );
@@ -173,13 +174,13 @@ impl Nested {
                     "listens in a network namespace that the pod has made in itself (process {}): it was denied there, and is served from now on",
                     wanted.tgid
                 );
-                tracing::info!(pod = %name(&tenant), pid = wanted.tgid, port = listener.port(), "listens in a pod's own network namespace");
+                tracing::info!(event = "nested-listens", pod = %name(&tenant), pid = wanted.tgid, port = listener.port(), "listens in a pod's own network namespace");
                 part.sink.recorder.finding(None, Some(&tenant.unproven(None)), "nestedNetwork", &message);
                 self.serve(part, (key, namespace), (Arc::new(listener), &tenant), serving);
             }
             Err(error) => {
                 let error = &error as &dyn std::error::Error;
-                tracing::warn!(pod = %name(&tenant), error, "cannot listen in a pod's own network namespace, which stays denied");
+                tracing::warn!(event = "nested-not-enrolled", pod = %name(&tenant), error, "cannot listen in a pod's own network namespace, which stays denied");
             }
         }
     }
@@ -248,7 +249,11 @@ impl Nested {
             let keep = !is_over(key, listening);
             if !keep && let Err(error) = part.sink.kernel.unnest(key) {
                 let error = &error as &dyn std::error::Error;
-                tracing::warn!(error, "cannot forget a pod's own network namespace; it is denied");
+                tracing::warn!(
+                    event = "nested-not-forgotten",
+                    error,
+                    "cannot forget a pod's own network namespace; it is denied"
+                );
             }
             keep
         });

@@ -72,7 +72,7 @@ async fn ask(client: Client, named: NamedPod) -> Option<(Pod, Namespace)> {
             Ok(Err(error)) => error.to_string(),
             Err(elapsed) => elapsed.to_string(),
         };
-    tracing::warn!(%namespace, name, problem, "the API server does not give a pod that starts; the watch must do");
+    tracing::warn!(event = "pod-not-looked-up", %namespace, name, problem, "the API server does not give a pod that starts; the watch must do");
     None
 }
 

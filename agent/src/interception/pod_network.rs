@@ -56,7 +56,7 @@ impl PodInterfaces {
             let message = format!(
                 "interface {interface} of the pod has no end on the host that can be guarded: a process with NET_RAW could reach an API server through it; drop that capability, or use a bridge, ptp or VPC CNI network"
             );
-            tracing::warn!(pod = %name(&tenant), interface, "interface cannot be guarded");
+            tracing::warn!(event = "interface-unguarded", pod = %name(&tenant), interface, "interface cannot be guarded");
             sink.recorder.finding(None, Some(&tenant.unproven(None)), "unguardedInterface", &message);
         }
         Ok(())
@@ -84,6 +84,7 @@ pub(super) async fn guard_stranger(
         Err(error) => {
             let error = &error as &dyn std::error::Error;
             tracing::warn!(
+                event = "interface-unguarded",
                 pod = folder.uid.as_str(),
                 error,
                 "cannot guard the interface of a pod that is not known yet"
@@ -117,14 +118,14 @@ pub(super) async fn end_direct_connections(
     match ended {
         Ok(0) => {}
         Ok(count) => {
-            tracing::info!(pod = %name(tenant), count, since, "ended direct connections to API servers");
+            tracing::info!(event = "direct-connections-ended", pod = %name(tenant), count, since, "ended direct connections to API servers");
             let message =
                 format!("ended {count} connections to API servers that the pod made before {since}");
             sink.recorder.finding(None, Some(&tenant.unproven(None)), "directConnectionsEnded", &message);
         }
         // Stalled they are harmless; only their clients wait longer.
         Err(error) => {
-            tracing::warn!(pod = %name(tenant), %error, since, "cannot end direct connections to API servers; they are stalled (does the kernel have CONFIG_INET_DIAG_DESTROY?)");
+            tracing::warn!(event = "direct-connections-stalled", pod = %name(tenant), %error, since, "cannot end direct connections to API servers; they are stalled (does the kernel have CONFIG_INET_DIAG_DESTROY?)");
         }
     }
     Ok(())
@@ -151,7 +152,11 @@ pub(super) async fn end_direct_connections_of_all(
             Ok(enrolled) => enrolled,
             Err(error) => {
                 let error = &error as &dyn std::error::Error;
-                tracing::error!(error, "cannot end direct connections to new API servers; they are stalled");
+                tracing::error!(
+                    event = "direct-connections-stalled",
+                    error,
+                    "cannot end direct connections to new API servers; they are stalled"
+                );
                 continue;
             }
         };
@@ -162,7 +167,7 @@ pub(super) async fn end_direct_connections_of_all(
             let since = "their address was known as an API server's";
             if let Err(error) = end_direct_connections(&sink, tenant, namespace, since).await {
                 let error = &error as &dyn std::error::Error;
-                tracing::warn!(pod = %name(tenant), error, "cannot end direct connections to new API servers; they are stalled");
+                tracing::warn!(event = "direct-connections-stalled", pod = %name(tenant), error, "cannot end direct connections to new API servers; they are stalled");
             }
         }
     }

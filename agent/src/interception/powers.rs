@@ -11,7 +11,8 @@ use k8s_openapi::api::core::v1::{Namespace, Pod, PodSpec, SecurityContext};
 use kube::{Api, ResourceExt as _, api::ListParams};
 
 use super::{
-    cgroup::find_mount, cgroup_tree::Tree, cluster_watch::ClusterWatch, interface, namespace, pod::PodUid,
+    account_rights::Account, cgroup::find_mount, cgroup_tree::Tree, cluster_watch::ClusterWatch, interface,
+    namespace, pod::PodUid,
 };
 
 /// Folders of the host through which a pod reaches what Weir, the kubelet or the runtime hold; `/` holds them all.
@@ -54,6 +55,8 @@ pub struct Selected {
     pub name: String,
     /// What in its spec lets it do more than a pod should, in the spec's words.
     pub powers: BTreeSet<String>,
+    /// Its service account; a static pod has none.
+    pub account: Option<Account>,
 }
 
 /// The selected pods of this node by the UIDs that their cgroups bear, asked once.
@@ -77,7 +80,9 @@ pub async fn selected(watch: &ClusterWatch) -> Result<HashMap<PodUid, Selected>,
         };
         let name = format!("{}/{}", known.namespace, known.name);
         let powers = pod.spec.as_ref().map(powers).unwrap_or_default();
-        selected.insert(known.static_hash.unwrap_or(known.uid), Selected { name, powers });
+        let account = Account { namespace: known.namespace, name: known.service_account };
+        let account = (!account.name.is_empty()).then_some(account);
+        selected.insert(known.static_hash.unwrap_or(known.uid), Selected { name, powers, account });
     }
     Ok(selected)
 }

@@ -36,9 +36,11 @@ pub(super) async fn given(
         Err(_) => Err(format!("no answer within {} s", PROOF_TIMEOUT.as_secs())),
     };
     match &proven {
-        Ok(()) => tracing::info!(%name, %address, "an address of this name is in the API set from now on"),
+        Ok(()) => {
+            tracing::info!(event = "address-proven", %name, %address, "an address of this name is in the API set from now on")
+        }
         Err(why) => {
-            tracing::warn!(%name, %address, why, "an answer named an address that is none of this name's")
+            tracing::warn!(event = "address-not-proven", %name, %address, why, "an answer named an address that is none of this name's")
         }
     }
     (address, proven.is_ok())

@@ -182,6 +182,7 @@ pub(super) async fn proxy_environments(
         let search = tokio::task::spawn_blocking(move || search(&current, &enrolled, &servers));
         let Ok(Ok(found)) = tokio::time::timeout(ENVIRONMENTS_TIMEOUT, search).await else {
             tracing::warn!(
+                event = "environments-read-slowly",
                 "looking at environments takes too long; is a process's memory on a slow file system?"
             );
             continue;

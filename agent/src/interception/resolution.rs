@@ -91,7 +91,7 @@ impl Resolution {
                         pause = pause.min(answer.holds.max(INTERVAL_MIN));
                         last.insert((name.clone(), server.ip(), server.port()), answer.addresses);
                         if failing.remove(&Some((name.clone(), *server))) {
-                            tracing::info!(%name, %server, "the name server answers again");
+                            tracing::info!(event = "name-server-answers-again", %name, %server, "the name server answers again");
                         }
                     }
                     Err(error) => {
@@ -137,7 +137,12 @@ impl Resolution {
     /// Reports a failure once, until it is over.
     fn failed<K: std::hash::Hash + Eq>(&self, failing: &mut HashSet<K>, key: K, what: &str, why: &str) {
         if failing.insert(key) {
-            tracing::warn!(cluster = self.cluster, why, "{what}; the last known addresses stay in force");
+            tracing::warn!(
+                event = "host-name-unresolved",
+                cluster = self.cluster,
+                why,
+                "{what}; the last known addresses stay in force"
+            );
             let message = format!("{what} ({why}); the last known addresses stay in force");
             self.recorder.finding(Some(self.cluster), None, "hostNameUnresolved", &message);
         }

@@ -220,9 +220,13 @@ pub async fn run(
 fn attach(kernel: &Kernel, mount: &Path) -> Result<(), KernelError> {
     kernel.attach(mount)?;
     match kernel.attach_security()? {
-        Security::InForce => tracing::info!("{PACKET_SOCKETS_DENIED}"),
+        Security::InForce => tracing::info!(event = "bpf-lsm-in-force", "{PACKET_SOCKETS_DENIED}"),
         Security::Absent(reason) => {
-            tracing::info!(reason, "without BPF LSM; the guards at interfaces stand alone");
+            tracing::info!(
+                event = "bpf-lsm-absent",
+                reason,
+                "without BPF LSM; the guards at interfaces stand alone"
+            );
         }
     }
     Ok(())
@@ -297,7 +301,7 @@ fn follow_names(
             if let Err(error) = seen {
                 // The name servers are asked all the same.
                 let message = format!("the answers of name servers to pods cannot be seen ({error}); has the agent CAP_NET_RAW?");
-                tracing::error!(%error, "the answers of name servers to pods cannot be seen; has the agent CAP_NET_RAW?");
+                tracing::error!(event = "answers-not-seen", %error, "the answers of name servers to pods cannot be seen; has the agent CAP_NET_RAW?");
                 recorder.finding(None, None, "answersNotSeen", &message);
                 part.cancelled().await;
             }
@@ -327,7 +331,7 @@ async fn enrol(
             Ok(tree) => enrolment.apply((tree, &known), serves).await?,
             Err(error) => {
                 applied = false;
-                tracing::error!(%error, "cannot read the cgroup tree; what is enrolled stays so, new pods stay denied");
+                tracing::error!(event = "cgroup-tree-not-read", %error, "cannot read the cgroup tree; what is enrolled stays so, new pods stay denied");
                 false
             }
         };
@@ -362,7 +366,7 @@ async fn enrol(
             changed = pods.changed(), if watched => match changed {
                 Ok(()) => waiting_since = None,
                 Err(_) => {
-                    tracing::error!("nobody watches the pods any more; new ones stay denied");
+                    tracing::error!(event = "pods-not-watched", "nobody watches the pods any more; new ones stay denied");
                     watched = false;
                 }
             },

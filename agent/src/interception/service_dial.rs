@@ -59,7 +59,7 @@ impl Service<Uri> for ServiceDial {
             let asked = format!("{host}:{port}").parse::<SocketAddr>().ok();
             for other in others.iter().filter(|other| Some(**other) != asked) {
                 if let Ok(stream) = connected(OTHER_TIMEOUT, TcpStream::connect(other)).await {
-                    tracing::info!(%failed, instead = %other, "the API server's Service does not answer; is there a kube-proxy?");
+                    tracing::info!(event = "api-service-not-reached", %failed, instead = %other, "the API server's Service does not answer; is there a kube-proxy?");
                     return Ok(stream);
                 }
             }

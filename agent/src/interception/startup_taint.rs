@@ -30,12 +30,13 @@ pub async fn remove_when_ready(client: Client, node: String, observed: Arc<Obser
     let mut said = None;
     loop {
         match remove(&nodes, &node).await {
-            Ok(true) => tracing::info!(node, "took the taint {KEY} off"),
+            Ok(true) => tracing::info!(event = "startup-taint-taken-off", node, "took the taint {KEY} off"),
             Ok(false) => {}
             Err(error) => {
                 let message = error.to_string();
                 if said.as_ref() != Some(&message) {
                     tracing::warn!(
+                        event = "startup-taint-stays",
                         error = message,
                         node,
                         "cannot take the taint {KEY} off, so pods that do not tolerate it are not scheduled here; may the agent \

@@ -189,6 +189,7 @@ pub(super) async fn follow(
             Err(error) => {
                 let error = &error as &dyn std::error::Error;
                 tracing::error!(
+                    event = "api-set-not-stored",
                     error,
                     "the API set is not stored: after a reboot the guard would know the last stored one"
                 );

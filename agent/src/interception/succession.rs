@@ -41,7 +41,7 @@ impl Succession {
         if let Some(taken) = self.taken.take() {
             taken.complete().await?;
             self.observed.taken();
-            tracing::info!("took over from the agent that ran before");
+            tracing::info!(event = "handover-done", "took over from the agent that ran before");
         }
         if let Some(path) = &self.path {
             let server = handover::Server::bind(path)?;
@@ -85,7 +85,10 @@ impl Succession {
         } else {
             self.observed.broken_off();
             self.frozen.send_replace(false);
-            tracing::warn!("the successor did not take over; this agent goes on");
+            tracing::warn!(
+                event = "handover-not-done",
+                "the successor did not take over; this agent goes on"
+            );
         }
         completed
     }
@@ -119,7 +122,12 @@ impl Gate {
     /// Why this process may not follow, or might not `before`; it is said and recorded.
     pub(super) fn refusal(&self, pid: i32, before: Option<String>) -> Option<String> {
         let reason = before.or_else(|| self.successors.refusal(u32::try_from(pid).unwrap_or(0)))?;
-        tracing::error!(pid, reason, "a process that may not be the next agent asked for the listeners");
+        tracing::error!(
+            event = "handover-refused",
+            pid,
+            reason,
+            "a process that may not be the next agent asked for the listeners"
+        );
         let message = format!("process {pid} asked to take over from this agent and was refused: {reason}");
         self.recorder.finding(None, None, "successorRefused", &message);
         Some(reason)

@@ -141,7 +141,11 @@ pub(super) async fn follow(kernel: Arc<Kernel>, interests: Vec<Interest>, cancel
         if let Err(error) = kernel.judge_suspects(&interests) {
             // What is noted stays, and denies the pods that were told it.
             let error = &error as &dyn std::error::Error;
-            tracing::error!(error, "cannot look at what pods were told by name servers");
+            tracing::error!(
+                event = "answers-not-judged",
+                error,
+                "cannot look at what pods were told by name servers"
+            );
         }
     }
 }

@@ -25,10 +25,10 @@ impl Troubles {
         }
         let caller = tenant.unproven(None);
         if let EnrolError::NewInterface(_) = error {
-            tracing::error!(pod = %name(tenant), error = message, "the pod stays enrolled; its interface is tried again");
+            tracing::error!(event = "pod-interface-trouble", pod = %name(tenant), error = message, "the pod stays enrolled; its interface is tried again");
             return recorder.finding(None, Some(&caller), "unguardedInterface", &message);
         }
-        tracing::error!(pod = %name(tenant), error = message, "cannot enrol; the pod stays denied, and is tried again");
+        tracing::error!(event = "pod-not-enrolled", pod = %name(tenant), error = message, "cannot enrol; the pod stays denied, and is tried again");
         let message = format!("cannot enrol the pod, which stays denied and is tried again: {message}");
         recorder.finding(None, Some(&caller), "cannotEnrol", &message);
     }

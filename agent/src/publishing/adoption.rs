@@ -21,7 +21,7 @@ impl Publisher {
         let epochs = match retention::epochs(storage.as_ref(), journal) {
             Ok(epochs) => epochs,
             Err(error) => {
-                tracing::warn!(journal = %journal.display(), %error, "cannot look for epochs to publish");
+                tracing::warn!(event = "epochs-not-found", journal = %journal.display(), %error, "cannot look for epochs to publish");
                 return;
             }
         };
@@ -40,14 +40,14 @@ impl Publisher {
             match Stream::open(Arc::clone(storage), epoch, folder) {
                 Ok(Some(stream)) => {
                     if epoch != *own {
-                        tracing::info!(%epoch, "publishes the journal of an agent that has ended");
+                        tracing::info!(event = "epoch-adopted", %epoch, "publishes the journal of an agent that has ended");
                     }
                     self.streams.push(stream);
                 }
                 Ok(None) => {}
                 Err(error) => {
                     unreadable += 1;
-                    tracing::warn!(%epoch, %error, "cannot publish this epoch yet");
+                    tracing::warn!(event = "epoch-not-adopted", %epoch, %error, "cannot publish this epoch yet");
                 }
             }
         }

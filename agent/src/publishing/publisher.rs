@@ -192,7 +192,7 @@ impl Publisher {
         self.measures.failed(failure);
         self.measures.connected(false);
         if self.measures.trouble(Some(failure.to_string())) {
-            tracing::warn!(%failure, "events are not published just now; the journal keeps them");
+            tracing::warn!(event = "not-publishing", %failure, "events are not published just now; the journal keeps them");
         }
         if self.sink.take().is_some() {
             self.measures.resent(self.in_flight().1);
@@ -332,7 +332,7 @@ impl Publisher {
 
     fn tell(&self, trouble: String) {
         if self.measures.trouble(Some(trouble.clone())) {
-            tracing::warn!(trouble, "events are not published just now");
+            tracing::warn!(event = "not-publishing", trouble, "events are not published just now");
         }
     }
 
@@ -349,14 +349,19 @@ impl Publisher {
             && let Err(error) = stream.keep(damage.segment)
         {
             let (epoch, segment) = (stream.epoch, damage.segment);
-            tracing::warn!(%epoch, segment, %error, "that a segment is to be kept cannot be written down");
+            tracing::warn!(event = "segment-keep-not-written", %epoch, segment, %error, "that a segment is to be kept cannot be written down");
         }
         let Damage { segment, offset, what, events, .. } = damage;
         let reason = format!(
             "journal damaged: epoch {}, segment {segment}, offset {offset}: {what}; published without it, the segment is kept",
             stream.epoch
         );
-        tracing::error!(reason, events, "what the journal held cannot be read any more");
+        tracing::error!(
+            event = "journal-damaged",
+            reason,
+            events,
+            "what the journal held cannot be read any more"
+        );
         (self.gap)(reason, *events);
     }
 
@@ -390,7 +395,7 @@ impl Publisher {
         if !self.watermarks().eq(before) {
             (self.retry, self.is_probing, self.oldest) = ((None, RETRY_PAUSE), false, None);
             if self.measures.trouble(None) {
-                tracing::info!("events are published");
+                tracing::info!(event = "publishing", "events are published");
             }
         }
         let is_silent_for =
@@ -407,10 +412,13 @@ impl Publisher {
             if is_silent_for(REFUSED) {
                 failure.get_or_insert(refused);
             } else if self.measures.trouble(Some(refused.to_string())) {
-                tracing::warn!(%refused, "events are not published just now; the journal keeps them");
+                tracing::warn!(event = "not-publishing", %refused, "events are not published just now; the journal keeps them");
             }
         } else if is_silent && self.measures.trouble(Some("no broker acknowledges anything".to_owned())) {
-            tracing::warn!("no broker acknowledges anything; the journal keeps the events");
+            tracing::warn!(
+                event = "not-publishing",
+                "no broker acknowledges anything; the journal keeps the events"
+            );
         }
         if let Some(failure) = failure {
             self.fail(now, &failure);
@@ -422,6 +430,7 @@ impl Publisher {
         for stream in &mut self.streams {
             if let Err(error) = stream.write_cursor(now, self.settings.replay_window, at_once) {
                 tracing::warn!(
+                    event = "cursor-not-written",
                     epoch = %stream.epoch, %error,
                     "how far events are published cannot be written down; after a crash some come twice"
                 );
@@ -435,13 +444,13 @@ impl Publisher {
             match stream.remove_published(now, self.settings.replay_window) {
                 Ok(count) => self.measures.removed(count),
                 Err(error) => {
-                    tracing::warn!(epoch = %stream.epoch, %error, "published segments cannot be removed");
+                    tracing::warn!(event = "segments-not-removed", epoch = %stream.epoch, %error, "published segments cannot be removed");
                 }
             }
         }
         let (storage, journal) = (self.settings.storage.as_ref(), &self.settings.journal);
         if let Err(error) = retention::sweep(storage, journal) {
-            tracing::warn!(journal = %journal.display(), %error, "what is left of removed epochs stays");
+            tracing::warn!(event = "epochs-not-removed", journal = %journal.display(), %error, "what is left of removed epochs stays");
         }
         if !self.streams.iter().any(Stream::is_gone) {
             return;
@@ -455,9 +464,9 @@ impl Publisher {
                 return true;
             }
             match retention::remove_epoch(storage, &stream.folder) {
-                Ok(()) => tracing::info!(epoch = %stream.epoch, "published, and removed from the journal"),
+                Ok(()) => tracing::info!(event = "epoch-removed", epoch = %stream.epoch, "published, and removed from the journal"),
                 Err(error) => {
-                    tracing::warn!(epoch = %stream.epoch, %error, "a published epoch cannot be removed");
+                    tracing::warn!(event = "epochs-not-removed", epoch = %stream.epoch, %error, "a published epoch cannot be removed");
                 }
             }
             false

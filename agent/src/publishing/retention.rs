@@ -77,6 +77,7 @@ impl Retention {
             let Some(next) = (if is_kept { None } else { self.read_first()? }) else {
                 self.kept_from = self.removed.first_segment;
                 tracing::warn!(
+                    event = "segment-unreadable",
                     folder = %self.folder.display(),
                     segment = self.removed.first_segment,
                     "a published segment cannot be read whole; it and those behind it are kept"

@@ -71,6 +71,7 @@ impl Stream {
         let retention = Retention::open(Arc::clone(&storage), folder.clone(), epoch);
         if let Err(error) = &retention {
             tracing::warn!(
+                event = "removal-state-unreadable",
                 folder = %folder.display(), %error,
                 "what was removed of this epoch cannot be read, so nothing more of it is removed"
             );
@@ -244,11 +245,11 @@ pub(super) fn remove_oldest(streams: &mut [Stream], now: Now) -> u64 {
         match stream.remove_oldest_acknowledged(now) {
             Ok(0) => {}
             Ok(count) => {
-                tracing::warn!(epoch = %stream.epoch, "a published segment goes before its replay window has passed, for want of room");
+                tracing::warn!(event = "segment-removed-early", epoch = %stream.epoch, "a published segment goes before its replay window has passed, for want of room");
                 return count;
             }
             Err(error) => {
-                tracing::warn!(epoch = %stream.epoch, %error, "published segments cannot be removed");
+                tracing::warn!(event = "segments-not-removed", epoch = %stream.epoch, %error, "published segments cannot be removed");
             }
         }
     }

@@ -65,7 +65,7 @@ impl Keys {
         let wrapped = WrappedKey::decode(&bytes).ok();
         let Some(wrapped) = wrapped.filter(|wrapped| (wrapped.epoch, wrapped.key) == (self.epoch, key))
         else {
-            tracing::warn!(path = %path.display(), "is no wrapped key of this epoch, and is not published");
+            tracing::warn!(event = "foreign-key-file", path = %path.display(), "is no wrapped key of this epoch, and is not published");
             self.remember(key);
             return Ok(None);
         };

@@ -254,6 +254,7 @@ impl Journal {
         if let Err(error) = storage::replace(self.storage.as_ref(), &path, note.as_bytes()) {
             // The log has it as well, or gets it with the next event, so nothing is lost by it.
             tracing::warn!(
+                event = "checkpoint-file-stale",
                 path = %path.display(),
                 %error,
                 "checkpoint file cannot be replaced; the journal itself has the checkpoint"
@@ -309,7 +310,7 @@ impl Journal {
             return Err(now);
         }
         self.failure = None;
-        tracing::warn!(events_lost = self.lost, "recording goes on");
+        tracing::warn!(event = "recording-resumed", events_lost = self.lost, "recording goes on");
         Ok(())
     }
 
@@ -423,7 +424,7 @@ impl Journal {
             match full.finish() {
                 Ok(unused) => self.measures.use_less(unused),
                 Err(error) => {
-                    tracing::warn!(%error, "unused end of a segment cannot be given back");
+                    tracing::warn!(event = "segment-room-not-freed", %error, "unused end of a segment cannot be given back");
                 }
             }
         }
@@ -476,6 +477,7 @@ impl Journal {
         if self.failure.is_none() {
             let source = std::error::Error::source(&error).map(ToString::to_string);
             tracing::error!(
+                event = "recording-stopped",
                 %error,
                 source,
                 "recording stopped; requests are refused until the journal can be written again, which is tried by itself"

@@ -131,7 +131,11 @@ impl Drop for UnderWay {
         // Before anybody is told, so that who is refused does not find the old state.
         let before = std::mem::replace(&mut self.desk.lock().failure, failure);
         if let (Err(error), None) = (&stored, before) {
-            tracing::warn!(why = causes(error), "a key of recorded content is not stored");
+            tracing::warn!(
+                event = "content-key-not-stored",
+                why = causes(error),
+                "a key of recorded content is not stored"
+            );
         }
         self.job.key.settle(stored);
         self.desk.at.queue.key_settled(self.job.key.number());
@@ -183,7 +187,10 @@ impl KeyStore {
         self.end();
         let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
         if thread.is_some_and(|thread| thread.join().is_err()) {
-            tracing::error!("the thread that stores keys panicked; what they encrypted is not recorded");
+            tracing::error!(
+                event = "recorder-panicked",
+                "the thread that stores keys panicked; what they encrypted is not recorded"
+            );
         }
     }
 
@@ -223,7 +230,10 @@ impl Desk {
             }
             while let Some(ended) = under_way.try_join_next() {
                 if ended.is_err() {
-                    tracing::error!("a task that stores a key panicked; what it encrypted is not recorded");
+                    tracing::error!(
+                        event = "recorder-panicked",
+                        "a task that stores a key panicked; what it encrypted is not recorded"
+                    );
                 }
             }
         }

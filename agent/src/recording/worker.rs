@@ -369,7 +369,10 @@ impl Workers {
         let threads = std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner));
         for thread in threads {
             if thread.join().is_err() {
-                tracing::error!("a recorder thread panicked; what it held is not recorded");
+                tracing::error!(
+                    event = "recorder-panicked",
+                    "a recorder thread panicked; what it held is not recorded"
+                );
             }
         }
     }

@@ -309,7 +309,8 @@ pub(super) fn gather(telemetry: &Telemetry) -> Gathered {
         (&READY, number(u64::from(telemetry.unready().is_empty()))),
     ];
     let state = pinned_state(&telemetry.pins);
-    let state = state.inspect_err(|error| tracing::warn!(%error, "cannot read the kernel's counters"));
+    let state =
+        state.inspect_err(|error| tracing::warn!(event = "counters-not-read", %error, "no kernel counters"));
     let state = state.ok().flatten();
     out.push((&READABLE, number(u64::from(state.is_some()))));
     if let Some(state) = state {

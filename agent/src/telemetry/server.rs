@@ -49,7 +49,7 @@ pub trait Monitored: Send + Sync + 'static {
 pub async fn serve(address: SocketAddr, monitored: Arc<dyn Monitored>, cancellation: CancellationToken) {
     let serving = async {
         let listener = listen(address).await;
-        tracing::info!(%address, "metrics and health are served");
+        tracing::info!(event = "metrics-served", %address, "metrics and health are served");
         accept(listener, monitored).await;
     };
     cancellation.run_until_cancelled(serving).await;
@@ -63,6 +63,7 @@ async fn listen(address: SocketAddr) -> TcpListener {
             Err(error) => {
                 if said != Some(error.kind()) {
                     tracing::warn!(
+                        event = "metrics-not-served",
                         %address, %error,
                         "cannot serve metrics and health yet, and tries again; does something else have metrics.address?"
                     );

@@ -105,7 +105,12 @@ impl Exporter {
                 Ok(answer) => {
                     let (rejected, problem) = encode::rejected(&answer).unwrap_or_default();
                     if rejected > 0 {
-                        tracing::warn!(rejected, problem, "the collector has not taken all traces");
+                        tracing::warn!(
+                            event = "traces-rejected",
+                            rejected,
+                            problem,
+                            "the collector has not taken all traces"
+                        );
                     }
                     let rejected = rejected.min(spans);
                     self.measures.rejected.fetch_add(rejected, Ordering::Relaxed);
@@ -114,7 +119,12 @@ impl Exporter {
                 }
                 Err(PostError { again: true, .. }) if tries < TRIES_MAX => {}
                 Err(PostError { cause, .. }) => {
-                    tracing::warn!(cause, spans, "traces are dropped: the collector does not take them");
+                    tracing::warn!(
+                        event = "traces-dropped",
+                        cause,
+                        spans,
+                        "traces are dropped: the collector does not take them"
+                    );
                     break;
                 }
             }

@@ -20,7 +20,7 @@ use tokio::time::Instant;
 use super::{
     ServingNames,
     approvals::Approvals,
-    cluster_signer::{CONFLICT, NAME_PREFIX, SIGNER_NAME},
+    cluster_signer::{CONFLICT, NAME_PREFIX},
     request::{self, Asked, Denial},
 };
 
@@ -53,19 +53,19 @@ pub enum ApproverError {
     Read(#[source] Box<watcher::Error>),
 }
 
-/// Answers the requests of `agent` (a user name); `names` gives all names of the API server as they are at that time. Whatever
+/// Answers the requests of `agent` (a user name) to `signer`; `names` gives all names of the API server as they are at that time. Whatever
 /// fails later is tried again, for ever; `approvals` counts.
 ///
 /// # Errors
 /// Requests cannot be read at the start.
 pub async fn run(
     client: Client,
-    agent: &str,
+    (agent, signer): (&str, &str),
     names: impl AsyncFn() -> Result<ServingNames, String>,
     approvals: &Approvals,
 ) -> Result<Infallible, ApproverError> {
     let requests: Api<CertificateSigningRequest> = Api::all(client);
-    let of_signer = watcher::Config::default().fields(&format!("spec.signerName={SIGNER_NAME}"));
+    let of_signer = watcher::Config::default().fields(&format!("spec.signerName={signer}"));
     // Anybody who may make one makes it as large as etcd takes it.
     let of_signer = of_signer.page_size(PAGE);
     let (mut began, mut pause) = (false, RETRY_FIRST);
@@ -77,7 +77,7 @@ pub async fn run(
         while let Ok(Some(event)) = tokio::time::timeout_at(until(failed_at, pause), events.next()).await {
             match event {
                 Ok(watcher::Event::InitApply(request) | watcher::Event::Apply(request)) => {
-                    let answered = answer(&requests, &request, agent, &names, approvals);
+                    let answered = answer(&requests, &request, (agent, signer), &names, approvals);
                     let timed = tokio::time::timeout(ANSWER_MAX, answered).await;
                     let slow = || Err(format!("no answer within {} s", ANSWER_MAX.as_secs()));
                     if let Err(error) = timed.unwrap_or_else(|_| slow()) {
@@ -89,8 +89,9 @@ pub async fn run(
                 Ok(watcher::Event::InitDone) => {
                     if !began {
                         tracing::info!(
+                            event = "approver-answers",
                             agent,
-                            signer = SIGNER_NAME,
+                            signer,
                             "answers requests for serving certificates"
                         );
                     }
@@ -128,6 +129,7 @@ fn until(failed_at: Option<Instant>, pause: Duration) -> Instant {
 
 fn wait(error: &str, pause: Duration) {
     tracing::error!(
+        event = "approver-waits",
         error,
         retry_in_s = pause.as_secs(),
         "requests for serving certificates wait; agents serve with what they have meanwhile"
@@ -138,11 +140,11 @@ fn wait(error: &str, pause: Duration) {
 async fn answer(
     requests: &Api<CertificateSigningRequest>,
     request: &CertificateSigningRequest,
-    agent: &str,
+    (agent, signer): (&str, &str),
     names: &impl AsyncFn() -> Result<ServingNames, String>,
     approvals: &Approvals,
 ) -> Result<(), String> {
-    if !is_for_here(request, agent) {
+    if !is_for_here(request, agent, signer) {
         return Ok(());
     }
     let name = request.name_any();
@@ -170,19 +172,19 @@ async fn answer(
     }
     approvals.answered(&verdict);
     match verdict {
-        Ok(()) => tracing::info!(name, node, "approved"),
-        Err(_) => tracing::warn!(name, node, user, reason = message, "denied"),
+        Ok(()) => tracing::info!(event = "certificate-approved", name, node, "approved"),
+        Err(_) => tracing::warn!(event = "certificate-denied", name, node, user, reason = message, "denied"),
     }
     Ok(())
 }
 
-fn is_for_here(request: &CertificateSigningRequest, agent: &str) -> bool {
+fn is_for_here(request: &CertificateSigningRequest, agent: &str, signer: &str) -> bool {
     let conditions = request.status.as_ref().and_then(|status| status.conditions.as_ref());
     let is_open = conditions.is_none_or(Vec::is_empty);
     let is_ours =
         request.spec.username.as_deref() == Some(agent) || request.name_any().starts_with(NAME_PREFIX);
     // The selector says so too; it is not for a server's mistake to have others' signers answered.
-    is_open && is_ours && request.spec.signer_name == SIGNER_NAME
+    is_open && is_ours && request.spec.signer_name == signer
 }
 
 /// The node of the pod that the maker's token is bound to; who has several has none.
@@ -211,6 +213,7 @@ mod tests {
     use tokio::sync::mpsc;
 
     use super::*;
+    use crate::trust::cluster_signer::SIGNER_NAME;
 
     const AGENT: &str = "system:serviceaccount:weir-system:weir-agent";
 
@@ -226,7 +229,7 @@ mod tests {
 
     #[test]
     fn only_open_requests_that_say_they_are_an_agents_are_answered() {
-        let answered = |change: fn(&mut Value)| is_for_here(&request(change), AGENT);
+        let answered = |change: fn(&mut Value)| is_for_here(&request(change), AGENT, SIGNER_NAME);
         assert!(answered(|_| {}));
         assert!(answered(|request| request["metadata"]["name"] = "csr-abc".into()), "by its maker");
         assert!(answered(|request| request["spec"]["username"] = "somebody".into()), "by its name");
@@ -237,10 +240,14 @@ mod tests {
         assert!(!answered(
             |request| request["spec"]["signerName"] = "kubernetes.io/kube-apiserver-client".into()
         ));
+        let of_eks =
+            request(|request| request["spec"]["signerName"] = "beta.eks.amazonaws.com/app-serving".into());
+        assert!(is_for_here(&of_eks, AGENT, "beta.eks.amazonaws.com/app-serving"));
+        assert!(!is_for_here(&of_eks, AGENT, SIGNER_NAME));
         for kind in ["Approved", "Denied", "Failed"] {
             let conditions = json!({"conditions": [{"type": kind, "status": "True"}]});
             let answered = request(|request| request["status"] = conditions);
-            assert!(!is_for_here(&answered, AGENT), "{kind}");
+            assert!(!is_for_here(&answered, AGENT, SIGNER_NAME), "{kind}");
         }
     }
 
@@ -281,7 +288,7 @@ mod tests {
         let (sender, mut answered) = mpsc::unbounded_channel();
         let names = async || Ok(ServingNames::default());
         let approvals = Approvals::default();
-        let approver = run(failing(sender), AGENT, names, &approvals);
+        let approver = run(failing(sender), (AGENT, SIGNER_NAME), names, &approvals);
         let both = async {
             let both = [answered.recv().await, answered.recv().await];
             while !approvals.is_reading() {
@@ -326,7 +333,7 @@ mod tests {
             approvals.is_reading()
         };
         let is_reading = tokio::select! {
-            ended = run(without_watches(), AGENT, names, &approvals) => panic!("{ended:?}"),
+            ended = run(without_watches(), (AGENT, SIGNER_NAME), names, &approvals) => panic!("{ended:?}"),
             is_reading = failed => is_reading,
         };
         assert!(!is_reading);

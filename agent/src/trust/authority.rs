@@ -64,7 +64,7 @@ impl Authority {
                     )
                 }
             },
-            Self::ClusterSigner(_) => format!("cluster signer {}", super::cluster_signer::SIGNER_NAME),
+            Self::ClusterSigner(signer) => format!("cluster signer {}", signer.name()),
             Self::Ephemeral(_) => "CA of this process".to_owned(),
         }
     }

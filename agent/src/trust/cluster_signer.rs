@@ -1,8 +1,8 @@
-//! Certificates from the cluster's own signer `kubernetes.io/kubelet-serving`, through the Kubernetes API.
+//! Certificates from a signer of the cluster's own, through the Kubernetes API.
 //!
-//! That signer issues for subject `O=system:nodes, CN=system:node:…` with any DNS and IP names, for the usages
+//! `kubernetes.io/kubelet-serving` issues for subject `O=system:nodes, CN=system:node:…` with any DNS and IP names, for the usages
 //! digital signature, key encipherment and server auth (k8s.io/kubernetes `pkg/apis/certificates/helpers.go`,
-//! `ValidateKubeletServingCSR`), and by default chains to the CA that every pod trusts. Nobody approves its
+//! `ValidateKubeletServingCSR`; EKS' `beta.eks.amazonaws.com/app-serving`, by its documentation, for any subject), and by default chains to the CA that every pod trusts. Nobody approves its
 //! requests automatically: the agent does, if its service account may, and else waits for the `approver`. The only file of trust that talks to
 //! a cluster beside `approver`; verifying what comes back is the caller's.
 
@@ -24,7 +24,7 @@ use tracing::warn;
 
 use super::ClusterCa;
 
-/// The signer that is asked.
+/// The signer that is asked unless another one is configured.
 pub const SIGNER_NAME: &str = "kubernetes.io/kubelet-serving";
 /// Life that is asked for; the signer may give less.
 pub(super) const EXPIRATION_SECONDS_MAX: i32 = 24 * 60 * 60;
@@ -64,11 +64,13 @@ pub enum ClusterSignerError {
     },
     /// No certificate in time.
     #[error(
-        "the signer kubernetes.io/kubelet-serving issued nothing for {name} within {} s; does kube-controller-manager \
-         run with --cluster-signing-cert-file, and does this cluster offer that signer (EKS restricts it)?",
+        "the signer {signer} issued nothing for {name} within {} s; does kube-controller-manager run with \
+         --cluster-signing-cert-file, and does this cluster offer that signer (EKS: beta.eks.amazonaws.com/app-serving)?",
         ISSUE_DEADLINE.as_secs()
     )]
     Timeout {
+        /// Who was asked.
+        signer: String,
         /// Name of the request.
         name: String,
     },
@@ -114,6 +116,7 @@ pub struct ClusterSigner {
     client: Client,
     node: String,
     cluster_ca: ClusterCa,
+    name: String,
 }
 
 impl fmt::Debug for ClusterSigner {
@@ -123,9 +126,14 @@ impl fmt::Debug for ClusterSigner {
 }
 
 impl ClusterSigner {
-    /// Asks through `client`, in the name of `node`; `cluster_ca` is what the cluster's pods trust.
-    pub fn new(client: Client, node: impl Into<String>, cluster_ca: ClusterCa) -> Self {
-        Self { client, node: node.into(), cluster_ca }
+    /// Asks the signer `name` through `client`, in the name of `node`; `cluster_ca` is what the cluster's pods trust.
+    pub fn new(client: Client, node: impl Into<String>, cluster_ca: ClusterCa, name: String) -> Self {
+        Self { client, node: node.into(), cluster_ca, name }
+    }
+
+    /// The signer's name.
+    pub fn name(&self) -> &str {
+        &self.name
     }
 
     pub(super) fn cluster_ca(&self) -> &ClusterCa {
@@ -150,15 +158,17 @@ impl ClusterSigner {
         let requests: Api<CertificateSigningRequest> = Api::all(self.client.clone());
         let name = format!("{NAME_PREFIX}{}", uuid::Uuid::now_v7());
         requests
-            .create(&PostParams::default(), &csr(&name, request_pem))
+            .create(&PostParams::default(), &csr(&name, &self.name, request_pem))
             .await
             .map_err(|source| api_error("create", &name, source))?;
-        let outcome = approve_and_wait(&requests, &name).await;
+        let outcome = approve_and_wait(&requests, &self.name, &name).await;
         // Answered or not, it has served its purpose; the cluster's own clean-up would take an hour or a day.
         if let Err(error) = requests.delete(&name, &DeleteParams::default()).await {
             warn!(
+                event = "certificate-request-stays",
                 error = &error as &dyn std::error::Error,
-                name, "cannot delete a certificate signing request; the cluster will in time"
+                name,
+                "cannot delete a certificate signing request; the cluster will in time"
             );
         }
         let certificate = outcome?;
@@ -176,12 +186,12 @@ fn api_error(action: &'static str, name: &str, source: kube::Error) -> ClusterSi
     ClusterSignerError::Api { action, name: name.to_owned(), reason }
 }
 
-fn csr(name: &str, request_pem: &str) -> CertificateSigningRequest {
+fn csr(name: &str, signer: &str, request_pem: &str) -> CertificateSigningRequest {
     CertificateSigningRequest {
         metadata: ObjectMeta { name: Some(name.to_owned()), ..ObjectMeta::default() },
         spec: CertificateSigningRequestSpec {
             request: ByteString(request_pem.as_bytes().to_vec()),
-            signer_name: SIGNER_NAME.to_owned(),
+            signer_name: signer.to_owned(),
             usages: Some(USAGES.map(str::to_owned).to_vec()),
             expiration_seconds: Some(EXPIRATION_SECONDS_MAX),
             ..CertificateSigningRequestSpec::default()
@@ -192,6 +202,7 @@ fn csr(name: &str, request_pem: &str) -> CertificateSigningRequest {
 
 async fn approve_and_wait(
     requests: &Api<CertificateSigningRequest>,
+    signer: &str,
     name: &str,
 ) -> Result<Vec<u8>, ClusterSignerError> {
     let approval = json!({"status": {"conditions": [{
@@ -216,7 +227,7 @@ async fn approve_and_wait(
             let approved = approves_itself || requests.get(name).await.is_ok_and(|last| is_approved(&last));
             let name = name.to_owned();
             return Err(match approved {
-                true => ClusterSignerError::Timeout { name },
+                true => ClusterSignerError::Timeout { signer: signer.to_owned(), name },
                 false => ClusterSignerError::NotApproved { name },
             });
         }
@@ -255,7 +266,7 @@ mod tests {
     use super::*;
 
     fn with_status(status: serde_json::Value) -> CertificateSigningRequest {
-        let mut request = csr("weir-serving-test", "pem");
+        let mut request = csr("weir-serving-test", SIGNER_NAME, "pem");
         request.status = serde_json::from_value(status).expect("a status");
         request
     }
@@ -267,7 +278,7 @@ mod tests {
         ]}));
         assert_eq!(certificate(&request), None);
         assert_eq!(refusal(&request), None);
-        assert!(is_approved(&request) && !is_approved(&csr("weir-serving-test", "pem")));
+        assert!(is_approved(&request) && !is_approved(&csr("weir-serving-test", SIGNER_NAME, "pem")));
     }
 
     #[test]

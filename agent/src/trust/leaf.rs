@@ -161,7 +161,12 @@ pub async fn serve(
     let wanted = names.borrow_and_update().clone();
     let leaf = authority.issue(&wanted, clients.as_ref()).await?;
     let serving = ServingCertificate::new(leaf.server_config(), leaf.not_after);
-    info!(authority = authority.describe(), sha256 = leaf.sha256, "serving certificate issued");
+    info!(
+        event = "certificate-issued",
+        authority = authority.describe(),
+        sha256 = leaf.sha256,
+        "serving certificate issued"
+    );
     let renewal = Renewal { authority, serving: serving.clone(), names, clients, not_after: leaf.not_after };
     Ok((serving, renewal))
 }
@@ -199,6 +204,7 @@ impl Renewal {
                     renew_at = renewal_time(SystemTime::now(), self.not_after, jitter);
                     pause = RETRY_FIRST;
                     info!(
+                        event = "certificate-renewed",
                         authority = self.authority.describe(),
                         sha256 = leaf.sha256,
                         "serving certificate renewed"
@@ -207,6 +213,7 @@ impl Renewal {
                 Err(error) => {
                     let left = self.not_after.duration_since(SystemTime::now()).unwrap_or_default();
                     warn!(
+                        event = "certificate-not-renewed",
                         error = &error as &dyn std::error::Error,
                         valid_for_s = left.as_secs(),
                         retry_in_s = pause.as_secs(),

@@ -198,5 +198,33 @@ fn mints_for_sts_alone(it: &As<'_>, agent: &[&str], (pod, uid): (&str, &str)) {
     let whole = [&token[..], &[audience], &bound].concat();
     refused(&[AGENT, MASTERS], &whole, "that the kubelet has mounted into its pod");
     refused(agent, &[&whole[..], &["--duration=61m"]].concat(), "for an hour at most");
+    let elsewhere = ["create", "token", "default", "-n", "kube-system", audience];
+    let elsewhere = [&elsewhere[..], &bound].concat();
+    refused(agent, &elsewhere, "in namespaces that are enrolled (config.enrolment), and in no other");
     assert_eq!(it.kubectl(agent, &whole).0, Some(0));
+    impersonates_whom_rbac_names(it);
+}
+
+/// Whom it may be, no policy can say: impersonation is judged before admission. A rule of `extraClusterRules` does, by name.
+fn impersonates_whom_rbac_names(it: &As<'_>) {
+    let role = [
+        "create",
+        "clusterrole",
+        "it-impersonates",
+        "--verb=impersonate",
+        "--resource=users",
+        "--resource-name=ci:a",
+    ];
+    it.testbed.kubectl(&role).unwrap();
+    let account = ["--clusterrole=it-impersonates", "--serviceaccount=weir-system:weir-agent"];
+    it.testbed
+        .kubectl(&[&["create", "clusterrolebinding", "it-impersonates"], &account[..]].concat())
+        .unwrap();
+    let may = |user: &str| it.kubectl(&[AGENT], &["auth", "can-i", "impersonate", user]).1;
+    wait_until("the rule to be in force", DEADLINE, || Ok((may("users/ci:a") == "yes\n").then_some(())))
+        .unwrap();
+    for other in ["users/ci:b", "users", "groups/system:masters", "serviceaccounts/default"] {
+        assert_eq!(may(other), "no\n", "{other}");
+    }
+    it.testbed.kubectl(&["delete", "clusterrole,clusterrolebinding", "it-impersonates"]).unwrap();
 }

@@ -2,6 +2,7 @@
 //! well, and of an API server that is away, is in `api_server_faults`.
 
 use std::{
+    fs,
     path::{Path, PathBuf},
     process::Command,
 };
@@ -10,10 +11,11 @@ use serde_json::{Value, json};
 use weir_tests::{
     PodSpec,
     agent::{self, TrustSource},
-    command,
+    certificates::Authority,
+    command, wait_until,
 };
 
-use super::{Scene, escape::place, shown};
+use super::{DEADLINE, Scene, escape::place, shown};
 
 /// Runs `doctor --json` without any capability, whoever runs the test.
 fn doctor(configuration: &Path) -> (Option<i32>, Vec<Value>) {
@@ -47,7 +49,7 @@ fn check(checks: &[Value], name: &str, found: &str, mend: &str) {
 /// A configuration whose cluster is not there.
 fn configured(scratch: &Path) -> PathBuf {
     let kubeconfig = scratch.join("kubeconfig");
-    std::fs::write(&kubeconfig, "").unwrap();
+    fs::write(&kubeconfig, "").unwrap();
     let configuration = json!({
         "apiVersion": "weir.dev/v1alpha1",
         "kind": "AgentConfiguration",
@@ -82,7 +84,7 @@ fn doctor_names_a_cgroup_tree_that_is_mounted_read_only() {
         return;
     }
     let scratch = tempfile::tempdir().unwrap();
-    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
     let of_v2 = mounts.lines().find(|line| line.contains(" - cgroup2 ")).unwrap();
     let tree = of_v2.split(' ').nth(4).unwrap();
     // In a mount namespace of its own: nothing else sees it read-only.
@@ -95,6 +97,102 @@ fn doctor_names_a_cgroup_tree_that_is_mounted_read_only() {
     check(&checks, "cgroup v2, writable", tree, "read-write");
 }
 
+/// What `doctor` says by the name of a check: whether it is good, what was found, and the mend.
+fn said_of(configuration: &Path) -> impl Fn(&str) -> (bool, String, String) {
+    let mut command = Command::new(agent::built_binary("weir-agent").unwrap());
+    let ended = command::output(command.args(["doctor", "--json", "--config"]).arg(configuration)).unwrap();
+    let report: Value = serde_json::from_str(&shown(&ended).1).unwrap();
+    move |name| {
+        let all = report["checks"].as_array().unwrap().iter();
+        let check = all.clone().find(|check| check["name"] == name).unwrap_or_else(|| panic!("{report}"));
+        (check["ok"] == true, check["found"].as_str().unwrap().to_owned(), check["mend"].to_string())
+    }
+}
+
+/// The namespace's service account may do everything; then nothing; then one thing in another namespace.
+fn names_service_accounts_that_hold_rights(scene: &Scene, configuration: &Path, namespace: &str) {
+    let said = || said_of(configuration)("selected pods' rights");
+    let account = format!("{namespace}/default");
+    let (ok, found, mend) = said();
+    assert!(!ok && found.contains(&format!("{account} (list namespaces everywhere, ")), "{found}");
+    assert!(mend.contains("RoleBindings") && mend.contains("kubectl auth can-i --list --as="), "{mend}");
+
+    let kubectl = |arguments: &[&str]| scene.testbed.kubectl(arguments).unwrap();
+    kubectl(&["delete", "clusterrolebinding", namespace]);
+    wait_until("the account to hold nothing", DEADLINE, || Ok(said().0.then_some(()))).unwrap();
+    let (_, found, _) = said();
+    assert!(found.starts_with("none of 1 service accounts holds any of 31 rights"), "{found}");
+
+    let right = ["--verb=get", "--resource=configmaps", "-n", "kube-public"];
+    kubectl(&[&["create", "role", namespace], &right[..]].concat());
+    let to = [
+        &format!("--role={namespace}"),
+        &format!("--serviceaccount={namespace}:default"),
+        "-n",
+        "kube-public",
+    ];
+    kubectl(&[&["create", "rolebinding", namespace], &to[..]].concat());
+    wait_until("the account to hold something", DEADLINE, || Ok((!said().0).then_some(()))).unwrap();
+    let (_, found, _) = said();
+    kubectl(&["delete", "role,rolebinding", namespace, "-n", "kube-public"]);
+    assert!(found.ends_with(&format!(": {account} (get configmaps in kube-public)")), "{found}");
+}
+
+/// Under which tier clients would be served; under none, what is wrong, and what to do.
+fn names_the_tier_and_what_is_wrong_with_a_ca(scene: &Scene) {
+    let folder = scene.scratch.path().join("own");
+    fs::create_dir(&folder).unwrap();
+    Authority::create(&folder, "weir-ca").unwrap();
+    let (own, cluster) = (folder.join("ca.crt"), scene.testbed.layout().path("pki/ca.crt"));
+    let bundle = folder.join("bundle.crt");
+    fs::write(&bundle, fs::read_to_string(&own).unwrap() + &fs::read_to_string(&cluster).unwrap()).unwrap();
+    let garbage = folder.join("garbage.crt");
+    fs::write(&garbage, "no certificate").unwrap();
+    let said = |check: &str, change: &dyn Fn(&mut Value)| {
+        let mut configuration =
+            agent::configuration(&scene.testbed, &scene.journal(), TrustSource::MountedCa);
+        change(&mut configuration["clusters"][0]);
+        let path = folder.join("agent.yaml");
+        agent::write_configuration(&configuration, &path).unwrap();
+        said_of(&path)(check)
+    };
+    let own_ca = json!({"certificate": own, "key": folder.join("ca.key")});
+
+    let (ok, found, _) = said("trust testbed", &|_| {});
+    assert!(ok && found.starts_with("tier T0: "), "{found}");
+    let (ok, found, _) = said("trust testbed", &|cluster| cluster["trust"] = json!({"clusterSigner": {}}));
+    assert_eq!((ok, found.as_str()), (true, "tier T0: cluster signer kubernetes.io/kubelet-serving"));
+    let (ok, found, _) = said("trust testbed", &|cluster| {
+        cluster["trust"] = json!({"mountedCa": own_ca});
+        cluster["trust"]["mountedCa"]["clientBundle"] = json!(bundle);
+    });
+    assert!(ok && found.starts_with("tier T1: "), "{found}");
+    let (ok, found, mend) = said("trust testbed", &|cluster| cluster["trust"] = json!({"mountedCa": own_ca}));
+    assert!(!ok && found.contains("does not chain to") && mend.contains("clientBundle"), "{found} {mend}");
+    let (ok, found, _) = said("trust testbed", &|cluster| {
+        cluster["trust"]["mountedCa"]["certificate"] = json!(garbage);
+    });
+    assert!(!ok && found.contains("garbage.crt is not a PEM file with the certificate of the CA"), "{found}");
+
+    // A Secret that is mounted, without that key in it.
+    let absent = folder.join("tls.crt");
+    let (ok, found, mend) = said("config", &|cluster| {
+        cluster["trust"]["mountedCa"]["certificate"] = json!(absent);
+    });
+    let named = format!("clusters[0].trust.mountedCa.certificate: cannot open {}", absent.display());
+    assert!(!ok && found.contains(&named) && mend.contains("is it mounted?"), "{found} {mend}");
+    let kubeconfig = fs::read_to_string(scene.testbed.layout().kubeconfig("agent")).unwrap();
+    let other = folder.join("kubeconfig");
+    fs::write(&other, kubeconfig.replace(cluster.to_str().unwrap(), own.to_str().unwrap())).unwrap();
+    let (ok, found, mend) = said("cluster testbed", &|cluster| cluster["kubeconfig"] = json!(other));
+    assert!(
+        !ok && found.contains("UnknownIssuer") && mend.contains("that of this API server"),
+        "{found} {mend}"
+    );
+    let (ok, found, _) = said("kafka", &|_| {});
+    assert!(!ok && found.contains("nothing leaves this node's journal"), "{found}");
+}
+
 #[test]
 fn doctor_names_selected_pods_that_could_go_past_weir() {
     let Some(mut scene) = Scene::new() else { return };
@@ -102,15 +200,7 @@ fn doctor_names_selected_pods_that_could_go_past_weir() {
     let plain = scene.testbed.run_pod(&PodSpec::idle("it-powers", "plain")).unwrap();
     let configuration = scene.config(TrustSource::MountedCa);
     let look = || {
-        let mut command = Command::new(agent::built_binary("weir-agent").unwrap());
-        let ended =
-            command::output(command.args(["doctor", "--json", "--config"]).arg(&configuration)).unwrap();
-        let report: Value = serde_json::from_str(&shown(&ended).1).unwrap();
-        let of = |name: &str| {
-            let all = report["checks"].as_array().unwrap().iter();
-            let check = all.clone().find(|check| check["name"] == name).unwrap_or_else(|| panic!("{report}"));
-            (check["ok"] == true, check["found"].as_str().unwrap().to_owned(), check["mend"].to_string())
-        };
+        let of = said_of(&configuration);
         (of("selected pods"), of("selected pods' interfaces"))
     };
     let ((ok, found, mend), (guarded, _, _)) = look();
@@ -119,6 +209,9 @@ fn doctor_names_selected_pods_that_could_go_past_weir() {
         mend.contains("detach the programs") && mend.contains("enforce=baseline"),
         "what one could do is said anyway: {mend}"
     );
+
+    names_the_tier_and_what_is_wrong_with_a_ca(&scene);
+    names_service_accounts_that_hold_rights(&scene, &configuration, "it-powers");
 
     let mut manifest = PodSpec::idle("it-powers", "powerful").manifest();
     manifest["spec"]["hostPID"] = json!(true);

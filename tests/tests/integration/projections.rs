@@ -17,6 +17,36 @@ pub(super) fn check(scene: &Scene, pod: &Pod<'_>) {
     cloudevents(scene);
     ocsf(scene);
     ecs(scene);
+    by_kubectl(scene);
+}
+
+/// kubectl finds `weir` as its plugin by the name of a file, and it does the same then.
+fn by_kubectl(scene: &Scene) {
+    let weir = agent::built_binary("weir").unwrap();
+    let folder = scene.scratch.path().join("plugins");
+    std::fs::create_dir(&folder).unwrap();
+    std::os::unix::fs::symlink(&weir, folder.join("kubectl-weir")).unwrap();
+    let kubectl = |arguments: &[&str]| {
+        let mut kubectl = scene.testbed.kubectl_command();
+        shown(&command::output(kubectl.env("PATH", &folder).args(arguments)).unwrap())
+    };
+    let (code, plugins, err) = kubectl(&["plugin", "list"]);
+    assert!(code == Some(0) && plugins.contains("/plugins/kubectl-weir\n"), "{code:?} {plugins}{err}");
+    let (code, help, _) = kubectl(&["weir", "--help"]);
+    assert!(code == Some(0) && help.contains("Usage: kubectl weir <COMMAND>"), "{code:?} {help}");
+    let (code, _, usage) = kubectl(&["weir", "sessions"]);
+    assert!(code == Some(2) && usage.contains("Usage: kubectl weir sessions --from"), "{code:?} {usage}");
+    let journal = scene.journal().display().to_string();
+    let (code, _, hint) = kubectl(&["weir", "replay", "--from", &journal, "absent"]);
+    assert!(code == Some(1) && hint.contains("`kubectl weir sessions --from "), "{code:?} {hint}");
+    let directly = shown(&command::output(Command::new(&weir).arg("--version")).unwrap());
+    assert_eq!(kubectl(&["weir", "--version"]), directly);
+    let (code, sessions, err) = kubectl(&["weir", "sessions", "--json", "--from", &journal]);
+    let is_one = |line: &str| serde_json::from_str::<Value>(line).is_ok_and(|session| session.is_object());
+    assert!(
+        code == Some(0) && !sessions.is_empty() && sessions.lines().all(is_one),
+        "{code:?} {sessions}{err}"
+    );
 }
 
 /// What a pod has put into a secret, in clear and as the API has it.

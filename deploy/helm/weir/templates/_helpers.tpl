@@ -41,6 +41,15 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- if $asks.signer }}true{{ end }}
 {{- end }}
 
+{{/* The signer that they ask. */}}
+{{- define "weir.signerName" -}}
+{{- $name := "kubernetes.io/kubelet-serving" }}
+{{- range .Values.config.clusters }}
+{{- if and .inCluster (hasKey .trust "clusterSigner") }}{{ $name = dig "trust" "clusterSigner" "signerName" $name . }}{{ end }}
+{{- end }}
+{{- $name }}
+{{- end }}
+
 {{/* What their certificates may name beside what the cluster publishes itself. */}}
 {{- define "weir.signedNames" -}}
 {{- $names := list }}
@@ -56,6 +65,26 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{/* Port of config.metrics.address; empty where nothing is served. */}}
 {{- define "weir.metricsPort" -}}
 {{- with .Values.config.metrics }}{{ regexFind "[0-9]+$" (.address | default "127.0.0.1:9155") }}{{ end }}
+{{- end }}
+
+{{/* CEL: whether a namespace with the labels `variables.labels` is one whose pods are enrolled. */}}
+{{- define "weir.isEnrolledNamespace" -}}
+{{- $entries := list }}
+{{- range .Values.config.enrolment }}
+{{- if eq .mode "enforce" }}
+{{- $terms := list "true" }}
+{{- range $key, $value := .namespaceSelector.matchLabels }}
+{{- $terms = append $terms (printf "%s in variables.labels && variables.labels[%s] == %s" (toJson $key) (toJson $key) (toJson $value)) }}
+{{- end }}
+{{- range .namespaceSelector.matchExpressions }}
+{{- $has := printf "%s in variables.labels" (toJson .key) }}
+{{- $isOne := printf "%s && variables.labels[%s] in %s" $has (toJson .key) (toJson (.values | default list)) }}
+{{- $terms = append $terms (get (dict "In" $isOne "NotIn" (printf "!(%s)" $isOne) "Exists" $has "DoesNotExist" (printf "!(%s)" $has)) .operator) }}
+{{- end }}
+{{- $entries = append $entries (printf "(%s)" (join " && " (len $terms | eq 1 | ternary $terms (rest $terms)))) }}
+{{- end }}
+{{- end }}
+{{- join " || " ($entries | default (list "false")) }}
 {{- end }}
 
 {{/* What values.schema.json cannot say: keys that must agree with what the pods mount or serve. */}}
@@ -87,5 +116,19 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- end }}
 {{- if and .Values.monitoring.serviceMonitor (or (not $config.metrics) (regexMatch "^(127\\.|\\[::1\\]|localhost)" ($config.metrics.address | default "127.0.0.1:9155"))) }}
 {{- fail "monitoring.serviceMonitor: Prometheus reaches no loopback address; set config.metrics.address to 0.0.0.0:PORT, or scrape from the node" }}
+{{- end }}
+{{- range regexFindAll "/etc/weir/secrets/[^/\"]+" (toJson $config) -1 | uniq }}
+{{- $name := trimPrefix "/etc/weir/secrets/" . }}
+{{- if not (has $name $.Values.secrets) }}
+{{- fail (printf "config names a file in %s, and %s is not among `secrets`, so nothing would be mounted there; add it" . $name) }}
+{{- end }}
+{{- end }}
+{{- /* Without a cluster to ask, as in `helm template`, nothing is found at all. */}}
+{{- if and .Values.requireSecrets (not .Values.uninstall) (lookup "v1" "Namespace" "" "kube-system") }}
+{{- range .Values.secrets }}
+{{- if not (lookup "v1" "Secret" $.Release.Namespace .) }}
+{{- fail (printf "secrets: there is no Secret %s in the namespace %s, and without it no agent's pod starts; make it first (or set requireSecrets=false where something makes it later)" . $.Release.Namespace) }}
+{{- end }}
+{{- end }}
 {{- end }}
 {{- end }}

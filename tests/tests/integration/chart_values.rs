@@ -1,0 +1,159 @@
+//! What comes of the chart's values before any agent runs: `helm install` refuses what cannot work, and the admission policy for
+//! enrolled namespaces, at its strictest, is asked on the real API server. The agents are `chart`'s.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use serde_json::{Value, json};
+use weir_tests::{PodSpec, command, components, progress::Progress, wait_until};
+
+use super::{DEADLINE, Scene, shown};
+
+const NAMESPACE: &str = "it-values";
+
+struct Chart<'a> {
+    scene: &'a Scene,
+    helm: PathBuf,
+}
+
+impl Chart<'_> {
+    fn file(&self, name: &str, content: &Value) -> PathBuf {
+        let path = self.scene.scratch.path().join(name);
+        fs::write(&path, content.to_string()).unwrap();
+        path
+    }
+
+    /// What Helm says of these values.
+    fn helm(&self, arguments: &[&str], values: &Value) -> (Option<i32>, String, String) {
+        let mut command = Command::new(&self.helm);
+        command.args(arguments).arg(components::repository().join("deploy/helm/weir"));
+        command.args(["--namespace", NAMESPACE, "--values"]).arg(self.file("values.json", values));
+        command.env("KUBECONFIG", self.scene.testbed.layout().kubeconfig("admin"));
+        for variable in ["HELM_CACHE_HOME", "HELM_CONFIG_HOME", "HELM_DATA_HOME"] {
+            command.env(variable, self.scene.scratch.path().join("helm"));
+        }
+        shown(&command::output(&mut command).unwrap())
+    }
+
+    #[track_caller]
+    fn install_is_refused(&self, values: &Value, said: &str) {
+        let (code, out, error) = self.helm(&["install", "weir"], values);
+        assert!(code == Some(1) && error.contains(said), "{said}: {code:?} {out}{error}");
+    }
+
+    fn kubectl(&self, arguments: &[&str], file: &Path) -> (Option<i32>, String, String) {
+        let mut command = self.scene.testbed.kubectl_command();
+        shown(&command::output(command.args(arguments).arg("-f").arg(file)).unwrap())
+    }
+}
+
+#[test]
+fn helm_refuses_values_that_cannot_work_and_the_strict_policy_pods_that_keep_net_raw() {
+    let Some(mut scene) = Scene::new() else { return };
+    scene.namespace(NAMESPACE, true);
+    let chart = Chart { scene: &scene, helm: components::helm(Progress::Shown).unwrap() };
+    refuses_what_cannot_work(&chart);
+    let policy = json!({"admission": {"enabled": true, "requireDropNetRaw": true}});
+    let (code, rendered, error) = chart.helm(
+        &["template", "weir", "--kube-version", "1.36.0", "--show-only", "templates/admission.yaml"],
+        &policy,
+    );
+    assert_eq!(code, Some(0), "{error}");
+    let file = scene.scratch.path().join("policy.yaml");
+    fs::write(&file, rendered).unwrap();
+    assert_eq!(chart.kubectl(&["create"], &file).0, Some(0));
+    lets_no_container_keep_net_raw(&chart);
+    assert_eq!(chart.kubectl(&["delete"], &file).0, Some(0));
+}
+
+/// Each at once and with the reason; nothing is left of it.
+fn refuses_what_cannot_work(chart: &Chart<'_>) {
+    let kafka = |more: Value| {
+        let mut kafka = json!({"brokers": ["kafka.example:9093"], "topic": "weir"});
+        kafka.as_object_mut().unwrap().append(&mut more.as_object().unwrap().clone());
+        json!({"config": {"kafka": kafka}})
+    };
+    chart
+        .install_is_refused(&json!({"config": {"kafkaa": {}}}), "additional properties 'kafkaa' not allowed");
+    chart.install_is_refused(
+        &json!({"config": {"kafka": {"brokers": ["kafka.example:9093"]}}}),
+        "missing property 'topic'",
+    );
+    chart.install_is_refused(
+        &kafka(json!({"properties": {"sasl.password": "hunter2"}})),
+        "at '/config/kafka/properties/sasl.password': value must be 'put it into a file and name that in kafka.propertyFiles'",
+    );
+    let file = json!({"propertyFiles": {"sasl.password": "/etc/weir/secrets/weir-kafka/password"}});
+    chart.install_is_refused(&kafka(file.clone()), "weir-kafka is not among `secrets`");
+    let mut mounted = kafka(file);
+    mounted["secrets"] = json!(["weir-kafka"]);
+    let absent = format!(
+        "there is no Secret weir-kafka in the namespace {NAMESPACE}, and without it no agent's pod starts"
+    );
+    chart.install_is_refused(&mounted, &absent);
+    let testbed = &chart.scene.testbed;
+    assert_eq!(testbed.kubectl(&["get", "daemonsets,secrets", "-n", NAMESPACE, "-o", "name"]).unwrap(), "");
+    testbed
+        .kubectl(&["create", "secret", "generic", "weir-kafka", "-n", NAMESPACE, "--from-literal=password=p"])
+        .unwrap();
+    let (code, _, error) = chart.helm(&["install", "weir", "--dry-run=server"], &mounted);
+    assert_eq!(code, Some(0), "with the Secret it is taken: {error}");
+}
+
+fn lets_no_container_keep_net_raw(chart: &Chart<'_>) {
+    let pod = |namespace: &str, capabilities: &Value| {
+        let mut pod = PodSpec::idle(namespace, "raw").manifest();
+        pod["spec"]["containers"][0]["securityContext"] = json!({"capabilities": capabilities});
+        chart.file("pod.json", &pod)
+    };
+    let tried = |file: &Path| chart.kubectl(&["create", "--dry-run=server"], file);
+    wait_until("the policy to be in force", DEADLINE, || {
+        Ok((tried(&pod(NAMESPACE, &json!({}))).0 == Some(1)).then_some(()))
+    })
+    .unwrap();
+    let keeps =
+        [json!([]), json!(["CHOWN"]), json!(["CAP_NET_RAW"]), json!(["NET_CAP_RAW"]), json!(["CAP_ALL"])];
+    for capabilities in keeps.map(|drop| json!({"drop": drop})) {
+        let (code, _, error) = tried(&pod(NAMESPACE, &capabilities));
+        let said = "let these containers drop it (securityContext.capabilities.drop: [NET_RAW], or [ALL]), or use a namespace that is not enrolled: main";
+        assert!(code == Some(1) && error.contains(said), "{capabilities}: {error}");
+        assert_eq!(tried(&pod("default", &capabilities)).0, Some(0), "elsewhere it is nobody's business");
+    }
+    let drops_all = json!({"drop": ["ALL"]});
+    for capabilities in [&drops_all, &json!({"drop": ["NET_RAW"]}), &json!({"drop": ["net_raw"]})] {
+        let (code, _, error) = tried(&pod(NAMESPACE, capabilities));
+        assert_eq!(code, Some(0), "{capabilities}: {error}");
+    }
+
+    // What `kubectl debug` puts into a pod that is there.
+    let (code, _, error) = chart.kubectl(&["create"], &pod(NAMESPACE, &drops_all));
+    assert_eq!(code, Some(0), "{error}");
+    let text = chart.scene.testbed.kubectl(&["get", "pod", "raw", "-n", NAMESPACE, "-o", "json"]).unwrap();
+    let mut there: Value = serde_json::from_str(&text).unwrap();
+    // Whatever the kubelet writes meanwhile is no conflict.
+    there["metadata"].as_object_mut().unwrap().remove("resourceVersion");
+    let mut debugged = |context: Value| {
+        let image = there["spec"]["containers"][0]["image"].clone();
+        there["spec"]["ephemeralContainers"] =
+            json!([{"name": "debugger", "image": image, "securityContext": context}]);
+        let file = chart.file("debugged.json", &there);
+        let path = format!("/api/v1/namespaces/{NAMESPACE}/pods/raw/ephemeralcontainers?dryRun=All");
+        chart.kubectl(&["replace", "--raw", &path], &file)
+    };
+    for (context, said) in [
+        (json!({"privileged": true}), "drop securityContext.privileged"),
+        (
+            json!({"capabilities": {"drop": ["ALL"], "add": ["SYS_PTRACE"]}}),
+            "with what these containers add: debugger;",
+        ),
+        (json!({}), "or use a namespace that is not enrolled: debugger"),
+    ] {
+        let (code, _, error) = debugged(context);
+        assert!(code == Some(1) && error.contains(said), "{said}: {code:?} {error}");
+    }
+    let (code, _, error) = debugged(json!({"capabilities": drops_all}));
+    assert_eq!(code, Some(0), "{error}");
+}
