@@ -125,6 +125,8 @@ mod storage_faults;
 mod streams;
 #[path = "integration/support.rs"]
 mod support;
+#[path = "integration/traces.rs"]
+mod traces;
 #[path = "integration/upgrade.rs"]
 mod upgrade;
 #[path = "integration/watch.rs"]

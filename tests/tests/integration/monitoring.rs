@@ -10,7 +10,10 @@ use std::{
 };
 
 use weir_common::event::{Event, Kind};
-use weir_tests::{AgentProcess, Pod, PodSpec, Testbed, agent, agent::TrustSource, command, wait_until};
+use weir_tests::{
+    AgentProcess, OtelCollector, Pod, PodSpec, Testbed, agent, agent::TrustSource, command,
+    progress::Progress, wait_until,
+};
 
 use super::{
     DEADLINE, Scene,
@@ -18,6 +21,7 @@ use super::{
     escape::{Attack, Target, place},
     storage_faults::Mounted,
     support::a_bundle_helps_and_holds_no_secret,
+    traces,
     watch::{PROGRAM, program},
     witness::Server,
 };
@@ -95,7 +99,11 @@ fn metrics_prove_that_what_the_kernel_saw_of_a_pod_was_proxied() {
     let Some(mut scene) = Scene::new() else { return };
     scene.namespace("it-metrics", true);
     let pod = scene.testbed.run_pod(&PodSpec::idle("it-metrics", "caller")).unwrap();
-    let (agent, monitored) = Monitored::start(&scene);
+    let collector = OtelCollector::start(Progress::Shown).unwrap();
+    let mut configuration =
+        agent::configuration(&scene.testbed, &scene.journal(), TrustSource::ClusterSigner);
+    configuration["traces"] = collector.configuration();
+    let (agent, monitored) = Monitored::start_with(&scene, configuration);
     for _ in 0..3 {
         let out = pod.exec(&["kubectl", "get", "namespace", "default", "-o", "name"]).unwrap();
         assert!(out.status.success(), "{}", agent.last_lines());
@@ -119,6 +127,7 @@ fn metrics_prove_that_what_the_kernel_saw_of_a_pod_was_proxied() {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap();
     assert!(metrics["weir_certificate_expiry_timestamp_seconds{cluster=\"testbed\"}"] > now.as_secs_f64());
     check_documented(&metrics, |name| !OF_PUBLISHING.iter().any(|family| name.starts_with(family)));
+    traces::are_what_a_collector_writes(&scene, (&collector, &monitored), &pod);
     a_bundle_helps_and_holds_no_secret(&scene, &agent, &pod);
 }
 
@@ -239,25 +248,11 @@ fn others_programs_lead_nowhere(scene: &Scene, agent: &AgentProcess, pod: &Pod<'
         let target = if from == "192.0.2.1:443" { from } else { attack.address(Target::Service) };
         if expected == "connected" {
             let mut command = scene.testbed.kubectl_command();
-            command.args([
-                "exec",
-                "-i",
-                "-n",
-                &pod.namespace,
-                &pod.name,
-                "--",
-                PROGRAM,
-                "--relay",
-                "tcp",
-                target,
-            ]);
+            command.args(["exec", "-i", "-n", &pod.namespace, &pod.name, "--"]);
+            command.args([PROGRAM, "--relay", "tcp", target]);
             let said = attack.witness.ask(command);
-            assert_eq!(
-                (said.as_str(), attack.direct()),
-                (expected, Vec::new()),
-                "{from} at {}",
-                cgroup.display()
-            );
+            let at = cgroup.display();
+            assert_eq!((said.as_str(), attack.direct()), (expected, Vec::new()), "{from} at {at}");
             assert_eq!(attack.witness.check(Server::Weir, Some(agent)), 1);
         } else {
             let said = attack.try_way("tcp", Target::Service);
@@ -280,23 +275,13 @@ fn others_programs_lead_nowhere(scene: &Scene, agent: &AgentProcess, pod: &Pod<'
             );
         }
         let after = noticed_after(&noticed, began);
-        println!("another's program at {}: noticed after {} ms", cgroup.display(), after.as_millis());
+        eprintln!("another's program at {}: noticed after {} ms", cgroup.display(), after.as_millis());
         assert!(after < NOTICED_MAX, "{after:?}");
         let status = agent.status().unwrap();
         let said = status["foreignPrograms"].as_array().unwrap();
         assert!(said.len() == 1 && said[0].as_str().unwrap().ends_with(&place), "{status}");
         if cgroup == root {
-            let mut doctor = Command::new(agent::built_binary("weir-agent").unwrap());
-            let ended =
-                command::output(doctor.args(["doctor", "--json", "--config"]).arg(agent.config())).unwrap();
-            let report: serde_json::Value = serde_json::from_slice(&ended.stdout).unwrap();
-            let check = report["checks"]
-                .as_array()
-                .unwrap()
-                .iter()
-                .find(|check| check["name"] == "programs of others");
-            let found = check.unwrap()["found"].as_str().unwrap();
-            assert!(check.unwrap()["ok"] == false && found.ends_with(&place), "{found}");
+            doctor_names(agent, &place);
         }
         drop(rewriting);
     }
@@ -304,6 +289,16 @@ fn others_programs_lead_nowhere(scene: &Scene, agent: &AgentProcess, pod: &Pod<'
     scene.event("what the guard dropped", |event| {
         matches!(&event.kind, Kind::ConnectionRefused { reason, .. } if reason.contains("dropped by the guard"))
     });
+}
+
+fn doctor_names(agent: &AgentProcess, place: &str) {
+    let mut doctor = Command::new(agent::built_binary("weir-agent").unwrap());
+    let ended = command::output(doctor.args(["doctor", "--json", "--config"]).arg(agent.config())).unwrap();
+    let report: serde_json::Value = serde_json::from_slice(&ended.stdout).unwrap();
+    let checks = report["checks"].as_array().unwrap();
+    let check = checks.iter().find(|check| check["name"] == "programs of others").unwrap();
+    let found = check["found"].as_str().unwrap();
+    assert!(check["ok"] == false && found.ends_with(place), "{found}");
 }
 
 #[test]
