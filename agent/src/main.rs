@@ -252,6 +252,9 @@ fn main() -> ExitCode {
         Command::Uninstall { force, stay } => finish(uninstall(force, stay)),
         Command::Exec { config, kubeconfig, journal, quiet, command } => {
             log_to_stderr("warn", false);
+            if let Err(error) = forbid_core_dumps() {
+                return finish(Err(error));
+            }
             execute(&ExecOptions { config, kubeconfig, journal, quiet, command })
         }
         Command::Doctor { config, kubeconfig, journal, json } => {

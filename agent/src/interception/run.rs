@@ -27,7 +27,7 @@ use super::{
     cluster_watch::KnownPods,
     enrolment::{Enrolment, Settings},
     guard::{self, InForce},
-    handover::{self, HandoverError, Passed},
+    handover::{self, HandoverError, Passed, Taken},
     held_back::HeldBack,
     hosts::{self, Hosts},
     layouts::{self, OlderLayouts},
@@ -138,15 +138,7 @@ pub async fn run(
     recorder: Recorder,
     cancellation: CancellationToken,
 ) -> Result<Ended, InterceptionError> {
-    let mut taken = match &options.handover {
-        Some(path) => {
-            if let (Pinning::Pinned(pins), true) = (&options.guard.pinning, handover::an_agent_runs(path)) {
-                layouts::can_follow(pins)?;
-            }
-            handover::take(path).await?
-        }
-        None => None,
-    };
+    let mut taken = take_over(options.handover.as_deref(), &options.guard.pinning).await?;
     let in_force = match in_force {
         Some(in_force) => in_force,
         None => guard::agent_in_force(&options.guard)?,
@@ -214,6 +206,15 @@ pub async fn run(
     enrolment.end().await;
     while tasks.join_next().await.is_some() {}
     if cancellation.is_cancelled() { Ok(Ended::Cancelled) } else { result }
+}
+
+/// What the agent that runs gives, if one does and this one can follow it.
+async fn take_over(handover: Option<&Path>, pinning: &Pinning) -> Result<Option<Taken>, InterceptionError> {
+    let Some(path) = handover else { return Ok(None) };
+    if let (Pinning::Pinned(pins), true) = (pinning, handover::an_agent_runs(path)) {
+        layouts::can_follow(pins)?;
+    }
+    Ok(handover::take(path).await?)
 }
 
 /// Puts this process's programs in force at the root of the tree.

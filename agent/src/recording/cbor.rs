@@ -46,6 +46,8 @@ pub(super) struct Sequence {
     /// Longest document.
     bytes_max: usize,
     begun: Vec<u8>,
+    /// How far it is known of what has begun where it ends.
+    scan: Scan,
 }
 
 impl std::fmt::Debug for Sequence {
@@ -56,7 +58,7 @@ impl std::fmt::Debug for Sequence {
 
 impl Sequence {
     pub(super) fn new(bytes_max: usize) -> Self {
-        Self { bytes_max, begun: Vec::new() }
+        Self { bytes_max, begun: Vec::new(), scan: Scan::default() }
     }
 
     /// Takes the next bytes: documents that end in them, and how many bytes are left out if it cannot go on from there.
@@ -65,7 +67,7 @@ impl Sequence {
         let (mut lines, mut from) = (Vec::new(), 0);
         loop {
             let rest = &self.begun[from..];
-            let length = match length(rest) {
+            let length = match self.scan.end(rest) {
                 Ok(Some(length)) => length,
                 Ok(None) if rest.len() <= self.bytes_max => break,
                 Ok(None) | Err(Malformed) => return (lines, Err(self.give_up(from))),
@@ -77,6 +79,7 @@ impl Sequence {
             lines.extend_from_slice(&json);
             lines.push(b'\n');
             from += length;
+            self.scan = Scan::default();
         }
         self.begun.drain(..from);
         (lines, Ok(()))
@@ -85,6 +88,7 @@ impl Sequence {
     fn give_up(&mut self, from: usize) -> u64 {
         let left = self.begun.len() - from;
         self.begun = Vec::new();
+        self.scan = Scan::default();
         left as u64
     }
 
@@ -94,13 +98,63 @@ impl Sequence {
     }
 }
 
-/// Length of the document that `bytes` begin with; none: it does not end in them.
-fn length(bytes: &[u8]) -> Result<Option<usize>, Malformed> {
-    let mut reader = Reader { rest: bytes, budget: Budget::default(), is_short: false };
-    match reader.pass(0) {
-        Ok(()) => Ok(Some(bytes.len() - reader.rest.len())),
-        Err(Malformed) if reader.is_short => Ok(None),
-        Err(Malformed) => Err(Malformed),
+/// Looks for the end of a document whose bytes come in pieces. Goes on from where it was: a document that comes byte by byte
+/// costs no more than one that comes at once.
+#[derive(Default)]
+struct Scan {
+    /// Bytes of the document that it has passed.
+    at: usize,
+    /// What it is in, the innermost last: at most [`DEPTH_MAX`].
+    open: Vec<Open>,
+}
+
+/// A list, map, tag or string in pieces that has not ended.
+enum Open {
+    /// Ends after so many more.
+    Of(u64),
+    /// Ends with a break.
+    Indefinite,
+}
+
+impl Scan {
+    /// Length of the document that `bytes` begin with, which are those of before and more; none: it does not end in them.
+    fn end(&mut self, bytes: &[u8]) -> Result<Option<usize>, Malformed> {
+        loop {
+            let rest = bytes.get(self.at..).unwrap_or_default();
+            let mut reader = Reader { rest, budget: Budget::default(), is_short: false };
+            let opened = match self.open.last() {
+                Some(Open::Indefinite) if reader.breaks() => {
+                    self.open.pop();
+                    None
+                }
+                _ => match reader.begin() {
+                    Ok(opened) => opened,
+                    Err(Malformed) if reader.is_short => return Ok(None),
+                    Err(Malformed) => return Err(Malformed),
+                },
+            };
+            self.at = bytes.len() - reader.rest.len();
+            if let Some(opened) = opened {
+                if self.open.len() >= DEPTH_MAX as usize {
+                    return Err(Malformed);
+                }
+                self.open.push(opened);
+            } else if self.ended() {
+                return Ok(Some(self.at));
+            }
+        }
+    }
+
+    /// Something has ended; whether that was the document.
+    fn ended(&mut self) -> bool {
+        while let Some(Open::Of(more)) = self.open.last_mut() {
+            *more -= 1;
+            if *more > 0 {
+                return false;
+            }
+            self.open.pop();
+        }
+        self.open.is_empty()
     }
 }
 
@@ -137,30 +191,17 @@ impl<'a> Reader<'a> {
         Ok(taken)
     }
 
-    /// Passes over a document without reading it.
-    fn pass(&mut self, depth: u32) -> Result<(), Malformed> {
-        if depth > DEPTH_MAX {
-            return Err(Malformed);
-        }
+    /// Passes over what begins next: all of it, or up to the first of what it holds.
+    fn begin(&mut self) -> Result<Option<Open>, Malformed> {
         let (major, _, length) = self.head()?;
-        let of_entry = if major == 5 { 2 } else { 1 };
         match (major, length) {
-            (2 | 3, Length::Of(length)) => self.take(length).map(drop),
-            (2..6, Length::Indefinite) => {
-                while !self.breaks() {
-                    self.pass(depth + 1)?;
-                }
-                Ok(())
-            }
-            (4 | 5, Length::Of(entries)) => {
-                // What is short ends it, however many entries it says.
-                for _ in 0..entries.saturating_mul(of_entry) {
-                    self.pass(depth + 1)?;
-                }
-                Ok(())
-            }
-            (6, Length::Of(_)) => self.pass(depth + 1),
-            (0 | 1 | 7, Length::Of(_)) => Ok(()),
+            (2 | 3, Length::Of(length)) => self.take(length).map(|_| None),
+            (2..6, Length::Indefinite) => Ok(Some(Open::Indefinite)),
+            (4 | 5, Length::Of(0)) | (0 | 1 | 7, Length::Of(_)) => Ok(None),
+            // What is short ends it, however many entries it says.
+            (4, Length::Of(entries)) => Ok(Some(Open::Of(entries))),
+            (5, Length::Of(entries)) => Ok(Some(Open::Of(entries.saturating_mul(2)))),
+            (6, Length::Of(_)) => Ok(Some(Open::Of(1))),
             _ => Err(Malformed),
         }
     }

@@ -2,8 +2,8 @@
 //!
 //! One thread owns it. A group is written with one write and one fdatasync and counts only when both returned: number
 //! and tree go forward then, not before. If either fails, the segment is poisoned (a second fdatasync may succeed
-//! without the data), and the group is written once more, from memory, into a new one. If that fails too, whoever waited
-//! is refused, and the next group tries a new segment, at most once per `RETRY_INTERVAL`, so that a full disk costs
+//! without the data), and the group is written once more, from memory, into a new one. If that fails too, or did
+//! so shortly before, whoever waited is refused, and the next group tries a new segment, at most once per `RETRY_INTERVAL`, so that a full disk costs
 //! neither a busy loop nor the log.
 
 use std::{
@@ -104,6 +104,8 @@ pub(super) struct Journal {
     idle: Option<Idle>,
     /// Why recording is not possible, and when it was tried last.
     failure: Option<(RecordingError, Instant)>,
+    /// When a group was written once more after its segment was given up.
+    rewritten: Option<Instant>,
     /// Events that were lost since the last gap record.
     lost: u64,
     /// Room for the frames of the next group.
@@ -149,6 +151,7 @@ impl Journal {
             checkpointed: (0, Instant::now()),
             idle: None,
             failure: None,
+            rewritten: None,
             lost: 0,
             frames: Vec::new(),
             measures,
@@ -288,6 +291,13 @@ impl Journal {
             return Err(self.stop_recording(error));
         }
         let Err(error) = self.write(draft) else { return Ok(()) };
+        // A disk that takes each group at its second try alone would fill with segments that were given up.
+        let again = self.tuning.retry_interval;
+        if self.rewritten.is_some_and(|rewritten| rewritten.elapsed() < again) {
+            return Err(self.fail(error));
+        }
+        self.rewritten = Some(Instant::now());
+        self.measures.failed();
         tracing::warn!(event = "segment-given-up", %error, "a segment is given up; what it did not take is written to a new one");
         // Framed anew: what may have reached the disk bears the number of another commit.
         let draft = self.draft(&mut entries(), checkpoint)?;

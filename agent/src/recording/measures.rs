@@ -75,7 +75,7 @@ pub struct Measured {
     pub bytes: u64,
     /// Events that were lost; a gap record says so.
     pub lost: u64,
-    /// Groups that could not be written.
+    /// How often a segment did not take a group.
     pub failed: u64,
     /// How many fdatasync took up to each of [`SYNC_BOUNDS`] (and longer than the one before), and longer than all.
     pub syncs: [u64; SYNC_BOUNDS.len() + 1],

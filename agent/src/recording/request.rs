@@ -211,8 +211,8 @@ impl RequestRecord {
     fn reads(&self, headers: &HeaderMap) -> Upgraded {
         let leaves_out =
             LeavesOut { payload: self.plan.streams == Streams::Metadata, body: self.left_out.is_some() };
-        let Context { sensitivity, masker, .. } = &*self.context;
-        Upgraded::new(&self.asked, headers, (*sensitivity, masker), leaves_out)
+        let Context { sensitivity, masker, request, .. } = &*self.context;
+        Upgraded::new(&self.asked, headers, (*sensitivity, masker), leaves_out, request.clone())
     }
 
     fn upgraded(&self, headers: &HeaderMap) {

@@ -131,6 +131,16 @@ fn variables_are_masked_by_their_names_wherever_they_stand() {
 }
 
 #[test]
+fn what_only_calls_itself_a_table_keeps_its_rows() {
+    let masker = masker(rules(), "/apis/example.com/v1/namespaces/n/things/x");
+    for rows in [r#"{"a":"plain"}"#, r#""plain""#, "[]"] {
+        let body = format!(r#"{{"kind":"Thing","spec":{{"kind":"Table","rows":{rows}}},"b":"{CANARY}"}}"#);
+        let shown = shown(&masker, JSON, &body);
+        assert!(shown.contains(&format!(r#""rows":{rows}"#)) && shown.contains("weir:masked:"), "{shown}");
+    }
+}
+
+#[test]
 fn fields_are_masked_in_every_form_of_an_object() {
     for (path, body, masks) in [
         (MAPS, r#"{"kind":"ConfigMap","data":{"a":"CANARY"}}"#, 1),

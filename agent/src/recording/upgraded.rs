@@ -2,6 +2,8 @@
 //!
 //! Framing is not kept; payload is, and so is whatever could not be decoded.
 
+use std::sync::Arc;
+
 use bytes::Bytes;
 use http::{
     HeaderMap,
@@ -46,6 +48,8 @@ pub(super) struct Decoded {
 pub(super) struct Upgraded {
     decoder: Decoder,
     masker: Masker,
+    /// Id of the request.
+    request: Arc<str>,
     /// Raw bytes may hold objects of the API, which no mask can see in them.
     withholds: bool,
     /// Finds what rules mask.
@@ -82,6 +86,7 @@ impl Upgraded {
         headers: &HeaderMap,
         (sensitivity, masker): (Sensitivity, &Masker),
         leaves_out: LeavesOut,
+        request: Arc<str>,
     ) -> Self {
         let text = |name| headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default();
         let decoder = Decoder::new(Agreed {
@@ -96,7 +101,7 @@ impl Upgraded {
         let sieves = Sieves::of(masker);
         // Masked frames and what is compressed hide from expressions, too.
         let withholds = asked.verb == "watch" || sensitivity != Sensitivity::None || sieves.is_some();
-        Self { decoder, masker: masker.clone(), withholds, sieves, leaves_out, left_out: 0 }
+        Self { decoder, masker: masker.clone(), request, withholds, sieves, leaves_out, left_out: 0 }
     }
 
     /// Takes the next bytes of one direction.
@@ -147,7 +152,7 @@ impl Upgraded {
                         many => many.concat().into(),
                     };
                     if self.withholds && matches!(lane.channel, Channel::ClientRaw | Channel::ServerRaw) {
-                        decoded.kinds.push(self.withheld(&bytes));
+                        decoded.kinds.push(self.withheld(lane, offset, &bytes));
                         continue;
                     }
                     let Some(sieves) = &mut self.sieves else {
@@ -159,7 +164,7 @@ impl Upgraded {
                         Some((offset, masked)) => {
                             decoded.kinds.append(&mut split::split_lane(lane, offset, &masked));
                         }
-                        None => decoded.kinds.push(self.withheld(&bytes)),
+                        None => decoded.kinds.push(self.withheld(lane, offset, &bytes)),
                     }
                 }
                 streams::Event::Changed(lane @ Lane { channel, connection }, change) => {
@@ -191,9 +196,11 @@ impl Upgraded {
     }
 
     /// Bytes of a stream that the masks cannot see into. They pass: who configures masks wants secrets kept out of the record, not
-    /// connections cut, and whoever holds the bytes can prove by their digest what they were.
-    fn withheld(&self, bytes: &[u8]) -> Kind {
-        let digest = content::keyed(&self.masker, bytes);
+    /// connections cut, and whoever holds the bytes can prove by their digest what they were. It is one of the request and the place,
+    /// too: a piece may be one byte, and whoever reads the record could look up by what a stream of theirs has.
+    fn withheld(&self, lane: Lane, offset: u64, bytes: &[u8]) -> Kind {
+        let place = format!("{}/{lane:?}/{offset}/", self.request);
+        let digest = content::keyed(&self.masker, &[place.as_bytes(), bytes].concat());
         let reason = format!("withheld: what is not decoded of a stream cannot be masked; {digest}");
         Kind::Gap { reason, events: None, bytes: Some(bytes.len() as u64) }
     }

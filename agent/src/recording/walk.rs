@@ -208,7 +208,9 @@ impl Walk<'_> {
 
     /// What API servers print of objects: a column of a custom resource may be a field that is masked.
     fn table(&mut self, table: &mut Map<String, Value>, around: Around) {
-        let Some(Value::Array(mut rows)) = table.get_mut("rows").map(Value::take) else { return };
+        // What only calls itself a table has rows of another kind, which stay.
+        let Some(rows) = table.get_mut("rows").and_then(Value::as_array_mut) else { return };
+        let mut rows = std::mem::take(rows);
         for row in &mut rows {
             let kind = row.pointer("/object/kind").and_then(Value::as_str);
             let sensitivity = around.sensitivity.of_kind(kind);

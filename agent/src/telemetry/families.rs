@@ -188,7 +188,7 @@ static WRITTEN: Family = Family {
 static LOST: Family =
     counter("weir_journal_events_lost", &[], "Events that could not be written; a gap record says so.");
 static FAILED: Family =
-    counter("weir_journal_write_failures", &[], "Groups of events that could not be written.");
+    counter("weir_journal_write_failures", &[], "Groups of events that a segment did not take.");
 static BACKLOG: Family = Family {
     name: "weir_journal_backlog",
     unit: Some("bytes"),

@@ -33,7 +33,7 @@ fn grown_kib(agent: &AgentProcess, what: &str, work: impl FnOnce()) -> u64 {
     let before = peak_resident_kib(agent.pid());
     work();
     let grown = peak_resident_kib(agent.pid()).saturating_sub(before);
-    println!("{what}: peak resident memory {before} KiB + {grown} KiB");
+    eprintln!("{what}: peak resident memory {before} KiB + {grown} KiB");
     grown
 }
 

@@ -1,9 +1,9 @@
 //! Hot upgrade: an agent follows another under load, and no pod notices.
 
 use std::{
-    io::{BufRead as _, BufReader, Write as _},
-    path::Path,
-    process::{Command, Stdio},
+    io::{BufRead as _, BufReader, Lines, Write as _},
+    path::{Path, PathBuf},
+    process::{Child, ChildStdin, ChildStdout, Command, Stdio},
 };
 
 use weir_common::event::{Kind, Outcome};
@@ -26,20 +26,11 @@ fn an_upgrade_refuses_no_connection_and_cuts_no_stream() {
     let pod = scene.testbed.run_pod(&PodSpec::idle("it-upgrade", "caller")).unwrap();
     let other = scene.testbed.run_pod(&PodSpec::idle("it-upgrade", "other")).unwrap();
     let free = scene.testbed.run_pod(&PodSpec::idle("it-upgrade-free", "free")).unwrap();
-    let mut configuration =
-        agent::configuration(&scene.testbed, &scene.journal(), TrustSource::ClusterSigner);
     let long = std::env::var_os("WEIR_TEST_LONG").is_some();
     // Longer than all the calls may take: the stream must not meet the limit.
-    configuration["limits"] = serde_json::json!({"drainSeconds": if long { 3600 } else { 300 }});
-    let path = scene.scratch.path().join("agent.yaml");
-    agent::write_configuration(&configuration, &path).unwrap();
+    let path = draining(&scene, if long { 3600 } else { 300 });
     let start = |name: &str| AgentProcess::start(&path, &scene.scratch.path().join(name)).unwrap();
-    let oldest = scene.scratch.path().join("agent-0.log");
-    let mut current = AgentProcess::spawn_with(&path, &oldest, &[OLDER_LAYOUT]).unwrap();
-    wait_until("the agent with the older layout to be ready", DEADLINE, || {
-        Ok(current.log()?.contains(": ready").then_some(()))
-    })
-    .unwrap_or_else(|error| panic!("{error:#}: {}", current.last_lines()));
+    let mut current = with_older_layout(&path, &scene.scratch.path().join("agent-0.log"));
     let pins = |layout: &str| Path::new("/sys/fs/bpf/weir").join(layout).exists();
     assert_eq!((pins("v2"), pins("v3")), (true, false));
 
@@ -51,18 +42,7 @@ fn an_upgrade_refuses_no_connection_and_cuts_no_stream() {
     let mut codes = BufReader::new(calling.stdout.take().unwrap()).lines();
     let mut call = |when: &str| assert_eq!(codes.next().unwrap().unwrap(), "0", "{when}");
     // A stream of the pod itself: what goes in comes out, before and after.
-    let echo = ["kubectl", "exec", "-i", "-n", "it-upgrade", &other.name, "--", "cat"];
-    let mut session = {
-        let mut command = scene.testbed.kubectl_command();
-        command.args(["exec", "-i", "-n", "it-upgrade", &pod.name, "--"]).args(echo);
-        command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap()
-    };
-    let mut to_session = session.stdin.take().unwrap();
-    let mut from_session = BufReader::new(session.stdout.take().unwrap()).lines();
-    let mut say = |line: &str| {
-        writeln!(to_session, "{line}").unwrap();
-        assert_eq!(from_session.next().unwrap().unwrap(), line);
-    };
+    let mut session = Echo::begin(&scene, &pod, &other);
     // And a watch of the pod's: what happens is told, before and after.
     let script = "kubectl get configmaps -n it-upgrade -w -o name & while [ ! -e /tmp/stop ]; do sleep 0.1; done; kill $!";
     let mut watching = pod.exec_command().args(["sh", "-c", script]).stdout(Stdio::piped()).spawn().unwrap();
@@ -73,7 +53,7 @@ fn an_upgrade_refuses_no_connection_and_cuts_no_stream() {
         assert_eq!(told.next().unwrap().unwrap(), format!("configmap/{name}"));
     };
     call("before");
-    say("before the upgrade");
+    session.say("before the upgrade");
     hears("before");
 
     let calls_after = if long { CALLS_AFTER_LONG } else { CALLS_AFTER };
@@ -85,7 +65,7 @@ fn an_upgrade_refuses_no_connection_and_cuts_no_stream() {
         for _ in 0..calls_after {
             call(&format!("during upgrade {upgrade}: {}", current.last_lines()));
         }
-        say(&format!("after upgrade {upgrade}"));
+        session.say(&format!("after upgrade {upgrade}"));
         hears(&format!("after-{upgrade}"));
         if upgrade == 1 {
             wait_until("the older layout to be gone", DEADLINE, || Ok((!pins("v2")).then_some(()))).unwrap();
@@ -93,20 +73,13 @@ fn an_upgrade_refuses_no_connection_and_cuts_no_stream() {
                 call(&format!("without the older layout: {}", current.last_lines()));
             }
         }
-        if upgrade == 2 {
-            // It serves no stream, and so has nothing to drain.
-            let mut former = former;
-            assert!(former.wait_for_succession().unwrap().success(), "{}", former.last_lines());
-        } else {
-            first = Some(former);
+        // The second serves no stream, and so has nothing to drain.
+        match upgrade {
+            1 => first = Some(former),
+            _ => succeeded(former),
         }
     }
-    // Back to an older layout there is no handover, and nothing comes of the attempt.
-    let mut older = Command::new(agent::built_binary("weir-agent").unwrap());
-    let older =
-        command::output(older.args(["run", "--config"]).arg(&path).env(OLDER_LAYOUT.0, OLDER_LAYOUT.1));
-    let (code, _, err) = super::shown(&older.unwrap());
-    assert!(code == Some(1) && err.contains("does not hand over: it has version"), "{code:?} {err}");
+    no_way_back(&path);
     call("after an older one was refused");
     for pod in [&pod, &free] {
         pod.shell("touch /tmp/stop").unwrap();
@@ -120,13 +93,71 @@ fn an_upgrade_refuses_no_connection_and_cuts_no_stream() {
     }
     calling.wait().unwrap();
     watching.wait().unwrap();
-    drop(to_session);
-    assert!(session.wait().unwrap().success());
-    let mut first = first.unwrap();
-    assert!(first.wait_for_succession().unwrap().success(), "{}", first.last_lines());
+    session.end();
+    succeeded(first.unwrap());
     assert!(current.terminate().unwrap().success(), "{}", current.last_lines());
 
     check_records(&scene);
+}
+
+/// A configuration by which an agent waits so many seconds for streams.
+fn draining(scene: &Scene, seconds: u64) -> PathBuf {
+    let mut configuration =
+        agent::configuration(&scene.testbed, &scene.journal(), TrustSource::ClusterSigner);
+    configuration["limits"] = serde_json::json!({"drainSeconds": seconds});
+    let path = scene.scratch.path().join("agent.yaml");
+    agent::write_configuration(&configuration, &path).unwrap();
+    path
+}
+
+fn succeeded(mut former: AgentProcess) {
+    assert!(former.wait_for_succession().unwrap().success(), "{}", former.last_lines());
+}
+
+fn with_older_layout(configuration: &Path, log: &Path) -> AgentProcess {
+    let agent = AgentProcess::spawn_with(configuration, log, &[OLDER_LAYOUT]).unwrap();
+    wait_until("the agent with the older layout to be ready", DEADLINE, || {
+        Ok(agent.log()?.contains(": ready").then_some(()))
+    })
+    .unwrap_or_else(|error| panic!("{error:#}: {}", agent.last_lines()));
+    agent
+}
+
+/// Back to an older layout there is no handover, and nothing comes of the attempt.
+fn no_way_back(configuration: &Path) {
+    let mut older = Command::new(agent::built_binary("weir-agent").unwrap());
+    older.args(["run", "--config"]).arg(configuration).env(OLDER_LAYOUT.0, OLDER_LAYOUT.1);
+    let (code, _, err) = super::shown(&command::output(&mut older).unwrap());
+    assert!(code == Some(1) && err.contains("does not hand over: it has version"), "{code:?} {err}");
+}
+
+/// An exec stream from one pod into another, which says again what it is told.
+struct Echo {
+    process: Child,
+    to: ChildStdin,
+    from: Lines<BufReader<ChildStdout>>,
+}
+
+impl Echo {
+    fn begin(scene: &Scene, pod: &Pod<'_>, other: &Pod<'_>) -> Self {
+        let mut command = scene.testbed.kubectl_command();
+        command.args(["exec", "-i", "-n", "it-upgrade", &pod.name, "--"]);
+        command.args(["kubectl", "exec", "-i", "-n", "it-upgrade", &other.name, "--", "cat"]);
+        let mut process = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let (to, from) = (process.stdin.take().unwrap(), process.stdout.take().unwrap());
+        Self { process, to, from: BufReader::new(from).lines() }
+    }
+
+    fn say(&mut self, line: &str) {
+        writeln!(self.to, "{line}").unwrap();
+        assert_eq!(self.from.next().unwrap().unwrap(), line);
+    }
+
+    fn end(self) {
+        let Self { mut process, to, from: _from } = self;
+        drop(to);
+        assert!(process.wait().unwrap().success());
+    }
 }
 
 /// Three epochs, and one exec stream that ended where it began.
