@@ -27,7 +27,8 @@ fn by_kubectl(scene: &Scene) {
     std::fs::create_dir(&folder).unwrap();
     std::os::unix::fs::symlink(&weir, folder.join("kubectl-weir")).unwrap();
     let kubectl = |arguments: &[&str]| {
-        let mut kubectl = scene.testbed.kubectl_command();
+        // A plugin's name comes before any flag.
+        let mut kubectl = Command::new(scene.testbed.components().binary("kubectl"));
         shown(&command::output(kubectl.env("PATH", &folder).args(arguments)).unwrap())
     };
     let (code, plugins, err) = kubectl(&["plugin", "list"]);
