@@ -13,7 +13,10 @@ use std::{
 };
 
 use aya::programs::links::{FdLink, PinnedLink};
-use tokio::time::Instant;
+use tokio::{
+    sync::oneshot::{self, error::TryRecvError},
+    time::Instant,
+};
 use weir_common::kernel::programs;
 
 use super::{
@@ -27,8 +30,9 @@ use crate::recording::Recorder;
 
 /// The hooks that decide where something goes, whose programs are looked for at the cgroups of pods.
 const DECIDING: [&str; 4] = [programs::CONNECT4, programs::CONNECT6, programs::SENDMSG4, programs::SENDMSG6];
-/// Most cgroups of one pod that are looked at each time, the nearest to the pod's own first.
-const FOLDERS_MAX: usize = 64;
+/// Most cgroups of one pod that are looked at each time, the nearest to the pod's own first. That there are more is said as what
+/// could be at them is.
+const FOLDERS_MAX: usize = 512;
 /// How often the cgroups of pods are looked at: half a dozen system calls for each.
 const PODS_CHECK: Duration = Duration::from_secs(2);
 /// Most programs that one finding names.
@@ -37,17 +41,22 @@ const NAMED_MAX: usize = 8;
 /// Programs by their id, and where they are in words.
 pub(super) type Programs = BTreeSet<(u32, String)>;
 
+/// Those at each pod.
+type OfPods = Vec<(Arc<Tenant>, Programs)>;
+
 /// What was found and is reported.
 #[derive(Debug, Default)]
 pub(super) struct Foreign {
     at_roots: Programs,
     at_pods: Programs,
+    /// What is found at pods, by a look that was begun beside what runs, and when that was.
+    looking: Option<oneshot::Receiver<OfPods>>,
     looked_at: Option<Instant>,
 }
 
 impl Foreign {
-    /// Reports which are new of those at the roots, and of those at the cgroups of pods, which are looked at here every
-    /// [`PODS_CHECK`].
+    /// Reports which are new of those at the roots, and of those at the cgroups of pods. For these a look is begun here every
+    /// [`PODS_CHECK`], and what it found is reported the next time.
     pub(super) fn report(
         &mut self,
         at_roots: Programs,
@@ -56,13 +65,33 @@ impl Foreign {
     ) {
         said(at_roots.difference(&self.at_roots), None, recorder);
         self.at_roots = at_roots;
+        match self.looking.as_mut().map(oneshot::Receiver::try_recv) {
+            Some(Err(TryRecvError::Empty)) => return,
+            Some(Ok(found)) => self.found(found, recorder),
+            // None was begun, or its thread has panicked: the next one tells.
+            Some(Err(TryRecvError::Closed)) | None => {}
+        }
+        self.looking = None;
         if self.looked_at.is_some_and(|looked| looked.elapsed() < PODS_CHECK) {
             return;
         }
         self.looked_at = Some(Instant::now());
+        let pods: Vec<_> = pods.collect();
+        let (tell, looking) = oneshot::channel();
+        tokio::task::spawn_blocking(move || {
+            let look = |pod: Arc<Tenant>| {
+                let found = in_pod(&pod.folder);
+                (pod, found)
+            };
+            // The agent may have ended meanwhile.
+            let _ = tell.send(pods.into_iter().map(look).collect());
+        });
+        self.looking = Some(looking);
+    }
+
+    fn found(&mut self, found: OfPods, recorder: &Recorder) {
         let mut at_pods = Programs::new();
-        for pod in pods {
-            let found = in_pod(&pod.folder);
+        for (pod, found) in found {
             said(found.difference(&self.at_pods), Some(&pod), recorder);
             at_pods.extend(found);
         }
@@ -82,7 +111,7 @@ fn said<'a>(new: impl Iterator<Item = &'a (u32, String)>, pod: Option<&Tenant>, 
     }
     tracing::warn!(event = "programs-of-others", programs, "programs of someone else are attached");
     let message = format!(
-        "programs of someone else (see `bpftool prog show id ID`) are attached: {programs}; they may refuse or rewrite connections before or after Weir does"
+        "programs of someone else (see `bpftool prog show id ID`) are, or could be, attached: {programs}; they may refuse or rewrite connections before or after Weir does"
     );
     let caller = pod.map(|pod| pod.unproven(None));
     recorder.finding(None, caller.as_ref(), "foreignProgram", &message);
@@ -93,11 +122,19 @@ fn in_pod(folder: &Path) -> Programs {
     let mut found = Programs::new();
     let mut pending = VecDeque::from([folder.to_owned()]);
     for _ in 0..FOLDERS_MAX {
-        let Some(folder) = pending.pop_front() else { break };
+        let Some(folder) = pending.pop_front() else { return found };
         found.extend(at(&folder, &DECIDING, &BTreeSet::new()));
         let entries = fs::read_dir(&folder).into_iter().flatten().flatten();
         let below = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
-        pending.extend(below.map(|entry| entry.path()).take(FOLDERS_MAX));
+        // One more than are looked at tells that there are more.
+        let room = (FOLDERS_MAX + 1).saturating_sub(pending.len());
+        pending.extend(below.map(|entry| entry.path()).take(room));
+    }
+    if !pending.is_empty() {
+        found.insert((
+            0,
+            format!("perhaps some at the more than {FOLDERS_MAX} cgroups of {}", folder.display()),
+        ));
     }
     found
 }

@@ -23,7 +23,7 @@ use weir_common::kernel::{
 use super::{
     attach::{AttachError, uninstall},
     loader::{Kernel, KernelError, check_sizes},
-    maps::lock,
+    maps::{filled, lock},
     pinned::{pinned_links, pinned_map},
     sieve::changed,
 };
@@ -137,8 +137,9 @@ pub(super) fn adopt(kernel: &Kernel, folder: &Path) -> Result<(), KernelError> {
     copy::<u64, PodName>(folder, maps::PODS, &mut lock(&kernel.pods))?;
     copy::<u64, u64>(folder, maps::QUARANTINE, &mut lock(&kernel.quarantine))?;
     copy::<NestedKey, u32>(folder, maps::NESTED, &mut lock(&kernel.nested))?;
-    copy::<Suspect, Suspicion>(folder, maps::SUSPECTED, &mut lock(&kernel.suspected))?;
-    copy::<u64, u32>(folder, maps::SUSPICIONS, &mut lock(&kernel.suspicions))?;
+    // Full of what pods told themselves, they must not keep an agent from its start.
+    unless_full(copy::<Suspect, Suspicion>(folder, maps::SUSPECTED, &mut lock(&kernel.suspected)))?;
+    unless_full(copy::<u64, u32>(folder, maps::SUSPICIONS, &mut lock(&kernel.suspicions)))?;
     kernel.mark_api_set()?;
     let Some(cgroups) =
         unless_other(map_of::<u64, CgroupEntry, HashMap<MapData, u64, CgroupEntry>>(folder, maps::CGROUPS))?
@@ -168,10 +169,27 @@ fn copy<K: Pod, V: Pod>(
     for entry in from.iter() {
         let (key, value) = entry.map_err(failed)?;
         if to.get(&key, 0).is_err() {
-            to.insert(key, value, 0).map_err(failed)?;
+            filled(|| to.insert(key, value, 0)).map_err(failed)?;
         }
     }
     Ok(())
+}
+
+/// What does not fit any more into a map is left out, and that is said.
+fn unless_full(copied: Result<(), KernelError>) -> Result<(), KernelError> {
+    match copied {
+        Err(KernelError::Map { map, source: MapError::SyscallError(error) })
+            if error.io_error.raw_os_error() == Some(libc::E2BIG) =>
+        {
+            tracing::warn!(
+                event = "older-layout-left-out",
+                map,
+                "a map is full: not all that an older layout knows is taken over"
+            );
+            Ok(())
+        }
+        copied => copied,
+    }
 }
 
 /// None of a map with other sizes.
