@@ -97,8 +97,16 @@ pub(super) async fn run(
 }
 
 async fn join(client: Upgraded, server: Upgraded, record: &RequestRecord) -> Result<(), StreamError> {
-    let (client_reader, client_writer) = tokio::io::split(TokioIo::new(client));
-    let (server_reader, server_writer) = tokio::io::split(TokioIo::new(server));
+    join_sides(TokioIo::new(client), TokioIo::new(server), record).await
+}
+
+async fn join_sides(
+    client: impl AsyncRead + AsyncWrite,
+    server: impl AsyncRead + AsyncWrite,
+    record: &RequestRecord,
+) -> Result<(), StreamError> {
+    let (client_reader, client_writer) = tokio::io::split(client);
+    let (server_reader, server_writer) = tokio::io::split(server);
     let ends = Ends::default();
     tokio::try_join!(
         pump(client_reader, server_writer, Direction::ClientToServer, record, &ends),
@@ -128,6 +136,7 @@ async fn pump(
         |error: StreamError| if ends.one_ended.load(Ordering::Relaxed) { Ok(()) } else { Err(error) };
     let mut buffer = BytesMut::new();
     let mut said_so = true;
+    let mut taken = true;
     loop {
         buffer.reserve(PIECE_BYTES_MAX);
         let read = match reader.read_buf(&mut (&mut buffer).limit(PIECE_BYTES_MAX)).await {
@@ -148,7 +157,7 @@ async fn pump(
                 record.server_stream_end().await.map_err(StreamError::Recording)?;
             }
             return match writer.shutdown().await {
-                Err(error) if first && error.kind() != io::ErrorKind::NotConnected => {
+                Err(error) if first && taken && error.kind() != io::ErrorKind::NotConnected => {
                     Err(direction.write_error(error))
                 }
                 _ => Ok(()),
@@ -160,12 +169,55 @@ async fn pump(
             Direction::ServerToClient => record.server_stream_data(piece.clone()).await,
         }
         .map_err(StreamError::Recording)?;
+        if !taken {
+            continue;
+        }
         let written = async {
             writer.write_all(&piece).await?;
             writer.flush().await
         };
-        if let Err(error) = written.await {
-            return settle(direction.write_error(error));
+        match (written.await, direction) {
+            (Ok(()), _) => {}
+            // A server that has said all closes, whatever the client still says (a ping). Its last words are on their way to the
+            // client, and are lost if the client's side closes with something unread: all is read, to the client's end.
+            (Err(_), Direction::ClientToServer) => taken = false,
+            (Err(error), Direction::ServerToClient) => return settle(direction.write_error(error)),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use http::{HeaderMap, Method};
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+    use super::join_sides;
+    use crate::recording::{Recorder, RecorderOptions, fixture};
+
+    #[tokio::test]
+    async fn what_a_server_said_before_it_closed_arrives_although_the_client_still_speaks() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let options = RecorderOptions::new(folder.path().to_owned(), "node".into(), vec!["test".into()]);
+        let recorder = Recorder::start(options).expect("a recorder");
+        let attributes = fixture::attributes("create", "pods", "exec");
+        let record = fixture::open(&recorder, Method::POST, &attributes, &HeaderMap::new(), None).await;
+        let record = record.expect("a record");
+        let said: Vec<u8> = (0..2_000_000u32).map(|at| (at % 251) as u8).collect();
+        let (mut far_server, server) = tokio::io::duplex(said.len());
+        far_server.write_all(&said).await.expect("said");
+        drop(far_server);
+        // The server's words need many turns to pass, the client's two of their own.
+        let (mut far_client, client) = tokio::io::duplex(64);
+        let client_speaks = async {
+            far_client.write_all(b"ping").await.expect("sent");
+            let mut heard = Vec::new();
+            far_client.read_to_end(&mut heard).await.expect("read to the end");
+            far_client.write_all(b"ping").await.expect("sent");
+            drop(far_client);
+            heard
+        };
+        let (joined, heard) = tokio::join!(join_sides(client, server, &record), client_speaks);
+        assert!(heard == said, "{} of {} bytes", heard.len(), said.len());
+        joined.expect("ended as it should");
     }
 }

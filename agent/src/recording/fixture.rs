@@ -240,7 +240,7 @@ pub(super) fn caller() -> Arc<Caller> {
     })
 }
 
-pub(super) fn attributes(verb: &str, resource: &str, subresource: &str) -> Attributes {
+pub(crate) fn attributes(verb: &str, resource: &str, subresource: &str) -> Attributes {
     Attributes {
         verb: verb.into(),
         api_version: "v1".into(),
@@ -262,7 +262,7 @@ pub(super) fn of_pod(pod: &str, claimed_user: Option<String>) -> Arc<Caller> {
     Arc::new(Caller { pod: Some(pod), claimed_user, ..Caller::default() })
 }
 
-pub(super) async fn open(
+pub(crate) async fn open(
     recorder: &Recorder,
     method: Method,
     attributes: &Attributes,
