@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use weir_common::event::Kind;
+use weir_common::event::{Kind, Outcome};
 use weir_tests::{Pod, agent, wait_until};
 
 use super::{JOURNAL, release::Release};
@@ -105,13 +105,14 @@ fn check_records() {
     let is_exec =
         |kind: &Kind| matches!(kind, Kind::RequestOpened(opened) if opened.attributes.subresource == "exec");
     let stream = events.iter().rfind(|event| is_exec(&event.kind)).unwrap();
-    // That it ended well is what the client says, above.
-    let closed = events
-        .iter()
-        .find(|event| matches!(event.kind, Kind::RequestClosed(_)) && event.request == stream.request);
+    let closed = events.iter().filter(|event| event.request == stream.request);
+    let closed = closed.filter_map(|event| match &event.kind {
+        Kind::RequestClosed(closed) => Some((&event.epoch, closed.outcome)),
+        _ => None,
+    });
     assert_eq!(
-        closed.map(|event| &event.epoch),
-        Some(&stream.epoch),
+        closed.collect::<Vec<_>>(),
+        [(&stream.epoch, Outcome::Complete)],
         "the former agent served it to its end"
     );
 }
