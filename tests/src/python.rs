@@ -37,6 +37,9 @@ pub const OCSF: PythonEnvironment = PythonEnvironment { name: "ocsf", what: "the
 pub const KUBERNETES_SCHEMAS: PythonEnvironment =
     PythonEnvironment { name: "kubernetes-schemas", what: "the schemas of Kubernetes 1.25 to 1.37" };
 
+/// Envoy and mitmproxy, which the bench of the proxy compares with; no part of the testbed.
+pub const PROXIES: PythonEnvironment = PythonEnvironment { name: "proxies", what: "Envoy and mitmproxy" };
+
 /// Everything of the testbed that is installed with Python.
 pub const ENVIRONMENTS: &[PythonEnvironment] = &[MOTO];
 
@@ -90,6 +93,15 @@ impl PythonEnvironment {
         let mut command = self.installed(progress)?;
         command.args(["-m", name]);
         Ok(command)
+    }
+
+    /// A command that a package of it brings, installed if it is not there.
+    ///
+    /// # Errors
+    /// As of [`Self::install`].
+    pub fn script(&self, name: &str, progress: Progress) -> Result<PathBuf> {
+        self.installed(progress)?;
+        Ok(self.folder()?.join("bin").join(name))
     }
 
     fn installed(&self, progress: Progress) -> Result<Command> {
@@ -146,7 +158,9 @@ mod tests {
 
     #[test]
     fn every_requirement_has_its_version_and_hashes() {
-        for environment in ENVIRONMENTS.iter().chain([&OCSF, &KUBERNETES_SCHEMAS, &crate::clients::PYTHON]) {
+        for environment in
+            ENVIRONMENTS.iter().chain([&OCSF, &KUBERNETES_SCHEMAS, &PROXIES, &crate::clients::PYTHON])
+        {
             let lock = fs::read_to_string(environment.lock_file()).unwrap();
             let requirements: Vec<&str> = lock
                 .lines()

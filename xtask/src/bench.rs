@@ -2,6 +2,12 @@
 //!
 //! Nothing passes or fails here: a figure depends on the machine and on what else it does, so the load is printed as well.
 
+mod configurations;
+mod load;
+mod peers;
+mod proxy;
+mod table;
+
 use std::{path::Path, process::Command};
 
 use anyhow::{Context as _, Result, bail};
@@ -42,6 +48,14 @@ enum What {
     Journal,
     /// Time until a node of 250 pods is enrolled, and what becomes of 1,000 pods that connect at once. Needs root.
     Enrolment,
+    /// Requests, handshakes and bytes for a second of CPU, added time and memory, beside nginx, HAProxy, Envoy and mitmproxy, with TLS on
+    /// both sides; Weir records everything. Needs root, two cores, and a machine without an agent. `WEIR_BENCH_DIR` names a folder on the
+    /// disk that the journal is to be on, `WEIR_BENCH_AGENT` an agent that is built already.
+    Proxy {
+        /// Only these, by their names in the table.
+        #[arg(long)]
+        only: Vec<String>,
+    },
 }
 
 /// Runs one.
@@ -49,7 +63,7 @@ enum What {
 /// # Errors
 /// It cannot be built or run; what it printed says why.
 pub(crate) fn run(root: &Path, arguments: &Arguments) -> Result<()> {
-    match arguments.what {
+    match &arguments.what {
         What::Auth => cargo_bench(root, "auth", "release", &[], &[]),
         What::Commits => cargo_bench(root, "commits", "dev", &[], &OPTIMISED),
         What::Journal => journal(root, arguments.long),
@@ -61,6 +75,10 @@ pub(crate) fn run(root: &Path, arguments: &Arguments) -> Result<()> {
         What::Enrolment => {
             build_ebpf::run(root, build_ebpf::Options::default())?;
             enrolment(root)
+        }
+        What::Proxy { only } => {
+            build_ebpf::run(root, build_ebpf::Options::default())?;
+            proxy::run(root, arguments.long, only)
         }
     }
 }

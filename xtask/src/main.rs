@@ -36,7 +36,7 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Measure on this machine: kernel programs, identity, enrolment, commits, the journal and Kafka.
+    /// Measure on this machine: kernel programs, identity, enrolment, commits, the journal and Kafka, the proxy beside others.
     Bench(bench::Arguments),
     /// Build the kernel programs, making the toolchain for them if need be.
     BuildEbpf(build_ebpf::Options),
