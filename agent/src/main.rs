@@ -12,7 +12,6 @@ use std::{
 };
 
 use clap::{Parser, Subcommand};
-use nix::sys::signal::{SigSet, Signal};
 use tracing_subscriber::{filter::filter_fn, layer::SubscriberExt as _, util::SubscriberInitExt as _};
 use weir_agent::{
     app::{self, approver::ApproverOptions},
@@ -22,12 +21,13 @@ use weir_agent::{
     emergency,
     exec::{self, ExecOptions},
     explain::{self, ExplainOptions, Explanation},
+    guard_unit,
     interception::{
         cgroup,
         guard::{self, Guarded},
-        handover, layouts, loader, quarantine,
+        handover, loader, quarantine,
     },
-    readiness, status,
+    readiness, removal, status,
     support::{self, SupportOptions},
     trust::cluster_signer::SIGNER_NAME,
 };
@@ -171,14 +171,26 @@ enum Command {
     },
     /// Exit 0 if the agent of this pod (or, asked on the host itself, of this node) is ready: for probes.
     Ready,
+    /// Copy this program to a node's own files, with the systemd unit that runs `guard` before the kubelet, and enable that: for the
+    /// chart's init step. `uninstall --guard-unit ROOT` removes them.
+    GuardUnit {
+        /// The node's root folder, of which `opt` and `etc/systemd/system` must be there.
+        #[arg(long, value_name = "ROOT")]
+        root: PathBuf,
+    },
     /// Remove every pin: the kernel programs detach, and nothing is intercepted any more.
-    Uninstall {
-        /// Also while an agent runs, which then ends.
-        #[arg(long)]
-        force: bool,
-        /// Stay until SIGTERM, so that a DaemonSet can show on which nodes it is done.
-        #[arg(long)]
-        stay: bool,
+    Uninstall(removal::NodeOptions),
+    /// End this cluster's agents and wait until `uninstall` is done on every node, for the chart's hook; exit 1 where it fails.
+    UninstallAll {
+        /// Namespace of the DaemonSets `weir-agent`, which is deleted, and `weir-uninstall`, whose pods uninstall.
+        #[arg(long, value_name = "NAME")]
+        namespace: String,
+        /// Name of Helm's release: agents that are not of it are left alone.
+        #[arg(long, value_name = "NAME")]
+        release: String,
+        /// How long all of it may take: seconds, or a number with s, m or h.
+        #[arg(long, value_name = "TIME", value_parser = duration)]
+        patience: Duration,
     },
 }
 
@@ -202,12 +214,9 @@ enum Action {
 
 /// `90`, `90s`, `30m`, `2h`.
 fn duration(text: &str) -> Result<Duration, String> {
-    let (number, unit) = match text.chars().last() {
-        Some('s') => (&text[..text.len() - 1], 1),
-        Some('m') => (&text[..text.len() - 1], 60),
-        Some('h') => (&text[..text.len() - 1], 3600),
-        _ => (text, 1),
-    };
+    let mut units = [('s', 1), ('m', 60), ('h', 3600)].into_iter();
+    let (number, unit) =
+        units.find_map(|(name, unit)| Some((text.strip_suffix(name)?, unit))).unwrap_or((text, 1));
     let seconds = number.parse::<u64>().ok().and_then(|number| number.checked_mul(unit));
     let seconds = seconds.filter(|seconds| *seconds > 0);
     seconds.map(Duration::from_secs).ok_or_else(|| "is no time such as 90s, 30m or 2h".to_owned())
@@ -217,6 +226,7 @@ fn main() -> ExitCode {
     let command = Arguments::parse().command;
     // Before there is a thread. Where it fails, what is then not found is named by whoever looks for it.
     if nix::unistd::geteuid().is_root()
+        && !matches!(command, Command::GuardUnit { .. })
         && let Err(error) = cgroup::enter_nodes_namespace()
     {
         eprintln!(
@@ -249,7 +259,11 @@ fn main() -> ExitCode {
         Command::Ready => {
             finish(require_root("ready").and_then(|()| Ok(readiness::check(Path::new(handover::STANDARD))?)))
         }
-        Command::Uninstall { force, stay } => finish(uninstall(force, stay)),
+        Command::GuardUnit { root } => finish(guard_unit::install(&root).map_err(Into::into)),
+        Command::Uninstall(options) => finish(uninstall(&options)),
+        Command::UninstallAll { namespace, release, patience } => {
+            finish(uninstall_all(namespace, release, patience))
+        }
         Command::Exec { config, kubeconfig, journal, quiet, command } => {
             log_to_stderr("warn", false);
             if let Err(error) = forbid_core_dumps() {
@@ -442,25 +456,15 @@ fn set_emergency(action: Action) -> anyhow::Result<()> {
 }
 
 #[expect(clippy::print_stdout, reason = "says what was done")]
-fn uninstall(force: bool, stay: bool) -> anyhow::Result<()> {
+fn uninstall(options: &removal::NodeOptions) -> anyhow::Result<()> {
     require_root("uninstall")?;
-    let mut end = SigSet::empty();
-    end.add(Signal::SIGTERM);
-    end.add(Signal::SIGINT);
-    if stay {
-        // As process 1 of a container it would not be ended by them, and else too early.
-        end.thread_block()?;
-    }
-    if !force && handover::an_agent_runs(Path::new(handover::STANDARD)) {
-        anyhow::bail!(
-            "an agent runs on this node, and its pods would go unrecorded; stop it first, or give --force"
-        );
-    }
-    let removed = layouts::uninstall_all(&loader::pin_folder())?;
-    println!("removed {removed} pins; pods reach their API servers directly from now on");
-    if stay {
-        end.wait()?;
-    }
+    let done = |pins| println!("removed {pins} pins; pods reach their API servers directly from now on");
+    Ok(removal::from_node(options, done)?)
+}
+
+#[expect(clippy::print_stdout, reason = "says what was done")]
+fn uninstall_all(namespace: String, release: String, patience: Duration) -> anyhow::Result<()> {
+    println!("uninstalled on {} nodes", removal::from_cluster(namespace, release, patience)?);
     Ok(())
 }
 

@@ -19,7 +19,8 @@ use crate::python;
 
 mod tools;
 pub use tools::{
-    audit_decoder, helm, note_verifier, prometheus_operator_kinds, promtool, streams_capture, tools_plan,
+    audit_decoder, grafana_dashboard, helm, note_verifier, prometheus_operator_kinds, promtool,
+    streams_capture, tools_plan,
 };
 
 /// Names a folder of ready binaries to use instead of building.
@@ -116,6 +117,10 @@ const PACKAGES: &[(&str, &[&str])] = &[
     ("dnsmasq-base", &["dnsmasq"]),
     ("iptables", &["iptables-save"]),
     ("iproute2", &["ip"]),
+    // What the kernel has attached, by somebody else's program.
+    ("bpftool", &["bpftool"]),
+    // The runbook makes a CA with it.
+    ("openssl", &["openssl"]),
     ("mount", &["mount"]),
     ("tar", &["tar"]),
     // Its busybox is the only one of Debian that needs no C library, so that it can be the whole of an image.
@@ -404,6 +409,7 @@ mod tests {
         for module in GO_MODULES.iter().chain([
             &tools::PROMTOOL,
             &tools::NOTE_VERIFIER,
+            &tools::GRAFANA,
             &crate::key_service::LOCAL_KMS,
             &tools::HELM,
             &crate::clients::CLIENT_GO,

@@ -36,7 +36,7 @@ const WITHOUT_MUTATING: [&str; 4] = [
 const MUTATING: &str = "admissionregistration.k8s.io/v1/MutatingAdmissionPolicy";
 
 /// Mistakes in values, and what is said of them.
-const MISTAKES: [(&str, &str); 19] = [
+const MISTAKES: [(&str, &str); 20] = [
     (r#"{"config": {"jurnal": {}}}"#, "at '/config': additional properties 'jurnal' not allowed"),
     (r#"{"config": {"kafka": {"brokers": ["kafka:9093"]}}}"#, "at '/config/kafka': missing property 'topic'"),
     (
@@ -53,6 +53,10 @@ const MISTAKES: [(&str, &str); 19] = [
         "at '/config/enrolment/0/mode'",
     ),
     (r#"{"config": {"limits": {"drainSeconds": 86400}}}"#, "at '/config/limits/drainSeconds': maximum"),
+    (
+        r#"{"updateStrategy": "Recreate"}"#,
+        "at '/updateStrategy': value must be one of 'RollingUpdate', 'OnDelete'",
+    ),
     (r#"{"tolerations": {}}"#, "at '/tolerations': got object, want array"),
     (r#"{"nodeselector": {}}"#, "additional properties 'nodeselector' not allowed"),
     (r#"{"image": {"digest": "latest"}}"#, "at '/image/digest': 'latest' does not match pattern"),
@@ -102,6 +106,7 @@ pub(crate) fn run(root: &Path) -> Result<()> {
     helm.is_of_every_versions_schema()?;
     helm.refuses_mistakes()?;
     helm.brings_what_this_commit_has()?;
+    helm.has_a_dashboard_of_grafanas()?;
     println!("the chart is as it should be");
     Ok(())
 }
@@ -194,6 +199,9 @@ impl Helm {
                 fs::write(&path, &rendered).with_context(|| format!("cannot write {}", path.display()))?;
             }
             let written = fs::read_to_string(&path).unwrap_or_default();
+            // `--reuse-values` from a release of an older chart brings none of the values that have come since.
+            let older = ["--set", "guardUnit=null", "--set", "updateStrategy=null"];
+            self.template(CHART, &[&["--values", &values, "--api-versions", MUTATING], &older[..]].concat())?;
             if let Some((number, (now, before))) = first_difference(&rendered, &written) {
                 bail!(
                     "{GOLDEN}/{name}.yaml, line {number}: the chart renders {now:?} instead of {before:?}; if that is meant, \
@@ -246,6 +254,23 @@ impl Helm {
                 "the dashboard asks for {word}, which no agent has"
             );
         }
+        Ok(())
+    }
+
+    /// By Grafana's own types of dashboards, which know no other keys.
+    fn has_a_dashboard_of_grafanas(&self) -> Result<()> {
+        let reader = components::grafana_dashboard(Progress::Shown)?;
+        let read = |path: &Path| -> Result<(bool, String)> {
+            let output = Command::new(&reader).arg(path).output().context("cannot read the dashboard")?;
+            Ok((output.status.success(), String::from_utf8_lossy(&output.stderr).into_owned()))
+        };
+        let path = self.root.join(CHART).join("files/dashboard.json");
+        let (taken, errors) = read(&path)?;
+        ensure!(taken, "{CHART}/files/dashboard.json is no dashboard of Grafana's: {errors}");
+        let scratch = tempfile::NamedTempFile::new().context("cannot make a scratch file")?;
+        let wrong = fs::read_to_string(&path)?.replacen("\"gridPos\"", "\"gridpos\"", 1);
+        fs::write(scratch.path(), wrong).context("cannot write a dashboard")?;
+        ensure!(!read(scratch.path())?.0, "a dashboard with an unknown key is taken for one of Grafana's");
         Ok(())
     }
 }

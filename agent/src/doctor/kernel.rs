@@ -17,11 +17,13 @@ use crate::{
 const KERNEL_OLDEST: (u32, u32) = (6, 1);
 /// Type information of the running kernel.
 const BTF: &str = "/sys/kernel/btf/vmlinux";
+/// To the kernel a process that has it has what it split off later, too: CAP_PERFMON and CAP_BPF.
+const SYS_ADMIN: u32 = 21;
 /// Capabilities (capability.h), what each is for, and what lacks it.
 const CAPABILITIES: [(&str, u32, &str); 5] = [
     ("CAP_NET_ADMIN", 12, "attach programs to cgroups"),
     ("CAP_SYS_PTRACE", 19, "read which process connected"),
-    ("CAP_SYS_ADMIN", 21, "enter network and mount namespaces"),
+    ("CAP_SYS_ADMIN", SYS_ADMIN, "enter network and mount namespaces"),
     ("CAP_PERFMON", 38, "load programs that read kernel memory"),
     ("CAP_BPF", 39, "load programs"),
 ];
@@ -110,7 +112,9 @@ fn capabilities(status: &str) -> Check {
         .find_map(|line| line.strip_prefix("CapEff:"))
         .and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
         .unwrap_or(0);
-    let missing: Vec<_> = CAPABILITIES.iter().filter(|(_, bit, _)| effective >> bit & 1 == 0).collect();
+    let has = |bit: u32| effective >> bit & 1 == 1;
+    let holds = |bit: u32| has(bit) || (bit > SYS_ADMIN && has(SYS_ADMIN));
+    let missing: Vec<_> = CAPABILITIES.iter().filter(|(_, bit, _)| !holds(*bit)).collect();
     let name = "capabilities";
     if missing.is_empty() {
         let all: Vec<_> = CAPABILITIES.iter().map(|(name, _, _)| *name).collect();
@@ -213,6 +217,10 @@ mod tests {
         let check = capabilities("CapEff:\t000001ffffdfffff\n");
         assert_eq!(check.found, "lacks CAP_SYS_ADMIN (enter network and mount namespaces)");
         assert!(!capabilities("").ok);
+        // Those of the chart.
+        assert!(capabilities("CapEff:\t0000000000a83002\n").ok);
+        let check = capabilities("CapEff:\t0000000000883002\n");
+        assert!(check.found.contains("CAP_SYS_ADMIN") && check.found.contains("CAP_BPF (load programs)"));
     }
 
     #[test]

@@ -27,7 +27,7 @@ const NAMED_MAX: usize = 3;
 const CONCURRENT: usize = 8;
 
 /// Verb, group, resource and subresource of what is in a namespace.
-const IN_NAMESPACES: [(&str, &str, &str, &str); 23] = [
+const IN_NAMESPACES: [(&str, &str, &str, &str); 29] = [
     ("get", "", "secrets", ""),
     ("list", "", "secrets", ""),
     ("create", "", "secrets", ""),
@@ -41,9 +41,14 @@ const IN_NAMESPACES: [(&str, &str, &str, &str); 23] = [
     ("delete", "", "pods", ""),
     ("get", "", "pods", "log"),
     ("create", "", "pods", "exec"),
+    // Before Kubernetes 1.35 this is enough over WebSocket.
+    ("get", "", "pods", "exec"),
+    ("create", "", "pods", "attach"),
+    ("get", "", "pods", "attach"),
     ("update", "", "pods", "ephemeralcontainers"),
     ("patch", "", "pods", "ephemeralcontainers"),
     ("create", "", "pods", "portforward"),
+    ("get", "", "pods", "portforward"),
     ("get", "", "services", ""),
     ("create", "", "serviceaccounts", "token"),
     ("impersonate", "", "serviceaccounts", ""),
@@ -51,9 +56,12 @@ const IN_NAMESPACES: [(&str, &str, &str, &str); 23] = [
     ("patch", "apps", "deployments", ""),
     ("create", "batch", "jobs", ""),
     ("create", "rbac.authorization.k8s.io", "rolebindings", ""),
+    // Roles with more than one holds oneself.
+    ("bind", "rbac.authorization.k8s.io", "roles", ""),
+    ("escalate", "rbac.authorization.k8s.io", "roles", ""),
 ];
 /// And of what is in none.
-const OF_THE_CLUSTER: [(&str, &str, &str, &str); 8] = [
+const OF_THE_CLUSTER: [(&str, &str, &str, &str); 11] = [
     ("list", "", "namespaces", ""),
     // Whoever writes its labels takes a namespace out of enrolment.
     ("patch", "", "namespaces", ""),
@@ -61,8 +69,11 @@ const OF_THE_CLUSTER: [(&str, &str, &str, &str); 8] = [
     // A kubelet executes in pods for whoever may do this.
     ("get", "", "nodes", "proxy"),
     ("impersonate", "", "users", ""),
+    ("impersonate", "", "groups", ""),
     ("create", "certificates.k8s.io", "certificatesigningrequests", ""),
     ("create", "rbac.authorization.k8s.io", "clusterrolebindings", ""),
+    ("bind", "rbac.authorization.k8s.io", "clusterroles", ""),
+    ("escalate", "rbac.authorization.k8s.io", "clusterroles", ""),
     ("patch", "admissionregistration.k8s.io", "validatingadmissionpolicies", ""),
 ];
 

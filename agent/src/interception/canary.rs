@@ -387,7 +387,7 @@ async fn remove(folder: &Path) {
 }
 
 /// Removes cgroups of agents that are gone.
-fn remove_left(mount: &Path) {
+pub(super) fn remove_left(mount: &Path) {
     let program = |process: &str| fs::read(format!("/proc/{process}/comm")).ok();
     let own = program("self");
     for entry in fs::read_dir(mount).into_iter().flatten().flatten() {

@@ -249,7 +249,8 @@ fn mount(options: &Options) -> Result<PathBuf, InterceptionError> {
     })
 }
 
-fn own_cgroup() -> Result<Option<u64>, InterceptionError> {
+/// This process's own; none where it runs in the root cgroup, which holds everything else as well.
+pub(super) fn own_cgroup() -> Result<Option<u64>, InterceptionError> {
     let Some(path) = cgroup::of_process(std::process::id()) else { return Ok(None) };
     let folder = cgroup::mount_point()?.join(path);
     // Every cgroup but the root has this file (cgroup-v2.rst).

@@ -22,9 +22,11 @@ use weir_common::kernel::{
 
 use super::{
     attach::{AttachError, uninstall},
+    guard::own_cgroup,
     loader::{Kernel, KernelError, check_sizes},
     maps::{filled, lock},
     pinned::{pinned_links, pinned_map},
+    run::InterceptionError,
     sieve::changed,
 };
 use crate::doctor;
@@ -36,6 +38,16 @@ use crate::doctor;
 pub fn uninstall_all(pins: &Path) -> Result<usize, AttachError> {
     let others = others(pins)?.into_iter().map(|(_, folder)| folder);
     others.chain([pins.to_owned()]).try_fold(0, |removed, folder| Ok(removed + uninstall(&folder)?))
+}
+
+/// Lets this process's own cgroup reach API servers past whatever is in force, of any layout.
+///
+/// # Errors
+/// Pins or cgroups cannot be read, or the kernel refuses.
+pub fn admit_own(pins: &Path) -> Result<(), InterceptionError> {
+    let Some(own) = own_cgroup()? else { return Ok(()) };
+    let others = others(pins).map_err(KernelError::from)?.into_iter().map(|(_, folder)| folder);
+    Ok(others.chain([pins.to_owned()]).try_for_each(|folder| admit(&folder, own))?)
 }
 
 /// How long what redirects is gone before the rest goes: a connect takes microseconds from the one to the other.

@@ -47,6 +47,16 @@ static AUDIT_DECODER: GoModule = GoModule {
     minutes: 0.5,
 };
 
+/// What reads a dashboard as Grafana does; no part of the testbed.
+pub(super) static GRAFANA: GoModule = GoModule {
+    folder: "grafana",
+    tags: "",
+    linker_flags: "-s -w",
+    copied: &[],
+    binaries: &[("grafana-dashboard", ".")],
+    minutes: 0.3,
+};
+
 /// What renders and installs the chart; no part of the testbed either.
 pub(super) static HELM: GoModule = GoModule {
     folder: "helm",
@@ -97,6 +107,14 @@ pub fn helm(progress: Progress) -> Result<PathBuf> {
     HELM.tool(progress)
 }
 
+/// The program that reads a dashboard as Grafana does, built if it is not there.
+///
+/// # Errors
+/// When it cannot be built.
+pub fn grafana_dashboard(progress: Progress) -> Result<PathBuf> {
+    GRAFANA.tool(progress)
+}
+
 /// The definitions of the Prometheus operator's kinds that the chart has, as files of a Go module of its; nothing is built.
 ///
 /// # Errors
@@ -109,14 +127,14 @@ pub fn prometheus_operator_kinds() -> Result<[PathBuf; 2]> {
     }))
 }
 
-/// What [`promtool`] and [`helm`] would do; nothing when they are there.
+/// What [`promtool`], [`helm`] and [`grafana_dashboard`] would do; nothing when they are there.
 ///
 /// # Errors
 /// As of [`super::plan`].
 pub fn tools_plan() -> Result<Vec<String>> {
     let folder = cache_folder()?.join("testbed/bin");
     let mut lines = Vec::new();
-    for module in [&PROMTOOL, &HELM] {
+    for module in [&PROMTOOL, &HELM, &GRAFANA] {
         if !module.is_built(&folder)? {
             go()?;
             lines.push(format!("build with Go: {} (about {} min)", module.binaries[0].0, module.minutes));

@@ -21,6 +21,9 @@ use crate::wait::wait_until;
 const API_SERVER: &str = "kube-apiserver";
 const CONTAINERD: &str = "containerd";
 const KUBELET: &str = "kubelet";
+const CONTROLLER_MANAGER: &str = "kube-controller-manager";
+/// How long the cluster's signers have what they sign last, however long was asked for.
+const SIGNING_DURATION: &str = "--cluster-signing-duration=";
 
 /// As at the start of the testbed; builds may run beside it.
 const READY_DEADLINE: Duration = Duration::from_secs(120);
@@ -38,7 +41,32 @@ pub struct Outage<'a> {
     over: bool,
 }
 
+/// A testbed whose signers sign for a shorter time; as before when this value goes.
+#[derive(Debug)]
+pub struct ShortCertificates<'a>(&'a Testbed);
+
+impl Drop for ShortCertificates<'_> {
+    fn drop(&mut self) {
+        // Whoever uses the testbed next finds out if this does not succeed.
+        let _ = self.0.stop(CONTROLLER_MANAGER).and_then(|mut outage| {
+            outage.command.retain(|word| !word.as_encoded_bytes().starts_with(SIGNING_DURATION.as_bytes()));
+            outage.end()
+        });
+    }
+}
+
 impl Testbed {
+    /// Has certificates signed for `life` and no longer, by whichever signer of the cluster.
+    ///
+    /// # Errors
+    /// When the controller manager, whose signers they are, cannot be started so.
+    pub fn sign_for(&self, life: Duration) -> Result<ShortCertificates<'_>> {
+        let mut outage = self.stop(CONTROLLER_MANAGER)?;
+        outage.command.push(OsString::from(format!("{SIGNING_DURATION}{}s", life.as_secs())));
+        outage.end()?;
+        Ok(ShortCertificates(self))
+    }
+
     /// Kills the API server, and nothing else.
     ///
     /// # Errors

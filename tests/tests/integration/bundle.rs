@@ -2,20 +2,16 @@
 //! made from then on are given a bundle wherever they mount the cluster's. Clients in Go, Python and Node verify with it, unchanged;
 //! in a pod that was there before they refuse the agent.
 
-use std::{
-    collections::BTreeSet,
-    fs,
-    path::{Path, PathBuf},
-    thread,
-};
+use std::{collections::BTreeSet, fs, path::Path, thread};
 
 use serde_json::{Value, json};
 use weir_common::event::Kind;
-use weir_tests::{Clients, Pod, PodSpec, agent, certificates::Authority, wait_until};
+use weir_tests::{Clients, Pod, PodSpec, agent, command, wait_until};
 
 use super::{
     DEADLINE,
-    chart::{JOURNAL, NAMESPACE, Release},
+    chart::{JOURNAL, NAMESPACE, Release, runbook},
+    guides::with_kubectl,
     shown,
 };
 
@@ -40,31 +36,45 @@ pub(super) fn is_given_where_pods_would_not_trust_the_agent(
     assert!(code == Some(0) && said.contains("tier T1: mounted CA"), "{said}");
 }
 
-/// A CA of one's own, and the values that have pods trust it; gives the bundle.
+/// A CA of one's own, and the values that have pods trust it, as the runbook says, by its own words; gives the bundle.
 fn is_asked_for(release: &Release<'_>) -> String {
-    let (folder, testbed) = (release.scratch.join("own-ca"), release.testbed);
+    let [make, values, upgrade] = blocks_of_the_runbook();
+    let folder = release.scratch.join("own-ca");
     fs::create_dir(&folder).unwrap();
-    Authority::create(&folder, "weir").unwrap();
-    let read = |path: PathBuf| fs::read_to_string(path).unwrap();
-    let bundle = read(testbed.layout().path("pki/ca.crt")) + &read(folder.join("ca.crt"));
-    let files = ["tls.crt=ca.crt", "tls.key=ca.key"].map(|pair| {
-        let (key, file) = pair.split_once('=').unwrap();
-        format!("--from-file={key}={}", folder.join(file).display())
-    });
-    testbed
-        .kubectl(&["create", "secret", "generic", "weir-ca", "-n", NAMESPACE, &files[0], &files[1]])
-        .unwrap();
+    command::run(with_kubectl(release.testbed, &make).current_dir(&folder)).unwrap();
+    let left: BTreeSet<_> = fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(
+        left,
+        BTreeSet::from(["bundle.crt".into(), "tls.crt".into()]),
+        "the key is in the Secret alone"
+    );
+    let bundle = fs::read_to_string(folder.join("bundle.crt")).unwrap();
+    let mut given: Value = serde_yaml_ng::from_str(&values).unwrap();
+    assert_eq!(given["trustBundle"]["namespaces"], json!(["ci"]));
+    given["trustBundle"]["namespaces"] = json!(["it-chart"]);
     let path = release.scratch.join("values.json");
-    let mut values: Value = serde_json::from_str(&read(path.clone())).unwrap();
-    let secret = |name: &str| format!("/etc/weir/secrets/weir-ca/{name}");
-    values["secrets"] = json!(["weir-ca"]);
-    values["config"]["clusters"] = json!([{"name": "local", "inCluster": true, "trust": {"mountedCa": {
-        "certificate": secret("tls.crt"), "key": secret("tls.key"), "clientBundle": "/etc/weir/trust-bundle/ca.crt",
-    }}}]);
-    values["trustBundle"] = json!({"enabled": true, "certificates": bundle, "namespaces": ["it-chart"]});
+    let mut values: Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
+    values["config"]["clusters"] = given["config"]["clusters"].take();
+    for key in ["secrets", "trustBundle"] {
+        values[key] = given[key].take();
+    }
     fs::write(&path, values.to_string()).unwrap();
-    release.must_apply(&["startupTaint=true"]);
+    let mut upgrade = release.of_the_runbook(upgrade.trim());
+    upgrade.args(["--set", "startupTaint=true"]).current_dir(&folder);
+    release.must(upgrade);
+    // For those that come after it.
+    values["trustBundle"]["certificates"] = json!(bundle);
+    fs::write(&path, values.to_string()).unwrap();
     bundle
+}
+
+/// How the CA and the bundle are made, the values, and the upgrade.
+fn blocks_of_the_runbook() -> [String; 3] {
+    let text = runbook();
+    let section = text.split("\n### ").find(|section| section.contains("(tier T1)\n")).unwrap();
+    let blocks = section.split("\n\n").filter(|block| block.starts_with("    "));
+    let blocks: Vec<_> = blocks.map(|block| block.replace("\n    ", "\n").trim_start().to_owned()).collect();
+    blocks.try_into().unwrap_or_else(|blocks| panic!("{blocks:?}"))
 }
 
 /// However a pod mounts the cluster's CA, once the policy is in force.

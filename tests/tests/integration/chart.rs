@@ -14,17 +14,23 @@ use super::{
     rendered::is_what_the_api_server_takes,
     rights, shown,
 };
-use release::READY_DEADLINE;
-pub(super) use release::{NAMESPACE, Release};
+use node_state::NodeState;
+pub(super) use release::{NAMESPACE, Release, runbook};
 
 #[path = "chart/admission.rs"]
 mod admission;
 #[path = "chart/crash.rs"]
 mod crash;
+#[path = "chart/node_state.rs"]
+mod node_state;
 #[path = "chart/reboot.rs"]
 mod reboot;
 #[path = "chart/release.rs"]
 mod release;
+#[path = "chart/removal.rs"]
+mod removal;
+#[path = "chart/renewal.rs"]
+mod renewal;
 #[path = "chart/runner.rs"]
 mod runner;
 #[path = "chart/upgrade.rs"]
@@ -53,6 +59,7 @@ fn the_chart_installs_upgrades_under_load_and_removes_itself() {
         helm: &|arguments| release.command(arguments),
         in_agent: &|arguments| release.in_agent(arguments),
     };
+    let _signed = release.testbed.sign_for(renewal::LIFE).unwrap();
     is_what_the_api_server_takes(&guides);
     guides::values_are_taken(&guides);
     let first = PodSpec::idle("it-chart", "first");
@@ -69,25 +76,44 @@ fn the_chart_installs_upgrades_under_load_and_removes_itself() {
         Ok(events.iter().any(|event| matches!(event.kind, Kind::RequestOpened(_))).then_some(()))
     };
     wait_until("the pod's request in the node's journal", DEADLINE, is_recorded).unwrap();
+    let client = renewal::Client::begin(&release, &pod, &clients);
     is_verified_as_its_notes_say(&release, &guides);
     is_privileged_and_the_approver_is_not(&release);
     admission::refuses_pods_that_could_reach_past_weir(&release);
     runner::works_unchanged(&release, &scene);
     guides::are_run(&guides);
+    client.lives_past_the_first_certificate(&release);
+    renewal::its_key_is_in_no_file(&release);
+    renewal::the_approver_leaves_no_core_dump();
     upgrade::is_upgraded_under_load(&release, &pod);
     crash::a_stopped_agent_is_not_ready(&release);
     crash::an_agent_that_ends_again_and_again_is_told_of(&release, &pod, &free);
     reboot::is_kept_from_the_api_server_through_reboots(&release, &scene, &pod);
     rights::are_all_used(release.testbed);
     bundle::is_given_where_pods_would_not_trust_the_agent(&release, &clients, &pod);
-    release.must_apply(&["uninstall=true"]);
-    let done = ["rollout", "status", "daemonset/weir-agent", "-n", NAMESPACE, READY_DEADLINE];
-    scene.testbed.kubectl(&done).unwrap();
-    agent::refuse_beside_another().unwrap();
-    assert_eq!(ask().0, Some(0), "the pod reaches the API server directly");
+    removal::is_done_by_values(&release, &pod);
     let removed = command::output(&mut release.command(&["uninstall", "weir", "--wait"])).unwrap();
     assert!(removed.status.success(), "{:?}", shown(&removed));
     wait_until("the last pod to be gone", DEADLINE, || Ok(release.pods().is_empty().then_some(()))).unwrap();
+}
+
+#[test]
+fn helm_uninstall_leaves_the_node_as_it_was_or_says_where_it_fails() {
+    let Some(mut scene) = Scene::new() else { return };
+    scene.namespace("it-chart", true);
+    let clients = Clients::install(Progress::Shown).unwrap();
+    let spec = PodSpec { folders: clients.folders(), ..PodSpec::idle("it-chart", "caller") };
+    let pod = scene.testbed.run_pod(&spec).unwrap();
+    let release = Release::new(&scene);
+    let before = NodeState::now(&pod);
+    release.must_install(&["startupTaint=true"]);
+    assert_eq!(shown(&pod.exec(&ASK).unwrap()), (Some(0), "namespace/default\n".to_owned(), String::new()));
+    removal::is_seen_on_the_node(&pod, &before);
+    removal::is_done_by_values(&release, &pod);
+    removal::is_refused_where_agents_are_meant_to_run(&release, &pod);
+    release.must_apply(&["startupTaint=true"]);
+    removal::is_done_by_helm_alone(&release, &pod);
+    removal::leaves_the_node_as_it_was(&pod, &before);
 }
 
 /// What Helm prints after the installation, run as it stands there.
@@ -101,7 +127,7 @@ fn is_verified_as_its_notes_say(release: &Release<'_>, node: &guides::Node<'_>) 
             let command = command
                 .replace(" exec POD ", &format!(" exec {agent} "))
                 .replace("namespace NAME ", "namespace it-chart ");
-            command::run(&mut with_kubectl(node, &format!("kubectl {command}"))).unwrap()
+            command::run(&mut with_kubectl(node.testbed, &format!("kubectl {command}"))).unwrap()
         })
         .collect();
     let of = |part: &str| {

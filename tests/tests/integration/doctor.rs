@@ -121,21 +121,30 @@ fn names_service_accounts_that_hold_rights(scene: &Scene, configuration: &Path, 
     kubectl(&["delete", "clusterrolebinding", namespace]);
     wait_until("the account to hold nothing", DEADLINE, || Ok(said().0.then_some(()))).unwrap();
     let (_, found, _) = said();
-    assert!(found.starts_with("none of 1 service accounts holds any of 31 rights"), "{found}");
+    assert!(found.starts_with("none of 1 service accounts holds any of 40 rights"), "{found}");
 
-    let right = ["--verb=get", "--resource=configmaps", "-n", "kube-public"];
-    kubectl(&[&["create", "role", namespace], &right[..]].concat());
-    let to = [
-        &format!("--role={namespace}"),
-        &format!("--serviceaccount={namespace}:default"),
-        "-n",
-        "kube-public",
-    ];
-    kubectl(&[&["create", "rolebinding", namespace], &to[..]].concat());
-    wait_until("the account to hold something", DEADLINE, || Ok((!said().0).then_some(()))).unwrap();
-    let (_, found, _) = said();
-    kubectl(&["delete", "role,rolebinding", namespace, "-n", "kube-public"]);
-    assert!(found.ends_with(&format!(": {account} (get configmaps in kube-public)")), "{found}");
+    let service_account = format!("--serviceaccount={namespace}:default");
+    for (verb, resource, named) in [
+        ("get", "configmaps", "get configmaps in kube-public"),
+        ("create", "pods/attach", "create pods/attach in kube-public"),
+        ("impersonate", "groups", "impersonate groups everywhere"),
+        ("bind", "clusterroles.rbac.authorization.k8s.io", "bind clusterroles everywhere"),
+        ("escalate", "clusterroles.rbac.authorization.k8s.io", "escalate clusterroles everywhere"),
+    ] {
+        let cluster = if named.ends_with("everywhere") { "cluster" } else { "" };
+        let place: &[&str] = if cluster.is_empty() { &["-n", "kube-public"] } else { &[] };
+        let (kind, binding) = (format!("{cluster}role"), format!("{cluster}rolebinding"));
+        let right =
+            [format!("--verb={verb}"), format!("--resource={resource}"), format!("--{kind}={namespace}")];
+        let [verb, resource, role] = right.each_ref().map(String::as_str);
+        kubectl(&[&["create", &kind, namespace, verb, resource], place].concat());
+        kubectl(&[&["create", &binding, namespace, role, &service_account], place].concat());
+        wait_until("the account to hold something", DEADLINE, || Ok((!said().0).then_some(()))).unwrap();
+        let (_, found, _) = said();
+        kubectl(&[&["delete", &format!("{kind},{binding}"), namespace], place].concat());
+        assert!(found.ends_with(&format!(": {account} ({named})")), "{found}");
+        wait_until("the account to hold nothing", DEADLINE, || Ok(said().0.then_some(()))).unwrap();
+    }
 }
 
 /// Under which tier clients would be served; under none, what is wrong, and what to do.

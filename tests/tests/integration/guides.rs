@@ -2,7 +2,7 @@
 //! reason where they cannot. A part of the chart's test, whose release is there.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs,
     path::Path,
     process::{Command, Output},
@@ -19,6 +19,9 @@ const INDENT: &str = "       ";
 /// Of an issuer of nobody's, and never expires: refused by whoever could read the rule.
 const TOKEN: &str =
     "eyJhbGciOiJSUzI1NiJ9.eyJpc3MiOiJodHRwczovLzEyNy4wLjAuMToxIiwic3ViIjoiYSIsImF1ZCI6IndlaXIifQ.AAAA";
+
+/// What commands in a guide's sentences begin with.
+const PROGRAMS: [&str; 5] = ["aws", "helm", "kubectl", "weir", "weir-agent"];
 
 /// What the steps are run with.
 pub(super) struct Node<'a> {
@@ -47,7 +50,30 @@ fn blocks(guide: &str, text: &str) -> Vec<((String, String), String)> {
     found.into_iter().map(named).collect()
 }
 
-/// Every block of the guides; each is a row of `steps.md`, which has no others.
+/// What a guide has in its sentences to be typed: guide and command, once each.
+fn commands(guide: &str, text: &str) -> Vec<(String, String)> {
+    let sentences: Vec<_> = text.lines().filter(|line| !line.starts_with(INDENT)).map(str::trim).collect();
+    let sentences = sentences.join(" ");
+    let typed = sentences.split('`').skip(1).step_by(2);
+    let typed = typed.filter(|code| {
+        let (program, arguments) = code.split_once(' ').unwrap_or_default();
+        // Two words are a mention.
+        arguments.contains(' ') && PROGRAMS.contains(&program)
+    });
+    let typed: BTreeSet<_> = typed.map(str::to_owned).collect();
+    typed.into_iter().map(|command| (guide.to_owned(), command)).collect()
+}
+
+/// A command in a guide's sentences, by how it begins, as words.
+#[track_caller]
+fn typed(guide: &str, begins: &str) -> Vec<String> {
+    let text = fs::read_to_string(components::repository().join(format!("docs/guides/{guide}.md"))).unwrap();
+    let found = commands(guide, &text).into_iter().find(|(_, command)| command.starts_with(begins));
+    let (_, command) = found.unwrap_or_else(|| panic!("{guide} has no {begins:?}"));
+    command.split(' ').map(str::to_owned).collect()
+}
+
+/// Every block of the guides, and every command in their sentences; each is a row of `steps.md`, which has no others.
 fn listed_blocks() -> Blocks {
     let folder = components::repository().join("docs/guides");
     let read = |name: &str| fs::read_to_string(folder.join(format!("{name}.md"))).unwrap();
@@ -72,8 +98,9 @@ fn listed_blocks() -> Blocks {
         .collect();
     listed.sort();
     let mut found: Vec<_> = all.iter().map(|(name, _)| name.clone()).collect();
+    found.extend(GUIDES.iter().flat_map(|guide| commands(guide, &read(guide))));
     found.sort();
-    assert_eq!(found, listed, "blocks of the guides, and rows of docs/guides/steps.md");
+    assert_eq!(found, listed, "blocks and commands of the guides, and rows of docs/guides/steps.md");
     let count = all.len();
     let blocks: Blocks = all.into_iter().collect();
     assert_eq!(blocks.len(), count, "two blocks of a guide begin alike");
@@ -91,12 +118,21 @@ pub(super) fn values_are_taken(node: &Node<'_>) {
     fs::write(&file, values).unwrap();
     let bundle = node.testbed.layout().path("pki/ca.crt");
     let certificates = format!("trustBundle.certificates={}", bundle.display());
-    let mut helm = (node.helm)(&["template", "weir", "--kube-version", "1.36.0"]);
-    helm.args(["--api-versions", "admissionregistration.k8s.io/v1/MutatingAdmissionPolicy"]);
-    helm.arg(components::repository().join("deploy/helm/weir")).arg("--values").arg(&file);
-    helm.args(["--set-file", &certificates]);
+    let install = typed("eks", "helm install ");
+    let words = install[2..].iter().map(|word| match word.as_str() {
+        "deploy/helm/weir" => components::repository().join(word).display().to_string(),
+        "values.yaml" => file.display().to_string(),
+        "trustBundle.certificates=bundle.crt" => certificates.clone(),
+        word => word.to_owned(),
+    });
+    let words: Vec<_> = words.collect();
+    let mut helm = (node.helm)(&["template", "--kube-version", "1.36.0"]);
+    helm.args(["--api-versions", "admissionregistration.k8s.io/v1/MutatingAdmissionPolicy"]).args(words);
     is_taken(node, &command::run(&mut helm).unwrap());
     node.testbed.delete_namespace("ci").unwrap();
+    let served = node.testbed.kubectl(&typed("eks", "kubectl api-resources ")[1..]).unwrap();
+    let line = served.lines().find(|line| line.starts_with("mutatingadmissionpolicies "));
+    assert!(line.is_some_and(|line| line.contains("admissionregistration.k8s.io/v1 ")), "{served}");
 }
 
 fn take(blocks: &mut Blocks, guide: &str, begins: &str) -> String {
@@ -111,7 +147,7 @@ pub(super) fn are_run(node: &Node<'_>) {
     let mut take = |guide: &str, begins: &str| take(&mut left, guide, begins);
     for (guide, namespace) in [("arc", "arc-runners"), ("gitlab-runner", "gitlab-jobs")] {
         runs_as_it_is(node, &take(guide, "kubectl create namespace"));
-        is_recorded(node, namespace);
+        is_recorded(node, guide, namespace);
         if guide == "arc" {
             is_a_pod_that_is_taken(node, namespace, &take(guide, "githubConfigUrl"));
             is_a_rule_that_is_taken(node, &take(guide, "- name: the-runners-own-calls"));
@@ -119,9 +155,28 @@ pub(super) fn are_run(node: &Node<'_>) {
         node.testbed.delete_namespace(namespace).unwrap();
     }
     take("eks", "nodeSelector:");
-    yaml(&take("gitlab-runner", "runners:"));
+    is_a_configuration_of_a_runner(&yaml(&take("gitlab-runner", "runners:")));
     yaml(&take("eks", "# eksctl"));
     assert!(left.is_empty(), "nobody looks at {:?}", left.keys());
+}
+
+/// TOML, with the keys that the executor's documentation has (`docs/executors/kubernetes`); the runner itself reads any.
+fn is_a_configuration_of_a_runner(values: &Value) {
+    let read = "import json, sys, tomllib; print(json.dumps(tomllib.loads(sys.argv[1])))";
+    let mut python = Command::new("python3");
+    python.args(["-c", read, values["runners"]["config"].as_str().unwrap()]);
+    let read: Value = serde_json::from_str(&command::run(&mut python).unwrap()).unwrap();
+    let kubernetes = read["runners"][0]["kubernetes"].as_object().unwrap();
+    let keys: Vec<_> = kubernetes.keys().map(String::as_str).collect();
+    let known = [
+        "namespace",
+        "node_selector",
+        "node_tolerations",
+        "pod_annotations",
+        "privileged",
+        "service_account",
+    ];
+    assert_eq!(keys, known);
 }
 
 fn yaml(text: &str) -> Value {
@@ -129,28 +184,30 @@ fn yaml(text: &str) -> Value {
 }
 
 fn runs_as_it_is(node: &Node<'_>, block: &str) {
-    command::run(&mut with_kubectl(node, block)).unwrap();
+    command::run(&mut with_kubectl(node.testbed, block)).unwrap();
 }
 
 /// In a shell, with kubectl in PATH, as an administrator has it.
-pub(super) fn with_kubectl(node: &Node<'_>, script: &str) -> Command {
-    let kubectl = node.testbed.kubectl_command();
+pub(super) fn with_kubectl(testbed: &Testbed, script: &str) -> Command {
+    let kubectl = testbed.kubectl_command();
     let folder = Path::new(kubectl.get_program()).parent().unwrap();
     let path = format!("{}:{}", folder.display(), std::env::var("PATH").unwrap());
     let mut shell = Command::new("sh");
     shell.args(["-euc", script]).env("PATH", path);
-    shell.env("KUBECONFIG", node.testbed.layout().kubeconfig("admin"));
+    shell.env("KUBECONFIG", testbed.layout().kubeconfig("admin"));
     shell
 }
 
 /// What a job does in step 6, and that its session is there.
-fn is_recorded(node: &Node<'_>, namespace: &str) {
+fn is_recorded(node: &Node<'_>, guide: &str, namespace: &str) {
     let pod = node.testbed.run_pod(&PodSpec::idle(namespace, "job")).unwrap();
-    let asked = shown(&pod.exec(&["kubectl", "get", "pods"]).unwrap());
+    let words = typed(guide, "kubectl get pods");
+    let asked = shown(&pod.exec(&words.iter().map(String::as_str).collect::<Vec<_>>()).unwrap());
     // Without RBAC the API server refuses it, in its own words: which came through the agent.
     assert!(asked.0 == Some(0) || asked.2.contains("pods is forbidden"), "{asked:?}");
-    let sessions =
-        ["weir", "sessions", "--from", "/var/lib/weir/journal", "--namespace", namespace, "--json"];
+    let mut words = typed(guide, "weir sessions --from ");
+    words.extend(["--namespace", namespace, "--json"].map(str::to_owned));
+    let sessions: Vec<_> = words.iter().map(String::as_str).collect();
     wait_until("the job's session", DEADLINE, || {
         let (code, said, error) = shown(&(node.in_agent)(&sessions));
         assert_eq!(code, Some(0), "{error}");

@@ -39,12 +39,31 @@ fn granted(testbed: &Testbed, account: &str) -> BTreeSet<Right> {
     rights.collect()
 }
 
+/// The hook's, whose roles are gone by then: what it may do, as `templates/uninstall.yaml` has it, and what it did.
+const HOOK: [(&str, &[(&str, &str)]); 2] = [
+    ("weir-uninstall", &[("daemonsets", "delete"), ("daemonsets", "get"), ("pods", "list")]),
+    ("weir-uninstall-node", &[("daemonsets", "get")]),
+];
+
+pub(super) fn of_the_hook_are_all_used(testbed: &Testbed) {
+    let entries = audit::read(&testbed.layout().audit_log()).unwrap();
+    for (account, granted) in HOOK {
+        let used = used(&entries, account);
+        let granted = granted.iter().map(|(resource, verb)| ((*resource).to_owned(), (*verb).to_owned()));
+        assert_eq!(used, granted.collect(), "{account}");
+    }
+}
+
+fn used(entries: &[audit::AuditEntry], account: &str) -> BTreeSet<Right> {
+    let user = format!("system:serviceaccount:weir-system:{account}");
+    let own = entries.iter().filter(|entry| entry.user == user && !entry.resource.is_empty());
+    own.map(|entry| (entry.resource.clone(), entry.verb.clone())).collect()
+}
+
 pub(super) fn are_all_used(testbed: &Testbed) {
     let entries = audit::read(&testbed.layout().audit_log()).unwrap();
     for (account, unseen) in UNSEEN {
-        let user = format!("system:serviceaccount:weir-system:{account}");
-        let own = entries.iter().filter(|entry| entry.user == user && !entry.resource.is_empty());
-        let used: BTreeSet<Right> = own.map(|entry| (entry.resource.clone(), entry.verb.clone())).collect();
+        let used = used(&entries, account);
         let granted = granted(testbed, account);
         assert!(granted.len() > 4, "{granted:?}");
         let is_seen = |(resource, verb): &&Right| !unseen.contains(&(resource.as_str(), verb.as_str()));

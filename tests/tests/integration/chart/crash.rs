@@ -34,7 +34,7 @@ const ENDS_LONG: usize = 3;
 /// What Prometheus keeps of one question: nothing but `up` where nobody answers.
 type Scraped = Option<BTreeMap<String, f64>>;
 
-fn agents_process() -> Pid {
+pub(super) fn agents_process() -> Pid {
     let status = command::run(&mut on_node(&["status", "--json"])).unwrap();
     let status: Value = serde_json::from_str(&status).unwrap();
     Pid::from_raw(i32::try_from(status["agent"]["pid"].as_i64().unwrap()).unwrap())

@@ -21,7 +21,7 @@ use super::{
         guard::{asks, direct_requests, is_refused},
         watch::{PROGRAM, UDP, Watch, program, to_any},
     },
-    release::{NAMESPACE, READY_DEADLINE, Release, on_node},
+    release::{NAMESPACE, READY_DEADLINE, Release},
 };
 
 /// A pod that the kubelet starts anew, and an agent in it.
@@ -93,9 +93,19 @@ impl Drop for Dialling<'_> {
     }
 }
 
-/// What `weir-guard.service` runs.
-fn put_guard_in_force() {
-    let said = command::run(&mut on_node(&["guard"])).unwrap();
+/// What `weir-guard.service` runs, as the chart has installed it on the node.
+fn of_the_unit() -> Command {
+    let unit = fs::read_to_string("/etc/systemd/system/weir-guard.service").unwrap();
+    let start = unit.lines().find_map(|line| line.strip_prefix("ExecStart=")).unwrap();
+    let words: Vec<_> = start.split(' ').collect();
+    assert!(words[0].starts_with("/opt/weir/") && words.ends_with(&["guard"]), "{start}");
+    let mut command = Command::new(words[0]);
+    command.args(&words[1..]).env_clear();
+    command
+}
+
+pub(super) fn put_guard_in_force(mut guard: Command) {
+    let said = command::run(&mut guard).unwrap();
     assert!(said.starts_with("in force: pods are kept from "), "{said}");
 }
 
@@ -119,12 +129,12 @@ pub(super) fn is_kept_from_the_api_server_through_reboots(
         })
         .unwrap();
         if order == Guard::First {
-            put_guard_in_force();
+            put_guard_in_force(of_the_unit());
             dialling.direct();
         }
         containerd.end().unwrap();
         if order == Guard::Between {
-            put_guard_in_force();
+            put_guard_in_force(of_the_unit());
             dialling.direct();
         }
         if order != Guard::Last {

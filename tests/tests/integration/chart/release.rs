@@ -17,14 +17,22 @@ pub(crate) const NAMESPACE: &str = "weir-system";
 const IMAGE: &str = "weir.test/weir-agent:1";
 /// Where the chart's agent keeps things on the node, which here is this machine.
 pub(crate) const STATE: &str = "/var/lib/weir";
-/// Of a namespace that may run privileged pods, as the runbook has it.
-const PRIVILEGED: (&str, &str) = ("pod-security.kubernetes.io/enforce", "privileged");
 /// The image is there, and nothing is pulled.
 pub(crate) const READY_DEADLINE: &str = "--timeout=120s";
 
 /// The folder that `cargo xtask dist --test` has made.
 fn dist() -> Option<PathBuf> {
     std::env::var_os("WEIR_TEST_DIST").map(PathBuf::from)
+}
+
+/// The chart's package that `dist` has made, where that is to be tested; else its folder.
+fn chart() -> PathBuf {
+    let package = dist().map(|folder| only_one(&folder, ".tgz"));
+    package.unwrap_or_else(|| components::repository().join("deploy/helm/weir"))
+}
+
+pub(crate) fn runbook() -> String {
+    fs::read_to_string(components::repository().join("docs/runbook.md")).unwrap()
 }
 
 #[track_caller]
@@ -47,11 +55,16 @@ impl<'a> Release<'a> {
         agent::refuse_beside_another().unwrap();
         assert!(!Path::new(STATE).exists(), "{STATE} exists: this machine has had an agent; remove it");
         // What a test that was cut short has left.
-        command::run(&mut on_node(&["uninstall"])).unwrap();
+        command::run(&mut on_node(&["uninstall", "--guard-unit", "/"])).unwrap();
         let helm = components::helm(Progress::Shown).unwrap();
         let release = Self { testbed: &scene.testbed, helm, scratch: scene.scratch.path() };
         release.import_image();
-        release.testbed.create_namespace(NAMESPACE, &[PRIVILEGED]).unwrap();
+        let text = runbook();
+        for begins in ["kubectl create namespace weir-system", "kubectl label namespace weir-system "] {
+            let line = text.lines().map(str::trim).find(|line| line.starts_with(begins)).unwrap();
+            let words: Vec<_> = line.split(' ').skip(1).collect();
+            release.testbed.kubectl(&words).unwrap();
+        }
         let mut values = json!({
             "image": {"repository": "weir.test/weir-agent", "tag": "1", "pullPolicy": "Never"},
             "config": {
@@ -60,6 +73,7 @@ impl<'a> Release<'a> {
                 "limits": {"drainSeconds": 120},
             },
         });
+        values["guardUnit"] = json!({"enabled": true});
         // kubectl reads what it patches, also where it does so as the agent.
         values["extraClusterRules"] = json!([{"apiGroups": [""], "resources": ["nodes"], "verbs": ["get"]}]);
         fs::write(release.scratch.join("values.json"), values.to_string()).unwrap();
@@ -89,8 +103,13 @@ impl<'a> Release<'a> {
     }
 
     pub(crate) fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(&self.helm);
+        let mut command = self.helm();
         command.args(arguments).args(["--namespace", NAMESPACE]);
+        command
+    }
+
+    fn helm(&self) -> Command {
+        let mut command = Command::new(&self.helm);
         command.env("KUBECONFIG", self.testbed.layout().kubeconfig("admin"));
         for variable in ["HELM_CACHE_HOME", "HELM_CONFIG_HOME", "HELM_DATA_HOME"] {
             command.env(variable, self.scratch.join("helm"));
@@ -98,11 +117,27 @@ impl<'a> Release<'a> {
         command
     }
 
+    /// A command of Helm's as the runbook has it, the first one that begins so, with this chart and these values.
+    #[track_caller]
+    pub(crate) fn of_the_runbook(&self, begins: &str) -> Command {
+        let text = runbook();
+        let line = text.lines().map(str::trim).find(|line| line.starts_with(begins));
+        let words = line.unwrap_or_else(|| panic!("the runbook has no {begins:?}")).split(' ').skip(1);
+        let mut command = self.helm();
+        for word in words {
+            match word {
+                "deploy/helm/weir" => command.arg(chart()),
+                "values.yaml" => command.arg(self.scratch.join("values.json")),
+                word => command.arg(word),
+            };
+        }
+        command
+    }
+
     /// Brings the release to these values, and waits until the DaemonSet is ready and its former pods are gone.
     pub(crate) fn to_apply(&self, verb: &str, set: &[&str]) -> Command {
         let mut command = self.command(&[verb, "weir", "--wait", READY_DEADLINE]);
-        let chart = dist().map(|folder| only_one(&folder, ".tgz"));
-        command.arg(chart.unwrap_or_else(|| components::repository().join("deploy/helm/weir")));
+        command.arg(chart());
         command.arg("--values").arg(self.scratch.join("values.json"));
         for value in set {
             command.args(["--set", value]);
@@ -112,17 +147,21 @@ impl<'a> Release<'a> {
 
     #[track_caller]
     pub(crate) fn must_install(&self, set: &[&str]) {
-        self.must("install", set);
+        let mut command = self.of_the_runbook("helm install weir ");
+        for value in set {
+            command.args(["--set", value]);
+        }
+        self.must(command);
     }
 
     #[track_caller]
     pub(crate) fn must_apply(&self, set: &[&str]) {
-        self.must("upgrade", set);
+        self.must(self.to_apply("upgrade", set));
     }
 
     #[track_caller]
-    fn must(&self, verb: &str, set: &[&str]) {
-        let output = command::output(&mut self.to_apply(verb, set)).unwrap();
+    pub(crate) fn must(&self, mut command: Command) {
+        let output = command::output(&mut command).unwrap();
         assert!(output.status.success(), "{:?}\n{}", shown(&output), self.told());
         self.can_be_followed();
     }
@@ -132,10 +171,8 @@ impl<'a> Release<'a> {
     pub(crate) fn can_be_followed(&self) {
         let get = ["get", "daemonset", "weir-agent", "-n", NAMESPACE, "-o", "json"];
         let object: Value = serde_json::from_str(&self.testbed.kubectl(&get).unwrap()).unwrap();
-        let get = ["get", "configmap", "weir-agent", "-n", NAMESPACE, "-o", "jsonpath={.data.agent\\.yaml}"];
-        let config: Value = serde_yaml_ng::from_str(&self.testbed.kubectl(&get).unwrap()).unwrap();
         let spec = &object["spec"]["template"]["spec"];
-        let drain = config["limits"]["drainSeconds"].as_u64().unwrap();
+        let drain = self.drain_seconds();
         let grace = spec["terminationGracePeriodSeconds"].as_u64().unwrap();
         assert!(grace >= drain + 30, "{grace} s of grace, {drain} s of draining");
         for container in
@@ -153,6 +190,13 @@ impl<'a> Release<'a> {
             let strategy = &object["spec"]["updateStrategy"]["rollingUpdate"];
             assert_eq!(strategy["maxUnavailable"], 0, "{strategy}");
         }
+    }
+
+    /// How long agents may drain, in the configuration that the cluster has.
+    pub(crate) fn drain_seconds(&self) -> u64 {
+        let get = ["get", "configmap", "weir-agent", "-n", NAMESPACE, "-o", "jsonpath={.data.agent\\.yaml}"];
+        let config: Value = serde_yaml_ng::from_str(&self.testbed.kubectl(&get).unwrap()).unwrap();
+        config["limits"]["drainSeconds"].as_u64().unwrap()
     }
 
     /// What a failure is explained by.
@@ -218,7 +262,7 @@ impl Drop for Release<'_> {
         let lift = ["taint", "node", NODE_NAME, "weir.dev/agent-not-ready-"];
         let _ = command::output(self.testbed.kubectl_command().args(lift));
         // Only where a test has failed is anything left to remove.
-        let _ = command::output(&mut on_node(&["uninstall", "--force"]));
+        let _ = command::output(&mut on_node(&["uninstall", "--force", "--guard-unit", "/"]));
         let _ = fs::remove_dir_all(STATE);
     }
 }

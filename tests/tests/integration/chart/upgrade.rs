@@ -65,8 +65,12 @@ pub(super) fn is_upgraded_under_load(release: &Release<'_>, pod: &Pod<'_>) {
     say("before");
     let values = ["startupTaint=true", "admission.enabled=true", "config.limits.drainSeconds=121"];
     // Helm waits for the former pod to be gone, which waits for the stream.
-    let mut upgrading =
-        release.to_apply("upgrade", &values).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    let mut upgrade =
+        release.of_the_runbook("helm upgrade weir deploy/helm/weir -n weir-system -f values.yaml --wait ");
+    for value in values {
+        upgrade.args(["--set", value]);
+    }
+    let mut upgrading = upgrade.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
     wait_until("the former agent's pod to be ended", END_DEADLINE, || {
         let pods = release.pods();
         let ends = pods.iter().any(|pod| pod["metadata"]["deletionTimestamp"].is_string());
@@ -87,6 +91,7 @@ pub(super) fn is_upgraded_under_load(release: &Release<'_>, pod: &Pod<'_>) {
     let now = release.pods();
     assert_ne!(former[0]["metadata"]["uid"], now[0]["metadata"]["uid"]);
     assert_eq!(now[0]["status"]["containerStatuses"][0]["restartCount"], 0, "{}", release.told());
+    is_rolled_back(release, &mut clients);
     pod.shell("touch /tmp/stop").unwrap();
     for mut client in clients {
         let codes: Vec<_> = client.codes.map(Result::unwrap).collect();
@@ -96,12 +101,30 @@ pub(super) fn is_upgraded_under_load(release: &Release<'_>, pod: &Pod<'_>) {
     check_records();
 }
 
+/// By Helm, to what was there before: the clients notice nothing of that either.
+fn is_rolled_back(release: &Release<'_>, clients: &mut [Calls]) {
+    let newer = release.pods()[0]["metadata"]["uid"].clone();
+    assert_eq!(release.drain_seconds(), 121);
+    release.must(release.of_the_runbook("helm rollback weir "));
+    wait_until("the newer agent's pod to be gone", END_DEADLINE, || {
+        let pods = release.pods();
+        Ok((pods.len() == 1 && pods[0]["metadata"]["uid"] != newer).then_some(()))
+    })
+    .unwrap_or_else(|error| panic!("{error:#}\n{}", release.told()));
+    assert_eq!(release.drain_seconds(), 120);
+    clients.iter_mut().for_each(|client| client.succeed(CALLS_AFTER));
+}
+
 fn check_records() {
     let events = agent::read_events(Path::new(JOURNAL)).unwrap();
     let refused = events.iter().filter(|event| matches!(event.kind, Kind::ConnectionRefused { .. })).count();
     assert_eq!(refused, 0);
     let epochs: BTreeSet<_> = events.iter().map(|event| &event.epoch).collect();
-    assert_eq!(epochs.len(), 2, "one agent before, one after, and no third that took over again");
+    assert_eq!(
+        epochs.len(),
+        3,
+        "one agent before, one after, one after going back, and no other that took over again"
+    );
     let is_exec =
         |kind: &Kind| matches!(kind, Kind::RequestOpened(opened) if opened.attributes.subresource == "exec");
     let stream = events.iter().rfind(|event| is_exec(&event.kind)).unwrap();

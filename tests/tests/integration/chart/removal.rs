@@ -1,0 +1,143 @@
+//! Weir taken from the cluster: by `helm uninstall`, whose hook uninstalls on every node and says where it fails, and by values, for
+//! tools that run no hooks.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use weir_tests::{Pod, agent, command, testbed::NODE_NAME, wait_until};
+
+use super::{
+    super::{DEADLINE, guard::is_refused, rights, shown},
+    ASK,
+    node_state::{NodeState, is_as_it_was},
+    reboot::put_guard_in_force,
+    release::{NAMESPACE, READY_DEADLINE, Release, STATE, on_node, runbook},
+};
+
+/// The folder of this version's pins.
+fn pins() -> PathBuf {
+    let mut folders = fs::read_dir("/sys/fs/bpf/weir").unwrap();
+    folders.next().unwrap().unwrap().path()
+}
+
+#[track_caller]
+fn reaches_the_api_server_directly(pod: &Pod<'_>) {
+    agent::refuse_beside_another().unwrap();
+    assert_eq!(shown(&pod.exec(&ASK).unwrap()).0, Some(0), "the pod reaches the API server directly");
+}
+
+pub(super) fn is_done_by_values(release: &Release<'_>, pod: &Pod<'_>) {
+    release.must(release.of_the_runbook(
+        "helm upgrade weir deploy/helm/weir -n weir-system --reuse-values --set uninstall=true",
+    ));
+    let done = ["rollout", "status", "daemonset/weir-agent", "-n", NAMESPACE, READY_DEADLINE];
+    release.testbed.kubectl(&done).unwrap();
+    reaches_the_api_server_directly(pod);
+}
+
+/// Which of an older release's hook may have stayed on a node, and what they say there.
+const OF_THE_NODE: [&str; 4] = ["ServiceAccount", "Role", "RoleBinding", "DaemonSet"];
+
+/// Pods that a hook has left behind take nothing away from a node that boots: agents are meant to run there, and none does yet.
+/// They can ask although nobody knows them and the guard denies all others the API server.
+pub(super) fn is_refused_where_agents_are_meant_to_run(release: &Release<'_>, pod: &Pod<'_>) {
+    let mut template = release.to_apply("template", &[]);
+    template.args(["--show-only", "templates/uninstall.yaml", "--kube-version", "1.36.0"]);
+    let rendered = command::run(&mut template).unwrap();
+    let is_of_the_node = |object: &&str| {
+        OF_THE_NODE.iter().any(|kind| object.contains(&format!("\nkind: {kind}\n")))
+            && (object.contains("\n  name: weir-uninstall-node\n") || object.contains("\nkind: DaemonSet\n"))
+    };
+    let objects: Vec<_> = rendered.split("\n---\n").filter(is_of_the_node).collect();
+    assert_eq!(objects.len(), OF_THE_NODE.len(), "{rendered}");
+    let patience = "--patience, \"180\"";
+    assert!(rendered.contains(patience), "{rendered}");
+    let file = release.scratch.join("left-behind.yaml");
+    fs::write(&file, objects.join("\n---\n").replace(patience, "--patience, \"0\"")).unwrap();
+    put_guard_in_force(on_node(&["guard"]));
+    is_refused(pod, "by the guard");
+    release.testbed.kubectl(&["apply", "-f", file.to_str().unwrap()]).unwrap();
+    let said = ["get", "pods", "-n", NAMESPACE, "-l", "app.kubernetes.io/name=weir-uninstall", "-o"];
+    let said = [&said[..], &["jsonpath={.items[*].status.initContainerStatuses[*]..message}"]].concat();
+    let refuses = wait_until("the pod that is left behind to refuse", DEADLINE, || {
+        Ok(release.testbed.kubectl(&said)?.contains("the DaemonSet weir-agent is there").then_some(()))
+    });
+    assert!(refuses.is_ok(), "{:?}", release.testbed.kubectl(&said));
+    is_refused(pod, "by the guard, which has stayed");
+    release.testbed.kubectl(&["delete", "-f", file.to_str().unwrap()]).unwrap();
+}
+
+/// A node on which it fails is named by Helm; when that is mended, the same command succeeds.
+pub(super) fn is_done_by_helm_alone(release: &Release<'_>, pod: &Pod<'_>) {
+    let in_the_way = pins().join("links/of-somebody-else");
+    fs::create_dir(&in_the_way).unwrap();
+    let uninstall = || {
+        let output = command::output(&mut release.of_the_runbook("helm uninstall weir "));
+        let (code, out, error) = shown(&output.unwrap());
+        (code, out + &error)
+    };
+    let (code, said) = uninstall();
+    assert_ne!(code, Some(0), "{said}");
+    let why = format!("{NODE_NAME}: `weir-agent uninstall` ended with 1: ");
+    for part in [why.as_str(), in_the_way.to_str().unwrap(), "job weir-uninstall failed"] {
+        assert!(said.contains(part), "{part:?} is not in {said}");
+    }
+    // No pod of the hook stays that could remove what keeps pods back while the node boots.
+    let sets = ["get", "daemonsets,serviceaccounts,roles,rolebindings", "-n", NAMESPACE, "-o", "name"];
+    let sets = release.testbed.kubectl(&sets).unwrap();
+    assert!(!sets.contains("weir-uninstall"), "{sets}");
+    fs::remove_dir(&in_the_way).unwrap();
+    let (code, said) = uninstall();
+    assert_eq!(code, Some(0), "{said}\n{}", release.told());
+    reaches_the_api_server_directly(pod);
+    rights::of_the_hook_are_all_used(release.testbed);
+    let left = ["get", "all,serviceaccounts,roles,rolebindings,configmaps", "-n", NAMESPACE, "-o", "name"];
+    wait_until("the last of it to be gone", DEADLINE, || {
+        let left = release.testbed.kubectl(&left)?;
+        Ok((!left.contains("weir")).then_some(()))
+    })
+    .unwrap();
+}
+
+/// What the comparison rests on: it tells an installed node from one that is not, by each of these.
+pub(super) fn is_seen_on_the_node(pod: &Pod<'_>, before: &NodeState) {
+    let changed = NodeState::now(pod).since(before);
+    let seen =
+        |what: &str, text: &str| changed.get(what).into_iter().flatten().any(|line| line.contains(text));
+    for (what, text) in [
+        ("links", "\"cgroup\""),
+        ("programs", "connect4"),
+        ("maps", "CGROUPS"),
+        ("files", "/sys/fs/bpf/weir"),
+        ("files", "/run/weir/handover.sock"),
+        ("files", "/var/lib/weir/journal"),
+        ("files", "/etc/systemd/system/weir-guard.service"),
+        ("files", "/etc/systemd/system/kubelet.service.requires/weir-guard.service"),
+        ("files", "/opt/weir/"),
+        ("listeners in a pod", "0100007F:"),
+        ("processes", "weir-agent"),
+    ] {
+        assert!(seen(what, text), "{what}: nothing of {text} in {changed:#?}");
+    }
+}
+
+/// Once Helm has removed the release, and `weir-agent uninstall` has been run on the node itself. The journal stays, and goes as the
+/// runbook says.
+pub(super) fn leaves_the_node_as_it_was(pod: &Pod<'_>, before: &NodeState) {
+    let said = command::run(&mut on_node(&["uninstall"])).unwrap();
+    assert!(said.starts_with("removed 0 pins"), "{said}");
+    let stays = |what: &str, line: &str| what == "files" && line.starts_with("+ /var/lib/weir");
+    is_as_it_was(pod, before, &stays);
+    let mut kept: Vec<_> = fs::read_dir(STATE).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    kept.sort();
+    assert_eq!(kept, ["api-set.json", "journal"], "what the runbook names");
+    let runbook = runbook();
+    let comment = "# journals, too: what is not in Kafka is lost";
+    let remove = runbook.lines().find_map(|line| line.trim().strip_suffix(comment)).unwrap();
+    command::run(Command::new("sh").args(["-euc", remove])).unwrap();
+    assert!(!Path::new(STATE).exists());
+    is_as_it_was(pod, before, &|_, _| false);
+}
