@@ -212,8 +212,11 @@ impl Transport {
         if agreed.extensions {
             return Self::Raw(Reason::Extension);
         }
-        let base64 = agreed.subprotocol.split('.').any(|part| part == "base64");
+        // A watch is one whatever the subprotocol: the API server agrees to any, and sends its events as they are.
+        let is_watch = agreed.verb == "watch";
+        let base64 = !is_watch && agreed.subprotocol.split('.').any(|part| part == "base64");
         let layout = match agreed.subprotocol {
+            _ if is_watch => Layout::Body,
             "SPDY/3.1+portforward.k8s.io" if forward => {
                 return Self::Tunnel { frames: Default::default(), session: session(true) };
             }
@@ -225,10 +228,10 @@ impl Transport {
             | "v4.base64.channel.k8s.io" => match (process, forward) {
                 (true, _) => Layout::Process { closes: false },
                 (_, true) => Layout::Forward { ports: ports(agreed.query) },
-                _ if agreed.subprotocol.is_empty() && is_body(agreed) => Layout::Body,
+                _ if agreed.subprotocol.is_empty() && is_log(agreed) => Layout::Body,
                 _ => return Self::Raw(Reason::Protocol),
             },
-            "binary.k8s.io" | "base64.binary.k8s.io" if is_body(agreed) => Layout::Body,
+            "binary.k8s.io" | "base64.binary.k8s.io" if is_log(agreed) => Layout::Body,
             _ => return Self::Raw(Reason::Protocol),
         };
         let messages = |direction| Messages::new(direction, layout.clone(), base64);
@@ -239,9 +242,9 @@ impl Transport {
     }
 }
 
-/// Whether the API server sends a response body as messages: a watch, or what it streams of a log.
-fn is_body(agreed: Agreed<'_>) -> bool {
-    agreed.verb == "watch" || (agreed.api_group.is_empty() && agreed.subresource == "log")
+/// Whether the API server sends a log as messages.
+fn is_log(agreed: Agreed<'_>) -> bool {
+    agreed.api_group.is_empty() && agreed.subresource == "log"
 }
 
 /// The ports of a port-forward over WebSocket channels: `ports=80&ports=443`, or `ports=80,443`.

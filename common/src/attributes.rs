@@ -17,6 +17,9 @@ const NAMESPACE_SUBRESOURCES: [&str; 2] = ["status", "finalize"];
 /// they can change things.
 const CONNECT_SUBRESOURCES: [&str; 4] = ["attach", "exec", "portforward", "proxy"];
 
+/// Most proxies that a request is followed through.
+const PROXIES_MAX: usize = 8;
+
 /// The attributes of one request.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -89,6 +92,25 @@ impl Attributes {
         rest[0].clone_into(&mut attributes.resource);
         attributes.settle_collection(query.unwrap_or_default());
         attributes
+    }
+
+    /// What a request that goes through the API server's proxy (of a service, a pod or a node) would be about if another API server
+    /// were behind it, as the Service `kubernetes` has one; none if it goes through none. Of one that goes through more than
+    /// [`PROXIES_MAX`], it is said that it is about Secrets. Path and query as of [`Attributes::parse`].
+    pub fn behind_proxy(method: &str, path: &str, query: Option<&str>) -> Option<Self> {
+        let decoded = decoded_path(path);
+        let behind = |(at, proxy): (usize, &str)| {
+            let rest = decoded[at + proxy.len()..].strip_prefix('/')?.trim_start_matches('/');
+            (rest.starts_with("api/") || rest.starts_with("apis/")).then_some(rest)
+        };
+        let mut last = None;
+        for (number, rest) in decoded.match_indices("/proxy").filter_map(behind).enumerate() {
+            if number == PROXIES_MAX {
+                return Some(Self::parse(method, "/api/v1/secrets", query));
+            }
+            last = Some(rest);
+        }
+        Some(Self::parse(method, &format!("/{}", last?), query)).filter(Self::is_resource)
     }
 
     /// A get or delete without a name is about the collection; a field selector on the name gives it back.
@@ -288,6 +310,29 @@ mod tests {
             a.verb, a.api_group, a.api_version, a.namespace, a.resource, a.subresource, a.name
         );
         assert_eq!(got, expected, "{request}");
+    }
+
+    #[test]
+    fn what_is_behind_a_proxy_is_told_however_often_it_is_one() {
+        let behind = |path: &str| {
+            let behind = Attributes::behind_proxy("PATCH", path, None)?;
+            Some(format!("{} {}/{} {}", behind.verb, behind.resource, behind.name, behind.namespace))
+        };
+        let secret = "api/v1/namespaces/a/secrets/s";
+        let found = Some("patch secrets/s a".to_owned());
+        let service = "/api/v1/namespaces/default/services/https:kubernetes:443/proxy";
+        assert_eq!(behind(&format!("{service}/{secret}")), found);
+        assert_eq!(behind(&format!("{service}//{secret}")), found);
+        assert_eq!(behind(&format!("{service}{service}/{secret}")), found);
+        assert_eq!(behind(&format!("{service}/{}", secret.replace('s', "%73"))), found);
+        assert_eq!(behind(&format!("/api/v1/nodes/n/proxy/{secret}")), found);
+        assert_eq!(behind(&format!("/{secret}")), None);
+        assert_eq!(behind(&format!("{service}/metrics")), None);
+        assert_eq!(behind(&format!("/api/v1/namespaces/a/services/proxy/proxy/{secret}")), found);
+        // However many there are, it is looked at once.
+        let many = "/proxy/api".repeat(13_000);
+        assert_eq!(behind(&many), Some("patch secrets/ ".to_owned()));
+        assert_eq!(behind(&"/proxy".repeat(20_000)), None);
     }
 
     #[test]

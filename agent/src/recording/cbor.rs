@@ -13,6 +13,8 @@ const DEPTH_MAX: u32 = 64;
 
 /// "This is CBOR": before every object.
 const SELF_DESCRIBED: u64 = 55_799;
+/// The first byte of that.
+pub(super) const FIRST: u8 = 0xd9;
 /// A byte string that JSON has in base64.
 const BASE64: u64 = 22;
 

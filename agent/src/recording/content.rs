@@ -186,6 +186,8 @@ pub(super) struct Streamed {
     gunzip: Option<Gunzip>,
     /// JSON objects by lines, as a watch has them.
     lines: bool,
+    /// What its form is, its first byte will say.
+    is_unsure: bool,
     line: Vec<u8>,
     /// Events with their length before them, as a watch in protobuf has them.
     frames: Option<Frames>,
@@ -235,6 +237,7 @@ impl Streamed {
             content_type: if is_sequence { Some("application/json".to_owned()) } else { content_type },
             gunzip,
             lines,
+            is_unsure: false,
             line: Vec::new(),
             frames: framed.then(|| Frames::new(LINE_BYTES_MAX)),
             sequence: is_sequence.then(|| Sequence::new(LINE_BYTES_MAX)),
@@ -246,6 +249,14 @@ impl Streamed {
             recorded: 0,
             digest: Sha256::new(),
             whole: masker.digest(),
+        }
+    }
+
+    /// A watch that comes in messages of a WebSocket, one event in each: its head names no type.
+    pub(super) fn in_messages(masker: &Masker, sensitivity: Sensitivity) -> Self {
+        Self {
+            is_unsure: true,
+            ..Self::new(masker, sensitivity, Some("application/json".into()), None, true)
         }
     }
 
@@ -310,30 +321,22 @@ impl Streamed {
         let begun = self.frames.take().map_or(0, |mut frames| frames.finish());
         let begun = begun + self.sequence.as_mut().map_or(0, Sequence::finish);
         self.gap(&mut out, "watch event is not whole", begun);
-        let decoded = match (self.gunzip.is_some(), self.sequence.is_some()) {
-            (true, true) => Some("gzip, cbor-seq"),
-            (true, false) => Some("gzip"),
-            (false, true) => Some("cbor-seq"),
-            (false, false) => None,
-        };
-        let decoded = decoded.map(str::to_owned);
+        let undone = [("gzip", self.gunzip.is_some()), ("cbor-seq", self.sequence.is_some())];
+        let undone: Vec<_> = undone.iter().filter_map(|(name, is)| is.then_some(*name)).collect();
+        let decoded = (!undone.is_empty()).then(|| undone.join(", "));
         let (broken, left_out, masks) = (self.broken, self.left_out, self.masks);
         let kinds = self.events(out);
         let changed = masks > 0 || left_out > 0;
-        let truncated = match broken {
-            Some(reason) => Some(format!("withheld: {left_out} bytes: {reason}")),
-            None if left_out > 0 => Some(format!("{left_out} bytes are left out; see the gaps")),
-            None => None,
-        };
+        let truncated = broken.map(|reason| format!("withheld: {left_out} bytes: {reason}"));
+        let some_left_out = || format!("{left_out} bytes are left out; see the gaps");
+        let truncated = truncated.or_else(|| (left_out > 0).then(some_left_out));
+        let digest = hex::encode(self.digest.finalize());
+        let digest = if changed { self.whole.finish() } else { format!("sha256:{digest}") };
         let summary = BodySummary {
             wire_bytes,
             recorded_bytes: self.recorded,
             decoded,
-            digest: Some(if changed {
-                self.whole.finish()
-            } else {
-                format!("sha256:{}", hex::encode(self.digest.finalize()))
-            }),
+            digest: Some(digest),
             masked: masks,
             truncated,
         };
@@ -341,6 +344,12 @@ impl Streamed {
     }
 
     fn decoded(&mut self, masker: &Masker, bytes: &[u8], out: &mut Out) {
+        if std::mem::take(&mut self.is_unsure) {
+            self.sequence = (bytes.first() == Some(&cbor::FIRST)).then(|| Sequence::new(LINE_BYTES_MAX));
+            // Protobuf: without the messages' ends nothing tells its events apart.
+            let is_parsed = self.sequence.is_some() || bytes.starts_with(b"{");
+            self.broken = (!is_parsed).then_some("is a watch over WebSocket in a form that is not parsed");
+        }
         if self.broken.is_some() {
             self.left_out += bytes.len() as u64;
             return;

@@ -18,6 +18,7 @@ use zeroize::Zeroizing;
 use super::{
     body::Sensitivity,
     masks::{FieldSet, Masks},
+    patterns,
 };
 
 /// What every mask starts with.
@@ -191,13 +192,13 @@ impl Masker {
     /// A URI with the values of credential parameters masked, cut to its limit.
     fn uri(&self, uri: &str) -> String {
         let mut masked = match uri.split_once('?') {
-            None => self.text(uri),
+            None => self.path(uri),
             Some((path, query)) => {
                 let (query, fragment) = query.split_once('#').map_or((query, None), |(q, f)| (q, Some(f)));
                 let parameters: Vec<_> =
                     self.command(query).map(|parameter| self.parameter(&parameter)).collect();
                 let fragment = fragment.map(|_| "#").unwrap_or_default();
-                format!("{}?{}{fragment}", self.text(path), parameters.join("&"))
+                format!("{}?{}{fragment}", self.path(path), parameters.join("&"))
             }
         };
         if masked.len() > URI_BYTES_MAX {
@@ -207,6 +208,25 @@ impl Masker {
             masked.push_str(&format!(" {OMITTED_PREFIX}{}", whole - end));
         }
         masked
+    }
+
+    /// A path with what expressions match masked, as it is written and as it reads without percent-encoding.
+    fn path(&self, path: &str) -> String {
+        let Some(patterns) = self.masks.patterns() else { return path.to_owned() };
+        let (decoded, places) = unescaped(path);
+        let mut found = patterns.matches(path.as_bytes());
+        found.extend(
+            patterns.matches(&decoded).into_iter().map(|found| places[found.start]..places[found.end]),
+        );
+        let (mut masked, mut from) = (Vec::new(), 0);
+        for found in patterns::union(found) {
+            let [before, value] = [from..found.start, found.clone()].map(|range| &path.as_bytes()[range]);
+            masked.extend_from_slice(before);
+            masked.extend_from_slice(self.mask(&unescaped(&String::from_utf8_lossy(value)).0).as_bytes());
+            from = found.end;
+        }
+        masked.extend_from_slice(&path.as_bytes()[from..]);
+        String::from_utf8_lossy(&masked).into_owned()
     }
 
     /// The parameters of a query, those of a command masked as its arguments are.
@@ -359,14 +379,21 @@ fn is_credential_parameter(name: &str) -> bool {
 }
 
 fn percent_decoded(text: &str) -> String {
-    let (mut bytes, mut rest) = (Vec::new(), text.as_bytes());
+    String::from_utf8_lossy(&unescaped(text).0).into_owned()
+}
+
+/// Text without percent-encoding; and where each byte of it, and its end, stands in `text`.
+fn unescaped(text: &str) -> (Vec<u8>, Vec<usize>) {
+    let (mut bytes, mut places, mut rest) = (Vec::new(), Vec::new(), text.as_bytes());
     while let [first, tail @ ..] = rest {
+        places.push(text.len() - rest.len());
         let escaped = (*first == b'%').then(|| tail.first_chunk::<2>()).flatten();
         let byte = escaped.and_then(|digits| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok());
         bytes.push(byte.unwrap_or(*first));
         rest = if byte.is_some() { &tail[2..] } else { tail };
     }
-    String::from_utf8_lossy(&bytes).into_owned()
+    places.push(text.len());
+    (bytes, places)
 }
 
 /// Whether an argument before `=` is the name of a variable, not a flag or a path.
@@ -384,9 +411,12 @@ fn looks_secret(name: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use http::HeaderMap;
 
     use super::{HEADERS_BYTES_MAX, MASK_PREFIX, Masker, URI_BYTES_MAX};
+    use crate::recording::masks::{MaskRules, Masks};
 
     fn masker() -> Masker {
         Masker::for_cluster(&[1; 32], "c")
@@ -440,6 +470,31 @@ mod tests {
         assert!(!masker().uri(&nested).contains("canary"));
         let uri = "/api/v1/pods?continue=abc&limit=500&watch=true";
         assert_eq!(masker().request_uri(&uri.parse().unwrap()), uri);
+    }
+
+    #[test]
+    fn what_expressions_match_is_masked_in_paths_however_it_is_escaped() {
+        let patterns = vec!["AKIA[0-9A-Z]{4}".to_owned()];
+        let masks = Masks::new(MaskRules { patterns, ..MaskRules::default() }).unwrap();
+        let masker = masker().by(&Arc::new(masks));
+        let mask = masker.mask(b"AKIA0123");
+        for key in ["AKIA0123", "%41KIA0123", "AKI%41%30%31%32%33", "%41%4b%49%41%30%31%32%33"] {
+            for uri in [format!("/proxy/{key}/x%2Fy"), format!("/proxy/{key}/x%2Fy?a=b")] {
+                let recorded = masker.request_uri(&uri.parse().unwrap());
+                assert_eq!(recorded, uri.replace(key, &mask), "{key}");
+            }
+        }
+        let other = "/api/v1/namespaces/a%2Db/pods/%C3%A4%zz%";
+        assert_eq!(masker.uri(other), other);
+    }
+
+    #[test]
+    fn expressions_do_not_see_through_percent_encoding_twice_or_outside_of_a_uri() {
+        let patterns = vec!["AKIA[0-9A-Z]{4}".to_owned()];
+        let masks = Masks::new(MaskRules { patterns, ..MaskRules::default() }).unwrap();
+        let masker = masker().by(&Arc::new(masks));
+        assert_eq!(masker.uri("/proxy/%2541KIA0123"), "/proxy/%2541KIA0123");
+        assert_eq!(masker.header_value("x-note", b"%41KIA0123"), "%41KIA0123");
     }
 
     #[test]

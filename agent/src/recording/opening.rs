@@ -111,7 +111,7 @@ impl Recorder {
             room.await.unwrap_or(Err(RecordingError::TooSlow))?;
         }
         let belonging = self.belonging(caller, cluster, &head, share)?;
-        let context = self.context(cluster, &belonging, head.attributes, share);
+        let context = self.context(cluster, &belonging, &head, share);
         let without_key = matches!(reduced, Some(RecordingError::NoKey(_)));
         let behind = reduced.map(|why| format!("left out: {}", why.for_client()));
         let by_rule = |why: fn(Bodies) -> Option<&'static str>| plan.level.and_then(why).map(str::to_owned);
@@ -235,10 +235,15 @@ impl Recorder {
         &self,
         cluster: usize,
         belonging: &Belonging,
-        attributes: &Attributes,
+        head: &RequestHead<'_>,
         share: &Arc<Share>,
     ) -> Context {
         let inner = &self.inner;
+        let attributes = head.attributes;
+        // Through the proxy to an API server, bodies are those of what is asked for there.
+        let uri = head.uri;
+        let behind = Attributes::behind_proxy(head.method.as_str(), uri.path(), uri.query());
+        let meant = behind.as_ref().unwrap_or(attributes);
         Context {
             origin: Arc::clone(&inner.origin),
             queue: Arc::clone(&inner.queue),
@@ -246,8 +251,8 @@ impl Recorder {
             share: Arc::clone(share),
             workers: Arc::clone(&inner.workers),
             worker: inner.workers.assign(),
-            masker: self.masker(Some(cluster)).of(attributes),
-            sensitivity: Sensitivity::of(attributes),
+            masker: self.masker(Some(cluster)).of(meant),
+            sensitivity: Sensitivity::of(meant),
             names_text: attributes.is_resource() && attributes.name.is_empty(),
             cluster,
             session: Arc::clone(&belonging.session),

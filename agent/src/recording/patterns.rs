@@ -16,10 +16,18 @@ use regex_syntax::{
     hir::{Class, ClassBytes, ClassBytesRange, Hir, HirKind, Repetition},
 };
 
-use super::mask::Masker;
+use super::{
+    automaton::{Automaton, Reached},
+    mask::Masker,
+};
 
-/// Longest match that is found where pieces cut it, bytes; within one piece, and in bodies, they may be longer.
-pub(super) const LOOK_BEHIND_BYTES: usize = 4 * 1024;
+/// Longest match that is kept where pieces cut it, so that its mask has a digest, bytes; within one piece, and in bodies, they may be
+/// longer.
+const LOOK_BEHIND_BYTES: usize = 4 * 1024;
+
+/// How often in one piece a match is looked for from where the last one ended, although something that may go on to the piece's end
+/// began before that.
+const RETRIES_MAX: usize = 64;
 
 /// Most bytes of all expressions when compiled, and of what their search may remember.
 const COMPILED_BYTES_MAX: usize = 4 * 1024 * 1024;
@@ -43,6 +51,35 @@ struct Pattern {
     whole: Regex,
     /// What may become a match, at the end of a piece.
     begun: Regex,
+    /// None where it would have too many states: what is too long to be kept is hidden to the end then.
+    automaton: Option<Automaton>,
+}
+
+/// How far the search for one expression is, from piece to piece.
+#[derive(Default)]
+pub(super) struct Search {
+    /// Where in what is kept it goes on.
+    from: usize,
+    /// It is in something that is too long to be kept.
+    long: Option<Reached>,
+}
+
+impl Search {
+    /// Whether something is masked until it ends.
+    pub(super) fn is_long(&self) -> bool {
+        self.long.is_some()
+    }
+}
+
+/// What a piece is found to hold, each in its order and without overlaps.
+#[derive(Debug, Default)]
+pub(super) struct Decided {
+    /// Matches that nothing which follows makes longer.
+    pub(super) found: Vec<Range<usize>>,
+    /// What may be, or is, a part of a match whose whole is not there.
+    pub(super) hidden: Vec<Range<usize>>,
+    /// The text from here on is needed to search on.
+    pub(super) keep: usize,
 }
 
 /// All expressions.
@@ -50,6 +87,7 @@ pub(super) struct Patterns {
     /// All in one: whether there is anything to search for.
     any: Pattern,
     each: Vec<Pattern>,
+    look_behind: usize,
 }
 
 /// Text with its matches masked.
@@ -75,7 +113,13 @@ impl Patterns {
         // Also the bound of what all of them take.
         let any = Pattern::new(&Hir::alternation(all), COMPILED_BYTES_MAX)
             .map_err(|problem| PatternError { index: None, problem })?;
-        Ok(Some(Self { any, each }))
+        Ok(Some(Self { any, each, look_behind: LOOK_BEHIND_BYTES }))
+    }
+
+    /// Keeps no more of what may become a match.
+    #[cfg(test)]
+    pub(super) fn looking_behind(self, bytes: usize) -> Self {
+        Self { look_behind: bytes, ..self }
     }
 
     /// Whether there is a match.
@@ -93,14 +137,9 @@ impl Patterns {
         if !self.are_in(text) {
             return None;
         }
-        let mut found = Vec::new();
-        for pattern in &self.each {
-            found.extend(pattern.whole.find_iter(text).map(|found| found.range()));
-            found = union(found);
-        }
         let mut masked = Masked { content: Vec::new(), masks: 0 };
         let mut from = 0;
-        for found in found {
+        for found in self.matches(text) {
             masked.content.extend_from_slice(&text[from..found.start]);
             masked.content.extend_from_slice(masker.mask(&text[found.clone()]).as_bytes());
             masked.masks += 1;
@@ -110,23 +149,49 @@ impl Patterns {
         Some(masked)
     }
 
-    /// Matches in a piece that nothing which follows makes longer, each expression searched from its place in `from` on (none: from
-    /// the beginning); `from` becomes where it is searched on with the next piece.
-    pub(super) fn decided(&self, text: &[u8], from: &mut Vec<usize>) -> Vec<Range<usize>> {
-        from.resize(self.each.len(), 0);
+    /// Matches in text that is all there.
+    pub(super) fn matches(&self, text: &[u8]) -> Vec<Range<usize>> {
         let mut found = Vec::new();
-        for (pattern, from) in self.each.iter().zip(from) {
-            pattern.decided(text, from, &mut found);
+        for pattern in &self.each {
+            found.extend(pattern.whole.find_iter(text).map(|found| found.range()));
             found = union(found);
         }
         found
     }
 
+    /// What the next piece holds; `text` is what was kept of those before and the piece, which begins at `seen`.
+    pub(super) fn decided(&self, text: &[u8], seen: usize, searches: &mut Vec<Search>) -> Decided {
+        searches.resize_with(self.each.len(), Search::default);
+        let mut decided = Decided { keep: text.len(), ..Decided::default() };
+        for (pattern, search) in self.each.iter().zip(&mut *searches) {
+            if let Some(reached) = &mut search.long {
+                search.from = seen + pattern.follow(reached, &text[seen..]);
+                decided.hidden.push(seen..search.from);
+                if search.from == text.len() {
+                    continue;
+                }
+                search.long = None;
+            }
+            pattern.decided(text, &mut search.from, &mut decided.found);
+            decided.found = union(decided.found);
+            decided.hidden.push(search.from..text.len());
+            if text.len() - search.from > self.look_behind {
+                let mut reached = Reached::default();
+                pattern.follow(&mut reached, &text[search.from..]);
+                (search.from, search.long) = (text.len(), Some(reached));
+            }
+            decided.keep = decided.keep.min(search.from);
+        }
+        searches.iter_mut().for_each(|search| search.from -= decided.keep);
+        decided.hidden = union(decided.hidden);
+        decided
+    }
+
     /// Matches in what is left at the end, each expression searched from its place on.
-    pub(super) fn left(&self, text: &[u8], from: &[usize]) -> Vec<Range<usize>> {
+    pub(super) fn left(&self, text: &[u8], searches: &[Search]) -> Vec<Range<usize>> {
         let mut found = Vec::new();
-        for (pattern, from) in self.each.iter().zip(from) {
-            let mut at = *from;
+        for (pattern, search) in self.each.iter().zip(searches) {
+            let mut at = search.from;
             while let Some(one) = pattern.whole.find_at(text, at) {
                 found.push(one.range());
                 at = one.end();
@@ -139,12 +204,19 @@ impl Patterns {
 impl Pattern {
     fn new(hir: &Hir, remembered: usize) -> Result<Self, String> {
         let begun = format!("(?:{})\\z", beginning(hir));
-        Ok(Self { whole: compile(&hir.to_string(), remembered)?, begun: compile(&begun, remembered)? })
+        let (whole, begun) = (compile(&hir.to_string(), remembered)?, compile(&begun, remembered)?);
+        Ok(Self { whole, begun, automaton: Automaton::new(hir) })
+    }
+
+    /// How much of a text may belong to matches that have begun before it.
+    fn follow(&self, reached: &mut Reached, text: &[u8]) -> usize {
+        self.automaton.as_ref().map_or(text.len(), |automaton| automaton.follow(reached, text))
     }
 
     /// See [`Patterns::decided`].
     fn decided(&self, text: &[u8], from: &mut usize, decided: &mut Vec<Range<usize>>) {
         let mut begins = self.begins_at(text, *from);
+        let mut retries = 0;
         while let Some(found) = self.whole.find_at(text, *from) {
             // What follows may make another one of it.
             if begins.is_some_and(|begins| begins <= found.start()) {
@@ -153,22 +225,25 @@ impl Pattern {
             decided.push(found.range());
             *from = found.end();
             if begins.is_some_and(|begins| begins < *from) {
+                if retries == RETRIES_MAX {
+                    break;
+                }
+                retries += 1;
                 begins = self.begins_at(text, *from);
             }
         }
         *from = begins.unwrap_or(text.len());
     }
 
-    /// The earliest place from `from` on, within [`LOOK_BEHIND_BYTES`] of the end, where a match may have begun.
+    /// The earliest place from `from` on where a match may have begun that is not over at the end.
     fn begins_at(&self, text: &[u8], from: usize) -> Option<usize> {
-        let from = from.max(text.len().saturating_sub(LOOK_BEHIND_BYTES));
         let begun = self.begun.find(&text[from..])?;
         (!begun.is_empty()).then_some(from + begun.start())
     }
 }
 
 /// Ranges in their order, those that overlap as one.
-fn union(mut ranges: Vec<Range<usize>>) -> Vec<Range<usize>> {
+pub(super) fn union(mut ranges: Vec<Range<usize>>) -> Vec<Range<usize>> {
     ranges.sort_unstable_by_key(|range| range.start);
     ranges.dedup_by(|next, last| {
         let overlaps = next.start < last.end;
@@ -186,11 +261,13 @@ fn compile(expression: &str, remembered: usize) -> Result<Regex, String> {
         builder.unicode(false).size_limit(COMPILED_BYTES_MAX).dfa_size_limit(remembered);
         builder.nest_limit(8 * NEST_MAX).build()
     };
-    builder(expression).map_err(|_| {
-        format!(
-            "takes more than {COMPILED_BYTES_MAX} bytes when compiled; repeat less, or give fewer expressions"
-        )
-    })
+    builder(expression).map_err(|_| too_large())
+}
+
+fn too_large() -> String {
+    format!(
+        "takes more than {COMPILED_BYTES_MAX} bytes when compiled; repeat less, or give fewer expressions"
+    )
 }
 
 /// Reads an expression.

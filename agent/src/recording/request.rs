@@ -201,10 +201,12 @@ impl RequestRecord {
     }
 
     fn streamed(&self, content_type: Option<String>, content_encoding: Option<&str>) {
-        let context = &self.context;
-        let (masker, sensitivity) = (&context.masker, context.sensitivity);
-        let streamed = Streamed::new(masker, sensitivity, content_type, content_encoding, self.watch);
-        *context.streamed.lock().unwrap_or_else(PoisonError::into_inner) = Some(streamed);
+        let Context { masker, sensitivity, .. } = &*self.context;
+        self.stream(Streamed::new(masker, *sensitivity, content_type, content_encoding, self.watch));
+    }
+
+    fn stream(&self, streamed: Streamed) {
+        *self.context.streamed.lock().unwrap_or_else(PoisonError::into_inner) = Some(streamed);
     }
 
     /// How the stream is read that the head of the response has agreed to.
@@ -218,8 +220,10 @@ impl RequestRecord {
     fn upgraded(&self, headers: &HeaderMap) {
         let upgraded = self.reads(headers);
         if upgraded.has_body() && self.left_out.is_none() {
-            // The head of an upgrade has no content type; a watch that is not JSON is recorded as it is, or withheld.
-            self.streamed(self.watch.then(|| "application/json".to_owned()), None);
+            match self.watch {
+                true => self.stream(Streamed::in_messages(&self.context.masker, self.context.sensitivity)),
+                false => self.streamed(None, None),
+            }
         }
         *self.upgraded.lock().unwrap_or_else(PoisonError::into_inner) = Some(upgraded);
     }

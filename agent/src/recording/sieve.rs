@@ -3,7 +3,7 @@
 //! Nothing is held back: a piece is recorded before it is forwarded, so what it holds has to be decided with what there is. A match
 //! that may have begun where the piece ends is recorded as `weir:masked:<length class>:begun`, and its bytes are kept to be searched
 //! again with the next piece. When they are a match in the end, the mask of the whole follows, with its digest; should
-//! they be none, they stay masked.
+//! they be none, they stay masked. One that grows too long to be kept is masked piece by piece until a byte comes that it cannot hold.
 
 use std::{borrow::Cow, collections::HashMap, ops::Range};
 
@@ -11,7 +11,7 @@ use weir_common::event::Kind;
 
 use super::{
     mask::{MASK_PREFIX, Masker, length_class},
-    patterns::Patterns,
+    patterns::{Decided, Patterns, Search},
 };
 use crate::streams::{CONNECTIONS_MAX, Lane};
 
@@ -26,8 +26,8 @@ const LANES_MAX: usize = 3 * CONNECTIONS_MAX;
 pub(super) struct Sieve {
     /// What the last piece ended with, where a match may have begun.
     begun: Vec<u8>,
-    /// Where in it each expression is searched on.
-    from: Vec<usize>,
+    /// How far each expression is; none where nothing has begun.
+    searches: Vec<Search>,
     /// Masks so far, and bytes that they stand for.
     pub(super) masks: u64,
     pub(super) masked_bytes: u64,
@@ -47,47 +47,53 @@ impl Sieve {
         patterns: &Patterns,
         piece: &'a [u8],
     ) -> Cow<'a, [u8]> {
-        if self.begun.is_empty() && !patterns.may_be_in(piece) {
+        if self.searches.is_empty() && !patterns.may_be_in(piece) {
             return Cow::Borrowed(piece);
         }
         let masks = self.masks;
-        let text = if self.begun.is_empty() {
-            Cow::Borrowed(piece)
-        } else {
-            [&self.begun[..], piece].concat().into()
-        };
-        let mut from = std::mem::take(&mut self.from);
-        let found = patterns.decided(&text, &mut from);
-        // From here on nothing is clear.
-        let begins = from.iter().copied().min().unwrap_or(text.len());
-        let (mut recorded, mut out) = (self.begun.len(), Vec::new());
+        let (text, Decided { found, hidden, .. }) = self.search(patterns, piece);
+        let (mut recorded, mut out) = (text.len() - piece.len(), Vec::new());
         for found in found {
-            self.between(&text, recorded..found.start, begins, &mut out);
+            self.between(&text, recorded..found.start, &hidden, &mut out);
             out.extend_from_slice(masker.mask(&text[found.clone()]).as_bytes());
             recorded = recorded.max(found.start);
             self.count(found.end.saturating_sub(recorded));
             recorded = recorded.max(found.end);
         }
-        self.between(&text, recorded..text.len(), begins, &mut out);
-        self.begun = text[begins..].to_vec();
-        if !self.begun.is_empty() {
-            self.from = from.into_iter().map(|from| from - begins).collect();
-        }
+        self.between(&text, recorded..text.len(), &hidden, &mut out);
         if self.masks == masks { Cow::Borrowed(piece) } else { Cow::Owned(out) }
     }
 
-    /// Bytes that no match holds: clear up to where one may have begun.
-    fn between(&mut self, text: &[u8], range: Range<usize>, begins: usize, out: &mut Vec<u8>) {
+    /// What the next piece holds, with the text that was kept before it; and keeps what is needed to search on.
+    fn search<'a>(&mut self, patterns: &Patterns, piece: &'a [u8]) -> (Cow<'a, [u8]>, Decided) {
+        let seen = self.begun.len();
+        let text = if seen == 0 { Cow::Borrowed(piece) } else { [&self.begun[..], piece].concat().into() };
+        let decided = patterns.decided(&text, seen, &mut self.searches);
+        self.begun = text[decided.keep..].to_vec();
+        if self.begun.is_empty() && !self.searches.iter().any(Search::is_long) {
+            self.searches = Vec::new();
+        }
+        (text, decided)
+    }
+
+    /// Bytes that no match holds: clear where nothing is hidden.
+    fn between(&mut self, text: &[u8], range: Range<usize>, hidden: &[Range<usize>], out: &mut Vec<u8>) {
         if range.is_empty() {
             return;
         }
-        let middle = begins.clamp(range.start, range.end);
-        out.extend_from_slice(&text[range.start..middle]);
-        if range.end > middle {
-            let class = length_class(range.end - middle);
-            out.extend_from_slice(format!("{MASK_PREFIX}{class}:{BEGUN}").as_bytes());
-            self.count(range.end - middle);
+        let mut at = range.start;
+        for hidden in hidden {
+            let start = hidden.start.clamp(at, range.end);
+            let end = hidden.end.clamp(start, range.end);
+            out.extend_from_slice(&text[at..start]);
+            at = end;
+            if end > start {
+                let class = length_class(end - start);
+                out.extend_from_slice(format!("{MASK_PREFIX}{class}:{BEGUN}").as_bytes());
+                self.count(end - start);
+            }
         }
+        out.extend_from_slice(&text[at..range.end]);
     }
 
     fn count(&mut self, bytes: usize) {
@@ -98,9 +104,9 @@ impl Sieve {
     /// The stream is over: a match that could have gone on is whole. Its bytes are recorded as begun; this is its mask.
     pub(super) fn finish(&mut self, masker: &Masker, patterns: &Patterns) -> Vec<u8> {
         let begun = std::mem::take(&mut self.begun);
-        let from = std::mem::take(&mut self.from);
+        let searches = std::mem::take(&mut self.searches);
         let mut out = Vec::new();
-        for found in patterns.left(&begun, &from) {
+        for found in patterns.left(&begun, &searches) {
             out.extend_from_slice(masker.mask(&begun[found]).as_bytes());
             self.count(0);
         }
@@ -110,7 +116,7 @@ impl Sieve {
     /// Something is missing here: what came before goes with nothing that follows.
     pub(super) fn forget(&mut self) {
         self.begun.clear();
-        self.from.clear();
+        self.searches.clear();
     }
 }
 
@@ -194,7 +200,7 @@ mod tests {
 
     use proptest::prelude::*;
 
-    use super::{Masker, Sieve};
+    use super::{Masker, Patterns, Sieve};
     use crate::recording::masks::{MaskRules, Masks};
 
     fn masker(patterns: &[&str]) -> Masker {
@@ -280,7 +286,45 @@ mod tests {
         }
     }
 
+    #[test]
+    fn expressions_do_not_see_through_an_echo_another_form_or_a_loss() {
+        let masker = masker(&["AKIA[0-9A-Z]{8}"]);
+        for text in ["$ AKIA01234 \r567", "AKIA\x1b[1m01234567", "QUtJQTAxMjM0NTY3", "%41KIA01234567"] {
+            assert_eq!(shown(&masker, &[text.as_bytes()]), text);
+        }
+        let (mut sieve, patterns) = (Sieve::default(), masker.masks().patterns().unwrap());
+        assert_eq!(&*sieve.push(&masker, patterns, b"AKIA"), b"weir:masked:le8:begun");
+        sieve.forget();
+        assert_eq!(&*sieve.push(&masker, patterns, b"01234567"), b"01234567");
+    }
+
     const PATTERNS: [&str; 4] = ["ab+c", "(?:ca|a)bb", "aab|aabbcc", "c[abc]{2}a"];
+
+    #[test]
+    fn a_match_of_any_length_is_hidden_to_its_end_and_no_further() {
+        for (pattern, begin, end) in [
+            ("password=[^ ]+", "password=", " and the rest"),
+            ("-----BEGIN[^-]+-----END", "-----BEGIN", "-----END and the rest"),
+        ] {
+            let masker = masker(&[pattern]);
+            for (length, piece) in [(5_000, 4_999), (200_000, 32_768), (9_000, 7), (5_000, 1)] {
+                let text = format!("before {begin}{}{end}", "s3cret\n".repeat(length / 7));
+                let pieces: Vec<_> = text.as_bytes().chunks(piece).collect();
+                let clear = clear(&sifted(&masker, &pieces)).concat();
+                assert_eq!(clear, "before  and the rest", "{pattern} in pieces of {piece}");
+            }
+        }
+        // Too many states to be followed: to the end.
+        let masker_of_many = masker(&["[a-z]{300,}"]);
+        let text = format!("clear {} hidden", "x".repeat(9_000));
+        let pieces: Vec<_> = text.as_bytes().chunks(5_000).collect();
+        assert_eq!(clear(&sifted(&masker_of_many, &pieces)).concat(), "clear ");
+        // The second begins where the first, which is long, is not over yet.
+        let masker = masker(&["a[^ ]+", "end of[^!]+!"]);
+        let text = format!("a{}-end of it and more! x", "b".repeat(9_000));
+        let pieces: Vec<_> = text.as_bytes().chunks(1_000).collect();
+        assert_eq!(clear(&sifted(&masker, &pieces)).concat(), " x");
+    }
 
     proptest! {
         /// Every byte that is masked in the whole is masked however it is cut, and what is clear is what it was.
@@ -318,6 +362,37 @@ mod tests {
                 seen.push('|');
             }
             prop_assert_eq!(seen.replace('|', ""), clear_text(&hidden));
+        }
+
+        /// However little of it is kept, no byte of a match is clear, and what no match may begin with is.
+        #[test]
+        fn what_is_not_kept_is_hidden(
+            text in "[abcx]{0,40}", cuts in proptest::collection::vec(0_usize..40, 0..6), look_behind in 0_usize..6,
+            which in proptest::sample::subsequence(&PATTERNS, 1..=PATTERNS.len()).prop_shuffle(),
+        ) {
+            let expressions: Vec<_> = which.iter().map(|pattern| (*pattern).to_owned()).collect();
+            let patterns = Patterns::new(&expressions).unwrap().unwrap().looking_behind(look_behind);
+            let mut cuts: Vec<_> = cuts.into_iter().map(|at| at.min(text.len())).chain([0, text.len()]).collect();
+            cuts.sort_unstable();
+            let (mut sieve, mut hidden, mut at) = (Sieve::default(), vec![false; text.len()], 0);
+            for cut in cuts.windows(2) {
+                let piece = &text.as_bytes()[cut[0]..cut[1]];
+                let (kept, decided) = sieve.search(&patterns, piece);
+                let before = kept.len() - piece.len();
+                for range in decided.found.into_iter().chain(decided.hidden) {
+                    hidden[at + range.start.max(before) - before..at + range.end.max(before) - before].fill(true);
+                }
+                prop_assert!(sieve.begun.len() <= look_behind);
+                at += piece.len();
+            }
+            for pattern in which {
+                for found in regex::Regex::new(pattern).unwrap().find_iter(&text) {
+                    prop_assert!(hidden[found.range()].iter().all(|is| *is), "{pattern} at {}", found.start());
+                }
+            }
+            for (at, _) in text.match_indices('x') {
+                prop_assert!(!hidden[at], "no match holds it");
+            }
         }
 
         #[test]

@@ -85,6 +85,29 @@ pub(super) fn no_canary(directory: &Path) {
 }
 
 #[tokio::test]
+async fn a_secret_that_goes_through_the_proxy_to_an_api_server_is_masked() {
+    let uri = "/api/v1/namespaces/default/services/https:kubernetes:443/proxy/api/v1/namespaces/a/secrets/s";
+    let directory = TempDir::new().unwrap();
+    let recorder = Recorder::start(options(directory.path())).unwrap();
+    let attributes = Attributes::parse("PATCH", uri, None);
+    let body = format!("{{\"stringData\":{{\"a\":\"{CANARY}\"}}}}");
+    let headers = content_type("application/merge-patch+json");
+    let (caller, request) = (caller(), (Method::PATCH, uri));
+    let record = open_as(&recorder, &caller, request, &attributes, &headers, Some(&body)).await.unwrap();
+    let answer = format!("{{\"data\":{{\"a\":\"{}\"}}}}", STANDARD.encode(CANARY));
+    record.response_started(StatusCode::OK, &content_type("application/json"), false);
+    record.response_data(&Bytes::from(answer));
+    record.close(Outcome::Complete, None);
+    recorder.stop("test").await.unwrap();
+    let events = read(recorder.folder());
+    for channel in [Channel::RequestBody, Channel::ResponseBody] {
+        let content = String::from_utf8(content(&events, channel)).unwrap();
+        assert!(content.contains("weir:masked:le32:"), "{content}");
+    }
+    no_canary(directory.path());
+}
+
+#[tokio::test]
 async fn a_request_is_read_back_as_it_was_recorded_and_verifies() {
     let directory = TempDir::new().unwrap();
     let recorder = Recorder::start(options(directory.path())).unwrap();

@@ -377,7 +377,7 @@ fn what_is_no_frame_is_raw_from_there_on() {
     {
         let mut bytes = frame(false, 2, b"\x01ok");
         bytes.extend([first, second, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 1, 2, 3, 4, 5]);
-        let decoded = decode(v4, &[(SERVER, &bytes)]);
+        let decoded = decode(v4, &[(SERVER, &bytes[..])]);
         assert_eq!(lane(&decoded, Channel::ServerRaw), bytes[5..], "{first:x} {second:x}");
         assert_eq!(
             (lane(&decoded, Channel::Stdout), &decoded.said[1][..]),
@@ -462,26 +462,17 @@ fn other_upgrades_are_raw_and_say_so() {
 }
 
 #[test]
-fn a_watch_over_websocket_is_a_response_body() {
+fn watches_and_logs_over_websocket_are_response_bodies() {
     let watch = Agreed { verb: "watch", upgrade: "websocket", ..Agreed::default() };
     let bytes = [frame(false, 1, b"{\"a\":1}\n"), frame(false, 1, b"{\"a\":2}\n")].concat();
-    check(
-        watch,
-        SERVER,
-        &bytes,
-        expect![[r#"
-        ResponseBody @0 {\"a\":1}\n{\"a\":2}\n
-    "#]],
-    );
-    let coded = Agreed { subprotocol: "base64.binary.k8s.io", ..watch };
-    check(
-        coded,
-        SERVER,
-        &frame(false, 1, b"eyJhIjoxfQo="),
-        expect![[r#"
-        ResponseBody @0 {\"a\":1}\n
-    "#]],
-    );
+    // The API server agrees to any subprotocol of a watch, and sends it as it is.
+    for subprotocol in ["", "base64.binary.k8s.io", "chat"] {
+        let decoded = decode(Agreed { subprotocol, ..watch }, &[(SERVER, &bytes[..])]);
+        assert_eq!(lane(&decoded, Channel::ResponseBody), b"{\"a\":1}\n{\"a\":2}\n", "{subprotocol}");
+    }
+    let coded = Agreed { verb: "get", subresource: "log", subprotocol: "base64.binary.k8s.io", ..watch };
+    let decoded = decode(coded, &[(SERVER, &frame(false, 1, b"eyJhIjoxfQo=")[..])]);
+    assert_eq!(lane(&decoded, Channel::ResponseBody), b"{\"a\":1}\n");
 }
 
 #[test]
