@@ -6,6 +6,7 @@
 
 mod body;
 mod cast;
+mod changes;
 mod print;
 mod story;
 mod transcript;

@@ -68,6 +68,11 @@ fn text_lines(text: &str, detail: Detail) -> Vec<String> {
     }
 }
 
+/// One line of what is shown at first: escaped, and cut.
+pub(super) fn one_line(line: &str) -> String {
+    line_text(line, Detail::Readable)
+}
+
 /// One line, escaped; cut (before escaping: a body may be one line of megabytes) unless all is wanted.
 fn line_text(line: &str, detail: Detail) -> String {
     match line.char_indices().nth(LINE_CHARS_MAX) {

@@ -13,6 +13,7 @@ use weir_common::event::{BodySummary, BytesError, Channel, Header, Kind};
 use super::{
     ReplayError,
     body::{self, Detail, Shown},
+    changes::Objects,
     story::{Invocation, Piece, Request, Step, Story, channel_name, outcome},
     wording::{acting, execution, meaning, quoted},
 };
@@ -24,6 +25,8 @@ use crate::{
 
 /// Most lines of a body that are shown unless all is wanted.
 const BODY_LINES_MAX: usize = 24;
+/// Most lines of what a change made of an object that are shown unless all is wanted.
+const CHANGES_MAX: usize = 40;
 /// Most lines of one piece of a stream that are shown unless all is wanted.
 const PIECE_LINES_MAX: usize = 40;
 /// Most bytes of a body that are read to be shown as a whole; what is longer is printed piece by piece or cut.
@@ -46,6 +49,8 @@ pub(crate) struct Printer<'a> {
     full_command: &'a str,
     /// Ends of pieces of watches that are no whole line yet, by request.
     partial: HashMap<usize, Vec<u8>>,
+    /// Objects as the session has seen them.
+    objects: Objects,
 }
 
 impl<'a> Printer<'a> {
@@ -58,7 +63,16 @@ impl<'a> Printer<'a> {
         detail: Detail,
         full_command: &'a str,
     ) -> Self {
-        Self { out, style, story, archive, detail, full_command, partial: HashMap::new() }
+        Self {
+            out,
+            style,
+            story,
+            archive,
+            detail,
+            full_command,
+            partial: HashMap::new(),
+            objects: Objects::default(),
+        }
     }
 
     /// Hands what was printed to the terminal.
@@ -337,6 +351,9 @@ impl<'a> Printer<'a> {
             content.extend_from_slice(&self.read(*piece)?);
             read += 1;
         }
+        if channel == Channel::ResponseBody && holes == 0 && read == pieces.len() {
+            self.changes(request, &content)?;
+        }
         let shown = body::show(&content, self.detail);
         let label = shown.label.as_ref().map(|label| format!(" ({label})")).unwrap_or_default();
         if self.detail == Detail::Full || shown.label.is_some() {
@@ -360,6 +377,18 @@ impl<'a> Printer<'a> {
             Some(summary) => Ok(self.summary(summary)?),
             None => Ok(()),
         }
+    }
+
+    /// What a patch, an apply or an update made of an object that the session has read before.
+    fn changes(&mut self, request: &Request, answer: &[u8]) -> io::Result<()> {
+        let Some((_, opened)) = &request.opened else { return Ok(()) };
+        let status = request.response.as_ref().map(|(_, status, _)| *status);
+        let label = self.story.label(request);
+        let Some((title, lines)) = self.objects.changed(&label, opened, status, answer) else {
+            return Ok(());
+        };
+        self.note(&title)?;
+        self.lines(request, &Shown { label: None, lines }, CHANGES_MAX)
     }
 
     fn read(&mut self, piece: Piece) -> Result<Vec<u8>, ReplayError> {

@@ -100,6 +100,36 @@ fn a_session_is_replayed_process_by_process() {
 }
 
 #[test]
+fn what_a_patch_made_of_an_object_that_was_read_before_is_shown() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut writer = Writer::new(1, 7);
+    writer.started().session(SESSION, "u").invocation(SESSION, "i", &["kubectl", "debug", "a"]);
+    let body = |containers: &str| {
+        format!(
+            "{{\"kind\":\"Pod\",\"metadata\":{{\"uid\":\"7\",\"name\":\"a\"}},\"spec\":{{{containers}}}}}"
+        )
+        .into_bytes()
+    };
+    let (get, patch) = ([SESSION, "i", "get"], [SESSION, "i", "patch"]);
+    writer.open(get, request("GET", "get", "/api/v1/namespaces/web/pods/a", "web")).respond(get, 200);
+    writer.content(get, Channel::ResponseBody, 0, &body("")).close(get, 200, 1000).after_ms(5);
+    let uri = "/api/v1/namespaces/web/pods/a/ephemeralcontainers";
+    writer.open(patch, request("PATCH", "patch", uri, "web")).respond(patch, 200);
+    let added = body(r#""ephemeralContainers":[{"name":"debugger","image":"tools"}]"#);
+    writer.content(patch, Channel::ResponseBody, 0, &added).close(patch, 200, 1000);
+    writer.commit().checkpoint().save(directory.path(), 64);
+    let journal = Journal::open(directory.path()).unwrap();
+    for pace in [None, Some(Pace { speed: 1e6, idle_limit: None })] {
+        let mut out = Vec::new();
+        play(&journal, &Subject::Session(SESSION.into()), pace, None, &mut out, Style::PLAIN).unwrap();
+        let text = String::from_utf8(out).unwrap();
+        let change = "changes, against the object as [1.1] saw it:\n             \u{2502} + spec.ephemeralContainers: \
+                      [{\"image\":\"tools\",\"name\":\"debugger\"}]\n";
+        assert!(text.contains(change), "{text}");
+    }
+}
+
+#[test]
 fn one_request_is_printed_in_full() {
     check(
         Subject::Request("req-exec".into()),
