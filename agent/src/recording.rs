@@ -5,6 +5,7 @@
 //! numbers, frames and commits. Nothing unmasked reaches the writer.
 
 mod admission;
+mod arguments;
 mod automaton;
 mod body;
 mod bounded;

@@ -21,6 +21,8 @@ pub struct Coverage {
     pub unrecorded: Vec<String>,
     /// What Weir says it forwarded and the API server did not see.
     pub unaudited: Vec<String>,
+    /// What has more than one entry in the audit log, or more than one record, under one id.
+    pub repeated: Vec<String>,
     /// Recorded requests that need no audit entry: refused by Weir, or not delivered to the API server.
     pub not_forwarded: usize,
 }
@@ -30,10 +32,16 @@ impl Coverage {
     #[must_use]
     pub fn compare(audit: &[AuditEntry], events: &[Event], uid: &str) -> Self {
         let recorded = Recorded::of_pod(events, uid);
-        let mut coverage = Self { not_forwarded: recorded.not_forwarded.len(), ..Self::default() };
+        let mut coverage = Self {
+            not_forwarded: recorded.not_forwarded.len(),
+            repeated: recorded.repeated.iter().map(|id| format!("{id} on record")).collect(),
+            ..Self::default()
+        };
         let mut audited = BTreeSet::new();
         for entry in audit {
-            audited.insert(entry.audit_id.as_str());
+            if !audited.insert(entry.audit_id.as_str()) {
+                coverage.repeated.push(format!("{} in the audit log", entry.audit_id));
+            }
             let resource = if entry.resource.is_empty() { "(non-resource)" } else { &entry.resource };
             let row = coverage.rows.entry((entry.verb.clone(), resource.to_owned())).or_default();
             row.0 += 1;
@@ -68,10 +76,13 @@ impl Coverage {
         events.iter().find(is_it)?.request.as_deref()
     }
 
-    /// Whether both witnesses saw the same requests, and at least one.
+    /// Whether both witnesses saw the same requests, each once, and at least one.
     #[must_use]
     pub fn is_complete(&self) -> bool {
-        !self.rows.is_empty() && self.unrecorded.is_empty() && self.unaudited.is_empty()
+        !self.rows.is_empty()
+            && self.unrecorded.is_empty()
+            && self.unaudited.is_empty()
+            && self.repeated.is_empty()
     }
 }
 
@@ -80,6 +91,7 @@ impl Coverage {
 struct Recorded<'a> {
     opened: BTreeMap<&'a str, String>,
     not_forwarded: BTreeSet<&'a str>,
+    repeated: Vec<&'a str>,
 }
 
 impl<'a> Recorded<'a> {
@@ -98,7 +110,10 @@ impl<'a> Recorded<'a> {
             }
             match &event.kind {
                 Kind::RequestOpened(opened) => {
-                    recorded.opened.insert(request, format!("{} {}", opened.method, opened.uri));
+                    let what = format!("{} {}", opened.method, opened.uri);
+                    if recorded.opened.insert(request, what).is_some() {
+                        recorded.repeated.push(request);
+                    }
                 }
                 Kind::RequestRefused { .. } => {
                     recorded.not_forwarded.insert(request);
@@ -127,6 +142,7 @@ impl fmt::Display for Coverage {
         writeln!(formatter, "{:<47} {:>9} {:>9}", "all", total.0, total.1)?;
         writeln!(formatter, "recorded and not forwarded: {}", self.not_forwarded)?;
         list(formatter, "in the audit log, not recorded", &self.unrecorded)?;
+        list(formatter, "more than once", &self.repeated)?;
         list(formatter, "recorded as forwarded, not in the audit log", &self.unaudited)
     }
 }
@@ -212,6 +228,14 @@ mod tests {
     fn a_record_that_the_api_server_never_saw_is_named() {
         let coverage = Coverage::compare(&[entry("1")], &[session(), opened("1"), opened("2")], "pod-1");
         assert_eq!(coverage.unaudited, ["2 GET /api"]);
+    }
+
+    #[test]
+    fn an_id_that_two_requests_have_is_named() {
+        let events = [session(), opened("1"), opened("2"), opened("2")];
+        let coverage = Coverage::compare(&[entry("1"), entry("1"), entry("2")], &events, "pod-1");
+        assert_eq!(coverage.repeated, ["2 on record", "1 in the audit log"]);
+        assert!(!coverage.is_complete());
     }
 
     #[test]

@@ -83,8 +83,9 @@ impl Interceptor {
             listener_port: u32::from(listener.port()),
         };
         kernel.classify(id, entry)?;
-        // The programs are on one cgroup of the tree, and nothing passes for being in the host's namespace.
-        kernel.set_settings(0, 1)?;
+        // The programs are on one cgroup of the tree. In this network namespace, loopback is where a kubeconfig's server may be, as those of
+        // kind and minikube are.
+        kernel.set_settings(listener.netns(), 1)?;
         let mut api_set = ApiSet { kernel: Arc::clone(&kernel), targets, known: BTreeMap::new() };
         api_set.fill().await?;
         kernel.attach(cgroup.path())?;

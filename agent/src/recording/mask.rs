@@ -1,5 +1,5 @@
-//! Masks of single values: what stands in a record in place of a secret, and which headers, query parameters and
-//! arguments hold one. Bodies are `body`'s matter. Sans-IO.
+//! Masks of single values: what stands in a record in place of a secret, and which headers and query parameters hold one. Bodies
+//! are `body`'s matter, arguments `arguments`'. Sans-IO.
 //!
 //! A mask is `weir:masked:<length class>:<keyed digest>`: equal secrets are recognisable as equal, and whoever lacks the
 //! key cannot try guesses. The key is per cluster, derived from one per journal.
@@ -39,23 +39,6 @@ const WEBSOCKET_BEARER: &str = "base64url.bearer.authorization.k8s.io.";
 
 /// Query parameters that hold a credential.
 const CREDENTIAL_PARAMETERS: [&str; 4] = ["token", "access_token", "id_token", "x-amz-security-token"];
-
-/// Flags of kubectl, curl and their like whose value is a credential.
-const CREDENTIAL_FLAGS: [&str; 10] = [
-    "--token",
-    "--password",
-    "--username",
-    "--from-literal",
-    "--docker-password",
-    "--auth-provider-arg",
-    "--exec-env",
-    "--header",
-    "--user",
-    "--oauth2-bearer",
-];
-
-/// Short flags of curl whose value may hold a credential.
-const CREDENTIAL_SHORT_FLAGS: [&str; 3] = ["-H", "-u", "-b"];
 
 /// Makes masks for one cluster, by the rules that hold for one request. `Debug` shows nothing of the key.
 #[derive(Clone)]
@@ -190,7 +173,7 @@ impl Masker {
     }
 
     /// A URI with the values of credential parameters masked, cut to its limit.
-    fn uri(&self, uri: &str) -> String {
+    pub(super) fn uri(&self, uri: &str) -> String {
         let mut masked = match uri.split_once('?') {
             None => self.path(uri),
             Some((path, query)) => {
@@ -273,57 +256,6 @@ impl Masker {
         }
     }
 
-    /// Arguments as they are recorded. They are a claim anyway; what looks like a credential is masked.
-    pub(super) fn arguments(&self, arguments: &[String]) -> Vec<String> {
-        self.arguments_with(arguments, |uri| self.uri(uri))
-    }
-
-    fn arguments_with(&self, arguments: &[String], masked_uri: impl Fn(&str) -> String) -> Vec<String> {
-        let mut value_follows = false;
-        let one = |argument: &String| {
-            if std::mem::take(&mut value_follows) {
-                return self.mask(argument.as_bytes());
-            }
-            if CREDENTIAL_FLAGS.contains(&argument.as_str())
-                || CREDENTIAL_SHORT_FLAGS.contains(&argument.as_str())
-            {
-                value_follows = true;
-                return argument.clone();
-            }
-            if let Some(masked) = self.variable(argument) {
-                return masked;
-            }
-            match argument.split_once('=') {
-                Some((flag, value)) if CREDENTIAL_FLAGS.contains(&flag) => self.flag_value(flag, value),
-                Some((name, value))
-                    if looks_secret(name) || is_variable(name) && self.masks.environment(name) =>
-                {
-                    format!("{name}={}", self.mask(value.as_bytes()))
-                }
-                _ if argument.contains('?') && argument.contains("://") => masked_uri(argument),
-                _ => self.text(argument),
-            }
-        };
-        arguments.iter().map(one).collect()
-    }
-
-    /// `--env=NAME=VALUE` of kubectl run and set env, whose value is masked as the variable's would be; none: it is another argument.
-    fn variable(&self, argument: &str) -> Option<String> {
-        let (name, value) = argument.strip_prefix("--env=")?.split_once('=')?;
-        let is_masked = looks_secret(name) || self.masks.environment(name);
-        is_masked.then(|| format!("--env={name}={}", self.mask(value.as_bytes())))
-    }
-
-    /// `--from-literal=key=value` keeps its key.
-    fn flag_value(&self, flag: &str, value: &str) -> String {
-        match value.split_once('=') {
-            Some((key, value)) if flag == "--from-literal" => {
-                format!("{flag}={key}={}", self.mask(value.as_bytes()))
-            }
-            _ => format!("{flag}={}", self.mask(value.as_bytes())),
-        }
-    }
-
     /// A process as it is recorded.
     pub(super) fn process(&self, process: &Process) -> Process {
         Process { argv: self.arguments(&process.argv), ..process.clone() }
@@ -394,19 +326,6 @@ fn unescaped(text: &str) -> (Vec<u8>, Vec<usize>) {
     }
     places.push(text.len());
     (bytes, places)
-}
-
-/// Whether an argument before `=` is the name of a variable, not a flag or a path.
-fn is_variable(name: &str) -> bool {
-    !name.is_empty() && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')
-}
-
-/// An argument or variable name that speaks of a secret.
-fn looks_secret(name: &str) -> bool {
-    let name = name.to_ascii_lowercase();
-    ["token", "password", "passwd", "secret", "apikey", "api_key", "api-key"]
-        .iter()
-        .any(|word| name.contains(word))
 }
 
 #[cfg(test)]
@@ -495,30 +414,6 @@ mod tests {
         let masker = masker().by(&Arc::new(masks));
         assert_eq!(masker.uri("/proxy/%2541KIA0123"), "/proxy/%2541KIA0123");
         assert_eq!(masker.header_value("x-note", b"%41KIA0123"), "%41KIA0123");
-    }
-
-    #[test]
-    fn arguments_that_are_credentials_are_masked() {
-        let given = [
-            "kubectl",
-            "--token=canary",
-            "--token",
-            "canary",
-            "-n",
-            "x",
-            "--from-literal=key=canary",
-            "PASSWORD=canary",
-            "--env=DB_PASSWORD=canary",
-            "--env",
-            "API_KEY=canary",
-            "--env=LEVEL=info",
-        ];
-        let masked = masker().arguments(&given.map(str::to_owned));
-        assert!(!masked.iter().any(|argument| argument.contains("canary")), "{masked:?}");
-        assert_eq!((&*masked[0], &*masked[4], &*masked[5]), ("kubectl", "-n", "x"));
-        assert!(masked[6].starts_with("--from-literal=key=weir:masked:"));
-        assert!(masked[8].starts_with("--env=DB_PASSWORD=weir:masked:"));
-        assert_eq!(masked[11], "--env=LEVEL=info");
     }
 
     #[test]

@@ -16,6 +16,16 @@ const SEGMENTS_MAX: usize = 32;
 /// Names of environment variables whose values are masked, unless others are configured.
 pub const ENVIRONMENT: [&str; 6] = ["*PASSWORD*", "*PASSWD*", "*TOKEN*", "*SECRET*", "*KEY*", "*CREDENTIAL*"];
 
+/// How a private key in PEM begins, and in base64 (without, `RSA `, `EC `, `OPENSSH `, `ENCRYPTED `): such a value is masked wherever it stands.
+pub(super) const PRIVATE_KEYS: [&str; 6] = [
+    "PRIVATE KEY-----",
+    "LS0tLS1CRUdJTiBQUklWQVRFIEtF",
+    "LS0tLS1CRUdJTiBSU0EgUFJJVkFURSBL",
+    "LS0tLS1CRUdJTiBFQyBQUklWQVRFIEtF",
+    "LS0tLS1CRUdJTiBPUEVOU1NIIFBSSVZBVEUgS0VZ",
+    "LS0tLS1CRUdJTiBFTkNSWVBURUQgUFJJVkFURSBL",
+];
+
 /// Fields of objects that are masked.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct FieldMask {
@@ -61,7 +71,7 @@ pub struct Masks {
     /// By the rules' order.
     paths: Vec<Vec<Path>>,
     /// What in a body in JSON makes it worth parsing.
-    mention: Option<Regex>,
+    mention: Regex,
     /// Names of environment variables, wherever they stand.
     names: Option<Regex>,
     patterns: Option<Patterns>,
@@ -125,7 +135,7 @@ impl Masks {
             let place = index.map_or_else(|| "patterns".to_owned(), |index| format!("patterns[{index}]"));
             MaskError { place, problem }
         })?;
-        let [mention, names] = searched(&rules)?;
+        let (mention, names) = searched(&rules)?;
         Ok(Self { rules, paths, mention, names, patterns })
     }
 
@@ -143,7 +153,7 @@ impl Masks {
     pub(super) fn may_be_in(&self, body: &[u8], here: FieldSet, yaml: bool) -> bool {
         let has_environment = !self.rules.environment.is_empty();
         self.hides(here)
-            || self.mention.as_ref().is_some_and(|mention| mention.is_match(body))
+            || self.mention.is_match(body)
             // Names can be written in many ways there.
             || yaml && has_environment && body.windows(3).any(|window| window == b"env")
     }
@@ -189,9 +199,9 @@ impl Masks {
     }
 }
 
-/// What in a body makes it worth parsing: a kind of a rule, an environment variable of such a name, a patch of one; and those names
+/// What in a body makes it worth parsing: a kind of a rule, an environment variable of such a name, a patch of one, a private key; and those names
 /// alone.
-fn searched(rules: &MaskRules) -> Result<[Option<Regex>; 2], MaskError> {
+fn searched(rules: &MaskRules) -> Result<(Regex, Option<Regex>), MaskError> {
     let kinds = rules.fields.iter().flat_map(|field| &field.kinds);
     let mut any: Vec<String> = kinds.map(|kind| regex::escape(kind)).collect();
     let name = |pattern: &String| pattern.split('*').map(regex::escape).collect::<Vec<_>>().join(r#"[^"]*"#);
@@ -203,9 +213,10 @@ fn searched(rules: &MaskRules) -> Result<[Option<Regex>; 2], MaskError> {
         any.push(r#"/env(?:\\?/|")"#.to_owned());
     }
     let built = |text: &str| regex::bytes::RegexBuilder::new(text).unicode(false).build();
-    let built = |text: &str, is_wanted: bool| is_wanted.then(|| built(text)).transpose();
-    let all = built(&any.join("|"), !any.is_empty())
-        .and_then(|mention| Ok([mention, built(&names, !rules.environment.is_empty())?]));
+    any.extend(PRIVATE_KEYS.map(str::to_owned));
+    let has_names = !rules.environment.is_empty();
+    let all = built(&any.join("|"))
+        .and_then(|mention| Ok((mention, has_names.then(|| built(&names)).transpose()?)));
     all.map_err(|_| {
         let problem = "is too long to be searched for, with the kinds in fields; give fewer or shorter names";
         MaskError { place: "environment".to_owned(), problem: problem.to_owned() }

@@ -141,6 +141,27 @@ fn what_only_calls_itself_a_table_keeps_its_rows() {
 }
 
 #[test]
+fn private_keys_are_masked_wherever_they_stand_in_an_object() {
+    for key in [
+        "-----BEGIN PRIVATE KEY-----\\nCANARY",
+        "-----BEGIN RSA PRIVATE KEY-----\\nCANARY",
+        "LS0tLS1CRUdJTiBFQyBQUklWQVRFIEtFWS0tLS0tCANARY",
+        "users: [{user: {client-key-data: LS0tLS1CRUdJTiBQUklWQVRFIEtFWS0tLS0tCANARY}}]",
+    ] {
+        let body =
+            format!(r#"{{"kind":"ConfigMap","data":{{"a":"{key}","b":"c"}}}}"#).replace("CANARY", CANARY);
+        let shown = shown(&masker(MaskRules::default(), PODS), JSON, &body);
+        assert!(shown.starts_with("1 masked ") && shown.contains(r#""b":"c""#), "{shown}");
+    }
+    let certificate =
+        r#"{"kind":"CertificateSigningRequest","spec":{"request":"LS0tLS1CRUdJTiBDRVJUSUZJQ0FURQ=="}}"#;
+    assert_eq!(
+        shown(&masker(MaskRules::default(), PODS), JSON, certificate),
+        format!("0 masked {certificate}")
+    );
+}
+
+#[test]
 fn fields_are_masked_in_every_form_of_an_object() {
     for (path, body, masks) in [
         (MAPS, r#"{"kind":"ConfigMap","data":{"a":"CANARY"}}"#, 1),
@@ -197,6 +218,15 @@ fn fields_are_masked_in_every_form_of_an_object() {
         r#"{"kind":"ConfigMap","metadata":{"name":"m","managedFields":[{"fieldsV1":{"f:data":{"f:a":{}}}}]},"data":{"a":"CANARY"}}"#,
         expect![[
             r#"1 masked {"data":{"a":"weir:masked:le16:903554d12c313c30"},"kind":"ConfigMap","metadata":{"managedFields":[{"fieldsV1":{"f:data":{"f:a":{}}}}],"name":"m"}}"#
+        ]],
+    );
+    // Entries of lists are named by values that stand in them.
+    check(
+        "/apis/x.io/v1/databases/d",
+        JSON,
+        r#"{"metadata":{"managedFields":[{"fieldsV1":{"f:spec":{"f:users":{"k:{\"name\":\"CANARY\"}":{".":{}}},"f:tokens":{"v:\"CANARY\"":{}}}}}]}}"#,
+        expect![[
+            r#"2 masked {"metadata":{"managedFields":[{"fieldsV1":{"f:spec":{"f:tokens":{"v:weir:masked:le16:c7d8f2a51a2016bd":{}},"f:users":{"k:weir:masked:le32:fd774ede1da3d7fc":{".":{}}}}}}]}}"#
         ]],
     );
     // Of another kind nothing is.

@@ -185,25 +185,34 @@ async fn a_dropped_record_closes_as_client_aborted_and_a_closed_one_closes_once(
 async fn a_response_beyond_the_limit_is_cut_with_a_mark_and_a_digest() {
     let directory = TempDir::new().unwrap();
     let recorder = Recorder::start(options(directory.path())).unwrap();
-    let record = get(&recorder, &attributes("list", "pods", "")).await;
-    record.response_started(StatusCode::OK, &content_type(JSON), false);
-    for _ in 0..100 {
-        record.response_data(&Bytes::from(vec![b'x'; 1000]));
+    let mut other = vec![b'x'; 100_000];
+    other[99_999] = b'y';
+    for (body, piece) in [(vec![b'x'; 100_000], 1000), (vec![b'x'; 100_000], 70_000), (other, 1000)] {
+        let record = get(&recorder, &attributes("list", "pods", "")).await;
+        record.response_started(StatusCode::OK, &content_type(JSON), false);
+        for piece in body.chunks(piece) {
+            record.response_data(&Bytes::copy_from_slice(piece));
+        }
+        record.close(Outcome::Complete, None);
     }
-    record.close(Outcome::Complete, None);
     let discovery = get(&recorder, &attributes("get", "", "")).await;
     discovery.response_started(StatusCode::OK, &content_type(JSON), false);
     discovery.response_data(&Bytes::from_static(b"{}"));
     drop(discovery);
     recorder.stop("test").await.unwrap();
     let events = read(recorder.folder());
-    assert_eq!(content(&events, Channel::ResponseBody), vec![b'x'; 64 * 1024]);
+    let first = events.iter().find_map(|event| event.request.as_ref());
+    let of_first: Vec<_> = events.iter().filter(|event| event.request.as_ref() == first).cloned().collect();
+    assert_eq!(content(&of_first, Channel::ResponseBody), vec![b'x'; 64 * 1024]);
     let summaries = events.iter().filter_map(|event| match &event.kind {
         Kind::RequestClosed(closed) => closed.body.clone(),
         _ => None,
     });
     let summaries: Vec<_> = summaries.collect();
-    let cut = summaries.iter().find(|summary| summary.wire_bytes == 100_000).unwrap();
+    let all_cut: Vec<_> = summaries.iter().filter(|summary| summary.wire_bytes == 100_000).collect();
+    let [cut, again, other] = all_cut[..] else { panic!("{all_cut:?}") };
+    assert_eq!(cut.digest, again.digest, "of the whole, however it came");
+    assert_ne!(cut.digest, other.digest, "also of what was left out");
     assert_eq!(cut.recorded_bytes, 64 * 1024);
     assert!(cut.digest.as_ref().unwrap().starts_with("hmac-sha256:"));
     assert!(cut.truncated.as_ref().unwrap().contains("65536"));

@@ -213,7 +213,9 @@ impl Upgraded {
 
     /// A file as it is recorded: where something of its channel was masked, or nobody looked, without its digest, which is not keyed.
     fn copied(&self, file: FileCopied) -> FileCopied {
-        let Some(sieves) = &self.sieves else { return file };
+        let Some(sieves) = &self.sieves else {
+            return FileCopied { digest: file.digest.filter(|_| !self.leaves_out.payload), ..file };
+        };
         let lane = Lane { channel: file.channel, connection: None };
         let digest = file.digest.filter(|_| !self.leaves_out.payload && !sieves.has_masked(lane));
         let link_target = file.link_target.map(|target| sieves.text(&target));

@@ -8,7 +8,7 @@ use futures::FutureExt as _;
 use http::{HeaderMap, Method, StatusCode};
 use sha2::{Digest as _, Sha256};
 use tempfile::TempDir;
-use weir_common::event::{Channel, Kind, Outcome};
+use weir_common::event::{Channel, Event, Kind, Outcome};
 
 use super::{
     CommitRule, CommitRules, MaskRules, Masks, Recorder, RecorderOptions, Streams,
@@ -121,12 +121,27 @@ async fn a_watch_over_websocket_is_masked_event_by_event_and_one_that_is_not_par
     }
 }
 
-#[tokio::test]
-async fn files_that_go_through_exec_are_named_with_length_and_digest() {
+/// What `kubectl cp` sends of a file.
+fn archive() -> Vec<u8> {
     let folder = TempDir::new().unwrap();
     std::fs::write(folder.path().join("a"), b"content").unwrap();
     let mut tar = std::process::Command::new("tar");
-    let archive = tar.args(["-c", "-f", "-", "-C"]).arg(folder.path()).arg("a").output().unwrap().stdout;
+    tar.args(["-c", "-f", "-", "-C"]).arg(folder.path()).arg("a").output().unwrap().stdout
+}
+
+fn copied(events: &[Event]) -> Vec<(&str, u64, Option<String>)> {
+    fn file(event: &Event) -> Option<(&str, u64, Option<String>)> {
+        match &event.kind {
+            Kind::FileCopied(file) => Some((file.path.as_str(), file.bytes, file.digest.clone())),
+            _ => None,
+        }
+    }
+    events.iter().filter_map(file).collect()
+}
+
+#[tokio::test]
+async fn files_that_go_through_exec_are_named_with_length_and_digest() {
+    let archive = archive();
     let directory = TempDir::new().unwrap();
     let recorder = Recorder::start(options(directory.path())).unwrap();
     let headers = agreed("v5.channel.k8s.io");
@@ -140,15 +155,8 @@ async fn files_that_go_through_exec_are_named_with_length_and_digest() {
     recorder.stop("test").await.unwrap();
     let events = read(recorder.folder());
     assert_eq!(content(&events, Channel::Stdin), archive);
-    let files: Vec<_> = events
-        .iter()
-        .filter_map(|event| match &event.kind {
-            Kind::FileCopied(file) => Some((file.path.as_str(), file.bytes, file.digest.clone())),
-            _ => None,
-        })
-        .collect();
     let digest = format!("sha256:{}", hex::encode(Sha256::digest(b"content")));
-    assert_eq!(files, [("a", 7, Some(digest))]);
+    assert_eq!(copied(&events), [("a", 7, Some(digest))]);
 }
 
 #[tokio::test]
@@ -175,6 +183,24 @@ async fn of_a_stream_whose_payload_a_rule_leaves_out_its_end_and_lengths_are_rec
     });
     assert_eq!(missing, Some(2 * CANARY.len() as u64));
     assert_eq!(closed(&events).exit_code, Some(0));
+}
+
+#[tokio::test]
+async fn of_files_whose_content_a_rule_leaves_out_there_is_no_digest_to_guess_by() {
+    let directory = TempDir::new().unwrap();
+    let rule = CommitRule { streams: Streams::Metadata, ..CommitRule::default() };
+    let rules = CommitRules { rules: vec![rule], ..CommitRules::default() };
+    let recorder = Recorder::start(RecorderOptions { rules, ..options(directory.path()) }).unwrap();
+    let headers = agreed("v5.channel.k8s.io");
+    let record =
+        open(&recorder, Method::POST, &attributes("create", "pods", "exec"), &headers, None).await.unwrap();
+    record.response_started(StatusCode::SWITCHING_PROTOCOLS, &headers, true);
+    for piece in archive().chunks(100) {
+        record.client_stream_data(from_client(&[b"\0", piece].concat()).into()).await.unwrap();
+    }
+    record.close(Outcome::Complete, None);
+    recorder.stop("test").await.unwrap();
+    assert_eq!(copied(&read(recorder.folder())), [("a", 7, None)]);
 }
 
 #[tokio::test]

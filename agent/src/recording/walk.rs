@@ -9,7 +9,7 @@ use super::{
     body::{LAST_APPLIED, Sensitivity, mentions_secret},
     bounded,
     mask::{MASK_PREFIX, Masker},
-    masks::{FieldSet, Segment},
+    masks::{FieldSet, PRIVATE_KEYS, Segment},
     quoted,
 };
 
@@ -165,6 +165,7 @@ impl Walk<'_> {
                 ("data", Sensitivity::Secrets) => self.data(value),
                 ("stringData", Sensitivity::Secrets) | ("token", Sensitivity::Tokens) => self.leaves(value),
                 (LAST_APPLIED, _) => self.last_applied(value, around),
+                ("managedFields", _) if own != 0 => self.managed(value),
                 ("env", _) => {
                     self.environment(value);
                     self.value(value, around);
@@ -173,6 +174,28 @@ impl Walk<'_> {
             }
         }
         self.names(object);
+    }
+
+    /// `managedFields` name entries of lists by values that stand in them: `k:{"name":"a"}`, `v:"a"`
+    /// (sigs.k8s.io/structured-merge-diff `fieldpath`).
+    fn managed(&mut self, value: &mut Value) {
+        match value {
+            Value::Array(items) => items.iter_mut().for_each(|item| self.managed(item)),
+            Value::Object(entries) => {
+                let renamed = std::mem::take(entries).into_iter().map(|(name, mut value)| {
+                    self.managed(&mut value);
+                    let hidden = name.split_at_checked(2).filter(|(form, _)| matches!(*form, "k:" | "v:"));
+                    (
+                        hidden.map_or(name.clone(), |(form, entry)| {
+                            format!("{form}{}", self.mask(entry.as_bytes()))
+                        }),
+                        value,
+                    )
+                });
+                *entries = renamed.collect();
+            }
+            _ => {}
+        }
     }
 
     /// Words that may quote what was sent.
@@ -240,8 +263,14 @@ impl Walk<'_> {
         *object = renamed.collect();
     }
 
-    /// A value that is not masked as a whole: what an expression finds in it is.
+    /// A value that is not masked as a whole: a private key is, and what an expression finds in it.
     fn scalar(&mut self, value: &mut Value) {
+        if let Value::String(text) = value
+            && PRIVATE_KEYS.iter().any(|begin| text.contains(begin))
+        {
+            *text = self.mask(text.as_bytes());
+            return;
+        }
         if self.masker.masks().patterns().is_none() {
             return;
         }
@@ -321,7 +350,7 @@ impl Walk<'_> {
 }
 
 /// Whether this has the form of a mask: whatever it is, it tells no more than one.
-fn is_mask(text: &str) -> bool {
+pub(super) fn is_mask(text: &str) -> bool {
     let parts = text.strip_prefix(MASK_PREFIX).and_then(|rest| rest.split_once(':'));
     parts.is_some_and(|(class, digest)| {
         let length = class.strip_prefix("le").unwrap_or(class);

@@ -236,7 +236,7 @@ proptest! {
     }
 
     #[test]
-    fn damage_loses_no_byte_of_what_passes_undecoded_and_never_panics(
+    fn what_is_damaged_never_panics_and_a_cut_still_changes_nothing(
         which in 0_usize..11, at in 0_usize..4096, with: u8, sizes in proptest::collection::vec(1_usize..80, 1..6),
     ) {
         let conversation = conversations().swap_remove(which);

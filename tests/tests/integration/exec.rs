@@ -1,10 +1,12 @@
 //! `weir-agent exec` against the testbed's API server, with the kinds of credentials that kubeconfigs have.
 
 use std::{
-    fs,
+    fs, io,
+    net::{Shutdown, SocketAddr, TcpListener, TcpStream},
     os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     process::{Command, Output},
+    thread,
 };
 
 use serde_json::{Value, json};
@@ -112,6 +114,26 @@ fn a_client_certificate_works_and_its_key_stays_where_it_is() {
     assert_eq!(fs::read(&kubeconfig).unwrap(), before, "the file itself is not changed");
 }
 
+/// Serves at loopback what is served there, as long as the test runs.
+fn relay(server: SocketAddr) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    thread::spawn(move || {
+        for client in listener.incoming().map_while(Result::ok) {
+            let upstream = TcpStream::connect(server).unwrap();
+            for (mut from, mut to) in
+                [(client.try_clone().unwrap(), upstream.try_clone().unwrap()), (upstream, client)]
+            {
+                thread::spawn(move || {
+                    let _ = io::copy(&mut from, &mut to);
+                    let _ = to.shutdown(Shutdown::Write);
+                });
+            }
+        }
+    });
+    address
+}
+
 #[test]
 fn a_token_and_an_exec_plugin_work() {
     let Some(scene) = Scene::new() else { return };
@@ -119,6 +141,20 @@ fn a_token_and_an_exec_plugin_work() {
     let mut kubeconfig = admin(&scene);
     kubeconfig["users"][0]["user"] = json!({"token": token.trim()});
     check(&scene, &written(&scene, "token.json", &kubeconfig));
+
+    // As the kubeconfigs of kind and minikube have it.
+    let cluster = &mut kubeconfig["clusters"][0]["cluster"];
+    let server = cluster["server"].as_str().unwrap().trim_start_matches("https://").parse().unwrap();
+    let direct = std::mem::replace(&mut cluster["server"], json!(format!("https://{}", relay(server))));
+    let local = written(&scene, "loopback.json", &kubeconfig);
+    let absent = ["get", "namespace", "absent-at-loopback"];
+    let (intercepted, answered) = both(&scene, &local, &absent);
+    assert_eq!(shown(&intercepted), shown(&answered));
+    let recorded = scene.events().into_iter().any(|event| {
+        matches!(&event.kind, Kind::RequestOpened(opened) if opened.uri.contains("absent-at-loopback"))
+    });
+    assert!(recorded, "a server at loopback is no way past the record");
+    kubeconfig["clusters"][0]["cluster"]["server"] = direct;
 
     let plugin = scene.scratch.path().join("plugin.sh");
     let credential = json!({
