@@ -102,7 +102,7 @@ impl Clients {
         })
     }
 
-    /// The Java client, too: the command that runs its program. For long runs, since it alone needs Maven's jars.
+    /// The Java client, too: the command that runs its program. Apart from the others, since it alone needs Maven's jars.
     ///
     /// # Errors
     /// When something cannot be fetched, has another hash than its lock says, or is not compiled.
@@ -121,7 +121,10 @@ impl Clients {
             [home, settings].iter().filter(|path| !path.starts_with("/usr")).map(|path| Folder::same(path)),
         );
         let path = format!("{}/*:{}", installed.jars().display(), classes.display());
-        let command = ["-Xmx256m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-cp", &path, "Client"];
+        // A warning of how busy the machine is, which differs from run to run.
+        let quiet = "-Dorg.slf4j.simpleLogger.log.io.vertx.core.impl.BlockedThreadChecker=off";
+        let command =
+            ["-Xmx256m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", quiet, "-cp", &path, "Client"];
         Ok(std::iter::once(java.display().to_string()).chain(command.map(str::to_owned)).collect())
     }
 

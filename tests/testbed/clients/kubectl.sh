@@ -1,5 +1,6 @@
 # What a person does with kubectl, each thing once; prints what came of it, without what differs from run to run.
-# Arguments: kubectl, namespace, name, port, bytes, Python; IDLE is how long a forwarded port lies idle before it is used.
+# Arguments: kubectl, namespace, name, port, bytes, Python; IDLE is how long a forwarded port, an exec, a log and a watch lie idle
+# before they go on.
 kubectl=$1 namespace=$2 name=$3 port=$4 bytes=$5 python=$6
 folder=${0%/*}
 export HOME=/tmp/$name KUBECACHEDIR=/tmp/$name/cache
@@ -92,6 +93,12 @@ step "cp back" k cp "target:tmp/$name-file" back -c "$name"
 echo "== cp"
 cmp bytes back && echo same
 
+"$kubectl" -n "$namespace" exec target -c "$name" -- sh -c "echo before; sleep ${IDLE:-0}; echo after" >idle-exec 2>&1 &
+executing=$!
+"$kubectl" -n "$namespace" get configmap "$name-5" -w -o 'jsonpath={.metadata.labels.idle}{"\n"}' >idle-watch 2>&1 &
+watching=$!
+"$kubectl" -n "$namespace" logs -f target -c "$name" >lines &
+following=$!
 local=$((port + 1000))
 "$kubectl" -n "$namespace" port-forward pod/target "$local:$port" >forwarding 2>&1 &
 forwarding=$!
@@ -101,6 +108,14 @@ echo "== port-forward"
 # The server of the target serves one connection after the other.
 echo "ping-$name" | timeout 60 nc 127.0.0.1 "$local"
 kill $forwarding
+wait $executing
+echo "== exec that lay idle: exit $?"
+cat idle-exec
+k label configmap "$name-5" idle=over >/dev/null
+until_true grep -q over idle-watch
+kill $watching
+echo "== watch that lay idle"
+cat idle-watch
 
 proxied=$((port + 2000))
 "$kubectl" -n "$namespace" proxy --port=$proxied >proxying 2>&1 &
@@ -127,8 +142,6 @@ if [ "$name" = kubectl ]; then
     exec 3>&-
 fi
 
-"$kubectl" -n "$namespace" logs -f target -c "$name" >lines &
-following=$!
 until_true grep -q begins lines
 mkfifo keyboard
 k attach -i target -c "$name" <keyboard >attached 2>errors &
