@@ -15,6 +15,7 @@ mod claims;
 mod commit_tests;
 mod content;
 mod cut_json;
+mod desk;
 mod draft;
 #[cfg(test)]
 mod durability_tests;

@@ -2,12 +2,12 @@
 //!
 //! A request stays with one thread, so its pieces keep their order. What waits for a thread is bounded by bytes, for
 //! all requests together, for each pod and for each request; what does not fit is lost with a gap record, never delayed. A
-//! thread never waits for a pod's room before the writer: it goes on with the next pod's ([`Jobs`]).
+//! thread never waits for a pod's room before the writer: it goes on with the next pod's ([`super::jobs`]).
 
 use std::{
     io,
     sync::{
-        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicU64, AtomicUsize, Ordering},
     },
     task::{Wake, Waker},
@@ -20,11 +20,11 @@ use weir_common::event::{Channel, Kind, RequestClosed};
 use super::{
     body::Sensitivity,
     content::{self, Held, Kept, Streamed},
+    desk::Desk,
     emergency::Emergency,
     encryption::SessionKeys,
     entry::{Append, Entry, Ids, Origin, Waiter},
     error::RecordingError,
-    jobs::Jobs,
     mask::Masker,
     queue::Queue,
     share::{Budget, Share},
@@ -207,6 +207,16 @@ impl Job {
         }
     }
 
+    /// Whether somebody waits for it.
+    fn is_awaited(&self) -> bool {
+        match self {
+            Self::Piece(.., waiter) => waiter.is_some(),
+            Self::Close(_, closing) => closing.waiter.is_some(),
+            Self::Made(_, append, _) => append.waiter.is_some(),
+            Self::Lost(_) => false,
+        }
+    }
+
     fn taken(&self) -> Taken {
         match self {
             Self::Piece(_, bytes, _) => {
@@ -220,37 +230,10 @@ impl Job {
     }
 }
 
-/// What waits for a thread.
-#[derive(Debug, Default)]
-struct Desk {
-    state: Mutex<DeskState>,
-    work: Condvar,
-}
-
-#[derive(Debug, Default)]
-struct DeskState {
-    jobs: Jobs<Job>,
-    ends: bool,
-}
-
-impl Desk {
-    fn lock(&self) -> MutexGuard<'_, DeskState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Wake for Desk {
-    /// There is room before the writer.
-    fn wake(self: Arc<Self>) {
-        self.lock().jobs.resume();
-        self.work.notify_one();
-    }
-}
-
 /// The threads and what waits for them.
 #[derive(Debug)]
 pub(super) struct Workers {
-    desks: Vec<Arc<Desk>>,
+    desks: Vec<Arc<Desk<Job>>>,
     threads: Mutex<Vec<JoinHandle<()>>>,
     tapped: Budget,
     next: AtomicUsize,
@@ -334,11 +317,8 @@ impl Workers {
     fn send(&self, job: Job) {
         if let Some(desk) = self.desks.get(job.context().worker) {
             // The thread is gone only after `stop`: what comes later stays unrecorded, an open request.
-            let mut state = desk.lock();
-            if !state.ends {
-                state.jobs.push(job.context().share.lane, job);
-                desk.work.notify_one();
-            }
+            let (lane, is_awaited) = (job.context().share.lane, job.is_awaited());
+            desk.put(lane, job, is_awaited);
         }
     }
 
@@ -350,22 +330,19 @@ impl Workers {
     /// Jobs that wait.
     #[cfg(test)]
     pub(super) fn waiting(&self) -> usize {
-        self.desks.iter().map(|desk| desk.lock().jobs.len()).sum()
+        self.desks.iter().map(|desk| desk.waiting()).sum()
     }
 
     /// Whether all of them wait for room.
     #[cfg(test)]
     pub(super) fn are_stuck(&self) -> bool {
-        let stuck: Option<usize> = self.desks.iter().map(|desk| desk.lock().jobs.stuck()).sum();
+        let stuck: Option<usize> = self.desks.iter().map(|desk| desk.stuck()).sum();
         stuck.is_some_and(|lanes| lanes > 0)
     }
 
     /// Waits until the threads have done what was handed to them, and ends them.
     pub(super) fn stop(&self) {
-        for desk in &self.desks {
-            desk.lock().ends = true;
-            desk.work.notify_one();
-        }
+        self.desks.iter().for_each(|desk| desk.end());
         let threads = std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner));
         for thread in threads {
             if thread.join().is_err() {
@@ -378,18 +355,9 @@ impl Workers {
     }
 }
 
-fn run(desk: &Arc<Desk>) {
+fn run(desk: &Arc<Desk<Job>>) {
     let waker = Waker::from(Arc::clone(desk));
-    let mut state = desk.lock();
-    loop {
-        let Some((turn, job)) = state.jobs.take() else {
-            if state.ends && state.jobs.is_empty() {
-                return;
-            }
-            state = desk.work.wait(state).unwrap_or_else(PoisonError::into_inner);
-            continue;
-        };
-        drop(state);
+    while let Some((turn, job)) = desk.next() {
         let (context, taken) = (Arc::clone(job.context()), job.taken());
         // A defect in a decoder must cost one response, said in its record, not all that follow on this thread.
         let made = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| work(job)));
@@ -402,10 +370,9 @@ fn run(desk: &Arc<Desk>) {
             context.waiting.give(taken.waiting);
             context.workers.release(&context.share, taken.held);
         }
-        state = desk.lock();
         match queued {
-            Ok(()) => state.jobs.done(&turn),
-            Err(append) => state.jobs.put_back(&turn, Job::Made(context, append, taken)),
+            Ok(()) => desk.done(&turn),
+            Err(append) => desk.put_back(&turn, Job::Made(context, append, taken)),
         }
     }
 }
