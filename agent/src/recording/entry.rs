@@ -4,13 +4,15 @@
 //! behind the sequence; the writer puts the sequence in front of it.
 
 use std::{
+    cell::RefCell,
     sync::Arc,
     time::{Instant, SystemTime, UNIX_EPOCH},
 };
 
+use serde::Serialize;
 use tokio::sync::oneshot;
 use weir_common::{
-    event::{Event, Kind, SCHEMA_VERSION},
+    event::{Kind, SCHEMA_VERSION},
     frame::VALUE_BYTES_MAX,
 };
 
@@ -92,27 +94,73 @@ impl Origin {
             Some(encryption) => encryption.protect(ids, kind)?,
             None => (kind, None),
         };
-        let event = Event {
+        let event = Borrowed {
             schema: SCHEMA_VERSION,
             sequence: 0,
             time_unix_us,
-            cluster: self.cluster(cluster).to_owned(),
-            tenant: self.tenant.clone(),
-            node: self.node.clone(),
-            epoch: self.epoch.clone(),
-            session: ids.session.to_owned(),
-            invocation: ids.invocation.map(str::to_owned),
-            request: ids.request.map(str::to_owned),
-            kind,
+            cluster: self.cluster(cluster),
+            tenant: self.tenant.as_deref(),
+            node: &self.node,
+            epoch: &self.epoch,
+            session: ids.session,
+            invocation: ids.invocation,
+            request: ids.request,
+            kind: &kind,
         };
-        // Maps have string keys and nothing here fails to serialise; should that change, it is refused as too long.
-        let mut json = serde_json::to_vec(&event).unwrap_or_default();
+        let json = event.json();
         if !json.starts_with(UNNUMBERED) || json.len() + NUMBER_BYTES_MAX > VALUE_BYTES_MAX {
             return Err(RecordingError::TooLong { bytes: json.len() });
         }
-        // What waits is counted by its length: it shall not take more.
-        json.shrink_to_fit();
-        Ok(Entry { kafka_key: event.session, name, time_unix_us, key, is_content, json })
+        Ok(Entry { kafka_key: ids.session.to_owned(), name, time_unix_us, key, is_content, json })
+    }
+}
+
+/// [`weir_common::event::Event`] as it is written: each event of a request bears the same names, which need not be copied for that.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Borrowed<'a> {
+    schema: u32,
+    sequence: u64,
+    time_unix_us: i64,
+    cluster: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tenant: Option<&'a str>,
+    node: &'a str,
+    epoch: &'a str,
+    #[serde(skip_serializing_if = "is_empty")]
+    session: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    invocation: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    request: Option<&'a str>,
+    #[serde(flatten)]
+    kind: &'a Kind,
+}
+
+fn is_empty(text: &&str) -> bool {
+    text.is_empty()
+}
+
+thread_local! {
+    /// Where events are written first: one that grows as it is written is moved again and again.
+    static SCRATCH: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
+
+/// More of the scratch room than this is not kept.
+const SCRATCH_BYTES_MAX: usize = 32 * 1024;
+
+impl Borrowed<'_> {
+    /// Its JSON, in no more memory than that takes: what waits is counted by its length. Nothing, if it cannot be serialised, as which it
+    /// is then refused: maps have string keys, and nothing else fails.
+    fn json(&self) -> Vec<u8> {
+        SCRATCH.with_borrow_mut(|scratch| {
+            scratch.clear();
+            let written = serde_json::to_writer(&mut *scratch, self);
+            let json = written.map(|()| scratch.as_slice().to_vec()).unwrap_or_default();
+            scratch.clear();
+            scratch.shrink_to(SCRATCH_BYTES_MAX);
+            json
+        })
     }
 }
 
@@ -230,5 +278,56 @@ impl Append {
     /// Their length.
     pub(super) fn bytes(&self) -> usize {
         self.entries.iter().map(Entry::bytes).sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use weir_common::event::{Bytes, Channel, Content, Event, Kind, SCHEMA_VERSION};
+
+    use super::Borrowed;
+
+    /// Both have the same fields in the same order.
+    #[test]
+    fn an_event_is_written_as_its_schema_has_it() {
+        let gap = Kind::Gap { reason: "lost".into(), events: Some(1), bytes: None };
+        let text = "long ".repeat(20_000);
+        let content = Content {
+            channel: Channel::ResponseBody,
+            connection: None,
+            offset: 7,
+            bytes: Bytes::from_slice(text.as_bytes()),
+        };
+        for (kind, optional) in [(gap, None), (Kind::Content(content), Some("one".to_owned()))] {
+            let event = Event {
+                schema: SCHEMA_VERSION,
+                sequence: 0,
+                time_unix_us: 1_790_000_000_000_000,
+                cluster: "c".into(),
+                tenant: optional.clone(),
+                node: "n\"".into(),
+                epoch: "e".into(),
+                session: optional.clone().unwrap_or_default(),
+                invocation: optional.clone(),
+                request: optional.clone(),
+                kind,
+            };
+            let borrowed = Borrowed {
+                schema: event.schema,
+                sequence: event.sequence,
+                time_unix_us: event.time_unix_us,
+                cluster: &event.cluster,
+                tenant: event.tenant.as_deref(),
+                node: &event.node,
+                epoch: &event.epoch,
+                session: &event.session,
+                invocation: event.invocation.as_deref(),
+                request: event.request.as_deref(),
+                kind: &event.kind,
+            };
+            let json = borrowed.json();
+            assert_eq!(json, serde_json::to_vec(&event).unwrap());
+            assert_eq!(json.capacity(), json.len());
+        }
     }
 }
