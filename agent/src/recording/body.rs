@@ -245,7 +245,7 @@ pub(super) fn last_applied(masker: &Masker, sensitivity: Sensitivity, text: &str
 /// letters are escaped, so that it could be; as can be what rules look for, if quotes, slashes or digits are.
 pub(super) fn mentions_secret(body: &[u8]) -> bool {
     let kinds: [&[u8]; 3] = [b"Secret", b"TokenRe", b"\\u00"];
-    (0..body.len()).any(|at| {
+    memchr::memchr3_iter(b'S', b'T', b'\\', body).any(|at| {
         let rest = &body[at..];
         match rest[0] {
             b'S' | b'T' if kinds[..2].iter().any(|kind| rest.starts_with(kind)) => {

@@ -61,8 +61,7 @@ pub(super) fn speaks_of_variables(words: &[u8]) -> bool {
 /// Whether a body has a `Status` that speaks of environment variables.
 pub(super) fn has_status_on_variables(body: &[u8]) -> bool {
     let is_kind = |at: usize| body[at.saturating_sub(KIND_WINDOW)..at].windows(4).any(|word| word == b"kind");
-    body.windows(6).enumerate().any(|(at, word)| word == b"Status" && is_kind(at))
-        && speaks_of_variables(body)
+    memchr::memmem::find_iter(body, b"Status").any(is_kind) && speaks_of_variables(body)
 }
 
 /// Which cells of a row are values, not what is known of every object: its name, and what API servers print of a Secret.
