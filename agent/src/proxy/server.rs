@@ -131,7 +131,8 @@ async fn try_serve(shared: &Arc<Shared>, accepted: Accepted) -> Result<(), Conne
     let mut trace = traced::connection(shared, &cluster.name, &caller, accepted);
     trace.enter(Stage::Handshake);
     let timeout = shared.limits.handshake_timeout;
-    let stream = tokio::time::timeout(timeout, handshake(stream, cluster, original_destination))
+    // What a handshake and its like need is gone when it is over, and a connection keeps no room for it: on the heap.
+    let stream = tokio::time::timeout(timeout, Box::pin(handshake(stream, cluster, original_destination)))
         .await
         .map_err(|_| ConnectionError::HandshakeTimeout { seconds: timeout.as_secs() })??;
     let certificate = certificate(&stream)?;
@@ -152,9 +153,9 @@ async fn try_serve(shared: &Arc<Shared>, accepted: Accepted) -> Result<(), Conne
     // The requests have traces of their own: a connection may last for days.
     drop(trace);
     let served = if stream.get_ref().1.alpn_protocol() == Some(b"h2") {
-        serve_http2(connection, stream).await
+        Box::pin(serve_http2(connection, stream)).await
     } else {
-        serve_http1(connection, stream).await
+        Box::pin(serve_http1(connection, stream)).await
     };
     match served {
         Err(error) if error.is_parse() => Err(ConnectionError::Http(super::upstream::explain(&error))),
@@ -212,7 +213,8 @@ fn classify(error: io::Error) -> ConnectionError {
 
 async fn serve_http1(connection: Arc<Connection>, stream: TlsStream<TcpStream>) -> hyper::Result<()> {
     let shared = Arc::clone(&connection.shared);
-    let service = service_fn(move |request| pipeline::answer(Arc::clone(&connection), request));
+    // An idle connection keeps no room for a request.
+    let service = service_fn(move |request| Box::pin(pipeline::answer(Arc::clone(&connection), request)));
     let mut serving = std::pin::pin!(
         http1::Builder::new()
             .timer(TokioTimer::new())
@@ -235,7 +237,7 @@ async fn serve_http1(connection: Arc<Connection>, stream: TlsStream<TcpStream>) 
 
 async fn serve_http2(connection: Arc<Connection>, stream: TlsStream<TcpStream>) -> hyper::Result<()> {
     let shared = Arc::clone(&connection.shared);
-    let service = service_fn(move |request| pipeline::answer(Arc::clone(&connection), request));
+    let service = service_fn(move |request| Box::pin(pipeline::answer(Arc::clone(&connection), request)));
     let mut serving = std::pin::pin!(
         http2::Builder::new(Tracked(shared.tasks.clone()))
             .timer(TokioTimer::new())
