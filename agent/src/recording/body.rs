@@ -324,6 +324,34 @@ mod tests {
     }
 
     #[test]
+    fn private_keys_are_masked_wherever_they_stand_in_an_object() {
+        for key in [
+            "-----BEGIN PRIVATE KEY-----\\nCANARY",
+            "-----BEGIN RSA PRIVATE KEY-----\\nCANARY",
+            "LS0tLS1CRUdJTiBFQyBQUklWQVRFIEtFWS0tLS0tCANARY",
+            "users: [{user: {client-key-data: LS0tLS1CRUdJTiBQUklWQVRFIEtFWS0tLS0tCANARY}}]",
+        ] {
+            let body = filled(&format!(r#"{{"kind":"ConfigMap","data":{{"a":"{key}","b":"c"}}}}"#));
+            let masker = masker();
+            let Recorded::Masked { content, masks: 1 } =
+                record(&masker, Sensitivity::None, Some(JSON), body.as_bytes(), true)
+            else {
+                panic!("{body}")
+            };
+            let content = String::from_utf8(content).unwrap();
+            assert!(!content.contains(CANARY) && content.contains(r#""b":"c""#), "{content}");
+        }
+        check(
+            Sensitivity::None,
+            JSON,
+            r#"{"kind":"CertificateSigningRequest","spec":{"request":"LS0tLS1CRUdJTiBDRVJUSUZJQ0FURQ=="}}"#,
+            expect![[
+                r#"clear {"kind":"CertificateSigningRequest","spec":{"request":"LS0tLS1CRUdJTiBDRVJUSUZJQ0FURQ=="}}"#
+            ]],
+        );
+    }
+
+    #[test]
     fn lists_watch_events_and_tables_are_masked() {
         for body in [
             r#"{"kind":"SecretList","items":[{"data":{"a":"BASE64"}}]}"#,
