@@ -55,6 +55,8 @@ use self::reload::Reload;
 
 /// Connections between accept and proxy; beyond it accepting waits.
 const ACCEPTED_MAX: usize = 256;
+/// How often coverage is recorded.
+const COVERAGE_INTERVAL: Duration = Duration::from_secs(60);
 
 /// Why the agent ends whose successor serves its pods.
 const HANDED_OVER: &str = "handover";
@@ -171,13 +173,13 @@ async fn run_recorded(
         accepted,
         ready: settled,
         observed: observed.clone(),
+        coverage_interval: COVERAGE_INTERVAL,
     };
     let mut intercepted =
         std::pin::pin!(interception::run(options, in_force, recorder.clone(), stop.clone()));
     // What runs as long as the agent does; the set aborts what is left when it is dropped.
     let mut parts: JoinSet<&'static str> = JoinSet::new();
-    let metrics = Monitoring::start(config, &telemetry);
-    let (traces, exporting) = Exporting::start(config);
+    let (metrics, (traces, exporting)) = (Monitoring::start(config, &telemetry), Exporting::start(config));
     let proxy = tokio::select! {
         proxy = start_proxy((source, config), (recorder, &observed, traces), (publish_pods, named, publish_nodes), publish, &mut parts) => proxy?,
         ended = &mut intercepted => return Err(early(ended)),

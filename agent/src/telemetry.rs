@@ -22,6 +22,7 @@ use crate::{
 };
 
 mod approver;
+mod arrivals;
 mod exposition;
 mod families;
 mod journal;

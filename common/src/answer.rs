@@ -406,6 +406,46 @@ fn is_of_a_machine(address: &Address) -> bool {
     !(high == 0 && low == 0 && b15 <= 1) && address[0] != 0xff
 }
 
+/// Why an answer of a name server was kept from a pod.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KeptAnswer {
+    /// It is longer than a name server's, or several datagrams in one.
+    TooLong = 1,
+    /// The pod has had as much of them read as is read for one.
+    TooMany = 2,
+    /// It is about a configured name, and cannot be read.
+    Unreadable = 3,
+    /// It is about a configured name, and its socket has asked nobody.
+    NotAskedFor = 4,
+    /// There is no room to note what it tells.
+    NoRoom = 5,
+}
+
+/// Above a protocol's number.
+const KEPT_ANSWER_SHIFT: u32 = 16;
+
+impl KeptAnswer {
+    /// What stands for the protocol in the notice.
+    #[inline(always)]
+    pub const fn with(self, protocol: u32) -> u32 {
+        protocol | (self as u32) << KEPT_ANSWER_SHIFT
+    }
+
+    /// The protocol, and why, from the notice.
+    pub const fn from_notice(protocol: u32) -> (u32, Option<Self>) {
+        let why = match protocol >> KEPT_ANSWER_SHIFT {
+            1 => Some(Self::TooLong),
+            2 => Some(Self::TooMany),
+            3 => Some(Self::Unreadable),
+            4 => Some(Self::NotAskedFor),
+            5 => Some(Self::NoRoom),
+            _ => None,
+        };
+        (protocol & ((1 << KEPT_ANSWER_SHIFT) - 1), why)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::{MESSAGE_BYTES_MAX, Outcome, Reading, name_hash};

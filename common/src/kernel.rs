@@ -279,6 +279,8 @@ pub mod maps {
     pub const ASKERS: &str = "ASKERS";
     /// Per-CPU hash of cgroup id (`u64`) → [`PodCounters`](super::PodCounters); the agent makes the entries.
     pub const POD_COUNTERS: &str = "POD_COUNTERS";
+    /// Per-CPU array of [`PodSlot`](crate::sieve::PodSlot) by [`sieve::pod_slot`](crate::sieve::pod_slot); the agent says whose a slot is.
+    pub const POD_SLOTS: &str = "POD_SLOTS";
     /// Hash of interface index (`u32`) → id of the cgroup of the pod behind it (`u64`).
     pub const INTERFACES: &str = "INTERFACES";
     /// Hash of the ids of the cgroups in quarantine (`u64`) → since when, in ns since boot (`u64`).
@@ -295,7 +297,7 @@ pub mod maps {
     /// is kept does not count, and nothing is kept), and then a number below 2^63 that was never there before.
     pub const GENERATION: &str = "GENERATION";
     /// All that are pinned; what the programs keep for themselves (`sieve`) is not.
-    pub const ALL: [&str; 20] = [
+    pub const ALL: [&str; 21] = [
         API_SET,
         CGROUPS,
         NESTED,
@@ -312,6 +314,7 @@ pub mod maps {
         SOCKETS,
         ASKERS,
         POD_COUNTERS,
+        POD_SLOTS,
         INTERFACES,
         QUARANTINE,
         PODS,
@@ -345,8 +348,7 @@ pub enum NoticeKind {
     PacketSocketRefused = 10,
     /// A call of bpf(2) was refused; the command stands for the protocol.
     BpfRefused = 11,
-    /// An answer of a name server was kept from a pod: it is about a configured name and could not be read, or what it tells not
-    /// be noted; or the pod has had too much of them read.
+    /// An answer of a name server was kept from a pod. The address is whom it came from, and a [`KeptAnswer`](crate::answer::KeptAnswer) is with the protocol.
     AnswerRefused = 12,
     /// A socket did not get to a name server: there is no room for the note that it asks.
     QuestionRefused = 13,
@@ -479,6 +481,8 @@ mod pod {
     unsafe impl aya::Pod for Settings {}
     // SAFETY: as above.
     unsafe impl aya::Pod for PodName {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for crate::sieve::PodSlot {}
     // SAFETY: as above.
     unsafe impl aya::Pod for Named {}
     // SAFETY: as above.

@@ -13,6 +13,9 @@ pub const NEAREST_SLOTS: u32 = 2048;
 /// Slots for what was found in the API set ([`Endpoint`]); a power of two, far more than a node talks to.
 pub const ENDPOINT_SLOTS: u32 = 512;
 
+/// Slots of the [counters at hand](crate::kernel::maps::POD_SLOTS); a power of two, far more than a node has pods.
+pub const POD_SLOTS: u32 = 4096;
+
 /// The slot of the sieve that an address marks, given by its words in memory.
 #[inline(always)]
 pub const fn slot_of(address: [u32; 4]) -> u32 {
@@ -37,6 +40,12 @@ pub const fn endpoint_slot(address: [u32; 4], port: u32) -> u32 {
 #[inline(always)]
 pub const fn nearest_slot(cgroup: u64) -> u32 {
     slot(cgroup, NEAREST_SLOTS)
+}
+
+/// The slot in which a pod's cgroup is [counted](crate::kernel::maps::POD_SLOTS).
+#[inline(always)]
+pub const fn pod_slot(cgroup: u64) -> u32 {
+    slot(cgroup, POD_SLOTS)
 }
 
 const fn halves([first, second, third, last]: [u32; 4]) -> [u64; 2] {
@@ -223,8 +232,20 @@ impl Endpoint {
     }
 }
 
+/// What is counted of a pod most often, at hand without a look-up in a hash map; value of the per-CPU array by
+/// [`pod_slot`]. Counted besides what its [`PodCounters`](crate::kernel::PodCounters) have, never twice: together they are what happened.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PodSlot {
+    /// The pod's cgroup; 0: nobody's. Pods whose slot is another's are counted in the hash map alone.
+    pub cgroup: u64,
+    /// Connects that were redirected, each of which was seen.
+    pub redirected: u64,
+}
+
 const _: () = {
     assert!(size_of::<Nearest>() == 48);
+    assert!(size_of::<PodSlot>() == 16);
     assert!(size_of::<Endpoint>() == 40);
     assert!(
         SIEVE_SLOTS.is_power_of_two() && NEAREST_SLOTS.is_power_of_two() && ENDPOINT_SLOTS.is_power_of_two()
@@ -235,7 +256,7 @@ const _: () = {
 mod tests {
     use super::{
         CgroupEntry, ENDPOINT_SLOTS, Endpoint, LEVELS_MAX, NEAREST_SLOTS, Nearest, SIEVE_SLOTS, Walk,
-        endpoint_slot, nearest_slot, slot_of,
+        endpoint_slot, nearest_slot, pod_slot, slot_of,
     };
 
     /// Programs that are pinned read where these say: another hash is another layout (`LAYOUT_VERSION`).
@@ -243,7 +264,7 @@ mod tests {
     fn slots_are_part_of_the_layout() {
         let addresses = [[0, 0, 0xffff_0000, 0x0100_600a], [0xb80d_0120, 0, 0, 0x0100_0000], [1, 2, 3, 4]];
         assert_eq!((crate::kernel::LAYOUT_VERSION, addresses.map(slot_of)), (3, [56482, 54395, 56132]));
-        assert_eq!((endpoint_slot(addresses[0], 443), nearest_slot(9)), (156, 1722));
+        assert_eq!((endpoint_slot(addresses[0], 443), nearest_slot(9), pod_slot(9)), (156, 1722, 3445));
     }
 
     const ENTRY: CgroupEntry = CgroupEntry { listener_netns: 7, class: 3, listener_port: 40_000 };

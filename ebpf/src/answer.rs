@@ -13,7 +13,7 @@ use aya_ebpf::{
     },
 };
 use weir_common::{
-    answer::{ADDRESSES_MAX, MESSAGE_BYTES_MAX, NAMES_MAX, Outcome, Reading, STEPS_MAX},
+    answer::{ADDRESSES_MAX, KeptAnswer, MESSAGE_BYTES_MAX, NAMES_MAX, Outcome, Reading, STEPS_MAX},
     kernel::{
         ApiEndpoint, Class, FlowRecord, NAME_ENDPOINTS_MAX, NoticeKind, STEP_SHIFT, STEPS_AHEAD_MAX,
         SUSPECTED_BY_POD_MAX, Suspect, Suspicion,
@@ -147,12 +147,16 @@ pub(crate) fn ingress(skb: *mut __sk_buff) -> i32 {
     // Below a root of pods each that is not known yet has its own.
     let payer = if nearest.entry.class == Class::Container as u32 { cgroup } else { nearest.id };
     let account = payer << 1 | u64::from(is_from_who_was_asked(skb, sock));
-    if heard(skb, payload, &mut context, account, is_asked_for(sock, payload.stream)) {
-        return PROCEED;
-    }
+    let why = match heard(skb, payload, &mut context, account, is_asked_for(sock, payload.stream)) {
+        Ok(()) => return PROCEED,
+        Err(why) => why,
+    };
     if let Some(now) = may_report(cgroup, NoticeKind::AnswerRefused) {
         let flow = FlowRecord {
-            original: socket::NO_ENDPOINT,
+            original: match packet::source(&Buffer(skb)) {
+                Some(source) => ApiEndpoint { address: socket::address(source), port: u32::from(DOMAIN) },
+                None => socket::NO_ENDPOINT,
+            },
             cluster: 0,
             cgroup,
             pod_cgroup: nearest.id,
@@ -161,30 +165,37 @@ pub(crate) fn ingress(skb: *mut __sk_buff) -> i32 {
             tgid: 0,
             uid: 0,
         };
-        class::report(NoticeKind::AnswerRefused, if payload.stream { TCP } else { UDP }, &flow);
+        let protocol = why.with(if payload.stream { TCP } else { UDP });
+        class::report(NoticeKind::AnswerRefused, protocol, &flow);
     }
     REJECT
 }
 
-/// Reads an answer, and notes what it tells; whether the pod may have it. What it has not `asked` for it may not have, if it is
+/// Reads an answer, and notes what it tells; or why the pod may not have it. What it has not `asked` for it may not have, if it is
 /// about a configured name: else one socket would ask and another one, at the same port, hear. The steps are taken at the `account`'s cost.
 #[inline(always)]
-fn heard(skb: *mut __sk_buff, payload: Payload, context: &mut Context, account: u64, asked: bool) -> bool {
+fn heard(
+    skb: *mut __sk_buff,
+    payload: Payload,
+    context: &mut Context,
+    account: u64,
+    asked: bool,
+) -> Result<(), KeptAnswer> {
     // SAFETY: the context is valid while the program runs.
     let (whole, segments) = unsafe { ((*skb).len, (*skb).gso_segs) };
     if whole <= payload.offset {
-        return true;
+        return Ok(());
     }
     let mut length = whole - payload.offset;
     if !payload.stream && (length > MESSAGE_BYTES_MAX as u32 || segments > 1) {
         // No name server's, or several datagrams in one, for a socket that asked for that.
-        return false;
+        return Err(KeptAnswer::TooLong);
     }
     if length > MESSAGE_BYTES_MAX as u32 {
         length = MESSAGE_BYTES_MAX as u32;
     }
     if spent(account) > STEPS_AHEAD_MAX {
-        return false;
+        return Err(KeptAnswer::TooMany);
     }
     let reading = context.reading;
     // SAFETY: this CPU's entry of the map, and nothing else of the kind runs on it meanwhile.
@@ -197,7 +208,7 @@ fn heard(skb: *mut __sk_buff, payload: Payload, context: &mut Context, account: 
         let bytes = addr_of_mut!((*reading).bytes).cast::<c_void>();
         // Here a packet begins with its network header. Not the helper that says so: it reads no further than the first page.
         if bpf_skb_load_bytes(skb.cast(), payload.offset, bytes, length) != 0 {
-            return false;
+            return Err(KeptAnswer::Unreadable);
         }
         let context = core::ptr::from_mut(context).cast::<c_void>();
         let steps = bpf_loop(STEPS_MAX, step as *mut c_void, context, 0);
@@ -205,9 +216,9 @@ fn heard(skb: *mut __sk_buff, payload: Payload, context: &mut Context, account: 
     }
     // SAFETY: as above.
     match unsafe { (*reading).outcome() } {
-        Outcome::Pass => true,
-        Outcome::Refuse => false,
-        Outcome::Told if !asked => false,
+        Outcome::Pass => Ok(()),
+        Outcome::Refuse => Err(KeptAnswer::Unreadable),
+        Outcome::Told if !asked => Err(KeptAnswer::NotAskedFor),
         Outcome::Told => {
             // SAFETY: as above.
             let told = unsafe { addr_of!((*reading).told).read_volatile() };
@@ -216,7 +227,8 @@ fn heard(skb: *mut __sk_buff, payload: Payload, context: &mut Context, account: 
             // SAFETY: the context lives longer than the loop.
             unsafe { bpf_loop(all, note as *mut c_void, core::ptr::from_mut(context).cast(), 0) };
             // SAFETY: valid; the loop may have written it.
-            unsafe { addr_of!((*context).failed).read_volatile() == 0 }
+            let noted = unsafe { addr_of!((*context).failed).read_volatile() == 0 };
+            if noted { Ok(()) } else { Err(KeptAnswer::NoRoom) }
         }
     }
 }

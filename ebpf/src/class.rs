@@ -15,10 +15,10 @@ use aya_ebpf::{
 };
 use weir_common::{
     kernel::{ApiEndpoint, CgroupEntry, Counter, FlowRecord, NestedKey, Notice, NoticeKind, Settings},
-    sieve::{LEVELS_MAX, Walk},
+    sieve::{LEVELS_MAX, Walk, pod_slot},
 };
 
-use crate::{CGROUPS, COUNTERS, NESTED, NOTICES, POD_COUNTERS, SETTINGS, TICK_NS, sieve};
+use crate::{CGROUPS, COUNTERS, NESTED, NOTICES, POD_COUNTERS, POD_SLOTS, SETTINGS, TICK_NS, sieve};
 
 /// The nearest classified cgroup of a task or socket. No `Option`: the verifier would look at both of its kinds twice.
 #[derive(Clone, Copy)]
@@ -189,6 +189,22 @@ pub(crate) fn thread_group() -> u32 {
     (bpf_get_current_pid_tgid() >> 32) as u32
 }
 
+/// Counts a connect that is redirected. Most of what is counted is that, so it has a place at hand.
+#[inline(always)]
+pub(crate) fn count_redirect(pod_cgroup: u64) {
+    if let Some(slot) = POD_SLOTS.get_ptr_mut(pod_slot(pod_cgroup)) {
+        // SAFETY: the map has this entry, and this CPU's value is written by this CPU alone; whose it is, the agent writes.
+        unsafe {
+            if (*slot).cgroup == pod_cgroup {
+                (*slot).redirected = (*slot).redirected.wrapping_add(1);
+                count_node(&[Counter::Seen, Counter::Redirected]);
+                return;
+            }
+        }
+    }
+    count_all(&[Counter::Seen, Counter::Redirected], pod_cgroup);
+}
+
 /// Adds one to a counter, and to that of the pod if the agent has made one.
 #[inline(always)]
 pub(crate) fn count(counter: Counter, pod_cgroup: u64) {
@@ -198,12 +214,7 @@ pub(crate) fn count(counter: Counter, pod_cgroup: u64) {
 /// The same for several counters at once.
 #[inline(always)]
 pub(crate) fn count_all<const N: usize>(counters: &[Counter; N], pod_cgroup: u64) {
-    for counter in counters {
-        if let Some(value) = COUNTERS.get_ptr_mut(*counter as u32) {
-            // SAFETY: the map has this entry, and this CPU's value is written by this CPU alone.
-            unsafe { *value = (*value).wrapping_add(1) };
-        }
-    }
+    count_node(counters);
     // What is of no pod has none: no look-up for it.
     if pod_cgroup != 0
         && let Some(values) = POD_COUNTERS.get_ptr_mut(&pod_cgroup)
@@ -214,6 +225,17 @@ pub(crate) fn count_all<const N: usize>(counters: &[Counter; N], pod_cgroup: u64
                 let value = addr_of_mut!((*values)[*counter as usize]);
                 *value = (*value).wrapping_add(1);
             }
+        }
+    }
+}
+
+/// Adds one to counters of the node.
+#[inline(always)]
+fn count_node<const N: usize>(counters: &[Counter; N]) {
+    for counter in counters {
+        if let Some(value) = COUNTERS.get_ptr_mut(*counter as u32) {
+            // SAFETY: the map has this entry, and this CPU's value is written by this CPU alone.
+            unsafe { *value = (*value).wrapping_add(1) };
         }
     }
 }

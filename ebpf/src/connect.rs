@@ -260,7 +260,10 @@ fn decide(
             (Answer::Deny, Counter::DeniedQuarantined, Some(NoticeKind::DeniedQuarantined))
         }
     };
-    class::count_all(&[Counter::Seen, counter], pod_cgroup);
+    match answer {
+        Answer::Redirect(_) => class::count_redirect(pod_cgroup),
+        Answer::Leave | Answer::Deny => class::count_all(&[Counter::Seen, counter], pod_cgroup),
+    }
     if state.is_none() && notice.is_none() {
         return answer;
     }

@@ -37,7 +37,10 @@ use weir_common::{
         PodCounters, PodName, REPORTED_MAX, SPENDERS_MAX, SUSPECTED_MAX, Settings, SocketState, Suspect,
         Suspicion, TICK_NS_MAX,
     },
-    sieve::{DOUBT_SLOTS, ENDPOINT_SLOTS, Endpoint, NEAREST_SLOTS, Nearest, SIEVE_SLOTS},
+    sieve::{
+        DOUBT_SLOTS, ENDPOINT_SLOTS, Endpoint, NEAREST_SLOTS, Nearest, POD_SLOTS as POD_SLOTS_MAX, PodSlot,
+        SIEVE_SLOTS,
+    },
 };
 
 // Not allocated ahead: small clusters need a hundredth of it.
@@ -98,6 +101,9 @@ static SETTINGS: Array<Settings> = Array::with_max_entries(1, 0);
 #[map]
 static POD_COUNTERS: PerCpuHashMap<u64, PodCounters> =
     PerCpuHashMap::with_max_entries(CGROUPS_MAX, BPF_F_NO_PREALLOC);
+
+#[map]
+static POD_SLOTS: PerCpuArray<PodSlot> = PerCpuArray::with_max_entries(POD_SLOTS_MAX, 0);
 
 #[map]
 static INTERFACES: HashMap<u32, u64> = HashMap::with_max_entries(INTERFACES_MAX, 0);

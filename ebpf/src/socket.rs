@@ -79,7 +79,12 @@ pub(crate) fn created(ctx: &SockContext) -> i32 {
     let mut state = SocketState { flow, listener_port: 0, phase: Phase::Made as u32 };
     // SAFETY: the context of this hook is the socket.
     match unsafe { storage(ctx.as_ptr(), Some(&mut state)) } {
-        Some(_) => PROCEED,
+        Some(_) => {
+            // The kernel keeps at hand what was looked for, not what was made: now, and not while it connects.
+            // SAFETY: as above.
+            let _ = unsafe { storage(ctx.as_ptr(), None) };
+            PROCEED
+        }
         // The guard would take it for one of the host's.
         None => reject(ENOMEM),
     }

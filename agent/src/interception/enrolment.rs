@@ -36,9 +36,6 @@ use super::{
 };
 use crate::config::Mode;
 
-/// How often coverage is recorded.
-const COVERAGE_INTERVAL: Duration = Duration::from_secs(60);
-
 /// Pods whose listeners are seen to at a time.
 const AT_ONCE: usize = 16;
 /// How long a pod's network namespace is taken for the one it was, unless its cgroup has changed. To look for it takes
@@ -58,6 +55,8 @@ pub(super) struct Settings {
     pub(super) sink: Sink,
     /// Where it is said which pods have everything.
     pub(super) settled: Arc<Settled>,
+    /// How often coverage is recorded.
+    pub(super) coverage_interval: Duration,
 }
 
 /// What is to be done about a pod's listener.
@@ -150,7 +149,7 @@ impl Enrolment {
             }
         }
         self.report_quarantine()?;
-        if self.coverage_recorded.elapsed() >= COVERAGE_INTERVAL {
+        if self.coverage_recorded.elapsed() >= self.settings.coverage_interval {
             self.record_coverage()?;
         }
         self.publish();

@@ -14,9 +14,12 @@ use aya::{
     maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, PerCpuHashMap, RingBuf},
     programs::{Program, ProgramError},
 };
-use weir_common::kernel::{
-    ApiEndpoint, CgroupEntry, FlowKey, FlowRecord, LAYOUT_VERSION, Named, NestedKey, PodCounters, PodName,
-    Settings, Suspect, Suspicion, TICK_NS, TICK_NS_MAX, maps, programs,
+use weir_common::{
+    kernel::{
+        ApiEndpoint, CgroupEntry, FlowKey, FlowRecord, LAYOUT_VERSION, Named, NestedKey, PodCounters,
+        PodName, Settings, Suspect, Suspicion, TICK_NS, TICK_NS_MAX, maps, programs,
+    },
+    sieve::PodSlot,
 };
 
 use super::{
@@ -145,6 +148,7 @@ pub struct Kernel {
     pub(super) older_flows: Mutex<Option<HashMap<MapData, FlowKey, FlowRecord>>>,
     pub(super) counters: PerCpuArray<MapData, u64>,
     pub(super) pod_counters: Mutex<PerCpuHashMap<MapData, u64, PodCounters>>,
+    pub(super) pod_slots: Mutex<PerCpuArray<MapData, PodSlot>>,
     pub(super) interfaces: Mutex<HashMap<MapData, u32, u64>>,
     pub(super) quarantine: Mutex<HashMap<MapData, u64, u64>>,
     pub(super) pods: Mutex<HashMap<MapData, u64, PodName>>,
@@ -203,6 +207,7 @@ impl Kernel {
             older_flows: Mutex::new(None),
             counters: map(&mut ebpf, maps::COUNTERS)?,
             pod_counters: Mutex::new(map(&mut ebpf, maps::POD_COUNTERS)?),
+            pod_slots: Mutex::new(map(&mut ebpf, maps::POD_SLOTS)?),
             interfaces: Mutex::new(map(&mut ebpf, maps::INTERFACES)?),
             quarantine: Mutex::new(map(&mut ebpf, maps::QUARANTINE)?),
             pods: Mutex::new(map(&mut ebpf, maps::PODS)?),
@@ -383,6 +388,7 @@ fn prepare_pins(folder: &Path) -> Result<PathBuf, KernelError> {
         (maps::COUNTERS, size_of::<u32>(), size_of::<u64>()),
         (maps::SETTINGS, size_of::<u32>(), size_of::<Settings>()),
         (maps::POD_COUNTERS, size_of::<u64>(), size_of::<PodCounters>()),
+        (maps::POD_SLOTS, size_of::<u32>(), size_of::<PodSlot>()),
         (maps::INTERFACES, size_of::<u32>(), size_of::<u64>()),
         (maps::QUARANTINE, size_of::<u64>(), size_of::<u64>()),
         (maps::PODS, size_of::<u64>(), size_of::<PodName>()),

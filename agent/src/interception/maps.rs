@@ -172,7 +172,7 @@ impl Kernel {
         self.sieve.change(|| absent_is_fine(lock(&self.cgroups).remove(&cgroup), maps::CGROUPS))?;
         absent_is_fine(lock(&self.quarantine).remove(&cgroup), maps::QUARANTINE)?;
         absent_is_fine(lock(&self.pods).remove(&cgroup), maps::PODS)?;
-        absent_is_fine(lock(&self.pod_counters).remove(&cgroup), maps::POD_COUNTERS)
+        self.uncount_pod(cgroup)
     }
 
     /// All classified cgroups.

@@ -10,6 +10,7 @@ use std::{
 };
 
 use tokio::sync::watch;
+use weir_common::kernel::NoticeKind;
 
 use super::{
     canary::Health,
@@ -32,6 +33,8 @@ pub struct Observed {
     proxied: AtomicU64,
     closed: AtomicU64,
     disagreed: AtomicU64,
+    answers_refused: AtomicU64,
+    questions_refused: AtomicU64,
     handovers_taken: AtomicU64,
     handovers_given: AtomicU64,
     handovers_broken_off: AtomicU64,
@@ -60,6 +63,10 @@ pub struct Numbers {
     pub closed: u64,
     /// Connections whose flow record is of another pod than the listener's, and were closed.
     pub disagreed: u64,
+    /// Reports of answers of name servers that were kept from pods.
+    pub answers_refused: u64,
+    /// Reports of questions that did not get to a name server.
+    pub questions_refused: u64,
     /// Whether the listeners of the agent before were taken (once at most).
     pub handovers_taken: u64,
     /// Whether they were given to the one after (once at most).
@@ -157,6 +164,8 @@ impl Observed {
             proxied: read(&self.proxied),
             closed: read(&self.closed),
             disagreed: read(&self.disagreed),
+            answers_refused: read(&self.answers_refused),
+            questions_refused: read(&self.questions_refused),
             handovers_taken: read(&self.handovers_taken),
             handovers_given: read(&self.handovers_given),
             handovers_broken_off: read(&self.handovers_broken_off),
@@ -213,6 +222,15 @@ impl Observed {
 
     pub(super) fn disagreed(&self) {
         add(&self.disagreed);
+    }
+
+    /// The kernel has reported this.
+    pub(super) fn reported(&self, kind: NoticeKind) {
+        match kind {
+            NoticeKind::AnswerRefused => add(&self.answers_refused),
+            NoticeKind::QuestionRefused => add(&self.questions_refused),
+            _ => {}
+        }
     }
 
     pub(super) fn taken(&self) {

@@ -13,7 +13,10 @@ use aya::{
     maps::{HashMap, Map, MapData, MapError, PerCpuArray, PerCpuHashMap},
     programs::links::{FdLink, PinnedLink},
 };
-use weir_common::kernel::{ApiEndpoint, CgroupEntry, Class, KUBELET, PodCounters, PodName, maps, programs};
+use weir_common::{
+    kernel::{ApiEndpoint, CgroupEntry, Class, KUBELET, PodCounters, PodName, maps, programs},
+    sieve::PodSlot,
+};
 
 use super::{
     attach::AttachError,
@@ -187,6 +190,11 @@ fn pods(
     let names: HashMap<MapData, u64, PodName> = pinned_map(folder, maps::PODS)?;
     let quarantine: HashMap<MapData, u64, u64> = pinned_map(folder, maps::QUARANTINE)?;
     let counters: PerCpuHashMap<MapData, u64, PodCounters> = pinned_map(folder, maps::POD_COUNTERS)?;
+    // An agent from before there was this map may have left the pins.
+    let slots: Option<PerCpuArray<MapData, PodSlot>> = match folder.join(maps::POD_SLOTS).exists() {
+        true => Some(pinned_map(folder, maps::POD_SLOTS)?),
+        false => None,
+    };
     let mut pods = Vec::new();
     for entry in names.iter() {
         let (cgroup, name) = entry.map_err(|source| KernelError::Map { map: maps::PODS, source })?;
@@ -198,7 +206,7 @@ fn pods(
             class: class(entry.class),
             listener_port: entry.listener_port,
             quarantined: quarantine.get(&cgroup, 0).is_ok(),
-            counters: read_pod_counters(&counters, cgroup)?.unwrap_or_default(),
+            counters: read_pod_counters(&counters, slots.as_ref(), cgroup)?.unwrap_or_default(),
         });
     }
     pods.sort_by(|one, other| one.pod.cmp(&other.pod));

@@ -14,6 +14,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 use weir_common::{
+    answer::KeptAnswer,
     event::Caller,
     kernel::{KUBELET, Notice, NoticeKind},
 };
@@ -79,6 +80,7 @@ pub(super) async fn notices(
         if observed.is_canary(notice.flow.pod_cgroup) {
             continue;
         }
+        observed.reported(kind);
         if kind == NoticeKind::DeniedNoListener {
             // More than fit come again: clients do.
             let _ = wanted.try_send(Wanted::of(&notice));
@@ -140,7 +142,8 @@ fn record(
             "refused by the kernel: no packet sockets for a pod that is enrolled, or not known yet"
         }
         NoticeKind::AnswerRefused => {
-            "kept from the pod: an answer of a name server about a configured host name that cannot be read, or tells too many new addresses; or one of more than are read for one pod"
+            recorder.connection_refused(None, Some(caller), &answer_refused(notice));
+            return;
         }
         NoticeKind::QuestionRefused => {
             "denied by the kernel: a socket has no room for the note that it asks a name server; is net.core.optmem_max too small?"
@@ -153,6 +156,26 @@ fn record(
         }
     };
     recorder.connection_refused(cluster, Some(caller), reason);
+}
+
+/// From whom the answer was, and why the pod does not have it.
+fn answer_refused(notice: &Notice) -> String {
+    let (protocol, why) = KeptAnswer::from_notice(notice.protocol);
+    let why = match why {
+        Some(KeptAnswer::TooLong) => "it is longer than a name server's",
+        Some(KeptAnswer::TooMany) => "more were sent to the pod than are read for one",
+        Some(KeptAnswer::Unreadable) => "it is about a configured host name and cannot be read",
+        Some(KeptAnswer::NotAskedFor) => {
+            "it is about a configured host name, and its socket has asked nobody"
+        }
+        Some(KeptAnswer::NoRoom) => "it tells more new addresses of a configured host name than are noted",
+        None => "of a kind that this agent does not know",
+    };
+    let protocol = if protocol == libc::IPPROTO_UDP.unsigned_abs() { "UDP" } else { "TCP" };
+    format!(
+        "kept from the pod: an answer of the name server {} over {protocol}: {why}",
+        Flow::of(notice.flow).original
+    )
 }
 
 async fn caller(notice: &Notice, tenants: &Tenants) -> Arc<Caller> {

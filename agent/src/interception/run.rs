@@ -115,6 +115,8 @@ pub struct Options {
     pub ready: watch::Sender<bool>,
     /// What others read of it meanwhile.
     pub observed: Arc<Observed>,
+    /// How often it is recorded what the kernel counted of each pod against what was proxied.
+    pub coverage_interval: Duration,
 }
 
 /// How interception ended.
@@ -139,10 +141,7 @@ pub async fn run(
     cancellation: CancellationToken,
 ) -> Result<Ended, InterceptionError> {
     let mut taken = take_over(options.handover.as_deref(), &options.guard.pinning).await?;
-    let in_force = match in_force {
-        Some(in_force) => in_force,
-        None => guard::agent_in_force(&options.guard)?,
-    };
+    let in_force = in_force.map_or_else(|| guard::agent_in_force(&options.guard), Ok)?;
     let InForce { kernel, mount, own_cgroup, stored } = in_force;
     if taken.is_none() {
         kernel.forget_flows()?;
@@ -157,7 +156,13 @@ pub async fn run(
         accepted: options.accepted,
         observed: observed.clone(),
     };
-    let settings = Settings { host_namespace, own_cgroup, sink: sink.clone(), settled: Arc::default() };
+    let settings = Settings {
+        host_namespace,
+        own_cgroup,
+        sink: sink.clone(),
+        settled: Arc::default(),
+        coverage_interval: options.coverage_interval,
+    };
     let listeners = taken.as_mut().map(|taken| std::mem::take(&mut taken.listeners)).unwrap_or_default();
     let (inside, listeners) = listeners.into_iter().partition(|passed: &Passed| passed.nested);
     let (mut enrolment, tenants) = Enrolment::new(settings, listeners, cancellation.child_token());

@@ -10,15 +10,22 @@ use std::{
 
 use aya::{
     Btf, BtfError, Ebpf,
-    programs::{Lsm, ProgramError, links::FdLink},
+    maps::MapData,
+    programs::{
+        Lsm, ProgramError,
+        links::{FdLink, LinkType, PinnedLink},
+        loaded_programs,
+    },
 };
-use weir_common::kernel::programs;
+use weir_common::kernel::{maps, programs};
 
 use super::attach::{AttachError, Attached, Inspection};
 use crate::doctor;
 
 /// The security modules that decide on this kernel, in a line.
 const MODULES: &str = "/sys/kernel/security/lsm";
+/// `BPF_PROG_TYPE_LSM` of `enum bpf_prog_type`, linux/bpf.h.
+const PROGRAM_TYPE_LSM: u32 = 29;
 /// How the pins of these programs begin.
 pub(super) const PIN: &str = "lsm-";
 
@@ -76,19 +83,56 @@ impl Attached {
         Ok(Security::InForce)
     }
 
-    /// The same, but pinned ones of whoever came before stay: they decide by the same maps.
+    /// The same, but pinned ones of whoever came before stay, if they are the same programs and decide by the same maps.
     pub(super) fn attach_missing_security(&mut self) -> Result<Security, AttachError> {
-        let is_there = |pins: &PathBuf| programs::LSM.iter().all(|(name, _)| pin_path(pins, name).exists());
-        if self.pins.as_ref().is_some_and(is_there) {
+        let Some(pins) = self.pins.clone() else { return self.attach_security() };
+        let others: Vec<_> =
+            programs::LSM.into_iter().filter(|(name, hook)| !self.is_same(&pins, name, hook)).collect();
+        if others.is_empty() {
             return Ok(Security::InForce);
         }
-        self.attach_security()
+        let replaced: Vec<_> =
+            others.into_iter().map(|(name, _)| pin_path(&pins, name)).filter(|pin| pin.exists()).collect();
+        let security = self.attach_security()?;
+        if security == Security::InForce {
+            for pin in replaced {
+                tracing::warn!(
+                    event = "pin-replaced",
+                    pin = %pin.display(),
+                    "what was pinned here was none of this agent's programs"
+                );
+            }
+        }
+        Ok(security)
     }
 
-    /// Attaches them again if someone has removed a pin of theirs.
+    /// Whether what is pinned as this program has the same instructions as this agent's, is of its kind, and reads the pinned map of
+    /// cgroups. A name anybody can give.
+    fn is_same(&mut self, pins: &Path, name: &'static str, hook: &str) -> bool {
+        let Some(pinned) = pinned_program(pins, name) else { return false };
+        let Ok(own) = loaded(&mut self.ebpf, name, hook).and_then(|program| Ok(program.info()?)) else {
+            return false;
+        };
+        let cgroups = MapData::from_pin(pins.join("maps").join(maps::CGROUPS)).and_then(|map| map.info());
+        let Ok(cgroups) = cgroups.map(|info| info.id()) else { return false };
+        let program = loaded_programs().filter_map(Result::ok).find(|program| program.id() == pinned);
+        program.is_some_and(|program| {
+            let reads = program.map_ids().ok().flatten().unwrap_or_default();
+            program.tag() == own.tag()
+                && program.program_type() as u32 == PROGRAM_TYPE_LSM
+                && reads.contains(&cgroups)
+        })
+    }
+
+    /// Attaches them again if someone has removed a pin of theirs, or put something else there.
     pub(super) fn inspect_security(&mut self, found: &mut Inspection) -> Result<(), AttachError> {
         let Some(pins) = self.pins.clone().filter(|_| self.security) else { return Ok(()) };
-        let missing = programs::LSM.iter().filter(|(name, _)| !pin_path(&pins, name).exists());
+        // Whoever takes over pins its own when this process looks no more.
+        let is_own = |name: &str| {
+            let own = self.ebpf.program(name).and_then(|program| program.info().ok());
+            own.is_some_and(|own| pinned_program(&pins, name) == Some(own.id()))
+        };
+        let missing = programs::LSM.into_iter().filter(|(name, _)| !is_own(name));
         let missing: Vec<_> =
             missing.map(|(name, _)| format!("{name} at the kernel's security hook")).collect();
         if !missing.is_empty() {
@@ -103,14 +147,25 @@ fn pin_path(pins: &Path, name: &str) -> PathBuf {
     pins.join("links").join(format!("{PIN}{name}"))
 }
 
+/// The id of the program that a pinned link has attached; none if the link is of another kind.
+fn pinned_program(pins: &Path, name: &str) -> Option<u32> {
+    let link = FdLink::from(PinnedLink::from_pin(pin_path(pins, name)).ok()?).info().ok()?;
+    matches!(link.link_type(), Ok(LinkType::Tracing)).then(|| link.program_id())
+}
+
 fn load(ebpf: &mut Ebpf, name: &'static str, hook: &str) -> Result<FdLink, SecurityError> {
+    let program = loaded(ebpf, name, hook)?;
+    let id = program.attach()?;
+    Ok(program.take_link(id)?.into())
+}
+
+fn loaded<'a>(ebpf: &'a mut Ebpf, name: &'static str, hook: &str) -> Result<&'a mut Lsm, SecurityError> {
     let program = ebpf.program_mut(name).ok_or(SecurityError::Stale(name))?;
     let program: &mut Lsm = program.try_into()?;
     if program.fd().is_err() {
         program.load(hook, &Btf::from_sys_fs()?)?;
     }
-    let id = program.attach()?;
-    Ok(program.take_link(id)?.into())
+    Ok(program)
 }
 
 /// Pins a link in the place of a former one. The program of such a link cannot be replaced, so for a moment both decide.

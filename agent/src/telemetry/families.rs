@@ -157,11 +157,6 @@ static CONFIGURATIONS: Family = counter(
     &["result"],
     "Changes of the configuration file: taken, or refused.",
 );
-static ACCEPTED: Family = counter(
-    "weir_connections_accepted",
-    &["result"],
-    "Connections that arrived at listeners of pods: proxied, closed for want of a flow record, or closed since the record is of another pod (disagreed).",
-);
 static CONNECTIONS: Family =
     counter("weir_proxy_connections", &["cluster"], "Connections that the proxy served.");
 static ACTIVE: Family =
@@ -235,12 +230,13 @@ pub(super) fn all() -> impl Iterator<Item = &'static Family> {
         .into_iter()
         .chain(super::roles::ALL)
         .chain(super::nri::ALL)
-        .chain(super::traces::ALL);
+        .chain(super::traces::ALL)
+        .chain(super::arrivals::ALL);
     ALL.into_iter().chain(super::journal::ALL).chain(more)
 }
 
 #[cfg(test)]
-static ALL: [&Family; 41] = [
+static ALL: [&Family; 40] = [
     &BUILD,
     &STARTED,
     &READY,
@@ -262,7 +258,6 @@ static ALL: [&Family; 41] = [
     &POD_VERDICTS,
     &POD_PROXIED,
     &POD_DROPPED,
-    &ACCEPTED,
     &CONNECTIONS,
     &ACTIVE,
     &REQUESTS,
@@ -318,6 +313,7 @@ pub(super) fn gather(telemetry: &Telemetry) -> Gathered {
         pods(&state, telemetry, &mut out);
     }
     connections(telemetry, &mut out);
+    super::arrivals::gather(&telemetry.observed.read(), &mut out);
     recording(telemetry, &mut out);
     super::journal::gather(telemetry, &mut out);
     super::publishing::gather(telemetry.published(), &mut out);
@@ -421,14 +417,6 @@ fn pods(state: &PinnedState, telemetry: &Telemetry, out: &mut Gathered) {
 
 fn connections(telemetry: &Telemetry, out: &mut Gathered) {
     let observed = telemetry.observed.read();
-    out.push((
-        &ACCEPTED,
-        vec![
-            labelled(["proxied"], observed.proxied),
-            labelled(["closed"], observed.closed),
-            labelled(["disagreed"], observed.disagreed),
-        ],
-    ));
     out.extend([
         (&CANARY, number(u64::from(telemetry.observed.canary() == Health::Passed))),
         (

@@ -124,6 +124,40 @@ fn with_the_guard_alone_pods_of_every_kind_are_denied_and_the_host_passes() {
     }
 }
 
+/// Their names, kinds and instructions are the same as ours; they decide by other maps.
+#[test]
+fn security_programs_of_somebody_else_in_the_place_of_the_guards_are_replaced() {
+    if !asks_bpf() {
+        println!("without BPF LSM there are none");
+        return;
+    }
+    let Some(node) = Node::new("impostor") else { return };
+    let (pods, elsewhere) = (node.below("kubepods"), OwnCgroup::new("elsewhere"));
+    let netns = OwnNetns::new();
+    let late = pods.below("late");
+    let packet = || dial(&late.0, Some(&netns), Dial::Packet).map(|_| ());
+    node.guard(None);
+    assert_eq!(packet(), Err(nix::Error::EPERM));
+    let others = node.bpffs.0.path().join("others/v3");
+    let options = Options {
+        cgroup_root: Some(elsewhere.0.clone()),
+        pinning: Pinning::Pinned(others.clone()),
+        ..node.options(None)
+    };
+    guard::once(&options, &node.handover()).unwrap();
+    for (name, _) in programs::LSM {
+        let pin = |pins: &Path| pins.join(format!("links/lsm-{name}"));
+        std::fs::rename(pin(&others), pin(&node.pins())).unwrap();
+    }
+    assert_eq!(packet(), Ok(()), "they know nothing of this pod");
+    node.guard(None);
+    assert_eq!(packet(), Err(nix::Error::EPERM), "the guard's own are back");
+    drop(late);
+    for root in ["kubepods", "kubepods.slice"] {
+        let _ = std::fs::remove_dir(elsewhere.0.join(root));
+    }
+}
+
 #[test]
 fn the_guard_changes_nothing_that_is_in_force() {
     let Some(node) = Node::new("twice") else { return };

@@ -32,9 +32,12 @@ use weir_agent::{
     recording::{Recorder, RecorderOptions},
 };
 
+use crate::coverage::covered;
 use crate::pins::{OwnBpffs, take_the_place};
 use crate::world::{API4, API6, Dial, OwnCgroup, OwnNetns, dial, eventually, is, load};
 
+/// How often coverage is recorded here: an agent does it once a minute.
+const COVERAGE: Duration = Duration::from_secs(1);
 const CONTAINER: &str = "4f1c0c9a7f0e4d7b8a6f5e4d3c2b1a09f8e7d6c5b4a392817060504030201000";
 
 pub(crate) fn known(uid: &str, mode: Option<Mode>, host_network: bool) -> KnownPod {
@@ -123,6 +126,7 @@ impl Agent {
             accepted: sender,
             ready,
             observed: observed.clone(),
+            coverage_interval: COVERAGE,
         };
         let running = tokio::spawn(run(options, None, recorder.clone(), cancellation.clone()));
         Self { pods, published, accepted, ready: is_ready, serves, observed, cancellation, running }
@@ -211,6 +215,18 @@ async fn a_pod_is_denied_until_it_is_enrolled_and_then_known_by_name() {
     assert_eq!((found.id.as_str(), found.name.as_str()), (CONTAINER, "shell"));
     assert_eq!((caller.cgroup, caller.dialled.as_str()), (container.id(), "192.0.2.1:443"));
     assert!(caller.process.as_ref().unwrap().pid > 0);
+
+    // What the kernel saw against what was served is recorded again and again.
+    let first = covered(node.recorder.folder(), 1).await;
+    client(Dial::Tcp(API4)).unwrap();
+    let redirected = first.iter().flat_map(|one| &one.pods).map(|pod| pod.redirected).sum::<u64>();
+    let coverage = covered(node.recorder.folder(), redirected + 1).await;
+    assert!(coverage.len() > first.len());
+    for pod in coverage[first.len()..].iter().flat_map(|one| &one.pods) {
+        assert_eq!((pod.uid.as_str(), pod.class.as_str(), pod.denied, pod.dropped), (uid, "enrolled", 0, 0));
+        assert_eq!(pod.seen, pod.redirected);
+    }
+    assert!(coverage.iter().all(|one| (1000..20_000).contains(&one.interval_ms)), "{coverage:?}");
 
     // An address that the cluster publishes belongs to the API set as well.
     assert_eq!(client(Dial::Tcp(API6)), Err(nix::Error::ENETUNREACH));

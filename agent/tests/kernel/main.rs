@@ -5,6 +5,7 @@
 
 mod canary;
 mod cold_start;
+mod coverage;
 mod enrolment;
 mod full;
 mod guards;

@@ -11,7 +11,10 @@ use weir_agent::interception::{
     listener::{Listener, Namespace, own_netns},
     loader::{Kernel, Pinning},
 };
-use weir_common::kernel::{CgroupEntry, Class};
+use weir_common::{
+    kernel::{CgroupEntry, Class},
+    sieve::pod_slot,
+};
 
 use crate::world::{API4, API6, Dial, OwnCgroup, OwnNetns, dial, load};
 
@@ -73,6 +76,42 @@ async fn enrolled_connections_arrive_at_the_listener_with_their_flow() {
     dial(&container.0, Some(&netns), Dial::Tcp(direct)).unwrap();
     let (stream, from) = listener.accept().await.unwrap();
     assert_eq!(kernel.take_flow(listener.netns(), from, stream.local_addr().unwrap()), None);
+}
+
+/// Pods share slots of what is counted at hand: whose a slot is not is counted as ever.
+#[tokio::test]
+async fn redirects_are_counted_for_their_pod_whether_it_has_a_slot_of_its_own_or_not() {
+    let Some((kernel, cgroup)) = attached("slots") else { return };
+    let netns = OwnNetns::new();
+    let listener = Listener::in_netns(Namespace::of_process(netns.pid()).unwrap()).unwrap();
+    let neighbour = (1 << 40..).find(|id| pod_slot(*id) == pod_slot(cgroup.id())).unwrap();
+    let connect = || dial(&cgroup.0, Some(&netns), Dial::Tcp(API4)).unwrap();
+    let counted = |of: u64| {
+        let counters = kernel.pod_counters(of).unwrap()?;
+        assert_eq!((counters.seen, counters.flows_published), (counters.redirected, counters.redirected));
+        Some(counters.redirected)
+    };
+    let unselected = CgroupEntry { listener_netns: 0, class: Class::Unselected as u32, listener_port: 0 };
+    kernel.classify(neighbour, unselected).unwrap();
+    classify(&kernel, &cgroup, Class::Enrolled, Some(&listener));
+    connect();
+    assert_eq!((counted(cgroup.id()), counted(neighbour)), (Some(1), Some(0)));
+    // The slot becomes free, and is taken by the next word about the pod.
+    kernel.forget_cgroup(neighbour).unwrap();
+    connect();
+    classify(&kernel, &cgroup, Class::Enrolled, Some(&listener));
+    connect();
+    connect();
+    assert_eq!((counted(cgroup.id()), counted(neighbour)), (Some(4), None));
+    kernel.classify(neighbour, unselected).unwrap();
+    connect();
+    assert_eq!((counted(cgroup.id()), counted(neighbour)), (Some(5), Some(0)));
+    // Who is forgotten leaves nothing to who comes after.
+    kernel.forget_cgroup(cgroup.id()).unwrap();
+    classify(&kernel, &cgroup, Class::Enrolled, Some(&listener));
+    assert_eq!(counted(cgroup.id()), Some(0));
+    let counters = kernel.counters().unwrap();
+    assert_eq!((counters.seen, counters.redirected), (5, 5), "the node's");
 }
 
 /// Now, on the clock of the flow records, ns.

@@ -20,12 +20,13 @@ use weir_agent::{
     },
 };
 use weir_common::{
-    answer::STEPS_MAX,
+    answer::{KeptAnswer, STEPS_MAX},
     kernel::{CgroupEntry, Class, NoticeKind, STEPS_AHEAD_MAX, SUSPECTED_BY_POD_MAX},
 };
 
 use crate::world::{Dial, OwnCgroup, OwnNetns, connect_from, dial, load};
 
+const TCP: u8 = 6;
 const UDP: u8 = 17;
 const REFUSED: nix::Error = nix::Error::ECONNREFUSED;
 /// What who is kept from an answer sees: none within the time.
@@ -257,6 +258,29 @@ fn an_answer_that_cannot_be_read_is_kept_from_enrolled_pods_if_it_is_about_a_con
     scene.kernel.set_names(&[]).unwrap();
     scene.tell(&scene.pod, cut).unwrap();
     assert!(scene.kernel.suspected().unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn an_answer_that_is_kept_from_a_pod_is_reported_with_whom_it_came_from_and_why() {
+    let Some(scene) = Scene::new("kept") else { return };
+    let mut notices = scene.kernel.notices().unwrap().expect("taken once");
+    let told =
+        answer("api.example.test.", &[("api.example.test.", data(Ipv4Addr::new(198, 51, 100, 8).into()))]);
+    let long = [&told[..], &[0; 4096]].concat();
+    assert_eq!(scene.tell(&scene.pod, &long), Err(NO_ANSWER));
+    assert_eq!(scene.tell_stream(&scene.other, &told[..told.len() - 1]), Err(NO_ANSWER));
+    for (pod, protocol, why) in
+        [(&scene.pod, UDP, KeptAnswer::TooLong), (&scene.other, TCP, KeptAnswer::Unreadable)]
+    {
+        let notice = notices.next().await.unwrap();
+        assert_eq!(NoticeKind::from_number(notice.kind), Some(NoticeKind::AnswerRefused));
+        assert_eq!(KeptAnswer::from_notice(notice.protocol), (u32::from(protocol), Some(why)));
+        let from = Ipv4Addr::LOCALHOST.to_ipv6_mapped().octets();
+        assert_eq!(
+            (notice.flow.pod_cgroup, notice.flow.original.address, notice.flow.original.port),
+            (pod.id(), from, u32::from(SERVER.port()))
+        );
+    }
 }
 
 #[tokio::test]

@@ -135,7 +135,7 @@ pub(crate) fn attempt(way: &str, target: SocketAddrV4, place: &Place) -> Outcome
         _ => {}
     }
     let (family, kind, protocol) = match way {
-        "mptcp" => (libc::AF_INET, libc::SOCK_STREAM, libc::IPPROTO_MPTCP),
+        "mptcp" | "mptcp-before" => (libc::AF_INET, libc::SOCK_STREAM, libc::IPPROTO_MPTCP),
         "sctp" => (libc::AF_INET, libc::SOCK_STREAM, libc::IPPROTO_SCTP),
         "dccp" => (libc::AF_INET, libc::SOCK_DCCP, libc::IPPROTO_DCCP),
         "mapped" => (libc::AF_INET6, libc::SOCK_STREAM, 0),
@@ -162,7 +162,7 @@ pub(crate) fn attempt(way: &str, target: SocketAddrV4, place: &Place) -> Outcome
 
 /// What is done with a socket that is there.
 pub(crate) fn through(way: &str, socket: OwnedFd, to: SocketAddr, place: &Place) -> Outcome {
-    if way == "udp-before" {
+    if way.ends_with("-before") {
         connect(socket.as_raw_fd(), &SockaddrStorage::from(to))?;
     }
     place.made();
@@ -214,7 +214,7 @@ fn connect_by(way: &str, socket: &OwnedFd, to: SocketAddr, first: &[u8]) -> Outc
             return Ok("sent");
         }
         // Connected when it was made.
-        "udp-before" => {
+        "udp-before" | "tcp-before" | "mptcp-before" => {
             nix::unistd::write(socket, b"x")?;
             return Ok("sent");
         }

@@ -46,7 +46,7 @@ pub(crate) fn attempt(way: &str, target: SocketAddrV6, place: &Place) -> Outcome
         }
         _ => {
             let kind = if way.starts_with("udp") { libc::SOCK_DGRAM } else { libc::SOCK_STREAM };
-            let protocol = if way == "mptcp" { libc::IPPROTO_MPTCP } else { 0 };
+            let protocol = if way.starts_with("mptcp") { libc::IPPROTO_MPTCP } else { 0 };
             through(way, socket(libc::AF_INET6, kind, protocol)?, to, place)
         }
     }

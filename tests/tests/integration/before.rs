@@ -5,6 +5,8 @@ use std::{
     process::{Child, Stdio},
 };
 
+use weir_tests::Pod;
+
 use super::{
     escape::{
         Attack,
@@ -14,11 +16,11 @@ use super::{
     watch::PROGRAM,
 };
 
-/// A way, whom it goes to, and what may come of it.
-type Made = (&'static str, Target, Expected);
+/// A way, the address that it goes to, and what may come of it.
+pub(super) type Made = (&'static str, String, Expected);
 
 /// What may come of them while an agent serves the pod.
-const BEFORE: [Made; 14] = [
+const BEFORE: [(&str, Target, Expected); 14] = [
     ("tcp", Target::Service, Proxied),
     ("bound", Target::Service, Proxied),
     ("nonblocking", Target::Service, Proxied),
@@ -36,6 +38,23 @@ const BEFORE: [Made; 14] = [
     ("frame", Target::Service, Dropped),
 ];
 
+/// The same over IPv6, to the API server; what was connected before is told so when it is used. The far side speaks plain TCP, so the connection
+/// that could have several ways has one.
+pub(super) const BEFORE6: [(&str, Expected); 12] = [
+    ("tcp", Proxied),
+    ("bound", Proxied),
+    ("nonblocking", Proxied),
+    ("fastopen", Proxied),
+    ("unspec-after", Proxied),
+    ("tcp-before", Says("failed ECONNABORTED")),
+    ("mptcp", Proxied),
+    ("mptcp-before", Says("failed ECONNABORTED")),
+    ("udp", REFUSED),
+    ("udp-sendto", REFUSED),
+    ("raw", GUARDED),
+    ("frame", Dropped),
+];
+
 /// Sockets in a pod, made and not used yet.
 pub(super) struct Before {
     process: Child,
@@ -43,13 +62,19 @@ pub(super) struct Before {
 }
 
 impl Before {
-    /// Those whose expectation is wanted.
+    /// Those of an attack that are wanted.
     pub(super) fn make(attack: &Attack<'_>, is_wanted: impl Fn(&Expected) -> bool) -> Self {
-        let ways: Vec<_> = BEFORE.into_iter().filter(|(.., expected)| is_wanted(expected)).collect();
-        let mut command = attack.pod.runtime_command("before");
+        let wanted = BEFORE.into_iter().filter(|(.., expected)| is_wanted(expected));
+        let ways = wanted.map(|(way, target, expected)| (way, attack.address(target).to_owned(), expected));
+        Self::in_pod(attack.pod, ways.collect())
+    }
+
+    /// These.
+    pub(super) fn in_pod(pod: &Pod<'_>, ways: Vec<Made>) -> Self {
+        let mut command = pod.runtime_command("before");
         command.args([PROGRAM, "before"]);
-        for (way, target, _) in &ways {
-            command.args([way, attack.address(*target)]);
+        for (way, address, _) in &ways {
+            command.args([way, address.as_str()]);
         }
         let mut process = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
         let mut made = [0; 5];
@@ -58,18 +83,22 @@ impl Before {
         Self { process, ways }
     }
 
-    /// Uses them: each comes to what it may say, and the far side sees none.
+    /// Uses them: each comes to what it may say, and the far side, which is asked then, sees none.
     #[track_caller]
-    pub(super) fn check(mut self, attack: &Attack<'_>, may_say: impl Fn(&Expected, &str) -> bool) {
+    pub(super) fn check(
+        mut self,
+        direct: impl FnOnce() -> Vec<String>,
+        may_say: impl Fn(&Expected, &str) -> bool,
+    ) {
         self.process.stdin.take().unwrap().write_all(b"\n").unwrap();
         let mut said = String::new();
         self.process.stdout.take().unwrap().read_to_string(&mut said).unwrap();
         assert!(self.process.wait().unwrap().success(), "{said}");
-        let direct = attack.direct();
+        let direct = direct();
         let lines: Vec<_> = said.lines().filter_map(|line| line.split_once(' ')).collect();
         assert_eq!(lines.len(), self.ways.len(), "{said}");
-        for ((way, target, expected), (_, said)) in self.ways.iter().zip(lines) {
-            assert!(may_say(expected, said), "{way} to the {target:?}, made before: {said}");
+        for ((way, address, expected), (_, said)) in self.ways.iter().zip(lines) {
+            assert!(may_say(expected, said), "{way} to {address}, made before: {said}");
         }
         assert!(direct.is_empty(), "made before: the far side saw {direct:?}");
     }

@@ -314,7 +314,7 @@ fn no_process_of_an_enrolled_pod_reaches_an_api_server_or_kubelet_around_weir() 
     attack.wait_until_known(&agent);
     // The answers of the API server to what was sent before must not be taken for more of it.
     attack.direct();
-    sockets.check(&attack, Expected::is);
+    sockets.check(|| attack.direct(), Expected::is);
     let mut failed = Vec::new();
     for (way, target, expected) in &WAYS {
         let (said, direct) = match expected {

@@ -11,6 +11,7 @@ use weir_tests::{
 
 use super::{
     Scene,
+    before::{BEFORE6, Before},
     escape::{
         BRIDGE,
         Expected::{self, Dropped, Proxied, Says},
@@ -175,7 +176,13 @@ fn no_way_over_ipv6_leads_around_weir() {
     configuration["clusters"][0]["addresses"] = serde_json::json!([attack.target]);
     let path = scene.scratch.path().join("agent.yaml");
     agent::write_configuration(&configuration, &path).unwrap();
+    let ways = BEFORE6.map(|(way, expected)| (way, attack.target.clone(), expected));
+    let sockets = Before::in_pod(&pod, ways.into());
     let mut agent = AgentProcess::start(&path, &scene.scratch.path().join("agent.log")).unwrap();
+    // What was connected before was the pod's own doing, and what it was told is no more of it.
+    attack.direct();
+    far_side.came_from(own);
+    sockets.check(|| attack.direct(), Expected::is);
     let mut failed = Vec::new();
     for (way, expected) in &WAYS6 {
         let (said, direct) = attack.try_way(way);

@@ -195,28 +195,38 @@ fn in_whichever_order_a_cold_node_starts_nothing_waits_for_ever_and_no_request_i
     assert!(waited <= AFTER_READY, "{waited:?}");
 
     // The pods come last: their first request is answered.
-    let script = "exec kubectl get namespace default -o name";
-    let first = PodSpec { script, ..PodSpec::idle("it-cold", "after-agent") };
-    scene.testbed.apply(&first.manifest().to_string()).unwrap();
-    wait_until("the pod's first request to be answered", DEADLINE, || {
-        let phase = scene.testbed.kubectl(&[
-            "get",
-            "pod",
-            "after-agent",
-            "-n",
-            "it-cold",
-            "-o",
-            "jsonpath={.metadata.uid} {.status.phase}",
-        ])?;
-        let (uid, phase) = phase.split_once(' ').unwrap_or_default();
-        assert_ne!(phase, "Failed", "{}", agent.last_lines());
-        enrolled.insert(uid.to_owned());
-        Ok((phase == "Succeeded").then_some(()))
-    })
-    .unwrap();
+    enrolled.insert(first_request(&scene, "after-agent", &agent));
+    assert!(agent.terminate().unwrap().success(), "{}", agent.last_lines());
+    drop(agent);
+
+    // Kubelet and container runtime come last: neither the guard nor the agent waits for them.
+    let kubelet = scene.testbed.stop_kubelet().unwrap();
+    let containerd = scene.testbed.stop_containerd().unwrap();
+    let guard = Guard::put_in_force(&config).unwrap();
+    let mut agent = start(guard, "without-kubelet.log");
+    ready_at(&mut agent);
+    containerd.end().unwrap();
+    kubelet.end().unwrap();
+    enrolled.insert(first_request(&scene, "after-kubelet", &agent));
+
     let direct = direct_requests(&scene, &enrolled);
     assert!(direct.is_empty(), "{direct:?}");
     assert!(agent.terminate().unwrap().success(), "{}", agent.last_lines());
+}
+
+/// Waits until a new pod's first request, which is its first instruction, is answered; gives its UID.
+fn first_request(scene: &Scene, name: &str, agent: &AgentProcess) -> String {
+    let script = "exec kubectl get namespace default -o name";
+    let first = PodSpec { script, ..PodSpec::idle("it-cold", name) };
+    scene.testbed.apply(&first.manifest().to_string()).unwrap();
+    let words = ["get", "pod", name, "-n", "it-cold", "-o", "jsonpath={.metadata.uid} {.status.phase}"];
+    wait_until("the pod's first request to be answered", DEADLINE, || {
+        let phase = scene.testbed.kubectl(&words)?;
+        let (uid, phase) = phase.split_once(' ').unwrap_or_default();
+        assert_ne!(phase, "Failed", "{name}: {}", agent.last_lines());
+        Ok((phase == "Succeeded").then(|| uid.to_owned()))
+    })
+    .unwrap()
 }
 
 #[test]

@@ -352,7 +352,7 @@ fn while_an_agent_starts_no_way_leads_around_it() {
         attacks.direct();
         // Nobody ends what is connected; the guard drops what it sends.
         let denied = |said: &str| said == "refused" || said == "failed EPERM";
-        before.check(&on_four, |_, said| denied(said));
+        before.check(|| on_four.direct(), |_, said| denied(said));
         let mut trying = Trying::begin(&attacks, &of_pod, &of_host);
         let said = trying.round();
         assert!(!said.iter().any(connects), "no agent runs: {said:?}");
