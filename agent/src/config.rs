@@ -18,6 +18,8 @@ pub use selector::LabelSelector;
 pub use source::Source;
 pub use traces::{CollectorEndpoint, Traces};
 
+use weir_common::kms::endpoint::{PlainEndpoint, check_environment};
+
 use crate::recording::PodQuota;
 
 mod authentication;
@@ -85,6 +87,9 @@ pub enum ConfigError {
         /// What the parser says: key path, line, column, expected keys.
         message: String,
     },
+    /// A variable that leads the SDK of AWS to an address where others read what is sent.
+    #[error("environment: {0}")]
+    Environment(PlainEndpoint),
     /// A value that has the right type but makes no sense.
     #[error("configuration {}: {key}: {problem}", path.display())]
     Value {
@@ -255,6 +260,7 @@ impl Config {
     /// # Errors
     /// [`ConfigError`], with the place in the file and the mend.
     pub fn load(path: &Path, default_node: &str) -> Result<Self, ConfigError> {
+        check_environment(std::env::vars_os()).map_err(ConfigError::Environment)?;
         Self::parse(path, &read(path)?, default_node)
     }
 

@@ -5,20 +5,21 @@
 //! an encryption context to where it belongs, and comes back as what stands in the wrapped key. Credentials are those of the SDK's
 //! default chain. Few tries and bounded waits; who calls decides what becomes of a failure.
 
-use std::{collections::HashMap, error::Error, net::IpAddr, sync::Arc, time::Duration};
+pub mod endpoint;
+
+use std::{collections::HashMap, error::Error, sync::Arc, time::Duration};
 
 use aws_config::{BehaviorVersion, Region, retry::RetryConfig, timeout::TimeoutConfig};
 use aws_sdk_kms::{
     Client,
-    config::{
-        Builder, ConfigBag, Intercept, RuntimeComponents, interceptors::BeforeTransmitInterceptorContextRef,
-    },
-    error::{BoxError, DisplayErrorContext, ProvideErrorMetadata, SdkError},
+    config::Builder,
+    error::{DisplayErrorContext, ProvideErrorMetadata, SdkError},
     primitives::Blob,
 };
-use http::{Uri, uri::Scheme};
 use tokio::sync::OnceCell;
 use zeroize::Zeroizing;
+
+use endpoint::{Confidential, PlainEndpoint, confidential};
 
 /// Tries of one call, the first included.
 const ATTEMPTS_MAX: u32 = 3;
@@ -134,14 +135,8 @@ pub enum KmsError {
     #[error("KMS is asked too often; the account's quota of cryptographic operations may be too small")]
     Throttled,
     /// Keys would cross the network in clear.
-    #[error(
-        "{endpoint} is not https: keys and credentials would cross the network in clear; mend AWS_ENDPOINT_URL_KMS, AWS_ENDPOINT_URL \
-         or endpoint_url in the AWS profile (http is for loopback alone)"
-    )]
-    Plain {
-        /// Address that was to be asked.
-        endpoint: Arc<str>,
-    },
+    #[error(transparent)]
+    Plain(#[from] PlainEndpoint),
     /// No answer, or no credentials to ask with.
     #[error("KMS in {region} cannot be asked: {cause}")]
     Unreachable {
@@ -192,7 +187,7 @@ impl Kms {
                 if let Some(endpoint) = config.endpoint_url() {
                     confidential(endpoint)?;
                 }
-                Ok(self.client_of(Builder::from(&config)))
+                Ok::<_, KmsError>(self.client_of(Builder::from(&config)))
             })
             .await
     }
@@ -261,7 +256,7 @@ impl Kms {
                 let (code, message) = (context.err().code(), context.err().message());
                 self.refused(code.unwrap_or("none"), message.unwrap_or_default(), action)
             }
-            _ if let Some(plain) = plain_endpoint(error) => plain,
+            _ if let Some(plain) = PlainEndpoint::of(error) => plain.into(),
             _ => self.unreachable(&DisplayErrorContext(error).to_string()),
         }
     }
@@ -284,57 +279,6 @@ impl Kms {
     }
 }
 
-/// Keeps every request from an address that would let others read it, wherever the SDK has that address from: the environment, a
-/// profile, or AWS's own rules. It comes before anything is sent.
-#[derive(Debug)]
-struct Confidential;
-
-impl Intercept for Confidential {
-    fn name(&self) -> &'static str {
-        "Confidential"
-    }
-
-    fn read_before_transmit(
-        &self,
-        context: &BeforeTransmitInterceptorContextRef<'_>,
-        _: &RuntimeComponents,
-        _: &mut ConfigBag,
-    ) -> Result<(), BoxError> {
-        Ok(confidential(context.request().uri())?)
-    }
-}
-
-/// Whether nobody on the way reads what is sent there: TLS, or it does not leave the machine.
-fn confidential(endpoint: &str) -> Result<(), KmsError> {
-    let uri = endpoint.parse::<Uri>().unwrap_or_default();
-    let is_loopback = |host: &str| {
-        let address = host.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>();
-        address.map_or_else(|_| host.eq_ignore_ascii_case("localhost"), |address| address.is_loopback())
-    };
-    let is_https = uri.scheme() == Some(&Scheme::HTTPS);
-    if is_https || uri.scheme() == Some(&Scheme::HTTP) && uri.host().is_some_and(is_loopback) {
-        return Ok(());
-    }
-    // Neither a path nor what stands before a host: there may be a password.
-    let endpoint = match (uri.scheme_str(), uri.host()) {
-        (Some(scheme), Some(host)) => shortened(&format!("{scheme}://{host}")),
-        _ => "the endpoint of AWS".into(),
-    };
-    Err(KmsError::Plain { endpoint })
-}
-
-/// What [`Confidential`] said, if an error comes from there.
-fn plain_endpoint(error: &(dyn Error + 'static)) -> Option<KmsError> {
-    let mut cause = Some(error);
-    while let Some(error) = cause {
-        if let Some(plain) = error.downcast_ref::<KmsError>() {
-            return Some(plain.clone());
-        }
-        cause = error.source();
-    }
-    None
-}
-
 /// On one line, and not longer than a log should have.
 fn shortened(text: &str) -> Arc<str> {
     let mut line: String = text.chars().map(|char| if char.is_control() { ' ' } else { char }).collect();
@@ -352,7 +296,7 @@ mod tests {
     };
     use tokio::{io::AsyncReadExt as _, net::TcpListener};
 
-    use super::{KeyArn, Kms, KmsError, KmsKey, confidential};
+    use super::{KeyArn, Kms, KmsError, KmsKey};
 
     const ARN: &str = "arn:aws:kms:eu-central-1:123456789012:key/1234abcd-12ab-34cd-56ef-1234567890ab";
 
@@ -391,7 +335,7 @@ mod tests {
     async fn no_key_crosses_the_network_in_clear() {
         for endpoint in ["http://192.0.2.1:8080", "http://kms.example.com", "http://localhost.example.com"] {
             let error = wrap_at(endpoint).await;
-            assert!(matches!(error, KmsError::Plain { .. }), "{error}");
+            assert!(matches!(error, KmsError::Plain(_)), "{error}");
             assert!(error.to_string().contains("is not https"), "{error}");
         }
         // To loopback it goes: whoever listens there hears the request.
@@ -406,25 +350,6 @@ mod tests {
         let asked = tokio::spawn(async move { wrap_at(&endpoint).await });
         assert_eq!(&tokio::time::timeout(Duration::from_secs(30), heard).await.unwrap(), b"POST");
         asked.abort();
-    }
-
-    #[test]
-    fn https_and_loopback_are_confidential_and_nothing_else_is() {
-        for endpoint in [
-            "https://kms.eu-central-1.amazonaws.com",
-            "http://127.0.0.1:8080",
-            "http://127.1.2.3/",
-            "http://[::1]:1",
-            "http://LOCALHOST:1",
-        ] {
-            confidential(endpoint).unwrap();
-        }
-        for endpoint in
-            ["", "kms", "ftp://127.0.0.1", "http://10.0.0.1", "http://user:pass-4711@10.0.0.1/pass-4711"]
-        {
-            let said = confidential(endpoint).unwrap_err().to_string();
-            assert!(!said.contains("pass-4711"), "{said}");
-        }
     }
 
     #[test]

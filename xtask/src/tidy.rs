@@ -26,7 +26,7 @@ const EMPTY_NAMES: [&str; 6] = ["utils", "util", "helpers", "types", "manager", 
 const EDGES: [(&str, &[&str]); 21] = [
     ("aws_config", &["agent/src/aws/sts.rs", "common/src/kms.rs"]),
     ("aws_credential_types", &["agent/src/aws/"]),
-    ("aws_sdk_kms", &["common/src/kms.rs"]),
+    ("aws_sdk_kms", &["common/src/kms.rs", "common/src/kms/"]),
     ("aws_sdk_sts", &["agent/src/aws/sts.rs"]),
     ("aws_sigv4", &["agent/src/aws/presigned.rs"]),
     ("aya", &["agent/src/interception/", "agent/build.rs", "common/src/kernel.rs"]),

@@ -5,6 +5,8 @@
 
 use std::{sync::Arc, time::Duration};
 
+use weir_common::kms::endpoint::PlainEndpoint;
+
 use super::identifier::RoleArn;
 
 /// Most bytes of a message of STS that are kept.
@@ -117,6 +119,9 @@ pub enum StsError {
         /// Why.
         cause: Arc<str>,
     },
+    /// Tokens and keys would cross the network in clear.
+    #[error(transparent)]
+    Plain(#[from] PlainEndpoint),
     /// All entries of the cache are in use.
     #[error("too many AWS roles are being assumed at once; try again")]
     Busy,
@@ -223,7 +228,7 @@ impl StsError {
     }
 
     /// All of [`Self::kind`].
-    pub const KINDS: [&str; 13] = [
+    pub const KINDS: [&str; 14] = [
         "denied",
         "web_identity_denied",
         "web_identity_expired",
@@ -235,6 +240,7 @@ impl StsError {
         "no_credentials",
         "token_too_long",
         "signing",
+        "plain_endpoint",
         "busy",
         "abandoned",
     ];
@@ -254,6 +260,7 @@ impl StsError {
             Self::NoCredentials { .. } => "no_credentials",
             Self::TokenTooLong { .. } => "token_too_long",
             Self::Signing { .. } => "signing",
+            Self::Plain(_) => "plain_endpoint",
             Self::Busy => "busy",
             Self::Abandoned => "abandoned",
         }

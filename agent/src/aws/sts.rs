@@ -18,13 +18,17 @@ use aws_credential_types::{
 };
 use aws_sdk_sts::{
     Client,
-    config::endpoint::{DefaultResolver, Params, ResolveEndpoint},
+    config::{
+        Builder,
+        endpoint::{DefaultResolver, Params, ResolveEndpoint},
+    },
     error::{BuildError, DisplayErrorContext, ProvideErrorMetadata, SdkError},
     types::{AssumedRoleUser, PolicyDescriptorType, Tag as SdkTag},
 };
 use futures::future::BoxFuture;
 use http::header::RETRY_AFTER;
 use tokio::sync::OnceCell;
+use weir_common::kms::endpoint::{Confidential, PlainEndpoint, confidential};
 use zeroize::Zeroizing;
 
 use super::{
@@ -112,9 +116,14 @@ impl Sts {
                 Some((url, own)) => loader.endpoint_url(url).credentials_provider(own.clone()),
                 None => loader,
             };
-            loader.load().await
+            let config = loader.load().await;
+            // Those who give credentials are asked there too, before STS is.
+            if let Some(endpoint) = config.endpoint_url() {
+                confidential(endpoint)?;
+            }
+            Ok::<_, StsError>(config)
         };
-        Ok(regional.config.get_or_init(load).await.clone())
+        regional.config.get_or_try_init(load).await.cloned()
     }
 
     /// The agent's own credentials, from the SDK's default chain.
@@ -139,7 +148,7 @@ impl Sts {
         request: &AssumeRole,
     ) -> Result<Credentials, StsError> {
         let config = self.config(region).await?;
-        let mut client = Client::new(&config);
+        let mut client = client(Builder::from(&config));
         for hop in &request.chain {
             let hop = AssumeRole {
                 role_arn: hop.clone(),
@@ -152,8 +161,7 @@ impl Sts {
                 ..request.clone()
             };
             let credentials = call_assume_role(&client, region, &hop).await?;
-            let own = aws_sdk_sts::config::Builder::from(&config).credentials_provider(signing(&credentials));
-            client = Client::from_conf(own.build());
+            client = self::client(Builder::from(&config).credentials_provider(signing(&credentials)));
         }
         call_assume_role(&client, region, request).await
     }
@@ -170,7 +178,7 @@ impl Sts {
             WebIdentityToken::Presented(token) => Zeroizing::new(token.as_str().to_owned()),
             WebIdentityToken::Minted(source) => source.token().await.map_err(no_token)?,
         };
-        let output = Client::new(&self.config(region).await?)
+        let output = client(Builder::from(&self.config(region).await?))
             .assume_role_with_web_identity()
             .role_arn(role.as_str())
             .role_session_name(request.session_name.as_str())
@@ -213,6 +221,11 @@ impl AssumesRoles for Sts {
     fn host<'a>(&'a self, region: &'a str) -> BoxFuture<'a, Result<String, StsError>> {
         Box::pin(self.find_host(region))
     }
+}
+
+/// Every client is made here, so that none sends anything where others read it.
+fn client(own: Builder) -> Client {
+    Client::from_conf(own.interceptor(Confidential).build())
 }
 
 async fn call_assume_role(
@@ -301,6 +314,9 @@ where
         return StsError::of(answer, call, role, region);
     }
     let cause = shortened(&causes(error));
+    if let Some(plain) = PlainEndpoint::of(error) {
+        return plain.into();
+    }
     if caused_by_credentials(error) {
         return StsError::NoCredentials { cause };
     }

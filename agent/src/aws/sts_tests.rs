@@ -257,6 +257,17 @@ async fn an_expired_token_and_a_wrong_clock_are_named() {
 }
 
 #[tokio::test]
+async fn nothing_is_sent_where_others_on_the_way_could_read_it() {
+    for url in ["http://192.0.2.1:9", "http://sts.example.com"] {
+        for role in [Role::Assume(assumed()), with_token()] {
+            let error = Sts::at(url.to_owned()).assume(REGION, &role).await.unwrap_err();
+            assert_eq!(error.kind(), "plain_endpoint");
+            assert!(error.to_string().contains("is not https") && error.retry_after().is_none(), "{error}");
+        }
+    }
+}
+
+#[tokio::test]
 async fn nobody_there_is_unreachable() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());

@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 
 use serde_yaml_ng::{Mapping, Value};
 
+use weir_common::kms::endpoint::check_environment;
+
 use super::{Config, ConfigError};
 
 /// The key of a cluster's issuers.
@@ -61,6 +63,7 @@ impl Source {
     /// # Errors
     /// Those of [`Config::load`].
     pub fn load(path: &Path, node: &str) -> Result<(Self, Config), ConfigError> {
+        check_environment(std::env::vars_os()).map_err(ConfigError::Environment)?;
         let text = super::read(path)?;
         let config = Config::parse(path, &text, node)?;
         let source = Self { path: path.to_owned(), node: node.to_owned(), last: text.clone(), text };
