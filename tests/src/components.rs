@@ -19,7 +19,7 @@ use crate::python;
 
 mod tools;
 pub use tools::{
-    audit_decoder, grafana_dashboard, helm, note_verifier, prometheus_operator_kinds, promtool,
+    audit_decoder, grafana_dashboard, helm, msk_signer, note_verifier, prometheus_operator_kinds, promtool,
     streams_capture, tools_plan,
 };
 
@@ -410,6 +410,7 @@ mod tests {
             &tools::PROMTOOL,
             &tools::NOTE_VERIFIER,
             &tools::GRAFANA,
+            &tools::MSK_SIGNER,
             &crate::key_service::LOCAL_KMS,
             &tools::HELM,
             &crate::clients::CLIENT_GO,

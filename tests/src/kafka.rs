@@ -1,7 +1,7 @@
 //! A real Kafka on loopback, one node without ZooKeeper, and what a test does to it: topics, SIGKILL, SIGSTOP, start anew.
 //!
 //! It is Apache's ([`installation`]) and runs only while a test has a [`Kafka`]. Its listeners: a plain one, one that takes TLS and
-//! SCRAM-SHA-512 alone, and for who asks one that takes TLS and bearer tokens alone. What is on a topic is read by clients that share nothing with Weir ([`consumer`]).
+//! a password alone (SCRAM-SHA-512 or PLAIN), and for who asks one that takes TLS and bearer tokens alone. What is on a topic is read by clients that share nothing with Weir ([`consumer`]).
 
 mod consumer;
 mod faults;
@@ -80,7 +80,7 @@ pub struct Issuer {
     pub audience: String,
 }
 
-/// How to reach the listener that takes TLS and SCRAM-SHA-512 alone.
+/// How to reach the listener that takes TLS and a password alone, by SCRAM-SHA-512 or PLAIN.
 #[derive(Debug)]
 pub struct Secured {
     /// `HOST:PORT`.
@@ -349,9 +349,11 @@ inter.broker.listener.name=PLAIN
 controller.listener.names=CONTROLLER
 listener.name.secured.ssl.keystore.type=PEM
 listener.name.secured.ssl.keystore.location={folder}/broker.pem
-listener.name.secured.sasl.enabled.mechanisms=SCRAM-SHA-512
+listener.name.secured.sasl.enabled.mechanisms=SCRAM-SHA-512,PLAIN
 listener.name.secured.scram-sha-512.sasl.jaas.config=\
 org.apache.kafka.common.security.scram.ScramLoginModule required;
+listener.name.secured.plain.sasl.jaas.config=\
+org.apache.kafka.common.security.plain.PlainLoginModule required user_{USER}=\"{PASSWORD}\";
 {disks}
 log.index.size.max.bytes=1048576
 auto.create.topics.enable=false

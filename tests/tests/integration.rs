@@ -21,6 +21,8 @@ use weir_tests::{
     wait_until,
 };
 
+#[path = "integration/answers.rs"]
+mod answers;
 #[path = "integration/api_server_faults.rs"]
 mod api_server_faults;
 #[path = "integration/approver.rs"]

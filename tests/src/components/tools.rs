@@ -37,6 +37,16 @@ pub(super) static NOTE_VERIFIER: GoModule = GoModule {
     minutes: 0.2,
 };
 
+/// AWS's own signer of tokens for Amazon MSK; no part of the testbed.
+pub(super) static MSK_SIGNER: GoModule = GoModule {
+    folder: "msk-signer",
+    tags: "",
+    linker_flags: "-s -w",
+    copied: &[],
+    binaries: &[("msk-signer", ".")],
+    minutes: 0.5,
+};
+
 /// Decodes audit events strictly, with Kubernetes' own types; no part of the testbed.
 static AUDIT_DECODER: GoModule = GoModule {
     folder: "audit-decoder",
@@ -89,6 +99,14 @@ pub fn promtool(progress: Progress) -> Result<PathBuf> {
 /// There is no Go, or the build fails.
 pub fn note_verifier(progress: Progress) -> Result<PathBuf> {
     NOTE_VERIFIER.tool(progress)
+}
+
+/// The program that signs tokens for Amazon MSK as AWS's clients do, built if it is not there.
+///
+/// # Errors
+/// There is no Go, or the build fails.
+pub fn msk_signer(progress: Progress) -> Result<PathBuf> {
+    MSK_SIGNER.tool(progress)
 }
 
 /// The program that decodes audit events as Kubernetes does, built if it is not there.

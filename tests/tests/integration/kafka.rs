@@ -21,6 +21,7 @@ use weir_tests::{
 
 use super::{
     DEADLINE, Scene,
+    answers::{answers_the_same, shows_progress},
     client::Requests,
     evidence::{
         CANARY, KEYS, KeyPair, check_order, only_recipients_read, proves_silence, signed_by, silences,
@@ -264,36 +265,6 @@ fn work(pod: &Pod<'_>) {
     .unwrap();
 }
 
-/// Every question has the same answer from the journal and from the topics.
-#[track_caller]
-fn answers_the_same(journal: &str, topics: &str, session: &str, [before, amid]: [&str; 2]) {
-    let questions: [&[&str]; 7] = [
-        &["sessions"],
-        &["sessions", "--json"],
-        &["sessions", "--json", "--since", before],
-        &["sessions", "--json", "--since", amid],
-        &["events"],
-        &["events", "--session", session],
-        &["replay", session],
-    ];
-    let answer = |question: &[&str], from: &str| {
-        let (code, out, err) = shown(&weir(&[question, &["--from", from]].concat()));
-        assert_eq!(code, Some(0), "{question:?} from {from}: {err}");
-        // It says how to see more.
-        out.replace(from, "SOURCE")
-    };
-    for question in questions {
-        let expected = answer(question, journal);
-        assert!(!expected.is_empty(), "{question:?}");
-        assert_eq!(answer(question, topics), expected, "{question:?}");
-    }
-    // Only the later session has something at or after either time; what it did before belongs to it.
-    let [all, later, still] =
-        [questions[1], questions[2], questions[3]].map(|question| answer(question, topics));
-    assert_eq!((all.lines().count(), later.lines().count(), &still), (2, 1, &later), "{all}{still}");
-    assert!(all.contains(&later), "{all}{later}");
-}
-
 #[test]
 fn what_the_journal_has_is_on_the_topics_byte_for_byte_and_answers_the_same() {
     let Some(mut scene) = Scene::new() else { return };
@@ -345,6 +316,7 @@ fn what_the_journal_has_is_on_the_topics_byte_for_byte_and_answers_the_same() {
     answers_the_same(journal, &topics, session, [&before, &amid]);
     let report = sound(&topics, &[]);
     assert_eq!(totals(&report), totals(&sound(journal, &[])));
+    shows_progress(journal);
     let told = (&report["topic"]["messages"], &report["topic"]["duplicates"]);
     assert_eq!(told, (&json!(count), &json!(0)), "{report:#}");
     verified_by_others(&epochs(&scene.journal())[0], &[journal, &topics], session);
@@ -357,6 +329,21 @@ fn what_the_journal_has_is_on_the_topics_byte_for_byte_and_answers_the_same() {
     // A message of somebody else is no reason to doubt Weir's.
     kafka.produce(EVENTS, Some("stranger"), "{\"hello\":1}").unwrap();
     assert_eq!(sound(&topics, &[])["topic"]["foreign"], 1);
+}
+
+/// The same with PLAIN, which some brokers offer alone, by an agent that has ended then.
+#[track_caller]
+fn publishes_with_plain(scene: &Scene, kafka: &Kafka, pod: &Pod<'_>, configuration: &Path) -> AgentProcess {
+    let scram = std::fs::read_to_string(configuration).unwrap();
+    let plain = scram.replace("SCRAM-SHA-512", "PLAIN");
+    assert_ne!(plain, scram);
+    std::fs::write(configuration, plain).unwrap();
+    let mut agent = AgentProcess::start(configuration, &scene.scratch.path().join("plain.log")).unwrap();
+    pod.shell("kubectl get configmap told -n it-kafka-tls").unwrap();
+    wait_until_published(kafka, &scene.journal());
+    assert!(agent.terminate().unwrap().success(), "{}", agent.last_lines());
+    check(&recorded(&scene.journal()), &published(kafka));
+    agent
 }
 
 #[test]
@@ -413,18 +400,28 @@ fn the_agent_publishes_over_tls_with_a_password_that_stands_in_a_file_alone() {
 
     only_recipients_read(&kafka, &recipient, &scene.journal());
 
+    let scram = std::fs::read_to_string(&path).unwrap();
+    let agent_plain = publishes_with_plain(&scene, &kafka, &pod, &path);
+    std::fs::write(properties, lines.replace("SCRAM-SHA-512", "PLAIN")).unwrap();
+    let report = sound(&source(&secured.bootstrap), &["--kafka-config", properties]);
+    assert_eq!(report["epochs"].as_array().map(Vec::len), Some(2), "{report:#}");
+
     // A password that is not the right one: said by those who are asked, and never repeated.
     std::fs::write(&password, "wrong-password-4711").unwrap();
     std::fs::write(properties, lines.replace(secured.password, "wrong-password-4711")).unwrap();
     let read = weir(&["verify", "--from", &source(&secured.bootstrap), "--kafka-config", properties]);
     let (code, out, err) = shown(&read);
     assert_eq!(code, Some(1), "{out}{err}");
-    let found = doctor(&scene.scratch.path().join("agent.yaml"), "kafka");
-    for said in [format!("{out}{err}"), found] {
+    let found_plain = doctor(&path, "kafka");
+    std::fs::write(&path, scram).unwrap();
+    let found = doctor(&path, "kafka");
+    for said in [format!("{out}{err}"), found_plain, found] {
         assert!(said.to_lowercase().contains("authentication"), "{said}");
         assert!(!said.contains("4711"), "{said}");
     }
-    assert!(!agent.log().unwrap().contains(secured.password), "{}", agent.last_lines());
+    for agent in [agent, agent_plain] {
+        assert!(!agent.log().unwrap().contains(secured.password), "{}", agent.last_lines());
+    }
 }
 
 #[test]

@@ -1,4 +1,5 @@
-//! Who may publish and read, by bearer token, and what groups of readers share: on a real Kafka.
+//! Who may publish and read, by bearer token, and what groups of readers share: on a real Kafka. Amazon's is not to be had: its tokens are
+//! held against those of AWS's own signer.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -9,9 +10,12 @@ use std::{
     time::Duration,
 };
 
+use base64::prelude::{BASE64_URL_SAFE_NO_PAD, Engine as _};
 use serde_json::{Value, json};
 use weir_common::event::Event;
-use weir_tests::{Kafka, Pod, PodSpec, agent, kafka::Issuer, wait_until};
+use weir_tests::{
+    Kafka, Pod, PodSpec, agent, command, components, kafka::Issuer, progress::Progress, wait_until,
+};
 
 use super::{
     Scene,
@@ -107,6 +111,57 @@ fn the_agent_and_readers_show_a_token_from_a_file_which_is_renewed_while_they_ru
     assert!(err.contains("ago; does somebody renew it?"), "{err}");
     let found = doctor(&agent_yaml, "kafka");
     assert!(found.contains("ago; does somebody renew it?"), "{found}");
+}
+
+/// The region of the token that a process of this test is to make; without it this test compares.
+const MSK_REGION: &str = "WEIR_TEST_MSK_REGION";
+
+/// The URL in a token, as its beginning and its parameters in the order of their names: verifiers sort them. What AWS's signer adds about
+/// itself is not signed.
+fn presigned(token: &str) -> (String, BTreeMap<String, String>) {
+    let url = String::from_utf8(BASE64_URL_SAFE_NO_PAD.decode(token.trim()).unwrap()).unwrap();
+    let (base, query) = url.split_once('?').unwrap();
+    let parameters = query.split('&').map(|parameter| parameter.split_once('=').unwrap());
+    let parameters = parameters.filter(|(name, _)| *name != "User-Agent");
+    (base.to_owned(), parameters.map(|(name, value)| (name.to_owned(), value.to_owned())).collect())
+}
+
+#[test]
+fn a_token_for_amazon_msk_is_the_one_that_awss_own_signer_makes() {
+    if let Ok(region) = std::env::var(MSK_REGION) {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let token = runtime.block_on(weir_agent::aws::msk_token(&region, None)).unwrap();
+        println!("token {}", token.text.as_str());
+        return;
+    }
+    let signer = components::msk_signer(Progress::Shown).unwrap();
+    let session = Some("IQoJb3JpZ2luX2Vj+a/b==");
+    for (region, session) in [("eu-central-1", None), ("us-east-1", session), ("cn-north-1", session)] {
+        let said = |command: &mut Command| {
+            command
+                .env("AWS_ACCESS_KEY_ID", "AKIDEXAMPLE")
+                .env("AWS_SECRET_ACCESS_KEY", "wJalrXUtnFEMI/K7MDENG+bPx");
+            command.env("AWS_CONFIG_FILE", "/dev/null").env("AWS_SHARED_CREDENTIALS_FILE", "/dev/null");
+            command.env_remove("AWS_PROFILE").env_remove("AWS_SESSION_TOKEN");
+            command.envs(session.map(|session| ("AWS_SESSION_TOKEN", session)));
+            command::run(command).unwrap()
+        };
+        let theirs = || presigned(&said(Command::new(&signer).arg(region)));
+        let name = "kafka_access::a_token_for_amazon_msk_is_the_one_that_awss_own_signer_makes";
+        let ours = || {
+            let mut command = Command::new(std::env::current_exe().unwrap());
+            let said = said(command.args(["--exact", name, "--nocapture"]).env(MSK_REGION, region));
+            presigned(said.lines().find_map(|line| line.split_once("token ")).unwrap().1)
+        };
+        // Each has its own look at the clock: until both were in the same second.
+        let of_one_second = (0..50).find_map(|_| {
+            let (ours, theirs) = (ours(), theirs());
+            (ours.1["X-Amz-Date"] == theirs.1["X-Amz-Date"]).then_some((ours, theirs))
+        });
+        let (ours, theirs) = of_one_second.expect("both are made within a second");
+        assert_eq!(ours, theirs, "{region}");
+        assert_eq!((ours.1.len(), ours.1["X-Amz-Signature"].len()), (7 + usize::from(session.is_some()), 64));
+    }
 }
 
 /// A `weir events --group` and what it has written so far.
