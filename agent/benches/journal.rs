@@ -1,6 +1,6 @@
 //! What the journal does on this disk: group commit on one core, how soon an agent accepts with a large journal behind it, and
-//! publishing to a broker on the same machine. `cargo xtask bench journal` runs it, with a Kafka; `--long` with as much as
-//! the goals say.
+//! publishing to a broker on the same machine; and what it costs that bodies are encrypted for recipients. `cargo xtask bench journal` runs
+//! it, with a Kafka; `--long` with as much as the goals say.
 //!
 //! Beside records a second stand records for each second of CPU time that the process took, kernel included: what one core does if nothing else is
 //! on it, whatever is.
@@ -11,10 +11,13 @@
 
 use std::{
     collections::BTreeMap,
-    path::Path,
+    path::{Path, PathBuf},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
+use bytes::Bytes;
+use http::{HeaderMap, HeaderValue, Method, StatusCode, Uri, Version, header::CONTENT_TYPE};
 use nix::{
     sched::{CpuSet, sched_getaffinity, sched_setaffinity},
     sys::{
@@ -26,11 +29,21 @@ use nix::{
 use weir_agent::{
     config::Kafka,
     publishing::Publishing,
-    recording::{Recorder, RecorderOptions},
+    recording::{Commit, CommitRule, CommitRules, Recorder, RecorderOptions, RequestHead, Unmasked},
+};
+use weir_common::{
+    attributes::Attributes,
+    event::{Caller, Outcome, Pod},
 };
 
 /// Records of a run of group commit, and those that are published.
 const RECORDS: u64 = 500_000;
+
+/// Requests of a run with bodies: each is four records.
+const REQUESTS: u64 = 50_000;
+
+/// Whom bodies are encrypted for: Bob of RFC 7748, section 6.1.
+const RECIPIENT: &str = "-----BEGIN PUBLIC KEY-----\nMCowBQYDK2VuAyEA3p7bfXt9wbTTW2HC7OQ1Nz+DQ8hbeGdNrfx+FG+IK08=\n-----END PUBLIC KEY-----\n";
 
 /// Runs, of which all are shown: other work on the machine is seen by their difference.
 const RUNS: usize = 3;
@@ -86,20 +99,73 @@ fn cpu_seconds() -> f64 {
 /// Records `records` events as fast as they are taken, and waits until they are durable.
 fn fill(recorder: &Recorder, records: u64) -> Rate {
     let text = "x".repeat(TEXT_BYTES);
-    let (before, start, cpu) = (recorder.measured(), Instant::now(), cpu_seconds());
-    for number in 0..records {
-        recorder.finding(None, None, "bench", &text);
-        while number % 64 == 0 && recorder.measured().backlog_bytes > BACKLOG_BYTES {
-            // Not by yielding: on one core a thread that is always ready takes half of it from the writer.
-            std::thread::park_timeout(Duration::from_micros(500));
+    let rate = rate_of(recorder, || {
+        for number in 0..records {
+            recorder.finding(None, None, "bench", &text);
+            pause(recorder, number);
         }
+        // Whoever waits for one more waits for all.
+        recorder.gap("the end".to_owned(), None).unwrap();
+    });
+    assert_eq!(rate.records as u64, records + 1);
+    rate
+}
+
+/// Lets the writer catch up.
+fn pause(recorder: &Recorder, number: u64) {
+    while number.is_multiple_of(64) && recorder.measured().backlog_bytes > BACKLOG_BYTES {
+        // Not by yielding: on one core a thread that is always ready takes half of it from the writer.
+        std::thread::park_timeout(Duration::from_micros(500));
     }
-    // Whoever waits for one more waits for all.
-    recorder.gap("the end".to_owned(), None).unwrap();
+}
+
+/// Records mutations that wait for nothing, with a body of the same text, and stops; `recipients` may read them.
+fn requests(journal: &Path, recipients: Vec<PathBuf>) -> Rate {
+    let mut options =
+        RecorderOptions::new(journal.to_owned(), "bench".to_owned(), vec!["cluster".to_owned()]);
+    let rule = CommitRule { commit: Some(Commit::Async), ..CommitRule::default() };
+    options.rules = CommitRules { rules: vec![rule], async_mutations: true, ..CommitRules::default() };
+    (options.journal_bytes_max, options.recipient_files) = (1 << 40, recipients);
+    let recorder = Recorder::start(options).unwrap();
+    let (method, uri) = (Method::POST, Uri::from_static("/api/v1/namespaces/team-a/configmaps"));
+    let attributes = Attributes::parse(method.as_str(), uri.path(), None);
+    let mut headers = HeaderMap::new();
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    let head = RequestHead {
+        method: &method,
+        uri: &uri,
+        version: Version::HTTP_2,
+        headers: &headers,
+        attributes: &attributes,
+        upgrade: None,
+        identity: None,
+    };
+    let body = Bytes::from(format!("{{\"data\":{{\"a\":\"{}\"}}}}", "x".repeat(TEXT_BYTES)));
+    let caller =
+        Arc::new(Caller { pod: Some(Pod { uid: "pod".into(), ..Pod::default() }), ..Caller::default() });
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    rate_of(&recorder, || {
+        runtime.block_on(async {
+            for number in 0..REQUESTS {
+                let record = recorder.open(&caller, 0, head, Some(Unmasked(body.clone()))).await.unwrap();
+                record.response_started(StatusCode::CREATED, &headers, false);
+                record.close(Outcome::Complete, None);
+                pause(&recorder, number);
+            }
+            // Writes all that waits.
+            recorder.stop("bench").await.unwrap();
+        });
+    })
+}
+
+/// Measures what is written meanwhile.
+fn rate_of(recorder: &Recorder, work: impl FnOnce()) -> Rate {
+    let (before, start, cpu) = (recorder.measured(), Instant::now(), cpu_seconds());
+    work();
     let (after, seconds) = (recorder.measured(), start.elapsed().as_secs_f64());
     let cpu_seconds = cpu_seconds() - cpu;
     let written = after.events - before.events;
-    assert_eq!((after.lost, written), (0, records + 1), "nothing was dropped");
+    assert_eq!(after.lost, 0, "nothing was dropped");
     let syncs = after.syncs.iter().sum::<u64>() - before.syncs.iter().sum::<u64>();
     Rate { records: written as f64, seconds, cpu_seconds, bytes: (after.bytes - before.bytes) as f64, syncs }
 }
@@ -167,6 +233,17 @@ fn main() {
         let rate = on_one_core(|| fill(&recorder(&journal), RECORDS));
         println!("run {}       {}", run + 1, rate.said());
         std::fs::remove_dir_all(journal).unwrap();
+    }
+    println!("\nrequests with bodies, all threads on one core, in turn in clear and for one recipient");
+    let recipient = folder.path().join("recipient.pem");
+    std::fs::write(&recipient, RECIPIENT).unwrap();
+    for run in 0..RUNS {
+        for (name, recipients) in [("clear", Vec::new()), ("encrypted", vec![recipient.clone()])] {
+            let journal = folder.path().join(format!("{name}-{run}"));
+            let rate = on_one_core(|| requests(&journal, recipients));
+            println!("{name:<11} {}", rate.said());
+            std::fs::remove_dir_all(journal).unwrap();
+        }
     }
     let journal = folder.path().join("journal");
     let first = recorder(&journal);

@@ -113,7 +113,7 @@ pub use self::{
     journal::IDLE_CHECKPOINT_INTERVAL,
     key_store::KeyService,
     masks::{ENVIRONMENT, FieldMask, MASK_BYTES_MAX, MASKS_MAX, MaskError, MaskRules, Masks},
-    measures::{Measured, SYNC_BOUNDS},
+    measures::{BEHIND_BOUNDS, Measured, SYNC_BOUNDS},
     plan::{BacklogLimits, Bodies, Commit, CommitRule, CommitRules, Resources, Streams, WhenBehind},
     queue::COMMIT_BEHIND_MS,
     request::{Committed, RequestRecord},
@@ -316,7 +316,8 @@ impl Recorder {
         let status = Arc::new(Status::default());
         let workers = Arc::new(Workers::start().map_err(thread)?);
         let durable = Arc::clone(journal.durable());
-        let writer = writer::start(journal, Arc::clone(&queue), Arc::clone(&status)).map_err(thread)?;
+        let (its_queue, its_status) = (Arc::clone(&queue), Arc::clone(&status));
+        let writer = writer::start(journal, its_queue, its_status, Arc::clone(&measures)).map_err(thread)?;
         let sessions = Sessions::new(options.session_idle_timeout);
         let inner = Inner {
             origin,

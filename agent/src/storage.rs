@@ -6,6 +6,8 @@
 //! The only file of the agent that makes, writes or removes files of a journal.
 
 #[cfg(test)]
+mod contents;
+#[cfg(test)]
 mod kill_tests;
 #[cfg(test)]
 mod memory;

@@ -159,9 +159,13 @@ impl Progress {
             return;
         }
         self.shown = Some(Instant::now());
-        let percent = (self.done.min(self.total) * 100).checked_div(self.total).unwrap_or(100);
         // A progress line that cannot be written is no reason to stop.
-        let _ = write!(std::io::stderr(), "\r{} {percent:3} %", self.label);
+        let _ = write!(std::io::stderr(), "\r{}", self.line());
+    }
+
+    fn line(&self) -> String {
+        let percent = (self.done.min(self.total) * 100).checked_div(self.total).unwrap_or(100);
+        format!("{} {percent:3} %", self.label)
     }
 }
 
@@ -177,7 +181,7 @@ impl Drop for Progress {
 mod tests {
     use expect_test::{Expect, expect};
 
-    use super::{Style, escaped, escaped_exactly, escaped_json};
+    use super::{Progress, Style, escaped, escaped_exactly, escaped_json};
 
     #[track_caller]
     fn check(input: &[u8], expected: Expect) {
@@ -226,6 +230,18 @@ mod tests {
         let (before, after): (serde_json::Value, serde_json::Value) =
             (serde_json::from_str(line).unwrap(), serde_json::from_str(&safe).unwrap());
         assert_eq!(before, after);
+    }
+
+    #[test]
+    fn progress_is_how_much_of_all_is_done_and_never_more_than_all() {
+        let mut progress = Progress::new("verifying", 400);
+        assert_eq!(progress.line(), "verifying   0 %");
+        progress.advance(150);
+        assert_eq!(progress.line(), "verifying  37 %");
+        // A journal that grows meanwhile.
+        progress.advance(1000);
+        assert_eq!(progress.line(), "verifying 100 %");
+        assert_eq!(Progress::new("verifying", 0).line(), "verifying 100 %");
     }
 
     #[test]

@@ -13,7 +13,7 @@ use tempfile::TempDir;
 use uuid::Uuid;
 use weir_common::{
     checkpoint::{Checkpoint, NoteSigner},
-    encryption::of_message_key,
+    encryption::{message_key, of_message_key},
     envelope::Envelope,
     event::{self, Event, Predecessor, SCHEMA_VERSION},
     frame::{self, FrameType},
@@ -236,6 +236,8 @@ pub(super) struct BrokerState {
     outcomes: Vec<Outcome>,
     /// Wrapped keys, in their order, each with the number of other messages before it.
     pub(super) keys: Vec<(String, usize)>,
+    /// What the last message of each said.
+    key_files: BTreeMap<String, Vec<u8>>,
     /// The present client must be made anew.
     pub(super) fatal: bool,
     pub(super) room: usize,
@@ -249,7 +251,9 @@ impl BrokerState {
     fn take_key(&mut self, ticket: Ticket, topic: &str, message: &Message<'_>) -> Result<Taken, Failure> {
         assert_eq!(topic, "weir-keys");
         let before = self.waiting.len() + self.acknowledged.len();
-        self.keys.push((message.key.unwrap_or_default().to_owned(), before));
+        let name = message.key.unwrap_or_default();
+        self.keys.push((name.to_owned(), before));
+        self.key_files.insert(name.to_owned(), message.value.to_vec());
         self.outcomes.push(Outcome { ticket, result: Ok(()) });
         Ok(Taken::Yes)
     }
@@ -314,6 +318,11 @@ impl Broker {
             };
             state.acknowledged.iter().filter_map(said).collect()
         })
+    }
+
+    /// A wrapped key that it has.
+    pub(crate) fn key(&self, epoch: Uuid, number: u64) -> Option<Vec<u8>> {
+        self.with(|state| state.key_files.get(&message_key(&epoch, number)).cloned())
     }
 
     /// Refuses what waits first; what waits behind it never arrives.

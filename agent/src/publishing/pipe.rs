@@ -1,5 +1,5 @@
 //! A Kafka at the other end of a pipe: what is sent goes to standard output, what comes on standard input is acknowledged. For
-//! tests that kill the process in between.
+//! tests that kill the process in between. Of events with content all is said, of wrapped keys too; of others what tells them apart.
 
 use std::{
     io::{BufRead as _, Write as _},
@@ -8,8 +8,10 @@ use std::{
     time::Duration,
 };
 
+use base64::prelude::{BASE64_STANDARD, Engine as _};
 use uuid::Uuid;
 use weir_common::{
+    encryption::of_message_key,
     event::{Event, Kind as EventKind},
     message::{Kind, Message, Received},
 };
@@ -44,16 +46,22 @@ impl Sink for Pipe {
         message: &Message<'_>,
         _unix_ms: i64,
     ) -> Result<Taken, Failure> {
+        // Of a wrapped key, all of it.
+        if let Some((epoch, number)) = message.key.and_then(|key| of_message_key(key.as_bytes())) {
+            say(&format!("key {ticket} {epoch} {number} {}", BASE64_STANDARD.encode(message.value)));
+            return Ok(Taken::Yes);
+        }
         let headers = message.headers.iter().map(|(name, value)| (*name, Some(value.as_bytes())));
         let received = Received::parse(message.key.map(str::as_bytes), headers, Some(message.value)).unwrap();
         match received.kind {
             Kind::Event { sequence } => {
                 let event: Event = serde_json::from_slice(message.value).unwrap();
-                let EventKind::Gap { reason, .. } = event.kind else {
-                    say(&format!("sent {ticket} {} {sequence} -", received.epoch));
-                    return Ok(Taken::Yes);
+                let words = match &event.kind {
+                    EventKind::Gap { reason, .. } => reason.replace(' ', "_"),
+                    EventKind::Content(_) => format!("={}", BASE64_STANDARD.encode(message.value)),
+                    _ => "-".to_owned(),
                 };
-                say(&format!("sent {ticket} {} {sequence} {}", received.epoch, reason.replace(' ', "_")));
+                say(&format!("sent {ticket} {} {sequence} {words}", received.epoch));
             }
             Kind::Checkpoint { .. } => say(&format!("sent {ticket} {} - -", received.epoch)),
         }

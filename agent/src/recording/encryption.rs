@@ -14,7 +14,7 @@ use std::{
 
 use uuid::Uuid;
 use weir_common::{
-    encryption::{ContentKey, KEY_LIFE, Place, Recipient},
+    encryption::{ContentKey, EncryptionError, KEY_LIFE, Place, Recipient},
     event::{BodySummary, Content, Kind},
 };
 
@@ -106,6 +106,12 @@ impl SessionKey {
     pub(super) fn unsettled(number: u64) -> Arc<Self> {
         let recipient = Recipient::from_pem(crate::recipients::RECIPIENT.as_bytes()).unwrap();
         let (key, _) = ContentKey::generate(Uuid::nil(), number, "s", 0, &[recipient]).unwrap();
+        Self::of(key)
+    }
+
+    /// One whose file is its maker's affair, for tests.
+    #[cfg(test)]
+    pub(super) fn of(key: ContentKey) -> Arc<Self> {
         let (made, count) = (Instant::now(), AtomicU64::new(0));
         Arc::new(Self { key, made, request: None, count, stored: OnceLock::new() })
     }
@@ -113,6 +119,11 @@ impl SessionKey {
     /// Now it is known.
     pub(super) fn settle(&self, stored: Result<(), RecordingError>) {
         let _ = self.stored.set(stored);
+    }
+
+    /// Encrypts content in its place.
+    pub(super) fn encrypt(&self, place: Place<'_>, content: &Content) -> Result<Content, EncryptionError> {
+        self.key.encrypt(place, self.count.fetch_add(1, Ordering::Relaxed), content)
     }
 
     fn may_be_used(&self) -> bool {
@@ -154,8 +165,7 @@ impl Encryption {
     fn encrypt(&self, ids: Ids<'_>, content: &mut Content) -> Result<Arc<SessionKey>, RecordingError> {
         let key = self.key_of(ids)?;
         let place = Place { session: ids.session, request: ids.request.unwrap_or_default() };
-        let count = key.count.fetch_add(1, Ordering::Relaxed);
-        let encrypted = key.key.encrypt(place, count, content);
+        let encrypted = key.encrypt(place, content);
         *content = encrypted.map_err(|error| self.failed(key.number(), &error.to_string()))?;
         Ok(key)
     }

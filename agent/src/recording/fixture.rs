@@ -25,7 +25,10 @@ use super::{
     CommitRules, PodQuota, Recorder, RecorderOptions, RecordingError, RequestHead, RequestRecord, Unmasked,
     journal::Tuning,
 };
-use crate::storage::{Entry, FileSystem, Lock, Open, Storage, StoredFile};
+use crate::{
+    recipients::RECIPIENT,
+    storage::{Entry, FileSystem, Lock, Open, Storage, StoredFile},
+};
 
 pub(super) const CANARY: &str = "canary-hunter2-canary";
 pub(super) const JSON: &str = "application/json";
@@ -216,10 +219,13 @@ const TUNING: Tuning = Tuning {
     idle_interval: Duration::from_secs(3600),
 };
 
-/// The real one, with segments as small as may be.
+/// The real one, with segments as small as may be; content is encrypted.
 pub(crate) fn start_small(directory: &Path) -> Recorder {
+    let recipient = directory.with_extension("pem");
+    std::fs::write(&recipient, RECIPIENT).unwrap();
     let tuning = Tuning { retry_interval: Duration::from_millis(250), ..super::ledger::TUNING };
-    Recorder::start_on(Arc::new(FileSystem), options(directory), tuning).unwrap()
+    let options = RecorderOptions { recipient_files: vec![recipient], ..options(directory) };
+    Recorder::start_on(Arc::new(FileSystem), options, tuning).unwrap()
 }
 
 /// On a disk, with a checkpoint as often as can be while nothing is recorded.
@@ -257,7 +263,7 @@ pub(super) fn content_type(value: &str) -> HeaderMap {
 }
 
 /// Somebody in a pod, of whom nothing else is known but who they claim to be.
-pub(super) fn of_pod(pod: &str, claimed_user: Option<String>) -> Arc<Caller> {
+pub(crate) fn of_pod(pod: &str, claimed_user: Option<String>) -> Arc<Caller> {
     let pod = Pod { uid: pod.into(), ..Pod::default() };
     Arc::new(Caller { pod: Some(pod), claimed_user, ..Caller::default() })
 }
@@ -303,7 +309,7 @@ pub(super) async fn post(recorder: &Recorder, body: &str) -> Result<RequestRecor
 }
 
 /// Makes a `ConfigMap`.
-pub(super) async fn create(
+pub(crate) async fn create(
     recorder: &Recorder,
     caller: &Arc<Caller>,
     body: &str,

@@ -2,18 +2,36 @@
 //!
 //! One thread, as the writer's, and no clock: the same steps make the same calls to the storage.
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use uuid::Uuid;
-use weir_common::event::Kind;
+use weir_common::{
+    encryption::{ContentKey, Place, Recipient, wrapped_key_file},
+    event::{Bytes, Channel, Content, Kind},
+};
 
 use super::{
     DurablePosition, RecordingError,
-    entry::{Append, Entry, Ids, Origin},
+    encryption::SessionKey,
+    entry::{Append, Entry, Ids, Origin, unix_us},
     epoch::{self, Epoch},
     journal::{Journal, Tuning},
 };
-use crate::storage::Storage;
+use crate::{
+    recipients::RECIPIENT,
+    storage::{self, Storage},
+};
+
+/// Sessions, so that messages have keys.
+const SESSIONS: [&str; 3] = ["a", "b", "c"];
+
+/// Events that a session's key encrypts: few, so that many keys' files are written.
+const EVENTS_OF_KEY: u64 = 5;
 
 /// Segments are as small as they may be, so that there are many.
 pub(super) const TUNING: Tuning = Tuning {
@@ -39,6 +57,41 @@ pub(crate) struct Life {
     journal: Journal,
     origin: Arc<Origin>,
     pub(crate) epoch: Uuid,
+    /// Where content is encrypted.
+    keys: Option<Keys>,
+}
+
+/// Keys of sessions, each of whose files is on disk before it encrypts anything: as the recorder has it, on this one thread.
+#[derive(Debug)]
+struct Keys {
+    storage: Arc<dyn Storage>,
+    folder: PathBuf,
+    epoch: Uuid,
+    made: u64,
+    current: BTreeMap<&'static str, (Arc<SessionKey>, u64)>,
+}
+
+impl Keys {
+    /// The key of a session, or a new one when that has done its part.
+    fn of(&mut self, session: &'static str) -> Result<Arc<SessionKey>, RecordingError> {
+        if let Some((key, used)) = self.current.get_mut(session)
+            && *used < EVENTS_OF_KEY
+        {
+            *used += 1;
+            return Ok(Arc::clone(key));
+        }
+        self.made += 1;
+        let recipient = Recipient::from_pem(RECIPIENT.as_bytes()).expect("a recipient");
+        let made = ContentKey::generate(self.epoch, self.made, session, unix_us(), &[recipient]);
+        let (key, wrapped) = made.expect("a key can be wrapped");
+        let path = self.folder.join(wrapped_key_file(self.made));
+        storage::replace(self.storage.as_ref(), &path, &wrapped.encode())
+            .map_err(|error| RecordingError::storage(&path, error).no_key())?;
+        let key = SessionKey::of(key);
+        key.settle(Ok(()));
+        self.current.insert(session, (Arc::clone(&key), 1));
+        Ok(key)
+    }
 }
 
 impl Life {
@@ -46,10 +99,18 @@ impl Life {
         storage: &Arc<dyn Storage>,
         folder: &Path,
         bytes_max: u64,
+        encrypts: bool,
     ) -> Result<Self, RecordingError> {
         let epoch = Epoch::create(storage.as_ref(), folder, "node-1", &[])?;
         epoch::mask_key(storage.as_ref(), folder)?;
         let id = epoch.id;
+        let keys = encrypts.then(|| Keys {
+            storage: Arc::clone(storage),
+            folder: epoch.folder.clone(),
+            epoch: id,
+            made: 0,
+            current: BTreeMap::new(),
+        });
         let origin = Arc::new(Origin {
             node: "node-1".to_owned(),
             epoch: id.to_string(),
@@ -69,7 +130,7 @@ impl Life {
         )?;
         let started = Kind::AgentStarted { version: "1".to_owned(), predecessor };
         journal.commit(&[Append::behind(vec![origin.entry(None, Ids::default(), started)?])])?;
-        Ok(Self { journal, origin, epoch: id })
+        Ok(Self { journal, origin, epoch: id, keys })
     }
 
     /// How far it is durable.
@@ -82,18 +143,25 @@ impl Life {
         self.journal.failure().is_some()
     }
 
-    fn entry(&self, number: u64, bytes: usize) -> Entry {
+    /// A finding, or, where content is encrypted, every other time a piece of content.
+    fn entry(&mut self, number: u64, bytes: usize) -> Result<Entry, RecordingError> {
         let (name, message) = (number.to_string(), "x".repeat(bytes));
-        // Of one session in three, so that messages have keys.
-        let session = ["a", "b", "c"][(number % 3) as usize];
-        let ids = Ids { session, ..Ids::default() };
-        self.origin.entry(None, ids, Kind::Finding { name, message, caller: None }).expect("it is short")
+        let session = SESSIONS[(number % 3) as usize];
+        let ids = Ids { session, request: Some("r"), ..Ids::default() };
+        let Some(keys) = self.keys.as_mut().filter(|_| number % 2 == 1) else {
+            return self.origin.entry(None, ids, Kind::Finding { name, message, caller: None });
+        };
+        let (key, bytes) = (keys.of(session)?, Bytes::Text(format!("{name} {message}")));
+        let content = Content { channel: Channel::RequestBody, connection: None, offset: 0, bytes };
+        let content = key.encrypt(Place { session, request: "r" }, &content).expect("it can be encrypted");
+        Ok(self.origin.entry(None, ids, Kind::Content(content))?.encrypted_with(&key))
     }
 
-    /// Writes a group of events of these lengths, all or none of which hold.
+    /// Writes a group of events of these lengths, all or none of which hold; without its key none is tried.
     pub(crate) fn append(&mut self, ledger: &mut Ledger, lengths: &[usize]) -> Result<(), RecordingError> {
         let first = ledger.tried.len() as u64;
-        let entries: Vec<_> = (first..).zip(lengths).map(|(n, bytes)| self.entry(n, *bytes)).collect();
+        let entries: Vec<_> =
+            (first..).zip(lengths).map(|(n, bytes)| self.entry(n, *bytes)).collect::<Result<_, _>>()?;
         let numbers: Vec<_> = (first..).take(lengths.len()).map(|number| (self.epoch, number)).collect();
         ledger.tried.extend(&numbers);
         self.journal.commit(&[Append::behind(entries)])?;

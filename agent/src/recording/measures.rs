@@ -25,6 +25,46 @@ pub const SYNC_BOUNDS: [Duration; 12] = [
     Duration::from_millis(1000),
 ];
 
+/// Upper bounds of the classes that the delays of what nobody waits for are counted in; longer ones are in a last class.
+pub const BEHIND_BOUNDS: [Duration; 8] = [
+    Duration::from_millis(5),
+    Duration::from_millis(25),
+    Duration::from_millis(50),
+    Duration::from_millis(60),
+    Duration::from_millis(75),
+    Duration::from_millis(100),
+    Duration::from_millis(250),
+    Duration::from_millis(1000),
+];
+
+/// How often something took up to each of some bounds (and longer than the one before), and longer than all.
+#[derive(Debug)]
+struct Classes<const N: usize> {
+    counts: [AtomicU64; N],
+    sum_ns: AtomicU64,
+}
+
+impl<const N: usize> Default for Classes<N> {
+    fn default() -> Self {
+        Self { counts: std::array::from_fn(|_| AtomicU64::default()), sum_ns: AtomicU64::default() }
+    }
+}
+
+impl<const N: usize> Classes<N> {
+    fn count(&self, bounds: &[Duration], took: Duration) {
+        let class = bounds.iter().position(|bound| took <= *bound).unwrap_or(bounds.len());
+        if let Some(count) = self.counts.get(class) {
+            count.fetch_add(1, Ordering::Relaxed);
+        }
+        self.sum_ns.fetch_add(u64::try_from(took.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
+    }
+
+    fn read(&self) -> ([u64; N], Duration) {
+        let counts = std::array::from_fn(|class| self.counts[class].load(Ordering::Relaxed));
+        (counts, Duration::from_nanos(self.sum_ns.load(Ordering::Relaxed)))
+    }
+}
+
 /// Findings that are counted from 0 on, so that the first one is seen as an increase; others are counted from their
 /// first on.
 const FINDINGS: [&str; 18] = [
@@ -55,8 +95,8 @@ pub(super) struct Measures {
     bytes: AtomicU64,
     lost: AtomicU64,
     failed: AtomicU64,
-    syncs: [AtomicU64; SYNC_BOUNDS.len() + 1],
-    sync_ns: AtomicU64,
+    syncs: Classes<{ SYNC_BOUNDS.len() + 1 }>,
+    behind: Classes<{ BEHIND_BOUNDS.len() + 1 }>,
     connections_refused: AtomicU64,
     /// Bytes of all segments and wrapped keys, as far as known.
     used: AtomicU64,
@@ -81,6 +121,10 @@ pub struct Measured {
     pub syncs: [u64; SYNC_BOUNDS.len() + 1],
     /// How long they took together.
     pub sync_time: Duration,
+    /// The same of how long the oldest event that nobody waited for had waited, each time that such were written.
+    pub behind: [u64; BEHIND_BOUNDS.len() + 1],
+    /// How long they waited together.
+    pub behind_time: Duration,
     /// Connections that never became a request.
     pub connections_refused: u64,
     /// Findings by name.
@@ -106,8 +150,8 @@ impl Default for Measures {
             bytes: AtomicU64::default(),
             lost: AtomicU64::default(),
             failed: AtomicU64::default(),
-            syncs: Default::default(),
-            sync_ns: AtomicU64::default(),
+            syncs: Classes::default(),
+            behind: Classes::default(),
             connections_refused: AtomicU64::default(),
             used: AtomicU64::default(),
             next: AtomicU64::default(),
@@ -121,10 +165,12 @@ impl Measures {
     pub(super) fn written(&self, events: u64, bytes: u64, sync: Duration) {
         self.events.fetch_add(events, Ordering::Relaxed);
         self.bytes.fetch_add(bytes, Ordering::Relaxed);
-        let class = SYNC_BOUNDS.iter().position(|bound| sync <= *bound).unwrap_or(SYNC_BOUNDS.len());
-        self.syncs[class].fetch_add(1, Ordering::Relaxed);
-        let sync_ns = u64::try_from(sync.as_nanos()).unwrap_or(u64::MAX);
-        self.sync_ns.fetch_add(sync_ns, Ordering::Relaxed);
+        self.syncs.count(&SYNC_BOUNDS, sync);
+    }
+
+    /// Events that nobody waited for are on disk; the oldest of them waited so long.
+    pub(super) fn behind(&self, waited: Duration) {
+        self.behind.count(&BEHIND_BOUNDS, waited);
     }
 
     /// A group is not.
@@ -176,13 +222,16 @@ impl Measures {
     /// The numbers, but for what others know.
     pub(super) fn read(&self, backlog_bytes: usize, failure: Option<&'static str>) -> Measured {
         let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let ((syncs, sync_time), (behind, behind_time)) = (self.syncs.read(), self.behind.read());
         Measured {
             events: read(&self.events),
             bytes: read(&self.bytes),
             lost: read(&self.lost),
             failed: read(&self.failed),
-            syncs: std::array::from_fn(|class| read(&self.syncs[class])),
-            sync_time: Duration::from_nanos(read(&self.sync_ns)),
+            syncs,
+            sync_time,
+            behind,
+            behind_time,
             connections_refused: read(&self.connections_refused),
             findings: self.findings.lock().unwrap_or_else(PoisonError::into_inner).clone(),
             backlog_bytes,
@@ -199,7 +248,7 @@ impl Measures {
 mod tests {
     use std::time::Duration;
 
-    use super::{Measures, SYNC_BOUNDS};
+    use super::{BEHIND_BOUNDS, Measures, SYNC_BOUNDS};
 
     #[test]
     fn each_sync_is_counted_in_the_class_that_it_fits() {
@@ -211,6 +260,16 @@ mod tests {
         assert_eq!((read.syncs[0], read.syncs[1], read.syncs[SYNC_BOUNDS.len()]), (2, 1, 1));
         assert_eq!((read.events, read.bytes), (8, 40));
         assert_eq!(read.sync_time, Duration::from_micros(2_000_202));
+    }
+
+    #[test]
+    fn what_nobody_waited_for_is_counted_by_how_long_it_waited() {
+        let measures = Measures::default();
+        [4, 50, 51, 3000].iter().for_each(|millis| measures.behind(Duration::from_millis(*millis)));
+        let read = measures.read(0, None);
+        assert_eq!((read.behind[0], read.behind[2], read.behind[3]), (1, 1, 1));
+        assert_eq!(read.behind[BEHIND_BOUNDS.len()], 1);
+        assert_eq!(read.behind_time, Duration::from_millis(3105));
     }
 
     #[test]

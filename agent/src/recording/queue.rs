@@ -165,6 +165,20 @@ impl State {
         }
     }
 
+    /// Whether the next group is to be taken now; if not, when at the latest, and none: not before something comes. Who waits for an
+    /// append waits for no timer.
+    fn is_due(&self, now: Instant, deadline: Option<Instant>) -> Result<(), Option<Instant>> {
+        let oldest = self.lanes.values().filter_map(|lane| Some(lane.waiting.front()?.since)).min();
+        let due = oldest.map(|since| since + Duration::from_millis(COMMIT_BEHIND_MS));
+        let latest = due.into_iter().chain(deadline).min();
+        let is_due = self.durable > 0
+            || self.ready >= GROUP_BYTES_MAX
+            || self.closed.is_some() && !self.turns.is_empty()
+            || self.has_ended()
+            || latest.is_some_and(|latest| latest <= now);
+        if is_due { Ok(()) } else { Err(latest) }
+    }
+
     /// Whether nothing comes any more.
     fn has_ended(&self) -> bool {
         self.closed.is_some() && self.lanes.is_empty()
@@ -380,23 +394,12 @@ impl Queue {
     /// Takes the next group: as soon as somebody waits for an append, or the oldest one has waited long enough, or the
     /// group is large; or nothing, when `deadline` passes.
     pub(super) fn take(&self, deadline: Option<Instant>) -> Group {
-        let behind = Duration::from_millis(COMMIT_BEHIND_MS);
         let mut state = self.lock();
         loop {
             let now = Instant::now();
-            let oldest = state.lanes.values().filter_map(|lane| Some(lane.waiting.front()?.since)).min();
-            let due = oldest.map(|since| since + behind);
-            let ready = state.durable > 0
-                || state.ready >= GROUP_BYTES_MAX
-                || state.closed.is_some() && !state.turns.is_empty()
-                || state.has_ended()
-                || due.is_some_and(|due| due <= now)
-                || deadline.is_some_and(|deadline| deadline <= now);
-            if ready {
-                return self.take_now(&mut state);
-            }
+            let Err(latest) = state.is_due(now, deadline) else { return self.take_now(&mut state) };
             state.idle = true;
-            state = match due.into_iter().chain(deadline).min() {
+            state = match latest {
                 None => self.work.wait(state).unwrap_or_else(PoisonError::into_inner),
                 Some(until) => {
                     let woken = self.work.wait_timeout(state, until - now);
@@ -458,7 +461,7 @@ mod tests {
             atomic::{AtomicUsize, Ordering},
         },
         task::{self, Wake, Waker},
-        time::Instant,
+        time::{Duration, Instant},
     };
 
     use futures::FutureExt as _;
@@ -470,7 +473,7 @@ mod tests {
         super::entry::{Append, Entry},
         super::error::RecordingError,
         super::share::{PodQuota, Share, Shares},
-        QUEUE_BYTES_MAX, QUEUE_BYTES_WITH_SMALL_MAX, Queue,
+        COMMIT_BEHIND_MS, QUEUE_BYTES_MAX, QUEUE_BYTES_WITH_SMALL_MAX, Queue,
     };
 
     /// Not serialised: thousands of long ones would take a minute.
@@ -494,6 +497,29 @@ mod tests {
     fn flood(queue: &Queue, share: &Arc<Share>) -> usize {
         while queue.try_push(append(share, 100_000)).is_ok() {}
         queue.lock().lanes[&share.lane].bytes
+    }
+
+    #[test]
+    fn an_idle_journal_writes_at_once_for_whoever_waits_and_within_the_bound_for_nobody() {
+        let (queue, [one, other]) = (Queue::default(), pods());
+        let now = Instant::now();
+        let is_due = |after_ms: u64| queue.lock().is_due(now + Duration::from_millis(after_ms), None);
+        assert_eq!(is_due(1_000_000), Err(None), "nothing is there");
+        // Nobody waits: it may gather, so long and no longer.
+        let at = |append: Append, ms: u64| Append { since: now + Duration::from_millis(ms), ..append };
+        queue.try_push(at(append(&one, 10), 0)).unwrap();
+        queue.try_push(at(append(&other, 10), 30)).unwrap();
+        let latest = now + Duration::from_millis(COMMIT_BEHIND_MS);
+        assert_eq!((is_due(0), is_due(COMMIT_BEHIND_MS - 1)), (Err(Some(latest)), Err(Some(latest))));
+        assert_eq!(is_due(COMMIT_BEHIND_MS), Ok(()));
+        queue.take(Some(now));
+        // Somebody waits: there is no time that has to pass, and what is behind goes with it.
+        queue.try_push(at(append(&one, 10), 0)).unwrap();
+        let (waits, _told) = Append::durable(vec![entry(10)]);
+        queue.try_push(at(waits.of(&other), 0)).unwrap();
+        assert_eq!(is_due(0), Ok(()));
+        assert_eq!(queue.take(None).appends.len(), 2);
+        assert_eq!(is_due(0), Err(None));
     }
 
     #[test]

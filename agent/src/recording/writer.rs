@@ -10,7 +10,7 @@ use std::{
     thread::JoinHandle,
 };
 
-use super::{error::RecordingError, journal::Journal, queue::Queue};
+use super::{entry::Append, error::RecordingError, journal::Journal, measures::Measures, queue::Queue};
 
 /// What others may know of the writer.
 #[derive(Debug, Default)]
@@ -53,11 +53,20 @@ impl Drop for CloseOnExit {
     }
 }
 
+/// Counts how far behind a group was for whom nobody waited.
+fn count_behind(appends: &[Append], measures: &Measures) {
+    let behind = appends.iter().filter(|append| append.waiter.is_none());
+    if let Some(oldest) = behind.map(|append| append.since).min() {
+        measures.behind(oldest.elapsed());
+    }
+}
+
 /// Starts the thread; it ends when the queue is closed, with the result of the last words.
 pub(super) fn start(
     mut journal: Journal,
     queue: Arc<Queue>,
     status: Arc<Status>,
+    measures: Arc<Measures>,
 ) -> std::io::Result<JoinHandle<Result<(), RecordingError>>> {
     std::thread::Builder::new().name("weir-journal".to_owned()).spawn(move || {
         let _close = CloseOnExit(Arc::clone(&queue));
@@ -66,7 +75,9 @@ pub(super) fn start(
             journal.lose(group.dropped);
             if !group.appends.is_empty() {
                 let result = journal.commit(&group.appends);
-                if result.is_err() {
+                if result.is_ok() {
+                    count_behind(&group.appends, &measures);
+                } else {
                     status.losses.fetch_add(1, Ordering::AcqRel);
                 }
                 // Before anybody is told, so that a request that was refused does not find the old state.

@@ -10,18 +10,29 @@ use std::{
     time::{Duration, Instant},
 };
 
+use base64::prelude::{BASE64_STANDARD, Engine as _};
 use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
 use tempfile::TempDir;
 use uuid::Uuid;
-use weir_common::event::{Event, Kind};
+use weir_common::{
+    encryption::wrapped_key_file,
+    event::{Event, Kind},
+};
 
-use super::{FileSystem, world::Log};
+use super::{
+    FileSystem,
+    contents::{self, Reader},
+    world::Log,
+};
 use crate::{
     publishing::{
         clock,
         pipe::{publish, say},
     },
-    recording::fixture::start_small,
+    recording::{
+        Recorder,
+        fixture::{create, of_pod, start_small},
+    },
 };
 
 /// Kills of one journal, and journals with `WEIR_TEST_LONG`.
@@ -32,6 +43,9 @@ const JOURNALS_LONG: u64 = 34;
 const VICTIM: &str = "WEIR_KILL_TEST_JOURNAL";
 /// And the first number that it writes.
 const FIRST: &str = "WEIR_KILL_TEST_FIRST";
+
+/// Requests of a user, whose session has a key: then another one comes.
+const REQUESTS_OF_USER: u64 = 40;
 
 /// The longest that anything may take.
 const DEADLINE: Duration = Duration::from_secs(120);
@@ -48,7 +62,20 @@ fn number(text: &str) -> Option<u64> {
     Some(number)
 }
 
-/// The process that is killed: three threads write, a fourth publishes.
+/// A request whose body says it. Whether it is durable.
+fn request(recorder: &Recorder, number: u64) -> bool {
+    let pod = of_pod(&format!("pod-{}", number % 3), Some(format!("user-{}", number / REQUESTS_OF_USER)));
+    let body = format!("{{\"data\":\"{}\"}}", text(number));
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(create(recorder, &pod, &body)).is_ok()
+}
+
+/// The number in such a request's content.
+fn number_of_content(said: &str) -> Option<u64> {
+    number(said.strip_prefix("{\"data\":\"")?.strip_suffix("\"}")?)
+}
+
+/// The process that is killed: three threads write, every other time a request with content that is encrypted; a fourth publishes.
 fn victim(journal: &Path) {
     let first: u64 = std::env::var(FIRST).unwrap().parse().unwrap();
     say("begins");
@@ -58,7 +85,11 @@ fn victim(journal: &Path) {
         let recorder = recorder.clone();
         std::thread::spawn(move || {
             for number in (first + thread..).step_by(3) {
-                if recorder.gap(text(number), None).is_ok() {
+                let is_held = match number % 2 {
+                    0 => recorder.gap(text(number), None).is_ok(),
+                    _ => request(&recorder, number),
+                };
+                if is_held {
                     say(&format!("held {number}"));
                 }
             }
@@ -69,8 +100,10 @@ fn victim(journal: &Path) {
     say("ended");
 }
 
-#[derive(Debug, Default)]
 struct Account {
+    reader: Reader,
+    /// Wrapped keys that arrived.
+    keys: BTreeMap<(Uuid, u64), Vec<u8>>,
     /// What was called durable.
     held: BTreeSet<u64>,
     /// What arrived: number, if it is one of ours.
@@ -80,6 +113,8 @@ struct Account {
     /// Kills before the recorder was started, before the first event was durable, and after.
     kills: [u32; 3],
     removed: u64,
+    /// Of what arrived, what had content.
+    contents: u64,
 }
 
 struct Victim {
@@ -115,6 +150,12 @@ impl Victim {
     }
 }
 
+fn acknowledge(victim: Option<&mut Victim>, ticket: &str) {
+    if let Some(to) = victim.and_then(|victim| victim.acknowledges.as_mut()) {
+        let _ = to.write_all(format!("{ticket}\n").as_bytes());
+    }
+}
+
 impl Drop for Victim {
     fn drop(&mut self) {
         let _ = self.child.kill();
@@ -123,15 +164,44 @@ impl Drop for Victim {
 }
 
 impl Account {
+    fn new() -> Self {
+        Self {
+            reader: Reader::new(),
+            keys: BTreeMap::new(),
+            held: BTreeSet::new(),
+            arrived: BTreeMap::new(),
+            acknowledged: BTreeSet::new(),
+            again: 0,
+            kills: [0; 3],
+            removed: 0,
+            contents: 0,
+        }
+    }
+
+    /// The number in what was sent: content is read with the key that came before it.
+    fn number(&mut self, epoch: Uuid, words: &str) -> Option<u64> {
+        let Some(event) = words.strip_prefix('=') else { return number(words) };
+        let event: Event = serde_json::from_slice(&BASE64_STANDARD.decode(event).unwrap()).unwrap();
+        let key = contents::key_of(&event).unwrap();
+        let wrapped = self.keys.get(&(epoch, key)).expect("content came without its key");
+        self.contents += 1;
+        number_of_content(&self.reader.text(wrapped, &event))
+    }
+
     /// Takes down what the victim said, and answers.
     fn take(&mut self, said: &str, victim: Option<&mut Victim>) {
         let words: Vec<_> = said.split(' ').collect();
         match words[..] {
             ["held", number] => assert!(self.held.insert(number.parse().unwrap())),
+            ["key", ticket, epoch, number, wrapped] => {
+                let id = (epoch.parse().unwrap(), number.parse().unwrap());
+                self.keys.insert(id, BASE64_STANDARD.decode(wrapped).unwrap());
+                acknowledge(victim, ticket);
+            }
             ["sent", ticket, epoch, sequence, text] => {
                 if let Ok(sequence) = sequence.parse() {
                     let id = (epoch.parse().unwrap(), sequence);
-                    let number = number(text);
+                    let number = self.number(id.0, text);
                     self.again += u64::from(self.arrived.contains_key(&id));
                     assert_eq!(
                         *self.arrived.entry(id).or_insert(number),
@@ -142,9 +212,7 @@ impl Account {
                         self.acknowledged.insert(id);
                     }
                 }
-                if let Some(to) = victim.and_then(|victim| victim.acknowledges.as_mut()) {
-                    let _ = to.write_all(format!("{ticket}\n").as_bytes());
-                }
+                acknowledge(victim, ticket);
             }
             ["damage", ..] => panic!("nothing was damaged: {said}"),
             _ => {}
@@ -181,7 +249,8 @@ impl Account {
             let arrived: BTreeSet<_> = account.arrived.values().flatten().collect();
             held.iter().any(|number| !arrived.contains(number))
         };
-        while is_missing(self) {
+        // On a slow disk all others may have died before a key was stored: something that is encrypted is among what is seen.
+        while is_missing(self) || self.contents == 0 {
             // Not at each message: that would take long.
             for _ in 0..1000 {
                 match victim.says.recv_timeout(Duration::from_millis(200)) {
@@ -221,8 +290,16 @@ impl Account {
             self.removed = self.removed.max(log.removed);
             for (sequence, value) in &log.events {
                 let event: Event = serde_json::from_slice(value).unwrap();
-                let Kind::Gap { reason, .. } = event.kind else { continue };
-                let number = number(&reason);
+                let number = match (&event.kind, contents::key_of(&event)) {
+                    (Kind::Gap { reason, .. }, _) => number(reason),
+                    (_, Some(key)) => {
+                        let wrapped = std::fs::read(folder.join(wrapped_key_file(key)));
+                        let wrapped = wrapped
+                            .unwrap_or_else(|error| panic!("content is there without its key: {error}"));
+                        number_of_content(&self.reader.text(&wrapped, &event))
+                    }
+                    _ => continue,
+                };
                 present.extend(number);
                 if let Some(arrived) = self.arrived.get(&(epoch, *sequence)) {
                     assert_eq!(*arrived, number, "Kafka has something else as {epoch}/{sequence}");
@@ -247,7 +324,7 @@ fn killed_agents_lose_nothing_that_they_called_durable() {
 /// Kills that come one after the other upon one journal.
 fn kill(seed: u64) {
     println!("kills: {KILLS} from WEIR_FUZZ_SEED={seed} on");
-    let (mut random, mut account) = (StdRng::seed_from_u64(seed), Account::default());
+    let (mut random, mut account) = (StdRng::seed_from_u64(seed), Account::new());
     let folder = TempDir::new().unwrap();
     let journal = folder.path().join("journal");
     let first = |life: u32| u64::from(life) * 1_000_000;
@@ -266,10 +343,12 @@ fn kill(seed: u64) {
     let [before, early, late] = account.kills;
     println!(
         "killed {before} before the recorder was ready, {early} before an event was durable, {late} later; durable: {} events were \
-         called so, none lost; sent once more: {} messages; most removed of an epoch: {}",
+         called so, none lost, {} of those that arrived were encrypted, with {} keys; sent once more: {} messages; most removed of an epoch: {}",
         account.held.len(),
+        account.contents,
+        account.keys.len(),
         account.again,
         account.removed
     );
-    assert!(late > KILLS / 4 && account.removed > 0, "{account:?}");
+    assert!(late > KILLS / 4 && account.removed > 0 && account.contents > 0, "{:?}", account.kills);
 }

@@ -3,7 +3,8 @@
 //!
 //! What must hold, whatever the storage lost or refused: what the journal called durable is in the journal, whole and at
 //! its place in the log, or Kafka has it; there is nothing in either that was never written; the log verifies; the
-//! cursor and the account of what was removed never say more than Kafka acknowledged.
+//! cursor and the account of what was removed never say more than Kafka acknowledged; and wherever there is encrypted
+//! content, there is its key, and whoever may read it can.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -16,6 +17,7 @@ use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
 use uuid::Uuid;
 use weir_common::{
     checkpoint::{Checkpoint, NoteVerifier},
+    encryption::wrapped_key_file,
     event::{Event, Kind},
     frame::FrameType,
     merkle::{Hash, Tree},
@@ -23,7 +25,13 @@ use weir_common::{
     segment::{SegmentHeader, SegmentReader},
 };
 
-use super::{Open, Storage, files_named, memory::Memory, read_bounded, read_full};
+use super::{
+    Open, Storage,
+    contents::{self, Reader},
+    files_named,
+    memory::Memory,
+    read_bounded, read_full,
+};
 use crate::{
     publishing::{
         clock::{self, Clock},
@@ -52,6 +60,9 @@ pub(super) struct World {
     pub(super) random: StdRng,
     /// What publishers found missing.
     pub(super) gaps: Vec<(String, Option<u64>)>,
+    /// Whether content is encrypted.
+    pub(super) encrypts: bool,
+    pub(super) reader: Reader,
 }
 
 /// An agent that lives.
@@ -69,12 +80,14 @@ impl World {
             ledger: Ledger::default(),
             random: StdRng::seed_from_u64(seed),
             gaps: Vec::new(),
+            encrypts: false,
+            reader: Reader::new(),
         }
     }
 
     pub(super) fn start(&mut self) -> Result<Agent, RecordingError> {
         let storage: Arc<dyn Storage> = Arc::new(self.storage.clone());
-        let life = Life::start(&storage, folder(), 1 << 30)?;
+        let life = Life::start(&storage, folder(), 1 << 30, self.encrypts)?;
         let run = Run::of(storage, folder(), life.epoch, life.durable(), &self.broker);
         Ok(Agent { life, run })
     }
@@ -133,7 +146,7 @@ impl World {
         let published = self.broker.events();
         let mut present: BTreeSet<(Uuid, u64)> = BTreeSet::new();
         for (epoch, sequence) in published.keys() {
-            present.extend(self.number(*epoch, *sequence, &published[&(*epoch, *sequence)]));
+            present.extend(self.published_number(*epoch, *sequence, &published[&(*epoch, *sequence)]));
         }
         let epochs: Vec<(Uuid, PathBuf)> = self.epochs();
         for (epoch, folder) in &epochs {
@@ -150,7 +163,11 @@ impl World {
             let is_passed = !self.gaps.is_empty() && (*account..cursor).all(is_kept);
             assert!(cursor <= prefix || is_passed, "{epoch}: cursor at {cursor}, acknowledged {prefix}");
             for (sequence, value) in &log.events {
-                present.extend(self.number(*epoch, *sequence, value));
+                let key = |key| match read_bounded(&self.storage, &folder.join(wrapped_key_file(key)), 8192) {
+                    Ok(wrapped) => wrapped.to_vec(),
+                    Err(error) => panic!("{epoch}/{sequence} is there without its key: {error}"),
+                };
+                present.extend(self.number(*epoch, *sequence, value, key));
                 if let Some(said) = published.get(&(*epoch, *sequence)) {
                     assert_eq!(said, value, "Kafka has something else as {epoch}/{sequence}");
                 }
@@ -167,11 +184,32 @@ impl World {
         entries.iter().filter_map(|entry| Some((epoch(&entry.name)?, folder().join(&entry.name)))).collect()
     }
 
-    /// The number of an event in the ledger; none of those that the journal adds itself.
-    fn number(&self, epoch: Uuid, sequence: u64, value: &[u8]) -> Option<(Uuid, u64)> {
+    /// The number of an event in the ledger, as Kafka has it.
+    fn published_number(&self, epoch: Uuid, sequence: u64, value: &[u8]) -> Option<(Uuid, u64)> {
+        let key = |key| self.broker.key(epoch, key).expect("Kafka has content without its key");
+        self.number(epoch, sequence, value, key)
+    }
+
+    /// The number of an event in the ledger; none of those that the journal adds itself. `key` gives wrapped keys.
+    fn number(
+        &self,
+        epoch: Uuid,
+        sequence: u64,
+        value: &[u8],
+        key: impl Fn(u64) -> Vec<u8>,
+    ) -> Option<(Uuid, u64)> {
         let event: Event = serde_json::from_slice(value).expect("an event");
-        assert_eq!((event.epoch, event.sequence), (epoch.to_string(), sequence));
-        let Kind::Finding { name, .. } = event.kind else { return None };
+        assert_eq!((&event.epoch, event.sequence), (&epoch.to_string(), sequence));
+        let name = match (&event.kind, contents::key_of(&event)) {
+            (Kind::Finding { name, .. }, _) => name.clone(),
+            (_, Some(number)) => {
+                let said = self.reader.text(&key(number), &event);
+                let (name, rest) = said.split_once(' ').expect("a number");
+                assert!(rest.bytes().all(|byte| byte == b'x'), "{said}");
+                name.to_owned()
+            }
+            _ => return None,
+        };
         let number: u64 = name.parse().expect("a number");
         assert_eq!(self.ledger.tried[number as usize], (epoch, number), "it was never written");
         Some((epoch, number))
@@ -182,7 +220,7 @@ impl World {
         let published = self.broker.events();
         let arrived: BTreeSet<_> = published
             .iter()
-            .filter_map(|((epoch, sequence), value)| self.number(*epoch, *sequence, value))
+            .filter_map(|((epoch, sequence), value)| self.published_number(*epoch, *sequence, value))
             .collect();
         self.ledger.held.iter().filter(|held| !arrived.contains(held)).count()
     }

@@ -5,7 +5,7 @@
 
 use std::time::SystemTime;
 
-use super::{Telemetry, server::Monitored as _};
+use super::{Telemetry, journal::durations, server::Monitored as _};
 use crate::{
     interception::{
         canary::Health,
@@ -470,10 +470,6 @@ fn connections(telemetry: &Telemetry, out: &mut Gathered) {
 
 fn recording(telemetry: &Telemetry, out: &mut Gathered) {
     let measured = telemetry.recorder.measured();
-    let bounds = SYNC_BOUNDS.iter().map(|bound| bound.as_secs_f64()).chain([f64::MAX]);
-    let classes: Vec<_> = bounds.zip(measured.syncs).collect();
-    let count = measured.syncs.iter().sum();
-    let sync = Value::Classes { sum: measured.sync_time.as_secs_f64(), count, classes };
     out.extend([
         (&RECORDING, number(u64::from(measured.failure.is_none()))),
         (&EVENTS, number(measured.events)),
@@ -481,7 +477,7 @@ fn recording(telemetry: &Telemetry, out: &mut Gathered) {
         (&LOST, number(measured.lost)),
         (&FAILED, number(measured.failed)),
         (&BACKLOG, size(measured.backlog_bytes)),
-        (&SYNC, vec![Sample { labels: Vec::new(), value: sync }]),
+        (&SYNC, durations(&SYNC_BOUNDS, &measured.syncs, measured.sync_time)),
         (&REFUSALS, number(measured.connections_refused)),
         (&FINDINGS, measured.findings.iter().map(|(name, count)| labelled([name], *count)).collect()),
     ] as [(&'static Family, Vec<Sample>); 9]);

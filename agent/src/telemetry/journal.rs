@@ -1,9 +1,12 @@
 //! The metrics of what recording depends on, and of what weakens it.
 
+use std::time::Duration;
+
 use super::{
     Telemetry,
-    families::{Family, Gathered, Kind, Sample, counter, gauge, labelled},
+    families::{Family, Gathered, Kind, Sample, Value, counter, gauge, labelled},
 };
+use crate::recording::BEHIND_BOUNDS;
 
 static USED: Family = Family {
     name: "weir_journal_used",
@@ -30,9 +33,25 @@ static EMERGENCY: Family = counter(
     "Requests that went on without waiting for their records, by the emergency switch.",
 );
 
+static BEHIND: Family = Family {
+    name: "weir_journal_behind",
+    unit: Some("seconds"),
+    kind: Kind::Histogram,
+    labels: &[],
+    help: "How long the oldest event that no request waits for had waited when it was on disk, once a group: at most 50 ms and a sync, if the disk keeps up.",
+};
+
 /// All of them.
 #[cfg(test)]
-pub(super) static ALL: [&Family; 4] = [&USED, &LIMIT, &RELAXED, &EMERGENCY];
+pub(super) static ALL: [&Family; 5] = [&USED, &LIMIT, &RELAXED, &EMERGENCY, &BEHIND];
+
+/// A histogram; what is longer than all bounds is in the last class.
+pub(super) fn durations(bounds: &[Duration], counts: &[u64], sum: Duration) -> Vec<Sample> {
+    let bounds = bounds.iter().map(Duration::as_secs_f64).chain([f64::MAX]);
+    let classes = bounds.zip(counts.iter().copied()).collect();
+    let value = Value::Classes { sum: sum.as_secs_f64(), count: counts.iter().sum(), classes };
+    vec![Sample { labels: Vec::new(), value }]
+}
 
 /// Reads them.
 pub(super) fn gather(telemetry: &Telemetry, out: &mut Gathered) {
@@ -45,5 +64,6 @@ pub(super) fn gather(telemetry: &Telemetry, out: &mut Gathered) {
         (&LIMIT, vec![labelled([], limit)]),
         (&RELAXED, relaxed.map(|(what, is_so)| labelled([what], u64::from(is_so))).into()),
         (&EMERGENCY, vec![labelled([], measured.emergency_requests)]),
-    ] as [(&'static Family, Vec<Sample>); 4]);
+        (&BEHIND, durations(&BEHIND_BOUNDS, &measured.behind, measured.behind_time)),
+    ] as [(&'static Family, Vec<Sample>); 5]);
 }
