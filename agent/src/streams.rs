@@ -12,6 +12,7 @@ mod archive;
 mod channels;
 mod greeting;
 mod header_block;
+mod heartbeat;
 mod meaning;
 mod output;
 #[doc(hidden)]
@@ -27,6 +28,7 @@ mod websocket;
 use bytes::Bytes;
 use weir_common::event::{Change, Channel, Connection, ConnectionForwarded, FileCopied};
 
+pub(crate) use self::heartbeat::only_pings;
 pub use self::meaning::CONNECTIONS_MAX;
 use self::{
     channels::{Layout, Messages},

@@ -3,6 +3,9 @@
 //! Client to server, a piece is durable before it is forwarded; server to client, it is queued for recording, and
 //! durable before the end is forwarded (`strict`: before itself is). No
 //! idle limit here: a port-forward may be silent for hours.
+//!
+//! A client's ping waits while the server's words do: an API server that has said all closes at once, and what its kernel has not sent yet is
+//! lost when anything comes in from here. Without a recorder on the way that moment is short.
 
 use std::{
     io,
@@ -10,20 +13,35 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
+    time::Duration,
 };
 
-use bytes::{BufMut as _, BytesMut};
+use bytes::{BufMut as _, Bytes, BytesMut};
+use futures::FutureExt as _;
 use hyper::upgrade::{OnUpgrade, Upgraded};
 use hyper_util::rt::TokioIo;
-use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
+use tokio::{
+    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _},
+    sync::Notify,
+    task::unconstrained,
+    time::{Instant, timeout_at},
+};
 use tokio_util::sync::CancellationToken;
 use weir_common::event::{CONTENT_BYTES_MAX, Outcome};
 
-use crate::recording::{RecordingError, RequestRecord};
+use crate::{
+    recording::{RecordingError, RequestRecord},
+    streams::only_pings,
+};
 
 /// Most bytes that are read, recorded and forwarded at once, in each direction.
 const PIECE_BYTES_MAX: usize = 32 * 1024;
 const _: () = assert!(PIECE_BYTES_MAX <= CONTENT_BYTES_MAX);
+
+/// Longest that a ping waits. Clients want an answer to one of theirs within a minute (client-go).
+const PING_WAIT_MAX: Duration = Duration::from_secs(if cfg!(test) { 2 } else { 15 });
+/// Most bytes of pings that wait.
+const PINGS_BYTES_MAX: usize = 4096;
 
 /// Which way bytes go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -121,6 +139,26 @@ struct Ends {
     one_ended: AtomicBool,
     /// The client's end came first, and without TLS's close_notify, as when its process dies.
     client_gone: AtomicBool,
+    /// More of the server's was there when it was last read.
+    server_speaks: AtomicBool,
+    /// Nothing more is.
+    server_is_quiet: Notify,
+}
+
+impl Ends {
+    fn set_quiet(&self) {
+        if self.server_speaks.swap(false, Ordering::Relaxed) {
+            self.server_is_quiet.notify_waiters();
+        }
+    }
+
+    /// Waits until nothing of the server's waits to be read. Safe to drop.
+    async fn quiet(&self) {
+        let quiet = self.server_is_quiet.notified();
+        if self.server_speaks.load(Ordering::Relaxed) {
+            quiet.await;
+        }
+    }
 }
 
 /// Passes bytes one way until their end, then closes that half.
@@ -135,11 +173,19 @@ async fn pump(
     let settle =
         |error: StreamError| if ends.one_ended.load(Ordering::Relaxed) { Ok(()) } else { Err(error) };
     let mut buffer = BytesMut::new();
-    let mut said_so = true;
-    let mut taken = true;
+    let (mut said_so, mut taken) = (true, true);
+    let mut pings = Pings::default();
     loop {
         buffer.reserve(PIECE_BYTES_MAX);
-        let read = match reader.read_buf(&mut (&mut buffer).limit(PIECE_BYTES_MAX)).await {
+        let read = tokio::select! {
+            biased;
+            read = read_piece(&mut reader, &mut buffer, direction, ends) => read,
+            () = pings.wait(ends) => {
+                taken &= write(&mut writer, &pings.take()).await.is_ok();
+                continue;
+            }
+        };
+        let read = match read {
             Ok(read) => read,
             // The other half goes on: what is on its way to a peer that shut down like this may still arrive.
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
@@ -156,6 +202,7 @@ async fn pump(
             if direction == Direction::ServerToClient {
                 record.server_stream_end().await.map_err(StreamError::Recording)?;
             }
+            taken = taken && write(&mut writer, &pings.take()).await.is_ok();
             return match writer.shutdown().await {
                 Err(error) if first && taken && error.kind() != io::ErrorKind::NotConnected => {
                     Err(direction.write_error(error))
@@ -169,12 +216,12 @@ async fn pump(
             Direction::ServerToClient => record.server_stream_data(piece.clone()).await,
         }
         .map_err(StreamError::Recording)?;
-        if !taken {
+        if direction == Direction::ClientToServer && pings.keep(&piece, ends) || !taken {
             continue;
         }
         let written = async {
-            writer.write_all(&piece).await?;
-            writer.flush().await
+            write(&mut writer, &pings.take()).await?;
+            write(&mut writer, &piece).await
         };
         match (written.await, direction) {
             (Ok(()), _) => {}
@@ -186,23 +233,178 @@ async fn pump(
     }
 }
 
+/// Reads some bytes, and notes whether the server has more to say than was read. Safe to drop while it waits.
+async fn read_piece(
+    reader: &mut (impl AsyncRead + Unpin),
+    buffer: &mut BytesMut,
+    direction: Direction,
+    ends: &Ends,
+) -> io::Result<usize> {
+    if direction == Direction::ClientToServer {
+        return reader.read_buf(&mut buffer.limit(PIECE_BYTES_MAX)).await;
+    }
+    // Where the scheduler gives others a turn, that says nothing of what is there.
+    let at_once = unconstrained(reader.read_buf(&mut (&mut *buffer).limit(PIECE_BYTES_MAX))).now_or_never();
+    let read = match at_once {
+        Some(read) => read,
+        None => {
+            ends.set_quiet();
+            reader.read_buf(&mut buffer.limit(PIECE_BYTES_MAX)).await
+        }
+    };
+    match read {
+        Ok(1..) => ends.server_speaks.store(true, Ordering::Relaxed),
+        _ => ends.set_quiet(),
+    }
+    read
+}
+
+async fn write(writer: &mut (impl AsyncWrite + Unpin), bytes: &[u8]) -> io::Result<()> {
+    if bytes.is_empty() {
+        return Ok(());
+    }
+    writer.write_all(bytes).await?;
+    writer.flush().await
+}
+
+/// A client's pings that wait, until the server is quiet, time is up, or the client says something else: they keep their order.
+#[derive(Debug, Default)]
+struct Pings {
+    bytes: BytesMut,
+    /// When the first of them goes on at the latest.
+    until: Option<Instant>,
+}
+
+impl Pings {
+    /// Keeps what is nothing but pings, if the server speaks.
+    fn keep(&mut self, piece: &[u8], ends: &Ends) -> bool {
+        let waits = ends.server_speaks.load(Ordering::Relaxed)
+            && self.bytes.len() + piece.len() <= PINGS_BYTES_MAX
+            && only_pings(piece);
+        if waits {
+            self.bytes.extend_from_slice(piece);
+            self.until.get_or_insert_with(|| Instant::now() + PING_WAIT_MAX);
+        }
+        waits
+    }
+
+    /// Waits until they go on; for ever if there are none. Safe to drop.
+    async fn wait(&self, ends: &Ends) {
+        match self.until {
+            Some(until) => timeout_at(until, ends.quiet()).await.unwrap_or_default(),
+            None => std::future::pending().await,
+        }
+    }
+
+    fn take(&mut self) -> Bytes {
+        self.until = None;
+        self.bytes.split().freeze()
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use http::{HeaderMap, Method};
-    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    use std::{
+        path::Path,
+        sync::atomic::{AtomicUsize, Ordering},
+    };
 
-    use super::join_sides;
-    use crate::recording::{Recorder, RecorderOptions, fixture};
+    use http::{HeaderMap, Method};
+    use tokio::{
+        io::{AsyncReadExt as _, AsyncWriteExt as _},
+        sync::Notify,
+        time::Instant,
+    };
+
+    use super::{PING_WAIT_MAX, join_sides};
+    use crate::recording::{Recorder, RecorderOptions, RequestRecord, fixture};
+
+    const PING: &[u8] = b"\x89\x80mask";
+
+    async fn record(folder: &Path) -> (Recorder, RequestRecord) {
+        let options = RecorderOptions::new(folder.to_owned(), "node".into(), vec!["test".into()]);
+        let recorder = Recorder::start(options).expect("a recorder");
+        let attributes = fixture::attributes("create", "pods", "exec");
+        let record = fixture::open(&recorder, Method::POST, &attributes, &HeaderMap::new(), None).await;
+        (recorder, record.expect("a record"))
+    }
+
+    fn words() -> Vec<u8> {
+        (0..2_000_000u32).map(|at| (at % 251) as u8).collect()
+    }
+
+    #[tokio::test]
+    async fn a_ping_does_not_reach_a_server_whose_words_are_not_read() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let (_recorder, record) = record(folder.path()).await;
+        let said = words();
+        let (mut far_server, server) = tokio::io::duplex(said.len());
+        far_server.write_all(&said).await.expect("said");
+        let (mut far_client, client) = tokio::io::duplex(64);
+        let (read, ended) = (AtomicUsize::new(0), Notify::new());
+        let client_speaks = async {
+            let mut heard = vec![0; 1000];
+            far_client.read_exact(&mut heard).await.expect("heard");
+            far_client.write_all(PING).await.expect("sent");
+            far_client.write_all(PING).await.expect("sent");
+            let mut rest = [0; 64];
+            while heard.len() < said.len() {
+                let more = far_client.read(&mut rest).await.expect("heard");
+                heard.extend_from_slice(&rest[..more]);
+                read.store(heard.len(), Ordering::Relaxed);
+            }
+            ended.notified().await;
+            drop(far_client);
+            heard
+        };
+        let server_listens = async {
+            let mut pings = [0; 2 * PING.len()];
+            far_server.read_exact(&mut pings).await.expect("the pings arrive");
+            // Its duplex and one piece may be on their way.
+            assert!(read.load(Ordering::Relaxed) + 64 * 1024 > said.len(), "{read:?}");
+            assert_eq!(pings, *[PING, PING].concat());
+            ended.notify_one();
+            drop(far_server);
+        };
+        let (joined, heard, ()) =
+            tokio::join!(join_sides(client, server, &record), client_speaks, server_listens);
+        assert!(heard == said);
+        joined.expect("ended as it should");
+    }
+
+    #[tokio::test]
+    async fn a_ping_waits_neither_for_ever_nor_longer_than_what_the_client_says_next() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let (_recorder, record) = record(folder.path()).await;
+        let (mut far_server, server) = tokio::io::duplex(10_000_000);
+        far_server.write_all(&words()).await.expect("said");
+        // A client that reads nothing: the server's words wait for ever.
+        let (mut far_client, client) = tokio::io::duplex(64);
+        let speaks = async {
+            let begun = Instant::now();
+            far_client.write_all(PING).await.expect("sent");
+            let mut ping = [0; PING.len()];
+            far_server.read_exact(&mut ping).await.expect("arrives");
+            assert_eq!((&ping[..], begun.elapsed() >= PING_WAIT_MAX), (PING, true), "{:?}", begun.elapsed());
+            let begun = Instant::now();
+            far_client.write_all(PING).await.expect("sent");
+            far_client.write_all(b"\x82\x82maskno").await.expect("sent");
+            let mut both = [0; PING.len() + 8];
+            far_server.read_exact(&mut both).await.expect("arrives");
+            assert_eq!(both, *[PING, b"\x82\x82maskno"].concat(), "in order");
+            assert!(begun.elapsed() < PING_WAIT_MAX, "{:?}", begun.elapsed());
+        };
+        tokio::select! {
+            joined = join_sides(client, server, &record) => panic!("{joined:?}"),
+            () = speaks => {}
+        }
+    }
 
     #[tokio::test]
     async fn what_a_server_said_before_it_closed_arrives_although_the_client_still_speaks() {
         let folder = tempfile::tempdir().expect("a temporary folder");
-        let options = RecorderOptions::new(folder.path().to_owned(), "node".into(), vec!["test".into()]);
-        let recorder = Recorder::start(options).expect("a recorder");
-        let attributes = fixture::attributes("create", "pods", "exec");
-        let record = fixture::open(&recorder, Method::POST, &attributes, &HeaderMap::new(), None).await;
-        let record = record.expect("a record");
-        let said: Vec<u8> = (0..2_000_000u32).map(|at| (at % 251) as u8).collect();
+        let (_recorder, record) = record(folder.path()).await;
+        let said = words();
         let (mut far_server, server) = tokio::io::duplex(said.len());
         far_server.write_all(&said).await.expect("said");
         drop(far_server);
