@@ -5,7 +5,7 @@
 use std::fs;
 use std::net::TcpListener;
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail};
 
@@ -197,22 +197,33 @@ pub(super) fn prepare_cluster(start: &Start<'_>) -> Result<()> {
     Ok(())
 }
 
-/// Ports of `address` that nobody listens on, chosen by the kernel.
+/// Below the ports that the kernel gives to connections (`net.ipv4.ip_local_port_range`): who is started again finds his port free.
+const PORTS: std::ops::Range<u16> = 10_000..30_000;
+
+/// Ports of `address` that nobody listens on, and that no connection will have.
 ///
 /// # Errors
-/// When the kernel gives none.
+/// When too few are free.
 pub fn free_ports<const N: usize>(address: &str) -> Result<[u16; N]> {
     // All are held until all are chosen, so that none comes twice.
     let mut listeners = Vec::with_capacity(N);
     let mut ports = [0; N];
+    let count = u32::from(PORTS.end - PORTS.start);
+    let mut tried = 0;
+    // The clock's finest digits: two runs at once begin at different places.
+    let begin = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.subsec_nanos());
     for port in &mut ports {
-        let listener =
-            TcpListener::bind((address, 0)).with_context(|| format!("cannot listen on {address}"))?;
-        *port = listener.local_addr().context("cannot read a listener's address")?.port();
-        listeners.push(listener);
-    }
-    if ports.contains(&0) {
-        bail!("the kernel gave no port of {address}");
+        *port = loop {
+            if tried == count {
+                bail!("nobody can listen on {address} at any port from {} to {}", PORTS.start, PORTS.end);
+            }
+            let offset = u16::try_from(begin.wrapping_add(tried) % count).unwrap_or_default();
+            tried += 1;
+            if let Ok(listener) = TcpListener::bind((address, PORTS.start + offset)) {
+                listeners.push(listener);
+                break PORTS.start + offset;
+            }
+        };
     }
     Ok(ports)
 }

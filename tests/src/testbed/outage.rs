@@ -3,13 +3,14 @@
 //! It is killed, as by a crash of its machine: what it would do in an orderly end (the API server takes its address out of the
 //! endpoints) is not what a fault does.
 
+use std::net::TcpStream;
 use std::os::unix::ffi::OsStringExt;
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 use std::{ffi::OsString, fs};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use nix::sys::signal::Signal;
 
 use super::{MARK, Testbed};
@@ -138,10 +139,18 @@ impl Outage<'_> {
         }
         layout.write_state(&state)?;
         wait_until(&format!("{} to answer again", self.name), READY_DEADLINE, || {
+            if !started.is_running() {
+                bail!(
+                    "{} ended as soon as it was started; see {}",
+                    self.name,
+                    layout.log(self.name).display()
+                );
+            }
             let answers = match self.name {
                 API_SERVER => {
                     output(self.testbed.kubectl_command().args(["get", "--raw", "/readyz"]))?.status.success()
                 }
+                CONTROLLER_MANAGER => TcpStream::connect(("127.0.0.1", secure_port(arguments)?)).is_ok(),
                 CONTAINERD => output(self.testbed.ctr_command().arg("version"))?.status.success(),
                 _ => true,
             };
@@ -157,4 +166,14 @@ impl Drop for Outage<'_> {
             let _ = self.start();
         }
     }
+}
+
+/// The port of which a command line says that it is listened on.
+fn secure_port(arguments: &[OsString]) -> Result<u16> {
+    let mut named = arguments.iter().filter_map(|argument| argument.to_str()?.strip_prefix("--secure-port="));
+    named
+        .next_back()
+        .context("the command line has no --secure-port")?
+        .parse()
+        .context("--secure-port is no port")
 }
