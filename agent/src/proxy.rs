@@ -24,6 +24,8 @@ mod role_tests;
 mod server;
 mod status;
 #[cfg(test)]
+mod stream_commit_tests;
+#[cfg(test)]
 mod tests;
 #[cfg(test)]
 mod trace_tests;

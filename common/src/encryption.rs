@@ -49,6 +49,8 @@ const INFO: &[u8] = b"weir content key v1";
 const CONTENT: &str = "weir content v1";
 /// What the key of digests is made of, with the key itself.
 const DIGEST: &[u8] = b"weir digest key v1";
+/// What a digest begins with that is made with a key; the key's number follows.
+const KEYED_DIGEST: &str = "content-hmac-sha256:";
 const KEY_BYTES: usize = 32;
 /// What stands between epoch and number in the Kafka key of a wrapped key.
 const MESSAGE_KEY: &str = "key";
@@ -225,6 +227,11 @@ struct Wrapped {
     wrapped: String,
 }
 
+/// Number of the key that a digest is made with; none of one that anybody can make.
+pub fn key_of_digest(digest: &str) -> Option<u64> {
+    digest.strip_prefix(KEYED_DIGEST)?.split_once(':')?.0.parse().ok()
+}
+
 /// Name of a wrapped key's file in the folder of its epoch.
 pub fn wrapped_key_file(key: u64) -> String {
     format!("{key:020}{WRAPPED_KEY_SUFFIX}")
@@ -325,7 +332,7 @@ impl ContentKey {
     /// A digest of content that only who has the key can hold against a guess.
     pub fn keyed_digest(&self, digest: &str) -> String {
         let keyed = hmac::sign(&self.digests, digest.as_bytes());
-        format!("content-hmac-sha256:{}:{}", self.number, hex::encode(keyed))
+        format!("{KEYED_DIGEST}{}:{}", self.number, hex::encode(keyed))
     }
 
     /// Its number: the `key id` of envelopes.
@@ -502,6 +509,12 @@ mod tests {
         let encrypted = key.encrypt(PLACE, 1, &content()).unwrap();
         let digest = key.keyed_digest("sha256:00");
         assert!(digest.starts_with("content-hmac-sha256:9:") && digest != key.keyed_digest("sha256:01"));
+        assert_eq!(key_of_digest(&digest), Some(9));
+        assert!(
+            ["sha256:00", "content-hmac-sha256:9", "hmac-sha256:9:00"]
+                .into_iter()
+                .all(|of| key_of_digest(of).is_none())
+        );
         let json = serde_json::to_string(&encrypted).unwrap();
         assert!(json.contains("\"encrypted\":{\"key\":9,\"data\":\"") && !json.contains("canary"), "{json}");
         assert_ne!(key.encrypt(PLACE, 2, &content()).unwrap(), encrypted);

@@ -9,6 +9,7 @@ use uuid::Uuid;
 use weir_common::{
     attributes::Attributes,
     checkpoint::{Checkpoint, NoteSigner},
+    encryption::key_of_digest,
     envelope::Envelope,
     event::{
         Bytes, Caller, Channel, Container, Content, Event, Kind, Outcome, Pod, Process, RequestClosed,
@@ -103,7 +104,8 @@ impl Writer {
             event_type: format!("weir.v1.{}", event.kind.name()),
             source: format!("/weir/{NODE}/{}", self.epoch),
             time_unix_us: self.time_us,
-            ..Envelope::default()
+            flags: 0,
+            key_id: key_of(&event.kind),
         };
         self.frame(FrameType::Event, &envelope, &value)
     }
@@ -222,6 +224,18 @@ impl Writer {
     pub(crate) fn stopped(&mut self) -> &mut Self {
         self.event("", "", "", Kind::AgentStopped { reason: "SIGTERM".into() })
     }
+}
+
+/// Number of the key that protects something in an event.
+fn key_of(kind: &Kind) -> u64 {
+    let digest = match kind {
+        Kind::Content(Content { bytes: Bytes::Encrypted { key, .. }, .. }) => return *key,
+        Kind::RequestOpened(opened) => opened.body.as_ref().and_then(|body| body.digest.as_deref()),
+        Kind::RequestClosed(closed) => closed.body.as_ref().and_then(|body| body.digest.as_deref()),
+        Kind::FileCopied(file) => file.digest.as_deref(),
+        _ => None,
+    };
+    digest.and_then(key_of_digest).unwrap_or(0)
 }
 
 /// A request on pods.

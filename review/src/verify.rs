@@ -4,6 +4,7 @@
 //! recorded, and a checkpoint that the verifier kept. Works offline, one segment in memory at a time. What it finds
 //! is a [`Report`]; [`epoch`] checks one epoch, [`report`] prints.
 
+mod envelope;
 mod epoch;
 pub(crate) mod export;
 mod gone;
@@ -380,5 +381,7 @@ fn load_checkpoint(path: &Path, keys: &Keys) -> Result<Kept, VerifyError> {
     Ok(Kept { checkpoint, path: path.to_owned(), matches: None, gone: false, log_size: None })
 }
 
+#[cfg(test)]
+mod envelope_tests;
 #[cfg(test)]
 mod tests;

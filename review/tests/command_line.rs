@@ -3,6 +3,9 @@
 //! Runs the real binary. What the commands print is tested beside their code.
 #![expect(clippy::unwrap_used, reason = "a test that cannot write its journal has failed")]
 
+#[path = "command_line/tampered.rs"]
+mod tampered;
+
 use std::{
     path::Path,
     process::{Command, Output, Stdio},

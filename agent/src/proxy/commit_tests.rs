@@ -54,7 +54,7 @@ async fn forwarded(rig: &Rig) {
 }
 
 /// Waits until the disk is asked to make something durable, and gives whoever could go on anyway the time to.
-async fn asked(disk: &TestDisk) {
+pub(super) async fn asked(disk: &TestDisk) {
     while !disk.is_holding() {
         tokio::task::yield_now().await;
     }

@@ -49,6 +49,8 @@ pub(super) const NAME: &str = "api.example";
 /// Length of `/big`.
 pub(super) const BIG_BYTES: usize = 25 * 1024 * 1024;
 const BIG_PIECE_BYTES: usize = 64 * 1024;
+/// What the server says in a stream when the test asks.
+pub(super) const SAID: &[u8; 5] = b"said\n";
 /// Nothing in a test takes this long unless it hangs.
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -70,8 +72,10 @@ pub(super) struct Upstream {
     pub(super) connections: watch::Sender<usize>,
     /// Makes it end its connections in an orderly way (GOAWAY).
     pub(super) restart: Notify,
-    /// Lets `/watch` send its second event.
+    /// Lets `/watch` send its second event, and a stream's server speak.
     pub(super) next_event: Notify,
+    /// What came in upgraded streams.
+    pub(super) streamed: watch::Sender<Vec<u8>>,
     /// `Authorization` that is answered 401.
     pub(super) refused: Mutex<Vec<HeaderValue>>,
 }
@@ -277,6 +281,7 @@ impl Upstream {
             seen: Mutex::default(),
             connections: watch::Sender::new(0),
             next_event: Notify::new(),
+            streamed: watch::Sender::default(),
             restart: Notify::new(),
             refused: Mutex::default(),
         });
@@ -318,6 +323,7 @@ async fn serve(upstream: Arc<Upstream>, mut request: Request<Incoming>) -> Resul
     let path = head.uri.path().to_owned();
     let seen = Seen { uri: head.uri, version: head.version, headers: head.headers, body: body.clone() };
     let audit_id = seen.headers.get("audit-id").cloned();
+    let agreed = ["upgrade", "sec-websocket-protocol"].map(|name| (name, seen.headers.get(name).cloned()));
     let refuses = {
         let refused = upstream.refused.lock().expect("not poisoned");
         seen.headers.get("authorization").is_some_and(|presented| refused.contains(presented))
@@ -342,9 +348,11 @@ async fn serve(upstream: Arc<Upstream>, mut request: Request<Incoming>) -> Resul
         path if path.ends_with("/exec") => {
             *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
             response.headers_mut().insert("connection", "Upgrade".parse().expect("a value"));
-            response.headers_mut().insert("upgrade", "SPDY/3.1".parse().expect("a value"));
+            for (name, value) in agreed {
+                value.and_then(|value| response.headers_mut().insert(name, value));
+            }
             *response.body_mut() = full("");
-            tokio::spawn(stream_back(upgrade));
+            tokio::spawn(stream_back(upstream, upgrade));
         }
         path if path.ends_with("/attach") => {
             *response.status_mut() = StatusCode::FORBIDDEN;
@@ -355,14 +363,28 @@ async fn serve(upstream: Arc<Upstream>, mut request: Request<Incoming>) -> Resul
     Ok(response)
 }
 
-/// Greets first, then reads to the client's end, then sends back all that came, then closes: it needs half-close.
-async fn stream_back(upgrade: hyper::upgrade::OnUpgrade) {
+/// Greets first, then reads to the client's end (and speaks when the test asks), then sends back all that came, then closes: it needs half-close.
+async fn stream_back(upstream: Arc<Upstream>, upgrade: hyper::upgrade::OnUpgrade) {
     let Ok(upgraded) = upgrade.await else { return };
     let mut stream = TokioIo::new(upgraded);
     let _ = stream.write_all(b"\x00hello").await;
     let _ = stream.flush().await;
     let mut all = Vec::new();
-    let _ = stream.read_to_end(&mut all).await;
+    loop {
+        let before = all.len();
+        let read = tokio::select! {
+            read = stream.read_buf(&mut all) => Some(read.unwrap_or(0)),
+            () = upstream.next_event.notified() => None,
+        };
+        match read {
+            Some(0) => break,
+            Some(_) => upstream.streamed.send_modify(|streamed| streamed.extend_from_slice(&all[before..])),
+            None => {
+                let _ = stream.write_all(SAID).await;
+                let _ = stream.flush().await;
+            }
+        }
+    }
     let _ = stream.write_all(&all).await;
     let _ = stream.shutdown().await;
 }

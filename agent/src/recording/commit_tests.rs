@@ -16,8 +16,9 @@ use tempfile::TempDir;
 use weir_common::event::{Channel, Event, Kind, Outcome};
 
 use super::{
-    BacklogLimits, Bodies, Commit, CommitRule, CommitRules, Committed, PodQuota, Recorder, RecorderOptions,
-    RecordingError, RequestRecord, WhenBehind, fixture::*, tests::content,
+    BEHIND_BOUNDS, BacklogLimits, Bodies, COMMIT_BEHIND_MS, Commit, CommitRule, CommitRules, Committed,
+    Measured, PodQuota, Recorder, RecorderOptions, RecordingError, RequestRecord, WhenBehind, fixture::*,
+    tests::content,
 };
 
 fn is_ready(committed: &mut Committed) -> bool {
@@ -105,6 +106,47 @@ async fn a_mutation_costs_a_sync_before_it_is_forwarded_and_one_before_its_answe
         committed.await.unwrap();
         assert_eq!(disk.syncs.load(Ordering::SeqCst) - opened, 1);
     }
+    recorder.stop("test").await.unwrap();
+}
+
+#[tokio::test]
+async fn what_nobody_waits_for_is_on_disk_50_ms_and_a_sync_later_and_how_far_behind_it_was_is_measured() {
+    let (recorder, disk, _directory) = recorder(CommitRules::default());
+    let pods = attributes("list", "pods", "");
+    let until = async |what: &str, is_so: &dyn Fn(&Measured) -> bool| {
+        let begun = Instant::now();
+        while !is_so(&recorder.measured()) {
+            assert!(begun.elapsed() < Duration::from_secs(30), "{what}: {:?}", recorder.measured());
+            tokio::task::yield_now().await;
+        }
+    };
+    let groups = |measured: &Measured| measured.behind.iter().sum::<u64>();
+    let within = |measured: &Measured, bound: u64| -> u64 {
+        let bounds = BEHIND_BOUNDS.iter().take_while(|of| **of <= Duration::from_millis(bound));
+        measured.behind.iter().zip(bounds).map(|(count, _)| count).sum()
+    };
+    let first = recorder.measured();
+    for _ in 0..20 {
+        let before = groups(&recorder.measured());
+        get(&recorder, &pods).await.close(Outcome::Complete, None);
+        // Nobody waits, nothing else is recorded, nothing is stopped: it is written all the same.
+        until("it is written", &|measured| groups(measured) > before).await;
+    }
+    let last = recorder.measured();
+    // A busy machine may turn to it late, again and again, but not each time.
+    assert_eq!(COMMIT_BEHIND_MS, 50, "as documented");
+    assert!(within(&last, 100) > within(&first, 100), "{:?}", last.behind);
+
+    // A disk that hangs makes it later, and that is seen.
+    disk.hold(true);
+    let begun = Instant::now();
+    get(&recorder, &pods).await.close(Outcome::Complete, None);
+    while !disk.is_holding() || begun.elapsed() < Duration::from_millis(300) {
+        tokio::task::yield_now().await;
+    }
+    disk.hold(false);
+    let late = Duration::from_millis(200);
+    until("it is late", &|measured| measured.behind_time - last.behind_time > late).await;
     recorder.stop("test").await.unwrap();
 }
 

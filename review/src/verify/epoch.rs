@@ -7,7 +7,6 @@
 
 use std::collections::HashMap;
 
-use serde::Deserialize;
 use uuid::Uuid;
 use weir_common::{
     checkpoint::{Checkpoint, valid_name},
@@ -19,6 +18,7 @@ use weir_common::{
 
 use super::{
     EpochReport, Finding, Findings, Kept, KeySource, Report, VerifyError,
+    envelope::Said,
     keys::Keys,
     known::{CHECKPOINT_FILE, Claim, Known},
     silence::Words,
@@ -28,23 +28,6 @@ use crate::{
     source::{Epoch, Journal, is_unmade, made_us, missing, read_segment, with_sources},
     terminal::Progress,
 };
-
-/// What every event has, whatever version made it.
-#[derive(Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct Loose {
-    schema: u32,
-    sequence: u64,
-    time_unix_us: i64,
-    node: String,
-    epoch: String,
-    #[serde(default)]
-    session: String,
-    #[serde(default)]
-    request: Option<String>,
-    #[serde(rename = "type")]
-    kind: String,
-}
 
 /// Checks one epoch and adds what it finds to `report`.
 ///
@@ -288,10 +271,7 @@ impl Check<'_> {
             let what = format!("checkpoint is for the log {}, not for {origin}", checkpoint.origin);
             return self.damage(Some(offset), sequence, what);
         }
-        if let Some(time) = checkpoint.time_unix_us.filter(|time| *time != frame.envelope.time_unix_us) {
-            let what = format!("checkpoint was signed at {}, its envelope says other", Moment(time).text());
-            return self.damage(Some(offset), sequence, what);
-        }
+        self.envelope_of_checkpoint(offset, frame, checkpoint.time_unix_us);
         if checkpoint.size != frame.sequence {
             let what = format!(
                 "checkpoint covers {} events, but {} stand before it",
@@ -337,7 +317,7 @@ impl Check<'_> {
 
     fn event(&mut self, offset: usize, frame: &Frame<'_>) {
         let sequence = Some(frame.sequence);
-        let event: Loose = match serde_json::from_slice(frame.value) {
+        let event: Said = match serde_json::from_slice(frame.value) {
             Ok(event) => event,
             Err(error) => {
                 return self.damage(Some(offset), sequence, format!("value is not an event: {error}"));
@@ -356,7 +336,7 @@ impl Check<'_> {
         if event.schema > SCHEMA_VERSION {
             self.newer_schema = Some(event.schema);
         }
-        self.envelope(offset, frame, &event);
+        self.envelope_of_event(offset, frame, &event);
         if self.totals.stopped {
             self.damage(Some(offset), sequence, "an event follows the end of the epoch".into());
         }
@@ -370,29 +350,6 @@ impl Check<'_> {
             ("agentStopped", _) => self.totals.stopped = true,
             ("gap", _) => self.gap(offset, frame),
             _ => {}
-        }
-    }
-
-    /// The envelope is outside of the Merkle log, so it may not say anything that the value does not.
-    fn envelope(&mut self, offset: usize, frame: &Frame<'_>, event: &Loose) {
-        let (envelope, totals) = (&frame.envelope, &self.totals);
-        let expected_id = format!("{}/{}", event.epoch, event.sequence);
-        let expected_source = format!("/weir/{}/{}", event.node, event.epoch);
-        let expected_type = format!("weir.v{}.{}", event.schema, event.kind);
-        let wrong = [
-            (event.sequence != frame.sequence, "sequence of the event differs from that of its frame"),
-            (event.epoch != totals.epoch, "event belongs to another epoch"),
-            (event.node != totals.node, "event belongs to another node"),
-            (envelope.key != event.session, "key of the envelope is not the event's session"),
-            (envelope.id != expected_id, "id of the envelope is not the event's"),
-            (envelope.source != expected_source, "source of the envelope is not the event's"),
-            (envelope.event_type != expected_type, "type of the envelope is not the event's"),
-            (envelope.time_unix_us != event.time_unix_us, "time of the envelope is not the event's"),
-        ];
-        for (is_wrong, what) in wrong {
-            if is_wrong {
-                self.damage(Some(offset), Some(frame.sequence), what.into());
-            }
         }
     }
 

@@ -258,6 +258,31 @@ fn a_torn_tail_is_named_and_no_damage_while_the_epoch_goes_on() {
 }
 
 #[test]
+fn a_torn_tail_amid_an_epoch_is_no_damage_where_the_next_segment_has_all_that_follows() {
+    let (directory, _) = one_session();
+    let journal = Journal::open(directory.path()).unwrap();
+    let segment = &journal.segments[0];
+    let bytes = fs::read(segment).unwrap();
+    let frames = frames(&bytes);
+    let (last, end) = (frames.last().unwrap().clone(), frames.last().unwrap().end);
+    // A group that failed, as a disk leaves it: the next segment has it.
+    fs::write(segment, [&bytes[..end], &bytes[last.start..last.end - 1]].concat()).unwrap();
+    let report = verified(directory.path());
+    let torn = |note: &super::Finding| note.what.contains("torn tail") && note.offset == Some(end as u64);
+    assert!(report.is_sound() && report.notes.listed.iter().any(torn), "{report:#?}");
+    // The same of what had been acknowledged: nothing has it.
+    fs::write(segment, &bytes[..end - 1]).unwrap();
+    let report = verified(directory.path());
+    let missing = format!(
+        "segment ends at offset {} before sequence 9, but the next segment starts with 10",
+        last.start
+    );
+    assert_eq!(report.damage.number(), 1, "{report:#?}");
+    assert!(damage(&report).contains(&missing), "{}", damage(&report));
+    assert_eq!(report.damage.listed[0].sequence, Some(9));
+}
+
+#[test]
 fn an_envelope_that_says_other_than_its_event_is_found() {
     let directory = tempfile::tempdir().unwrap();
     let mut writer = Writer::new(1, 7);
