@@ -121,11 +121,16 @@ impl Clients {
             [home, settings].iter().filter(|path| !path.starts_with("/usr")).map(|path| Folder::same(path)),
         );
         let path = format!("{}/*:{}", installed.jars().display(), classes.display());
-        // A warning of how busy the machine is, which differs from run to run.
-        let quiet = "-Dorg.slf4j.simpleLogger.log.io.vertx.core.impl.BlockedThreadChecker=off";
-        let command =
-            ["-Xmx256m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", quiet, "-cp", &path, "Client"];
-        Ok(std::iter::once(java.display().to_string()).chain(command.map(str::to_owned)).collect())
+        // What differs from run to run: a warning of how busy the machine is, and the error that `Client.java` is told as well
+        // and answers by doing a step again.
+        let quiet = [
+            "io.vertx.core.impl.BlockedThreadChecker",
+            "io.fabric8.kubernetes.client.dsl.internal.ExecWebSocketListener",
+        ]
+        .map(|logger| format!("-Dorg.slf4j.simpleLogger.log.{logger}=off"));
+        let options = ["-Xmx256m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1"].map(str::to_owned);
+        let program = ["-cp".to_owned(), path, "Client".to_owned()];
+        Ok(std::iter::once(java.display().to_string()).chain(options).chain(quiet).chain(program).collect())
     }
 
     /// What a pod must have, for [`crate::PodSpec::folders`].

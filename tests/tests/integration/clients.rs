@@ -11,7 +11,7 @@ use std::{
 
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
-use weir_common::event::{Channel, Connection, Event, Kind};
+use weir_common::event::{Channel, Connection, Event, Kind, Outcome};
 use weir_tests::{
     Clients, Coverage, Pod, PodSpec, Testbed, agent::TrustSource, audit, progress::Progress,
     testbed::AGENT_IMAGE, wait_until,
@@ -183,6 +183,7 @@ struct Request {
     command: Vec<String>,
     lanes: BTreeMap<(Channel, Option<Connection>), Vec<u8>>,
     exit_code: Option<i32>,
+    outcome: Option<Outcome>,
 }
 
 fn requests(events: &[Event]) -> BTreeMap<String, Request> {
@@ -202,7 +203,10 @@ fn requests(events: &[Event]) -> BTreeMap<String, Request> {
                 let lane = request.lanes.entry((content.channel, content.connection)).or_default();
                 lane.extend(content.bytes.to_vec().unwrap());
             }
-            Kind::RequestClosed(closed) => request.exit_code = closed.exit_code,
+            Kind::RequestClosed(closed) => {
+                request.exit_code = closed.exit_code;
+                request.outcome = Some(closed.outcome);
+            }
             _ => {}
         }
     }
@@ -286,6 +290,9 @@ fn streams_are_on_record(requests: &BTreeMap<String, Request>, said: &Said) {
         for request in of("yes") {
             let stdout = &request.lanes[&(Channel::Stdout, None)];
             assert!(digests.contains(&*digest(stdout)), "{name}: what was read");
+            assert_eq!(request.exit_code, Some(0), "{name}: what was read");
+            // It does again what its own library takes for broken: its server, and Weir, have said all.
+            assert!(name != JAVA || request.outcome == Some(Outcome::Complete), "{:?}", request.outcome);
         }
         for (arguments, code) in [
             (&["sh", "-c", "echo out; echo err >&2; exit 3", "two words"][..], 3),
