@@ -24,6 +24,8 @@ mod publisher_tests;
 mod retention;
 mod silence;
 mod sink;
+mod stamps;
+mod steps;
 mod stream;
 mod token;
 #[cfg(test)]
@@ -125,7 +127,7 @@ impl Publishing {
         let mut publisher = Publisher::new(
             settings,
             Arc::clone(&durable),
-            Box::new(Producers(kafka.clone())),
+            Box::new(Producers::new(kafka.clone())),
             gap,
             Arc::clone(&measures),
         );

@@ -76,6 +76,8 @@ pub struct Verified {
     pub claims: Map<String, Json>,
     /// When it expires, in seconds since 1970.
     pub expires: i64,
+    /// When it begins to be valid.
+    begins: i64,
     key: Fingerprint,
 }
 
@@ -171,7 +173,7 @@ impl Issuers {
             return Err(TokenError::UnknownIssuer { issuer: repeated(&name) });
         };
         // Looked at before the signature: who is refused for these need not wait for the issuer, and is told what to do.
-        let expires = in_time(token.claims(), wall)?;
+        let (begins, expires) = in_time(token.claims(), wall)?;
         audience(token.claims(), &issuer.audiences)?;
         let key = issuer.keys.verify(&token, now.steady).await?;
         let claims = token.into_claims();
@@ -182,7 +184,7 @@ impl Issuers {
         let (user, claims_value) = issuer.mappings.user(&claims).map_err(|error| refused(&error))?;
         let subject = Subject::of_token(name.clone(), issuer.of_cluster, user, claims_value);
         let subject = Arc::new(subject.map_err(|error| refused(&error))?);
-        let verified = Arc::new(Verified { subject, claims, expires, key });
+        let verified = Arc::new(Verified { subject, claims, expires, begins, key });
         self.memory().remember(digest, Arc::clone(&verified), bytes);
         Ok(verified)
     }
@@ -190,7 +192,9 @@ impl Issuers {
     fn remembered(&self, digest: &TokenDigest, wall: i64, steady: Instant) -> Option<Arc<Verified>> {
         let known = self.memory().find(digest)?;
         let issuer = self.issuers.get(known.subject.issuer.as_deref()?)?;
-        let in_time = wall < known.expires.saturating_add(skew());
+        // Where the clock was set back, one that has ended may seem valid: what began later than now is looked at anew, and refused.
+        let in_time =
+            (known.begins.saturating_sub(skew())..known.expires.saturating_add(skew())).contains(&wall);
         (in_time && issuer.keys.believes(&known.key, steady)).then_some(known)
     }
 
@@ -274,22 +278,23 @@ fn date(claims: &Map<String, Json>, name: &'static str) -> Result<Option<i64>, T
     }
 }
 
-/// When it expires, if `now` is within its time.
-fn in_time(claims: &Map<String, Json>, now: i64) -> Result<i64, TokenError> {
+/// When it begins and expires, if `now` is within its time.
+fn in_time(claims: &Map<String, Json>, now: i64) -> Result<(i64, i64), TokenError> {
     let Some(expires) = date(claims, "exp")? else {
         return Err(TokenError::Malformed { part: "claims", problem: "never expire (no exp)" });
     };
     if now >= expires.saturating_add(skew()) {
         return Err(TokenError::Expired { at: expires });
     }
+    let mut begins = i64::MIN;
     for name in ["nbf", "iat"] {
-        if let Some(at) = date(claims, name)?
-            && now < at.saturating_sub(skew())
-        {
+        let Some(at) = date(claims, name)? else { continue };
+        if now < at.saturating_sub(skew()) {
             return Err(TokenError::NotYetValid { at });
         }
+        begins = begins.max(at);
     }
-    Ok(expires)
+    Ok((begins, expires))
 }
 
 /// Whether one of `expected` is in `aud`, which may be one string or a list of them (RFC 7519, 4.1.3).

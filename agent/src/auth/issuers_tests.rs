@@ -254,6 +254,14 @@ async fn what_is_remembered_ends_with_the_token_and_with_its_key() {
     let token = rig.token(&json!({"exp": NOW + 300}));
     assert!(rig.issuers.verify(&token, rig.now).await.is_ok());
     let begun = rig.now;
+    // What has ended must not come back with the time before it.
+    rig.now.wall -= Duration::from_secs(86_400);
+    rig.refused(
+        &token,
+        expect!["the bearer token is valid only from 2026-11-24T11:59:00Z; is a clock wrong?"],
+    )
+    .await;
+    rig.now = begun;
     rig.now.wall += Duration::from_secs(300) + CLOCK_SKEW;
     rig.refused(&token, expect!["the bearer token expired at 2026-11-24T12:05:00Z; log in again"]).await;
     rig.now = begun;

@@ -7,6 +7,7 @@
 
 use std::{
     collections::HashMap,
+    ops::Range,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
@@ -95,8 +96,15 @@ struct Token {
 struct State {
     credentials: Option<Arc<Credentials>>,
     flight: Option<watch::Receiver<Option<Outcome>>>,
-    /// The last failure and until when it is the answer.
-    failure: Option<(StsError, SystemTime)>,
+    /// The last failure, and from when until when it is the answer: not before it came, where the clock was set back since.
+    failure: Option<(StsError, Range<SystemTime>)>,
+}
+
+impl Token {
+    /// Whether the time has come for which it was signed: where it was signed by a clock that was ahead, nobody takes it yet.
+    fn is_signed(&self, now: SystemTime) -> bool {
+        self.signed <= now + TOKEN_END_MARGIN
+    }
 }
 
 type Outcome = Result<Bearer, StsError>;
@@ -167,7 +175,7 @@ impl Cache {
         // Another request may have had it forgotten, and a new one may be there or on its way.
         let token = entry.token.load();
         let Some(token) = token.as_ref().filter(|token| token.bearer.is(refused)) else { return true };
-        if now < token.signed + FORGET_AFTER {
+        if token.is_signed(now) && now < token.signed + FORGET_AFTER {
             return false;
         }
         table.entries.remove(&request.key());
@@ -177,7 +185,7 @@ impl Cache {
 
     fn usable(&self, entry: &Arc<Entry>, now: SystemTime) -> Option<Bearer> {
         let token = entry.token.load();
-        let token = token.as_ref().filter(|token| now < token.end)?;
+        let token = token.as_ref().filter(|token| token.is_signed(now) && now < token.end)?;
         if now >= token.renew_at {
             // Nobody waits for it; how it ends is seen when this token ends.
             let _beside = self.flight(entry, now);
@@ -192,11 +200,12 @@ impl Cache {
             return Flight::Awaited(flight.clone());
         }
         // One may have landed since the caller looked.
-        if let Some(token) = entry.token.load().as_ref().filter(|token| now < token.renew_at) {
+        let is_landed = |token: &&Arc<Token>| token.is_signed(now) && now < token.renew_at;
+        if let Some(token) = entry.token.load().as_ref().filter(is_landed) {
             return Flight::Landed(token.bearer.clone());
         }
-        if let Some((failure, until)) = &state.failure
-            && now < *until
+        if let Some((failure, time)) = &state.failure
+            && time.contains(&now)
         {
             return Flight::Refused(failure.clone());
         }
@@ -263,7 +272,8 @@ impl Shared {
             Err(error) => {
                 self.counters.failed(error);
                 let life = error.retry_after().unwrap_or(FAILURE_LIFE);
-                state.failure = Some((error.clone(), (self.clock)() + life));
+                let now = (self.clock)();
+                state.failure = Some((error.clone(), now..now + life));
                 let role = entry.request.role().arn();
                 tracing::warn!(event = "no-role-credentials", %role, error = %error, detail = error.detail(), "no credentials for a role");
             }
@@ -335,7 +345,7 @@ impl Table {
             let state = locked(&entry.state);
             state.flight.is_some()
                 || state.credentials.as_ref().is_some_and(|held| now < held.expires)
-                || state.failure.as_ref().is_some_and(|(_, until)| now < *until)
+                || state.failure.as_ref().is_some_and(|(_, time)| time.contains(&now))
                 // Just made, and its flight not yet begun.
                 || Arc::strong_count(entry) > 1
         });

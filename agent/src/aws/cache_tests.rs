@@ -138,6 +138,26 @@ async fn a_failure_is_the_answer_for_a_while() {
 }
 
 #[tokio::test]
+async fn what_a_wrong_clock_brought_about_ends_with_it() {
+    let (world, request) = (World::new(9), request("alice", "prod"));
+    let cache = world.cache();
+    cache.bearer(&request).await.unwrap();
+    // A day ahead: the token has ended, and STS refuses what is signed so.
+    world.after(24 * 60);
+    world.fail(StsError::ClockSkew { message: "signature expired".into() });
+    assert_eq!(cache.bearer(&request).await.unwrap_err().kind(), "clock_skew");
+    world.set_back(1);
+    world.fail(None);
+    let right = cache.bearer(&request).await.unwrap();
+    // An STS that looks less closely: what is signed for tomorrow is of no use today.
+    world.after(24 * 60 + 1);
+    let ahead = cache.bearer(&request).await.unwrap();
+    world.set_back(1);
+    let again = cache.bearer(&request).await.unwrap();
+    assert!(!same(&again, &ahead) && again.end() <= right.end() + Duration::from_mins(2));
+}
+
+#[tokio::test]
 async fn while_sts_cannot_be_asked_credentials_serve_to_their_end() {
     let (world, request) = (World::new(9), request("alice", "prod"));
     let cache = world.cache();

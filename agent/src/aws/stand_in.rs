@@ -68,6 +68,11 @@ impl World {
         self.0.now_s.fetch_add(minutes * 60, Ordering::Relaxed);
     }
 
+    /// Somebody sets its clock back.
+    pub(super) fn set_back(&self, days: u64) {
+        self.0.now_s.fetch_sub(days * 86_400, Ordering::Relaxed);
+    }
+
     pub(crate) fn calls(&self) -> usize {
         self.0.calls.load(Ordering::Relaxed)
     }

@@ -87,6 +87,13 @@ impl Cursor {
         }
     }
 
+    /// Somebody has set the clock by so many seconds: since when segments may be missed is as long ago as it was.
+    pub(super) fn clock_set(&mut self, by_seconds: i64) {
+        for mark in &mut self.marks {
+            mark.unix_seconds = mark.unix_seconds.saturating_add_signed(by_seconds);
+        }
+    }
+
     /// Segments before this one were acknowledged at least `window` ago.
     pub(super) fn removable_before(&mut self, unix_seconds: u64, window: Duration) -> u64 {
         for mark in &mut self.marks {

@@ -50,9 +50,9 @@ impl Flight {
         self.sent.len()
     }
 
-    /// When the event was made that holds the watermark back.
-    pub(super) fn oldest_unix_us(&self) -> Option<i64> {
-        self.sent.front().map(|sent| sent.time_unix_us)
+    /// When the event was made that holds the watermark back, and what is behind it.
+    pub(super) fn oldest(&self) -> Option<(i64, Position)> {
+        self.sent.front().map(|sent| (sent.time_unix_us, sent.end))
     }
 
     /// A message was sent; `end` is behind its frame.
@@ -68,15 +68,16 @@ impl Flight {
         self.settle();
     }
 
-    /// A message was acknowledged; returns its length and when its event was made, and none if it is not one of these.
-    pub(super) fn acknowledge(&mut self, ticket: Ticket) -> Option<(usize, i64)> {
+    /// A message was acknowledged; returns its length, when its event was made, and what is behind that; none if it is not one
+    /// of these.
+    pub(super) fn acknowledge(&mut self, ticket: Ticket) -> Option<(usize, i64, Position)> {
         let index = self.sent.binary_search_by_key(&ticket, |sent| sent.ticket).ok()?;
         let sent = self.sent.get_mut(index).filter(|sent| !sent.done)?;
         sent.done = true;
-        let (bytes, time_unix_us) = (sent.bytes, sent.time_unix_us);
+        let (bytes, time_unix_us, end) = (sent.bytes, sent.time_unix_us, sent.end);
         self.bytes -= bytes;
         self.settle();
-        Some((bytes, time_unix_us))
+        Some((bytes, time_unix_us, end))
     }
 
     fn settle(&mut self) {
@@ -108,10 +109,10 @@ mod tests {
         let mut flight = Flight::new(at(0));
         (1..=3).for_each(|n| flight.sent(n, at(n), 10, n as i64));
         flight.passed(4, at(4));
-        assert_eq!(flight.acknowledge(2).map(|(bytes, _)| bytes), Some(10));
-        assert_eq!((flight.watermark(), flight.bytes(), flight.oldest_unix_us()), (at(0), 20, Some(1)));
+        assert_eq!(flight.acknowledge(2).map(|(bytes, ..)| bytes), Some(10));
+        assert_eq!((flight.watermark(), flight.bytes(), flight.oldest()), (at(0), 20, Some((1, at(1)))));
         flight.acknowledge(1);
-        assert_eq!((flight.watermark(), flight.oldest_unix_us()), (at(2), Some(3)));
+        assert_eq!((flight.watermark(), flight.oldest()), (at(2), Some((3, at(3)))));
         assert_eq!((flight.acknowledge(1), flight.acknowledge(2), flight.acknowledge(9)), (None, None, None));
         flight.acknowledge(3);
         assert_eq!(flight.watermark(), at(4), "there is nothing to send up to there");

@@ -4,15 +4,16 @@
 //! life of it the messages of a key stay in order. OpenSSL lives inside librdkafka alone.
 
 use std::{
+    collections::HashMap,
     error::Error,
     fs::File,
     io::Read as _,
     path::Path,
     sync::{
-        Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU8, Ordering},
     },
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use rdkafka::{
@@ -20,7 +21,7 @@ use rdkafka::{
     client::OAuthToken,
     config::{ClientConfig, RDKafkaLogLevel},
     error::{KafkaError, RDKafkaErrorCode},
-    message::{DeliveryResult, Header, Message as _, OwnedHeaders},
+    message::{DeliveryResult, Header, Message as _, OwnedHeaders, Timestamp},
     producer::{BaseProducer, BaseRecord, NoCustomPartitioner, Producer as _, ProducerContext},
 };
 use weir_common::message::{MESSAGE_BYTES_MAX, Message};
@@ -29,6 +30,7 @@ use zeroize::Zeroizing;
 use super::{
     publisher::{FLIGHT_BYTES_MAX, FLIGHT_MESSAGES_MAX},
     sink::{Failure, MakeSink, Outcome, Sink, Taken, Ticket},
+    stamps::{Stamps, TopicStamps},
     token::token,
 };
 use crate::config::{Kafka, OAuth};
@@ -38,6 +40,9 @@ const PROPERTY_BYTES_MAX: u64 = 64 * 1024;
 
 /// How long a client that cannot go on may still tell why.
 pub(super) const LAST_WORDS: Duration = Duration::from_millis(100);
+
+/// So many looks in a row that bring no outcome mean that there is none: errors of brokers may come between.
+const QUIET: u32 = 64;
 
 /// What may be set otherwise by `kafka.properties`.
 const DEFAULTS: [(&str, &str); 5] = [
@@ -139,6 +144,10 @@ pub(super) struct Context {
     /// Where the token comes from that the brokers are shown.
     oauth: Option<OAuth>,
     outcomes: Mutex<Vec<Outcome>>,
+    /// The timestamps of messages that are on their way, by their tickets: the client tells none of one that was refused.
+    sent: Mutex<HashMap<usize, i64>>,
+    /// Which timestamps the topics take; outlives a client.
+    stamps: Arc<Mutex<TopicStamps>>,
     connected: AtomicU8,
     /// Why the brokers let nobody in, as they say.
     pub(super) denied: Mutex<Option<String>>,
@@ -153,6 +162,10 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Context {
     pub(super) fn new(kafka: &Kafka) -> Self {
         Self { oauth: kafka.oauth.clone(), ..Self::default() }
+    }
+
+    fn stamps(&self, topic: &str, act: impl FnOnce(&mut Stamps, Instant)) {
+        act(lock(&self.stamps).of(topic), Instant::now());
     }
 }
 
@@ -196,13 +209,23 @@ impl ProducerContext<NoCustomPartitioner> for Context {
     type DeliveryOpaque = usize;
 
     fn delivery(&self, delivered: &DeliveryResult<'_>, ticket: usize) {
+        let sent_ms = lock(&self.sent).remove(&ticket);
         let result = match delivered {
-            Ok(_) => {
+            Ok(message) => {
                 self.connected.store(UP, Ordering::Relaxed);
                 *lock(&self.denied) = None;
+                // A topic that sets the time itself says nothing of ours.
+                let is_ours = matches!(message.timestamp(), Timestamp::CreateTime(_));
+                if let Some(unix_ms) = sent_ms.filter(|_| is_ours) {
+                    self.stamps(message.topic(), |stamps, now| stamps.taken(unix_ms, now));
+                }
                 Ok(())
             }
             Err((error, message)) => {
+                let is_time = error.rdkafka_error_code() == Some(RDKafkaErrorCode::InvalidTimestamp);
+                if let Some(unix_ms) = sent_ms.filter(|_| is_time) {
+                    self.stamps(message.topic(), |stamps, now| stamps.refused(unix_ms, now));
+                }
                 let length = |part: Option<&[u8]>| part.map_or(0, <[u8]>::len);
                 let bytes = length(message.payload()) + length(message.key());
                 Err(failure(error, message.topic(), bytes))
@@ -229,17 +252,28 @@ fn failure(error: &KafkaError, topic: &str, bytes: usize) -> Failure {
             | RDKafkaErrorCode::Authentication
             | RDKafkaErrorCode::SaslAuthenticationFailed,
         ) => Failure::Denied { reason },
+        Some(RDKafkaErrorCode::InvalidTimestamp) => Failure::Time { topic },
         Some(RDKafkaErrorCode::Fatal) => Failure::Fatal { reason },
         _ => Failure::Other { reason },
     }
 }
 
 /// Makes producers of this configuration.
-pub(super) struct Producers(pub(super) Kafka);
+pub(super) struct Producers {
+    kafka: Kafka,
+    stamps: Arc<Mutex<TopicStamps>>,
+}
+
+impl Producers {
+    pub(super) fn new(kafka: Kafka) -> Self {
+        Self { kafka, stamps: Arc::default() }
+    }
+}
 
 impl MakeSink for Producers {
     fn make(&mut self) -> Result<Box<dyn Sink>, Failure> {
-        Ok(Box::new(Producer::new(&self.0)?))
+        let context = Context { stamps: Arc::clone(&self.stamps), ..Context::new(&self.kafka) };
+        Ok(Box::new(Producer::with(&self.kafka, context)?))
     }
 }
 
@@ -249,12 +283,29 @@ pub(super) struct Producer(pub(super) BaseProducer<Context>);
 impl Producer {
     /// Makes one; it connects by itself, sooner or later.
     pub(super) fn new(kafka: &Kafka) -> Result<Self, Failure> {
-        let made = client_config(kafka)?.create_with_context(Context::new(kafka));
+        Self::with(kafka, Context::new(kafka))
+    }
+
+    fn with(kafka: &Kafka, context: Context) -> Result<Self, Failure> {
+        let made = client_config(kafka)?.create_with_context(context);
         made.map(Self).map_err(|error| refused(kafka, &error))
     }
 
     pub(super) fn context(&self) -> &Context {
         self.0.context()
+    }
+
+    /// Takes what became of messages, after this time. librdkafka is not asked to wait: it does so for an absolute time of the
+    /// node's clock, and would not come back while that is set back.
+    fn hear(&self, after: Duration, outcomes: &mut Vec<Outcome>) {
+        std::thread::park_timeout(after);
+        let mut quiet = 0;
+        while quiet < QUIET {
+            self.0.poll(Duration::ZERO);
+            let before = outcomes.len();
+            outcomes.append(&mut lock(&self.context().outcomes));
+            quiet = if outcomes.len() > before { 0 } else { quiet + 1 };
+        }
     }
 }
 
@@ -272,12 +323,19 @@ impl Sink for Producer {
         });
         // An opaque pointer's width; it comes back as it is.
         let opaque = usize::try_from(ticket).unwrap_or(usize::MAX);
+        let unix_ms = lock(&self.context().stamps).of(topic).stamp(unix_ms, Instant::now());
         let record = BaseRecord::with_opaque_to(topic, opaque)
             .payload(message.value)
             .timestamp(unix_ms.max(0))
             .headers(headers);
         let record: BaseRecord<'_, str, [u8], usize> = BaseRecord { key: message.key, ..record };
-        match self.0.send(record) {
+        // Before: it may be told at once what became of it.
+        lock(&self.context().sent).insert(opaque, unix_ms);
+        let sent = self.0.send(record);
+        if sent.is_err() {
+            lock(&self.context().sent).remove(&opaque);
+        }
+        match sent {
             Ok(()) => Ok(Taken::Yes),
             Err((error, _)) if error.rdkafka_error_code() == Some(RDKafkaErrorCode::QueueFull) => {
                 Ok(Taken::Full)
@@ -287,12 +345,10 @@ impl Sink for Producer {
     }
 
     fn poll(&mut self, timeout: Duration, outcomes: &mut Vec<Outcome>) -> Result<(), Failure> {
-        self.0.poll(timeout);
-        outcomes.append(&mut lock(&self.context().outcomes));
+        self.hear(timeout, outcomes);
         let Some((_, reason)) = self.0.client().fatal_error() else { return Ok(()) };
         // Which message it was, and why, says more.
-        self.0.poll(LAST_WORDS);
-        outcomes.append(&mut lock(&self.context().outcomes));
+        self.hear(LAST_WORDS, outcomes);
         Err(Failure::Fatal { reason })
     }
 
@@ -312,6 +368,7 @@ impl Sink for Producer {
 mod tests {
     use std::{
         collections::{BTreeMap, BTreeSet},
+        sync::Arc,
         time::{Duration, Instant},
     };
 
@@ -420,7 +477,7 @@ mod tests {
         let mut log = Log::new();
         log.events(40);
         log.checkpoint();
-        let mut run = Run::with(&log, Box::new(Producers(kafka(&cluster))));
+        let mut run = Run::with(&log, Box::new(Producers::new(kafka(&cluster))));
         publish_all(&mut run);
         let messages = consume(&cluster, 41);
         for key in ["one", "two", "three"] {
@@ -462,7 +519,7 @@ mod tests {
         cluster.broker_down(-1).unwrap();
         let mut log = Log::new();
         log.events(20);
-        let mut run = Run::with(&log, Box::new(Producers(kafka(&cluster))));
+        let mut run = Run::with(&log, Box::new(Producers::new(kafka(&cluster))));
         let deadline = Instant::now() + DEADLINE;
         while run.published().backlog_bytes == 0 {
             assert!(Instant::now() < deadline);
@@ -483,7 +540,7 @@ mod tests {
             .request_errors(RDKafkaApiKey::Produce, &[RDKafkaRespErr::RD_KAFKA_RESP_ERR_MSG_SIZE_TOO_LARGE]);
         let mut log = Log::new();
         log.events(1);
-        let mut run = Run::with(&log, Box::new(Producers(kafka(&cluster))));
+        let mut run = Run::with(&log, Box::new(Producers::new(kafka(&cluster))));
         let deadline = Instant::now() + DEADLINE;
         while run.published().trouble.is_none() {
             assert!(Instant::now() < deadline);
@@ -498,11 +555,29 @@ mod tests {
     }
 
     #[test]
+    fn an_event_whose_time_is_refused_goes_with_an_earlier_one() {
+        let cluster = cluster();
+        let mut log = Log::new();
+        log.events(1);
+        let producers = Producers::new(kafka(&cluster));
+        let stamps = Arc::clone(&producers.stamps);
+        let mut run = Run::with(&log, Box::new(producers));
+        cluster
+            .request_errors(RDKafkaApiKey::Produce, &[RDKafkaRespErr::RD_KAFKA_RESP_ERR_INVALID_TIMESTAMP]);
+        publish_all(&mut run);
+        assert!(run.published().errors.contains(&("time", 1)), "{:?}", run.published());
+        let now = Instant::now();
+        let stamp = |unix_ms| super::lock(&stamps).of(TOPIC).stamp(unix_ms, now);
+        // Its events are made in the first second of 1970.
+        assert!(stamp(i64::MAX) < 3_600_000, "{}", stamp(i64::MAX));
+    }
+
+    #[test]
     fn a_client_that_cannot_go_on_is_made_anew_and_nothing_is_lost() {
         let cluster = cluster();
         let mut log = Log::new();
         log.events(5);
-        let mut run = Run::with(&log, Box::new(Producers(kafka(&cluster))));
+        let mut run = Run::with(&log, Box::new(Producers::new(kafka(&cluster))));
         publish_all(&mut run);
         cluster.request_errors(
             RDKafkaApiKey::Produce,

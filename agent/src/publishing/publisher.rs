@@ -22,6 +22,7 @@ use super::{
     retention,
     silence::Stopped,
     sink::{Failure, MakeSink, Outcome, Sink, Taken, Ticket},
+    steps::Steps,
     stream::{Now, Stream, remove_oldest},
 };
 use crate::{
@@ -76,7 +77,7 @@ pub(super) struct Settings {
 /// See the module.
 pub(super) struct Publisher {
     pub(super) settings: Settings,
-    durable: Arc<DurablePosition>,
+    pub(super) durable: Arc<DurablePosition>,
     make: Box<dyn MakeSink>,
     gap: RecordGap,
     pub(super) measures: Arc<Measures>,
@@ -98,7 +99,8 @@ pub(super) struct Publisher {
     /// and again must not make others arrive again and again.
     is_probing: bool,
     /// When the oldest event was made that waited when the sink failed.
-    oldest: Option<i64>,
+    pub(super) oldest: Option<i64>,
+    pub(super) steps: Steps,
 }
 
 impl Publisher {
@@ -128,12 +130,14 @@ impl Publisher {
             outcomes: Vec::new(),
             is_probing: false,
             oldest: None,
+            steps: Steps::default(),
         }
     }
 
     /// One turn; returns whether there is more to do at once.
     pub(super) fn turn(&mut self, now: Now) -> bool {
         self.turned = now.instant;
+        self.look_at_clock(now);
         if now.is_due(&mut self.adopted, ADOPT_INTERVAL) {
             self.adopt();
         }
@@ -187,22 +191,27 @@ impl Publisher {
         }
     }
 
-    /// Throws the sink away with all that it holds; another is made after a pause.
+    /// Something is wrong: another sink is made after a pause.
     fn fail(&mut self, now: Now, failure: &Failure) {
         self.measures.failed(failure);
         self.measures.connected(false);
         if self.measures.trouble(Some(failure.to_string())) {
             tracing::warn!(event = "not-publishing", %failure, "events are not published just now; the journal keeps them");
         }
+        self.give_up();
+        self.is_probing = true;
+        let pause = self.retry.1;
+        self.retry = (Some(now.instant + pause), (pause * 2).min(RETRY_PAUSE_MAX));
+    }
+
+    /// Throws the sink away with all that it holds.
+    pub(super) fn give_up(&mut self) {
         if self.sink.take().is_some() {
             self.measures.resent(self.in_flight().1);
         }
         self.outcomes.clear();
-        self.is_probing = true;
         self.oldest = self.oldest_in_flight().or(self.oldest);
         self.streams.iter_mut().for_each(Stream::rewind);
-        let pause = self.retry.1;
-        self.retry = (Some(now.instant + pause), (pause * 2).min(RETRY_PAUSE_MAX));
     }
 
     /// Bytes and messages on their way.
@@ -376,12 +385,15 @@ impl Publisher {
         for Outcome { ticket, result } in self.outcomes.drain(..) {
             match result {
                 Ok(()) => {
-                    let acknowledged =
-                        self.streams.iter_mut().find_map(|stream| stream.flight.acknowledge(ticket));
-                    if let Some((length, made_unix_us)) = acknowledged {
+                    let acknowledged = self
+                        .streams
+                        .iter_mut()
+                        .find_map(|stream| Some((stream.epoch, stream.flight.acknowledge(ticket)?)));
+                    if let Some((epoch, (length, made, end))) = acknowledged {
                         messages += 1;
                         bytes += length as u64;
-                        self.measures.delivered(now.unix_us.saturating_sub(made_unix_us));
+                        let made = self.steps.by_now(made, (epoch == self.settings.own).then_some(end));
+                        self.measures.delivered(now.unix_us.saturating_sub(made));
                     }
                 }
                 Err(error) => failure = Some(failure.map_or(error.clone(), |other| other.or_clearer(error))),
@@ -473,17 +485,13 @@ impl Publisher {
         });
     }
 
-    fn measure(&self, now: Now) {
+    pub(super) fn measure(&self, now: Now) {
         let unaccounted = self.streams.iter().filter(|stream| stream.is_unaccounted()).count();
         self.measures.unaccounted(unaccounted as u64);
         let bytes: u64 = self.streams.iter().map(|stream| stream.backlog_bytes(self.limit(stream))).sum();
         // Without a sink nothing is on its way, and what waits is as old as what waited when it failed.
         let waiting = || (bytes > 0).then(|| self.oldest.unwrap_or(now.unix_us));
         self.measures.backlog(bytes, self.oldest_in_flight().or_else(waiting));
-    }
-
-    fn oldest_in_flight(&self) -> Option<i64> {
-        self.streams.iter().filter_map(|stream| stream.flight.oldest_unix_us()).min()
     }
 
     fn watermarks(&self) -> impl Iterator<Item = Position> {

@@ -46,6 +46,15 @@ pub enum Failure {
         /// What they say.
         reason: String,
     },
+    /// The topic takes no message of that time.
+    #[error(
+        "topic {topic} refuses the time of an event; is this node's clock right, and is the topic's message.timestamp.before.max.ms \
+         longer than the age of the oldest event in the journal?"
+    )]
+    Time {
+        /// The topic.
+        topic: String,
+    },
     /// The client has lost its footing and must be made anew.
     #[error("the Kafka client cannot go on and is made anew: {reason}")]
     Fatal {
@@ -68,8 +77,8 @@ pub enum Failure {
 
 impl Failure {
     /// All names, for metrics.
-    pub(crate) const NAMES: [&'static str; 7] =
-        ["configuration", "tooLarge", "unknownTopic", "denied", "fatal", "unreachable", "other"];
+    pub(crate) const NAMES: [&'static str; 8] =
+        ["configuration", "tooLarge", "unknownTopic", "denied", "fatal", "unreachable", "other", "time"];
 
     /// That of the two which says more about what to do.
     pub(super) fn or_clearer(self, other: Self) -> Self {
@@ -89,6 +98,7 @@ impl Failure {
             Self::Fatal { .. } => 4,
             Self::Unreachable { .. } => 5,
             Self::Other { .. } => 6,
+            Self::Time { .. } => 7,
         }
     }
 }

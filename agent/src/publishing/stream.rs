@@ -174,6 +174,11 @@ impl Stream {
         Ok(())
     }
 
+    /// Somebody has set the clock by so many seconds.
+    pub(super) fn clock_set(&mut self, by_seconds: i64) {
+        self.cursor.clock_set(by_seconds);
+    }
+
     /// Removes the segments that were acknowledged long enough ago; returns how many.
     ///
     /// # Errors

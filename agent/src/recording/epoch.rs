@@ -9,7 +9,7 @@ use std::{
 };
 
 use rand::{RngCore as _, rngs::OsRng};
-use uuid::Uuid;
+use uuid::{NoContext, Timestamp, Uuid};
 use weir_common::{
     checkpoint::{Checkpoint, NOTE_BYTES_MAX, NoteSigner},
     event::Predecessor,
@@ -66,7 +66,7 @@ impl Epoch {
         let signers = signing::signers(&name, signing_key_files)?;
         storage::make_folders(storage, journal).map_err(|error| RecordingError::storage(journal, error))?;
         let predecessor = predecessor(storage, journal);
-        let id = Uuid::now_v7();
+        let id = next_id(storage, journal);
         let folder = journal.join(id.to_string());
         let made = storage.make_folder(&folder).and_then(|()| storage.sync_folder(journal));
         made.map_err(|error| RecordingError::storage(&folder, error))?;
@@ -78,6 +78,23 @@ impl Epoch {
         let origin = format!("{name}/{id}");
         Ok(Self { id, folder, node: node.to_owned(), origin, signers, predecessor, _lock: lock })
     }
+}
+
+/// An id that sorts behind those of all epochs in the journal, also where one of them was begun by a clock that was ahead: it
+/// is by this order that an epoch names the one before it, and that what is left of them is published.
+fn next_id(storage: &dyn Storage, journal: &Path) -> Uuid {
+    let entries = storage.entries(journal).unwrap_or_default();
+    let times = entries.iter().filter_map(|entry| Uuid::parse_str(&entry.name).ok()?.get_timestamp());
+    let id = Uuid::now_v7();
+    let (newest, now) =
+        (times.map(|time| time.to_unix()).max(), id.get_timestamp().map(|time| time.to_unix()));
+    let Some((seconds, nanoseconds)) = newest.filter(|newest| now <= Some(*newest)) else { return id };
+    // Ids know milliseconds.
+    let (seconds, nanoseconds) = match nanoseconds + 1_000_000 {
+        more @ 1_000_000_000.. => (seconds + 1, more - 1_000_000_000),
+        less => (seconds, less),
+    };
+    Uuid::new_v7(Timestamp::from_unix(NoContext, seconds, nanoseconds))
 }
 
 fn lock(storage: &dyn Storage, folder: &Path) -> Result<Box<dyn StoredFile>, RecordingError> {
@@ -141,4 +158,29 @@ fn make_mask_key(storage: &dyn Storage, journal: &Path, path: &Path) -> io::Resu
     OsRng.fill_bytes(key.as_mut_slice());
     let temporary = journal.join(format!("{MASK_KEY_FILE}.{}", Uuid::now_v7()));
     storage::add(storage, path, &temporary, key.as_slice())
+}
+
+#[cfg(test)]
+mod tests {
+    use uuid::{NoContext, Timestamp, Uuid};
+
+    use super::{Epoch, next_id};
+    use crate::storage::FileSystem;
+
+    #[test]
+    fn an_epoch_sorts_behind_one_that_a_clock_which_was_ahead_began() {
+        let journal = tempfile::tempdir().unwrap();
+        let (tomorrow, nanoseconds) = Uuid::now_v7().get_timestamp().unwrap().to_unix();
+        let ahead = Uuid::new_v7(Timestamp::from_unix(NoContext, tomorrow + 86_400, nanoseconds));
+        std::fs::create_dir(journal.path().join(ahead.to_string())).unwrap();
+        let mut before = ahead;
+        for _ in 0..3 {
+            let epoch = Epoch::create(&FileSystem, journal.path(), "node-1", &[]).unwrap();
+            assert!(epoch.id > before, "{} after {before}", epoch.id);
+            before = epoch.id;
+        }
+        let last = Uuid::from_u128(u128::MAX >> 80 << 80 | 0x7000_8000_0000_0000_0000);
+        std::fs::create_dir(journal.path().join(last.to_string())).unwrap();
+        assert_eq!(next_id(&FileSystem, journal.path()).get_version_num(), 7, "whatever is there");
+    }
 }

@@ -28,7 +28,7 @@ const LEAF_LIFE: Duration = Duration::from_hours(24);
 /// Life of the ephemeral CA: longer than any command under `exec` should run; its key dies with the process.
 const EPHEMERAL_CA_LIFE: Duration = Duration::from_hours(30 * 24);
 /// Certificates start this much in the past, for clients whose clock is behind.
-const CLOCK_SKEW: Duration = Duration::from_mins(5);
+pub(super) const CLOCK_SKEW: Duration = Duration::from_mins(5);
 
 /// A source of certificates that the clients of one cluster trust.
 #[derive(Debug)]
@@ -48,6 +48,14 @@ impl Authority {
             Self::Mounted(ca) => ca.clients.tier(),
             Self::ClusterSigner(_) => Tier::Native,
             Self::Ephemeral(_) => Tier::Ephemeral,
+        }
+    }
+
+    /// Whether certificates are valid from when this node's clock says, not from when somebody else's does.
+    pub(super) fn signs_by_own_clock(&self) -> bool {
+        match self {
+            Self::Mounted(_) | Self::Ephemeral(_) => true,
+            Self::ClusterSigner(_) => false,
         }
     }
 

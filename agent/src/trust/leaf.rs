@@ -23,14 +23,17 @@ use tokio::sync::watch;
 use tracing::{info, warn};
 use x509_parser::parse_x509_certificate;
 
-use super::{Authority, ServingCertificate, ServingNames, TrustError, client::ClientCa};
+use super::{
+    Authority, ServingCertificate, ServingNames, TrustError, authority::CLOCK_SKEW, client::ClientCa,
+};
 
 /// First pause after a failed renewal.
 const RETRY_FIRST: Duration = Duration::from_secs(5);
 /// Longest pause after a failed renewal.
 const RETRY_LONGEST: Duration = Duration::from_mins(5);
-/// Longest sleep before the clock is read again: a suspended machine must not miss the renewal.
-const CLOCK_CHECK: Duration = Duration::from_mins(10);
+/// Longest sleep before the clock is read again: where it was set, or the machine was suspended, pods must not meet an ended
+/// certificate for long.
+const CLOCK_CHECK: Duration = Duration::from_secs(10);
 /// A certificate with less time than this left is not worth serving.
 const LIFE_SHORTEST: Duration = Duration::from_secs(30);
 
@@ -167,7 +170,8 @@ pub async fn serve(
         sha256 = leaf.sha256,
         "serving certificate issued"
     );
-    let renewal = Renewal { authority, serving: serving.clone(), names, clients, not_after: leaf.not_after };
+    let (not_after, issued) = (leaf.not_after, SystemTime::now());
+    let renewal = Renewal { authority, serving: serving.clone(), names, clients, not_after, issued };
     Ok((serving, renewal))
 }
 
@@ -179,6 +183,7 @@ pub struct Renewal {
     names: watch::Receiver<ServingNames>,
     clients: Option<ClientCa>,
     not_after: SystemTime,
+    issued: SystemTime,
 }
 
 impl Renewal {
@@ -188,6 +193,9 @@ impl Renewal {
             renewal_time(SystemTime::now(), self.not_after, rand::thread_rng().gen_range(0.0..1.0));
         let mut pause = RETRY_FIRST;
         loop {
+            if self.is_of_the_future() {
+                (renew_at, self.issued) = (SystemTime::now(), SystemTime::now());
+            }
             let wait = renew_at.duration_since(SystemTime::now()).unwrap_or_default();
             if !wait.is_zero() {
                 tokio::select! {
@@ -200,7 +208,7 @@ impl Renewal {
             match self.authority.issue(&names, self.clients.as_ref()).await {
                 Ok(leaf) => {
                     self.serving.replace(leaf.server_config(), leaf.not_after);
-                    self.not_after = leaf.not_after;
+                    (self.not_after, self.issued) = (leaf.not_after, SystemTime::now());
                     renew_at = renewal_time(SystemTime::now(), self.not_after, jitter);
                     pause = RETRY_FIRST;
                     info!(
@@ -224,6 +232,13 @@ impl Renewal {
                 }
             }
         }
+    }
+}
+
+impl Renewal {
+    /// Whether the clock by which the certificate was signed has been set back since, so that it is not valid yet.
+    fn is_of_the_future(&self) -> bool {
+        self.authority.signs_by_own_clock() && SystemTime::now() + CLOCK_SKEW < self.issued
     }
 }
 
@@ -274,6 +289,26 @@ mod tests {
         while Arc::ptr_eq(&first, &serving.server_config()) {
             tokio::task::yield_now().await;
         }
+        drop(sender);
+        task.await.expect("ends with its sender");
+    }
+
+    #[tokio::test]
+    async fn a_certificate_of_a_clock_that_was_ahead_is_replaced_once_it_is_right() {
+        let authority = Arc::new(Authority::Ephemeral(EphemeralCa::generate().expect("generates")));
+        let mut names = ServingNames::default();
+        names.add_host("10.0.0.1");
+        let (sender, receiver) = watch::channel(names);
+        let (serving, mut renewal) = serve(authority, receiver, None).await.expect("serves");
+        renewal.issued += Duration::from_hours(24);
+        let first = serving.server_config();
+        let task = tokio::spawn(renewal.run());
+        let replaced = async {
+            while Arc::ptr_eq(&first, &serving.server_config()) {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(60), replaced).await.expect("it is replaced");
         drop(sender);
         task.await.expect("ends with its sender");
     }

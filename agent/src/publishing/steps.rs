@@ -1,0 +1,184 @@
+//! Steps of the node's clock, as they show against time that passes, and what the publisher does about them.
+//!
+//! What is waited for here goes by time that passes. librdkafka's threads wait for absolute times of the clock instead
+//! (`cnd_timedwait`): one that waits while the clock is set back waits that much longer, be it a day, unless something comes for
+//! it to do. So the client is made anew then. How old a backlog is, and since when segments may be missed, is told by the
+//! times of events and marks: those before a step are taken for what the clock would have said.
+
+use std::collections::VecDeque;
+
+use super::{
+    feed::Position,
+    publisher::Publisher,
+    stream::{Now, Stream},
+};
+use crate::recording::Durable;
+
+/// What is less is none: clocks are slewed, and a thread may be held up between looking at one clock and the other.
+const STEP_US_MIN: i64 = 1_000_000;
+
+/// Most steps that are known apart.
+const STEPS_MAX: usize = 16;
+
+/// See the module.
+#[derive(Debug, Default)]
+pub(super) struct Steps {
+    last: Option<Now>,
+    /// How far the agent's own epoch was durable when it was seen, and by how much the clock was set.
+    steps: VecDeque<(Durable, i64)>,
+}
+
+impl Steps {
+    /// By how many microseconds the clock was set since the last look.
+    pub(super) fn look(&mut self, now: Now, durable: Durable) -> Option<i64> {
+        let last = self.last.replace(now)?;
+        let passed = now.instant.saturating_duration_since(last.instant).as_micros();
+        let expected = last.unix_us.saturating_add(i64::try_from(passed).unwrap_or(i64::MAX));
+        let by_us = now.unix_us.saturating_sub(expected);
+        if by_us.saturating_abs() < STEP_US_MIN {
+            return None;
+        }
+        if self.steps.len() == STEPS_MAX
+            && let Some((_, oldest)) = self.steps.pop_front()
+            && let Some((_, next)) = self.steps.front_mut()
+        {
+            *next = next.saturating_add(oldest);
+        }
+        self.steps.push_back((durable, by_us));
+        Some(by_us)
+    }
+
+    /// When an event was made, by the clock as it is now; `end` is behind it in the agent's own epoch, and none in one that had
+    /// ended before.
+    pub(super) fn by_now(&self, made_unix_us: i64, end: Option<Position>) -> i64 {
+        let is_before = |durable: Durable| {
+            end.is_none_or(|Position { segment, offset, .. }| Durable { segment, offset } <= durable)
+        };
+        let since = self.steps.iter().filter(|(durable, _)| is_before(*durable));
+        since.fold(made_unix_us, |made, (_, by_us)| made.saturating_add(*by_us))
+    }
+}
+
+impl Publisher {
+    /// Looks whether the clock was set.
+    pub(super) fn look_at_clock(&mut self, now: Now) {
+        let Some(by_us) = self.steps.look(now, self.durable.get()) else { return };
+        tracing::warn!(event = "clock-set", seconds = by_us / 1_000_000, "the node's clock was set");
+        for stream in &mut self.streams {
+            stream.clock_set(by_us / 1_000_000);
+        }
+        self.oldest = self.oldest.map(|oldest| oldest.saturating_add(by_us));
+        if by_us < 0 {
+            self.give_up();
+        }
+        self.measure(now);
+    }
+
+    /// When the oldest event was made that is on its way, by the clock as it is now.
+    pub(super) fn oldest_in_flight(&self) -> Option<i64> {
+        let oldest = |stream: &Stream| {
+            let (made, end) = stream.flight.oldest()?;
+            Some(self.steps.by_now(made, (stream.epoch == self.settings.own).then_some(end)))
+        };
+        self.streams.iter().filter_map(oldest).min()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::{STEPS_MAX, Steps};
+    use crate::{
+        publishing::{
+            clock::Clock,
+            feed::Position,
+            fixture::{Broker, Log, Run, WINDOW},
+            publisher_tests::{events, settle},
+            stream::Now,
+        },
+        recording::Durable,
+    };
+
+    const DAY_S: i64 = 86_400;
+    const DAY_US: i64 = DAY_S * 1_000_000;
+
+    fn at(offset: u64) -> Durable {
+        Durable { segment: 0, offset }
+    }
+
+    fn behind(offset: u64) -> Option<Position> {
+        Some(Position { segment: 0, offset, sequence: 0, commit: 0 })
+    }
+
+    #[test]
+    fn what_was_made_before_a_step_is_as_old_as_it_is() {
+        let (mut steps, mut clock) = (Steps::default(), Clock::new());
+        assert_eq!(steps.look(clock.pass(Duration::ZERO), at(0)), None);
+        clock.set(2 * DAY_S);
+        assert_eq!(steps.look(clock.pass(Duration::from_secs(1)), at(10)), Some(2 * DAY_US));
+        assert_eq!(steps.look(clock.pass(Duration::from_secs(90)), at(10)), None);
+        clock.set(-DAY_S);
+        assert_eq!(steps.look(clock.pass(Duration::from_secs(1)), at(20)), Some(-DAY_US));
+        assert_eq!([10, 20, 21].map(|offset| steps.by_now(0, behind(offset))), [DAY_US, -DAY_US, 0]);
+        assert_eq!(steps.by_now(0, None), DAY_US);
+        for _ in 0..2 * STEPS_MAX {
+            clock.set(2);
+            steps.look(clock.pass(Duration::ZERO), at(30));
+        }
+        assert_eq!(steps.by_now(0, None), DAY_US + 64_000_000, "none is forgotten");
+        assert_eq!(steps.steps.len(), STEPS_MAX);
+    }
+
+    #[test]
+    fn a_client_that_may_wait_for_a_day_is_made_anew_and_nothing_is_lost() {
+        let (mut log, broker, mut clock) = (Log::new(), Broker::new(), Clock::new());
+        log.events(3);
+        let mut run = Run::with(&log, Box::new(broker.clone()));
+        run.turn_at(clock.pass(Duration::ZERO));
+        clock.set(DAY_S);
+        run.turn_at(clock.pass(Duration::from_secs(1)));
+        assert_eq!(broker.with(|state| state.made), 1, "forward it does not wait");
+        clock.set(-DAY_S);
+        run.turn_at(clock.pass(Duration::from_secs(1)));
+        assert_eq!(broker.with(|state| (state.made, state.waiting.len())), (2, 3), "in the same turn");
+        settle(&mut run, &broker, &mut clock);
+        assert_eq!(broker.with(|state| state.acknowledged.clone()), events(log.epoch, 0..3));
+        assert!(run.published().errors.iter().all(|(_, count)| *count == 0), "it is nobody's fault");
+    }
+
+    #[test]
+    fn a_backlog_is_as_old_as_it_is_whatever_the_clock_says() {
+        let (mut log, broker, mut clock) = (Log::new(), Broker::new(), Clock::new());
+        log.events(3);
+        let mut run = Run::with(&log, Box::new(broker.clone()));
+        let age_us = |run: &mut Run, now: Now| {
+            run.turn_at(now);
+            now.unix_us - run.publisher.measures.unacknowledged().1.unwrap()
+        };
+        let first = age_us(&mut run, clock.pass(Duration::ZERO));
+        for by in [DAY_S, DAY_S, -2 * DAY_S, DAY_S] {
+            clock.set(by);
+            age_us(&mut run, clock.pass(Duration::from_secs(10)));
+        }
+        assert_eq!(age_us(&mut run, clock.pass(Duration::ZERO)), first + 40_000_000);
+    }
+
+    #[test]
+    fn a_replay_window_passes_with_the_time_that_passes() {
+        let (mut log, broker, mut clock) = (Log::new(), Broker::new(), Clock::new());
+        log.events(3);
+        log.rotate();
+        log.events(1);
+        let mut run = Run::with(&log, Box::new(broker.clone()));
+        run.turn_at(clock.pass(Duration::ZERO));
+        broker.acknowledge_all();
+        for by in [0, DAY_S, DAY_S, -2 * DAY_S, DAY_S, 0] {
+            clock.set(by);
+            run.turn_at(clock.pass(WINDOW / 8));
+            assert!(log.segment(0).exists(), "its window has not passed");
+        }
+        (0..4).for_each(|_| run.turn_at(clock.pass(WINDOW / 8)));
+        assert!(!log.segment(0).exists(), "it is not kept for ever");
+    }
+}
