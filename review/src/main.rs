@@ -7,6 +7,8 @@ mod events;
 mod export;
 #[cfg(test)]
 mod fixture;
+#[cfg(test)]
+mod golden_tests;
 mod invoked;
 mod moment;
 mod projection;
