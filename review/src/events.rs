@@ -8,6 +8,7 @@ use std::io::{self, Write};
 
 use crate::{
     invoked,
+    moment::Moment,
     projection::Projector,
     source::{Journal, Record, SourceError, group::Group},
     terminal::{escaped, escaped_json},
@@ -39,15 +40,22 @@ pub(crate) struct Lines<'a> {
     /// Whether `out` is a terminal.
     terminal: bool,
     session: Option<&'a str>,
+    /// Nothing before the first and nothing after the second, if there are such.
+    between: [Option<Moment>; 2],
     projector: Option<Projector>,
-    /// Events that were written or projected.
-    taken: u64,
+    /// Whether the session, or any event, was met, be it of another time.
+    met: bool,
 }
 
 impl<'a> Lines<'a> {
     /// Writes the events of `session`, or all, to `out`.
     pub(crate) fn new(out: &'a mut dyn Write, terminal: bool, session: Option<&'a str>) -> Self {
-        Self { out, terminal, session, projector: None, taken: 0 }
+        Self { out, terminal, session, between: [None; 2], projector: None, met: false }
+    }
+
+    /// Only what was recorded at or after the first, and at or before the second.
+    pub(crate) fn between(self, since: Option<Moment>, until: Option<Moment>) -> Self {
+        Self { between: [since, until], ..self }
     }
 
     /// The same, in the words of another format.
@@ -59,7 +67,12 @@ impl<'a> Lines<'a> {
         if self.session.is_some_and(|session| session != record.session()) {
             return Ok(());
         }
-        self.taken += 1;
+        self.met = true;
+        let [since, until] = self.between;
+        let time = record.envelope.time_unix_us;
+        if since.is_some_and(|since| time < since.0) || until.is_some_and(|until| time > until.0) {
+            return Ok(());
+        }
         let Some(projector) = &mut self.projector else { return self.line(&record.value) };
         for line in projector.take(record) {
             self.line(line.as_bytes())?;
@@ -86,7 +99,8 @@ pub(crate) fn list(journal: &Journal, mut lines: Lines<'_>) -> Result<Option<Str
     }
     lines.out.flush()?;
     match lines.session {
-        Some(id) if lines.taken == 0 => {
+        // Of a topic, what is of another time was not read.
+        Some(id) if !lines.met && (journal.topic().is_none() || lines.between[0].is_none()) => {
             Err(EventsError::Unknown { id: escaped(id).into_owned(), journal: journal.name() })
         }
         _ => Ok(lines.projector.and_then(|projector| projector.left_out())),
@@ -139,6 +153,7 @@ mod tests {
     use super::{EventsError, Lines, follow, list};
     use crate::{
         fixture::{SESSION, Writer, one_session},
+        moment::Moment,
         source::Journal,
     };
 
@@ -160,6 +175,31 @@ mod tests {
         let session = listed(&journal, false, Some(SESSION)).unwrap();
         assert_eq!(session.split(|byte| *byte == b'\n').count(), writer.sequence as usize);
         assert!(matches!(listed(&journal, false, Some("0198")), Err(EventsError::Unknown { .. })));
+    }
+
+    #[test]
+    fn of_a_time_are_those_between_both_ends_and_the_ends() {
+        let (directory, _) = one_session();
+        let journal = Journal::open(directory.path()).unwrap();
+        let times: Vec<_> =
+            journal.records().map(|record| Moment(record.unwrap().envelope.time_unix_us)).collect();
+        let (first, last) = (times[0], *times.last().unwrap());
+        let amid = Moment(times.iter().map(|time| time.0).find(|time| *time > first.0).unwrap());
+        assert!(amid < last);
+        let count = |since, until, session| {
+            let mut out = Vec::new();
+            list(&journal, Lines::new(&mut out, false, session).between(since, until)).unwrap();
+            out.iter().filter(|byte| **byte == b'\n').count()
+        };
+        let expected = |is_it: &dyn Fn(&Moment) -> bool| times.iter().filter(|time| is_it(time)).count();
+        assert_eq!(count(Some(amid), None, None), expected(&|time| *time >= amid));
+        assert_eq!(count(None, Some(amid), None), expected(&|time| *time <= amid));
+        assert_eq!(count(Some(amid), Some(amid), None), expected(&|time| *time == amid));
+        assert_eq!(count(Some(first), Some(last), None), times.len());
+        assert_eq!(count(Some(Moment(last.0 + 1)), None, Some(SESSION)), 0, "and no error");
+        let mut out = Vec::new();
+        let unknown = list(&journal, Lines::new(&mut out, false, Some("0198")).between(Some(first), None));
+        assert!(matches!(unknown, Err(EventsError::Unknown { .. })));
     }
 
     #[test]

@@ -161,9 +161,13 @@ struct EventsArgs {
     /// Where a group begins that was nowhere yet: earliest or latest.
     #[arg(long, value_name = "WHERE", requires = "group", conflicts_with = "since", value_parser = ["earliest", "latest"])]
     offset: Option<String>,
-    /// Of topics only what was recorded at or after this; a group that was somewhere goes on there instead.
+    /// Only what was recorded at or after this: RFC 3339, or a length of time before now (30m, 2h, 1d12h). A group that was
+    /// somewhere goes on there, whatever the time.
     #[arg(long, value_name = "T", value_parser = moment)]
     since: Option<Moment>,
+    /// Only what was recorded at or before this.
+    #[arg(long, value_name = "T", value_parser = moment, conflicts_with = "follow")]
+    until: Option<Moment>,
     /// Private key (X25519, PEM) to decrypt content with; may be repeated. Of topics name that of the wrapped keys too.
     #[arg(long, value_name = "FILE", conflicts_with = "group")]
     identity: Vec<PathBuf>,
@@ -378,9 +382,6 @@ fn print_events(args: &EventsArgs, out: &mut dyn Write) -> anyhow::Result<()> {
         let mut group = args.from.join(group, begin)?;
         return Ok(events::follow_group(&mut group, lines(args, out))?);
     }
-    if args.since.is_some() && matches!(args.from.address, Address::Directory(_)) {
-        anyhow::bail!("events --since reads topics, which have an index of times; a journal has none");
-    }
     let decrypts = !args.identity.is_empty() || args.kms.is_some();
     if args.follow && decrypts && matches!(args.from.address, Address::Topics(_)) {
         anyhow::bail!(
@@ -390,7 +391,7 @@ fn print_events(args: &EventsArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     let reader = Reader::new(&args.identity, args.kms.as_ref())?;
     let reading = Reading { since: args.since, follow: args.follow, ..Reading::default() };
     let journal = args.from.open(reading)?.read_by(reader);
-    let lines = lines(args, out);
+    let lines = lines(args, out).between(args.since, args.until);
     if args.follow {
         warn(&journal);
         let mut told = journal.warnings().0.len();

@@ -29,7 +29,7 @@ use crate::wait::wait_until;
 pub use control_plane::{API_CLUSTER_IP, AUTHENTICATOR_PORT, ENDPOINT_NAME, free_ports};
 pub use images::{AGENT_IMAGE, PAUSE_IMAGE};
 pub use node::{BRIDGE, BRIDGE_ADDRESS, CONTAINERD_NAMESPACE, NODE_NAME, POD_RANGE};
-pub use outage::{Outage, ShortCertificates};
+pub use outage::{ChangedFlags, Outage};
 pub use state::{Layout, State, boot_id, cgroup_mounts};
 
 /// Longest path of the folder: containerd's socket in it must stay below the 108 bytes of a socket address.

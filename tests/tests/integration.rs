@@ -55,6 +55,8 @@ mod doctor;
 mod eks;
 #[path = "integration/eks_pod.rs"]
 mod eks_pod;
+#[path = "integration/encodings.rs"]
+mod encodings;
 #[path = "integration/enrolment.rs"]
 mod enrolment;
 #[path = "integration/escape.rs"]

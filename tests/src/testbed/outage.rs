@@ -42,15 +42,19 @@ pub struct Outage<'a> {
     over: bool,
 }
 
-/// A testbed whose signers sign for a shorter time; as before when this value goes.
+/// A testbed of which one component runs with further flags; as before when this value goes.
 #[derive(Debug)]
-pub struct ShortCertificates<'a>(&'a Testbed);
+pub struct ChangedFlags<'a> {
+    testbed: &'a Testbed,
+    name: &'static str,
+    flag: OsString,
+}
 
-impl Drop for ShortCertificates<'_> {
+impl Drop for ChangedFlags<'_> {
     fn drop(&mut self) {
         // Whoever uses the testbed next finds out if this does not succeed.
-        let _ = self.0.stop(CONTROLLER_MANAGER).and_then(|mut outage| {
-            outage.command.retain(|word| !word.as_encoded_bytes().starts_with(SIGNING_DURATION.as_bytes()));
+        let _ = self.testbed.stop(self.name).and_then(|mut outage| {
+            outage.command.retain(|word| *word != self.flag);
             outage.end()
         });
     }
@@ -61,11 +65,32 @@ impl Testbed {
     ///
     /// # Errors
     /// When the controller manager, whose signers they are, cannot be started so.
-    pub fn sign_for(&self, life: Duration) -> Result<ShortCertificates<'_>> {
-        let mut outage = self.stop(CONTROLLER_MANAGER)?;
-        outage.command.push(OsString::from(format!("{SIGNING_DURATION}{}s", life.as_secs())));
+    pub fn sign_for(&self, life: Duration) -> Result<ChangedFlags<'_>> {
+        self.change(CONTROLLER_MANAGER, format!("{SIGNING_DURATION}{}s", life.as_secs()))
+    }
+
+    /// Has the API server started again with these feature gates (`NAME=BOOL[,NAME=BOOL]`).
+    ///
+    /// # Errors
+    /// When it cannot be started so.
+    pub fn with_feature_gates(&self, gates: &str) -> Result<ChangedFlags<'_>> {
+        self.change(API_SERVER, format!("--feature-gates={gates}"))
+    }
+
+    /// Has the kubelet started again with these feature gates. Nothing is waited for: whoever runs a pod then does.
+    ///
+    /// # Errors
+    /// When it cannot be started so.
+    pub fn with_kubelet_gates(&self, gates: &str) -> Result<ChangedFlags<'_>> {
+        self.change(KUBELET, format!("--feature-gates={gates}"))
+    }
+
+    fn change(&self, name: &'static str, flag: String) -> Result<ChangedFlags<'_>> {
+        let changed = ChangedFlags { testbed: self, name, flag: flag.into() };
+        let mut outage = self.stop(name)?;
+        outage.command.push(changed.flag.clone());
         outage.end()?;
-        Ok(ShortCertificates(self))
+        Ok(changed)
     }
 
     /// Kills the API server, and nothing else.

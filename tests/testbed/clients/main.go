@@ -1,4 +1,4 @@
-// What a program does with the API by client-go in protobuf, each thing once; prints what came of it, without what
+// What a program does with the API by client-go in protobuf, or in what CONTENT_TYPE says, each thing once; prints what came of it, without what
 // differs from run to run. The same steps as `client.py` and `client.mjs`. With namespace and name alone it only reads.
 package main
 
@@ -56,6 +56,9 @@ func main() {
 	config := must(rest.InClusterConfig())
 	config.ContentType = "application/vnd.kubernetes.protobuf"
 	config.AcceptContentTypes = "application/vnd.kubernetes.protobuf,application/json"
+	if contentType := os.Getenv("CONTENT_TYPE"); contentType != "" {
+		config.ContentType, config.AcceptContentTypes = contentType, contentType
+	}
 	// What some recorders let themselves be told not to record.
 	config.Wrap(func(next http.RoundTripper) http.RoundTripper {
 		return roundTripper(func(request *http.Request) (*http.Response, error) {

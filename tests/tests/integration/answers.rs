@@ -10,13 +10,16 @@ use super::{kafka::weir, shown};
 /// Every question has the same answer from the journal and from the topics.
 #[track_caller]
 pub(super) fn answers_the_same(journal: &str, topics: &str, session: &str, [before, amid]: [&str; 2]) {
-    let questions: [&[&str]; 7] = [
+    let questions: [&[&str]; 10] = [
         &["sessions"],
         &["sessions", "--json"],
         &["sessions", "--json", "--since", before],
         &["sessions", "--json", "--since", amid],
         &["events"],
         &["events", "--session", session],
+        &["events", "--since", amid],
+        &["events", "--until", amid],
+        &["events", "--since", before, "--until", amid],
         &["replay", session],
     ];
     let answer = |question: &[&str], from: &str| {
@@ -51,7 +54,7 @@ pub(super) fn shows_progress(from: &str) {
     assert!(code == Some(0) && out.contains("\rverifying ") && out.contains(" %"), "{out}{err}");
 }
 
-/// From a time on, by the topic's own index: all that is of then or later is given, and what was long before is not read.
+/// From a time on and up to it: both together are all, and only what is of the very moment comes twice.
 #[track_caller]
 fn begins_amid(topics: &str, amid: &str) {
     let events = |more: &[&str]| -> BTreeMap<u64, i64> {
@@ -60,10 +63,11 @@ fn begins_amid(topics: &str, amid: &str) {
         let events = out.lines().map(|line| serde_json::from_str::<Event>(line).unwrap());
         events.map(|event| (event.sequence, event.time_unix_us)).collect()
     };
-    let (all, given) = (events(&[]), events(&["--since", amid]));
+    let (all, later, earlier) = (events(&[]), events(&["--since", amid]), events(&["--until", amid]));
     let from = amid.parse::<jiff::Timestamp>().unwrap().as_microsecond();
-    let later: Vec<_> = all.iter().filter(|(_, time)| **time >= from).collect();
+    let of = |is_it: &dyn Fn(i64) -> bool| -> BTreeMap<u64, i64> {
+        all.iter().filter(|(_, time)| is_it(**time)).map(|(sequence, time)| (*sequence, *time)).collect()
+    };
+    assert_eq!((&later, &earlier), (&of(&|time| time >= from), &of(&|time| time <= from)));
     assert!(!later.is_empty() && later.len() < all.len() / 2, "{} of {}", later.len(), all.len());
-    assert!(later.iter().all(|(sequence, _)| given.contains_key(sequence)), "{given:?} of {all:?}");
-    assert!(!given.contains_key(&0) && given.len() < all.len() / 2, "{} of {}", given.len(), all.len());
 }

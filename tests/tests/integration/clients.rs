@@ -61,8 +61,8 @@ fn bytes(client: &str) -> usize {
 }
 
 /// A pod with a container for each client, which talks to whoever attaches and echoes what comes to its port.
-fn run_target(testbed: &Testbed, namespace: &str) {
-    let container = |(name, port): (&str, u16)| {
+pub(super) fn run_target(testbed: &Testbed, namespace: &str, clients: &[(&str, u16)]) {
+    let container = |&(name, port): &(&str, u16)| {
         let script = format!(
             "(while :; do nc -l -p {port} -e cat; done) & \
              echo begins; while read line; do echo \"got $line\"; [ \"$line\" = quit ] && break; done; echo ends"
@@ -76,7 +76,7 @@ fn run_target(testbed: &Testbed, namespace: &str) {
         "apiVersion": "v1", "kind": "Pod", "metadata": {"name": "target", "namespace": namespace},
         "spec": {
             "restartPolicy": "Never", "terminationGracePeriodSeconds": 1,
-            "containers": clients().map(container).collect::<Vec<_>>(),
+            "containers": clients.iter().map(container).collect::<Vec<_>>(),
         },
     });
     testbed.apply(&pod.to_string()).unwrap();
@@ -223,7 +223,7 @@ fn no_client_notices_weir_and_the_record_is_all_that_they_did() {
     }
     let pods = thread::scope(|scope| {
         let run = |namespace| {
-            run_target(&scene.testbed, namespace);
+            run_target(&scene.testbed, namespace, &CLIENTS);
             let spec = PodSpec { folders: programs.folders(), ..PodSpec::idle(namespace, "caller") };
             scene.testbed.run_pod(&spec).unwrap()
         };
