@@ -17,6 +17,9 @@ use crate::wait::wait_until;
 
 /// A pod of a warm testbed runs within 2 s; builds may run beside it.
 const READY_DEADLINE: Duration = Duration::from_secs(60);
+/// For what the controller manager makes. Where the API server was away it looks again after 30 to 60 s (client-go's reflectors, whose
+/// pauses grow until all was well for two minutes), and the machine may be busy.
+const CONTROLLED_DEADLINE: Duration = Duration::from_secs(150);
 
 /// What a pod is made from.
 #[derive(Clone, Debug)]
@@ -141,7 +144,7 @@ impl Testbed {
         }
         self.apply(&namespace.to_string())?;
         for object in ["serviceaccount/default", "configmap/kube-root-ca.crt"] {
-            wait_until(&format!("{object} of namespace {name}"), READY_DEADLINE, || {
+            wait_until(&format!("{object} of namespace {name}"), CONTROLLED_DEADLINE, || {
                 Ok(self.try_kubectl(&["get", object, "-n", name])?.then_some(()))
             })?;
         }

@@ -45,6 +45,8 @@ mod client;
 mod client_faults;
 #[path = "integration/clients.rs"]
 mod clients;
+#[path = "integration/clock_jumps.rs"]
+mod clock_jumps;
 #[path = "integration/clusters.rs"]
 mod clusters;
 #[path = "integration/commits.rs"]

@@ -22,8 +22,9 @@ const TESTS: [&str; 4] = [
     "storage::kill_tests",
     "publishing::publisher_tests",
 ];
-/// Those of real brokers and disks.
-const NODE_TESTS: [&str; 4] = ["kafka_faults::", "broker_faults::", "storage_faults::", "commits::"];
+/// Those of real brokers and disks, and of a clock that is set.
+const NODE_TESTS: [&str; 5] =
+    ["kafka_faults::", "broker_faults::", "storage_faults::", "commits::", "clock_jumps::"];
 /// Where the table stands.
 const TABLE: &str = "docs/chaos.md";
 

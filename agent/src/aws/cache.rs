@@ -273,7 +273,8 @@ impl Shared {
                 self.counters.failed(error);
                 let life = error.retry_after().unwrap_or(FAILURE_LIFE);
                 let now = (self.clock)();
-                state.failure = Some((error.clone(), now..now + life));
+                // Who waits for this read the clock before.
+                state.failure = Some((error.clone(), now - TOKEN_END_MARGIN..now + life));
                 let role = entry.request.role().arn();
                 tracing::warn!(event = "no-role-credentials", %role, error = %error, detail = error.detail(), "no credentials for a role");
             }

@@ -267,7 +267,7 @@ impl Publisher {
         limit: Option<Durable>,
         sink: &mut dyn Sink,
     ) -> Result<Option<usize>, Stopped> {
-        let mut ticket = self.ticket;
+        let (mut ticket, turned) = (self.ticket, self.turned);
         let (keys, before) = (&mut stream.keys, stream.feed.position());
         let (settings, verifier, flight) = (&self.settings, stream.verifier.as_deref(), &mut stream.flight);
         let checkpoint = &mut stream.checkpoint;
@@ -279,8 +279,8 @@ impl Publisher {
                 flight.passed(ticket, end);
                 return true;
             }
-            if let key @ 1.. = frame.envelope.key_id {
-                match keys.send(key, settings.key_topic.as_deref(), &frame.envelope.source, ticket, sink) {
+            if frame.envelope.key_id != 0 {
+                match keys.send(&frame.envelope, settings.key_topic.as_deref(), (ticket, turned), sink) {
                     Ok(None) => {}
                     Ok(Some((bytes, time))) => {
                         flight.sent(ticket, before, bytes, time);

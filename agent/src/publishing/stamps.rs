@@ -17,6 +17,9 @@ const REFUSED_FOR: Duration = Duration::from_secs(600);
 /// How much earlier a time is that is tried next while none is known to be taken; it doubles each time.
 const EARLIER_MS: i64 = 3_600_000;
 
+/// So long a message may be under way: by that it is earlier, as what the brokers take becomes later meanwhile.
+const UNDER_WAY_MS_MAX: i64 = 300_000;
+
 /// Those of all topics.
 #[derive(Debug, Default)]
 pub(super) struct TopicStamps(BTreeMap<String, Stamps>);
@@ -33,6 +36,8 @@ pub(super) struct Stamps {
     origin: Instant,
     /// The latest that was taken.
     taken_ms: Option<i64>,
+    /// The earliest that was refused, while the latest that is taken is searched for between the two.
+    refused_ms: Option<i64>,
     /// The latest that is sent, and when that was found out.
     latest: Option<(i64, Instant)>,
     earlier_ms: i64,
@@ -40,7 +45,7 @@ pub(super) struct Stamps {
 
 impl Stamps {
     pub(super) fn new(origin: Instant) -> Self {
-        Self { origin, taken_ms: None, latest: None, earlier_ms: EARLIER_MS }
+        Self { origin, taken_ms: None, refused_ms: None, latest: None, earlier_ms: EARLIER_MS }
     }
 
     fn passed_ms(&self, now: Instant) -> i64 {
@@ -51,6 +56,7 @@ impl Stamps {
     pub(super) fn stamp(&mut self, unix_ms: i64, now: Instant) -> i64 {
         let refused_for = |since| now.saturating_duration_since(since);
         self.latest = self.latest.filter(|(_, since)| refused_for(*since) < REFUSED_FOR);
+        self.refused_ms = self.refused_ms.filter(|_| self.latest.is_some());
         let latest =
             self.latest.map_or(i64::MAX, |(at_origin, _)| at_origin.saturating_add(self.passed_ms(now)));
         unix_ms.min(latest).max(0)
@@ -61,13 +67,32 @@ impl Stamps {
         let at_origin = unix_ms.saturating_sub(self.passed_ms(now));
         self.taken_ms = self.taken_ms.max(Some(at_origin));
         self.earlier_ms = EARLIER_MS;
+        let (Some((latest, _)), Some(refused)) = (&mut self.latest, self.refused_ms) else { return };
+        if at_origin.saturating_add(UNDER_WAY_MS_MAX) < *latest {
+            return;
+        }
+        // Half way further each time, until it is within an hour.
+        let further = refused.saturating_sub(at_origin);
+        if further > EARLIER_MS {
+            *latest = at_origin.saturating_add(further / 2);
+        } else {
+            (*latest, self.refused_ms) = (at_origin, None);
+        }
     }
 
     /// A message with this timestamp was refused for it.
     pub(super) fn refused(&mut self, unix_ms: i64, now: Instant) {
         let at_origin = unix_ms.saturating_sub(self.passed_ms(now));
+        // Others were on their way when the first was refused: they say nothing new.
+        if self.latest.is_some_and(|(latest, _)| at_origin > latest) {
+            return;
+        }
         // What is later than one that is refused now is not taken any more: a clock of the brokers was set.
         self.taken_ms = self.taken_ms.filter(|taken| *taken < at_origin);
+        // What was taken before is about now; where nothing was, it is searched for.
+        if self.taken_ms.is_none() || self.refused_ms.is_some() {
+            self.refused_ms = Some(at_origin);
+        }
         let latest = self.taken_ms.unwrap_or_else(|| {
             let earlier = at_origin.saturating_sub(self.earlier_ms);
             self.earlier_ms = self.earlier_ms.saturating_mul(2);
@@ -149,7 +174,24 @@ mod tests {
         let wrong = topic.unix_ms + 365 * DAY_MS;
         let (stamp, refused) = topic.send(wrong);
         assert!(stamp > 0 && refused < 16, "{stamp} after {refused}");
-        assert_eq!(topic.send(wrong).1, 0, "it is known now");
+        // What is long ago a topic may forget at once: it comes nearer with each message.
+        let refused: u32 = (0..20).map(|_| topic.send(wrong).1).sum();
+        let (stamp, again) = topic.send(wrong);
+        assert!(
+            (topic.unix_ms - 2 * HOUR_MS..).contains(&stamp),
+            "{} hours",
+            (topic.unix_ms - stamp) / HOUR_MS
+        );
+        assert!(refused < 16 && again == 0, "refused {refused} times, and {again}");
+    }
+
+    #[test]
+    fn many_that_are_refused_at_once_are_one_refusal() {
+        let mut topic = Topic::new();
+        let wrong = topic.unix_ms + DAY_MS;
+        let stamps: Vec<_> = (0..100).map(|_| topic.stamps.stamp(wrong, topic.now)).collect();
+        stamps.iter().for_each(|stamp| topic.stamps.refused(*stamp, topic.now));
+        assert_eq!(topic.stamps.stamp(wrong, topic.now), wrong - EARLIER_MS);
     }
 
     proptest! {

@@ -5,7 +5,7 @@
 //! it to do. So the client is made anew then. How old a backlog is, and since when segments may be missed, is told by the
 //! times of events and marks: those before a step are taken for what the clock would have said.
 
-use std::collections::VecDeque;
+use std::{collections::VecDeque, ops::RangeInclusive};
 
 use super::{
     feed::Position,
@@ -24,8 +24,17 @@ const STEPS_MAX: usize = 16;
 #[derive(Debug, Default)]
 pub(super) struct Steps {
     last: Option<Now>,
-    /// How far the agent's own epoch was durable when it was seen, and by how much the clock was set.
-    steps: VecDeque<(Durable, i64)>,
+    steps: VecDeque<Step>,
+}
+
+/// The clock was set.
+#[derive(Debug)]
+struct Step {
+    by_us: i64,
+    /// How far the agent's own epoch was durable when that was seen.
+    durable: Durable,
+    /// What the clock said from the look before, had it been set then, to the look that saw it.
+    seen: RangeInclusive<i64>,
 }
 
 impl Steps {
@@ -39,23 +48,26 @@ impl Steps {
             return None;
         }
         if self.steps.len() == STEPS_MAX
-            && let Some((_, oldest)) = self.steps.pop_front()
-            && let Some((_, next)) = self.steps.front_mut()
+            && let Some(oldest) = self.steps.pop_front()
+            && let Some(next) = self.steps.front_mut()
         {
-            *next = next.saturating_add(oldest);
+            next.by_us = next.by_us.saturating_add(oldest.by_us);
         }
-        self.steps.push_back((durable, by_us));
+        let seen = last.unix_us.saturating_add(by_us)..=now.unix_us;
+        self.steps.push_back(Step { by_us, durable, seen });
         Some(by_us)
     }
 
     /// When an event was made, by the clock as it is now; `end` is behind it in the agent's own epoch, and none in one that had
-    /// ended before.
+    /// ended before. What was made when the clock had been set and nobody had seen it yet bears its time by the new one.
     pub(super) fn by_now(&self, made_unix_us: i64, end: Option<Position>) -> i64 {
         let is_before = |durable: Durable| {
             end.is_none_or(|Position { segment, offset, .. }| Durable { segment, offset } <= durable)
         };
-        let since = self.steps.iter().filter(|(durable, _)| is_before(*durable));
-        since.fold(made_unix_us, |made, (_, by_us)| made.saturating_add(*by_us))
+        let since = self.steps.iter().filter(|step| is_before(step.durable));
+        since.fold(made_unix_us, |made, step| {
+            if step.seen.contains(&made) { made } else { made.saturating_add(step.by_us) }
+        })
     }
 }
 
@@ -63,7 +75,11 @@ impl Publisher {
     /// Looks whether the clock was set.
     pub(super) fn look_at_clock(&mut self, now: Now) {
         let Some(by_us) = self.steps.look(now, self.durable.get()) else { return };
-        tracing::warn!(event = "clock-set", seconds = by_us / 1_000_000, "the node's clock was set");
+        tracing::warn!(
+            event = "clock-set",
+            seconds = by_us / 1_000_000,
+            "the node's clock was set, or the machine was suspended"
+        );
         for stream in &mut self.streams {
             stream.clock_set(by_us / 1_000_000);
         }
@@ -115,13 +131,24 @@ mod tests {
     fn what_was_made_before_a_step_is_as_old_as_it_is() {
         let (mut steps, mut clock) = (Steps::default(), Clock::new());
         assert_eq!(steps.look(clock.pass(Duration::ZERO), at(0)), None);
+        let first = clock.0.unix_us;
         clock.set(2 * DAY_S);
         assert_eq!(steps.look(clock.pass(Duration::from_secs(1)), at(10)), Some(2 * DAY_US));
         assert_eq!(steps.look(clock.pass(Duration::from_secs(90)), at(10)), None);
+        let second = clock.0.unix_us;
         clock.set(-DAY_S);
         assert_eq!(steps.look(clock.pass(Duration::from_secs(1)), at(20)), Some(-DAY_US));
-        assert_eq!([10, 20, 21].map(|offset| steps.by_now(0, behind(offset))), [DAY_US, -DAY_US, 0]);
-        assert_eq!(steps.by_now(0, None), DAY_US);
+        let now = clock.0.unix_us;
+        let age_s = |made, end| (now - steps.by_now(made, end)) / 1_000_000;
+        for (made, offset, expected) in [(first, 10, 92), (second, 20, 1), (now, 21, 0)] {
+            assert_eq!(age_s(made, behind(offset)), expected, "{offset}");
+        }
+        // Made when the clock had been set and nobody had seen it yet.
+        let set_before_it_was_seen = [(first + 2 * DAY_US, 10, 92), (now, 20, 0)];
+        for (made, offset, expected) in set_before_it_was_seen {
+            assert_eq!(age_s(made, behind(offset)), expected, "{offset}");
+        }
+        assert_eq!(age_s(first, None), 92);
         for _ in 0..2 * STEPS_MAX {
             clock.set(2);
             steps.look(clock.pass(Duration::ZERO), at(30));
@@ -162,6 +189,26 @@ mod tests {
             age_us(&mut run, clock.pass(Duration::from_secs(10)));
         }
         assert_eq!(age_us(&mut run, clock.pass(Duration::ZERO)), first + 40_000_000);
+    }
+
+    #[test]
+    fn a_replay_window_that_a_step_has_moved_is_the_next_agents_as_well() {
+        let (mut log, broker, mut clock) = (Log::new(), Broker::new(), Clock::new());
+        log.events(3);
+        log.rotate();
+        log.events(1);
+        let mut run = Run::with(&log, Box::new(broker.clone()));
+        run.turn_at(clock.pass(Duration::ZERO));
+        broker.acknowledge_all();
+        run.turn_at(clock.pass(WINDOW / 8));
+        clock.set(DAY_S);
+        (0..2).for_each(|_| run.turn_at(clock.pass(WINDOW / 8)));
+        drop(run);
+        let mut run = Run::with(&log, Box::new(broker));
+        run.turn_at(clock.pass(WINDOW / 8));
+        assert!(log.segment(0).exists(), "its window has not passed");
+        (0..8).for_each(|_| run.turn_at(clock.pass(WINDOW / 8)));
+        assert!(!log.segment(0).exists());
     }
 
     #[test]

@@ -55,6 +55,8 @@ pub(super) struct Stream {
     cursor: Cursor,
     file: CursorFile,
     written: Option<Instant>,
+    /// The clock was set, and the file has the marks as they were.
+    marks_moved: bool,
     /// None: the account of what was removed cannot be read, and nothing more is removed.
     retention: Option<Retention>,
 }
@@ -98,6 +100,7 @@ impl Stream {
             cursor,
             file,
             written: None,
+            marks_moved: false,
             retention,
         }))
     }
@@ -163,20 +166,24 @@ impl Stream {
     pub(super) fn write_cursor(&mut self, now: Now, window: Duration, at_once: bool) -> io::Result<()> {
         let watermark = self.flight.watermark();
         let waits = self.written.is_some_and(|at| now.instant.duration_since(at) < CURSOR_INTERVAL);
-        if watermark == self.cursor.position || (waits && !at_once && !self.is_done()) {
+        let is_behind = watermark != self.cursor.position;
+        if !is_behind && !self.marks_moved || (waits && !at_once && !self.is_done()) {
             return Ok(());
         }
         self.written = Some(now.instant);
         let mut next = self.cursor.clone();
-        next.advance(watermark, now.unix_seconds(), window);
+        if is_behind {
+            next.advance(watermark, now.unix_seconds(), window);
+        }
         self.file.write(&next)?;
-        self.cursor = next;
+        (self.cursor, self.marks_moved) = (next, false);
         Ok(())
     }
 
     /// Somebody has set the clock by so many seconds.
     pub(super) fn clock_set(&mut self, by_seconds: i64) {
         self.cursor.clock_set(by_seconds);
+        self.marks_moved = true;
     }
 
     /// Removes the segments that were acknowledged long enough ago; returns how many.
@@ -187,7 +194,7 @@ impl Stream {
         let before = self.cursor.removable_before(now.unix_seconds(), window);
         let count = self.retention.as_mut().map_or(Ok(0), |retention| retention.remove_before(before))?;
         if count > 0 {
-            self.keys.remove_unused()?;
+            self.keys.remove_unused(now.instant)?;
         }
         Ok(count)
     }

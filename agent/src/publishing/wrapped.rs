@@ -1,11 +1,18 @@
 //! Wrapped keys on their way: each is sent before the first event whose content it encrypted, so that whoever has the event, and
 //! may read it, can. One that was erased from the journal is not sent; its events are.
 
-use std::{collections::BTreeSet, io, path::PathBuf, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use uuid::Uuid;
 use weir_common::{
     encryption::{KEY_LIFE, WRAPPED_KEY_BYTES_MAX, WrappedKey, message_key, wrapped_key_file},
+    envelope::Envelope,
     message::Message,
 };
 
@@ -19,8 +26,8 @@ use crate::storage::{Storage, read_bounded};
 /// Most keys of which it is remembered that they were sent; then they are sent again, which a compacted topic bears.
 const SENT_MAX: usize = 4096;
 
-/// The longest that content may wait between its encryption and its segment, in microseconds.
-const QUEUED_US_MAX: i64 = 3_600_000_000;
+/// The longest that content may wait between its encryption and its segment.
+const QUEUED_MAX: Duration = Duration::from_secs(3600);
 
 /// The wrapped keys of an epoch.
 #[derive(Debug)]
@@ -30,13 +37,14 @@ pub(super) struct Keys {
     epoch: Uuid,
     /// Those that were sent since the epoch was last read again.
     sent: BTreeSet<u64>,
-    /// Those that were ever sent and are still there.
-    left: BTreeSet<u64>,
+    /// Those that were ever sent and are still there, and since when: what they encrypt comes within a day of that, whatever the
+    /// clock is set to meanwhile.
+    left: BTreeMap<u64, Instant>,
 }
 
 impl Keys {
     pub(super) fn new(storage: Arc<dyn Storage>, folder: PathBuf, epoch: Uuid) -> Self {
-        Self { storage, folder, epoch, sent: BTreeSet::new(), left: BTreeSet::new() }
+        Self { storage, folder, epoch, sent: BTreeSet::new(), left: BTreeMap::new() }
     }
 
     /// What was sent and not acknowledged is lost.
@@ -44,15 +52,15 @@ impl Keys {
         self.sent.clear();
     }
 
-    /// Sends a key, unless it was sent, or is not there any more; returns the length of its message and when it was made.
+    /// Sends the key that encrypted what goes with this envelope, unless it was sent, or is not there any more; returns the length of its message and when it was made.
     pub(super) fn send(
         &mut self,
-        key: u64,
+        envelope: &Envelope,
         topic: Option<&str>,
-        source: &str,
-        ticket: Ticket,
+        (ticket, now): (Ticket, Instant),
         sink: &mut dyn Sink,
     ) -> Result<Option<(usize, i64)>, Stopped> {
+        let key = envelope.key_id;
         if self.sent.contains(&key) {
             return Ok(None);
         }
@@ -73,14 +81,14 @@ impl Keys {
         let missing = "content is encrypted, and kafka.keyTopic names no topic for its keys";
         let topic = topic.ok_or_else(|| failed(missing.to_owned()))?;
         let (name, time) = (message_key(&self.epoch, key), wrapped.time_unix_us);
-        let message = Message::of_wrapped_key(&name, source, time, &bytes);
+        let message = Message::of_wrapped_key(&name, &envelope.source, time, &bytes);
         match sink.send(ticket, topic, &message, time / 1000) {
             Ok(Taken::Yes) => {}
             Ok(Taken::Full) => return Err(Stopped::Full),
             Err(failure) => return Err(Stopped::Failed(failure)),
         }
         self.remember(key);
-        self.left.insert(key);
+        self.left.entry(key).or_insert(now);
         Ok(Some((message.bytes(), time)))
     }
 
@@ -95,17 +103,20 @@ impl Keys {
     ///
     /// # Errors
     /// The disk.
-    pub(super) fn remove_unused(&mut self) -> io::Result<()> {
+    pub(super) fn remove_unused(&mut self, now: Instant) -> io::Result<()> {
         let storage = self.storage.as_ref();
         let segments = feed::segments(storage, &self.folder)?;
         let first = segments.values().find_map(|(path, _)| feed::good_header(storage, path));
         // Without a segment the epoch goes whole.
         let Some(first) = first else { return Ok(()) };
-        let life = i64::try_from(KEY_LIFE.as_micros()).unwrap_or(i64::MAX);
-        let oldest = first.created_unix_us.saturating_sub(life).saturating_sub(QUEUED_US_MAX);
+        let life = KEY_LIFE + QUEUED_MAX;
+        let oldest = first.created_unix_us.saturating_sub_unsigned(life.as_micros() as u64);
         // Of those alone that this process has sent: a clock that was set must not take one that nobody has. The others go with
         // their epoch.
-        for key in self.left.clone() {
+        for (key, sent) in self.left.clone() {
+            if now.saturating_duration_since(sent) < life {
+                continue;
+            }
             let path = self.folder.join(wrapped_key_file(key));
             let is_used = match read_bounded(storage, &path, WRAPPED_KEY_BYTES_MAX) {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => false,
@@ -128,7 +139,7 @@ impl Keys {
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
+    use std::{fs, time::Duration};
 
     use weir_common::encryption::{ContentKey, Recipient, wrapped_key_file};
 
@@ -157,7 +168,7 @@ mod tests {
             log.events(1);
         }
         let mut run = Run::with(&log, Box::new(broker.clone()));
-        run.turn_at(clock.pass(std::time::Duration::from_secs(1)));
+        run.turn_at(clock.pass(Duration::from_secs(1)));
         let name = format!("{}/key/1", log.epoch);
         let sent = broker.with(|state| state.keys.clone());
         assert_eq!(sent, [(name.clone(), 1)], "after one event, before the second");
@@ -170,24 +181,29 @@ mod tests {
     }
 
     #[test]
-    fn keys_go_a_day_after_the_segments_that_need_them() {
-        let (mut log, broker, mut clock) = (Log::new(), Broker::new(), Clock::new());
+    fn keys_go_a_day_after_they_were_sent_and_after_the_segments_that_need_them() {
         let day_us = 24 * 3_600_000_000;
-        for (key, time_unix_us) in [(1, -day_us * 2), (2, -day_us), (3, -day_us * 2)] {
-            wrap(&log, key, time_unix_us);
-        }
-        for key_id in [1, 2] {
-            log.key_id = key_id;
+        // A clock that says that all was long ago takes none: what a key encrypts may still be on its way.
+        for (hours, expected) in [(0, [true; 3]), (26, [false, true, true])] {
+            let (mut log, broker, mut clock) = (Log::new(), Broker::new(), Clock::new());
+            for (key, time_unix_us) in [(1, -day_us * 2), (2, -day_us), (3, -day_us * 2)] {
+                wrap(&log, key, time_unix_us);
+            }
+            for key_id in [1, 2] {
+                log.key_id = key_id;
+                log.events(1);
+            }
+            log.rotate();
             log.events(1);
+            let mut run = Run::with(&log, Box::new(broker.clone()));
+            run.turn_at(clock.pass(Duration::ZERO));
+            run.turn_at(clock.pass(Duration::from_hours(hours)));
+            settle(&mut run, &broker, &mut clock);
+            run.turn_at(clock.pass(WINDOW * 2));
+            assert!(!log.segment(0).exists());
+            let is_there = |key| log.folder().join(wrapped_key_file(key)).exists();
+            assert_eq!([1, 2, 3].map(is_there), expected, "the third was never published");
         }
-        log.rotate();
-        log.events(1);
-        let mut run = Run::with(&log, Box::new(broker.clone()));
-        settle(&mut run, &broker, &mut clock);
-        run.turn_at(clock.pass(WINDOW * 2));
-        assert!(!log.segment(0).exists());
-        let is_there = |key| log.folder().join(wrapped_key_file(key)).exists();
-        assert_eq!([1, 2, 3].map(is_there), [false, true, true], "the third was never published");
     }
 
     #[test]

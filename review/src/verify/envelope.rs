@@ -26,7 +26,7 @@ pub(super) struct Said {
     #[serde(rename = "type")]
     pub(super) kind: String,
     #[serde(default)]
-    data: Option<Protected>,
+    data: Perhaps<Protected>,
 }
 
 /// What of an event's data names the key that protects it.
@@ -74,7 +74,7 @@ impl<T> Perhaps<T> {
 impl Said {
     /// Number of the key that protects what it says; 0: none does.
     fn key(&self) -> u64 {
-        let Some(Protected { encrypted, body, digest }) = &self.data else { return 0 };
+        let Perhaps::Is(Protected { encrypted, body, digest }) = &self.data else { return 0 };
         let encrypted = encrypted.get().map(|encrypted| encrypted.key);
         let digest = body.get().map(|body| &body.digest).or(digest.get());
         encrypted.or_else(|| key_of_digest(digest?)).unwrap_or(0)

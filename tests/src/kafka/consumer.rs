@@ -79,16 +79,33 @@ impl Kafka {
     /// # Errors
     /// When the broker is away or there is no such topic; when a message has no value, or anything in it is not UTF-8.
     pub fn messages(&self, topic: &str) -> Result<Vec<Message>> {
+        let text = self.lines(topic)?;
+        let message = |line: &str| serde_json::from_str(line).with_context(|| format!("no message: {line}"));
+        let mut messages: Vec<Message> = text.lines().map(message).collect::<Result<_>>()?;
+        messages.sort_by_key(|message| (message.partition, message.offset));
+        Ok(messages)
+    }
+
+    /// What the topic has for the time of each message that is on it now, in milliseconds since 1970.
+    ///
+    /// # Errors
+    /// As of [`Self::messages`].
+    pub fn timestamps(&self, topic: &str) -> Result<Vec<(Message, i64)>> {
+        let timed = |line: &str| {
+            let message = serde_json::from_str(line)?;
+            let time = serde_json::from_str::<Value>(line)?["ts"].as_i64();
+            Ok((message, time.with_context(|| format!("no time: {line}"))?))
+        };
+        self.lines(topic)?.lines().map(timed).collect()
+    }
+
+    fn lines(&self, topic: &str) -> Result<String> {
         let mut command = self.installation.kcat(KCAT_SECONDS);
         command.args(["-C", "-J", "-e", "-q", "-o", "beginning", "-X", "check.crcs=true", "-m", "10"]);
         let output = output(command.args(["-b", &self.bootstrap(), "-t", topic]))?;
         let said = String::from_utf8_lossy(&output.stderr);
         ensure!(output.status.success(), "kcat cannot read {topic} ({}): {said}", output.status);
-        let text = String::from_utf8(output.stdout).context("kcat wrote something that is not UTF-8")?;
-        let message = |line: &str| serde_json::from_str(line).with_context(|| format!("no message: {line}"));
-        let mut messages: Vec<Message> = text.lines().map(message).collect::<Result<_>>()?;
-        messages.sort_by_key(|message| (message.partition, message.offset));
-        Ok(messages)
+        String::from_utf8(output.stdout).context("kcat wrote something that is not UTF-8")
     }
 
     /// The same by the consumer that comes with Kafka.

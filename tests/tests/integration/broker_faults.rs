@@ -44,7 +44,7 @@ fn fill(disk: &Path) {
 
 /// Waits until monitoring has nothing to complain of and no backlog.
 #[track_caller]
-fn recovered(monitored: &Monitored, from: &str) {
+pub(super) fn recovered(monitored: &Monitored, from: &str) {
     wait_until(&format!("publishing to go on after {from}"), PUBLISHED_DEADLINE, || {
         let (_, text) = monitored.get("/readyz")?;
         let is_published = monitored.metrics()["weir_kafka_backlog_bytes"] == 0.0;
@@ -55,7 +55,7 @@ fn recovered(monitored: &Monitored, from: &str) {
 
 /// Checks that what has the same key came in its order, not counting what came once more.
 #[track_caller]
-fn check_order(messages: &[Message]) {
+pub(super) fn check_order(messages: &[Message]) {
     let (mut seen, mut last) = (BTreeSet::new(), BTreeMap::new());
     for message in messages {
         let id = message.header("ce_id").unwrap();

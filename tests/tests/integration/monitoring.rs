@@ -57,12 +57,24 @@ impl Monitored {
     }
 
     /// The same with this configuration.
-    pub(super) fn start_with(scene: &Scene, mut configuration: serde_json::Value) -> (AgentProcess, Self) {
+    pub(super) fn start_with(scene: &Scene, configuration: serde_json::Value) -> (AgentProcess, Self) {
+        Self::start_in(scene, configuration, &[])
+    }
+
+    /// The same in this environment.
+    pub(super) fn start_in(
+        scene: &Scene,
+        mut configuration: serde_json::Value,
+        environment: &[(&str, String)],
+    ) -> (AgentProcess, Self) {
         let free = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap();
         configuration["metrics"] = serde_json::json!({"address": free.to_string()});
         let path = scene.scratch.path().join("agent.yaml");
         agent::write_configuration(&configuration, &path).unwrap();
-        let agent = AgentProcess::start(&path, &scene.scratch.path().join("agent.log")).unwrap();
+        let environment: Vec<_> = environment.iter().map(|(name, value)| (*name, value.as_str())).collect();
+        let mut agent =
+            AgentProcess::spawn_with(&path, &scene.scratch.path().join("agent.log"), &environment).unwrap();
+        agent.wait_until_ready().unwrap();
         (agent, Self(free))
     }
 
