@@ -5,10 +5,7 @@
 //! made, the message goes with the latest time that the topic is known to take; the event keeps its own. Otherwise nothing
 //! would be published until the brokers' clocks are there, also when the node's is right again. Sans-IO.
 
-use std::{
-    collections::BTreeMap,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 /// So long a topic that has refused a time is given none that is later than what it takes; then it is tried again, for its
 /// settings, or a clock, may be others.
@@ -20,13 +17,18 @@ const EARLIER_MS: i64 = 3_600_000;
 /// So long a message may be under way: by that it is earlier, as what the brokers take becomes later meanwhile.
 const UNDER_WAY_MS_MAX: i64 = 300_000;
 
-/// Those of all topics.
+/// Those of all topics, by name: three at most, looked through for each message.
 #[derive(Debug, Default)]
-pub(super) struct TopicStamps(BTreeMap<String, Stamps>);
+pub(super) struct TopicStamps(Vec<(String, Stamps)>);
 
 impl TopicStamps {
     pub(super) fn of(&mut self, topic: &str) -> &mut Stamps {
-        self.0.entry(topic.to_owned()).or_insert_with(|| Stamps::new(Instant::now()))
+        let known = self.0.iter().position(|(name, _)| name == topic);
+        let at = known.unwrap_or_else(|| {
+            self.0.push((topic.to_owned(), Stamps::new(Instant::now())));
+            self.0.len() - 1
+        });
+        &mut self.0[at].1
     }
 }
 

@@ -52,7 +52,8 @@ impl Keys {
         self.sent.clear();
     }
 
-    /// Sends the key that encrypted what goes with this envelope, unless it was sent, or is not there any more; returns the length of its message and when it was made.
+    /// Sends the key that encrypted what goes with this envelope, unless it was sent, or is not there any more; returns the
+    /// length of its message and when it was made.
     pub(super) fn send(
         &mut self,
         envelope: &Envelope,
