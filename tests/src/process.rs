@@ -4,11 +4,11 @@
 use std::fs::File;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use nix::sys::signal::{Signal, kill};
+use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
@@ -86,6 +86,14 @@ impl RecordedProcess {
         wait_until(&format!("{} (process {}) to end", self.name, self.pid), deadline, || {
             Ok((!self.is_running()).then_some(()))
         })
+    }
+}
+
+/// Sends SIGTERM to the process group that `leader`, for which nobody has waited yet, leads.
+pub fn terminate_group(leader: &Child) {
+    if let Ok(group) = i32::try_from(leader.id()) {
+        // All of them may have ended; then there is nothing left to signal.
+        let _ = killpg(Pid::from_raw(group), Signal::SIGTERM);
     }
 }
 

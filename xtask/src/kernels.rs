@@ -17,6 +17,7 @@ use weir_tests::{
     command::{find_in_path, run as run_command},
     components::cache_folder,
     packages,
+    wait::interrupt_on_signals,
 };
 
 mod image;
@@ -56,11 +57,13 @@ const NEEDED: [(&str, &str); 6] = [
 /// What the first process prints at the end, before the tests' exit code.
 const RESULT: &str = "weir kernel tests ended with ";
 
-/// Runs the kernel tests on each series.
+/// Runs the kernel tests on each series, side by side unless `in_turn`.
 ///
 /// # Errors
 /// A kernel cannot be had, or a test fails on it; its output is printed.
-pub(crate) fn run(root: &Path) -> Result<()> {
+pub(crate) fn run(root: &Path, in_turn: bool) -> Result<()> {
+    // What is told to end removes its images first.
+    interrupt_on_signals()?;
     if std::env::consts::ARCH != "x86_64" {
         bail!("the kernels are x86_64 ones; run this on such a machine");
     }
@@ -72,38 +75,36 @@ pub(crate) fn run(root: &Path) -> Result<()> {
     if !missing.is_empty() {
         packages::install(&missing)?;
     }
-    let tests = build(root)?;
-    let programs = reboot::Programs::build(root)?;
+    let programs = Programs::build(root)?;
     let folder = cache_folder()?.join("kernels");
     fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
     let kernels =
         SERIES.map(|(series, prefix)| kernel(&folder, series, prefix).map(|kernel| (series, kernel)));
-    // Side by side: a guest keeps one processor busy.
+    let check = |kernel: Result<(&str, PathBuf)>| {
+        let (series, kernel) = kernel?;
+        check(series, &kernel, &folder, &programs)
+    };
+    if in_turn {
+        return kernels.into_iter().try_for_each(check);
+    }
+    // A guest keeps one processor busy.
     thread::scope(|scope| {
-        let (folder, tests, programs) = (&folder, &tests, &programs);
-        let check = |(series, kernel)| scope.spawn(move || check(series, kernel, folder, tests, programs));
-        let running = kernels.into_iter().map(|kernel| kernel.map(check)).collect::<Result<Vec<_>>>()?;
+        let running = kernels.map(|kernel| scope.spawn(move || check(kernel)));
         // All of them end before the first that failed is told.
-        let ended: Vec<_> = running.into_iter().map(thread::ScopedJoinHandle::join).collect();
+        let ended = running.map(thread::ScopedJoinHandle::join);
         ended.into_iter().try_for_each(|ended| ended.map_err(|_| anyhow!("a check panicked; see above"))?)
     })
 }
 
 /// Runs the kernel tests on one kernel, and has a node with it boot twice.
-fn check(
-    series: &str,
-    kernel: PathBuf,
-    folder: &Path,
-    tests: &Path,
-    programs: &reboot::Programs,
-) -> Result<()> {
+fn check(series: &str, kernel: &Path, folder: &Path, programs: &Programs) -> Result<()> {
     let scratch = tempfile::tempdir_in(folder).context("cannot make a scratch folder")?;
     let image = Image::new(&scratch.path().join("tests"))?;
     image.tools(&PROGRAMS)?;
-    image.program(tests, "bin/kernel-tests")?;
-    image.modules(&kernel, &MODULES)?;
+    image.program(&programs.tests, "bin/kernel-tests")?;
+    image.modules(kernel, &MODULES)?;
     let started = Instant::now();
-    let output = boot(&kernel, &image.pack(&MODULES, &runs_tests())?, None, "")?;
+    let output = boot(kernel, &image.pack(&MODULES, &runs_tests())?, None, "")?;
     let took = started.elapsed().as_secs();
     let passed = output.lines().any(|line| line.trim_end() == format!("{RESULT}0"));
     let summary = output.lines().find(|line| line.starts_with("test result: ")).unwrap_or("no result");
@@ -112,13 +113,25 @@ fn check(
         bail!("the kernel tests do not pass on {series}; what it printed:\n{output}");
     }
     let started = Instant::now();
-    reboot::check(&kernel, &scratch.path().join("reboot"), programs)?;
+    reboot::check(kernel, &scratch.path().join("reboot"), &programs.node)?;
     println!("kernel {series}: a node that booted twice is guarded ({} s)", started.elapsed().as_secs());
     Ok(())
 }
 
+/// What runs in the guests.
+pub(crate) struct Programs {
+    tests: PathBuf,
+    node: reboot::Programs,
+}
+
+impl Programs {
+    pub(crate) fn build(root: &Path) -> Result<Self> {
+        Ok(Self { tests: tests(root)?, node: reboot::Programs::build(root)? })
+    }
+}
+
 /// The test program of the kernel tests.
-fn build(root: &Path) -> Result<PathBuf> {
+fn tests(root: &Path) -> Result<PathBuf> {
     let text = run_command(
         Command::new("cargo")
             .args([

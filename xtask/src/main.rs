@@ -71,6 +71,9 @@ enum Command {
         /// Only the kernel tests, on older kernels under qemu; a part of the whole.
         #[arg(long, conflicts_with = "long")]
         kernels: bool,
+        /// With --kernels: one kernel after the other, so that one processor is left for others.
+        #[arg(long, requires = "kernels")]
+        in_turn: bool,
     },
 }
 
@@ -101,7 +104,7 @@ fn run(command: Command) -> Result<()> {
         Command::Deny => test::deny(root),
         Command::Rules => test::rules(root),
         Command::Chart => chart::run(root),
-        Command::Test { kernels: true, .. } => kernels::run(root),
+        Command::Test { kernels: true, in_turn, .. } => kernels::run(root, in_turn),
         Command::Test { long, .. } => test::run(root, long),
     }
 }

@@ -1,7 +1,8 @@
 //! `cargo xtask test`: everything a contributor needs before a change may land; `.ci/run` calls it.
 //!
 //! Each suite is a command with a budget in seconds. A budget is a promise about the time of contributors, not
-//! a test: what exceeds it is printed, nothing fails by the clock. The first suite that fails ends the run.
+//! a test: what exceeds it is printed, nothing fails by the clock. The first suite that fails ends the run; of those
+//! [`beside`], when the suite in front is over.
 
 use std::{
     collections::hash_map::RandomState,
@@ -14,7 +15,10 @@ use std::{
 use anyhow::{Context as _, Result, bail, ensure};
 use weir_tests::{Testbed, components, kafka, opensearch, progress::Progress, wait::interrupt_on_signals};
 
-use crate::{build_ebpf, native};
+use self::beside::Beside;
+use crate::{build_ebpf, kernels, native};
+
+mod beside;
 
 /// The version of cargo-deny that is installed where none is there.
 const CARGO_DENY_VERSION: &str = "0.20.2";
@@ -25,6 +29,9 @@ struct Suite {
     budget: Duration,
     command: Command,
 }
+
+/// A suite's name, its budget, and what it took.
+type Used = (&'static str, Duration, Duration);
 
 /// Runs all suites; `long` asks for full counts where a suite has fewer by default.
 ///
@@ -49,21 +56,31 @@ pub(crate) fn run(root: &Path, long: bool) -> Result<()> {
     // The Go builds cost minutes on a fresh machine and share nothing with the Rust ones: side by side.
     let mut testbed = Background::start(Command::new(&xtask).args(["testbed", "build"]).current_dir(root))?;
     let mut used = Vec::new();
-    for suite in before_testbed(root, &xtask) {
+    for suite in built(root, &xtask) {
         testbed.check("testbed build")?;
         used.push(suite.run(seed, long)?);
     }
+    // Now, so that those beside find everything built, and the suites in front never wait for cargo's lock on their account.
+    kernels::Programs::build(root)?;
+    let suites = without_node(root, &xtask).into_iter().map(|suite| suite.with(seed, long)).collect();
+    let mut beside = Beside::start(suites)?;
+    used.push(unit(root).run(seed, long)?);
     let started = Instant::now();
     testbed.wait("testbed build")?;
     used.push(("testbed build (rest)", Duration::from_secs(900), started.elapsed()));
+    beside.check()?;
     let started = Instant::now();
     // Integration tests and the demo attach to it; it goes down whatever becomes of them.
     let up = Testbed::up(&Testbed::default_folder()?, Progress::Shown)?.down_on_drop();
     used.push(("testbed up", Duration::from_secs(60), started.elapsed()));
     for suite in on_testbed(root, &xtask).into_iter().chain(long.then(|| given_away(root, &xtask))) {
         used.push(suite.run(seed, long)?);
+        beside.check()?;
     }
     drop(up);
+    let started = Instant::now();
+    used.extend(beside.wait()?);
+    used.push(("beside (rest)", Duration::ZERO, started.elapsed()));
     println!("\n{:<24} {:>8} {:>8}", "suite", "used/s", "budget/s");
     for (name, budget, used) in &used {
         // The budgets are those of the counts that run by default.
@@ -104,7 +121,7 @@ pub(crate) fn circumstances(root: &Path) -> Result<String> {
 const LONG_RUN: &str = "docs/long-run.md";
 
 /// Writes down that a long run has passed.
-fn write_long_run(root: &Path, seed: u64, used: &[(&str, Duration, Duration)]) -> Result<()> {
+fn write_long_run(root: &Path, seed: u64, used: &[Used]) -> Result<()> {
     let mut text = format!(
         "# The last long run\n\n`cargo xtask test --long` writes this file when every suite has passed with its full counts.\n\n\
          {}- Seed: `WEIR_FUZZ_SEED={seed}`\n\n| suite | seconds |\n|---|---|\n",
@@ -119,12 +136,16 @@ fn write_long_run(root: &Path, seed: u64, used: &[(&str, Duration, Duration)]) -
     Ok(())
 }
 
-fn before_testbed(root: &Path, xtask: &Path) -> Vec<Suite> {
-    let suite = |name, seconds, program: &Path, arguments: &[&str]| {
-        let mut command = Command::new(program);
-        command.args(arguments).current_dir(root);
-        Suite { name, budget: Duration::from_secs(seconds), command }
-    };
+fn suite(root: &Path, name: &'static str, seconds: u64, program: &Path, arguments: &[&str]) -> Suite {
+    let mut command = Command::new(program);
+    command.args(arguments).current_dir(root);
+    Suite { name, budget: Duration::from_secs(seconds), command }
+}
+
+/// What says the most in the shortest time, and builds everything that the others run.
+fn built(root: &Path, xtask: &Path) -> Vec<Suite> {
+    let suite =
+        |name, seconds, program: &Path, arguments: &[&str]| suite(root, name, seconds, program, arguments);
     let cargo = Path::new("cargo");
     let mut format_ebpf = suite("format (kernel)", 10, cargo, &["fmt", "--all", "--check"]);
     format_ebpf.command.current_dir(root.join("ebpf"));
@@ -139,13 +160,25 @@ fn before_testbed(root: &Path, xtask: &Path) -> Vec<Suite> {
             cargo,
             &["clippy", "--workspace", "--all-targets", "--locked", "--", "-D", "warnings"],
         ),
-        suite("deny", 300, xtask, &["deny"]),
-        suite("unit", 900, cargo, &["test", "--workspace", "--exclude", "weir-tests", "--locked"]),
-        suite("kernels (qemu)", 1500, xtask, &["test", "--kernels"]),
-        suite("alert rules", 30, xtask, &["rules"]),
-        suite("chart", 30, xtask, &["chart"]),
+        suite("tests' build", 600, cargo, &["test", "--workspace", "--locked", "--no-run"]),
         // Integration tests and the demo run these as the real binaries.
         suite("binaries", 300, cargo, &["build", "--locked", "-p", "weir-agent", "-p", "weir"]),
+    ]
+}
+
+/// On this kernel too, and so not beside an agent: kernel tests attach programs of their own.
+fn unit(root: &Path) -> Suite {
+    let arguments = ["test", "--workspace", "--exclude", "weir-tests", "--locked"];
+    suite(root, "unit", 300, Path::new("cargo"), &arguments)
+}
+
+/// What touches nothing of this machine.
+fn without_node(root: &Path, xtask: &Path) -> Vec<Suite> {
+    vec![
+        suite(root, "alert rules", 30, xtask, &["rules"]),
+        suite(root, "chart", 30, xtask, &["chart"]),
+        suite(root, "deny", 600, xtask, &["deny"]),
+        suite(root, "kernels (qemu)", 1500, xtask, &["test", "--kernels", "--in-turn"]),
     ]
 }
 
@@ -168,21 +201,24 @@ fn given_away(root: &Path, xtask: &Path) -> Suite {
 }
 
 impl Suite {
-    fn run(mut self, seed: u64, long: bool) -> Result<(&'static str, Duration, Duration)> {
-        println!("\n== {} ==", self.name);
+    /// With what a run has for all of its suites.
+    fn with(mut self, seed: u64, long: bool) -> Self {
         self.command.env("WEIR_FUZZ_SEED", seed.to_string());
         if long {
             self.command.env("WEIR_TEST_LONG", "1");
         }
+        self
+    }
+
+    fn run(self, seed: u64, long: bool) -> Result<Used> {
+        println!("\n== {} ==", self.name);
+        let Self { name, budget, mut command } = self.with(seed, long);
         let started = Instant::now();
-        let status = self
-            .command
-            .status()
-            .with_context(|| format!("{}: cannot start {:?}", self.name, self.command))?;
+        let status = command.status().with_context(|| format!("{name}: cannot start {command:?}"))?;
         if !status.success() {
-            bail!("{}: {:?} ended with {status}", self.name, self.command);
+            bail!("{name}: {command:?} ended with {status}");
         }
-        Ok((self.name, self.budget, started.elapsed()))
+        Ok((name, budget, started.elapsed()))
     }
 }
 
