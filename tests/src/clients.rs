@@ -13,7 +13,7 @@ use anyhow::{Context, Result};
 use sha2::{Digest, Sha256};
 
 use crate::command::run;
-use crate::components::{self, GoModule, cache_folder, repository};
+use crate::components::{self, GoModule, alone, cache_folder, repository};
 use crate::maven::{Installed, Project};
 use crate::packages;
 use crate::pods::Folder;
@@ -69,6 +69,7 @@ impl Clients {
     /// # Errors
     /// When something cannot be fetched or built, or has another hash than its lock says.
     pub fn install(progress: Progress) -> Result<Self> {
+        let _alone = alone("client-programs")?;
         if !PYTHON.is_installed()? {
             PYTHON.install(progress)?;
         }
@@ -107,6 +108,7 @@ impl Clients {
     /// # Errors
     /// When something cannot be fetched, has another hash than its lock says, or is not compiled.
     pub fn install_java(&mut self, progress: Progress) -> Result<Vec<String>> {
+        let _alone = alone("client-programs")?;
         let installed = FABRIC8.install(progress)?;
         let classes = compile(&installed)?;
         let java = fs::canonicalize(installed.java())

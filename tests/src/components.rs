@@ -5,7 +5,7 @@
 //! commit asks for. `WEIR_TESTBED_BIN` names a folder of ready binaries that are used as they are. Starting them is
 //! [`crate::testbed`]'s.
 
-use std::fs;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -19,8 +19,8 @@ use crate::python;
 
 mod tools;
 pub use tools::{
-    audit_decoder, grafana_dashboard, helm, msk_signer, note_verifier, prometheus_operator_kinds, promtool,
-    streams_capture, tools_plan,
+    audit_decoder, build_tools, grafana_dashboard, helm, msk_signer, note_verifier,
+    prometheus_operator_kinds, promtool, streams_capture, tools_plan,
 };
 
 /// Names a folder of ready binaries to use instead of building.
@@ -234,6 +234,16 @@ pub fn cache_folder() -> Result<PathBuf> {
     base_folder("XDG_CACHE_HOME", ".cache").map(|folder| folder.join("weir"))
 }
 
+/// Waits until no other process builds or installs `what`, and keeps others from it while the file that it gives is open.
+pub(crate) fn alone(what: &str) -> Result<File> {
+    let folder = cache_folder()?.join("locks");
+    fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
+    let path = folder.join(what);
+    let file = File::create(&path).with_context(|| format!("cannot make {}", path.display()))?;
+    file.lock().with_context(|| format!("cannot lock {}", path.display()))?;
+    Ok(file)
+}
+
 /// `variable`, else `fallback` below HOME.
 pub(crate) fn base_folder(variable: &str, fallback: &str) -> Result<PathBuf> {
     let named = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
@@ -261,7 +271,11 @@ impl GoModule {
     pub(crate) fn tool(&self, progress: Progress) -> Result<PathBuf> {
         let folder = cache_folder()?.join("testbed/bin");
         if !self.is_built(&folder)? {
-            self.build(&folder, progress)?;
+            let _alone = alone(self.folder)?;
+            // Whoever was waited for may have built it.
+            if !self.is_built(&folder)? {
+                self.build(&folder, progress)?;
+            }
         }
         Ok(folder.join(self.binaries[0].0))
     }
@@ -406,15 +420,7 @@ mod tests {
 
     #[test]
     fn the_go_that_is_asked_for_is_the_one_of_every_module() {
-        for module in GO_MODULES.iter().chain([
-            &tools::PROMTOOL,
-            &tools::NOTE_VERIFIER,
-            &tools::GRAFANA,
-            &tools::MSK_SIGNER,
-            &crate::key_service::LOCAL_KMS,
-            &tools::HELM,
-            &crate::clients::CLIENT_GO,
-        ]) {
+        for module in GO_MODULES.iter().chain(tools::TOOLS) {
             let go_mod = fs::read_to_string(module.source().join("go.mod")).unwrap();
             assert!(go_mod.contains(&format!("\ngo 1.{GO_MINOR}.")), "{}", module.folder);
         }

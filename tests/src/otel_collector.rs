@@ -19,7 +19,7 @@ use crate::testbed::free_ports;
 use crate::wait::wait_until;
 
 /// What is built of it.
-static OTEL_COLLECTOR: GoModule = GoModule {
+pub(crate) static OTEL_COLLECTOR: GoModule = GoModule {
     folder: "otel-collector",
     tags: "",
     linker_flags: "-s -w",

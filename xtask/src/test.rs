@@ -175,6 +175,7 @@ fn unit(root: &Path) -> Suite {
 /// What touches nothing of this machine.
 fn without_node(root: &Path, xtask: &Path) -> Vec<Suite> {
     vec![
+        suite(root, "tests' tools", 600, xtask, &["testbed", "build", "--tools"]),
         suite(root, "alert rules", 30, xtask, &["rules"]),
         suite(root, "chart", 30, xtask, &["chart"]),
         suite(root, "deny", 600, xtask, &["deny"]),

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::{Result, bail};
 use clap::{Args, Subcommand};
 use weir_tests::Testbed;
-use weir_tests::components::Components;
+use weir_tests::components::{self, Components};
 use weir_tests::progress::Progress;
 use weir_tests::wait::interrupt_on_signals;
 use weir_tests::{kafka, opensearch};
@@ -23,7 +23,11 @@ pub(crate) struct Arguments {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Install Debian packages, build Go modules and fetch the tests' Kafka, as far as they are missing.
-    Build,
+    Build {
+        /// Instead, what tests use beside it: clients, Helm, promtool and others.
+        #[arg(long)]
+        tools: bool,
+    },
     /// Build what is missing, start everything and wait until pods can run.
     Up,
     /// Stop and remove everything, also what a failed `up` left.
@@ -40,7 +44,8 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         None => Testbed::default_folder()?,
     };
     match arguments.command {
-        Command::Build => {
+        Command::Build { tools: true } => components::build_tools(Progress::Shown),
+        Command::Build { tools: false } => {
             Components::build(Progress::Shown)?;
             kafka::install(Progress::Shown)?;
             opensearch::install(Progress::Shown)

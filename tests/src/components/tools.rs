@@ -1,14 +1,30 @@
-//! What tests and developer commands use beside the testbed: tools that are built from Go modules of their own when they are first needed.
+//! What tests and developer commands use beside the testbed: tools that are built from Go modules of their own when they are first
+//! needed, or all before that.
 
 use std::path::PathBuf;
 
 use anyhow::Result;
 
 use super::{GoModule, cache_folder, downloaded, go, repository};
+use crate::clients::{CLIENT_GO, Clients};
 use crate::progress::Progress;
+use crate::{key_service, otel_collector};
+
+/// What `cargo xtask test` uses, in the order in which it does.
+pub(super) static TOOLS: [&GoModule; 9] = [
+    &HELM,
+    &CLIENT_GO,
+    &PROMTOOL,
+    &GRAFANA,
+    &NOTE_VERIFIER,
+    &AUDIT_DECODER,
+    &MSK_SIGNER,
+    &key_service::LOCAL_KMS,
+    &otel_collector::OTEL_COLLECTOR,
+];
 
 /// What tests the alert rules; no part of the testbed.
-pub(super) static PROMTOOL: GoModule = GoModule {
+static PROMTOOL: GoModule = GoModule {
     folder: "promtool",
     tags: "remove_all_sd",
     linker_flags: "-s -w",
@@ -28,7 +44,7 @@ static STREAMS: GoModule = GoModule {
 };
 
 /// Verifies Weir's notes and proofs with the libraries of other logs; no part of the testbed.
-pub(super) static NOTE_VERIFIER: GoModule = GoModule {
+static NOTE_VERIFIER: GoModule = GoModule {
     folder: "note-verifier",
     tags: "",
     linker_flags: "-s -w",
@@ -38,7 +54,7 @@ pub(super) static NOTE_VERIFIER: GoModule = GoModule {
 };
 
 /// AWS's own signer of tokens for Amazon MSK; no part of the testbed.
-pub(super) static MSK_SIGNER: GoModule = GoModule {
+static MSK_SIGNER: GoModule = GoModule {
     folder: "msk-signer",
     tags: "",
     linker_flags: "-s -w",
@@ -58,7 +74,7 @@ static AUDIT_DECODER: GoModule = GoModule {
 };
 
 /// What reads a dashboard as Grafana does; no part of the testbed.
-pub(super) static GRAFANA: GoModule = GoModule {
+static GRAFANA: GoModule = GoModule {
     folder: "grafana",
     tags: "",
     linker_flags: "-s -w",
@@ -68,7 +84,7 @@ pub(super) static GRAFANA: GoModule = GoModule {
 };
 
 /// What renders and installs the chart; no part of the testbed either.
-pub(super) static HELM: GoModule = GoModule {
+static HELM: GoModule = GoModule {
     folder: "helm",
     tags: "",
     linker_flags: "-s -w -X helm.sh/helm/v3/internal/version.version=v3.22.0",
@@ -145,14 +161,23 @@ pub fn prometheus_operator_kinds() -> Result<[PathBuf; 2]> {
     }))
 }
 
-/// What [`promtool`], [`helm`] and [`grafana_dashboard`] would do; nothing when they are there.
+/// Builds and installs all of them that are missing, so that no test has to.
+///
+/// # Errors
+/// When one cannot be built, or a client not be fetched.
+pub fn build_tools(progress: Progress) -> Result<()> {
+    Clients::install(progress)?.install_java(progress)?;
+    TOOLS.iter().try_for_each(|module| module.tool(progress).map(drop))
+}
+
+/// What [`build_tools`] would build with Go; nothing when all is there.
 ///
 /// # Errors
 /// As of [`super::plan`].
 pub fn tools_plan() -> Result<Vec<String>> {
     let folder = cache_folder()?.join("testbed/bin");
     let mut lines = Vec::new();
-    for module in [&PROMTOOL, &HELM, &GRAFANA] {
+    for module in TOOLS {
         if !module.is_built(&folder)? {
             go()?;
             lines.push(format!("build with Go: {} (about {} min)", module.binaries[0].0, module.minutes));

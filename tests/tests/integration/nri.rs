@@ -18,8 +18,9 @@ use weir_tests::{
 
 use super::{DEADLINE, Scene, enrolment::check_first_calls, monitoring::Monitored, shown};
 
-/// Pods that start at a time.
-const PODS: usize = 30;
+/// Pods that start one after the other, and with `WEIR_TEST_LONG`.
+const PODS: usize = 10;
+const PODS_LONG: usize = 30;
 /// … and after an upgrade, which is only about the connection to the runtime.
 const PODS_AFTER_UPGRADE: usize = 5;
 /// A call. With a flag for its patience kubectl would not look for the cluster that it runs in.
@@ -198,16 +199,17 @@ fn a_first_call_is_intercepted_although_the_watch_stands_still() {
     let (mut agent, monitored) = Monitored::start_with(&scene, configuration);
     wait_until_asked(&monitored, &agent);
 
+    let count = if std::env::var_os("WEIR_TEST_LONG").is_some() { PODS_LONG } else { PODS };
     let before = Starts::of(&monitored);
-    check_first_calls(&scene, &agent, "it-asked", "first", PODS);
+    check_first_calls(&scene, &agent, "it-asked", "first", count);
     let with_watch = Starts::of(&monitored);
-    println!("{}", with_watch.since(&before).check("with a watch", PODS, &agent));
+    println!("{}", with_watch.since(&before).check("with a watch", count, &agent));
 
     relay.hold();
-    check_first_calls(&scene, &agent, "it-asked", "held", PODS);
+    check_first_calls(&scene, &agent, "it-asked", "held", count);
     let without = Starts::of(&monitored).since(&with_watch);
-    println!("{}", without.check("with a watch that stands still", PODS, &agent));
-    let pods = PODS.to_string().parse::<f64>().unwrap();
+    println!("{}", without.check("with a watch that stands still", count, &agent));
+    let pods = count.to_string().parse::<f64>().unwrap();
     assert!(without.looked_up >= pods, "the watch did not stand still: {} looked up", without.looked_up);
 
     // A successor is asked in its turn; it watches anew.
