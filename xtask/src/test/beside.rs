@@ -120,3 +120,57 @@ fn run(suite: Suite, turn: &Mutex<Turn>) -> Result<Used> {
     }
     Ok((suite.name, suite.budget, started.elapsed()))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, path::Path};
+
+    use super::*;
+
+    fn suite(name: &'static str, script: &str) -> Suite {
+        let mut command = Command::new("sh");
+        command.args(["-c", script]);
+        Suite { name, budget: Duration::ZERO, command }
+    }
+
+    #[test]
+    fn each_runs_in_its_turn_and_the_first_that_fails_ends_them() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = |name: &str| folder.path().join(name);
+        let make = |name: &str| format!("touch {}", file(name).display());
+        let suites =
+            vec![suite("first", &make("first")), suite("second", "false"), suite("third", &make("third"))];
+        let said = format!("{:#}", Beside::start(suites).unwrap().wait().unwrap_err());
+        assert!(said.starts_with("second: ") && said.contains("exit status: 1"), "{said}");
+        assert!(file("first").exists() && !file("third").exists());
+        let mut all_well = Beside::start(vec![suite("first", "true"), suite("second", "true")]).unwrap();
+        let names: Vec<_> = all_well.wait().unwrap().iter().map(|(name, ..)| *name).collect();
+        assert_eq!(names, ["first", "second"]);
+    }
+
+    #[test]
+    fn what_runs_when_the_run_is_over_is_ended_with_all_that_it_started() {
+        let folder = tempfile::tempdir().unwrap();
+        let pid = folder.path().join("pid");
+        // Whoever is told to end may clean up.
+        let cleaned = folder.path().join("cleaned");
+        let script = format!(
+            "trap 'touch {}; exit 1' TERM; tail -f /dev/null & echo $! > {}; wait",
+            cleaned.display(),
+            pid.display()
+        );
+        let beside = Beside::start(vec![suite("endless", &script), suite("next", "false")]).unwrap();
+        let read = || fs::read_to_string(&pid).unwrap_or_default();
+        wait_until("the suite to begin", GRACE, || Ok(read().ends_with('\n').then_some(()))).unwrap();
+        drop(beside);
+        assert!(cleaned.exists());
+        let process = Path::new("/proc").join(read().trim());
+        let state = || fs::read_to_string(process.join("stat")).unwrap_or_default();
+        // Its parent is gone; who is left to wait for it does so in its own time.
+        wait_until("its process to end", GRACE, || {
+            let state = state();
+            Ok((state.is_empty() || state.contains(") Z ")).then_some(()))
+        })
+        .unwrap();
+    }
+}
