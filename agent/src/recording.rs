@@ -31,6 +31,7 @@ pub(crate) mod fixture;
 #[cfg(test)]
 mod flood_tests;
 mod frames;
+mod gaps;
 mod gzip;
 mod held;
 mod jobs;
@@ -65,6 +66,7 @@ mod split;
 #[cfg(test)]
 mod tests;
 mod throttle;
+mod tuning;
 mod upgraded;
 #[cfg(test)]
 mod upgraded_tests;
@@ -95,7 +97,7 @@ use self::{
     encryption::Encryption,
     entry::{Append, Ids, Origin},
     epoch::Epoch,
-    journal::{Journal, Tuning},
+    journal::Journal,
     key_store::{KeyFolder, KeyStore},
     mask::Masker,
     measures::Measures,
@@ -103,6 +105,7 @@ use self::{
     session::Sessions,
     share::Shares,
     throttle::Throttle,
+    tuning::Tuning,
     worker::Workers,
     writer::Status,
 };
@@ -110,7 +113,6 @@ pub(crate) use self::{durable::has_ended, epoch::CHECKPOINT_FILE};
 pub use self::{
     durable::{Durable, DurablePosition},
     error::RecordingError,
-    journal::IDLE_CHECKPOINT_INTERVAL,
     key_store::KeyService,
     masks::{ENVIRONMENT, FieldMask, MASK_BYTES_MAX, MASKS_MAX, MaskError, MaskRules, Masks},
     measures::{BEHIND_BOUNDS, Measured, SYNC_BOUNDS},
@@ -118,6 +120,7 @@ pub use self::{
     queue::COMMIT_BEHIND_MS,
     request::{Committed, RequestRecord},
     share::PodQuota,
+    tuning::IDLE_CHECKPOINT_INTERVAL,
 };
 use crate::{
     recipients,

@@ -13,6 +13,7 @@ use super::{
     entry::{Entry, Origin, unix_us},
     epoch::Epoch,
     error::RecordingError,
+    gaps,
 };
 
 /// See the module.
@@ -23,6 +24,8 @@ pub(super) struct Draft {
     pub(super) tree: Tree,
     /// The last checkpoint in it.
     pub(super) signed: Option<String>,
+    /// Gap records in it.
+    pub(super) gaps: gaps::Counts,
     commit: u64,
     /// That of the event before: the next one's is written over it, and takes no memory of its own.
     envelope: Envelope,
@@ -35,7 +38,8 @@ impl Draft {
     /// An empty one, behind that many events.
     pub(super) fn begin(mut frames: Vec<u8>, sequence: u64, tree: Tree, commit: u64) -> Self {
         frames.clear();
-        Self { frames, sequence, tree, signed: None, commit, envelope: Envelope::default() }
+        let (signed, gaps, envelope) = (None, gaps::Counts::default(), Envelope::default());
+        Self { frames, sequence, tree, signed, gaps, commit, envelope }
     }
 
     /// Adds an event.
@@ -60,6 +64,7 @@ impl Draft {
             .map_err(|_| RecordingError::TooLong { bytes: entry.bytes() })?;
         self.tree.push(leaf);
         self.sequence += 1;
+        entry.gap.into_iter().for_each(|kind| self.gaps[kind] += 1);
         Ok(())
     }
 

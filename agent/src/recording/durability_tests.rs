@@ -78,6 +78,7 @@ async fn a_full_journal_refuses_says_so_and_goes_on_when_there_is_room() {
     let disk = Arc::new(TestDisk::default());
     let options = RecorderOptions { journal_bytes_max: 4 << 20, ..options(directory.path()) };
     let recorder = on(&disk, options).unwrap();
+    assert_eq!(recorder.measured().reserve, 64 << 10);
     let large = format!("{{\"a\":\"{}\"}}", "x".repeat(200_000));
     let mut accepted = 0;
     let error = loop {
@@ -100,10 +101,14 @@ async fn a_full_journal_refuses_says_so_and_goes_on_when_there_is_room() {
     let (events, covered) = read_some(recorder.folder());
     assert_eq!(covered, events.len() as u64);
     assert!(matches!(&events.last().unwrap().kind, Kind::Gap { reason, .. } if reason.contains("is full")));
+    let gaps = |kind| recorder.measured().gaps.into_iter().find(|(name, _)| *name == kind).unwrap().1;
+    assert_eq!((gaps("stopped"), gaps("not_written"), gaps("other")), (1, 0, 0));
 
     std::fs::remove_file(old.join("0.seg")).unwrap();
     post(&recorder, "{}").await.unwrap().close(Outcome::Complete, None);
     assert!(recorder.failure().is_none());
+    assert_eq!((gaps("stopped"), gaps("not_written"), gaps("other")), (1, 1, 0));
+    assert_eq!(recorder.measured().reserve, 64 << 10);
     recorder.stop("test").await.unwrap();
     let events = read(recorder.folder());
     let lost: u64 = events
@@ -132,10 +137,12 @@ async fn a_failed_write_poisons_the_segment_and_the_next_one_goes_on_without_a_h
         disk.fail(Some(kind));
         let error = post(&recorder, "{}").await.unwrap_err();
         assert!(error.to_string().contains(wanted), "{error}");
+        assert_eq!(recorder.measured().reserve, 0);
         let read_attributes = attributes("get", "pods", "");
         assert!(open(&recorder, Method::GET, &read_attributes, &HeaderMap::new(), None).await.is_err());
         disk.fail(None);
         post(&recorder, "{}").await.unwrap().close(Outcome::Complete, None);
+        assert_eq!(recorder.measured().reserve, 64 << 10);
         recorder.stop("test").await.unwrap();
         let events = read(recorder.folder());
         assert!(names(&events).contains(&"gap"), "{:?}", names(&events));

@@ -19,6 +19,7 @@ use weir_common::{
 use super::{
     encryption::{Encryption, SessionKey, SessionKeys},
     error::RecordingError,
+    gaps,
     share::Share,
 };
 
@@ -69,6 +70,8 @@ pub(super) struct Entry {
     key: Option<Arc<SessionKey>>,
     /// Whether there is content in it.
     is_content: bool,
+    /// Which kind of gap record it is, if it is one.
+    pub(super) gap: Option<usize>,
     /// Its JSON, with 0 for the number.
     json: Vec<u8>,
 }
@@ -90,6 +93,7 @@ impl Origin {
         kind: Kind,
     ) -> Result<Entry, RecordingError> {
         let (name, time_unix_us, is_content) = (kind.name(), unix_us(), matches!(kind, Kind::Content(_)));
+        let gap = gaps::kind(&kind);
         let (kind, key) = match &self.encryption {
             Some(encryption) => encryption.protect(ids, kind)?,
             None => (kind, None),
@@ -111,7 +115,7 @@ impl Origin {
         if !json.starts_with(UNNUMBERED) || json.len() + NUMBER_BYTES_MAX > VALUE_BYTES_MAX {
             return Err(RecordingError::TooLong { bytes: json.len() });
         }
-        Ok(Entry { kafka_key: ids.session.to_owned(), name, time_unix_us, key, is_content, json })
+        Ok(Entry { kafka_key: ids.session.to_owned(), name, time_unix_us, key, is_content, gap, json })
     }
 }
 
@@ -190,7 +194,15 @@ impl Entry {
     #[cfg(test)]
     pub(super) fn of_length(bytes: usize) -> Self {
         let (name, json) = ("gap", vec![0; UNNUMBERED.len() + bytes]);
-        Self { kafka_key: String::new(), name, time_unix_us: 0, key: None, is_content: false, json }
+        Self {
+            kafka_key: String::new(),
+            name,
+            time_unix_us: 0,
+            key: None,
+            is_content: false,
+            gap: None,
+            json,
+        }
     }
 
     /// The same, as if it were content that `key` encrypted.

@@ -23,7 +23,7 @@ use weir_common::{
 
 use super::{
     CommitRules, PodQuota, Recorder, RecorderOptions, RecordingError, RequestHead, RequestRecord, Unmasked,
-    journal::Tuning,
+    tuning::Tuning,
 };
 use crate::{
     recipients::RECIPIENT,

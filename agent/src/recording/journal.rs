@@ -22,21 +22,12 @@ use super::{
     error::RecordingError,
     measures::Measures,
     segment::{self, OpenSegment},
+    tuning::Tuning,
 };
 use crate::storage::{self, Storage};
 
 /// A checkpoint is signed at least after this time, if there are events since the last one.
 const CHECKPOINT_INTERVAL: Duration = Duration::from_secs(10);
-
-/// While nothing is recorded, a checkpoint that says so is signed this often, unless it is configured: whoever holds one knows that until then there
-/// was nothing more.
-pub const IDLE_CHECKPOINT_INTERVAL: Duration = Duration::from_secs(60);
-
-/// A checkpoint is signed at least after this many events.
-const CHECKPOINT_EVENTS: u64 = 4096;
-
-/// While recording is not possible, it is tried again at most this often.
-const RETRY_INTERVAL: Duration = Duration::from_millis(250);
 
 /// The same without a group.
 const RECOVERY_INTERVAL: Duration = Duration::from_secs(1);
@@ -50,33 +41,6 @@ const SEGMENTS_MIN: u64 = 4;
 /// Segments with which epochs begin may take this part beyond the journal's limit: an agent that starts in a full journal publishes
 /// what makes room.
 const STARTS_PARTS: u64 = 64;
-
-/// What tests set otherwise.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Tuning {
-    /// Time between attempts to go on after a failure.
-    pub(super) retry_interval: Duration,
-    /// Size of the first segment.
-    pub(super) segment_bytes_first: u64,
-    /// Size that segments grow to.
-    pub(super) segment_bytes_max: u64,
-    /// A checkpoint is signed at least after this many events.
-    pub(super) checkpoint_events: u64,
-    /// Time between checkpoints while nothing is recorded.
-    pub(super) idle_interval: Duration,
-}
-
-impl Default for Tuning {
-    fn default() -> Self {
-        Self {
-            retry_interval: RETRY_INTERVAL,
-            segment_bytes_first: segment::SEGMENT_BYTES_FIRST,
-            segment_bytes_max: segment::SEGMENT_BYTES_MAX,
-            checkpoint_events: CHECKPOINT_EVENTS,
-            idle_interval: IDLE_CHECKPOINT_INTERVAL,
-        }
-    }
-}
 
 /// See the module.
 #[derive(Debug)]
@@ -361,7 +325,8 @@ impl Journal {
         let Some(segment) = &mut self.segment else { return Err(RecordingError::Closed) };
         let committed = segment.commit(&draft.frames);
         if let Ok(sync) = &committed {
-            self.measures.written(draft.sequence - self.sequence, draft.frames.len() as u64, *sync);
+            let (events, bytes) = (draft.sequence - self.sequence, draft.frames.len() as u64);
+            self.measures.written(events, bytes, &draft.gaps, *sync);
         }
         self.frames = draft.frames;
         if let Err(error) = committed {
@@ -369,6 +334,7 @@ impl Journal {
             // Never written to again. Cutting off the failed write may fail as well: readers then see that the
             // next segment has its numbers again.
             let _ = self.segment.take().map(OpenSegment::finish);
+            self.publish_durable();
             // Whatever reached the disk bears this commit's number.
             self.commit += 1;
             return Err(error);
@@ -425,6 +391,7 @@ impl Journal {
             // Whether its header is on disk, nobody knows. If it is, it says that these numbers are its own, and whoever
             // reads passes over the same ones in the segment before: so nothing more is written to that, no last words either.
             let _ = self.segment.take().map(OpenSegment::finish);
+            self.publish_durable();
             storage::remove(self.storage.as_ref(), &path);
             RecordingError::storage(&path, error)
         })?;
@@ -450,6 +417,7 @@ impl Journal {
     }
 
     fn publish_durable(&self) {
+        self.measures.set_reserve(self.segment.as_ref().map_or(0, OpenSegment::reserve));
         if let Some(segment) = &self.segment {
             self.durable.publish(segment.durable());
         }

@@ -20,7 +20,8 @@ use super::{
     encryption::SessionKey,
     entry::{Append, Entry, Ids, Origin, unix_us},
     epoch::{self, Epoch},
-    journal::{Journal, Tuning},
+    journal::Journal,
+    tuning::Tuning,
 };
 use crate::{
     recipients::RECIPIENT,

@@ -9,6 +9,8 @@ use std::{
     time::Duration,
 };
 
+use super::gaps;
+
 /// Upper bounds of the classes that the durations of fdatasync are counted in; longer ones are in a last class.
 pub const SYNC_BOUNDS: [Duration; 12] = [
     Duration::from_micros(100),
@@ -95,6 +97,7 @@ pub(super) struct Measures {
     bytes: AtomicU64,
     lost: AtomicU64,
     failed: AtomicU64,
+    gaps: [AtomicU64; gaps::KINDS.len()],
     syncs: Classes<{ SYNC_BOUNDS.len() + 1 }>,
     behind: Classes<{ BEHIND_BOUNDS.len() + 1 }>,
     connections_refused: AtomicU64,
@@ -102,6 +105,8 @@ pub(super) struct Measures {
     used: AtomicU64,
     /// Bytes of the next segment.
     next: AtomicU64,
+    /// Bytes of the open segment that only last words may take.
+    reserve: AtomicU64,
     /// Findings are rare, and their names are literals of this program: a handful.
     findings: Mutex<BTreeMap<String, u64>>,
 }
@@ -117,6 +122,8 @@ pub struct Measured {
     pub lost: u64,
     /// How often a segment did not take a group.
     pub failed: u64,
+    /// Gap records by kind.
+    pub gaps: Vec<(&'static str, u64)>,
     /// How many fdatasync took up to each of [`SYNC_BOUNDS`] (and longer than the one before), and longer than all.
     pub syncs: [u64; SYNC_BOUNDS.len() + 1],
     /// How long they took together.
@@ -133,6 +140,8 @@ pub struct Measured {
     pub backlog_bytes: usize,
     /// Bytes of all segments (preallocated space included) and wrapped keys of the journal, and the most that they may be.
     pub used: (u64, u64),
+    /// Bytes that are allocated for the words that recording stopped.
+    pub reserve: u64,
     /// For how long requests may still go on without waiting for their records; none: they may not.
     pub emergency: Option<Duration>,
     /// Requests that did.
@@ -150,21 +159,26 @@ impl Default for Measures {
             bytes: AtomicU64::default(),
             lost: AtomicU64::default(),
             failed: AtomicU64::default(),
+            gaps: std::array::from_fn(|_| AtomicU64::default()),
             syncs: Classes::default(),
             behind: Classes::default(),
             connections_refused: AtomicU64::default(),
             used: AtomicU64::default(),
             next: AtomicU64::default(),
+            reserve: AtomicU64::default(),
             findings: Mutex::new(FINDINGS.iter().map(|name| ((*name).to_owned(), 0)).collect()),
         }
     }
 }
 
 impl Measures {
-    /// A group is on disk.
-    pub(super) fn written(&self, events: u64, bytes: u64, sync: Duration) {
+    /// A group is on disk, with so many gap records of each kind.
+    pub(super) fn written(&self, events: u64, bytes: u64, gaps: &gaps::Counts, sync: Duration) {
         self.events.fetch_add(events, Ordering::Relaxed);
         self.bytes.fetch_add(bytes, Ordering::Relaxed);
+        for (counter, gaps) in self.gaps.iter().zip(gaps).filter(|(_, gaps)| **gaps > 0) {
+            counter.fetch_add(*gaps, Ordering::Relaxed);
+        }
         self.syncs.count(&SYNC_BOUNDS, sync);
     }
 
@@ -203,6 +217,10 @@ impl Measures {
         self.next.store(bytes, Ordering::Relaxed);
     }
 
+    pub(super) fn set_reserve(&self, bytes: u64) {
+        self.reserve.store(bytes, Ordering::Relaxed);
+    }
+
     pub(super) fn next(&self) -> u64 {
         self.next.load(Ordering::Relaxed)
     }
@@ -228,6 +246,7 @@ impl Measures {
             bytes: read(&self.bytes),
             lost: read(&self.lost),
             failed: read(&self.failed),
+            gaps: gaps::KINDS.into_iter().zip(self.gaps.iter().map(read)).collect(),
             syncs,
             sync_time,
             behind,
@@ -236,6 +255,7 @@ impl Measures {
             findings: self.findings.lock().unwrap_or_else(PoisonError::into_inner).clone(),
             backlog_bytes,
             used: (read(&self.used), 0),
+            reserve: read(&self.reserve),
             emergency: None,
             emergency_requests: 0,
             async_mutations: false,
@@ -254,7 +274,7 @@ mod tests {
     fn each_sync_is_counted_in_the_class_that_it_fits() {
         let measures = Measures::default();
         for micros in [1, 100, 101, 2_000_000] {
-            measures.written(2, 10, Duration::from_micros(micros));
+            measures.written(2, 10, &Default::default(), Duration::from_micros(micros));
         }
         let read = measures.read(0, None);
         assert_eq!((read.syncs[0], read.syncs[1], read.syncs[SYNC_BOUNDS.len()]), (2, 1, 1));

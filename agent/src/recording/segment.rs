@@ -74,6 +74,11 @@ impl OpenSegment {
         self.bytes.saturating_sub(self.offset + reserve)
     }
 
+    /// Bytes that only last words may take.
+    pub(super) fn reserve(&self) -> u64 {
+        self.room(true).min(SEGMENT_RESERVE_BYTES)
+    }
+
     /// Writes frames durably; returns how long it took to make them so.
     pub(super) fn commit(&mut self, frames: &[u8]) -> io::Result<Duration> {
         debug_assert!(frames.len() as u64 <= self.room(true));

@@ -1,6 +1,8 @@
 //! The metrics of what recording depends on, and of what weakens it.
 
-use std::time::Duration;
+use std::{path::Path, time::Duration};
+
+use nix::sys::statvfs::statvfs;
 
 use super::{
     Telemetry,
@@ -41,9 +43,29 @@ static BEHIND: Family = Family {
     help: "How long the oldest event that no request waits for had waited when it was on disk, once a group: at most 50 ms and a sync, if the disk keeps up.",
 };
 
+static FREE: Family = Family {
+    name: "weir_journal_filesystem_free",
+    unit: Some("bytes"),
+    kind: Kind::Gauge,
+    labels: &[],
+    help: "Bytes that are free on the journal's file system, without what it keeps for root: when there are none, requests are refused whatever journal.bytesMax is.",
+};
+static RESERVE: Family = Family {
+    name: "weir_journal_reserve",
+    unit: Some("bytes"),
+    kind: Kind::Gauge,
+    labels: &[],
+    help: "Bytes that are allocated already, on a full disk, too, for the words that recording stopped and why: 65536, less when such words took of them, 0 while no segment is open.",
+};
+static GAPS: Family = counter(
+    "weir_journal_gaps",
+    &["kind"],
+    "Gap records that are on disk: recording that stopped (stopped), events that could not be written (not_written) or not be read again (damaged), bodies left out since the journal, Kafka or a key was behind (bodies_left_out), what a rule leaves out or masks (by_rule), what cannot be masked (withheld), what came too fast, too long or broken (cut), streams that are recorded raw (not_decoded), floods (summed_up), a defect of the recorder (defect), others (other).",
+);
+
 /// All of them.
 #[cfg(test)]
-pub(super) static ALL: [&Family; 5] = [&USED, &LIMIT, &RELAXED, &EMERGENCY, &BEHIND];
+pub(super) static ALL: [&Family; 8] = [&USED, &LIMIT, &FREE, &RESERVE, &GAPS, &RELAXED, &EMERGENCY, &BEHIND];
 
 /// A histogram; what is longer than all bounds is in the last class.
 pub(super) fn durations(bounds: &[Duration], counts: &[u64], sum: Duration) -> Vec<Sample> {
@@ -51,6 +73,12 @@ pub(super) fn durations(bounds: &[Duration], counts: &[u64], sum: Duration) -> V
     let classes = bounds.zip(counts.iter().copied()).collect();
     let value = Value::Classes { sum: sum.as_secs_f64(), count: counts.iter().sum(), classes };
     vec![Sample { labels: Vec::new(), value }]
+}
+
+/// None, where the file system does not say.
+fn free(folder: &Path) -> Option<Sample> {
+    let told = statvfs(folder).ok()?;
+    Some(labelled([], told.blocks_available().saturating_mul(told.fragment_size())))
 }
 
 /// Reads them.
@@ -62,8 +90,11 @@ pub(super) fn gather(telemetry: &Telemetry, out: &mut Gathered) {
     out.extend([
         (&USED, vec![labelled([], used)]),
         (&LIMIT, vec![labelled([], limit)]),
+        (&FREE, free(telemetry.recorder.folder()).into_iter().collect()),
+        (&RESERVE, vec![labelled([], measured.reserve)]),
+        (&GAPS, measured.gaps.into_iter().map(|(kind, count)| labelled([kind], count)).collect()),
         (&RELAXED, relaxed.map(|(what, is_so)| labelled([what], u64::from(is_so))).into()),
         (&EMERGENCY, vec![labelled([], measured.emergency_requests)]),
         (&BEHIND, durations(&BEHIND_BOUNDS, &measured.behind, measured.behind_time)),
-    ] as [(&'static Family, Vec<Sample>); 5]);
+    ] as [(&'static Family, Vec<Sample>); 8]);
 }

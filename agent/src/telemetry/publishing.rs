@@ -21,7 +21,7 @@ static ERRORS: Family = counter(
 static RESENT: Family = counter(
     "weir_kafka_messages_resent",
     &[],
-    "Messages that were on their way when a client of Kafka was given up; they are sent again.",
+    "Messages that were on their way when a client of Kafka was given up; they are sent again. What a client sends again by itself it does not tell: that shows as delivery that takes longer.",
 );
 static DELIVERY: Family = Family {
     name: "weir_kafka_delivery_duration",
