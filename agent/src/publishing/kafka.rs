@@ -368,7 +368,10 @@ impl Sink for Producer {
 mod tests {
     use std::{
         collections::{BTreeMap, BTreeSet},
-        sync::Arc,
+        sync::{
+            Arc,
+            atomic::{AtomicU32, Ordering},
+        },
         time::{Duration, Instant},
     };
 
@@ -386,7 +389,7 @@ mod tests {
         segment::SEGMENT_HEADER_BYTES,
     };
 
-    use super::{Kafka, Outcome, Producer, Producers, Sink as _};
+    use super::{Failure, Kafka, MakeSink, Outcome, Producer, Producers, Sink};
     use crate::publishing::{
         fixture::{Log, Run},
         sink::Taken,
@@ -460,6 +463,16 @@ mod tests {
             messages.push((message.partition(), key, received.kind));
         }
         messages
+    }
+
+    /// Makes producers, and counts them.
+    struct Counted(Producers, Arc<AtomicU32>);
+
+    impl MakeSink for Counted {
+        fn make(&mut self) -> Result<Box<dyn Sink>, Failure> {
+            self.1.fetch_add(1, Ordering::Relaxed);
+            self.0.make()
+        }
     }
 
     /// Publishes until everything is acknowledged.
@@ -577,8 +590,11 @@ mod tests {
         let cluster = cluster();
         let mut log = Log::new();
         log.events(5);
-        let mut run = Run::with(&log, Box::new(Producers::new(kafka(&cluster))));
+        let made = Arc::new(AtomicU32::default());
+        let producers = Counted(Producers::new(kafka(&cluster)), Arc::clone(&made));
+        let mut run = Run::with(&log, Box::new(producers));
         publish_all(&mut run);
+        assert_eq!(made.load(Ordering::Relaxed), 1);
         cluster.request_errors(
             RDKafkaApiKey::Produce,
             &[RDKafkaRespErr::RD_KAFKA_RESP_ERR_OUT_OF_ORDER_SEQUENCE_NUMBER],
@@ -586,6 +602,10 @@ mod tests {
         log.events(5);
         run.durable.publish(log.durable());
         publish_all(&mut run);
+        // It did not mend by itself.
+        assert_eq!(made.load(Ordering::Relaxed), 2);
+        assert!(run.published().errors.contains(&("fatal", 1)), "{:?}", run.published());
+        assert!(run.published().resent > 0);
         // What had arrived without an answer arrives once more, so their number does not say that all are there.
         let all: BTreeSet<_> = (0..10).map(|sequence| Kind::Event { sequence }).collect();
         let messages = consume_until(&cluster, |messages| {
