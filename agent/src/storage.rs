@@ -18,6 +18,8 @@ mod outage_tests;
 #[cfg(test)]
 mod power_tests;
 #[cfg(test)]
+mod stages;
+#[cfg(test)]
 mod world;
 
 use std::{

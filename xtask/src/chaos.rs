@@ -15,12 +15,16 @@ use clap::Args;
 
 use crate::test;
 
-/// Tests whose cases come from a seed, and the operations that fail one after the other.
-const TESTS: [&str; 4] = [
+/// Tests whose cases come from a seed, the operations that fail one after the other, and disks and a Kafka that are away for long: those
+/// have no seed, and another order of threads each time.
+const TESTS: [&str; 7] = [
     "storage::power_tests",
     "storage::operation_tests",
     "storage::kill_tests",
+    "storage::outage_tests",
     "publishing::publisher_tests",
+    "recording::durability_tests",
+    "recording::flood_tests",
 ];
 /// Those of real brokers and disks, and of a clock that is set.
 const NODE_TESTS: [&str; 5] =
@@ -48,11 +52,17 @@ struct Account {
 }
 
 /// What tests print: the words before a number, and those after it by which it is counted.
-const COUNTED: [(&str, &str); 6] = [
+const COUNTED: [(&str, &str); 12] = [
     ("power loss: ", "scenarios of power loss"),
     ("power cuts: ", "power cuts and kills in them"),
     ("operations: ", "scenarios in which an operation fails"),
     ("kills: ", "agents killed (SIGKILL)"),
+    ("a group was appended: ", "of them while a group was appended"),
+    ("a segment made or cut: ", "of them while a segment was made or cut"),
+    ("the cursor written: ", "of them while the cursor was written"),
+    ("published segments removed: ", "of them while published segments were removed"),
+    ("an agent recovered: ", "of them while an agent recovered"),
+    ("Kafka away for ", "events while Kafka was away"),
     ("durable: ", "events that those had called durable, none lost"),
     ("once more: ", "of their messages that came once more"),
 ];

@@ -21,7 +21,7 @@ use super::{
     publisher::{Publisher, Settings},
     sink::{Failure, MakeSink, Outcome, Sink, Taken, Ticket},
 };
-use crate::{recording::Recorder, storage::FileSystem};
+use crate::{recording::Recorder, storage::Storage};
 
 /// Says something to whoever started this process; a line that does not end so was cut.
 pub(crate) fn say(words: &str) {
@@ -89,12 +89,12 @@ impl MakeSink for Pipes {
     }
 }
 
-/// Publishes what `recorder` writes to `journal`, and what agents before it have left there; what was acknowledged goes
+/// Publishes what `recorder` writes to `journal` on this storage, and what agents before it have left there; what was acknowledged goes
 /// without a window. Ends when standard input does.
-pub(crate) fn publish(recorder: &Recorder, journal: &Path, own: Uuid) {
+pub(crate) fn publish(storage: Arc<dyn Storage>, recorder: &Recorder, journal: &Path, own: Uuid) {
     let acknowledged = Arc::new(Acknowledged::default());
     let settings = Settings {
-        storage: Arc::new(FileSystem),
+        storage,
         journal: journal.to_owned(),
         own,
         topic: "weir".into(),

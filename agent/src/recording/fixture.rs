@@ -219,13 +219,13 @@ const TUNING: Tuning = Tuning {
     idle_interval: Duration::from_secs(3600),
 };
 
-/// The real one, with segments as small as may be; content is encrypted.
-pub(crate) fn start_small(directory: &Path) -> Recorder {
+/// On a real disk, with segments as small as may be; content is encrypted.
+pub(crate) fn start_small(storage: Arc<dyn Storage>, directory: &Path) -> Recorder {
     let recipient = directory.with_extension("pem");
     std::fs::write(&recipient, RECIPIENT).unwrap();
     let tuning = Tuning { retry_interval: Duration::from_millis(250), ..super::ledger::TUNING };
     let options = RecorderOptions { recipient_files: vec![recipient], ..options(directory) };
-    Recorder::start_on(Arc::new(FileSystem), options, tuning).unwrap()
+    Recorder::start_on(storage, options, tuning).unwrap()
 }
 
 /// On a disk, with a checkpoint as often as can be while nothing is recorded.

@@ -1,12 +1,19 @@
 //! Agents that are killed (SIGKILL) at random: the real recorder and publisher in a process of their own, real files, small
 //! segments. Who kills keeps account of what the agent said is durable, and is the Kafka that it publishes to.
+//!
+//! What an agent is at takes it a thousandth of its time, or most: a third of the kills wait for one of [`Stage::ALL`], the others for
+//! nothing. Which stages were under way when a kill came is counted, whatever it waited for.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    fs::File,
     io::{BufRead as _, BufReader, Write as _},
-    path::Path,
+    path::{Path, PathBuf},
     process::{Child, ChildStdin, Command, Stdio},
-    sync::mpsc::{Receiver, RecvTimeoutError, channel},
+    sync::{
+        Arc,
+        mpsc::{Receiver, RecvTimeoutError, channel},
+    },
     time::{Duration, Instant},
 };
 
@@ -20,8 +27,9 @@ use weir_common::{
 };
 
 use super::{
-    FileSystem,
+    FileSystem, Storage,
     contents::{self, Reader},
+    stages::{self, Stage, Staged},
     world::Log,
 };
 use crate::{
@@ -43,6 +51,13 @@ const JOURNALS_LONG: u64 = 34;
 const VICTIM: &str = "WEIR_KILL_TEST_JOURNAL";
 /// And the first number that it writes.
 const FIRST: &str = "WEIR_KILL_TEST_FIRST";
+
+/// And the file that says at which stages it is.
+const STAGES: &str = "WEIR_KILL_TEST_STAGES";
+
+/// How often it is looked whether the stage has come that a kill waits for, and how long it is waited for.
+const LOOK: Duration = Duration::from_micros(100);
+const STAGE_WAIT_MAX: Duration = Duration::from_millis(300);
 
 /// Requests of a user, whose session has a key: then another one comes.
 const REQUESTS_OF_USER: u64 = 40;
@@ -78,8 +93,10 @@ fn number_of_content(said: &str) -> Option<u64> {
 /// The process that is killed: three threads write, every other time a request with content that is encrypted; a fourth publishes.
 fn victim(journal: &Path) {
     let first: u64 = std::env::var(FIRST).unwrap().parse().unwrap();
+    let notes = stages::notes(Path::new(&std::env::var_os(STAGES).unwrap()));
+    let storage: Arc<dyn Storage> = Arc::new(Staged::new(notes));
     say("begins");
-    let recorder = start_small(journal);
+    let recorder = start_small(Arc::clone(&storage), journal);
     say("ready");
     for thread in 0..3 {
         let recorder = recorder.clone();
@@ -96,7 +113,7 @@ fn victim(journal: &Path) {
         });
     }
     let own = recorder.folder().file_name().unwrap().to_str().unwrap().parse().unwrap();
-    publish(&recorder, journal, own);
+    publish(storage, &recorder, journal, own);
     say("ended");
 }
 
@@ -112,9 +129,41 @@ struct Account {
     again: u64,
     /// Kills before the recorder was started, before the first event was durable, and after.
     kills: [u32; 3],
+    /// Kills while each of [`Stage::ALL`] was under way, and those before the recorder was started in a journal that had something.
+    stages: [u32; Stage::ALL.len()],
+    recovering: u32,
     removed: u64,
     /// Of what arrived, what had content.
     contents: u64,
+}
+
+/// Where the agents of a journal write down at which stages they are.
+fn stages_of(journal: &Path) -> PathBuf {
+    journal.with_extension("stages")
+}
+
+/// When an agent is killed.
+#[derive(Clone, Copy, Debug)]
+enum When {
+    /// So long after it began.
+    Begun(Duration),
+    /// So long after its recorder was ready.
+    Ready(Duration),
+    /// As soon after that as it is at this.
+    At(Stage),
+}
+
+impl When {
+    fn at_random(random: &mut StdRng) -> Self {
+        let milliseconds =
+            |random: &mut StdRng, most: f64| Duration::from_secs_f64(random.gen_range(0.0..most) / 1000.0);
+        match random.gen_range(0..9) {
+            // While it recovers.
+            0..3 => Self::Begun(milliseconds(random, 12.0)),
+            3..6 => Self::Ready(milliseconds(random, 250.0)),
+            _ => Self::At(Stage::ALL[random.gen_range(0..Stage::ALL.len())]),
+        }
+    }
 }
 
 struct Victim {
@@ -130,6 +179,7 @@ impl Victim {
             .args(["--exact", name, "--nocapture", "--test-threads=1"])
             .env(VICTIM, journal)
             .env(FIRST, first.to_string())
+            .env(STAGES, stages_of(journal))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
@@ -173,6 +223,8 @@ impl Account {
             acknowledged: BTreeSet::new(),
             again: 0,
             kills: [0; 3],
+            stages: [0; Stage::ALL.len()],
+            recovering: 0,
             removed: 0,
             contents: 0,
         }
@@ -219,22 +271,41 @@ impl Account {
         }
     }
 
-    /// A life, killed so long after it began, or after its recorder was ready; some Kafkas do not answer.
-    fn live_and_die(&mut self, victim: &mut Victim, time: Duration, from_ready: bool, answers: bool) {
+    /// A life, killed then; some Kafkas do not answer.
+    fn live_and_die(&mut self, journal: &Path, victim: &mut Victim, when: When, answers: bool) {
+        let had_something = !self.held.is_empty();
         // What comes before is the loader's time, and of no interest.
-        let from = if from_ready { "ready" } else { "begins" };
+        let from = if matches!(when, When::Begun(_)) { "begins" } else { "ready" };
         while victim.says.recv_timeout(DEADLINE).unwrap() != from {}
-        let until = Instant::now() + time;
-        let mut came = usize::from(from_ready);
-        while let Ok(said) = victim.says.recv_timeout(until.saturating_duration_since(Instant::now())) {
-            came = came
-                .max(["ready", "held"].iter().position(|word| said.starts_with(word)).map_or(0, |n| n + 1));
-            // Before it is answered, so that what it takes for acknowledged is.
-            self.take(&said, answers.then_some(&mut *victim));
+        let mut came = usize::from(from == "ready");
+        let notes = File::open(stages_of(journal)).unwrap();
+        let (until, stage) = match when {
+            When::Begun(time) | When::Ready(time) => (Instant::now() + time, None),
+            When::At(stage) => (Instant::now() + STAGE_WAIT_MAX, Some(stage)),
+        };
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            if stage.is_some_and(|stage| stages::under_way(&notes).contains(&stage)) {
+                break;
+            }
+            let look = if stage.is_some() { left.min(LOOK) } else { left };
+            match victim.says.recv_timeout(look) {
+                Ok(said) => {
+                    came = came.max(
+                        ["ready", "held"].iter().position(|word| said.starts_with(word)).map_or(0, |n| n + 1),
+                    );
+                    // Before it is answered, so that what it takes for acknowledged is.
+                    self.take(&said, answers.then_some(&mut *victim));
+                }
+                Err(RecvTimeoutError::Timeout) if !left.is_zero() => {}
+                Err(_) => break,
+            }
         }
         victim.child.kill().unwrap();
         victim.child.wait().unwrap();
         self.kills[came] += 1;
+        self.recovering += u32::from(came == 0 && had_something);
+        stages::under_way(&notes).into_iter().for_each(|stage| self.stages[stage as usize] += 1);
         // What it said before it died counts; nobody answers any more.
         while let Ok(said) = victim.says.recv() {
             self.take(&said, None);
@@ -318,11 +389,27 @@ fn killed_agents_lose_nothing_that_they_called_durable() {
     }
     let journals = if std::env::var_os("WEIR_TEST_LONG").is_some() { JOURNALS_LONG } else { 1 };
     let seed = super::power_tests::seed();
-    (0..journals).for_each(|journal| kill(seed.wrapping_add(journal)));
+    let (mut stages, mut recovering) = ([0; Stage::ALL.len()], 0);
+    for journal in 0..journals {
+        let account = kill(seed.wrapping_add(journal));
+        stages.iter_mut().zip(account.stages).for_each(|(all, of_one)| *all += of_one);
+        recovering += account.recovering;
+    }
+    let [append, rotate, cursor, unlink] = stages;
+    println!(
+        "kills while a group was appended: {append} , a segment made or cut: {rotate} , the cursor written: {cursor} , published \
+         segments removed: {unlink} , an agent recovered: {recovering} ; of {}",
+        u64::from(KILLS) * journals
+    );
+    // In one journal of few kills a stage may be missed: which one is said.
+    assert!(
+        journals == 1 || stages.iter().all(|kills| *kills > 0) && recovering > 0,
+        "a stage was never hit"
+    );
 }
 
 /// Kills that come one after the other upon one journal.
-fn kill(seed: u64) {
+fn kill(seed: u64) -> Account {
     println!("kills: {KILLS} from WEIR_FUZZ_SEED={seed} on");
     let (mut random, mut account) = (StdRng::seed_from_u64(seed), Account::new());
     let folder = TempDir::new().unwrap();
@@ -330,11 +417,10 @@ fn kill(seed: u64) {
     let first = |life: u32| u64::from(life) * 1_000_000;
     for life in 0..KILLS {
         let mut victim = Victim::start(&journal, first(life));
-        // Some at once, while it recovers.
-        let from_ready = random.gen_bool(0.6);
-        let milliseconds = if from_ready { 250.0 } else { 12.0 };
-        let time = Duration::from_secs_f64(random.gen_range(0.0..milliseconds) / 1000.0);
-        account.live_and_die(&mut victim, time, from_ready, random.gen_bool(0.8));
+        let when = When::at_random(&mut random);
+        // Without a Kafka that answers these never come.
+        let waits_for_kafka = matches!(when, When::At(Stage::Cursor | Stage::Unlink));
+        account.live_and_die(&journal, &mut victim, when, random.gen_bool(0.8) || waits_for_kafka);
         account.check(&journal);
     }
     let mut last = Victim::start(&journal, first(KILLS));
@@ -351,4 +437,5 @@ fn kill(seed: u64) {
         account.removed
     );
     assert!(late > KILLS / 4 && account.removed > 0 && account.contents > 0, "{:?}", account.kills);
+    account
 }
