@@ -106,6 +106,27 @@ mod tests {
         assert_eq!((key_name("a b+c"), key_name("")), ("weir/a-b-c".into(), "weir/node".into()));
     }
 
+    /// As the kubelet lays a Secret out with `defaultMode: 0400`: names lead over a link to a folder that is replaced whole.
+    #[test]
+    fn a_mounted_secret_is_read_through_its_links_and_only_with_a_mode_that_is_for_the_agent_alone() {
+        let volume = TempDir::new().unwrap();
+        let data = volume.path().join("..2026_11_29_12_00_00.1");
+        fs::create_dir(&data).unwrap();
+        std::os::unix::fs::symlink(data.file_name().unwrap(), volume.path().join("..data")).unwrap();
+        let mounted = |name: &str, seed, mode| {
+            fs::write(data.join(name), pem(seed)).unwrap();
+            fs::set_permissions(data.join(name), Permissions::from_mode(mode)).unwrap();
+            let path = volume.path().join(name);
+            std::os::unix::fs::symlink(PathBuf::from("..data").join(name), &path).unwrap();
+            path
+        };
+        let files = [mounted("new.pem", 1, 0o400), mounted("old.pem", 2, 0o400)];
+        assert_eq!(signers("weir/node-1", &files).unwrap().len(), 2);
+        // The mode that a Secret has unless the pod says another; the link's own, which anybody may read, counts for nothing.
+        let error = signers("weir/node-1", &[mounted("bare.pem", 3, 0o644)]).unwrap_err().to_string();
+        assert!(error.contains("(mode 0644)") && error.contains("`defaultMode: 0400`"), "{error}");
+    }
+
     #[test]
     fn a_key_that_others_may_use_or_that_is_none_is_refused_with_the_mend_and_not_shown() {
         let folder = TempDir::new().unwrap();

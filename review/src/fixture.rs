@@ -33,7 +33,7 @@ pub(crate) struct Writer {
     commit: u64,
     index: u64,
     segment: Vec<u8>,
-    signer: NoteSigner,
+    signers: Vec<NoteSigner>,
     time_us: i64,
 }
 
@@ -51,7 +51,7 @@ impl Writer {
             commit: 0,
             index: 0,
             segment: Vec::new(),
-            signer: signer(seed),
+            signers: vec![signer(seed)],
             time_us: START_US,
         };
         writer.begin_segment();
@@ -68,6 +68,12 @@ impl Writer {
             node: NODE.into(),
         };
         self.segment = header.encode().unwrap().to_vec();
+    }
+
+    /// Signs with these keys from now on.
+    pub(crate) fn signed_by(&mut self, seeds: &[u8]) -> &mut Self {
+        self.signers = seeds.iter().map(|seed| signer(*seed)).collect();
+        self
     }
 
     /// Ends a group commit.
@@ -123,7 +129,7 @@ impl Writer {
     /// The checkpoint over what is written so far, signed.
     pub(crate) fn note(&self) -> String {
         let origin = format!("weir/{NODE}/{}", self.epoch);
-        Checkpoint::of(&origin, &self.tree, self.time_us).sign(std::slice::from_ref(&self.signer))
+        Checkpoint::of(&origin, &self.tree, self.time_us).sign(&self.signers)
     }
 
     pub(crate) fn checkpoint(&mut self) -> &mut Self {
@@ -144,7 +150,8 @@ impl Writer {
         bytes.resize(bytes.len() + unused, 0);
         fs::write(folder.join(SegmentHeader::file_name(self.index)), bytes).unwrap();
         fs::write(folder.join("checkpoint"), self.note()).unwrap();
-        fs::write(folder.join("node.pub"), format!("{}\n", self.signer.verifier())).unwrap();
+        let verifiers = self.signers.iter().map(|signer| format!("{}\n", signer.verifier()));
+        fs::write(folder.join("node.pub"), verifiers.collect::<String>()).unwrap();
     }
 
     /// Writes the segment and goes on with the next.

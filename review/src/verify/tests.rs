@@ -432,3 +432,41 @@ fn a_checkpoint_whose_envelope_has_another_time_is_damage() {
     writer.frame(FrameType::Checkpoint, &envelope, note.as_bytes()).save(directory.path(), 0);
     assert!(damage(&verified(directory.path())).contains("its envelope says other"));
 }
+
+#[test]
+fn while_keys_are_changed_each_run_verifies_by_a_key_that_signed_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let (old, new) = (directory.path().join("old.pub"), directory.path().join("new.pub"));
+    fs::write(&old, signer(7).verifier().to_string()).unwrap();
+    fs::write(&new, signer(8).verifier().to_string()).unwrap();
+    let journal = directory.path().join("journal");
+    let mut predecessor = None;
+    for (run, seeds) in [(1, &[7_u8][..]), (2, &[8, 7]), (3, &[8])] {
+        let mut writer = Writer::new(run, 7);
+        let started = Kind::AgentStarted { version: "0.1.0".into(), predecessor: predecessor.take() };
+        writer.signed_by(seeds).event("", "", "", started).checkpoint().commit();
+        writer.session(SESSION, "u").stopped().checkpoint().save(&journal, 0);
+        let root = hex::encode(writer.tree.root());
+        predecessor = Some(Predecessor { epoch: writer.epoch.to_string(), size: 3, root });
+    }
+    let whole = Journal::open(&journal).unwrap();
+    let by = |keys: &[std::path::PathBuf]| verify(&whole, &Options { keys, ..Options::default() }).unwrap();
+    let runs_of = |report: &Report| {
+        let is_proven = |epoch: &&super::EpochReport| epoch.covered == epoch.events;
+        report.epochs.iter().filter(is_proven).map(|epoch| epoch.epoch[35..].to_owned()).collect::<String>()
+    };
+    let both = by(&[old.clone(), new.clone()]);
+    assert!(both.is_sound(), "{both:#?}");
+    assert_eq!(runs_of(&both), "123");
+    // Who has one key alone has what it signed, and is told of each run that it did not sign.
+    for (key, proven, foreign) in [(&old, "12", 3_u128), (&new, "23", 1)] {
+        let report = by(std::slice::from_ref(key));
+        assert_eq!(runs_of(&report), proven, "{report:#?}");
+        let foreign = uuid::Uuid::from_u128(foreign).to_string();
+        assert_eq!(report.damage.number(), 3, "both checkpoints of its log, and the file: {report:#?}");
+        assert!(report.damage.listed.iter().all(|finding| finding.file.contains(&foreign)), "{report:#?}");
+        assert!(damage(&report).contains("has no signature by key"), "{}", damage(&report));
+    }
+    // Without any, what lies beside it: consistent, whoever wrote it.
+    assert!(verified(&journal).is_sound());
+}
