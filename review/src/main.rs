@@ -162,7 +162,7 @@ struct EventsArgs {
     #[arg(long, value_name = "WHERE", requires = "group", conflicts_with = "since", value_parser = ["earliest", "latest"])]
     offset: Option<String>,
     /// Only what was recorded at or after this: RFC 3339, or a length of time before now (30m, 2h, 1d12h). A group that was
-    /// somewhere goes on there, whatever the time.
+    /// somewhere goes on there, and passes over what is older.
     #[arg(long, value_name = "T", value_parser = moment)]
     since: Option<Moment>,
     /// Only what was recorded at or before this.
@@ -380,7 +380,8 @@ fn print_events(args: &EventsArgs, out: &mut dyn Write) -> anyhow::Result<()> {
             (None, _) => Begin::Earliest,
         };
         let mut group = args.from.join(group, begin)?;
-        return Ok(events::follow_group(&mut group, lines(args, out))?);
+        let lines = lines(args, out).between(args.since, None);
+        return Ok(events::follow_group(&mut group, lines)?);
     }
     let decrypts = !args.identity.is_empty() || args.kms.is_some();
     if args.follow && decrypts && matches!(args.from.address, Address::Topics(_)) {

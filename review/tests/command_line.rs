@@ -7,6 +7,7 @@
 mod tampered;
 
 use std::{
+    io::{BufRead as _, BufReader},
     path::Path,
     process::{Command, Output, Stdio},
     time::{Duration, Instant},
@@ -16,16 +17,24 @@ use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
-use rdkafka::mocking::MockCluster;
+use rdkafka::{
+    config::ClientConfig,
+    consumer::{BaseConsumer, CommitMode, Consumer as _},
+    message::{Header, OwnedHeaders},
+    mocking::MockCluster,
+    producer::{BaseProducer, BaseRecord, Producer as _},
+    topic_partition_list::{Offset, TopicPartitionList},
+};
 use weir_common::{
     checkpoint::{Checkpoint, NoteSigner},
     envelope::Envelope,
     frame::{self, FrameType},
     merkle::Tree,
-    segment::{SEGMENT_HEADER_BYTES, SegmentHeader},
+    message::Message,
+    segment::{SEGMENT_HEADER_BYTES, SegmentHeader, SegmentReader},
 };
 
-/// Writes a journal of this many events of one session, and a checkpoint; returns the path of its segment.
+/// Writes a journal of this many events of one session, a microsecond apart, and a checkpoint; returns the path of its segment.
 fn write_journal(directory: &Path, events: u64) -> std::path::PathBuf {
     let (epoch, node) = (uuid::Uuid::from_u128(1), "node-1".to_owned());
     let header = SegmentHeader {
@@ -38,8 +47,9 @@ fn write_journal(directory: &Path, events: u64) -> std::path::PathBuf {
     };
     let (mut bytes, mut tree) = (header.encode().unwrap().to_vec(), Tree::new());
     for sequence in 0..events {
+        let time_unix_us = 5 + i64::try_from(sequence).unwrap();
         let value = serde_json::json!({
-            "schema": 1, "sequence": sequence, "timeUnixUs": 5, "cluster": "c", "node": node, "epoch": epoch,
+            "schema": 1, "sequence": sequence, "timeUnixUs": time_unix_us, "cluster": "c", "node": node, "epoch": epoch,
             "session": "s1", "type": "sessionStarted",
             "data": {"caller": {"cgroup": 1, "netns": 1, "dialled": "10.0.0.1:443", "claimedUser": "u"}},
         });
@@ -48,7 +58,7 @@ fn write_journal(directory: &Path, events: u64) -> std::path::PathBuf {
             id: format!("{epoch}/{sequence}"),
             event_type: "weir.v1.sessionStarted".into(),
             source: format!("/weir/{node}/{epoch}"),
-            time_unix_us: 5,
+            time_unix_us,
             ..Envelope::default()
         };
         let value = value.to_string();
@@ -193,4 +203,44 @@ fn whoever_interrupts_the_reading_of_a_topic_leaves_nothing_of_it_behind() {
         assert_eq!(reader.wait().unwrap().code(), Some(code));
         assert_eq!(spools(), 0);
     }
+}
+
+#[test]
+fn a_group_that_goes_on_behind_a_time_passes_over_what_is_older() {
+    let directory = tempfile::tempdir().unwrap();
+    let bytes = std::fs::read(write_journal(directory.path(), 2)).unwrap();
+    let cluster = MockCluster::new(1).unwrap();
+    cluster.create_topic("weir", 1, 1).unwrap();
+    let mut config = ClientConfig::new();
+    config.set("bootstrap.servers", cluster.bootstrap_servers()).set("group.id", "siem");
+    let producer: BaseProducer = config.create().unwrap();
+    for located in SegmentReader::new(&bytes, None).unwrap() {
+        let frame = located.unwrap().frame;
+        let message = Message::of_frame(&frame, None);
+        let headers = message.headers.iter().fold(OwnedHeaders::new(), |headers, (key, value)| {
+            headers.insert(Header { key, value: Some(value.as_ref()) })
+        });
+        let record: BaseRecord<'_, str, [u8]> =
+            BaseRecord { key: message.key, ..BaseRecord::to("weir").payload(message.value).headers(headers) };
+        producer.send(record).map_err(|(error, _)| error).unwrap();
+    }
+    producer.flush(Duration::from_secs(60)).unwrap();
+    // It was somewhere: before all of them.
+    let consumer: BaseConsumer = config.create().unwrap();
+    let mut offsets = TopicPartitionList::new();
+    offsets.add_partition_offset("weir", 0, Offset::Offset(0)).unwrap();
+    consumer.commit(&offsets, CommitMode::Sync).unwrap();
+    let source = format!("kafka://{}/weir", cluster.bootstrap_servers());
+    let mut member = Command::new(env!("CARGO_BIN_EXE_weir"))
+        .args(["events", "--follow", "--group", "siem", "--since", "1970-01-01T00:00:00.000006Z"])
+        .args(["--from", &source])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut first = String::new();
+    BufReader::new(member.stdout.take().unwrap()).read_line(&mut first).unwrap();
+    member.kill().unwrap();
+    member.wait().unwrap();
+    let event: serde_json::Value = serde_json::from_str(&first).unwrap();
+    assert_eq!(event["sequence"], 1, "{first}");
 }

@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{
     events::{Lines, follow, list},
-    fixture::{SESSION, Writer, one_session, request},
+    fixture::{SESSION, START_US, Writer, one_session, request},
     replay::{self, Subject},
     sessions::{self, Filter, Sessions},
     terminal::Style,
@@ -259,9 +259,15 @@ fn a_tail_that_was_cut_is_found_by_a_checkpoint_that_was_kept() {
 
 /// More than the broker of these tests keeps of a partition (5 MiB), in one session.
 fn long() -> (TempDir, Writer) {
-    let directory = tempfile::tempdir().unwrap();
     let mut writer = Writer::new(1, 7);
-    writer.started().session(SESSION, "u");
+    writer.started();
+    long_by(writer)
+}
+
+/// The same of an epoch that has begun.
+fn long_by(mut writer: Writer) -> (TempDir, Writer) {
+    let directory = tempfile::tempdir().unwrap();
+    writer.session(SESSION, "u");
     let content = vec![b'x'; 256 * 1024];
     for number in 0..30_u64 {
         let ids = [SESSION, "i1", "r1"];
@@ -369,6 +375,30 @@ fn what_retention_cannot_have_removed_is_damage_although_a_beginning_is_accepted
     let (_broker, here) = published(&left);
     assert!(here.topic().unwrap().facts().trimmed > 0);
     let report = verify(&here, &Options { partial: true, ..Options::default() }).unwrap();
+    assert!(found(&report.damage).ends_with("event 30 is missing"), "{report:#?}");
+}
+
+#[test]
+fn an_epoch_that_began_while_its_clock_was_ahead_may_have_lost_its_beginning_to_retention() {
+    const DAY_MS: i64 = 86_400_000;
+    let made_ms = u64::try_from(START_US / 1000 + DAY_MS).unwrap();
+    let epoch = uuid::Builder::from_unix_timestamp_millis(made_ms, &[0; 10]).into_uuid();
+    let mut writer = Writer::new(epoch.as_u128(), 7);
+    writer.after_ms(DAY_MS).started().checkpoint().after_ms(-DAY_MS);
+    let (directory, writer) = long_by(writer);
+    let list = messages(directory.path());
+    let partial = Options { partial: true, ..Options::default() };
+    let (_broker, here) = published(&list);
+    let facts = here.topic().unwrap().facts();
+    assert!(facts.trimmed > 0 && facts.horizon_us < Some(START_US + DAY_MS * 1000), "{facts:?}");
+    let report = verify(&here, &partial).unwrap();
+    assert!(report.is_sound(), "{report:#?}");
+    assert_eq!(report.epochs[0].root, Some(hex::encode(writer.tree.root())));
+    assert!(found(&verified(&here).damage).contains("--partial accepts that"));
+    // What it cannot have taken is missed all the same.
+    let left: Vec<Sent> = list.into_iter().filter(|sent| !sent.id().ends_with("/30")).collect();
+    let (_broker, here) = published(&left);
+    let report = verify(&here, &partial).unwrap();
     assert!(found(&report.damage).ends_with("event 30 is missing"), "{report:#?}");
 }
 

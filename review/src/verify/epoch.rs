@@ -5,7 +5,7 @@
 //! frames and signatures are still checked. The same holds where a topic's retention has removed events. What an agent
 //! published and removed left its tree behind, and the log goes on from there.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use uuid::Uuid;
 use weir_common::{
@@ -19,6 +19,7 @@ use weir_common::{
 use super::{
     EpochReport, Finding, Findings, Kept, KeySource, Report, VerifyError,
     envelope::Said,
+    gone,
     keys::Keys,
     known::{CHECKPOINT_FILE, Claim, Known},
     silence::Words,
@@ -60,6 +61,7 @@ pub(crate) fn check(
         whole: true,
         partial,
         last_us: id.as_ref().and_then(made_us).unwrap_or(i64::MIN),
+        later_us: gone::later_us(journal, epoch)?,
         totals: EpochReport { epoch: epoch.name.clone(), ..EpochReport::default() },
         open: HashMap::new(),
         own: known.own.remove(&epoch.name),
@@ -105,6 +107,8 @@ pub(super) struct Check<'a> {
     pub(super) partial: bool,
     /// Time of the last event, or of the epoch's beginning.
     pub(super) last_us: i64,
+    /// See [`gone::later_us`].
+    pub(super) later_us: BTreeMap<u64, i64>,
     pub(super) totals: EpochReport,
     /// Requests without an end, with the sequence of their beginning.
     pub(super) open: HashMap<String, u64>,
@@ -382,7 +386,7 @@ impl Check<'_> {
                 "no checkpoint of this epoch is signed by a given key: anybody may have made it{hint}"
             );
             // Where retention takes events it takes checkpoints.
-            if self.may_be_gone() { self.note(None, None, what) } else { self.damage(None, None, what) }
+            if self.may_be_gone(None) { self.note(None, None, what) } else { self.damage(None, None, what) }
         }
     }
 

@@ -1,14 +1,47 @@
 //! What an epoch holds no more, and what its log is compared with: what was published and removed, what a topic's
 //! retention took, and what others say that the root was at some size.
 
+use std::collections::BTreeMap;
+
 use uuid::Uuid;
-use weir_common::merkle::Hash;
+use weir_common::{frame::FrameType, merkle::Hash, segment::SegmentReader};
 
 use super::{epoch::Check, known::CHECKPOINT_FILE};
 use crate::{
     moment::counted,
-    source::{Epoch, missing, read_removed, with_sources},
+    source::{Epoch, Journal, SourceError, missing, read_removed, read_segment, with_sources},
 };
+
+/// The earliest time that events behind a hole bear, by the event that follows it; of topics whose beginning is gone.
+///
+/// # Errors
+/// A segment cannot be read.
+pub(super) fn later_us(journal: &Journal, epoch: &Epoch) -> Result<BTreeMap<u64, i64>, SourceError> {
+    let mut holes: Vec<(u64, i64)> = Vec::new();
+    if journal.topic().is_none_or(|topic| topic.facts().trimmed == 0) {
+        return Ok(BTreeMap::new());
+    }
+    let mut expected = 0;
+    for number in epoch.segments.clone() {
+        let bytes = read_segment(&journal.segments[number])?;
+        let Ok(reader) = SegmentReader::new(&bytes, journal.successor(number)) else { continue };
+        let frames = reader.flatten().map(|located| located.frame);
+        for frame in frames.filter(|frame| frame.frame_type == FrameType::Event) {
+            if frame.sequence > expected {
+                holes.push((frame.sequence, i64::MAX));
+            }
+            expected = frame.sequence.saturating_add(1);
+            let time = frame.envelope.time_unix_us;
+            // Those before a hole whose events are all of before this time know of an earlier one already.
+            holes
+                .iter_mut()
+                .rev()
+                .take_while(|(_, later)| *later > time)
+                .for_each(|(_, later)| *later = time);
+        }
+    }
+    Ok(holes.into_iter().collect())
+}
 
 impl Check<'_> {
     /// Goes on behind what was published and removed.
@@ -44,22 +77,27 @@ impl Check<'_> {
         self.intact && self.whole
     }
 
-    fn is_before_horizon(&self) -> bool {
-        let horizon = self.journal.topic().and_then(|topic| topic.facts().horizon_us);
-        horizon.is_some_and(|horizon| self.last_us < horizon)
+    /// Whether what comes behind the last event, and before the event `next` if there is one, may be of a time that retention has
+    /// taken. Clocks are set back: what an event bears that comes later says more than one before it, or than the epoch's name.
+    fn is_before_horizon(&self, next: Option<u64>) -> bool {
+        let Some(horizon) = self.journal.topic().and_then(|topic| topic.facts().horizon_us) else {
+            return false;
+        };
+        let later = next.and_then(|next| self.later_us.range(next..).next());
+        self.last_us < horizon || later.is_some_and(|(_, later)| *later <= horizon)
     }
 
     /// Whether retention may have removed what comes here, and that is accepted.
-    pub(super) fn may_be_gone(&self) -> bool {
-        self.partial && self.is_before_horizon()
+    pub(super) fn may_be_gone(&self, next: Option<u64>) -> bool {
+        self.partial && self.is_before_horizon(next)
     }
 
     /// Events that a topic does not have.
     pub(super) fn lost(&mut self, expected: u64, next: u64) {
-        let before_horizon = self.is_before_horizon();
+        let before_horizon = self.is_before_horizon(Some(next));
         self.words.interrupted();
         let what = missing(expected, next);
-        if self.may_be_gone() {
+        if self.may_be_gone(Some(next)) {
             self.whole = false;
             return self.note(
                 None,
