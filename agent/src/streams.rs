@@ -28,7 +28,7 @@ mod websocket;
 use bytes::Bytes;
 use weir_common::event::{Change, Channel, Connection, ConnectionForwarded, FileCopied};
 
-pub(crate) use self::heartbeat::only_pings;
+pub(crate) use self::heartbeat::{FrameEnds, Framing, answers, only_pings};
 pub use self::meaning::CONNECTIONS_MAX;
 use self::{
     channels::{Layout, Messages},

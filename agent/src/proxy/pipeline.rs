@@ -6,7 +6,7 @@
 use std::{convert::Infallible, sync::Arc};
 
 use http::{
-    HeaderValue, Request, Response, StatusCode,
+    HeaderValue, Request, Response, StatusCode, header,
     request::Parts,
     uri::{Authority, PathAndQuery},
 };
@@ -30,6 +30,7 @@ use super::{
 use crate::{
     auth::{Asked, Credential, Decision, Onward, Policy, Question},
     recording::{RecordingError, RequestHead, RequestRecord, Unmasked},
+    streams::Framing,
     traces::{Stage, Trace},
 };
 
@@ -313,11 +314,13 @@ async fn respond(
         tapped.trace(traced::forwarded(trace));
         return Ok(Response::from_parts(head, ResponseBody::Tapped(tapped)));
     }
+    let protocol = response.headers().get(header::UPGRADE).and_then(|protocol| protocol.to_str().ok());
+    let framing = protocol.and_then(Framing::of);
     let server_upgrade = hyper::upgrade::on(&mut response);
     let (shared, record, trace) = (&connection.shared, Arc::clone(record), traced::forwarded(trace));
     let cut = shared.cut.clone();
     shared.tasks.spawn(async move {
-        upgrade::run(client_upgrade, server_upgrade, record, cut).await;
+        upgrade::run(client_upgrade, server_upgrade, framing, record, cut).await;
         drop((lease, request_room, trace));
     });
     Ok(response.map(|_| ResponseBody::Whole(None)))

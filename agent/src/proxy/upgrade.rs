@@ -5,12 +5,14 @@
 //! idle limit here: a port-forward may be silent for hours.
 //!
 //! A client's ping waits while the server's words do: an API server that has said all closes at once, and what its kernel has not sent yet is
-//! lost when anything comes in from here. Without a recorder on the way that moment is short.
+//! lost when anything comes in from here. Without a recorder on the way that moment is short. Where the server speaks on and on, Weir
+//! answers the ping in its place: this alone is not passed.
 
 use std::{
+    borrow::Cow,
     io,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
@@ -31,16 +33,16 @@ use weir_common::event::{CONTENT_BYTES_MAX, Outcome};
 
 use crate::{
     recording::{RecordingError, RequestRecord},
-    streams::only_pings,
+    streams::{FrameEnds, Framing, answers, only_pings},
 };
 
 /// Most bytes that are read, recorded and forwarded at once, in each direction.
 const PIECE_BYTES_MAX: usize = 32 * 1024;
 const _: () = assert!(PIECE_BYTES_MAX <= CONTENT_BYTES_MAX);
 
-/// Longest that a ping waits. Clients want an answer to one of theirs within a minute (client-go).
+/// Longest that a ping waits. Clients want an answer to one of theirs within a minute (client-go), or half of one (OkHttp).
 const PING_WAIT_MAX: Duration = Duration::from_secs(if cfg!(test) { 2 } else { 15 });
-/// Most bytes of pings that wait.
+/// Most bytes of pings that wait, and of answers.
 const PINGS_BYTES_MAX: usize = 4096;
 
 /// Which way bytes go.
@@ -93,13 +95,14 @@ impl StreamError {
 pub(super) async fn run(
     client: OnUpgrade,
     server: OnUpgrade,
+    framing: Option<Framing>,
     record: Arc<RequestRecord>,
     cut: CancellationToken,
 ) {
     let joined = async {
         let server = server.await.map_err(|error| StreamError::Server(io::Error::other(error)))?;
         let client = client.await.map_err(|error| StreamError::Client(io::Error::other(error)))?;
-        join(client, server, &record).await
+        join(client, server, framing, &record).await
     };
     let ended = tokio::select! {
         ended = joined => ended,
@@ -114,18 +117,25 @@ pub(super) async fn run(
     }
 }
 
-async fn join(client: Upgraded, server: Upgraded, record: &RequestRecord) -> Result<(), StreamError> {
-    join_sides(TokioIo::new(client), TokioIo::new(server), record).await
+async fn join(
+    client: Upgraded,
+    server: Upgraded,
+    framing: Option<Framing>,
+    record: &RequestRecord,
+) -> Result<(), StreamError> {
+    join_sides(TokioIo::new(client), TokioIo::new(server), framing, record).await
 }
 
 async fn join_sides(
     client: impl AsyncRead + AsyncWrite,
     server: impl AsyncRead + AsyncWrite,
+    framing: Option<Framing>,
     record: &RequestRecord,
 ) -> Result<(), StreamError> {
     let (client_reader, client_writer) = tokio::io::split(client);
     let (server_reader, server_writer) = tokio::io::split(server);
-    let ends = Ends::default();
+    let answers = framing.map(|framing| Mutex::new(Answers::new(framing)));
+    let ends = Ends { answers, ..Ends::default() };
     tokio::try_join!(
         pump(client_reader, server_writer, Direction::ClientToServer, record, &ends),
         pump(server_reader, client_writer, Direction::ServerToClient, record, &ends),
@@ -143,6 +153,8 @@ struct Ends {
     server_speaks: AtomicBool,
     /// Nothing more is.
     server_is_quiet: Notify,
+    /// None: nobody knows where an answer would fit in.
+    answers: Option<Mutex<Answers>>,
 }
 
 impl Ends {
@@ -158,6 +170,54 @@ impl Ends {
         if self.server_speaks.load(Ordering::Relaxed) {
             quiet.await;
         }
+    }
+
+    /// Whether these pings are answered in the place of a server that speaks on.
+    fn answer(&self, pings: &[u8]) -> bool {
+        let Some(answers) = self.answers.as_ref().filter(|_| self.server_speaks.load(Ordering::Relaxed))
+        else {
+            return false;
+        };
+        answers.lock().unwrap_or_else(PoisonError::into_inner).add(pings);
+        true
+    }
+
+    /// The server's next piece with what answers pings, if something does and a frame ends in it.
+    fn with_answers<'a>(&self, piece: &'a [u8]) -> Cow<'a, [u8]> {
+        match &self.answers {
+            Some(answers) => answers.lock().unwrap_or_else(PoisonError::into_inner).put_into(piece),
+            None => Cow::Borrowed(piece),
+        }
+    }
+}
+
+/// Answers to pings, on their way into the server's words.
+#[derive(Debug)]
+struct Answers {
+    frames: FrameEnds,
+    waiting: Vec<u8>,
+}
+
+impl Answers {
+    fn new(framing: Framing) -> Self {
+        Self { frames: FrameEnds::new(framing), waiting: Vec::new() }
+    }
+
+    /// Of a client that does not read, those that are too many are left out.
+    fn add(&mut self, pings: &[u8]) {
+        let more = answers(pings);
+        if self.waiting.len() + more.len() <= PINGS_BYTES_MAX {
+            self.waiting.extend(more);
+        }
+    }
+
+    fn put_into<'a>(&mut self, piece: &'a [u8]) -> Cow<'a, [u8]> {
+        let between = self.frames.is_between().then_some(0);
+        let Some(end) = self.frames.pass(piece).or(between).filter(|_| !self.waiting.is_empty()) else {
+            return Cow::Borrowed(piece);
+        };
+        let (before, behind) = piece.split_at(end);
+        Cow::Owned([before, &std::mem::take(&mut self.waiting), behind].concat())
     }
 }
 
@@ -181,7 +241,8 @@ async fn pump(
             biased;
             read = read_piece(&mut reader, &mut buffer, direction, ends) => read,
             () = pings.wait(ends) => {
-                taken &= write(&mut writer, &pings.take()).await.is_ok();
+                let waited = pings.take();
+                taken &= ends.answer(&waited) || write(&mut writer, &waited).await.is_ok();
                 continue;
             }
         };
@@ -212,23 +273,26 @@ async fn pump(
         }
         let piece = buffer.split().freeze();
         match direction {
-            Direction::ClientToServer => record.client_stream_data(piece.clone()).await,
-            Direction::ServerToClient => record.server_stream_data(piece.clone()).await,
-        }
-        .map_err(StreamError::Recording)?;
-        if direction == Direction::ClientToServer && pings.keep(&piece, ends) || !taken {
-            continue;
-        }
-        let written = async {
-            write(&mut writer, &pings.take()).await?;
-            write(&mut writer, &piece).await
-        };
-        match (written.await, direction) {
-            (Ok(()), _) => {}
-            // A server that has said all closes, whatever the client still says (a ping). Its last words are on their way to the
-            // client, and are lost if the client's side closes with something unread: all is read, to the client's end.
-            (Err(_), Direction::ClientToServer) => taken = false,
-            (Err(error), Direction::ServerToClient) => return settle(direction.write_error(error)),
+            Direction::ClientToServer => {
+                record.client_stream_data(piece.clone()).await.map_err(StreamError::Recording)?;
+                // A server that has said all closes, whatever the client still says (a ping). Its last words are on their way to
+                // the client, and are lost if the client's side closes with something unread: all is read, to the client's end.
+                if !pings.keep(&piece, ends) && taken {
+                    taken = write(&mut writer, &pings.take()).await.is_ok()
+                        && write(&mut writer, &piece).await.is_ok();
+                }
+            }
+            Direction::ServerToClient => {
+                record.server_stream_data(piece.clone()).await.map_err(StreamError::Recording)?;
+                // What answers pings that came meanwhile goes before the next word is waited for.
+                let mut next = ends.with_answers(&piece);
+                while !next.is_empty() {
+                    if let Err(error) = write(&mut writer, &next).await {
+                        return settle(direction.write_error(error));
+                    }
+                    next = ends.with_answers(&[]);
+                }
+            }
         }
     }
 }
@@ -317,9 +381,14 @@ mod tests {
     };
 
     use super::{PING_WAIT_MAX, join_sides};
-    use crate::recording::{Recorder, RecorderOptions, RequestRecord, fixture};
+    use crate::{
+        recording::{Recorder, RecorderOptions, RequestRecord, fixture},
+        streams::Framing,
+    };
 
     const PING: &[u8] = b"\x89\x80mask";
+    const PONG: &[u8] = b"\x8a\0";
+    const FRAMING: Option<Framing> = Some(Framing::WebSocket);
 
     async fn record(folder: &Path) -> (Recorder, RequestRecord) {
         let options = RecorderOptions::new(folder.to_owned(), "node".into(), vec!["test".into()]);
@@ -367,9 +436,53 @@ mod tests {
             drop(far_server);
         };
         let (joined, heard, ()) =
-            tokio::join!(join_sides(client, server, &record), client_speaks, server_listens);
+            tokio::join!(join_sides(client, server, FRAMING, &record), client_speaks, server_listens);
         assert!(heard == said);
         joined.expect("ended as it should");
+    }
+
+    /// Frames of a server's that are longer than what is read at once, and one behind them.
+    fn frames(count: usize) -> Vec<u8> {
+        let long = [&b"\x82\x7f\0\0\0\0\0\x01\0\0"[..], &[0x89; 65536]].concat();
+        [&*long.repeat(count), b"\x82\x03end"].concat()
+    }
+
+    #[tokio::test]
+    async fn a_ping_is_answered_in_the_place_of_a_server_that_speaks_on_and_does_not_reach_it() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let (_recorder, record) = record(folder.path()).await;
+        let said = frames(100);
+        let (mut far_server, server) = tokio::io::duplex(said.len());
+        far_server.write_all(&said).await.expect("said");
+        let (mut far_client, client) = tokio::io::duplex(64);
+        let client_speaks = async {
+            let mut heard = vec![0; 1000];
+            far_client.read_exact(&mut heard).await.expect("heard");
+            far_client.write_all(PING).await.expect("sent");
+            // It reads on when the ping has waited: until then the server has more to say.
+            tokio::time::sleep(PING_WAIT_MAX + PING_WAIT_MAX / 4).await;
+            let mut rest = [0; 4096];
+            while heard.len() < said.len() + PONG.len() {
+                let more = far_client.read(&mut rest).await.expect("heard");
+                heard.extend_from_slice(&rest[..more]);
+            }
+            drop(far_client);
+            heard
+        };
+        let server_listens = async {
+            let mut all = Vec::new();
+            far_server.read_to_end(&mut all).await.expect("the client's end");
+            drop(far_server);
+            all
+        };
+        let (joined, heard, reached) =
+            tokio::join!(join_sides(client, server, FRAMING, &record), client_speaks, server_listens);
+        assert_eq!(reached, b"", "the ping is answered already");
+        joined.expect("ended as it should");
+        let frame = 65536 + 10;
+        let at = (0..100).map(|number| number * frame).find(|at| heard[*at..].starts_with(PONG));
+        let at = at.expect("an answer between two frames");
+        assert!(heard[..at] == said[..at] && heard[at + PONG.len()..] == said[at..]);
     }
 
     #[tokio::test]
@@ -378,7 +491,7 @@ mod tests {
         let (_recorder, record) = record(folder.path()).await;
         let (mut far_server, server) = tokio::io::duplex(10_000_000);
         far_server.write_all(&words()).await.expect("said");
-        // A client that reads nothing: the server's words wait for ever.
+        // A client that reads nothing: the server's words wait for ever. Of no protocol that is known nobody can answer.
         let (mut far_client, client) = tokio::io::duplex(64);
         let speaks = async {
             let begun = Instant::now();
@@ -395,7 +508,7 @@ mod tests {
             assert!(begun.elapsed() < PING_WAIT_MAX, "{:?}", begun.elapsed());
         };
         tokio::select! {
-            joined = join_sides(client, server, &record) => panic!("{joined:?}"),
+            joined = join_sides(client, server, None, &record) => panic!("{joined:?}"),
             () = speaks => {}
         }
     }
@@ -418,7 +531,7 @@ mod tests {
             drop(far_client);
             heard
         };
-        let (joined, heard) = tokio::join!(join_sides(client, server, &record), client_speaks);
+        let (joined, heard) = tokio::join!(join_sides(client, server, FRAMING, &record), client_speaks);
         assert!(heard == said, "{} of {} bytes", heard.len(), said.len());
         joined.expect("ended as it should");
     }
