@@ -85,6 +85,8 @@ impl Names {
             // Of YAML, which is read as a whole, nothing is left half.
             self.objects.truncate(before);
         }
+        // Where the body is cut, nothing more is said of what the last one is in.
+        Held { object: Some(before), listed: None }.settle(&mut self.objects, ("", ""), None);
     }
 }
 
@@ -146,7 +148,7 @@ impl<'de> Visitor<'de> for Object<'_, '_, '_> {
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
         let Self { read, kind: listed, api_version: listed_version, event } = self;
         let (mut kind, mut api_version) = (String::new(), String::new());
-        let (mut metadata, mut happened) = (Metadata::default(), None);
+        let (mut metadata, mut happened, mut held) = (Metadata::default(), None, Held::default());
         while let Some(Word(key)) = map.next_key()? {
             match key.as_str() {
                 "kind" => kind = map.next_value::<Word>()?.0,
@@ -156,11 +158,15 @@ impl<'de> Visitor<'de> for Object<'_, '_, '_> {
                 "items" | "rows" => {
                     let kind = kind.strip_suffix("List").unwrap_or_default();
                     let version = if kind.is_empty() { "" } else { api_version.as_str() };
-                    let read = &mut *read;
-                    map.next_value_seed(Objects(Object { read, kind, api_version: version, event: None }))?;
+                    let (event, read) = (event.clone(), &mut *read);
+                    held.listed.get_or_insert(read.names.objects.len());
+                    map.next_value_seed(Objects(Object { read, kind, api_version: version, event }))?;
                 }
                 "object" => {
-                    let (event, read) = (happened.clone(), &mut *read);
+                    let (event, read) = (happened.clone().or_else(|| event.clone()), &mut *read);
+                    held.object.get_or_insert(read.names.objects.len());
+                    // Whether something happened to it may be said behind it, and a bookmark has no name.
+                    let event = event.or_else(|| Some(String::new()));
                     map.next_value_seed(Object { read, kind: "", api_version: "", event })?;
                 }
                 _ => {
@@ -168,6 +174,7 @@ impl<'de> Visitor<'de> for Object<'_, '_, '_> {
                 }
             }
         }
+        held.settle(&mut read.names.objects, (&kind, &api_version), happened.or_else(|| event.clone()));
         let masker = read.masker;
         let text = |Word(text): &Word| masker.text(text);
         let or = |own: String, listed: &str| if own.is_empty() { listed.to_owned() } else { own };
@@ -179,10 +186,47 @@ impl<'de> Visitor<'de> for Object<'_, '_, '_> {
             name: text(&metadata.name),
             resource_version: text(&metadata.resource_version),
         };
-        if !object.name.is_empty() || object.event.is_some() {
+        // A table and its rows are none: what they hold is named.
+        let is_nothing_else = held.listed.is_none() && held.object.is_none();
+        if !object.name.is_empty() || object.event.is_some() && is_nothing_else {
             read.names.push(object);
         }
         Ok(())
+    }
+}
+
+/// From where on the objects are those that an object holds.
+#[derive(Default)]
+struct Held {
+    /// Items of a list, rows of a table.
+    listed: Option<usize>,
+    /// The object of a watch's event or of a row.
+    object: Option<usize>,
+}
+
+impl Held {
+    /// What was said of them only behind them, as CBOR has it, whose keys are recorded in their order.
+    fn settle(
+        &self,
+        objects: &mut Vec<NamedObject>,
+        (kind, api_version): (&str, &str),
+        event: Option<String>,
+    ) {
+        if let (Some(from), Some(kind)) = (self.listed, kind.strip_suffix("List")) {
+            for object in objects.iter_mut().skip(from).filter(|object| object.kind.is_empty()) {
+                kind.clone_into(&mut object.kind);
+                api_version.clone_into(&mut object.api_version);
+            }
+        }
+        let Some(from) = self.object else { return };
+        for mut object in objects.split_off(from.min(objects.len())) {
+            if object.event.as_ref().is_none_or(String::is_empty) {
+                object.event.clone_from(&event);
+            }
+            if !object.name.is_empty() || object.event.is_some() {
+                objects.push(object);
+            }
+        }
     }
 }
 
@@ -202,10 +246,13 @@ impl<'de> Visitor<'de> for Objects<'_, '_, '_> {
     }
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<(), A::Error> {
-        let Self(Object { read, kind, api_version, .. }) = self;
-        while list.next_element_seed(Object { read: &mut *read, kind, api_version, event: None })?.is_some() {
+        let Self(Object { read, kind, api_version, event }) = self;
+        loop {
+            let entry = Object { read: &mut *read, kind, api_version, event: event.clone() };
+            if list.next_element_seed(entry)?.is_none() {
+                return Ok(());
+            }
         }
-        Ok(())
     }
 
     fn visit_unit<E: Error>(self) -> Result<(), E> {
@@ -305,7 +352,33 @@ mod tests {
             r#"{"kind":"Table","apiVersion":"meta.k8s.io/v1","rows":[{"cells":["p"],"object":{"kind":"PartialObjectMetadata","apiVersion":"meta.k8s.io/v1","metadata":{"name":"p"}}}]}"#,
             expect!["[meta.k8s.io/v1 PartialObjectMetadata /p ]"],
         );
+        check(
+            r#"{"type":"DELETED","object":{"kind":"Table","apiVersion":"meta.k8s.io/v1","rows":[{"cells":["p"],"object":{"kind":"PartialObjectMetadata","apiVersion":"meta.k8s.io/v1","metadata":{"name":"p","resourceVersion":"8"}}}]}}"#,
+            expect!["DELETED[meta.k8s.io/v1 PartialObjectMetadata /p 8]"],
+        );
         check("kind: ConfigMap\nmetadata: {name: m, namespace: 7}\n", expect!["[ ConfigMap /m ]"]);
+    }
+
+    #[test]
+    fn what_is_said_of_objects_behind_them_counts_as_well() {
+        check(
+            r#"{"object":{"apiVersion":"v1","kind":"Pod","metadata":{"name":"p"}},"type":"ADDED"}"#,
+            expect!["ADDED[v1 Pod /p ]"],
+        );
+        check(
+            r#"{"object":{"apiVersion":"v1","kind":"Pod","metadata":{"resourceVersion":"9"}},"type":"BOOKMARK"}"#,
+            expect!["BOOKMARK[v1 Pod / 9]"],
+        );
+        check(r#"{"object":{"kind":"Status","metadata":{}},"type":"ERROR"}"#, expect!["ERROR[ Status / ]"]);
+        check(r#"{"object":{"kind":"Status","metadata":{}}}"#, expect![""]);
+        check(
+            r#"{"object":{"rows":[{"object":{"kind":"PartialObjectMetadata","metadata":{"name":"p"}}}]},"type":"ADDED"}"#,
+            expect!["ADDED[ PartialObjectMetadata /p ]"],
+        );
+        check(
+            r#"{"apiVersion":"v1","items":[{"metadata":{"name":"p"}},{"kind":"Other","metadata":{"name":"q"}}],"kind":"PodList"}"#,
+            expect!["[v1 Pod /p ] [ Other /q ]"],
+        );
     }
 
     #[test]
@@ -314,6 +387,11 @@ mod tests {
             r#"{"kind":"PodList","items":[{"metadata":{"name":"p"}},{"metadata":{"name":"q"},"spec"#,
             expect!["[ Pod /p ]"],
         );
+        check(
+            r#"{"kind":"Table","rows":[{"object":{"kind":"Pod","metadata":{"name":"p"}}},{"object":{"kind":"Pod","metadata":{"name":"q"}},"ce"#,
+            expect!["[ Pod /p ] [ Pod /q ]"],
+        );
+        check(r#"{"rows":[{"object":{"kind":"Pod","metadata":{"name":""}},"ce"#, expect![""]);
         for body in [
             "",
             "[1]",
