@@ -212,6 +212,9 @@ struct RawRule {
     /// `RequestResponse`, as in Kubernetes' audit `Policy`. There is no `None`: every request leaves its metadata. Without it:
     /// as without a rule.
     level: Option<RawLevel>,
+    /// Most bytes of a read's answer that are recorded, per request; beyond it the length, a keyed digest of the whole and a mark. Without it:
+    /// `limits.responseBytesMax`.
+    response_bytes_max: Option<usize>,
     /// What of exec, attach, port-forward and other upgraded streams is recorded: `full`, or `metadata`: their command, files,
     /// connections, exit code and lengths. Without it: `full`.
     #[serde(default)]
@@ -367,6 +370,7 @@ impl RawRule {
             commit: self.commit,
             when_behind: self.when_behind,
             level,
+            response_bytes_max: self.response_bytes_max,
             streams: self.streams,
             users: self.users,
             user_groups: self.user_groups,
@@ -402,7 +406,7 @@ mod tests {
 rules:
 - {commit: strict, whenBehind: block, resources: [{group: '', resources: [secrets, 'pods/*'], resourceNames: [a]}], namespaces: [prod]}
 - {commit: sync, verbs: [get], nonResourceURLs: ['/logs/*'], users: [anna], userGroups: [admins]}
-- {whenBehind: metadataOnly, level: Request, streams: metadata}
+- {whenBehind: metadataOnly, level: Request, responseBytesMax: 4194304, streams: metadata}
 backlog: {bytesMax: 1000, ageSecondsMax: 60, waitSeconds: 3}
 emergency: {secondsMax: 600}
 encryption:
@@ -419,6 +423,7 @@ masks: {environment: [], fields: [{kinds: [ConfigMap], paths: ['data.*']}], patt
             (commits.rules[2].level, commits.rules[2].streams),
             (Some(Bodies::Request), Streams::Metadata)
         );
+        assert_eq!(commits.rules[2].response_bytes_max, Some(4 << 20));
         assert_eq!((commits.rules[0].level, commits.rules[0].streams), (None, Streams::Full));
         assert_eq!(commits.rules[1].non_resource_urls, ["/logs/*"]);
         assert_eq!((commits.backlog.bytes_max, commits.backlog.wait), (Some(1000), Duration::from_secs(3)));

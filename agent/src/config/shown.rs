@@ -16,7 +16,7 @@ const TEXT_BYTES_MAX: usize = 16 * 1024;
 const DEPTH_MAX: usize = 16;
 
 /// Keys whose values are shown, as docs/configuration.md names them.
-const SHOWN: [&str; 106] = [
+const SHOWN: [&str; 107] = [
     "apiVersion",
     "clusters[].addresses",
     "clusters[].authentication.jwt[].claimMappings.extra[].key",
@@ -114,6 +114,7 @@ const SHOWN: [&str; 106] = [
     "recording.rules[].resources[].group",
     "recording.rules[].resources[].resourceNames",
     "recording.rules[].resources[].resources",
+    "recording.rules[].responseBytesMax",
     "recording.rules[].streams",
     "recording.rules[].userGroups",
     "recording.rules[].users",

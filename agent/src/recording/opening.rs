@@ -266,13 +266,14 @@ impl Recorder {
 
     fn level(&self, head: &RequestHead<'_>, plan: Plan) -> Level {
         let attributes = head.attributes;
+        let response_bytes_max = plan.response_bytes_max.unwrap_or(self.inner.response_bytes_max);
         if head.upgrade.is_some() || attributes.is_mutating(head.method.as_str()) {
-            return Level::Bounded(self.inner.response_bytes_max.max(MUTATION_RESPONSE_BYTES_MAX));
+            return Level::Bounded(response_bytes_max.max(MUTATION_RESPONSE_BYTES_MAX));
         }
         match (attributes.resource.as_str(), attributes.subresource.as_str()) {
             ("", _) if plan.level.is_none() => Level::Metadata,
             ("pods", "log") => Level::Streamed,
-            _ => Level::Bounded(self.inner.response_bytes_max),
+            _ => Level::Bounded(response_bytes_max),
         }
     }
 }

@@ -100,6 +100,8 @@ pub struct CommitRule {
     pub when_behind: Option<WhenBehind>,
     /// What of its bodies is recorded; none: as without a rule.
     pub level: Option<Bodies>,
+    /// Most bytes of a read's answer that are recorded; none: as without a rule.
+    pub response_bytes_max: Option<usize>,
     /// What of its streams is recorded.
     pub streams: Streams,
     /// Names of verified users.
@@ -170,6 +172,8 @@ pub struct Plan {
     pub when_behind: WhenBehind,
     /// What of its bodies is recorded, if a rule says it.
     pub level: Option<Bodies>,
+    /// Most bytes of a read's answer that are recorded, if a rule says it.
+    pub response_bytes_max: Option<usize>,
     /// What of its streams is recorded.
     pub streams: Streams,
 }
@@ -197,6 +201,7 @@ impl CommitRules {
             commit,
             when_behind: when_behind.unwrap_or(WhenBehind::Refuse),
             level: rule.and_then(|rule| rule.level),
+            response_bytes_max: rule.and_then(|rule| rule.response_bytes_max),
             streams: rule.map(|rule| rule.streams).unwrap_or_default(),
         }
     }
