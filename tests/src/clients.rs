@@ -75,7 +75,7 @@ impl Clients {
         }
         let python = PYTHON.python()?;
         let environment = python.ancestors().nth(2).context("an environment has no folder")?.to_owned();
-        let node_packages = node_packages(&environment, progress)?;
+        let node_packages = node_packages("clients", "the JavaScript client", progress)?;
         let old_kubectl = old_kubectl(progress)?;
         CLIENT_GO.tool(progress)?;
         components::helm(progress)?;
@@ -170,10 +170,28 @@ fn compile(installed: &Installed) -> Result<PathBuf> {
     Ok(folder)
 }
 
-/// The JavaScript client, by the npm of `environment`.
-fn node_packages(environment: &Path, progress: Progress) -> Result<PathBuf> {
-    let source = repository().join("tests/testbed/clients");
-    let folder = cache_folder()?.join("testbed/node/clients");
+/// What holds ECS documents against the fields that Elastic publishes, to add a file to: by the Node that the JavaScript client has.
+///
+/// # Errors
+/// When something cannot be fetched, or has another hash than its lock says.
+pub fn ecs_validator(progress: Progress) -> Result<Command> {
+    if !PYTHON.is_installed()? {
+        PYTHON.install(progress)?;
+    }
+    let packages = node_packages("ecs", "the published fields of ECS", progress)?;
+    // It imports what lies beside it.
+    let (name, source) = ("validate.mjs", repository().join("tests/testbed/ecs"));
+    let program = packages.join(name);
+    fs::copy(source.join(name), &program).with_context(|| format!("cannot make {}", program.display()))?;
+    let mut command = Command::new(PYTHON.python()?.with_file_name("node"));
+    command.arg(program);
+    Ok(command)
+}
+
+/// The packages of a folder below `tests/testbed`, by the npm that Python's environment has.
+fn node_packages(name: &str, what: &str, progress: Progress) -> Result<PathBuf> {
+    let source = repository().join("tests/testbed").join(name);
+    let folder = cache_folder()?.join("testbed/node").join(name);
     let mut digest = Sha256::new();
     for file in ["package.json", "package-lock.json"] {
         let path = source.join(file);
@@ -183,18 +201,18 @@ fn node_packages(environment: &Path, progress: Progress) -> Result<PathBuf> {
     if fs::read_to_string(folder.join(".stamp")).unwrap_or_default() == stamp {
         return Ok(folder);
     }
-    progress.step("install the JavaScript client with npm", || {
+    progress.step(&format!("install {what} with npm"), || {
         fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
         for file in ["package.json", "package-lock.json"] {
             fs::copy(source.join(file), folder.join(file))
                 .with_context(|| format!("cannot copy {file} to {}", folder.display()))?;
         }
         // npm is a program of the environment's Python that starts its Node. Nobody's scripts are run.
-        let mut npm = Command::new(environment.join("bin/npm"));
+        let mut npm = Command::new(PYTHON.python()?.with_file_name("npm"));
         npm.args(["ci", "--ignore-scripts", "--no-audit", "--no-fund", "--silent"]);
         run(npm.current_dir(&folder))?;
         // Written last: an interrupted installation must not be taken for one.
-        fs::write(folder.join(".stamp"), &stamp).context("cannot write the stamp of the JavaScript client")
+        fs::write(folder.join(".stamp"), &stamp).with_context(|| format!("cannot write the stamp of {what}"))
     })?;
     Ok(folder)
 }

@@ -7,7 +7,7 @@ use std::{
 };
 
 use serde_json::Value;
-use weir_tests::{Pod, agent, command, components, progress::Progress, python};
+use weir_tests::{Pod, agent, clients, command, components, progress::Progress, python};
 
 use super::{Scene, shown};
 
@@ -159,9 +159,30 @@ fn ocsf(scene: &Scene) {
     assert!(exits.contains(&3) && exits.contains(&0), "{exits:?}");
 }
 
-/// Each request has a beginning and an end, each line its event's id.
+/// The published fields have every one of a line, of the goldens too; each request has a beginning and an end, each line its
+/// event's id.
 fn ecs(scene: &Scene) {
-    let (_, lines) = printed(scene, "ecs");
+    let (path, lines) = printed(scene, "ecs");
+    let validate = |path: &Path| {
+        let mut program = clients::ecs_validator(Progress::Shown).unwrap();
+        shown(&command::output(program.arg(path)).unwrap())
+    };
+    let count = |path: &Path| std::fs::read_to_string(path).unwrap().lines().count();
+    for path in [components::repository().join("review/golden/ecs.jsonl"), path] {
+        let all = format!("{} documents\n", count(&path));
+        assert_eq!(validate(&path), (Some(0), all, String::new()), "{}", path.display());
+    }
+    let odd = scene.scratch.path().join("odd");
+    for (field, value) in [("/event/kind", "no-such-kind".into()), ("/message", 7.into())] {
+        let mut strange = lines[0].clone();
+        *strange.pointer_mut(field).unwrap() = value;
+        std::fs::write(&odd, format!("{strange}\n")).unwrap();
+        assert_eq!(validate(&odd).0, Some(1), "ECS has no such {field}");
+    }
+    let mut strange = lines[0].clone();
+    strange["event"]["no_such_field"] = true.into();
+    std::fs::write(&odd, format!("{strange}\n")).unwrap();
+    assert_eq!(validate(&odd).0, Some(1), "ECS has no such field");
     let ids: BTreeSet<_> = lines.iter().filter_map(|line| line["event"]["id"].as_str()).collect();
     assert_eq!(ids.len(), lines.len());
     let of = |code: &str| lines.iter().filter(|line| line["event"]["code"] == code).collect::<Vec<_>>();
