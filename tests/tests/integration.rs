@@ -137,6 +137,8 @@ mod traces;
 mod upgrade;
 #[path = "integration/watch.rs"]
 mod watch;
+#[path = "integration/watched.rs"]
+mod watched;
 #[path = "integration/witness.rs"]
 mod witness;
 

@@ -3,7 +3,7 @@
 
 import { createHash } from "node:crypto";
 import { once } from "node:events";
-import { mkdirSync, writeFileSync } from "node:fs";
+import { appendFileSync, mkdirSync, writeFileSync } from "node:fs";
 import { setTimeout as pause } from "node:timers/promises";
 import { PassThrough, Readable, Writable } from "node:stream";
 
@@ -21,6 +21,10 @@ const core = config.makeApiClient(k8s.CoreV1Api);
 const say = (step, result) => console.log(`${step}: ${JSON.stringify(result)}`);
 const sha256 = (text) => createHash("sha256").update(text).digest("hex");
 const sorted = (data) => Object.entries(data).sort();
+
+// What a watch tells differs from run to run; the record must have it.
+const writeDown = (resource, type, { metadata }) =>
+  appendFileSync(`/tmp/told-${name}-${resource}`, `${type} ${metadata.name} ${metadata.resourceVersion}\n`);
 
 const configMap = (number) => ({
   metadata: { name: `${name}-${number}`, labels: { client: name } },
@@ -74,6 +78,7 @@ async function objects() {
       `/api/v1/namespaces/${namespace}/configmaps`,
       selector,
       (type, object) => {
+        writeDown("configmaps", type, object);
         seen.push([type, object.metadata.name, sorted(object.data)]);
         if (type === "DELETED") watching.then((controller) => controller.abort()).then(resolve);
       },

@@ -25,6 +25,13 @@ def say(step, result):
     print(f"{step}: {json.dumps(result, sort_keys=True)}", flush=True)
 
 
+def write_down(resource, event):
+    """What a watch tells differs from run to run; the record must have it."""
+    metadata = event["object"].metadata
+    with open(f"/tmp/told-{NAME}-{resource}", "a") as told:
+        print(event["type"], metadata.name, metadata.resource_version, file=told)
+
+
 def config_map(number):
     metadata = client.V1ObjectMeta(name=f"{NAME}-{number}", labels={"client": NAME})
     return client.V1ConfigMap(metadata=metadata, data={"value": f"visible-{NAME}-{number}"})
@@ -67,6 +74,7 @@ def objects():
     for event in watching.stream(
         core.list_namespaced_config_map, NAMESPACE, label_selector=f"client={NAME}", resource_version=version
     ):
+        write_down("configmaps", event)
         seen.append([event["type"], event["object"].metadata.name, event["object"].data])
         if event["type"] == "DELETED":
             watching.stop()
@@ -86,6 +94,7 @@ def secrets():
     applied = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": NAME}, "stringData": {"applied": CANARY}}
     say("apply secret", sorted(patch("apply-patch+yaml", applied, secret, NAME, field_manager=NAME).data))
     for event in watch.Watch().stream(core.list_namespaced_secret, NAMESPACE, label_selector=f"client={NAME}"):
+        write_down("secrets", event)
         say("watch secrets", [event["type"], sorted(event["object"].data)])
         break
 

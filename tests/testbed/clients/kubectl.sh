@@ -38,7 +38,12 @@ step "get a table" k get configmaps -l "client=$name" --no-headers -o custom-col
 step list k get configmaps -l "client=$name" --chunk-size=2 -o name
 "$kubectl" -n "$namespace" get configmaps -l "client=$name" -w -o 'custom-columns=N:.metadata.name,D:.data' --no-headers >watched &
 watching=$!
+# As a table, which names no version; what it tells differs from run to run, and the record must have it.
+told=/tmp/told-$name-configmaps
+"$kubectl" -n "$namespace" get configmaps -l "client=$name" -w --output-watch-events --no-headers >"$told" &
+telling=$!
 until_true grep -q "$name-5" watched
+until_true grep -q "$name-5" "$told"
 step "json patch" k patch configmap "$name-1" --type json -p '[{"op":"add","path":"/data/json","value":"1"}]'
 step "merge patch" k patch configmap "$name-1" --type merge -p '{"data":{"merge":"2"}}'
 step "strategic patch" k patch configmap "$name-1" -p '{"data":{"strategic":"3"}}'
@@ -47,8 +52,9 @@ step apply k apply -f apply.yaml
 config_map "$name-3" "served: applied" >server.yaml
 step "apply by the server" k apply --server-side --force-conflicts -f server.yaml
 step delete k delete configmap "$name-1"
-until_true sh -c "[ \$(grep -c '$name-1' watched) -ge 4 ]"
-kill $watching
+until_true sh -c "[ \$(grep -c '$name-1' watched) -ge 5 ]"
+until_true grep -q "^DELETED *$name-1" "$told"
+kill $watching $telling
 echo "== watch"
 cat watched
 
@@ -132,7 +138,8 @@ if [ "$name" = kubectl ]; then
     k debug -i target --image=weir.test/agent:1 --image-pull-policy=Never --container="debug-$name" \
         -- sh -c 'read it; echo "debugged $it"; read it' <debug-keyboard >debugged 2>errors &
     debugging=$!
-    exec 3>debug-keyboard
+    # For both: so it does not wait, which the end of another child would break off.
+    exec 3<>debug-keyboard
     echo through >&3
     until_true grep -q 'debugged through' debugged
     echo quit >&3
@@ -146,7 +153,7 @@ until_true grep -q begins lines
 mkfifo keyboard
 k attach -i target -c "$name" <keyboard >attached 2>errors &
 attaching=$!
-exec 3>keyboard
+exec 3<>keyboard
 echo one >&3
 until_true grep -q 'got one' attached
 echo quit >&3

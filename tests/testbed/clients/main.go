@@ -164,14 +164,21 @@ func (p *program) objects() {
 	watched := p.selector()
 	watched.ResourceVersion = version
 	watching := must(maps.Watch(p.context, watched))
+	told := p.told("configmaps")
 	for event := range watching.ResultChan() {
 		object := event.Object.(*corev1.ConfigMap)
+		must(fmt.Fprintln(told, event.Type, object.Name, object.ResourceVersion))
 		say("watch", []any{event.Type, object.Name, object.Data})
 		if event.Type == "DELETED" {
 			watching.Stop()
 			break
 		}
 	}
+}
+
+// Where it writes down what a watch tells it, which differs from run to run, and which the record must have.
+func (p *program) told(resource string) *os.File {
+	return must(os.Create("/tmp/told-" + p.name + "-" + resource))
 }
 
 func keys(data map[string][]byte) []string {
@@ -205,8 +212,16 @@ func (p *program) secrets() {
 	factory := informers.NewSharedInformerFactoryWithOptions(p.client, 0, informers.WithNamespace(p.namespace), tweak)
 	informer := factory.Core().V1().Secrets().Informer()
 	updated := make(chan *corev1.Secret, 16)
+	told := p.told("secrets")
+	tell := func(event string, secret *corev1.Secret) {
+		must(fmt.Fprintln(told, event, secret.Name, secret.ResourceVersion))
+	}
 	must(informer.AddEventHandler(cache.ResourceEventHandlerFuncs{
-		UpdateFunc: func(_, object any) { updated <- object.(*corev1.Secret) },
+		AddFunc: func(object any) { tell("ADDED", object.(*corev1.Secret)) },
+		UpdateFunc: func(_, object any) {
+			tell("MODIFIED", object.(*corev1.Secret))
+			updated <- object.(*corev1.Secret)
+		},
 	}))
 	stop := make(chan struct{})
 	factory.Start(stop)

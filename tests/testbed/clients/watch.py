@@ -30,6 +30,10 @@ for accept in ["application/json", "application/cbor", "application/vnd.kubernet
         what = "bytes"
         if accept == "application/json":
             parsed = json.loads(event)
-            what = f"{parsed['type']} {parsed['object']['metadata']['name']}"
+            metadata = parsed["object"]["metadata"]
+            what = f"{parsed['type']} {metadata['name']}"
+            # The version differs from run to run; the record must have it, of each of the watches.
+            with open(f"/tmp/told-{NAME}-{RESOURCE}", "w") as told:
+                print(parsed["type"], metadata["name"], metadata["resourceVersion"], file=told)
         print(f"{RESOURCE} as {accept} in {subprotocol}: frame {code}, {what}, it has the text: {there}", flush=True)
         watching.close()

@@ -116,9 +116,12 @@ public final class Client {
         say("delete", map(1).delete().size());
         CountDownLatch deleted = new CountDownLatch(1);
         List<String> seen = new ArrayList<>();
+        // Differs from run to run; the record must have it.
+        StringBuilder told = new StringBuilder();
         Watcher<ConfigMap> watcher = new Watcher<>() {
             @Override
             public void eventReceived(Action action, ConfigMap object) {
+                told.append(action + " " + object.getMetadata().getName() + " " + object.getMetadata().getResourceVersion() + "\n");
                 seen.add(action + " " + object.getMetadata().getName() + " " + sorted(object));
                 if (action == Action.DELETED) {
                     deleted.countDown();
@@ -135,6 +138,7 @@ public final class Client {
             .watch(new ListOptionsBuilder().withResourceVersion(version).build(), watcher);
         deleted.await(60, TimeUnit.SECONDS);
         say("watch", List.copyOf(seen));
+        Files.writeString(Path.of("/tmp/told-" + name + "-configmaps"), told);
         watch.close();
     }
 

@@ -17,18 +17,23 @@ use weir_tests::{
     testbed::AGENT_IMAGE, wait_until,
 };
 
-use super::{DEADLINE, Scene, shown, verify};
+use super::{
+    DEADLINE, Scene, shown, verify,
+    watched::{Watched, told},
+};
 
 /// The clients, each with the port of its container of the target.
 const CLIENTS: [(&str, u16); 7] = [
     ("python", 7001),
     ("node", 7002),
     ("go", 7003),
-    ("kubectl", 7004),
+    (KUBECTL, 7004),
     ("kubectl-old", 7005),
     (HELM, 7006),
     (JAVA, 7007),
 ];
+/// And how the older one's name begins.
+const KUBECTL: &str = "kubectl";
 /// It has no streams, and labels nothing.
 const HELM: &str = "helm";
 const JAVA: &str = "java";
@@ -255,14 +260,36 @@ fn no_client_notices_weir_and_the_record_is_all_that_they_did() {
         panic!("{error:#}\n{}", Coverage::compare(&audited, &scene.events(), &pods[0].uid))
     });
     println!("{coverage}");
+    let written_down = written_down(&pods[0]);
     assert!(agent.terminate().unwrap().success(), "{}", agent.last_lines());
     let events = scene.events();
+    for (name, resource, told) in written_down {
+        let watches = Watched::find(&events, resource, &format!("client%3D{name}&"));
+        assert!(!watches.is_empty(), "{name} watches {resource}");
+        watches.iter().for_each(|watch| watch.has_told(&told));
+    }
     let requests = requests(&events);
     streams_are_on_record(&requests, with);
     objects_are_on_record(&scene, &requests);
     no_canary_is_on_record(&requests, &events);
     let verified = verify(&scene.journal());
     assert!(verified.status.success(), "{:?}", shown(&verified));
+}
+
+/// By client and resource: of each event of a watch its type, and the object's name and version.
+fn written_down(pod: &Pod<'_>) -> Vec<(&'static str, &'static str, Vec<[String; 3]>)> {
+    let of = |(client, resource): (&'static str, &'static str)| {
+        let mut told = told(pod, client, resource);
+        if client.starts_with(KUBECTL) {
+            // A table, and what was listed before: its third column is no version.
+            let listed: Vec<_> = told.drain(..5).collect();
+            assert!(listed.iter().all(|[event, ..]| event == "ADDED"), "{listed:?}");
+            told.iter_mut().for_each(|[.., version]| version.clear());
+        }
+        (client, resource, told)
+    };
+    let maps = clients().filter(|(name, _)| *name != HELM).map(|(name, _)| (name, "configmaps"));
+    maps.chain(["python", "go"].map(|name| (name, "secrets"))).map(of).collect()
 }
 
 /// What the clients say that they wrote and read is what the record has.

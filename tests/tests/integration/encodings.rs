@@ -17,6 +17,7 @@ use super::{
     DEADLINE, Scene,
     clients::{contains, in_base64, run_target},
     shown, verify,
+    watched::{Watched, told},
 };
 
 /// The pods that are enrolled, and those that are not.
@@ -116,6 +117,23 @@ fn no_secret_is_on_record(events: &[Event], secrets: &[&str], visible: &str) {
     assert!(all.iter().any(|event| contains(event, visible.as_bytes())), "{visible} is on record");
 }
 
+/// Each event that a watch told is on record: in CBOR over HTTP, and over WebSocket in JSON and CBOR, whose first event is the one there is.
+#[track_caller]
+fn watches_are_on_record(pod: &Pod<'_>, events: &[Event]) {
+    for resource in ["configmaps", "secrets"] {
+        let watches = Watched::find(events, resource, "client%3Dgo&");
+        assert_eq!(watches.len(), 1, "client-go watches {resource}");
+        watches[0].has_told(&told(pod, "go", resource));
+    }
+    for resource in ["configmaps", "secrets", "pods"] {
+        let watches = Watched::find(events, resource, "metadata.name=watched&");
+        assert_eq!(watches.len(), 6, "{resource}");
+        // Protobuf over WebSocket is withheld: nothing tells its events apart.
+        let told = told(pod, "watched", resource);
+        watches[..4].iter().for_each(|watch| watch.has_told(&told));
+    }
+}
+
 /// How many requests came in, and answers went out, in a media type that begins so.
 fn in_media_type(events: &[Event], begins: &str) -> [usize; 2] {
     let is_it = |headers: &[weir_common::event::Header]| {
@@ -172,6 +190,7 @@ fn what_few_servers_serve_is_recorded_masked_and_no_client_notices() {
     let token = pods[0].shell("cat /tmp/encodings/token").unwrap();
     assert!(token.len() > 100);
     let events = scene.events();
+    watches_are_on_record(&pods[0], &events);
     let secrets = [
         "canary-go-4711",
         "canary-secret-4711",
