@@ -191,9 +191,9 @@ impl AwsRig {
         self.front.has_expired(access_key_id)
     }
 
-    /// Has everything that was issued so far be good for nothing, as if its keys had been taken back.
-    pub fn revoke(&self) {
-        self.front.revoke();
+    /// Has these credentials be good for nothing, as if they had been taken back.
+    pub fn revoke(&self, access_key_id: &str) {
+        self.front.revoke(access_key_id);
     }
 
     /// What the authenticator has logged.

@@ -118,8 +118,8 @@ impl Front {
         *locked(&self.shared.life) = life;
     }
 
-    pub(super) fn revoke(&self) {
-        locked(&self.shared.issued).clear();
+    pub(super) fn revoke(&self, access_key_id: &str) {
+        locked(&self.shared.issued).remove(access_key_id);
     }
 
     pub(super) fn has_expired(&self, access_key_id: &str) -> Result<bool> {

@@ -1,11 +1,14 @@
 //! Clients that go in the middle, and a watch that does not end.
 
+use std::thread;
+
 use weir_common::event::{Caller, Event, Kind, Outcome};
 use weir_tests::{Pod, PodSpec, agent::TrustSource, audit, testbed::API_CLUSTER_IP, wait_until};
 
 use super::{
     DEADLINE, Scene,
     client::{RawClient, Requests, token},
+    clients::contains,
     peak_resident_kib,
 };
 
@@ -108,7 +111,10 @@ fn a_pod_that_is_deleted_in_the_middle_of_its_requests_leaves_closed_records_and
 
 /// Changes that a watch sees.
 const CHANGES: usize = 2_000;
-/// How many of them are asked for before the first is answered.
+const _: () = assert!(CHANGES.is_multiple_of(4 * WRITERS * CHANGES_AT_ONCE));
+/// Clients that ask for them, each of its own object: each change waits for the disk, and those of one client for each other.
+const WRITERS: usize = 5;
+/// How many of them one asks for before the first is answered.
 const CHANGES_AT_ONCE: usize = 50;
 
 #[test]
@@ -117,30 +123,48 @@ fn memory_stays_flat_over_a_watch_of_thousands_of_events() {
     scene.namespace("it-watch", true);
     let pod = scene.testbed.run_pod(&PodSpec::idle("it-watch", "caller")).unwrap();
     let agent = scene.agent(TrustSource::ClusterSigner);
-    let mut requests = Requests::new(&scene.testbed, &pod);
-    assert_eq!(requests.create("changing", 4_000).status, 201);
+    let name = |writer: usize| format!("changing-{writer}");
+    let mut writers: Vec<_> = (0..WRITERS).map(|_| Requests::new(&scene.testbed, &pod)).collect();
+    for (number, writer) in writers.iter_mut().enumerate() {
+        assert_eq!(writer.create(&name(number), 4_000).status, 201);
+    }
     pod.shell("kubectl get configmaps -n it-watch -w -o name >/dev/null 2>&1 &").unwrap();
     let opened = scene.event(
         "the watch",
         |event| matches!(&event.kind, Kind::RequestOpened(opened) if opened.attributes.verb == "watch"),
     );
-    let mut change = |count: usize| {
-        for first in (0..count).step_by(CHANGES_AT_ONCE) {
-            requests.mark("changing", first..first + CHANGES_AT_ONCE);
-        }
+    let mut change = |markers: std::ops::Range<usize>| {
+        thread::scope(|scope| {
+            let each = markers.len() / WRITERS;
+            for (number, writer) in writers.iter_mut().enumerate() {
+                let first = markers.start + number * each;
+                scope.spawn(move || {
+                    for first in (first..first + each).step_by(CHANGES_AT_ONCE) {
+                        writer.mark(&name(number), first..first + CHANGES_AT_ONCE);
+                    }
+                });
+            }
+        });
     };
     // The first ones fill what is kept for the next.
-    change(CHANGES / 4);
+    change(0..CHANGES / 4);
     std::fs::write(format!("/proc/{}/clear_refs", agent.pid()), "5").unwrap();
     let before = peak_resident_kib(agent.pid());
-    change(CHANGES);
+    change(CHANGES..2 * CHANGES);
     let grown = peak_resident_kib(agent.pid()).saturating_sub(before);
     println!("a watch of {CHANGES} events: peak resident memory {before} KiB + {grown} KiB");
     assert!(grown < 12 * 1024, "grew by {grown} KiB");
     // Without this, a watch that had stalled would be as flat.
-    let last = format!("marker-{}", CHANGES - 1);
-    scene.event("the last change in the record of the watch", |event| {
-        event.request == opened.request
-            && matches!(&event.kind, Kind::Content(content) if content.bytes.to_vec().is_ok_and(|bytes| String::from_utf8_lossy(&bytes).contains(&last)))
-    });
+    let last = (1..=WRITERS).map(|writer| format!("marker-{}", CHANGES + writer * CHANGES / WRITERS - 1));
+    let last: Vec<_> = last.collect();
+    wait_until("the last changes in the record of the watch", DEADLINE, || {
+        let of_watch = scene.events().into_iter().filter(|event| event.request == opened.request);
+        let bodies = of_watch.filter_map(|event| match event.kind {
+            Kind::Content(content) => content.bytes.to_vec().ok(),
+            _ => None,
+        });
+        let told: Vec<u8> = bodies.flatten().collect();
+        Ok(last.iter().all(|marker| contains(&told, marker.as_bytes())).then_some(()))
+    })
+    .unwrap();
 }

@@ -270,7 +270,7 @@ fn what_aws_does_not_give_nobody_goes_on_without() {
 }
 
 #[test]
-fn a_watch_outlives_the_credentials_that_it_began_with_and_the_next_request_has_others() {
+fn a_watch_outlives_its_credentials_and_those_that_are_taken_back_are_got_anew() {
     let Some(mut scene) = Scene::new() else { return };
     scene.namespace("it-role-watch", true);
     powerless(&scene, "it-role-watch");
@@ -292,6 +292,9 @@ fn a_watch_outlives_the_credentials_that_it_began_with_and_the_next_request_has_
         |event| matches!(&event.kind, Kind::RequestOpened(opened) if opened.attributes.verb == "watch"),
     );
     let began_with = access_key(&user_of(&scene, watch.request.as_deref().unwrap()));
+    // Meanwhile, of another pod.
+    rig.credentials_live(None);
+    revoked_credentials_are_got_anew(&scene, &rig, &agent, &watch.session);
     wait_until("the watch's credentials to end", 2 * SHORT_LIFE, || {
         Ok(rig.has_expired(&began_with)?.then_some(()))
     })
@@ -317,25 +320,33 @@ fn a_watch_outlives_the_credentials_that_it_began_with_and_the_next_request_has_
     watching.wait().unwrap();
 }
 
-#[test]
-fn credentials_that_the_cluster_takes_no_longer_are_got_anew_and_not_with_each_request() {
-    let Some(mut scene) = Scene::new() else { return };
-    scene.namespace("it-role-revoked", true);
-    powerless(&scene, "it-role-revoked");
-    deployers_may_edit(&scene, "it-role-revoked");
-    let rig = AwsRig::start(&scene.testbed, MAPPINGS).unwrap();
-    let runner = pod(&scene, "it-role-revoked", "runner");
-    let agent = start(&scene, &rig, "deploy");
+/// Credentials that the cluster takes no longer are got anew, and not with each request.
+#[track_caller]
+fn revoked_credentials_are_got_anew(scene: &Scene, rig: &AwsRig, agent: &AgentProcess, other: &str) {
+    let runner = pod(scene, "it-role-watch", "revoked");
     let head = format!(
-        "GET /api/v1/namespaces/it-role-revoked/configmaps HTTP/1.1\r\nAuthorization: Bearer {}\r\n",
+        "GET /api/v1/namespaces/it-role-watch/configmaps HTTP/1.1\r\nAuthorization: Bearer {}\r\n",
         token(&runner)
     );
-    let asked = || ask(&scene, &runner, &head, "").0;
+    let asked = || ask(scene, &runner, &head, "").0;
     assert_eq!(asked(), 200, "{}\n{}", agent.last_lines(), rig.authenticator_log());
-    rig.revoke();
+    let of_pod = |count: usize| {
+        wait_until("the pod's credentials in the record", DEADLINE, || {
+            let of_pod = assumed(&scene.events()).into_iter().filter(|(session, _)| session != other);
+            let of_pod: Vec<_> = of_pod.collect();
+            Ok((of_pod.len() >= count).then_some(of_pod))
+        })
+        .unwrap()
+    };
+    let [(session, credentials)] = of_pod(1).try_into().expect("they are recorded once");
+    let calls = || {
+        let name = format!("weir-{session}");
+        roles_asked(rig).iter().filter(|call| call.parameters["RoleSessionName"] == name).count()
+    };
+    rig.revoke(&credentials.access_key_id);
     // While they are new it would not help to ask again: the API server's answer is the client's.
     wait_until("the API server to notice", DEADLINE, || Ok((asked() == 401).then_some(()))).unwrap();
-    assert_eq!(roles_asked(&rig).len(), 1);
+    assert_eq!(calls(), 1);
     // Then they are forgotten, and the request is sent once more with others: its client sees nothing of it.
     let mut statuses = Vec::new();
     wait_until("other credentials", RENEWAL_DEADLINE, || {
@@ -344,7 +355,7 @@ fn credentials_that_the_cluster_takes_no_longer_are_got_anew_and_not_with_each_r
     })
     .unwrap();
     assert!(statuses.iter().all(|status| matches!(status, 401 | 200)), "{statuses:?}");
-    assert_eq!(roles_asked(&rig).len(), 2, "{statuses:?}");
-    let keys: Vec<_> = recorded(&scene, 2).into_iter().map(|(_, assumed)| assumed.access_key_id).collect();
+    assert_eq!(calls(), 2, "{statuses:?}");
+    let keys: Vec<_> = of_pod(2).into_iter().map(|(_, assumed)| assumed.access_key_id).collect();
     assert!(keys.len() == 2 && keys[0] != keys[1], "{keys:?}");
 }

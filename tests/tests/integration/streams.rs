@@ -195,17 +195,19 @@ fn say_everything(pod: &Pod<'_>, websocket: &str, sent: &str) {
              kubectl cp it-streams/caller:/tmp/file /tmp/back && cmp /tmp/file /tmp/back"
         ),
     );
-    // The second connection is that of a TLS client that will not be answered.
+    // The second connection is that of a TLS client that will not be answered. By its port in hexadecimal, the kernel's list of
+    // sockets says when the second server listens (state 0A).
     let answer = run(
         pod,
         &format!(
-            "{kubectl} (echo answer | timeout 20 nc -l -p 9000 >/tmp/asked; sleep 3 | timeout 20 nc -l -p 9000) \
+            "{kubectl} (echo answer | timeout 20 nc -l -p 9000 >/tmp/asked; sleep 2 | timeout 20 nc -l -p 9000) \
              >/dev/null 2>&1 & \
              kubectl port-forward -n it-streams pod/caller 9001:9000 >/tmp/forwarding 2>&1 & forward=$!; \
              until grep -q Forwarding /tmp/forwarding; do sleep 0.1; done; \
-             echo question | timeout 20 nc 127.0.0.1 9001; sleep 1; \
+             echo question | timeout 20 nc 127.0.0.1 9001; \
+             until grep -q ':2328 [0-9A-F]*:0000 0A ' /proc/net/tcp /proc/net/tcp6; do sleep 0.1; done; \
              kubectl --kubeconfig /dev/null --server https://127.0.0.1:9001 --tls-server-name db.example --token x \
-             --insecure-skip-tls-verify --request-timeout 2s get --raw / >/dev/null 2>&1; \
+             --insecure-skip-tls-verify --request-timeout 1s get --raw / >/dev/null 2>&1; \
              kill $forward; rm /tmp/forwarding"
         ),
     );
