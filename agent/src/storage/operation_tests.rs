@@ -1,7 +1,15 @@
 //! After SQLite: the Nth operation of a scenario fails, for N from 1 until it is not reached any more; once, or from then on
 //! until the storage is mended. Recording must refuse what it cannot keep, go on when it can, and lose nothing.
 
-use std::time::Duration;
+use std::{
+    collections::BTreeMap,
+    num::NonZero,
+    sync::{
+        Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
 
 use nix::libc;
 use rand::{SeedableRng as _, rngs::StdRng};
@@ -130,33 +138,52 @@ fn a_segment_that_could_not_be_made_hides_nothing_should_it_come_back_with_the_p
     }
 }
 
-#[test]
-fn whichever_operation_fails_recording_refuses_goes_on_and_loses_nothing() {
-    let (mut table, mut failed, mut scenarios) = (Vec::new(), Vec::new(), 0);
-    for (name, calls, errno) in FAULTS {
-        for (for_ever, encrypts) in [(false, false), (true, false), (false, true)] {
-            let mut at = 0;
-            loop {
-                at += 1;
-                let met = std::panic::catch_unwind(|| scenario(at, calls, errno, for_ever, encrypts));
-                match met {
-                    Ok(true) => {}
-                    Ok(false) => break,
-                    Err(_) => failed.push(format!(
-                        "operation {at} of {name}, for ever: {for_ever}, encrypted: {encrypts}"
-                    )),
-                }
-                assert!(at < 5000, "it ends");
+/// A fault, and how it comes: until it is mended, and with encrypted content.
+type Case = ((&'static str, &'static [Call], i32), (bool, bool));
+
+/// All operations of a case, one after the other: how many runs, and which of them failed.
+fn operations(((name, calls, errno), (for_ever, encrypts)): Case) -> (u64, Vec<String>) {
+    let mut failed = Vec::new();
+    for at in 1..5000 {
+        match std::panic::catch_unwind(|| scenario(at, calls, errno, for_ever, encrypts)) {
+            Ok(true) => {}
+            Ok(false) => return (at, failed),
+            Err(_) => {
+                failed.push(format!("operation {at} of {name}, for ever: {for_ever}, encrypted: {encrypts}"))
             }
-            scenarios += at;
-            let how = match (for_ever, encrypts) {
-                (true, _) => " until mended",
-                (false, false) => " once",
-                (false, true) => " once, with encrypted content",
-            };
-            table.push(format!("{name}{how}: {at} runs"));
         }
     }
-    println!("{}\noperations: {scenarios} scenarios", table.join("\n"));
+    panic!("it ends")
+}
+
+#[test]
+fn whichever_operation_fails_recording_refuses_goes_on_and_loses_nothing() {
+    let hows = [(false, false), (true, false), (false, true)];
+    let cases: Vec<Case> = FAULTS.iter().flat_map(|fault| hows.map(|how| (*fault, how))).collect();
+    // Each is a world of its own; together they take longer than all other tests of this crate.
+    let (next, done) = (AtomicUsize::new(0), Mutex::new(BTreeMap::new()));
+    std::thread::scope(|scope| {
+        for _ in 0..std::thread::available_parallelism().map_or(1, NonZero::get) {
+            scope.spawn(|| {
+                while let Some(case) = cases.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    let of_case = operations(*case);
+                    done.lock().unwrap().insert((case.0.0, case.1), of_case);
+                }
+            });
+        }
+    });
+    let (done, mut scenarios, mut failed) = (done.into_inner().unwrap(), 0, Vec::new());
+    for ((name, _, _), how) in cases {
+        let (runs, of_case) = &done[&(name, how)];
+        scenarios += runs;
+        failed.extend(of_case);
+        let how = match how {
+            (true, _) => " until mended",
+            (false, false) => " once",
+            (false, true) => " once, with encrypted content",
+        };
+        println!("{name}{how}: {runs} runs");
+    }
+    println!("operations: {scenarios} scenarios");
     assert!(failed.is_empty(), "{failed:#?}");
 }
