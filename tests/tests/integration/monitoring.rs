@@ -135,6 +135,8 @@ fn metrics_prove_that_what_the_kernel_saw_of_a_pod_was_proxied() {
     assert!(metrics["weir_proxy_requests_total{cluster=\"testbed\",verdict=\"forwarded\"}"] >= 3.0);
     assert!(metrics["weir_journal_events_total"] >= 6.0);
     assert_eq!(metrics["weir_journal_recording"], 1.0);
+    assert_eq!(metrics["weir_journal_reserve_bytes"], f64::from(64 << 10));
+    assert!(metrics["weir_journal_filesystem_free_bytes"] > 0.0);
     assert_eq!(metrics["weir_ready"], 1.0);
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap();
     assert!(metrics["weir_certificate_expiry_timestamp_seconds{cluster=\"testbed\"}"] > now.as_secs_f64());
@@ -195,6 +197,11 @@ fn readiness_and_metrics_say_when_recording_stopped() {
     assert_eq!(monitored.get("/healthz").unwrap().0, 200, "a restart would not help");
     let metrics = monitored.metrics();
     assert_eq!((metrics["weir_journal_recording"], metrics["weir_ready"]), (0.0, 0.0));
+    let (free, reserve) =
+        (metrics["weir_journal_filesystem_free_bytes"], metrics["weir_journal_reserve_bytes"]);
+    assert!(free < f64::from(4 << 20), "{free} bytes of 6 MiB are free, and no segment has room");
+    assert!(reserve > 0.0 && reserve <= f64::from(64 << 10), "{reserve}");
+    assert_eq!(metrics["weir_journal_gaps_total{kind=\"stopped\"}"], 1.0);
     assert!(metrics["weir_proxy_requests_total{cluster=\"testbed\",verdict=\"not_recorded\"}"] >= 1.0);
     assert!(
         metrics["weir_journal_write_failures_total"] >= 1.0
