@@ -445,44 +445,6 @@ async fn an_emergency_ends_by_itself() {
 }
 
 #[tokio::test]
-async fn a_rule_says_how_much_of_an_answer_is_recorded() {
-    let body = vec![b'x'; 100_000];
-    // Without a rule's word: what the recorder was made with. An answer to a mutation is never cut shorter than it would be without rules.
-    for (bytes_max, mutates, expected) in [
-        (Some(10), false, 10),
-        (Some(90_000), false, 90_000),
-        (Some(100_000), false, 100_000),
-        (Some(0), false, 0),
-        (None, false, 64 * 1024),
-        (Some(10), true, 100_000),
-    ] {
-        let rule = CommitRule { response_bytes_max: bytes_max, ..CommitRule::default() };
-        let (recorder, _disk, _directory) =
-            recorder(CommitRules { rules: vec![rule], ..CommitRules::default() });
-        let record = if mutates {
-            post(&recorder, "{}").await.unwrap()
-        } else {
-            get(&recorder, &attributes("list", "pods", "")).await
-        };
-        record.response_started(StatusCode::OK, &HeaderMap::new(), false);
-        record.response_data(&Bytes::from(body.clone()));
-        record.close(Outcome::Complete, None);
-        recorder.stop("test").await.unwrap();
-        let events = read(recorder.folder());
-        assert_eq!(content(&events, Channel::ResponseBody).len(), expected, "{bytes_max:?}");
-        let closed = events.iter().find_map(|event| match &event.kind {
-            Kind::RequestClosed(closed) => closed.body.clone(),
-            _ => None,
-        });
-        let summary = closed.expect("of the answer");
-        assert_eq!((summary.wire_bytes, summary.recorded_bytes), (100_000, expected as u64), "{bytes_max:?}");
-        let is_cut = expected < body.len();
-        let keyed = summary.digest.unwrap().starts_with("hmac-sha256:");
-        assert_eq!((summary.truncated.is_some(), keyed), (is_cut, is_cut), "{bytes_max:?}");
-    }
-}
-
-#[tokio::test]
 async fn a_level_leaves_out_bodies_and_says_so_and_never_the_request_itself() {
     for (level, [asked, answered]) in [
         (Bodies::Metadata, [false, false]),

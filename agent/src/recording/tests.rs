@@ -15,7 +15,7 @@ use weir_common::{
     event::{Channel, Event, Kind, Outcome, RequestClosed},
 };
 
-use super::{Recorder, RecordingError, RequestHead, fixture::*};
+use super::{CommitRule, CommitRules, Recorder, RecorderOptions, RecordingError, RequestHead, fixture::*};
 
 pub(super) fn content(events: &[Event], wanted: Channel) -> Vec<u8> {
     let mut all = Vec::new();
@@ -218,6 +218,41 @@ async fn a_response_beyond_the_limit_is_cut_with_a_mark_and_a_digest() {
     assert!(cut.truncated.as_ref().unwrap().contains("65536"));
     let metadata = summaries.iter().find(|summary| summary.wire_bytes == 2).unwrap();
     assert_eq!((metadata.recorded_bytes, metadata.truncated.is_some()), (0, true));
+}
+
+#[tokio::test]
+async fn a_rule_says_how_much_of_an_answer_is_recorded() {
+    let body = vec![b'x'; 100_000];
+    // Without a rule's word: what the recorder was made with. An answer to a mutation is never cut shorter than it would be without rules.
+    for (bytes_max, mutates, expected) in [
+        (Some(10), false, 10),
+        (Some(90_000), false, 90_000),
+        (Some(100_000), false, 100_000),
+        (Some(0), false, 0),
+        (None, false, 64 * 1024),
+        (Some(10), true, 100_000),
+    ] {
+        let directory = TempDir::new().unwrap();
+        let rule = CommitRule { response_bytes_max: bytes_max, ..CommitRule::default() };
+        let rules = CommitRules { rules: vec![rule], ..CommitRules::default() };
+        let recorder = Recorder::start(RecorderOptions { rules, ..options(directory.path()) }).unwrap();
+        let record = if mutates {
+            post(&recorder, "{}").await.unwrap()
+        } else {
+            get(&recorder, &attributes("list", "pods", "")).await
+        };
+        record.response_started(StatusCode::OK, &HeaderMap::new(), false);
+        record.response_data(&Bytes::from(body.clone()));
+        record.close(Outcome::Complete, None);
+        recorder.stop("test").await.unwrap();
+        let events = read(recorder.folder());
+        assert_eq!(content(&events, Channel::ResponseBody).len(), expected, "{bytes_max:?}");
+        let summary = closed(&events).body.clone().expect("of the answer");
+        assert_eq!((summary.wire_bytes, summary.recorded_bytes), (100_000, expected as u64), "{bytes_max:?}");
+        let is_cut = expected < body.len();
+        let keyed = summary.digest.unwrap().starts_with("hmac-sha256:");
+        assert_eq!((summary.truncated.is_some(), keyed), (is_cut, is_cut), "{bytes_max:?}");
+    }
 }
 
 #[tokio::test]
