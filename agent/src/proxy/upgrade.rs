@@ -4,8 +4,9 @@
 //! durable before the end is forwarded (`strict`: before itself is). No
 //! idle limit here: a port-forward may be silent for hours.
 //!
-//! A client's ping waits while the server's words do: an API server that has said all closes at once, and what its kernel has not sent yet is
-//! lost when anything comes in from here. Without a recorder on the way that moment is short. Where the server speaks on and on, Weir
+//! A client's ping waits while the server's words do, and a second longer: a server that has said all closes at once, and what its kernel has
+//! not sent yet is lost when anything comes in from here. That holds for the API server, and for the kubelet behind it, to which it passes
+//! the ping. Without a recorder on the way, and on an idle machine, those moments are short. Where the server speaks on and on, Weir
 //! answers the ping in its place: this alone is not passed.
 
 use std::{
@@ -26,7 +27,7 @@ use tokio::{
     io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _},
     sync::Notify,
     task::unconstrained,
-    time::{Instant, timeout_at},
+    time::{Instant, sleep_until},
 };
 use tokio_util::sync::CancellationToken;
 use weir_common::event::{CONTENT_BYTES_MAX, Outcome};
@@ -42,6 +43,8 @@ const _: () = assert!(PIECE_BYTES_MAX <= CONTENT_BYTES_MAX);
 
 /// Longest that a ping waits. Clients want an answer to one of theirs within a minute (client-go), or half of one (OkHttp).
 const PING_WAIT_MAX: Duration = Duration::from_secs(if cfg!(test) { 2 } else { 15 });
+/// How long a server must have said nothing before a ping goes on: what is on its way from the kubelet comes in gaps, on a busy machine.
+const SILENCE: Duration = Duration::from_millis(if cfg!(test) { 600 } else { 1000 });
 /// Most bytes of pings that wait, and of answers.
 const PINGS_BYTES_MAX: usize = 4096;
 
@@ -140,7 +143,12 @@ async fn join_sides(
         pump(client_reader, server_writer, Direction::ClientToServer, record, &ends),
         pump(server_reader, client_writer, Direction::ServerToClient, record, &ends),
     )?;
-    if ends.client_gone.into_inner() { Err(StreamError::ClientGone) } else { Ok(()) }
+    let server_ended = ends.server_ended.into_inner();
+    match ends.server_lost.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        Some(error) if !server_ended => Err(StreamError::Server(error)),
+        _ if ends.client_gone.into_inner() => Err(StreamError::ClientGone),
+        _ => Ok(()),
+    }
 }
 
 /// How the two directions have ended so far.
@@ -149,26 +157,84 @@ struct Ends {
     one_ended: AtomicBool,
     /// The client's end came first, and without TLS's close_notify, as when its process dies.
     client_gone: AtomicBool,
+    /// The server has said its end.
+    server_ended: AtomicBool,
+    /// Why it could not be told the client's: whether that matters is known when its own has come, as may be at the same time.
+    server_lost: Mutex<Option<io::Error>>,
     /// More of the server's was there when it was last read.
     server_speaks: AtomicBool,
     /// Nothing more is.
     server_is_quiet: Notify,
+    /// When it was there last.
+    server_spoke: Mutex<Option<Instant>>,
+    /// There is some again.
+    server_goes_on: Notify,
     /// None: nobody knows where an answer would fit in.
     answers: Option<Mutex<Answers>>,
 }
 
 impl Ends {
+    /// One direction has come to its end, with or without a word; whether it is the first.
+    fn ended(&self, direction: Direction, said_so: bool) -> bool {
+        let first = !self.one_ended.swap(true, Ordering::Relaxed);
+        match direction {
+            Direction::ClientToServer if first && !said_so => self.client_gone.store(true, Ordering::Relaxed),
+            Direction::ServerToClient if said_so => self.server_ended.store(true, Ordering::Relaxed),
+            _ => {}
+        }
+        first
+    }
+
+    /// The other side could not be told of that end.
+    fn not_told(&self, direction: Direction, error: io::Error) -> Result<(), StreamError> {
+        if direction == Direction::ServerToClient {
+            return Err(direction.write_error(error));
+        }
+        *self.server_lost.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+        Ok(())
+    }
+
     fn set_quiet(&self) {
         if self.server_speaks.swap(false, Ordering::Relaxed) {
             self.server_is_quiet.notify_waiters();
         }
     }
 
-    /// Waits until nothing of the server's waits to be read. Safe to drop.
-    async fn quiet(&self) {
-        let quiet = self.server_is_quiet.notified();
-        if self.server_speaks.load(Ordering::Relaxed) {
-            quiet.await;
+    fn set_speaks(&self) {
+        *self.server_spoke.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+        if !self.server_speaks.swap(true, Ordering::Relaxed) {
+            self.server_goes_on.notify_waiters();
+        }
+    }
+
+    /// When the server will have been silent for long enough, if it says nothing more; none: it speaks.
+    fn silent_at(&self) -> Option<Instant> {
+        let spoke = *self.server_spoke.lock().unwrap_or_else(PoisonError::into_inner);
+        let quiet = !self.server_speaks.load(Ordering::Relaxed);
+        quiet.then(|| spoke.map_or_else(Instant::now, |spoke| spoke + SILENCE))
+    }
+
+    fn is_silent(&self) -> bool {
+        self.silent_at().is_some_and(|at| at <= Instant::now())
+    }
+
+    /// Waits until the server has been silent for long enough. Safe to drop.
+    async fn silence(&self) {
+        while !self.is_silent() {
+            let quiet = self.server_is_quiet.notified();
+            match self.silent_at() {
+                Some(at) => sleep_until(at).await,
+                None => quiet.await,
+            }
+        }
+    }
+
+    /// Waits until then, and on until a ping can be answered; not at all longer if none can. Safe to drop.
+    async fn answerable(&self, from: Instant) {
+        sleep_until(from).await;
+        let goes_on = self.server_goes_on.notified();
+        if self.answers.is_some() && !self.server_speaks.load(Ordering::Relaxed) {
+            goes_on.await;
         }
     }
 
@@ -256,17 +322,14 @@ async fn pump(
             Err(error) => return settle(direction.read_error(error)),
         };
         if read == 0 {
-            let first = !ends.one_ended.swap(true, Ordering::Relaxed);
-            if first && !said_so && direction == Direction::ClientToServer {
-                ends.client_gone.store(true, Ordering::Relaxed);
-            }
+            let first = ends.ended(direction, said_so);
             if direction == Direction::ServerToClient {
                 record.server_stream_end().await.map_err(StreamError::Recording)?;
             }
             taken = taken && write(&mut writer, &pings.take()).await.is_ok();
             return match writer.shutdown().await {
                 Err(error) if first && taken && error.kind() != io::ErrorKind::NotConnected => {
-                    Err(direction.write_error(error))
+                    ends.not_told(direction, error)
                 }
                 _ => Ok(()),
             };
@@ -317,7 +380,7 @@ async fn read_piece(
         }
     };
     match read {
-        Ok(1..) => ends.server_speaks.store(true, Ordering::Relaxed),
+        Ok(1..) => ends.set_speaks(),
         _ => ends.set_quiet(),
     }
     read
@@ -331,7 +394,7 @@ async fn write(writer: &mut (impl AsyncWrite + Unpin), bytes: &[u8]) -> io::Resu
     writer.flush().await
 }
 
-/// A client's pings that wait, until the server is quiet, time is up, or the client says something else: they keep their order.
+/// A client's pings that wait, until the server is silent, time is up, or the client says something else: they keep their order.
 #[derive(Debug, Default)]
 struct Pings {
     bytes: BytesMut,
@@ -340,11 +403,10 @@ struct Pings {
 }
 
 impl Pings {
-    /// Keeps what is nothing but pings, if the server speaks.
+    /// Keeps what is nothing but pings, if the server is not silent.
     fn keep(&mut self, piece: &[u8], ends: &Ends) -> bool {
-        let waits = ends.server_speaks.load(Ordering::Relaxed)
-            && self.bytes.len() + piece.len() <= PINGS_BYTES_MAX
-            && only_pings(piece);
+        let waits =
+            !ends.is_silent() && self.bytes.len() + piece.len() <= PINGS_BYTES_MAX && only_pings(piece);
         if waits {
             self.bytes.extend_from_slice(piece);
             self.until.get_or_insert_with(|| Instant::now() + PING_WAIT_MAX);
@@ -355,7 +417,7 @@ impl Pings {
     /// Waits until they go on; for ever if there are none. Safe to drop.
     async fn wait(&self, ends: &Ends) {
         match self.until {
-            Some(until) => timeout_at(until, ends.quiet()).await.unwrap_or_default(),
+            Some(until) => tokio::select! { () = ends.silence() => {} () = ends.answerable(until) => {} },
             None => std::future::pending().await,
         }
     }
@@ -369,18 +431,23 @@ impl Pings {
 #[cfg(test)]
 mod tests {
     use std::{
+        io,
         path::Path,
+        pin::Pin,
         sync::atomic::{AtomicUsize, Ordering},
+        task::{Context, Poll, ready},
     };
 
     use http::{HeaderMap, Method};
     use tokio::{
-        io::{AsyncReadExt as _, AsyncWriteExt as _},
+        io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf},
         sync::Notify,
         time::Instant,
     };
 
-    use super::{PING_WAIT_MAX, join_sides};
+    use weir_common::event::Outcome;
+
+    use super::{PING_WAIT_MAX, SILENCE, join_sides};
     use crate::{
         recording::{Recorder, RecorderOptions, RequestRecord, fixture},
         streams::Framing,
@@ -396,6 +463,67 @@ mod tests {
         let attributes = fixture::attributes("create", "pods", "exec");
         let record = fixture::open(&recorder, Method::POST, &attributes, &HeaderMap::new(), None).await;
         (recorder, record.expect("a record"))
+    }
+
+    /// A server that is gone when it is told the client's end, with or without having said its own.
+    struct Gone {
+        inner: tokio::io::DuplexStream,
+        says_end: bool,
+    }
+
+    impl AsyncRead for Gone {
+        fn poll_read(
+            mut self: Pin<&mut Self>,
+            cx: &mut Context<'_>,
+            to: &mut ReadBuf<'_>,
+        ) -> Poll<io::Result<()>> {
+            let before = to.filled().len();
+            ready!(Pin::new(&mut self.inner).poll_read(cx, to))?;
+            let is_end = to.filled().len() == before;
+            Poll::Ready(if is_end && !self.says_end {
+                Err(io::ErrorKind::UnexpectedEof.into())
+            } else {
+                Ok(())
+            })
+        }
+    }
+
+    impl AsyncWrite for Gone {
+        fn poll_write(
+            mut self: Pin<&mut Self>,
+            cx: &mut Context<'_>,
+            bytes: &[u8],
+        ) -> Poll<io::Result<usize>> {
+            Pin::new(&mut self.inner).poll_write(cx, bytes)
+        }
+        fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Pin::new(&mut self.inner).poll_flush(cx)
+        }
+        fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()))
+        }
+    }
+
+    #[tokio::test]
+    async fn both_ends_at_the_same_time_are_no_failure_if_the_server_has_said_its_own() {
+        for says_end in [true, false] {
+            let folder = tempfile::tempdir().expect("a temporary folder");
+            let (_recorder, record) = record(folder.path()).await;
+            let (far_server, inner) = tokio::io::duplex(64);
+            let (far_client, client) = tokio::io::duplex(64);
+            // The client's end is seen first.
+            drop(far_client);
+            let ends = async {
+                tokio::time::sleep(SILENCE / 4).await;
+                drop(far_server);
+            };
+            let (joined, ()) =
+                tokio::join!(join_sides(client, Gone { inner, says_end }, FRAMING, &record), ends);
+            match joined {
+                Ok(()) => assert!(says_end, "it is a failure"),
+                Err(error) => assert!(!says_end && error.outcome() == Outcome::UpstreamFailed, "{error}"),
+            }
+        }
     }
 
     fn words() -> Vec<u8> {
@@ -483,6 +611,39 @@ mod tests {
         let at = (0..100).map(|number| number * frame).find(|at| heard[*at..].starts_with(PONG));
         let at = at.expect("an answer between two frames");
         assert!(heard[..at] == said[..at] && heard[at + PONG.len()..] == said[at..]);
+    }
+
+    #[tokio::test]
+    async fn a_ping_waits_until_the_server_has_been_silent_for_a_while() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let (_recorder, record) = record(folder.path()).await;
+        let (far_server, server) = tokio::io::duplex(1000);
+        let (mut hears, mut speaks) = tokio::io::split(far_server);
+        let (mut far_client, client) = tokio::io::duplex(1000);
+        let server_speaks = async {
+            let mut last = Instant::now();
+            for _ in 0..10 {
+                last = Instant::now();
+                speaks.write_all(b"\x82\x01a").await.expect("said");
+                tokio::time::sleep(SILENCE / 15).await;
+            }
+            last
+        };
+        let client_pings = async {
+            let mut word = [0; 3];
+            far_client.read_exact(&mut word).await.expect("heard");
+            far_client.write_all(PING).await.expect("sent");
+        };
+        let ping_arrives = async {
+            let mut ping = [0; PING.len()];
+            hears.read_exact(&mut ping).await.expect("arrives");
+            Instant::now()
+        };
+        let all = async { tokio::join!(server_speaks, client_pings, ping_arrives) };
+        tokio::select! {
+            joined = join_sides(client, server, FRAMING, &record) => panic!("{joined:?}"),
+            (last, (), arrived) = all => assert!(arrived - last >= SILENCE, "{:?}", arrived - last),
+        }
     }
 
     #[tokio::test]
