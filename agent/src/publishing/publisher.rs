@@ -233,11 +233,11 @@ impl Publisher {
         let before = self.ticket;
         let mut streams = std::mem::take(&mut self.streams);
         let filled = self.fill_from(&mut streams, sink.as_mut());
-        self.streams = streams;
+        // Also a sink that failed: what it has is counted when it is given up.
+        (self.streams, self.sink) = (streams, Some(sink));
         if let Err(Stopped::Failed(failure)) = filled {
             return Err(failure);
         }
-        self.sink = Some(sink);
         Ok(self.ticket > before)
     }
 
