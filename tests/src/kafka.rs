@@ -8,9 +8,10 @@ mod faults;
 mod installation;
 
 use std::fs;
-use std::net::TcpListener;
+use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -369,8 +370,35 @@ broker.heartbeat.interval.ms=500
         )
     }
 
-    /// Makes its folder of data, and the user of the listener with TLS.
+    /// Makes its folder of data, and the user of the listener with TLS. What Kafka's tool writes is the same for each that keeps all in
+    /// its own folder; it takes some seconds, and so is asked once.
     fn format(&self) -> Result<()> {
+        static WRITTEN: Mutex<Vec<(String, Vec<u8>)>> = Mutex::new(Vec::new());
+        if !self.setup.disks.is_empty() {
+            return self.run_format();
+        }
+        let data = self.path("data");
+        let mut written = WRITTEN.lock().unwrap_or_else(PoisonError::into_inner);
+        if written.is_empty() {
+            self.run_format()?;
+            for entry in fs::read_dir(&data).context("cannot read what was formatted")? {
+                let path = entry.context("cannot read what was formatted")?.path();
+                let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+                written.push((
+                    name,
+                    fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?,
+                ));
+            }
+            return Ok(());
+        }
+        fs::create_dir(&data).context("cannot make the folder of data")?;
+        for (name, content) in &*written {
+            fs::write(data.join(name), content).with_context(|| format!("cannot write {name}"))?;
+        }
+        Ok(())
+    }
+
+    fn run_format(&self) -> Result<()> {
         let mut command = self.class("kafka.tools.StorageTool", "error");
         command.args(["format", "--cluster-id", "weir-testbed-kafka-000", "--config"]);
         command.arg(self.path("server.properties"));
@@ -387,6 +415,10 @@ broker.heartbeat.interval.ms=500
         let led = wait_until(&what, READY_DEADLINE, || {
             if !process.is_running() {
                 bail!("Kafka has ended");
+            }
+            // kcat waits for a second where nobody listens.
+            if TcpStream::connect(self.bootstrap()).is_err() {
+                return Ok(None);
             }
             let mut command = self.installation.kcat(ASK_SECONDS);
             command.args(["-L", "-J", "-m", "1", "-b", &self.bootstrap()]);

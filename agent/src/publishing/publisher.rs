@@ -36,7 +36,7 @@ pub(super) const FLIGHT_BYTES_MAX: usize = 8 * 1024 * 1024;
 pub(super) const FLIGHT_MESSAGES_MAX: usize = 8192;
 /// How often it is looked for epochs that have ended.
 const ADOPT_INTERVAL: Duration = Duration::from_secs(10);
-/// How often it is looked for what may be removed.
+/// How often it is looked for what may be removed, unless the replay window is shorter.
 const REMOVE_INTERVAL: Duration = Duration::from_secs(15);
 /// How often the backlog is measured.
 const MEASURE_INTERVAL: Duration = Duration::from_secs(1);
@@ -148,10 +148,10 @@ impl Publisher {
         });
         let heard = self.hear(now);
         self.write_cursors(now, false);
-        let is_short = self.measures.is_short();
-        if now.is_due(&mut self.removed, if is_short { MEASURE_INTERVAL } else { REMOVE_INTERVAL }) {
+        let window = if self.measures.is_short() { Duration::ZERO } else { self.settings.replay_window };
+        if now.is_due(&mut self.removed, window.clamp(MEASURE_INTERVAL, REMOVE_INTERVAL)) {
             self.remove(now);
-            if is_short {
+            if self.measures.is_short() {
                 self.measures.removed_early(remove_oldest(&mut self.streams, now));
             }
         }

@@ -126,6 +126,9 @@ struct Account {
     /// What arrived: number, if it is one of ours.
     arrived: BTreeMap<(Uuid, u64), Option<u64>>,
     acknowledged: BTreeSet<(Uuid, u64)>,
+    /// Where the cursors of its epochs stood when the life began, and what it has sent.
+    cursors: BTreeMap<Uuid, u64>,
+    sent: BTreeSet<(Uuid, u64)>,
     again: u64,
     /// Kills before the recorder was started, before the first event was durable, and after.
     kills: [u32; 3],
@@ -221,6 +224,8 @@ impl Account {
             held: BTreeSet::new(),
             arrived: BTreeMap::new(),
             acknowledged: BTreeSet::new(),
+            cursors: BTreeMap::new(),
+            sent: BTreeSet::new(),
             again: 0,
             kills: [0; 3],
             stages: [0; Stage::ALL.len()],
@@ -254,6 +259,10 @@ impl Account {
                 if let Ok(sequence) = sequence.parse() {
                     let id = (epoch.parse().unwrap(), sequence);
                     let number = self.number(id.0, text);
+                    // What comes again is what was not written down as acknowledged, and comes once a life.
+                    let cursor = self.cursors.get(&id.0).copied().unwrap_or_default();
+                    assert!(sequence >= cursor, "{id:?} was acknowledged up to {cursor}, and is sent again");
+                    assert!(self.sent.insert(id), "{id:?} is sent twice in one life");
                     self.again += u64::from(self.arrived.contains_key(&id));
                     assert_eq!(
                         *self.arrived.entry(id).or_insert(number),
@@ -342,7 +351,9 @@ impl Account {
         assert!(has_ended && victim.child.wait().unwrap().success());
     }
 
+    /// Of a life that has ended, before the next one begins.
     fn check(&mut self, journal: &Path) {
+        self.sent.clear();
         let mut present: BTreeSet<u64> = self.arrived.values().flatten().copied().collect();
         for entry in std::fs::read_dir(journal).into_iter().flatten() {
             let folder = entry.unwrap().path();
@@ -358,6 +369,8 @@ impl Account {
                 "{epoch}: {} removed, cursor {cursor}, {prefix}",
                 log.removed
             );
+            let before = self.cursors.insert(epoch, cursor).unwrap_or_default();
+            assert!(before <= cursor, "the cursor of {epoch} went back from {before} to {cursor}");
             self.removed = self.removed.max(log.removed);
             for (sequence, value) in &log.events {
                 let event: Event = serde_json::from_slice(value).unwrap();

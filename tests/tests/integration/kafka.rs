@@ -47,7 +47,8 @@ pub(super) struct Recorded {
     /// As the header `ce_id` of its message must have it.
     pub(super) id: String,
     pub(super) epoch: String,
-    kind: FrameType,
+    pub(super) sequence: u64,
+    pub(super) kind: FrameType,
     envelope: Envelope,
     pub(super) value: String,
     /// What verifies the epoch's checkpoints.
@@ -57,8 +58,11 @@ pub(super) struct Recorded {
 /// A broker with both topics.
 pub(super) fn kafka() -> Kafka {
     let kafka = Kafka::start().unwrap();
-    kafka.create_topic(EVENTS, 3, &[]).unwrap();
-    kafka.create_topic(CHECKPOINTS, 1, &[]).unwrap();
+    // Each by a Java that takes its time to start.
+    std::thread::scope(|scope| {
+        scope.spawn(|| kafka.create_topic(EVENTS, 3, &[]).unwrap());
+        kafka.create_topic(CHECKPOINTS, 1, &[]).unwrap();
+    });
     kafka
 }
 
@@ -147,7 +151,7 @@ pub(super) fn recorded(journal: &Path) -> Vec<Recorded> {
                 let value = String::from_utf8(frame.value.to_vec()).unwrap();
                 let (epoch, verifier) = (epoch.clone(), verifier.clone());
                 let (kind, envelope) = (frame.frame_type, frame.envelope);
-                recorded.push(Recorded { id, epoch, kind, envelope, value, verifier });
+                recorded.push(Recorded { id, epoch, sequence, kind, envelope, value, verifier });
             }
         }
     }
