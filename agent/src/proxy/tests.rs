@@ -370,6 +370,11 @@ async fn requests_survive_an_api_server_that_ends_its_connections_in_an_orderly_
             bytes(answered).await;
             assert_eq!(rig.seen().len(), turn, "each request is acted on once");
             rig.upstream.restart.notify_waiters();
+            if alpn == "http/1.1" {
+                // It cannot say that it closes: of a request that is on its way then nobody knows whether it was acted on.
+                let mut connections = rig.upstream.connections.subscribe();
+                soon(connections.wait_for(|count| *count == 0)).await.expect("the connection's end");
+            }
         }
     }
 }
