@@ -3,7 +3,7 @@
 //! again once the clock is right.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     path::Path,
     time::{Duration, Instant},
 };
@@ -313,7 +313,13 @@ fn an_agent_whose_clock_is_set_by_a_day_records_publishes_and_forgets_as_before(
         assert!(segments(&first) > 0, "what was acknowledged stays for {WINDOW:?}");
     }
     node.set(-DAY);
-    let (frames, messages) = (recorded(&scene.journal()), published(&kafka));
+    let (frames, mut messages) = (recorded(&scene.journal()), BTreeMap::new());
+    // What was recorded last is on its way, by a client that is made anew: the clock has just been set back.
+    wait_until("the last records on the topic", DEADLINE, || {
+        messages = published(&kafka);
+        Ok(frames.iter().all(|frame| messages.contains_key(&frame.id)).then_some(()))
+    })
+    .unwrap();
     are_found_by_their_times(&scene, &topics);
     // Who goes by the clock waits for a day now.
     node.ticks("a day behind");
