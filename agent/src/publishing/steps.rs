@@ -17,6 +17,9 @@ use crate::recording::Durable;
 /// What is less is none: clocks are slewed, and a thread may be held up between looking at one clock and the other.
 const STEP_US_MIN: i64 = 1_000_000;
 
+/// How long before the clock was set an event may have been made that was durable only afterwards.
+const BEHIND_US_MAX: i64 = 2_000_000;
+
 /// Most steps that are known apart.
 const STEPS_MAX: usize = 16;
 
@@ -61,13 +64,21 @@ impl Steps {
     /// When an event was made, by the clock as it is now; `end` is behind it in the agent's own epoch, and none in one that had
     /// ended before. What was made when the clock had been set and nobody had seen it yet bears its time by the new one.
     pub(super) fn by_now(&self, made_unix_us: i64, end: Option<Position>) -> i64 {
-        let is_before = |durable: Durable| {
+        let was_durable = |durable: Durable| {
             end.is_none_or(|Position { segment, offset, .. }| Durable { segment, offset } <= durable)
         };
-        let since = self.steps.iter().filter(|step| is_before(step.durable));
-        since.fold(made_unix_us, |made, step| {
-            if step.seen.contains(&made) { made } else { made.saturating_add(step.by_us) }
+        self.steps.iter().fold(made_unix_us, |made, step| {
+            let is_before = was_durable(step.durable) || step.was_on_its_way(made);
+            if !is_before || step.seen.contains(&made) { made } else { made.saturating_add(step.by_us) }
         })
+    }
+}
+
+impl Step {
+    /// Whether an event has a time of just before, by the clock as it was: then it was not durable yet when the clock was set.
+    fn was_on_its_way(&self, made_unix_us: i64) -> bool {
+        let former = made_unix_us.saturating_add(self.by_us);
+        (self.seen.start().saturating_sub(BEHIND_US_MAX)..=*self.seen.end()).contains(&former)
     }
 }
 
@@ -140,7 +151,9 @@ mod tests {
         assert_eq!(steps.look(clock.pass(Duration::from_secs(1)), at(20)), Some(-DAY_US));
         let now = clock.0.unix_us;
         let age_s = |made, end| (now - steps.by_now(made, end)) / 1_000_000;
-        for (made, offset, expected) in [(first, 10, 92), (second, 20, 1), (now, 21, 0)] {
+        // The second of them was on its way to the disk when the clock was set.
+        let before = [(first, 10, 92), (first - 500_000, 11, 92), (second, 20, 1), (second, 21, 1)];
+        for (made, offset, expected) in before.into_iter().chain([(now, 21, 0)]) {
             assert_eq!(age_s(made, behind(offset)), expected, "{offset}");
         }
         // Made when the clock had been set and nobody had seen it yet.
