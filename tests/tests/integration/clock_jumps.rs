@@ -10,7 +10,9 @@ use std::{
 
 use serde_json::{Value, json};
 use weir_common::event::{Channel, Event, Kind};
-use weir_tests::{AgentProcess, Kafka, Pod, PodSpec, ShiftedClock, agent, agent::TrustSource, wait_until};
+use weir_tests::{
+    AgentProcess, Kafka, Pod, PodSpec, ShiftedClock, agent, agent::TrustSource, kafka::Message, wait_until,
+};
 
 use super::{
     DEADLINE, Scene,
@@ -18,8 +20,8 @@ use super::{
     client::Requests,
     identity,
     kafka::{
-        CHECKPOINTS, EVENTS, check, configuration, epochs, kafka, published, publishing, recorded, sound,
-        source, wait_until_published, weir,
+        CHECKPOINTS, EVENTS, Recorded, check, configuration, epochs, kafka, published, publishing, recorded,
+        sound, source, wait_until_published, weir,
     },
     monitoring::Monitored,
     shown,
@@ -248,6 +250,17 @@ fn are_found_by_their_times(scene: &Scene, topics: &str) {
     }
 }
 
+/// What is recorded now, and the topics' messages once they have it: what was recorded last is on its way, by a client that is made
+/// anew where the clock has just been set back.
+fn published_whole(scene: &Scene, kafka: &Kafka) -> (Vec<Recorded>, BTreeMap<String, Vec<Message>>) {
+    let frames = recorded(&scene.journal());
+    let messages = wait_until("the last records on the topic", DEADLINE, || {
+        let messages = published(kafka);
+        Ok(frames.iter().all(|frame| messages.contains_key(&frame.id)).then_some(messages))
+    });
+    (frames, messages.unwrap())
+}
+
 /// Segments of an epoch.
 fn segments(epoch: &Path) -> usize {
     let Ok(entries) = std::fs::read_dir(epoch) else { return 0 };
@@ -313,13 +326,7 @@ fn an_agent_whose_clock_is_set_by_a_day_records_publishes_and_forgets_as_before(
         assert!(segments(&first) > 0, "what was acknowledged stays for {WINDOW:?}");
     }
     node.set(-DAY);
-    let (frames, mut messages) = (recorded(&scene.journal()), BTreeMap::new());
-    // What was recorded last is on its way, by a client that is made anew: the clock has just been set back.
-    wait_until("the last records on the topic", DEADLINE, || {
-        messages = published(&kafka);
-        Ok(frames.iter().all(|frame| messages.contains_key(&frame.id)).then_some(()))
-    })
-    .unwrap();
+    let (frames, messages) = published_whole(&scene, &kafka);
     are_found_by_their_times(&scene, &topics);
     // Who goes by the clock waits for a day now.
     node.ticks("a day behind");
