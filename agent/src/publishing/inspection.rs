@@ -1,11 +1,12 @@
 //! What Kafka says of itself before anything is published: its brokers, its topics, and what the topics promise. The judgement is
 //! `doctor`'s.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rdkafka::{
     admin::{AdminClient, AdminOptions, ConfigResource, ResourceSpecifier},
-    metadata::MetadataPartition,
+    error::RDKafkaErrorCode,
+    metadata::{Metadata, MetadataPartition},
     producer::Producer as _,
 };
 
@@ -17,6 +18,12 @@ use crate::config::Kafka;
 
 /// How long a topic's settings are waited for: they are of use, and not everybody may read them.
 const SETTINGS_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// How long one look for a broker takes, while there is none.
+const LOOK: Duration = Duration::from_millis(500);
+
+/// So long brokers that refuse are tried again: one that has just started may not know yet whom it lets in.
+const REFUSED_FOR: Duration = Duration::from_secs(2);
 
 /// What is known of a topic.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -74,15 +81,7 @@ pub(crate) fn inspect(kafka: &Kafka, timeout: Duration) -> Result<ClusterFacts, 
         // The first token is asked for by an event, which a question that blocks does not look at.
         producer.0.poll(LAST_WORDS);
     }
-    // All topics: to ask for one by its name may make it.
-    let metadata = producer.0.client().fetch_metadata(None, timeout).map_err(|error| {
-        producer.0.poll(LAST_WORDS);
-        let context = producer.context();
-        if let Some(reason) = lock(&context.denied).take() {
-            return Failure::Denied { reason };
-        }
-        Failure::Unreachable { reason: lock(&context.problem).take().unwrap_or_else(|| error.to_string()) }
-    })?;
+    let metadata = metadata(&producer, timeout)?;
     // Nor can an admin client be given a token, for the same reason.
     let admin: Option<AdminClient<Context>> = match kafka.oauth {
         Some(_) => None,
@@ -103,6 +102,32 @@ pub(crate) fn inspect(kafka: &Kafka, timeout: Duration) -> Result<ClusterFacts, 
     });
     let topics = topics.collect();
     Ok(ClusterFacts { brokers: metadata.brokers().len(), topics })
+}
+
+/// What the brokers say of all topics: to ask for one by its name may make it. The library would try brokers that refuse until all of
+/// the time is over; who is let in by none is told so before.
+fn metadata(producer: &Producer, timeout: Duration) -> Result<Metadata, Failure> {
+    let (begun, context, mut wait) = (Instant::now(), producer.context(), LOOK);
+    loop {
+        let left = timeout.saturating_sub(begun.elapsed());
+        let error = match producer.0.client().fetch_metadata(None, wait.min(left)) {
+            Ok(metadata) => return Ok(metadata),
+            Err(error) => error,
+        };
+        producer.0.poll(LAST_WORDS);
+        let is_refused = begun.elapsed() >= REFUSED_FOR && context.is_refused();
+        if is_refused || begun.elapsed() >= timeout {
+            if let Some(reason) = lock(&context.denied).take() {
+                return Err(Failure::Denied { reason });
+            }
+            let problem = lock(&context.problem).take();
+            return Err(Failure::Unreachable { reason: problem.unwrap_or_else(|| error.to_string()) });
+        }
+        // It was asked, and takes its time: to ask again would take as long.
+        if error.rdkafka_error_code() == Some(RDKafkaErrorCode::OperationTimedOut) {
+            wait = timeout;
+        }
+    }
 }
 
 fn partitions(name: String, partitions: &[MetadataPartition]) -> TopicFacts {
@@ -146,18 +171,20 @@ fn read_settings(resource: &ConfigResource) -> TopicSettings {
 
 #[cfg(test)]
 mod tests {
-    use std::{collections::BTreeMap, time::Duration};
+    use std::{
+        collections::BTreeMap,
+        io::{Read as _, Write as _},
+        net::{TcpListener, TcpStream},
+        time::{Duration, Instant},
+    };
 
     use rdkafka::mocking::MockCluster;
 
     use super::{Failure, Kafka, inspect};
 
-    #[test]
-    fn a_look_at_kafka_finds_its_topics_or_says_that_nobody_answers() {
-        let cluster = MockCluster::new(1).unwrap();
-        cluster.create_topic("weir", 3, 1).unwrap();
-        let asked = Kafka {
-            brokers: vec![cluster.bootstrap_servers()],
+    fn asked(brokers: Vec<String>) -> Kafka {
+        Kafka {
+            brokers,
             topic: "weir".to_owned(),
             checkpoint_topic: "other".to_owned(),
             key_topic: None,
@@ -165,7 +192,14 @@ mod tests {
             property_files: BTreeMap::new(),
             oauth: None,
             replay_window: Duration::ZERO,
-        };
+        }
+    }
+
+    #[test]
+    fn a_look_at_kafka_finds_its_topics_or_says_that_nobody_answers() {
+        let cluster = MockCluster::new(1).unwrap();
+        cluster.create_topic("weir", 3, 1).unwrap();
+        let asked = asked(vec![cluster.bootstrap_servers()]);
         let facts = inspect(&asked, Duration::from_secs(30)).unwrap();
         assert_eq!((facts.brokers, facts.topics.len()), (1, 2));
         assert_eq!((facts.topics[0].partitions, facts.topics[0].replicas), (Some(3), 1));
@@ -174,5 +208,39 @@ mod tests {
         cluster.broker_down(-1).unwrap();
         let refused = inspect(&asked, Duration::from_millis(500)).unwrap_err();
         assert!(matches!(refused, Failure::Unreachable { .. }), "{refused}");
+    }
+
+    /// Somebody who does `act` with each connection. The thread ends with the test's process.
+    fn somebody(mut act: impl FnMut(TcpStream) + Send + 'static) -> String {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        std::thread::spawn(move || listener.incoming().for_each(|stream| act(stream.unwrap())));
+        address
+    }
+
+    /// Somebody with whom no TLS comes about: a refusal, since the connection stands.
+    fn refusing() -> String {
+        somebody(|mut stream| {
+            // It reads first: what is closed with bytes unread is reset, which is no refusal.
+            let _ = stream.read(&mut [0; 4096]);
+            let _ = stream.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n");
+        })
+    }
+
+    #[test]
+    fn who_is_refused_is_told_so_before_the_time_is_over_unless_another_broker_may_let_it_in() {
+        let mut asked = asked(vec![refusing()]);
+        asked.properties.insert("security.protocol".to_owned(), "SSL".to_owned());
+        let begun = Instant::now();
+        let refused = inspect(&asked, Duration::from_secs(60)).unwrap_err();
+        let Failure::Denied { reason } = &refused else { panic!("{refused}") };
+        assert!(reason.contains("SSL handshake failed"), "{reason}");
+        assert!(begun.elapsed() < Duration::from_secs(30), "after {:?}", begun.elapsed());
+        // One that has not answered yet.
+        let mut open = Vec::new();
+        asked.brokers.push(somebody(move |stream| open.push(stream)));
+        let (begun, timeout) = (Instant::now(), Duration::from_secs(4));
+        inspect(&asked, timeout).unwrap_err();
+        assert!(begun.elapsed() >= timeout, "after {:?}", begun.elapsed());
     }
 }

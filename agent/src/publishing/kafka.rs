@@ -11,7 +11,7 @@ use std::{
     path::Path,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU8, Ordering},
+        atomic::{AtomicBool, AtomicU8, Ordering},
     },
     time::{Duration, Instant, SystemTime},
 };
@@ -149,6 +149,8 @@ pub(super) struct Context {
     /// Which timestamps the topics take; outlives a client.
     stamps: Arc<Mutex<TopicStamps>>,
     connected: AtomicU8,
+    /// Each broker was tried when none let the client in, or there was no token to try one with.
+    tried_all: AtomicBool,
     /// Why the brokers let nobody in, as they say.
     pub(super) denied: Mutex<Option<String>>,
     /// The last line that tells of a problem.
@@ -164,6 +166,11 @@ impl Context {
         Self { oauth: kafka.oauth.clone(), ..Self::default() }
     }
 
+    /// Whether a new client is refused, and no broker is left that may let it in.
+    pub(super) fn is_refused(&self) -> bool {
+        self.tried_all.load(Ordering::Relaxed) && lock(&self.denied).is_some()
+    }
+
     fn stamps(&self, topic: &str, act: impl FnOnce(&mut Stamps, Instant)) {
         act(lock(&self.stamps).of(topic), Instant::now());
     }
@@ -173,7 +180,8 @@ impl ClientContext for Context {
     const ENABLE_REFRESH_OAUTH_TOKEN: bool = true;
 
     fn generate_oauth_token(&self, _config: Option<&str>) -> Result<OAuthToken, Box<dyn Error>> {
-        let token = token(self.oauth.as_ref(), SystemTime::now())?;
+        let token = token(self.oauth.as_ref(), SystemTime::now());
+        let token = token.inspect_err(|_| self.tried_all.store(true, Ordering::Relaxed))?;
         tracing::debug!(end_unix_ms = token.end_unix_ms, "the brokers are shown a new token");
         // The name is the client's own word; the brokers take the token's.
         let principal_name = "weir-agent".to_owned();
@@ -191,7 +199,10 @@ impl ClientContext for Context {
     fn error(&self, error: KafkaError, reason: &str) {
         tracing::debug!(%error, reason, "librdkafka");
         match error.rdkafka_error_code() {
-            Some(RDKafkaErrorCode::AllBrokersDown) => self.connected.store(DOWN, Ordering::Relaxed),
+            Some(RDKafkaErrorCode::AllBrokersDown) => {
+                self.connected.store(DOWN, Ordering::Relaxed);
+                self.tried_all.store(true, Ordering::Relaxed);
+            }
             Some(
                 RDKafkaErrorCode::Authentication
                 | RDKafkaErrorCode::SaslAuthenticationFailed

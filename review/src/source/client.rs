@@ -4,7 +4,10 @@
 use std::{
     error::Error,
     path::{Path, PathBuf},
-    sync::{Mutex, PoisonError},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use rdkafka::{
@@ -46,17 +49,31 @@ const SETTINGS: [(&str, &str); 10] = [
 #[derive(Debug, Default)]
 pub(super) struct Context {
     reason: Mutex<Option<String>>,
+    /// Why a broker does not let this client in, or there is no token.
+    denied: Mutex<Option<String>>,
+    /// Each broker was tried when none let the client in, or there was no token to try one with.
+    tried_all: AtomicBool,
     /// Where the token is that the brokers are shown.
     token_file: Option<PathBuf>,
     /// Where a group begins in a partition that it has no offset of: milliseconds since the Unix epoch.
     since_ms: Option<i64>,
 }
 
+fn keep(place: &Mutex<Option<String>>, reason: &str) {
+    // It has words of whoever answers in it.
+    let reason = escaped(reason).into_owned();
+    *place.lock().unwrap_or_else(PoisonError::into_inner) = Some(reason);
+}
+
 impl Context {
     fn remember(&self, reason: &str) {
-        // It has words of whoever answers in it.
-        let reason = escaped(reason).into_owned();
-        *self.reason.lock().unwrap_or_else(PoisonError::into_inner) = Some(reason);
+        keep(&self.reason, reason);
+    }
+
+    /// Why a new client is refused, if no broker is left that may let it in.
+    pub(super) fn refusal(&self) -> Option<String> {
+        let tried_all = self.tried_all.load(Ordering::Relaxed);
+        self.denied.lock().unwrap_or_else(PoisonError::into_inner).clone().filter(|_| tried_all)
     }
 
     /// Whether the brokers are shown a token.
@@ -78,7 +95,8 @@ impl ClientContext for Context {
 
     fn generate_oauth_token(&self, _config: Option<&str>) -> Result<OAuthToken, Box<dyn Error>> {
         let now_unix_ms = Moment::now().0.div_euclid(1000);
-        let token = token(self.token_file.as_deref(), now_unix_ms)?;
+        let token = token(self.token_file.as_deref(), now_unix_ms);
+        let token = token.inspect_err(|_| self.tried_all.store(true, Ordering::Relaxed))?;
         // The name is the client's own word; the brokers take the token's.
         let principal_name = "weir".to_owned();
         Ok(OAuthToken { token: token.text, principal_name, lifetime_ms: token.end_unix_ms })
@@ -92,8 +110,16 @@ impl ClientContext for Context {
     }
 
     fn error(&self, error: KafkaError, reason: &str) {
+        use RDKafkaErrorCode::{AllBrokersDown, Authentication, SSL, SaslAuthenticationFailed};
+        let code = error.rdkafka_error_code();
+        if matches!(code, Some(Authentication | SaslAuthenticationFailed | SSL)) {
+            keep(&self.denied, reason);
+        }
         // That all brokers are down tells less than why the last one is.
-        let summary = matches!(error.rdkafka_error_code(), Some(RDKafkaErrorCode::AllBrokersDown));
+        let summary = matches!(code, Some(AllBrokersDown));
+        if summary {
+            self.tried_all.store(true, Ordering::Relaxed);
+        }
         if !summary && !matches!(error, KafkaError::PartitionEOF(_)) {
             self.remember(reason);
         }

@@ -17,6 +17,7 @@ use rdkafka::{
     consumer::{BaseConsumer, Consumer as _},
     error::{KafkaError, RDKafkaErrorCode},
     message::{BorrowedMessage, Headers as _},
+    metadata::Metadata,
 };
 use uuid::Uuid;
 use weir_common::{
@@ -32,6 +33,12 @@ use super::{
 
 /// How long one look for messages waits.
 const POLL: Duration = Duration::from_millis(100);
+
+/// How long one look for a broker takes, while there is none.
+const LOOK: Duration = Duration::from_millis(500);
+
+/// So long brokers that refuse are tried again: one that has just started may not know yet whom it lets in.
+const REFUSED_FOR: Duration = Duration::from_secs(2);
 
 /// How long Kafka may keep a reader waiting.
 #[derive(Clone, Copy, Debug)]
@@ -62,6 +69,9 @@ pub(crate) enum ReadError {
         "no answer from {brokers} within {seconds} s: {reason}; are address and --kafka-config (TLS, SASL) right?"
     )]
     Unreachable { brokers: String, seconds: u64, reason: String },
+    /// The brokers do not let the reader in.
+    #[error("{brokers} refuses: {reason}; is --kafka-config (TLS, SASL) right?")]
+    Refused { brokers: String, reason: String },
     /// There is no such topic, or the reader may not know of it.
     #[error(
         "there is no topic {topic} on {brokers}, or you may not see it; is `kafka.topic` of the agent's configuration \
@@ -148,12 +158,11 @@ impl Consumer {
     /// # Errors
     /// No broker answers, or the topic cannot be read.
     pub(crate) fn spans(&self, since_ms: Option<i64>) -> Result<Vec<Span>, ReadError> {
-        let wait = self.patience.answer;
         if self.inner.client().context().has_token() {
             // The first one is asked for by an event, which a question that blocks does not look at.
             let _ = self.inner.poll(POLL);
         }
-        let metadata = self.inner.fetch_metadata(Some(&self.topic), wait).map_err(|e| self.failed(&e))?;
+        let metadata = self.metadata()?;
         let topic = metadata.topics().iter().find(|topic| topic.name() == self.topic);
         let topic = topic.ok_or_else(|| self.no_topic())?;
         if let Some(error) = topic.error() {
@@ -171,6 +180,35 @@ impl Consumer {
             self.seek(&mut spans, since_ms)?;
         }
         Ok(spans)
+    }
+
+    /// What the brokers say of the topic. The library would try brokers that refuse until all of the time is over; who is let in by
+    /// none is told so before.
+    fn metadata(&self) -> Result<Metadata, ReadError> {
+        let (begun, context, mut wait) = (Instant::now(), self.inner.client().context(), LOOK);
+        loop {
+            let left = self.patience.answer.saturating_sub(begun.elapsed());
+            let error = match self.inner.fetch_metadata(Some(&self.topic), wait.min(left)) {
+                Ok(metadata) => return Ok(metadata),
+                Err(error) => error,
+            };
+            let code = error.rdkafka_error_code();
+            // Reasons come as events, one a look; nothing else can come yet.
+            let heard = Instant::now();
+            while heard.elapsed() < POLL && self.inner.poll(POLL).is_some() {}
+            let is_over = begun.elapsed() >= self.patience.answer;
+            if let Some(reason) = context.refusal().filter(|_| is_over || begun.elapsed() >= REFUSED_FOR) {
+                return Err(ReadError::Refused { brokers: self.brokers.clone(), reason });
+            }
+            let failed = self.failed(&error);
+            if is_over || !matches!(failed, ReadError::Unreachable { .. }) {
+                return Err(failed);
+            }
+            // It was asked, and takes its time: to ask again would take as long.
+            if code == Some(RDKafkaErrorCode::OperationTimedOut) {
+                wait = self.patience.answer;
+            }
+        }
     }
 
     /// First offset, and the one behind the last.
@@ -408,7 +446,12 @@ pub(crate) use tests::{Broker, Sent};
 
 #[cfg(test)]
 mod tests {
-    use std::{path::Path, time::Duration};
+    use std::{
+        io::{Read as _, Write as _},
+        net::{TcpListener, TcpStream},
+        path::Path,
+        time::{Duration, Instant},
+    };
 
     use rdkafka::{
         ClientConfig,
@@ -533,6 +576,43 @@ mod tests {
         let text = error.to_string();
         assert!(text.starts_with(&format!("no answer from {free} within 2 s: ")), "{text}");
         assert!(text.contains("Connection refused"), "{text}");
+    }
+
+    /// Somebody who does `act` with each connection. The thread ends with the test's process.
+    fn somebody(mut act: impl FnMut(TcpStream) + Send + 'static) -> String {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        std::thread::spawn(move || listener.incoming().for_each(|stream| act(stream.unwrap())));
+        address
+    }
+
+    #[test]
+    fn who_is_refused_is_told_so_before_the_time_is_over_unless_another_broker_may_let_it_in() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("client.properties");
+        std::fs::write(&path, "security.protocol=SSL").unwrap();
+        let properties = Properties::read(&path).unwrap();
+        let read = |brokers: &str, seconds| {
+            let patience = Patience { answer: Duration::from_secs(seconds), ..HASTE };
+            let begun = Instant::now();
+            let consumer = Consumer::new(&topics(brokers), "weir", &properties, patience).unwrap();
+            (consumer.spans(None).unwrap_err(), begun.elapsed())
+        };
+        // No TLS comes about with it. It reads first: what is closed with bytes unread is reset, which is no refusal.
+        let refusing = somebody(|mut stream| {
+            let _ = stream.read(&mut [0; 4096]);
+            let _ = stream.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n");
+        });
+        let (error, took) = read(&refusing, 60);
+        assert!(matches!(error, ReadError::Refused { .. }), "{error}");
+        assert!(error.to_string().contains("SSL handshake failed"), "{error}");
+        assert!(took < Duration::from_secs(30), "after {took:?}");
+        // One that has not answered yet.
+        let mut open = Vec::new();
+        let silent = somebody(move |stream| open.push(stream));
+        let (error, took) = read(&format!("{refusing},{silent}"), 4);
+        assert!(matches!(error, ReadError::Unreachable { .. }), "{error}");
+        assert!(took >= Duration::from_secs(4), "after {took:?}");
     }
 
     #[test]
