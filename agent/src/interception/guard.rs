@@ -21,7 +21,9 @@ use super::{
     handover,
     listener::own_netns,
     loader::{Kernel, Pinning},
+    namespace,
     pod::KUBEPODS_ROOTS,
+    pod_network::guard_strangers,
     run::InterceptionError,
     security::{PACKET_SOCKETS_DENIED, Security},
     stored_set::StoredSet,
@@ -90,6 +92,12 @@ pub fn once(options: &Options, handover: &Path) -> Result<Guarded, InterceptionE
     }
     make_roots(&mount(options)?)?;
     let in_force = put_in_force(options, None)?;
+    // Those that are there already send frames otherwise, until an agent comes, which looks after those that come later.
+    let host = namespace::own().map_err(|source| InterceptionError::Io {
+        action: "read this process's network namespace",
+        source,
+    })?;
+    guard_strangers(&in_force.kernel, &read_tree(&in_force.mount)?.pods, host);
     let endpoints = in_force.kernel.api_endpoints()?;
     let kubelets = endpoints.values().filter(|value| **value == KUBELET).count();
     Ok(Guarded::InForce { api_servers: endpoints.len() - kubelets, kubelets })
@@ -151,7 +159,7 @@ fn put_in_force(options: &Options, own_cgroup: Option<u64>) -> Result<InForce, I
     }
     kernel.attach_missing(&mount)?;
     tree.roots.iter().try_for_each(|(root, _)| kernel.attach_listening(root))?;
-    // No interface of a pod that comes before the agent is guarded: where the kernel can, it sends no frames either.
+    // The interface of a pod that comes before the agent is not guarded: where the kernel can, it sends no frames either.
     match kernel.attach_missing_security()? {
         Security::InForce => tracing::info!(event = "bpf-lsm-in-force", "{PACKET_SOCKETS_DENIED}"),
         Security::Absent(reason) => {

@@ -257,6 +257,11 @@ impl Kernel {
         Ok(attach::lock(&self.attached).guard_interface(end)?)
     }
 
+    /// Whether an interface is guarded as this pod's.
+    pub(super) fn guards_interface(&self, index: u32, cgroup: u64) -> bool {
+        lock(&self.interfaces).get(&index, 0).is_ok_and(|guarded| guarded == cgroup)
+    }
+
     /// Guards the interfaces that an older layout guards and this one does not: of pods that could not be enrolled yet, say.
     pub(super) fn guard_interfaces_of(&self, older: &Path) -> Result<(), KernelError> {
         for (index, cgroup) in layouts::interfaces(older)? {

@@ -13,7 +13,7 @@ use super::{
     enrolment::Tenants,
     interface::{self, HostEnd, Interfaces},
     listener::ListenerError,
-    loader::KernelError,
+    loader::{Kernel, KernelError},
     namespace::{self, NamespaceId},
     sockets,
 };
@@ -70,28 +70,49 @@ pub(super) async fn guard_stranger(
     folder: &PodFolder,
     host: NamespaceId,
 ) -> Option<Vec<HostEnd>> {
-    let path = folder.path.clone();
-    let found = blocking(move || {
-        let namespace = namespace::of_pod(&path, host)?;
-        Some(interface::of_pod(&namespace.file))
-    });
-    let guarded = found.await.ok()??.map_err(EnrolError::Interfaces).and_then(|found| {
-        found.guardable.iter().try_for_each(|end| sink.kernel.guard_interface(end, folder.cgroup))?;
-        Ok(found.guardable)
-    });
-    match guarded {
+    let (kernel, of_pod) = (sink.kernel.clone(), folder.clone());
+    let guarded = blocking(move || guard_unknown(&kernel, &of_pod, host, |_| true)).await;
+    match guarded.map_err(EnrolError::from).and_then(|guarded| guarded) {
         Ok(ends) => (!ends.is_empty()).then_some(ends),
         Err(error) => {
-            let error = &error as &dyn std::error::Error;
-            tracing::warn!(
-                event = "interface-unguarded",
-                pod = folder.uid.as_str(),
-                error,
-                "cannot guard the interface of a pod that is not known yet"
-            );
+            report_unguarded(folder, &error);
             None
         }
     }
+}
+
+/// The same without an agent, and what guards an interface already stays.
+pub(super) fn guard_strangers(kernel: &Kernel, pods: &[PodFolder], host: NamespaceId) {
+    for folder in pods {
+        let is_unguarded = |end: &HostEnd| !kernel.guards_interface(end.index, folder.cgroup);
+        if let Err(error) = guard_unknown(kernel, folder, host, is_unguarded) {
+            report_unguarded(folder, &error);
+        }
+    }
+}
+
+/// Guards those of a pod's interfaces that are wanted, and returns them.
+fn guard_unknown(
+    kernel: &Kernel,
+    folder: &PodFolder,
+    host: NamespaceId,
+    is_wanted: impl Fn(&HostEnd) -> bool,
+) -> Result<Vec<HostEnd>, EnrolError> {
+    let Some(namespace) = namespace::of_pod(&folder.path, host) else { return Ok(Vec::new()) };
+    let mut ends = interface::of_pod(&namespace.file).map_err(EnrolError::Interfaces)?.guardable;
+    ends.retain(is_wanted);
+    ends.iter().try_for_each(|end| kernel.guard_interface(end, folder.cgroup))?;
+    Ok(ends)
+}
+
+fn report_unguarded(folder: &PodFolder, error: &EnrolError) {
+    let error = error as &dyn std::error::Error;
+    tracing::warn!(
+        event = "interface-unguarded",
+        pod = folder.uid.as_str(),
+        error,
+        "cannot guard the interface of a pod that is not known yet"
+    );
 }
 
 /// Ends the pod's direct connections to the API set, which it has from before (`since` says what). The guard stalls them

@@ -39,6 +39,8 @@ pub struct Outage<'a> {
     name: &'static str,
     command: Vec<OsString>,
     environment: Vec<OsString>,
+    /// As which it was started in vain and runs all the same.
+    running: Option<RecordedProcess>,
     over: bool,
 }
 
@@ -131,11 +133,23 @@ impl Testbed {
         let (command, environment) = (words("cmdline")?, words("environ")?);
         process.signal(Signal::SIGKILL);
         process.wait_for_end(END_DEADLINE)?;
-        Ok(Outage { testbed: self, name, command, environment, over: false })
+        Ok(Outage { testbed: self, name, command, environment, running: None, over: false })
     }
 }
 
 impl Outage<'_> {
+    /// Starts it while what it needs is away, as on a node that boots in that order; returns whether it has ended for want of it
+    /// before `patience` was over. [`end`](Self::end) starts what has ended again, as its unit would.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn start_in_vain(&mut self, patience: Duration) -> Result<bool> {
+        let started = self.spawn()?;
+        let has_ended = started.wait_for_end(patience).is_ok();
+        self.running = (!has_ended).then_some(started);
+        Ok(has_ended)
+    }
+
     /// Starts it again as it was, and waits until it answers (of the kubelet nothing is waited for).
     ///
     /// # Errors
@@ -146,6 +160,33 @@ impl Outage<'_> {
 
     fn start(&mut self) -> Result<()> {
         self.over = true;
+        let started = match self.running.take().filter(RecordedProcess::is_running) {
+            Some(running) => running,
+            None => self.spawn()?,
+        };
+        let layout = &self.testbed.layout;
+        wait_until(&format!("{} to answer again", self.name), READY_DEADLINE, || {
+            if !started.is_running() {
+                bail!(
+                    "{} ended as soon as it was started; see {}",
+                    self.name,
+                    layout.log(self.name).display()
+                );
+            }
+            let answers = match self.name {
+                API_SERVER => {
+                    output(self.testbed.kubectl_command().args(["get", "--raw", "/readyz"]))?.status.success()
+                }
+                CONTROLLER_MANAGER => TcpStream::connect(("127.0.0.1", secure_port(&self.command)?)).is_ok(),
+                CONTAINERD => output(self.testbed.ctr_command().arg("version"))?.status.success(),
+                _ => true,
+            };
+            Ok(answers.then_some(()))
+        })
+    }
+
+    /// Starts it as it was, and has the testbed know it.
+    fn spawn(&self) -> Result<RecordedProcess> {
         let layout = &self.testbed.layout;
         let (program, arguments) = self.command.split_first().context("the command line is empty")?;
         let mut command = Command::new(program);
@@ -163,24 +204,7 @@ impl Outage<'_> {
             process.clone_from(&started);
         }
         layout.write_state(&state)?;
-        wait_until(&format!("{} to answer again", self.name), READY_DEADLINE, || {
-            if !started.is_running() {
-                bail!(
-                    "{} ended as soon as it was started; see {}",
-                    self.name,
-                    layout.log(self.name).display()
-                );
-            }
-            let answers = match self.name {
-                API_SERVER => {
-                    output(self.testbed.kubectl_command().args(["get", "--raw", "/readyz"]))?.status.success()
-                }
-                CONTROLLER_MANAGER => TcpStream::connect(("127.0.0.1", secure_port(arguments)?)).is_ok(),
-                CONTAINERD => output(self.testbed.ctr_command().arg("version"))?.status.success(),
-                _ => true,
-            };
-            Ok(answers.then_some(()))
-        })
+        Ok(started)
     }
 }
 

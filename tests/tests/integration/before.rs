@@ -19,19 +19,27 @@ use super::{
 /// A way, the address that it goes to, and what may come of it.
 pub(super) type Made = (&'static str, String, Expected);
 
+/// What is said of a connection that was ended.
+pub(super) const ENDED_WORD: &str = "failed ECONNABORTED";
+const ENDED: Expected = Says(ENDED_WORD);
+
 /// What may come of them while an agent serves the pod.
-const BEFORE: [(&str, Target, Expected); 14] = [
+const BEFORE: [(&str, Target, Expected); 17] = [
     ("tcp", Target::Service, Proxied),
     ("bound", Target::Service, Proxied),
     ("nonblocking", Target::Service, Proxied),
     ("fastopen", Target::Service, Proxied),
     ("mapped", Target::Service, Proxied),
     ("unspec-after", Target::Service, Proxied),
+    ("mptcp", Target::Service, Proxied),
+    // Connected before: its pod's enrolment has ended that.
+    ("tcp-before", Target::Service, ENDED),
+    // Its way was ended; the connection waits for another one, as MPTCP does, and gets none.
+    ("mptcp-before", Target::Service, Dropped),
     ("tcp", Target::Endpoint, Proxied),
     ("tcp", Target::Kubelet, REFUSED),
     ("udp", Target::Service, REFUSED),
     ("udp-sendto", Target::Service, REFUSED),
-    // Connected before as well: its pod's enrolment has ended that.
     ("udp-before", Target::Service, Says("failed EDESTADDRREQ")),
     ("raw", Target::Service, GUARDED),
     ("raw", Target::Kubelet, GUARDED),
@@ -46,9 +54,9 @@ pub(super) const BEFORE6: [(&str, Expected); 12] = [
     ("nonblocking", Proxied),
     ("fastopen", Proxied),
     ("unspec-after", Proxied),
-    ("tcp-before", Says("failed ECONNABORTED")),
+    ("tcp-before", ENDED),
     ("mptcp", Proxied),
-    ("mptcp-before", Says("failed ECONNABORTED")),
+    ("mptcp-before", ENDED),
     ("udp", REFUSED),
     ("udp-sendto", REFUSED),
     ("raw", GUARDED),

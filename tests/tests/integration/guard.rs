@@ -25,6 +25,8 @@ use super::{
 
 /// How long after the agent is ready a pod may wait that came before it.
 const AFTER_READY: Duration = Duration::from_secs(2);
+/// Longer than the kubelet takes to find that there is no container runtime.
+const KUBELET_PATIENCE: Duration = Duration::from_secs(20);
 /// The node's own address, from which the agent connects.
 const NODE: &str = "10.244.0.1";
 const ASK: [&str; 6] = ["kubectl", "get", "namespace", "default", "-o", "name"];
@@ -199,14 +201,28 @@ fn in_whichever_order_a_cold_node_starts_nothing_waits_for_ever_and_no_request_i
     assert!(agent.terminate().unwrap().success(), "{}", agent.last_lines());
     drop(agent);
 
-    // Kubelet and container runtime come last: neither the guard nor the agent waits for them.
-    let kubelet = scene.testbed.stop_kubelet().unwrap();
+    // Kubelet and container runtime come last, in either order: neither the guard nor the agent waits for them, and the kubelet
+    // ends until the runtime is there.
+    let mut kubelet = scene.testbed.stop_kubelet().unwrap();
     let containerd = scene.testbed.stop_containerd().unwrap();
     let guard = Guard::put_in_force(&config).unwrap();
-    let mut agent = start(guard, "without-kubelet.log");
+    let has_ended = kubelet.start_in_vain(KUBELET_PATIENCE).unwrap();
+    println!("without a runtime the kubelet {}", if has_ended { "ended" } else { "waited" });
+    let mut agent = start(guard, "without-runtime.log");
     ready_at(&mut agent);
     containerd.end().unwrap();
     kubelet.end().unwrap();
+    enrolled.insert(first_request(&scene, "after-runtime", &agent));
+
+    let kubelet = scene.testbed.stop_kubelet().unwrap();
+    assert!(agent.terminate().unwrap().success(), "{}", agent.last_lines());
+    drop(agent);
+    let containerd = scene.testbed.stop_containerd().unwrap();
+    let guard = Guard::put_in_force(&config).unwrap();
+    containerd.end().unwrap();
+    kubelet.end().unwrap();
+    let mut agent = start(guard, "after-kubelet.log");
+    ready_at(&mut agent);
     enrolled.insert(first_request(&scene, "after-kubelet", &agent));
 
     let direct = direct_requests(&scene, &enrolled);
