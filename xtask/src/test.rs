@@ -3,6 +3,9 @@
 //! Each suite is a command with a budget in seconds. A budget is a promise about the time of contributors, not
 //! a test: what exceeds it is printed, nothing fails by the clock. The first suite that fails ends the run; of those
 //! [`beside`], when the suite in front is over.
+//!
+//! On a machine with empty caches clippy takes as long as a build. So it runs beside the tests, whose [`programs`] are run without
+//! cargo: it would wait for the lock on the build folder that clippy holds.
 
 use std::{
     collections::hash_map::RandomState,
@@ -15,10 +18,11 @@ use std::{
 use anyhow::{Context as _, Result, bail, ensure};
 use weir_tests::{Testbed, components, kafka, opensearch, progress::Progress, wait::interrupt_on_signals};
 
-use self::beside::Beside;
+use self::{beside::Beside, programs::Programs};
 use crate::{build_ebpf, kernels, native};
 
 mod beside;
+mod programs;
 
 /// The version of cargo-deny that is installed where none is there.
 const CARGO_DENY_VERSION: &str = "0.20.2";
@@ -62,9 +66,11 @@ pub(crate) fn run(root: &Path, long: bool) -> Result<()> {
     }
     // Now, so that those beside find everything built, and the suites in front never wait for cargo's lock on their account.
     kernels::Programs::build(root)?;
+    let programs = Programs::built(root)?;
     let suites = without_node(root, &xtask).into_iter().map(|suite| suite.with(seed, long)).collect();
     let mut beside = Beside::start(suites)?;
-    used.push(unit(root).run(seed, long)?);
+    // On this kernel too, and so not beside an agent: kernel tests attach programs of their own.
+    used.push(run_all("unit", 300, programs.commands(|folder| folder != "tests"), seed, long)?);
     let started = Instant::now();
     testbed.wait("testbed build")?;
     used.push(("testbed build (rest)", Duration::from_secs(900), started.elapsed()));
@@ -73,7 +79,9 @@ pub(crate) fn run(root: &Path, long: bool) -> Result<()> {
     // Integration tests and the demo attach to it; it goes down whatever becomes of them.
     let up = Testbed::up(&Testbed::default_folder()?, Progress::Shown)?.down_on_drop();
     used.push(("testbed up", Duration::from_secs(60), started.elapsed()));
-    for suite in on_testbed(root, &xtask).into_iter().chain(long.then(|| given_away(root, &xtask))) {
+    used.push(run_all("integration", 2100, programs.commands(|folder| folder == "tests"), seed, long)?);
+    beside.check()?;
+    for suite in [demo(root, &xtask)].into_iter().chain(long.then(|| given_away(root, &xtask))) {
         used.push(suite.run(seed, long)?);
         beside.check()?;
     }
@@ -154,27 +162,17 @@ fn built(root: &Path, xtask: &Path) -> Vec<Suite> {
         format_ebpf,
         suite("tidy", 10, xtask, &["tidy"]),
         suite("kernel programs", 240, xtask, &["build-ebpf"]),
-        suite(
-            "clippy",
-            600,
-            cargo,
-            &["clippy", "--workspace", "--all-targets", "--locked", "--", "-D", "warnings"],
-        ),
         suite("tests' build", 600, cargo, &["test", "--workspace", "--locked", "--no-run"]),
         // Integration tests and the demo run these as the real binaries.
         suite("binaries", 300, cargo, &["build", "--locked", "-p", "weir-agent", "-p", "weir"]),
     ]
 }
 
-/// On this kernel too, and so not beside an agent: kernel tests attach programs of their own.
-fn unit(root: &Path) -> Suite {
-    let arguments = ["test", "--workspace", "--exclude", "weir-tests", "--locked"];
-    suite(root, "unit", 300, Path::new("cargo"), &arguments)
-}
-
 /// What touches nothing of this machine.
 fn without_node(root: &Path, xtask: &Path) -> Vec<Suite> {
+    let clippy = ["clippy", "--workspace", "--all-targets", "--locked", "--", "-D", "warnings"];
     vec![
+        suite(root, "clippy", 1500, Path::new("cargo"), &clippy),
         suite(root, "tests' tools", 600, xtask, &["testbed", "build", "--tools"]),
         suite(root, "alert rules", 30, xtask, &["rules"]),
         suite(root, "chart", 30, xtask, &["chart"]),
@@ -183,15 +181,8 @@ fn without_node(root: &Path, xtask: &Path) -> Vec<Suite> {
     ]
 }
 
-fn on_testbed(root: &Path, xtask: &Path) -> Vec<Suite> {
-    let mut integration = Command::new("cargo");
-    integration.args(["test", "--locked", "-p", "weir-tests"]).current_dir(root);
-    let mut demo = Command::new(xtask);
-    demo.args(["demo", "--yes"]).current_dir(root);
-    vec![
-        Suite { name: "integration", budget: Duration::from_secs(2100), command: integration },
-        Suite { name: "demo", budget: Duration::from_secs(180), command: demo },
-    ]
+fn demo(root: &Path, xtask: &Path) -> Suite {
+    suite(root, "demo", 180, xtask, &["demo", "--yes"])
 }
 
 /// What is given away, for both architectures, and installed: two release builds, which are too long for every change.
@@ -221,6 +212,17 @@ impl Suite {
         }
         Ok((name, budget, started.elapsed()))
     }
+}
+
+/// One suite of several programs, one after the other.
+fn run_all(name: &'static str, budget: u64, programs: Vec<Command>, seed: u64, long: bool) -> Result<Used> {
+    let budget = Duration::from_secs(budget);
+    let mut used = Duration::ZERO;
+    for command in programs {
+        println!("\n{}", command.get_program().display());
+        used += Suite { name, budget, command }.run(seed, long)?.2;
+    }
+    Ok((name, budget, used))
 }
 
 /// A command beside the others, ended with this process's failure.
