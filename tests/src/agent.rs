@@ -158,7 +158,10 @@ impl AgentProcess {
     }
 
     /// `command` becomes the agent, once it has its arguments.
-    fn spawn_by(mut command: Command, config: &Path, log: &Path) -> Result<Self> {
+    ///
+    /// # Errors
+    /// As of [`AgentProcess::spawn`].
+    pub fn spawn_by(mut command: Command, config: &Path, log: &Path) -> Result<Self> {
         let binary = built_binary("weir-agent")?;
         let output = File::create(log).with_context(|| format!("cannot make {}", log.display()))?;
         let errors = output.try_clone().context("cannot share the log file")?;

@@ -35,6 +35,8 @@ mod broker_faults;
 mod bundle;
 #[path = "integration/bystanders.rs"]
 mod bystanders;
+#[path = "integration/capabilities.rs"]
+mod capabilities;
 #[path = "integration/chart.rs"]
 mod chart;
 #[path = "integration/chart_values.rs"]

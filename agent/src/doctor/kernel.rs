@@ -17,14 +17,18 @@ use crate::{
 const KERNEL_OLDEST: (u32, u32) = (6, 1);
 /// Type information of the running kernel.
 const BTF: &str = "/sys/kernel/btf/vmlinux";
-/// To the kernel a process that has it has what it split off later, too: CAP_PERFMON and CAP_BPF.
+/// To the kernel a process that has it has what it split off later, too: from CAP_PERFMON on.
 const SYS_ADMIN: u32 = 21;
+const PERFMON: u32 = 38;
 /// Capabilities (capability.h), what each is for, and what lacks it.
-const CAPABILITIES: [(&str, u32, &str); 5] = [
-    ("CAP_NET_ADMIN", 12, "attach programs to cgroups"),
+const CAPABILITIES: [(&str, u32, &str); 8] = [
+    ("CAP_DAC_OVERRIDE", 1, "make the canary's cgroup at the root of the tree"),
+    ("CAP_NET_ADMIN", 12, "guard interfaces, and end connections from before enrolment"),
+    ("CAP_NET_RAW", 13, "see the answers of name servers"),
     ("CAP_SYS_PTRACE", 19, "read which process connected"),
     ("CAP_SYS_ADMIN", SYS_ADMIN, "enter network and mount namespaces"),
-    ("CAP_PERFMON", 38, "load programs that read kernel memory"),
+    ("CAP_SYS_NICE", 23, "see answers of name servers before pods do"),
+    ("CAP_PERFMON", PERFMON, "load programs that read kernel memory"),
     ("CAP_BPF", 39, "load programs"),
 ];
 
@@ -113,7 +117,7 @@ fn capabilities(status: &str) -> Check {
         .and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
         .unwrap_or(0);
     let has = |bit: u32| effective >> bit & 1 == 1;
-    let holds = |bit: u32| has(bit) || (bit > SYS_ADMIN && has(SYS_ADMIN));
+    let holds = |bit: u32| has(bit) || (bit >= PERFMON && has(SYS_ADMIN));
     let missing: Vec<_> = CAPABILITIES.iter().filter(|(_, bit, _)| !holds(*bit)).collect();
     let name = "capabilities";
     if missing.is_empty() {
@@ -217,6 +221,8 @@ mod tests {
         let check = capabilities("CapEff:\t000001ffffdfffff\n");
         assert_eq!(check.found, "lacks CAP_SYS_ADMIN (enter network and mount namespaces)");
         assert!(!capabilities("").ok);
+        let check = capabilities("CapEff:\t000001ffff7fffff\n");
+        assert_eq!(check.found, "lacks CAP_SYS_NICE (see answers of name servers before pods do)");
         // Those of the chart.
         assert!(capabilities("CapEff:\t0000000000a83002\n").ok);
         let check = capabilities("CapEff:\t0000000000883002\n");

@@ -19,15 +19,15 @@ use aya::{
         CgroupAttachMode, CgroupSkbAttachType, LinkOrder, Program, ProgramError, SchedClassifier,
         TcAttachType,
         links::{FdLink, LinkError},
-        tc::{self, SchedClassifierLink, TcAttachOptions, TcError},
+        tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, TcError},
     },
     util::KernelVersion,
 };
 use weir_common::kernel::programs;
 
 use super::{
-    bpf::{attach_kind, attached_programs, link_update, open_pin},
-    interface::{HostEnd, remove_filter, remove_filters},
+    bpf::{attach_kind, attached_programs, link_detach, link_update, open_pin},
+    interface::{self, HostEnd, remove_filter, remove_filters},
     layouts,
     pinned::{is_attached_by, pinned_links},
     security,
@@ -109,6 +109,8 @@ pub enum AttachError {
     },
 }
 
+/// The priority of a filter that is asked before those of others.
+const FIRST: u16 = 1;
 /// How the pins of the guards of interfaces begin.
 const INTERFACE_PIN: &str = "interface-";
 
@@ -245,7 +247,8 @@ impl Attached {
             Err(error) => return Err(failed(error.into())),
         }
         remove_filter(&end.name).map_err(|error| failed(error.into()))?;
-        let id = classifier.attach(&end.name, TcAttachType::Ingress).map_err(failed)?;
+        let first = TcAttachOptions::Netlink(NlOptions { priority: FIRST, ..NlOptions::default() });
+        let id = classifier.attach_with_options(&end.name, TcAttachType::Ingress, first).map_err(failed)?;
         let filter = classifier.take_link(id).map_err(failed)?;
         if self.pins.is_some() {
             self.filters.push(ManuallyDrop::new(filter));
@@ -389,20 +392,35 @@ impl Attached {
         Ok(())
     }
 
+    /// Ours is to be the first that is asked: what stands before it may let everything pass without it.
     fn inspect_interface(&mut self, end: &HostEnd, found: &mut Inspection) -> Result<(), AttachError> {
-        let there = nix::net::if_::if_nametoindex(end.name.as_str()).is_ok_and(|index| index == end.index);
-        // Filters of older kernels are not asked for: they go only with the interface, or by a privileged hand.
-        if !there || !links_for_interfaces() {
+        if !nix::net::if_::if_nametoindex(end.name.as_str()).is_ok_and(|index| index == end.index) {
             return Ok(());
         }
         let Some((own, _)) = self.id_and_kind(programs::INTERFACE) else { return Ok(()) };
-        let attached = SchedClassifier::query_tcx(&end.name, TcAttachType::Ingress);
-        let pin = self.pin(&interface_pin(end.index))?;
-        let pinned = pin.as_ref().is_none_or(|pin| pin.exists());
+        let attached = if links_for_interfaces() {
+            SchedClassifier::query_tcx(&end.name, TcAttachType::Ingress)
+                .map(|(_, programs)| programs.iter().map(|program| Some(program.id())).collect())
+                .map_err(io::Error::other)
+        } else {
+            interface::filters(end.index)
+        };
         // An interface that goes at this moment cannot be asked.
-        let Ok((_, attached)) = attached else { return Ok(()) };
-        if pinned && attached.iter().any(|program| program.id() == own) {
+        let Ok(attached): io::Result<Vec<Option<u32>>> = attached else { return Ok(()) };
+        let pin = self.pin(&interface_pin(end.index))?;
+        let pinned = !links_for_interfaces() || pin.as_ref().is_none_or(|pin| pin.exists());
+        let place = attached.iter().position(|program| *program == Some(own));
+        if pinned && place == Some(0) {
             return Ok(());
+        }
+        let before = &attached[..place.unwrap_or_default()];
+        let beside = |other: &u32| (*other, format!("{other} before Weir's at the interface {}", end.name));
+        found.foreign.extend(before.iter().flatten().map(beside));
+        // A link cannot be moved. In between nothing passes that did not before.
+        if let Some(pin) = pin.as_deref().filter(|pin| !before.is_empty() && pin.exists()) {
+            let update = |source| AttachError::Update { path: pin.to_owned(), source };
+            open_pin(pin).and_then(|link| link_detach(&link)).map_err(update)?;
+            self.remove_pin(Some(pin))?;
         }
         // Replaced in place if the link is still there.
         self.guard_interface(end)?;

@@ -1,5 +1,5 @@
-//! The calls of bpf(2) that aya 0.14 does not offer: opening a pinned link, replacing its program, and asking what is
-//! attached to a cgroup.
+//! The calls of bpf(2) that aya 0.14 does not offer: opening a pinned link, replacing its program, detaching it, and asking what
+//! is attached to a cgroup.
 
 use std::{
     ffi::CString,
@@ -19,6 +19,8 @@ const BPF_OBJ_GET: libc::c_long = 7;
 const BPF_PROG_QUERY: libc::c_long = 16;
 /// `BPF_LINK_UPDATE` of `enum bpf_cmd`, linux/bpf.h.
 const BPF_LINK_UPDATE: libc::c_long = 29;
+/// `BPF_LINK_DETACH` of `enum bpf_cmd`, linux/bpf.h.
+const BPF_LINK_DETACH: libc::c_long = 34;
 /// Most programs of one kind at one cgroup (`BPF_CGROUP_MAX_PROGS`).
 const PROGRAMS_MAX: usize = 64;
 
@@ -111,5 +113,14 @@ pub(super) fn link_update(link: &OwnedFd, program: BorrowedFd<'_>) -> io::Result
     let result = unsafe {
         libc::syscall(libc::SYS_bpf, BPF_LINK_UPDATE, &raw const attributes, size_of::<LinkUpdate>())
     };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Detaches a link now, whoever else holds it: what is unpinned the kernel detaches a little later.
+pub(super) fn link_detach(link: &OwnedFd) -> io::Result<()> {
+    let link: RawFd = link.as_raw_fd();
+    // SAFETY: `link_fd` alone is the attributes of this command, and its size is given; the call keeps no pointer.
+    let result =
+        unsafe { libc::syscall(libc::SYS_bpf, BPF_LINK_DETACH, &raw const link, size_of::<RawFd>()) };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }

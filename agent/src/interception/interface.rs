@@ -16,6 +16,7 @@ use aya::{
 use netlink_packet_route::{
     RouteNetlinkMessage,
     link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage},
+    tc::{TcAttribute, TcFilterBpfOption, TcHandle, TcMessage, TcOption},
 };
 use netlink_sys::protocols::NETLINK_ROUTE;
 use weir_common::kernel::{maps, programs};
@@ -25,6 +26,9 @@ use super::{
     netlink::{LinkWatch, Netlink},
     pinned::pinned_map,
 };
+
+/// `TC_H_MAKE(TC_H_CLSACT, TC_H_MIN_INGRESS)`, linux/pkt_sched.h: where filters of what comes in are.
+const INGRESS_FILTERS: u32 = 0xffff_fff2;
 
 /// The host's end of a veth pair.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -171,6 +175,41 @@ fn link(message: RouteNetlinkMessage) -> Option<Link> {
         }
     }
     Some(link)
+}
+
+/// What judges what comes in by an interface on a kernel without links for it, in the order in which it is asked: the ids of
+/// programs, none for a filter of another kind.
+///
+/// # Errors
+/// The kernel does not answer.
+pub(super) fn filters(index: u32) -> io::Result<Vec<Option<u32>>> {
+    let mut question = TcMessage::with_index(i32::try_from(index).map_err(io::Error::other)?);
+    question.header.parent = TcHandle::from(INGRESS_FILTERS);
+    let mut filters = Vec::new();
+    Netlink::open(NETLINK_ROUTE)?.dump(RouteNetlinkMessage::GetTrafficFilter(question), |answer| {
+        if let RouteNetlinkMessage::NewTrafficFilter(filter) = answer {
+            filters.extend(judges(&filter).then(|| program(&filter)));
+        }
+    })?;
+    Ok(filters)
+}
+
+/// Not the first message of each priority, which stands for the filters that follow, and no chain that others lead to.
+fn judges(filter: &TcMessage) -> bool {
+    let in_other_chain =
+        |attribute: &TcAttribute| matches!(attribute, TcAttribute::Chain(chain) if *chain != 0);
+    filter.header.handle != TcHandle::default() && !filter.attributes.iter().any(in_other_chain)
+}
+
+fn program(filter: &TcMessage) -> Option<u32> {
+    let options = filter.attributes.iter().filter_map(|attribute| match attribute {
+        TcAttribute::Options(options) => Some(options),
+        _ => None,
+    });
+    options.flatten().find_map(|option| match option {
+        TcOption::Bpf(TcFilterBpfOption::ProgId(id)) => Some(*id),
+        _ => None,
+    })
 }
 
 /// Removes the guard of an interface on a kernel that has no links for it; that there is none is no error.

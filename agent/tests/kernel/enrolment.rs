@@ -4,7 +4,7 @@
 use std::{
     collections::{BTreeMap, HashMap},
     io::{Read as _, Write as _},
-    net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    net::{SocketAddr, TcpListener, TcpStream},
     path::Path,
     sync::Arc,
     time::Duration,
@@ -16,7 +16,6 @@ use weir_agent::{
     config::Mode,
     interception::{
         api_set::ClusterAddresses,
-        attach,
         canary::Health,
         cluster_watch::{ApiSet, KnownPod, KnownPods},
         guard::{self, ConfiguredCluster},
@@ -33,7 +32,7 @@ use weir_agent::{
 };
 
 use crate::coverage::covered;
-use crate::pins::{OwnBpffs, take_the_place};
+use crate::pins::OwnBpffs;
 use crate::world::{API4, API6, Dial, OwnCgroup, OwnNetns, dial, eventually, is, load};
 
 /// How often coverage is recorded here: an agent does it once a minute.
@@ -392,91 +391,6 @@ async fn a_pod_in_quarantine_connects_nowhere_until_it_is_lifted_also_across_age
     client(0).unwrap();
     drop((sandboxes, pods));
     node.stop().await;
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_leaves_by_a_pods_interface_is_guarded_until_uninstalled_whoever_sends_it() {
-    let server = "198.51.100.1:443".parse().unwrap();
-    check_interface("weir-test0", server, OwnNetns::join).await;
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn so_is_an_interface_without_a_network_of_its_own_as_on_eks() {
-    let server = "203.0.113.1:443".parse().unwrap();
-    check_interface("weir-test1", server, OwnNetns::join_by_routes).await;
-}
-
-/// `server` is of a network that nobody is in (RFC 5737), this machine included.
-async fn check_interface(name: &str, server: SocketAddr, join: fn(&OwnNetns, &str, IpAddr, IpAddr)) {
-    if load(Pinning::Unpinned).is_none() {
-        return;
-    }
-    let bpffs = OwnBpffs::mount().unwrap();
-    let pins = bpffs.0.path().join("weir/v3");
-    let node = Node::pinned(name, Pinning::Pinned(pins.clone())).unwrap();
-    let uid = "0b5e2f6a-3c1d-4e5f-8a9b-0c1d2e3f4a5b";
-    let pod = node.kubepods.below(&format!("pod{uid}"));
-    let sandbox = OwnNetns::new();
-    let IpAddr::V4(before) = server.ip() else { panic!("IPv4") };
-    join(&sandbox, name, server.ip(), Ipv4Addr::from(u32::from(before) + 1).into());
-    pod.take(sandbox.pid());
-    let [api, other] =
-        [server, SocketAddr::new(server.ip(), 444)].map(|address| UdpSocket::bind(address).unwrap());
-    api.set_nonblocking(true).unwrap();
-    // The sender is of no cgroup that has hooks: only the interface sees it.
-    let arrives = || {
-        sandbox.within(|| {
-            let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
-            socket.send_to(b"x", server).unwrap();
-            socket.send_to(b"x", other.local_addr().unwrap()).unwrap();
-        });
-        // What was sent before has arrived by now, if it ever does.
-        other.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
-        other.recv(&mut [0]).expect("the other port is nobody's business");
-        let mut arrived = false;
-        while api.recv(&mut [0]).is_ok() {
-            arrived = true;
-        }
-        arrived
-    };
-    node.published.send_if_modified(|set| set.endpoints.insert(server));
-    while !pinned_state(&pins)
-        .is_ok_and(|state| state.is_some_and(|state| state.api_endpoints.contains(&server)))
-    {
-        tokio::task::yield_now().await;
-    }
-    node.know(&[known(uid, None, false)]);
-    let mut ready = node.ready.clone();
-    ready.wait_for(|ready| *ready).await.unwrap();
-    assert!(arrives(), "unselected: passes");
-    node.know(&[known(uid, Some(Mode::Enforce), false)]);
-    let counted = || {
-        let state = pinned_state(&pins).unwrap().unwrap();
-        state.pods.iter().find(|pod| pod.uid == uid).map(|pod| pod.listener_port != 0)
-    };
-    while counted() != Some(true) {
-        tokio::task::yield_now().await;
-    }
-    assert!(!arrives(), "enrolled: dropped");
-    assert_eq!(pinned_state(&pins).unwrap().unwrap().counters.interface_dropped, 1);
-    let cgroups = node.stop().await;
-    assert!(!arrives(), "no agent runs");
-
-    let next = bpffs.0.path().join("weir/v4");
-    take_the_place(&pins, &next, (server, name), &arrives);
-    attach::uninstall(&next).unwrap();
-    // The kernel frees an unpinned link a little later.
-    let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
-    while !arrives() {
-        assert!(tokio::time::Instant::now() < deadline, "a guard is left behind");
-        tokio::task::yield_now().await;
-    }
-    // A cgroup is removed only once its processes have ended.
-    let root = cgroups.1.0.clone();
-    drop(sandbox);
-    drop(pod);
-    drop(cgroups);
-    assert!(!root.exists(), "{} is left behind", root.display());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -1,16 +1,36 @@
-//! Interfaces that a pod is given while it runs (as a CNI that plugs networks into running pods does).
+//! Guards at the host's ends of pods' interfaces: what they drop, whoever interferes with them, and interfaces that a pod is given while
+//! it runs (as a CNI that plugs networks into running pods does).
 
 use std::{
-    net::{SocketAddr, UdpSocket},
+    ffi::{CString, c_char},
+    fs,
+    net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket},
+    os::{
+        fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd},
+        unix::ffi::OsStrExt as _,
+    },
+    path::Path,
     time::{Duration, Instant},
 };
 
-use weir_agent::config::Mode;
+use aya::programs::{
+    LinkOrder, SchedClassifier, TcAttachType,
+    tc::{self, NlOptions, TcAttachOptions},
+};
+use weir_agent::{
+    config::Mode,
+    interception::{attach, loader::Pinning, pinned::pinned_state},
+};
+use weir_common::kernel::programs;
 
 use crate::{
     enrolment::{Node, known},
-    world::{Dial, OwnNetns, dial, eventually},
+    pins::{OwnBpffs, take_the_place},
+    world::{Dial, OwnNetns, dial, eventually, load},
 };
+
+/// How long somebody's interference with a guard may last: everything is looked at every few seconds.
+const REPAIRED_MAX: Duration = Duration::from_secs(5);
 
 /// How long an interface that a pod is given may be without a guard; a pass of the agent each second sees it.
 const PLUGGED_MAX: Duration = Duration::from_secs(5);
@@ -67,4 +87,164 @@ async fn an_interface_that_an_enrolled_pod_is_given_is_guarded_or_reported_once(
     }
     drop((sandbox, pod));
     node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_leaves_by_a_pods_interface_is_guarded_until_uninstalled_whoever_sends_it() {
+    let server = "198.51.100.1:443".parse().unwrap();
+    check_interface("weir-test0", server, OwnNetns::join).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn so_is_an_interface_without_a_network_of_its_own_as_on_eks() {
+    let server = "203.0.113.1:443".parse().unwrap();
+    check_interface("weir-test1", server, OwnNetns::join_by_routes).await;
+}
+
+/// `server` is of a network that nobody is in (RFC 5737), this machine included.
+async fn check_interface(name: &str, server: SocketAddr, join: fn(&OwnNetns, &str, IpAddr, IpAddr)) {
+    if load(Pinning::Unpinned).is_none() {
+        return;
+    }
+    let bpffs = OwnBpffs::mount().unwrap();
+    let pins = bpffs.0.path().join("weir/v3");
+    let node = Node::pinned(name, Pinning::Pinned(pins.clone())).unwrap();
+    let uid = "0b5e2f6a-3c1d-4e5f-8a9b-0c1d2e3f4a5b";
+    let pod = node.kubepods.below(&format!("pod{uid}"));
+    let sandbox = OwnNetns::new();
+    let IpAddr::V4(before) = server.ip() else { panic!("IPv4") };
+    join(&sandbox, name, server.ip(), Ipv4Addr::from(u32::from(before) + 1).into());
+    pod.take(sandbox.pid());
+    let [api, other] =
+        [server, SocketAddr::new(server.ip(), 444)].map(|address| UdpSocket::bind(address).unwrap());
+    api.set_nonblocking(true).unwrap();
+    // The sender is of no cgroup that has hooks: only the interface sees it.
+    let arrives = || {
+        sandbox.within(|| {
+            let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+            socket.send_to(b"x", server).unwrap();
+            socket.send_to(b"x", other.local_addr().unwrap()).unwrap();
+        });
+        // What was sent before has arrived by now, if it ever does.
+        other.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+        other.recv(&mut [0]).expect("the other port is nobody's business");
+        let mut arrived = false;
+        while api.recv(&mut [0]).is_ok() {
+            arrived = true;
+        }
+        arrived
+    };
+    node.published.send_if_modified(|set| set.endpoints.insert(server));
+    while !pinned_state(&pins)
+        .is_ok_and(|state| state.is_some_and(|state| state.api_endpoints.contains(&server)))
+    {
+        tokio::task::yield_now().await;
+    }
+    node.know(&[known(uid, None, false)]);
+    let mut ready = node.ready.clone();
+    ready.wait_for(|ready| *ready).await.unwrap();
+    assert!(arrives(), "unselected: passes");
+    node.know(&[known(uid, Some(Mode::Enforce), false)]);
+    let counted = || {
+        let state = pinned_state(&pins).unwrap().unwrap();
+        state.pods.iter().find(|pod| pod.uid == uid).map(|pod| pod.listener_port != 0)
+    };
+    while counted() != Some(true) {
+        tokio::task::yield_now().await;
+    }
+    assert!(!arrives(), "enrolled: dropped");
+    assert_eq!(pinned_state(&pins).unwrap().unwrap().counters.interface_dropped, 1);
+    is_the_first_again(&node, name, &bpffs, &arrives).await;
+    let cgroups = node.stop().await;
+    assert!(!arrives(), "no agent runs");
+
+    let next = bpffs.0.path().join("weir/v4");
+    take_the_place(&pins, &next, (server, name), &arrives);
+    attach::uninstall(&next).unwrap();
+    // The kernel frees an unpinned link a little later.
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
+    while !arrives() {
+        assert!(tokio::time::Instant::now() < deadline, "a guard is left behind");
+        tokio::task::yield_now().await;
+    }
+    // A cgroup is removed only once its processes have ended.
+    let root = cgroups.1.0.clone();
+    drop(sandbox);
+    drop(pod);
+    drop(cgroups);
+    assert!(!root.exists(), "{} is left behind", root.display());
+}
+
+/// Somebody detaches the guard, or puts a program before it that lets everything pass: within seconds it is the first again, and that is
+/// recorded.
+async fn is_the_first_again(node: &Node, name: &str, bpffs: &OwnBpffs, arrives: &impl Fn() -> bool) {
+    let links = bpffs.0.path().join("weir/v3/links");
+    let index = nix::net::if_::if_nametoindex(name).unwrap();
+    let pin = links.join(format!("interface-{index}"));
+    let findings = || {
+        let findings = node.recorder.measured().findings;
+        (findings["programDetached"], findings["foreignProgram"])
+    };
+    let (detached, foreign) = findings();
+    let repaired = async |repairs: u64| {
+        let began = Instant::now();
+        while findings().0 < detached + repairs {
+            assert!(began.elapsed() < REPAIRED_MAX, "{:?}", findings());
+            tokio::task::yield_now().await;
+        }
+    };
+    if pin.exists() {
+        fs::remove_file(&pin).unwrap();
+    } else {
+        tc::qdisc_detach_program(name, TcAttachType::Ingress, programs::INTERFACE).unwrap();
+    }
+    repaired(1).await;
+    assert!(!arrives(), "detached by somebody, and attached again");
+
+    let other = bpffs.0.path().join("other");
+    lets_everything_pass(&other);
+    let mut other = SchedClassifier::from_pin(&other).unwrap();
+    let first = if pin.exists() {
+        TcAttachOptions::TcxOrder(LinkOrder::first())
+    } else {
+        TcAttachOptions::Netlink(NlOptions { priority: 1, ..NlOptions::default() })
+    };
+    let others = other.attach_with_options(name, TcAttachType::Ingress, first).unwrap();
+    assert!(arrives(), "the other's comes first, and passes it");
+    repaired(2).await;
+    assert!(!arrives(), "ours is the first again");
+    assert_eq!(findings().1, foreign + 1, "the other's is reported");
+    other.detach(others).unwrap();
+    assert!(!arrives(), "ours stays");
+}
+
+/// Pins a program of the kind of a guard that does nothing but pass.
+fn lets_everything_pass(pin: &Path) {
+    /// `struct { prog_type, insn_cnt, insns, license }` of `union bpf_attr`, linux/bpf.h.
+    #[repr(C)]
+    struct Load {
+        program_type: u32,
+        instructions: u32,
+        code: *const [u64; 2],
+        license: *const c_char,
+    }
+    /// `struct { pathname, bpf_fd, file_flags }` of the same.
+    #[repr(C)]
+    struct Pin {
+        path: *const c_char,
+        program: RawFd,
+        flags: u32,
+    }
+    // `r0 = 0; exit`: `TC_ACT_OK`, and nobody after it is asked.
+    let code = [0xb7_u64, 0x95];
+    let load = Load { program_type: 3, instructions: 2, code: &raw const code, license: c"GPL".as_ptr() };
+    let path = CString::new(pin.as_os_str().as_bytes()).unwrap();
+    // SAFETY: `BPF_PROG_LOAD` and `BPF_OBJ_PIN` with attributes of the given sizes, whose pointers outlive the calls.
+    let pinned = unsafe {
+        let program = libc::syscall(libc::SYS_bpf, 5, &raw const load, size_of::<Load>());
+        let program = OwnedFd::from_raw_fd(nix::Error::result(program).unwrap() as RawFd);
+        let pin = Pin { path: path.as_ptr(), program: program.as_raw_fd(), flags: 0 };
+        libc::syscall(libc::SYS_bpf, 6, &raw const pin, size_of::<Pin>())
+    };
+    nix::Error::result(pinned).unwrap();
 }
