@@ -244,14 +244,19 @@ fn nothing_of_a_pod_that_connects_as_soon_as_it_is_told_a_fresh_address_goes_pas
         course.until_redirected().1.is_nothing(&format!("race {number} while the agent is stopped"));
     }
     agent.signal(Signal::SIGCONT).unwrap();
+    agent.crash().unwrap();
+    for number in 1..=STALLED {
+        let (said, arrived) = course.ask(&witness);
+        arrived.is_nothing(&format!("race {number} while no agent runs"));
+        assert_eq!(said, "refused", "race {number} while no agent runs");
+    }
     println!(
         "{races} races for a request: {served} served by Weir. {races} races without a pause: redirected {} µs after the answer in the \
-         median, {} µs at most. {STALLED} while the agent was stopped. No packet past the redirect in any; load {}",
+         median, {} µs at most. {STALLED} while the agent was stopped, {STALLED} while none ran. No packet past the redirect in any; load {}",
         times[races / 2],
         times[races - 1],
         std::fs::read_to_string("/proc/loadavg").unwrap().trim()
     );
-    assert!(agent.terminate().unwrap().success(), "{}", agent.last_lines());
     let audited = audit::finished_by_pod(&scene.testbed.layout().audit_log(), &pod.uid).unwrap();
     let coverage = Coverage::compare(&audited[before..], &scene.events(), &pod.uid);
     assert!(coverage.unrecorded.is_empty() && audited.len() - before == served, "{coverage}");
