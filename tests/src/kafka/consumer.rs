@@ -102,6 +102,8 @@ impl Kafka {
     fn lines(&self, topic: &str) -> Result<String> {
         let mut command = self.installation.kcat(KCAT_SECONDS);
         command.args(["-C", "-J", "-e", "-q", "-o", "beginning", "-X", "check.crcs=true", "-m", "10"]);
+        // That nothing more is there a broker says when it has waited for it; half a second unless it is told otherwise.
+        command.args(["-X", "fetch.wait.max.ms=10"]);
         let output = output(command.args(["-b", &self.bootstrap(), "-t", topic]))?;
         let said = String::from_utf8_lossy(&output.stderr);
         ensure!(output.status.success(), "kcat cannot read {topic} ({}): {said}", output.status);
