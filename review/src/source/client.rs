@@ -14,13 +14,14 @@ use rdkafka::{
     ClientConfig, ClientContext, Offset, TopicPartitionList,
     client::OAuthToken,
     config::RDKafkaLogLevel,
-    consumer::{BaseConsumer, Consumer as _, ConsumerContext},
+    consumer::{BaseConsumer, CommitMode, Consumer as _, ConsumerContext},
     error::{KafkaError, RDKafkaErrorCode},
     types::{RDKafkaConfRes, RDKafkaRespErr},
 };
 
 use super::{
     address::Topics,
+    group::Begin,
     kafka::{Patience, ReadError, silence_guarded_panics},
     properties::Properties,
     token::token,
@@ -55,8 +56,8 @@ pub(super) struct Context {
     tried_all: AtomicBool,
     /// Where the token is that the brokers are shown.
     token_file: Option<PathBuf>,
-    /// Where a group begins in a partition that it has no offset of: milliseconds since the Unix epoch.
-    since_ms: Option<i64>,
+    /// Where a group begins in a partition that it has no offset of.
+    begin: Begin,
 }
 
 fn keep(place: &Mutex<Option<String>>, reason: &str) {
@@ -135,7 +136,11 @@ impl ConsumerContext for Context {
     ) {
         // Whoever is told of an error here is told of it by the next look at messages as well.
         let done = if what == RDKafkaRespErr::RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS {
-            let begun = self.since_ms.map_or(Ok(()), |since_ms| begin(consumer, partitions, since_ms));
+            let begun = match self.begin {
+                Begin::Earliest => Ok(()),
+                Begin::Latest => self.begin_at_the_end(consumer, partitions),
+                Begin::Since(moment) => begin_since(consumer, partitions, moment.0.div_euclid(1000)),
+            };
             begun.and_then(|()| consumer.assign(partitions))
         } else {
             consumer.unassign()
@@ -146,17 +151,51 @@ impl ConsumerContext for Context {
     }
 }
 
+impl Context {
+    /// Sets that reading begins behind what is there now of partitions that the group has no offset of. It has one then: a partition in
+    /// which nothing comes for long would have none, and who reads it next would begin behind what came in between.
+    fn begin_at_the_end(
+        &self,
+        consumer: &BaseConsumer<Self>,
+        partitions: &mut TopicPartitionList,
+    ) -> Result<(), KafkaError> {
+        let mut ends = TopicPartitionList::new();
+        for (topic, partition) in without_offset(consumer, partitions)? {
+            let (_, end) = consumer.fetch_watermarks(&topic, partition, Patience::default().answer)?;
+            partitions.set_partition_offset(&topic, partition, Offset::Offset(end))?;
+            ends.add_partition_offset(&topic, partition, Offset::Offset(end))?;
+        }
+        // Who may not commit is told so when there is something to commit.
+        if ends.count() > 0
+            && let Err(error) = consumer.commit(&ends, CommitMode::Sync)
+        {
+            self.remember(&error.to_string());
+        }
+        Ok(())
+    }
+}
+
+/// Those of the partitions that the group has no offset of.
+fn without_offset(
+    consumer: &BaseConsumer<Context>,
+    partitions: &TopicPartitionList,
+) -> Result<Vec<(String, i32)>, KafkaError> {
+    let committed = consumer.committed_offsets(partitions.clone(), Patience::default().answer)?;
+    let elements = committed.elements();
+    let without = elements.iter().filter(|element| element.offset() == Offset::Invalid);
+    Ok(without.map(|element| (element.topic().to_owned(), element.partition())).collect())
+}
+
 /// Sets where reading begins of partitions that the group has no offset of.
-fn begin(
+fn begin_since(
     consumer: &BaseConsumer<Context>,
     partitions: &mut TopicPartitionList,
     since_ms: i64,
 ) -> Result<(), KafkaError> {
     let wait = Patience::default().answer;
-    let committed = consumer.committed_offsets(partitions.clone(), wait)?;
     let mut times = TopicPartitionList::new();
-    for element in committed.elements().iter().filter(|element| element.offset() == Offset::Invalid) {
-        times.add_partition_offset(element.topic(), element.partition(), Offset::Offset(since_ms.max(0)))?;
+    for (topic, partition) in without_offset(consumer, partitions)? {
+        times.add_partition_offset(&topic, partition, Offset::Offset(since_ms.max(0)))?;
     }
     if times.count() == 0 {
         return Ok(());
@@ -177,7 +216,7 @@ pub(super) fn client(
     topics: &Topics,
     properties: &Properties,
     last: &[(&str, &str)],
-    since_ms: Option<i64>,
+    begin: Begin,
 ) -> Result<BaseConsumer<Context>, ReadError> {
     silence_guarded_panics();
     let mut config = ClientConfig::new();
@@ -198,7 +237,7 @@ pub(super) fn client(
     for (name, value) in last {
         config.set(*name, *value);
     }
-    let context = Context { token_file, since_ms, ..Context::default() };
+    let context = Context { token_file, begin, ..Context::default() };
     config.create_with_context(context).map_err(|error| refusal(&error, properties))
 }
 

@@ -80,11 +80,8 @@ impl Group {
         for topic in &topics.names {
             Consumer::new(topics, topic, properties, Patience::default())?.spans(None)?;
         }
-        let (reset, since_ms) = match begin {
-            Begin::Earliest => ("earliest", None),
-            Begin::Latest => ("latest", None),
-            Begin::Since(moment) => ("earliest", Some(moment.0.div_euclid(1000))),
-        };
+        // Of where it has been and what is no more; where it begins is set when it is given partitions.
+        let reset = if begin == Begin::Latest { "latest" } else { "earliest" };
         let last = [
             ("group.id", name),
             ("auto.offset.reset", reset),
@@ -92,7 +89,7 @@ impl Group {
             // Taking away and giving anew is what this file is written for.
             ("partition.assignment.strategy", "range,roundrobin"),
         ];
-        let inner = client(topics, properties, &last, since_ms)?;
+        let inner = client(topics, properties, &last, begin)?;
         let names: Vec<&str> = topics.names.iter().map(String::as_str).collect();
         inner.subscribe(&names).map_err(|error| ReadError::Client { reason: error.to_string() })?;
         Ok(Self { name: name.to_owned(), inner, given: BTreeMap::new(), seen: BTreeMap::new() })
@@ -182,7 +179,56 @@ impl Group {
 
 #[cfg(test)]
 mod tests {
-    use super::Group;
+    use std::time::{Duration, Instant};
+
+    use rdkafka::consumer::Consumer as _;
+
+    use super::{Begin, Group, Topics};
+    use crate::{
+        fixture::one_session,
+        source::{
+            kafka::{Broker, Sent},
+            properties::Properties,
+        },
+    };
+
+    /// A member that begins at the end and has been given its partitions.
+    fn begins_at_the_end(topics: &Topics, properties: &Properties) -> Group {
+        let mut group = Group::join(topics, properties, "siem", Begin::Latest).unwrap();
+        let begun = Instant::now();
+        while group.inner.assignment().unwrap().count() == 0 {
+            assert!(begun.elapsed() < Duration::from_secs(60), "it is given no partitions");
+            assert!(group.next_record().unwrap().is_none(), "it begins before the end");
+        }
+        group
+    }
+
+    #[test]
+    fn a_group_that_began_at_the_end_misses_nothing_of_what_comes_while_it_has_no_member() {
+        let (directory, _) = one_session();
+        let sent = Sent::of_journal(directory.path(), "weir", "checkpoints");
+        let sent: Vec<_> = sent.into_iter().filter(|sent| sent.topic == "weir").collect();
+        let (before, after) = sent.split_at(sent.len() / 2);
+        let broker = Broker::new(&["weir"]);
+        let topics = broker.topics(&["weir"]);
+        let path = directory.path().join("client.properties");
+        // A member that has ended is missed after so long.
+        std::fs::write(&path, "session.timeout.ms=6000\nheartbeat.interval.ms=500").unwrap();
+        let properties = Properties::read(&path).unwrap();
+        broker.send(before);
+        // It is given nothing, and so commits nothing of what it was given.
+        begins_at_the_end(&topics, &properties).inner.unsubscribe();
+        broker.send(after);
+        let mut group = Group::join(&topics, &properties, "siem", Begin::Latest).unwrap();
+        let (mut given, begun) = (Vec::new(), Instant::now());
+        while given.len() < after.len() && begun.elapsed() < Duration::from_secs(60) {
+            given.extend(group.next_record().unwrap().map(|record| record.value));
+        }
+        let mut expected: Vec<_> = after.iter().map(|sent| sent.value.clone()).collect();
+        given.sort();
+        expected.sort();
+        assert!(given == expected, "{} of {} events", given.len(), expected.len());
+    }
 
     #[test]
     fn a_groups_name_is_plain() {

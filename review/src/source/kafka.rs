@@ -28,6 +28,7 @@ use weir_common::{
 use super::{
     address::Topics,
     client::{Context, client},
+    group::Begin,
     properties::{Properties, PropertiesError},
 };
 
@@ -148,7 +149,7 @@ impl Consumer {
         properties: &Properties,
         patience: Patience,
     ) -> Result<Self, ReadError> {
-        let inner = client(topics, properties, &[], None)?;
+        let inner = client(topics, properties, &[], Begin::Earliest)?;
         Ok(Self { inner, brokers: topics.brokers.clone(), topic: topic.to_owned(), patience })
     }
 
