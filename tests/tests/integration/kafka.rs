@@ -120,7 +120,7 @@ pub(super) fn epochs(journal: &Path) -> Vec<PathBuf> {
 }
 
 /// Segments of an epoch, in order.
-fn segments(epoch: &Path) -> Vec<PathBuf> {
+pub(super) fn segments(epoch: &Path) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(epoch).unwrap().map(|entry| entry.unwrap().path());
     let mut segments: Vec<_> =
         entries.filter(|path| path.extension().is_some_and(|end| end == "seg")).collect();

@@ -164,18 +164,17 @@ fn a_token_for_amazon_msk_is_the_one_that_awss_own_signer_makes() {
     }
 }
 
-/// A `weir events --group` and what it has written so far.
-struct Member {
+/// A `weir events --follow` and what it has written so far.
+pub(super) struct Follower {
     process: Child,
     lines: Receiver<String>,
-    events: Vec<Event>,
+    pub(super) events: Vec<Event>,
 }
 
-impl Member {
-    fn join(from: &str, properties: &Path, more: &[&str]) -> Self {
+impl Follower {
+    pub(super) fn start(from: &str, arguments: &[&str]) -> Self {
         let mut command = Command::new(agent::built_binary("weir").unwrap());
-        command.args(["events", "--follow", "--group", "siem", "--from", from, "--kafka-config"]);
-        command.arg(properties).args(more).stdout(Stdio::piped());
+        command.args(["events", "--follow", "--from", from]).args(arguments).stdout(Stdio::piped());
         let mut process = command.spawn().unwrap();
         let output = BufReader::new(process.stdout.take().unwrap());
         let (sender, lines) = channel();
@@ -190,6 +189,46 @@ impl Member {
             }
         });
         Self { process, lines, events: Vec::new() }
+    }
+
+    /// A member of a group.
+    fn join(from: &str, properties: &Path, more: &[&str]) -> Self {
+        let of_group = ["--group", "siem", "--kafka-config", properties.to_str().unwrap()];
+        Self::start(from, &[&of_group, more].concat())
+    }
+
+    /// Whether it has given an event of a session by now: one that is in a partition with all others of that session.
+    pub(super) fn has_begun(&mut self) -> bool {
+        self.take();
+        self.events.iter().any(|event| !event.session.is_empty())
+    }
+
+    /// Waits until it has given all that is on the topic from where it began in each partition, and checks that it gave each event
+    /// once, in its session's order, and nothing else. Returns how many there are on the topic, and how many it gave.
+    #[track_caller]
+    pub(super) fn check_given(&mut self, kafka: &Kafka, begins_with_the_topic: bool) -> [usize; 2] {
+        let messages = kafka.messages(EVENTS).unwrap();
+        let on_topic: Vec<_> = messages
+            .iter()
+            .map(|message| (message, key(&serde_json::from_str(&message.value).unwrap())))
+            .collect();
+        wait_until("what is followed to be given", PUBLISHED_DEADLINE, || {
+            self.take();
+            let given: BTreeSet<_> = self.events.iter().map(key).collect();
+            let mut begun = BTreeSet::new();
+            let expected = on_topic.iter().filter(|(message, key)| {
+                if begins_with_the_topic || given.contains(key) {
+                    begun.insert(message.partition);
+                }
+                begun.contains(&message.partition)
+            });
+            Ok((expected.map(|(_, key)| key.clone()).collect::<BTreeSet<_>>() == given).then_some(()))
+        })
+        .unwrap();
+        let given: BTreeSet<_> = self.events.iter().map(key).collect();
+        assert_eq!(given.len(), self.events.len(), "something is given twice");
+        check_order(self);
+        [on_topic.iter().map(|(_, key)| key).collect::<BTreeSet<_>>().len(), given.len()]
     }
 
     fn take(&mut self) -> usize {
@@ -214,7 +253,7 @@ impl Member {
     }
 }
 
-impl Drop for Member {
+impl Drop for Follower {
     fn drop(&mut self) {
         let _ = self.process.kill();
         let _ = self.process.wait();
@@ -238,7 +277,7 @@ fn on_topic(kafka: &Kafka) -> BTreeMap<(String, u64), u32> {
 
 /// Checks that each session came in its order.
 #[track_caller]
-fn check_order(member: &Member) {
+fn check_order(member: &Follower) {
     let mut last = BTreeMap::new();
     for event in member.events.iter().filter(|event| !event.session.is_empty()) {
         let before = last.insert((event.session.clone(), event.epoch.clone()), event.sequence);
@@ -265,7 +304,7 @@ fn members_of_a_group_share_the_partitions_and_nothing_is_missing_when_one_is_ki
         pods.iter().zip(&names).for_each(|(pod, name)| work(pod, &format!("{name}-{round}")));
     };
     work_of_all("first");
-    let mut members = [Member::join(&from, &properties, &[]), Member::join(&from, &properties, &[])];
+    let mut members = [Follower::join(&from, &properties, &[]), Follower::join(&from, &properties, &[])];
     // Both have something to do: six sessions, three partitions.
     let mut round = 0;
     wait_until("both members to be given events", PUBLISHED_DEADLINE, || {
@@ -300,7 +339,7 @@ fn members_of_a_group_share_the_partitions_and_nothing_is_missing_when_one_is_ki
     assert!(agent.terminate().unwrap().success(), "{}", agent.last_lines());
     let all = on_topic(&kafka);
     let fresh: BTreeSet<_> = all.keys().filter(|key| !expected.contains_key(*key)).cloned().collect();
-    let mut later = Member::join(&from, &properties, &[]);
+    let mut later = Follower::join(&from, &properties, &[]);
     wait_until("the group to go on", PUBLISHED_DEADLINE, || {
         later.take();
         let given: BTreeSet<_> = later.events.iter().map(key).collect();
@@ -311,13 +350,8 @@ fn members_of_a_group_share_the_partitions_and_nothing_is_missing_when_one_is_ki
     // At most what the last member had not committed when it was killed.
     assert!(again < expected.len() / 2, "{again} of {} came again", expected.len());
     let since = since.to_string();
-    let other = ["--group", "other", "--since", &since];
-    let mut command = Command::new(agent::built_binary("weir").unwrap());
-    command.args(["events", "--follow", "--from", &from]).args(other).stdout(Stdio::piped());
-    let mut other = command.spawn().unwrap();
-    let mut lines = BufReader::new(other.stdout.take().unwrap()).lines();
-    let first: Event = serde_json::from_str(&lines.next().unwrap().unwrap()).unwrap();
-    other.kill().unwrap();
-    other.wait().unwrap();
+    let mut other = Follower::start(&from, &["--group", "other", "--since", &since]);
+    let first: Event = serde_json::from_str(&other.lines.recv().unwrap()).unwrap();
+    other.kill();
     assert!(!expected.contains_key(&key(&first)), "it is of before: {first:?}");
 }

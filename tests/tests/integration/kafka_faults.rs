@@ -23,8 +23,9 @@ use super::{
     broker_faults::check_order,
     kafka::{
         CHECKPOINTS, EVENTS, PUBLISHED_DEADLINE, Recorded, check, configuration, doctor, epochs, kafka,
-        published, publishing, recorded, sound, source, start, wait_until_published,
+        published, publishing, recorded, segments, sound, source, start, wait_until_published, weir,
     },
+    kafka_access::Follower,
     monitoring::Monitored,
     shown,
 };
@@ -154,8 +155,18 @@ fn nothing_that_a_pod_was_told_is_missing_after_the_broker_was_killed_and_hung()
     let pod = scene.testbed.run_pod(&PodSpec::idle("it-kafka-down", "caller")).unwrap();
     let configuration = configuration(&scene, publishing(&kafka.bootstrap()));
     let (mut agent, monitored) = Monitored::start_with(&scene, configuration);
+    pod.shell("kubectl get configmaps").unwrap();
+    let before = wait_until_published(&kafka, &scene.journal());
+    // Who follows the topic does so through all of it, from its beginning or from now on.
+    let from = format!("kafka://{}/{EVENTS}", kafka.bootstrap());
+    let mut whole = Follower::start(&from, &[]);
+    let mut latest = Follower::start(&from, &["--group", "late", "--offset", "latest"]);
     let mut ledger = Ledger::start(&pod, "ledger");
-    ledger.go_on(3, "before");
+    wait_until("who begins at the end to be given something", PUBLISHED_DEADLINE, || {
+        ledger.go_on(1, "before");
+        Ok(latest.has_begun().then_some(()))
+    })
+    .unwrap();
     kafka.kill().unwrap();
     let outage = Instant::now();
     ledger.go_on(5, "while the broker is dead");
@@ -194,6 +205,12 @@ fn nothing_that_a_pod_was_told_is_missing_after_the_broker_was_killed_and_hung()
     assert_eq!(published.len(), recorded.len(), "there is nothing on the topics that is not in the journal");
     let report = sound(&source(&kafka.bootstrap()), &[]);
     assert_eq!(report["topic"]["duplicates"].as_u64(), u64::try_from(again).ok(), "{report:#}");
+    let [all, given] = whole.check_given(&kafka, true);
+    assert_eq!(given, all);
+    let [all, given] = latest.check_given(&kafka, false);
+    println!("who began at the end was given {given} of {all} events");
+    let is_old = |event: &Event| before.contains_key(&format!("{}/{}", event.epoch, event.sequence));
+    assert!(!latest.events.iter().any(is_old), "something of before it began was given");
 }
 
 #[test]
@@ -251,6 +268,55 @@ fn what_a_killed_agent_left_is_published_by_the_next_one() {
     let stopped: Vec<_> =
         report["epochs"].as_array().unwrap().iter().map(|epoch| &epoch["stopped"]).collect();
     assert_eq!(stopped, [&json!(false), &json!(true)], "{report:#}");
+    a_damage_is_told_once(&scene, &kafka, &recorded);
+}
+
+/// A byte of the first epoch turns while no agent runs. The next one publishes what is left of it once more, says what is missing, and
+/// keeps the segment; what is whole leaves when its time is over.
+fn a_damage_is_told_once(scene: &Scene, kafka: &Kafka, recorded: &[Recorded]) {
+    let journal = scene.journal();
+    let [damaged, whole] = &epochs(&journal)[..] else { panic!("two agents ran") };
+    let of_damaged: Vec<_> = recorded.iter().filter(|frame| damaged.ends_with(&frame.epoch)).collect();
+    let mut events = of_damaged.iter().filter(|frame| frame.kind == FrameType::Event);
+    let hit = events.nth(of_damaged.len() / 2).unwrap();
+    let segment = segments(damaged).remove(0);
+    let mut bytes = std::fs::read(&segment).unwrap();
+    let at = bytes.windows(hit.value.len()).position(|part| part == hit.value.as_bytes()).unwrap();
+    bytes[at + hit.value.len() / 2] ^= 0x10;
+    std::fs::write(&segment, bytes).unwrap();
+    std::fs::remove_file(damaged.join("cursor")).unwrap();
+
+    let mut publishing = publishing(&kafka.bootstrap());
+    publishing["replayWindowSeconds"] = json!(1);
+    let (mut agent, monitored) = Monitored::start_with(scene, configuration(scene, publishing));
+    let reason = format!("journal damaged: epoch {}, segment 0, offset ", hit.epoch);
+    let told = wait_until("the gap to be on the topic", PUBLISHED_DEADLINE, || {
+        let messages = kafka.messages(EVENTS)?;
+        Ok(messages.into_iter().find(|message| message.value.contains(&reason)))
+    });
+    let told: Event = serde_json::from_str(&told.unwrap().value).unwrap();
+    let Kind::Gap { events, .. } = told.kind else { panic!("{told:?}") };
+    assert_eq!(events, Some(1), "{told:?}");
+    wait_until("what is whole to leave, and what is not to be kept", PUBLISHED_DEADLINE, || {
+        let is_kept = agent.log()?.contains("segment-unreadable");
+        Ok((is_kept && segments(whole).is_empty()).then_some(()))
+    })
+    .unwrap_or_else(|error| panic!("{error}; {}", agent.last_lines()));
+    assert_eq!(segments(damaged).first(), Some(&segment), "it is kept");
+    let metrics = monitored.metrics();
+    assert_eq!((metrics["weir_journal_damages_total"], metrics["weir_kafka_backlog_bytes"]), (1.0, 0.0));
+    assert!(agent.terminate().unwrap().success(), "{}", agent.last_lines());
+    for event in ["journal-damaged", "segment-unreadable"] {
+        let times = agent.log().unwrap().matches(event).count();
+        assert_eq!(times, 1, "{event}: {}", agent.last_lines());
+    }
+    let (code, out, err) = shown(&weir(&["verify", "--from", journal.to_str().unwrap()]));
+    assert_eq!(code, Some(1), "{out}{err}");
+    let named = out.lines().find(|line| line.contains("00000000000000000000.seg"));
+    assert!(named.is_some_and(|line| line.contains(&hit.epoch)), "{out}{err}");
+    // Of the topic, which had it before, nothing is missing, and that the node lacks it is said there once.
+    let report = sound(&source(&kafka.bootstrap()), &[]);
+    assert_eq!(report["gaps"].to_string().matches(&reason).count(), 1, "{report:#}");
 }
 
 /// What an agent says by itself when it starts: that one topic is not there, and what the other one lacks.
