@@ -16,18 +16,16 @@ use aya::{
     Ebpf,
     pin::PinError,
     programs::{
-        CgroupAttachMode, CgroupSkbAttachType, LinkOrder, Program, ProgramError, SchedClassifier,
-        TcAttachType,
+        CgroupAttachMode, CgroupSkbAttachType, Program, ProgramError,
         links::{FdLink, LinkError},
-        tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, TcError},
+        tc::SchedClassifierLink,
     },
-    util::KernelVersion,
 };
 use weir_common::kernel::programs;
 
 use super::{
-    bpf::{attach_kind, attached_programs, link_detach, link_update, open_pin},
-    interface::{self, HostEnd, remove_filter, remove_filters},
+    bpf::{attach_kind, attached_programs, link_update, open_pin},
+    interface::{self, HostEnd, links_for_interfaces, remove_filters},
     layouts,
     pinned::{is_attached_by, pinned_links},
     security,
@@ -109,20 +107,6 @@ pub enum AttachError {
     },
 }
 
-/// The priority of a filter that is asked before those of others.
-const FIRST: u16 = 1;
-/// How the pins of the guards of interfaces begin.
-const INTERFACE_PIN: &str = "interface-";
-
-/// Whether the kernel has links for programs at interfaces (tcx, 6.6).
-fn links_for_interfaces() -> bool {
-    KernelVersion::current().is_ok_and(|version| version >= KernelVersion::new(6, 6, 0))
-}
-
-fn interface_pin(index: u32) -> String {
-    format!("{INTERFACE_PIN}{index}")
-}
-
 /// The loaded programs and where they are attached.
 #[derive(Debug)]
 pub(super) struct Attached {
@@ -134,13 +118,13 @@ pub(super) struct Attached {
     /// Whether this process has attached what `security` adds.
     pub(super) security: bool,
     /// Guards of interfaces on kernels that have no links for them; dropped, they detach.
-    own_filters: Vec<SchedClassifierLink>,
+    pub(super) own_filters: Vec<SchedClassifierLink>,
     /// The same where they stay.
-    filters: Vec<ManuallyDrop<SchedClassifierLink>>,
+    pub(super) filters: Vec<ManuallyDrop<SchedClassifierLink>>,
     /// The cgroups that this process has attached to, by id.
     cgroups: BTreeMap<u64, Target>,
     /// Names of the guarded interfaces by index.
-    interfaces: BTreeMap<u32, String>,
+    pub(super) interfaces: BTreeMap<u32, String>,
 }
 
 /// A cgroup and what belongs there.
@@ -213,65 +197,8 @@ impl Attached {
         Ok(())
     }
 
-    /// Attaches the guard of an interface, before whatever else is there, or replaces the pinned one.
-    pub(super) fn guard_interface(&mut self, end: &HostEnd) -> Result<(), AttachError> {
-        self.attach_to_interface(end)?;
-        // From here on a look at the kernel expects it there.
-        self.interfaces.insert(end.index, end.name.clone());
-        Ok(())
-    }
-
-    fn attach_to_interface(&mut self, end: &HostEnd) -> Result<(), AttachError> {
-        let program = programs::INTERFACE;
-        let failed = |source| AttachError::Interface { name: end.name.clone(), source };
-        let pin = self.pin(&interface_pin(end.index))?;
-        if self.replaced(pin.as_deref(), program)? {
-            return Ok(());
-        }
-        let Some(Program::SchedClassifier(classifier)) = self.ebpf.program_mut(program) else {
-            return Err(AttachError::Link { program, source: LinkError::InvalidLink });
-        };
-        if links_for_interfaces() {
-            let order = TcAttachOptions::TcxOrder(LinkOrder::first());
-            let id =
-                classifier.attach_with_options(&end.name, TcAttachType::Ingress, order).map_err(failed)?;
-            let link = classifier.take_link(id).map_err(failed)?;
-            let link = link.try_into().map_err(|source| AttachError::Link { program, source })?;
-            return self.keep(link, pin);
-        }
-        // Before links for interfaces: a filter that stays on the interface until it is removed, or the interface
-        // is. A former one, of another process as well, goes first: by its name both would go.
-        match tc::qdisc_add_clsact(&end.name) {
-            Ok(()) | Err(TcError::AlreadyAttached) => {}
-            Err(TcError::NetlinkError(error)) if error.raw_os_error() == Some(libc::EEXIST) => {}
-            Err(error) => return Err(failed(error.into())),
-        }
-        remove_filter(&end.name).map_err(|error| failed(error.into()))?;
-        let first = TcAttachOptions::Netlink(NlOptions { priority: FIRST, ..NlOptions::default() });
-        let id = classifier.attach_with_options(&end.name, TcAttachType::Ingress, first).map_err(failed)?;
-        let filter = classifier.take_link(id).map_err(failed)?;
-        if self.pins.is_some() {
-            self.filters.push(ManuallyDrop::new(filter));
-        } else {
-            self.own_filters.push(filter);
-        }
-        Ok(())
-    }
-
-    /// Forgets the guard of an interface that is gone.
-    pub(super) fn unguard_interface(&mut self, index: u32) -> Result<(), AttachError> {
-        self.interfaces.remove(&index);
-        let Some(path) = self.pin(&interface_pin(index))? else { return Ok(()) };
-        match fs::remove_file(&path) {
-            Err(source) if source.kind() != io::ErrorKind::NotFound => {
-                Err(AttachError::Remove { path, source })
-            }
-            _ => Ok(()),
-        }
-    }
-
     /// Where the link with this name is pinned; none if links go with the process.
-    fn pin(&self, name: &str) -> Result<Option<PathBuf>, AttachError> {
+    pub(super) fn pin(&self, name: &str) -> Result<Option<PathBuf>, AttachError> {
         let Some(pins) = &self.pins else { return Ok(None) };
         let links = pins.join("links");
         match fs::create_dir_all(&links) {
@@ -280,7 +207,7 @@ impl Attached {
         }
     }
 
-    fn keep(&mut self, link: FdLink, pin: Option<PathBuf>) -> Result<(), AttachError> {
+    pub(super) fn keep(&mut self, link: FdLink, pin: Option<PathBuf>) -> Result<(), AttachError> {
         let Some(path) = pin else {
             self.links.push(link);
             return Ok(());
@@ -291,7 +218,7 @@ impl Attached {
     }
 
     /// Puts this process's program into a link that is pinned already. A pin whose cgroup is gone is removed.
-    fn replaced(&self, pin: Option<&Path>, program: &'static str) -> Result<bool, AttachError> {
+    pub(super) fn replaced(&self, pin: Option<&Path>, program: &'static str) -> Result<bool, AttachError> {
         let Some(pin) = pin.filter(|pin| pin.exists()) else { return Ok(false) };
         let update = |source| AttachError::Update { path: pin.to_owned(), source };
         let fd = self
@@ -392,49 +319,13 @@ impl Attached {
         Ok(())
     }
 
-    /// Ours is to be the first that is asked: what stands before it may let everything pass without it.
-    fn inspect_interface(&mut self, end: &HostEnd, found: &mut Inspection) -> Result<(), AttachError> {
-        if !nix::net::if_::if_nametoindex(end.name.as_str()).is_ok_and(|index| index == end.index) {
-            return Ok(());
-        }
-        let Some((own, _)) = self.id_and_kind(programs::INTERFACE) else { return Ok(()) };
-        let attached = if links_for_interfaces() {
-            SchedClassifier::query_tcx(&end.name, TcAttachType::Ingress)
-                .map(|(_, programs)| programs.iter().map(|program| Some(program.id())).collect())
-                .map_err(io::Error::other)
-        } else {
-            interface::filters(end.index)
-        };
-        // An interface that goes at this moment cannot be asked.
-        let Ok(attached): io::Result<Vec<Option<u32>>> = attached else { return Ok(()) };
-        let pin = self.pin(&interface_pin(end.index))?;
-        let pinned = !links_for_interfaces() || pin.as_ref().is_none_or(|pin| pin.exists());
-        let place = attached.iter().position(|program| *program == Some(own));
-        if pinned && place == Some(0) {
-            return Ok(());
-        }
-        let before = &attached[..place.unwrap_or_default()];
-        let beside = |other: &u32| (*other, format!("{other} before Weir's at the interface {}", end.name));
-        found.foreign.extend(before.iter().flatten().map(beside));
-        // A link cannot be moved. In between nothing passes that did not before.
-        if let Some(pin) = pin.as_deref().filter(|pin| !before.is_empty() && pin.exists()) {
-            let update = |source| AttachError::Update { path: pin.to_owned(), source };
-            open_pin(pin).and_then(|link| link_detach(&link)).map_err(update)?;
-            self.remove_pin(Some(pin))?;
-        }
-        // Replaced in place if the link is still there.
-        self.guard_interface(end)?;
-        found.repaired.push(format!("{} at the interface {}", programs::INTERFACE, end.name));
-        Ok(())
-    }
-
     /// The id of a loaded program, and its number of `enum bpf_attach_type` (0 where it has none).
-    fn id_and_kind(&self, name: &str) -> Option<(u32, u32)> {
+    pub(super) fn id_and_kind(&self, name: &str) -> Option<(u32, u32)> {
         let program = self.ebpf.program(name)?;
         Some((program.info().ok()?.id(), attach_kind(name)))
     }
 
-    fn remove_pin(&self, pin: Option<&Path>) -> Result<(), AttachError> {
+    pub(super) fn remove_pin(&self, pin: Option<&Path>) -> Result<(), AttachError> {
         match pin.map(fs::remove_file) {
             Some(Err(source)) if source.kind() != io::ErrorKind::NotFound => {
                 Err(AttachError::Remove { path: pin.unwrap_or(Path::new("")).to_owned(), source })
@@ -452,7 +343,7 @@ impl Attached {
     pub(super) fn prune(&self) -> Result<(), AttachError> {
         let Some(pins) = &self.pins else { return Ok(()) };
         for name in pinned_links(pins)? {
-            if name.starts_with(INTERFACE_PIN) || name.starts_with(security::PIN) {
+            if name.starts_with(interface::PIN) || name.starts_with(security::PIN) {
                 continue;
             }
             let id = name.split('-').next().and_then(|id| id.parse::<u64>().ok());

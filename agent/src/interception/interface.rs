@@ -3,15 +3,24 @@
 //!
 //! Bridge, ptp and the VPC CNI all give a pod one end of a veth pair. Interfaces without an end of their own on the
 //! host (ipvlan, macvlan, a network card moved into the pod) are named: their pods lack this guard.
+//!
+//! Here is also how the guard comes there, and stays the first that is asked.
 
-use std::{fs::File, io, path::Path};
+use std::{
+    fs::{self, File},
+    io,
+    mem::ManuallyDrop,
+    path::Path,
+};
 
 use aya::{
     maps::{HashMap, MapData},
     programs::{
-        TcAttachType,
-        tc::{self, TcError},
+        LinkOrder, Program, SchedClassifier, TcAttachType,
+        links::LinkError,
+        tc::{self, NlOptions, TcAttachOptions, TcError},
     },
+    util::KernelVersion,
 };
 use netlink_packet_route::{
     RouteNetlinkMessage,
@@ -22,10 +31,17 @@ use netlink_sys::protocols::NETLINK_ROUTE;
 use weir_common::kernel::{maps, programs};
 
 use super::{
+    attach::{AttachError, Attached, Inspection},
+    bpf::{link_detach, open_pin},
     namespace,
     netlink::{LinkWatch, Netlink},
     pinned::pinned_map,
 };
+
+/// The priority of a filter that is asked before those of others.
+const FIRST: u16 = 1;
+/// How the pins of the guards of interfaces begin.
+pub(super) const PIN: &str = "interface-";
 
 /// `TC_H_MAKE(TC_H_CLSACT, TC_H_MIN_INGRESS)`, linux/pkt_sched.h: where filters of what comes in are.
 const INGRESS_FILTERS: u32 = 0xffff_fff2;
@@ -182,7 +198,7 @@ fn link(message: RouteNetlinkMessage) -> Option<Link> {
 ///
 /// # Errors
 /// The kernel does not answer.
-pub(super) fn filters(index: u32) -> io::Result<Vec<Option<u32>>> {
+fn filters(index: u32) -> io::Result<Vec<Option<u32>>> {
     let mut question = TcMessage::with_index(i32::try_from(index).map_err(io::Error::other)?);
     question.header.parent = TcHandle::from(INGRESS_FILTERS);
     let mut filters = Vec::new();
@@ -210,6 +226,114 @@ fn program(filter: &TcMessage) -> Option<u32> {
         TcOption::Bpf(TcFilterBpfOption::ProgId(id)) => Some(*id),
         _ => None,
     })
+}
+
+impl Attached {
+    /// Attaches the guard of an interface, before whatever else is there, or replaces the pinned one.
+    pub(super) fn guard_interface(&mut self, end: &HostEnd) -> Result<(), AttachError> {
+        self.attach_to_interface(end)?;
+        // From here on a look at the kernel expects it there.
+        self.interfaces.insert(end.index, end.name.clone());
+        Ok(())
+    }
+
+    fn attach_to_interface(&mut self, end: &HostEnd) -> Result<(), AttachError> {
+        let program = programs::INTERFACE;
+        let failed = |source| AttachError::Interface { name: end.name.clone(), source };
+        let pin = self.pin(&interface_pin(end.index))?;
+        if self.replaced(pin.as_deref(), program)? {
+            return Ok(());
+        }
+        let Some(Program::SchedClassifier(classifier)) = self.ebpf.program_mut(program) else {
+            return Err(AttachError::Link { program, source: LinkError::InvalidLink });
+        };
+        if links_for_interfaces() {
+            let order = TcAttachOptions::TcxOrder(LinkOrder::first());
+            let id =
+                classifier.attach_with_options(&end.name, TcAttachType::Ingress, order).map_err(failed)?;
+            let link = classifier.take_link(id).map_err(failed)?;
+            let link = link.try_into().map_err(|source| AttachError::Link { program, source })?;
+            return self.keep(link, pin);
+        }
+        // Before links for interfaces: a filter that stays on the interface until it is removed, or the interface
+        // is. A former one, of another process as well, goes first: by its name both would go.
+        match tc::qdisc_add_clsact(&end.name) {
+            Ok(()) | Err(TcError::AlreadyAttached) => {}
+            Err(TcError::NetlinkError(error)) if error.raw_os_error() == Some(libc::EEXIST) => {}
+            Err(error) => return Err(failed(error.into())),
+        }
+        remove_filter(&end.name).map_err(|error| failed(error.into()))?;
+        let first = TcAttachOptions::Netlink(NlOptions { priority: FIRST, ..NlOptions::default() });
+        let id = classifier.attach_with_options(&end.name, TcAttachType::Ingress, first).map_err(failed)?;
+        let filter = classifier.take_link(id).map_err(failed)?;
+        if self.pins.is_some() {
+            self.filters.push(ManuallyDrop::new(filter));
+        } else {
+            self.own_filters.push(filter);
+        }
+        Ok(())
+    }
+
+    /// Forgets the guard of an interface that is gone.
+    pub(super) fn unguard_interface(&mut self, index: u32) -> Result<(), AttachError> {
+        self.interfaces.remove(&index);
+        let Some(path) = self.pin(&interface_pin(index))? else { return Ok(()) };
+        match fs::remove_file(&path) {
+            Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                Err(AttachError::Remove { path, source })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Ours is to be the first that is asked: what stands before it may let everything pass without it.
+    pub(super) fn inspect_interface(
+        &mut self,
+        end: &HostEnd,
+        found: &mut Inspection,
+    ) -> Result<(), AttachError> {
+        if !nix::net::if_::if_nametoindex(end.name.as_str()).is_ok_and(|index| index == end.index) {
+            return Ok(());
+        }
+        let Some((own, _)) = self.id_and_kind(programs::INTERFACE) else { return Ok(()) };
+        let attached = if links_for_interfaces() {
+            SchedClassifier::query_tcx(&end.name, TcAttachType::Ingress)
+                .map(|(_, programs)| programs.iter().map(|program| Some(program.id())).collect())
+                .map_err(io::Error::other)
+        } else {
+            filters(end.index)
+        };
+        // An interface that goes at this moment cannot be asked.
+        let Ok(attached): io::Result<Vec<Option<u32>>> = attached else { return Ok(()) };
+        let pin = self.pin(&interface_pin(end.index))?;
+        let pinned = !links_for_interfaces() || pin.as_ref().is_none_or(|pin| pin.exists());
+        let place = attached.iter().position(|program| *program == Some(own));
+        if pinned && place == Some(0) {
+            return Ok(());
+        }
+        let before = &attached[..place.unwrap_or_default()];
+        let beside = |other: &u32| (*other, format!("{other} before Weir's at the interface {}", end.name));
+        found.foreign.extend(before.iter().flatten().map(beside));
+        // A link cannot be moved. In between nothing passes that did not before.
+        if let Some(pin) = pin.as_deref().filter(|pin| !before.is_empty() && pin.exists()) {
+            let update = |source| AttachError::Update { path: pin.to_owned(), source };
+            open_pin(pin).and_then(|link| link_detach(&link)).map_err(update)?;
+            self.remove_pin(Some(pin))?;
+        }
+        // Replaced in place if the link is still there.
+        self.guard_interface(end)?;
+        found.repaired.push(format!("{} at the interface {}", programs::INTERFACE, end.name));
+        Ok(())
+    }
+}
+
+/// Whether the kernel has links for programs at interfaces (tcx, 6.6).
+pub(super) fn links_for_interfaces() -> bool {
+    KernelVersion::current().is_ok_and(|version| version >= KernelVersion::new(6, 6, 0))
+}
+
+fn interface_pin(index: u32) -> String {
+    format!("{PIN}{index}")
 }
 
 /// Removes the guard of an interface on a kernel that has no links for it; that there is none is no error.
