@@ -56,6 +56,7 @@ mod report;
 mod resolution;
 pub mod run;
 pub mod security;
+mod security_programs;
 mod service_dial;
 mod settled;
 mod sieve;

@@ -9,7 +9,7 @@
 //! - `sock_create` marks sockets and refuses the protocols that cannot be redirected;
 //! - `egress` and `interface` guard: they drop packets to an API server that came past all of these;
 //! - `ingress` notes the addresses that a pod is told for a configured host name, before it is told;
-//! - `lsm_socket`, `lsm_bpf` add to that where the kernel has BPF LSM.
+//! - `lsm_socket`, `lsm_bpf` add to that where the kernel lets programs decide in its security hooks.
 #![no_std]
 #![no_main]
 

@@ -1,4 +1,5 @@
-//! What a kernel with BPF LSM adds: pods that are enrolled, or that nobody has said anything of yet, make no packet sockets, and
+//! What a kernel adds that lets programs decide in its security hooks, as BPF LSM or before the functions that ask the security
+//! modules (both give the same arguments, and take 0 for yes): pods that are enrolled, or that nobody has said anything of yet, make no packet sockets, and
 //! enrolled ones do not call bpf(2), whatever privilege they have. Elsewhere the guards at interfaces stand alone, and a pod that
 //! starts while no agent runs has none yet. Never a connect hook: TCP fast open passes it by.
 

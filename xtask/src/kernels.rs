@@ -25,8 +25,21 @@ mod reboot;
 
 use self::image::{Image, boot};
 
-/// Kernel series, and the package names of it by how they begin.
-const SERIES: [(&str, &str); 2] = [("6.1", "linux-image-6.1.0-"), ("6.12", "linux-image-6.12.")];
+/// A kernel series, and what it boots with.
+#[derive(Clone, Copy)]
+struct Series {
+    name: &'static str,
+    /// How the package names of it begin.
+    packages: &'static str,
+    /// Whether BPF is among the security modules where the tests run, and on the node that boots twice: both ways to decide in the
+    /// kernel's security hooks on each kernel, without more boots.
+    bpf_lsm: [bool; 2],
+}
+
+const SERIES: [Series; 2] = [
+    Series { name: "6.1", packages: "linux-image-6.1.0-", bpf_lsm: [true, false] },
+    Series { name: "6.12", packages: "linux-image-6.12.", bpf_lsm: [false, true] },
+];
 /// How the package names of cloud images end.
 const CLOUD: &str = "-cloud-amd64";
 /// Programs that the tests start.
@@ -78,9 +91,8 @@ pub(crate) fn run(root: &Path, in_turn: bool) -> Result<()> {
     let programs = Programs::build(root)?;
     let folder = cache_folder()?.join("kernels");
     fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
-    let kernels =
-        SERIES.map(|(series, prefix)| kernel(&folder, series, prefix).map(|kernel| (series, kernel)));
-    let check = |kernel: Result<(&str, PathBuf)>| {
+    let kernels = SERIES.map(|series| kernel(&folder, series).map(|kernel| (series, kernel)));
+    let check = |kernel: Result<(Series, PathBuf)>| {
         let (series, kernel) = kernel?;
         check(series, &kernel, &folder, &programs)
     };
@@ -97,24 +109,26 @@ pub(crate) fn run(root: &Path, in_turn: bool) -> Result<()> {
 }
 
 /// Runs the kernel tests on one kernel, and has a node with it boot twice.
-fn check(series: &str, kernel: &Path, folder: &Path, programs: &Programs) -> Result<()> {
+fn check(series: Series, kernel: &Path, folder: &Path, programs: &Programs) -> Result<()> {
+    let Series { name, bpf_lsm: [of_tests, of_node], .. } = series;
     let scratch = tempfile::tempdir_in(folder).context("cannot make a scratch folder")?;
     let image = Image::new(&scratch.path().join("tests"))?;
     image.tools(&PROGRAMS)?;
     image.program(&programs.tests, "bin/kernel-tests")?;
     image.modules(kernel, &MODULES)?;
     let started = Instant::now();
-    let output = boot(kernel, &image.pack(&MODULES, &runs_tests())?, None, "")?;
+    let output =
+        boot(kernel, &image.pack(&MODULES, &runs_tests(of_tests))?, None, security_modules(of_tests))?;
     let took = started.elapsed().as_secs();
     let passed = output.lines().any(|line| line.trim_end() == format!("{RESULT}0"));
     let summary = output.lines().find(|line| line.starts_with("test result: ")).unwrap_or("no result");
     println!("kernel {}: {summary} ({took} s)", kernel.file_name().unwrap_or_default().to_string_lossy());
     if !passed {
-        bail!("the kernel tests do not pass on {series}; what it printed:\n{output}");
+        bail!("the kernel tests do not pass on {name}; what it printed:\n{output}");
     }
     let started = Instant::now();
-    reboot::check(kernel, &scratch.path().join("reboot"), &programs.node)?;
-    println!("kernel {series}: a node that booted twice is guarded ({} s)", started.elapsed().as_secs());
+    reboot::check(kernel, &scratch.path().join("reboot"), &programs.node, of_node)?;
+    println!("kernel {name}: a node that booted twice is guarded ({} s)", started.elapsed().as_secs());
     Ok(())
 }
 
@@ -155,7 +169,8 @@ fn tests(root: &Path) -> Result<PathBuf> {
 }
 
 /// The unpacked newest kernel of a series, downloaded if it is not there.
-fn kernel(folder: &Path, series: &str, prefix: &str) -> Result<PathBuf> {
+fn kernel(folder: &Path, series: Series) -> Result<PathBuf> {
+    let Series { name: series, packages: prefix, .. } = series;
     let kept = fs::read_dir(folder)?.flatten().map(|entry| entry.path()).find(|path| {
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         name.starts_with(prefix) && path.join("boot").is_dir()
@@ -195,10 +210,21 @@ fn numbers(name: &str) -> Vec<u64> {
     name.split(|c: char| !c.is_ascii_digit()).filter_map(|digits| digits.parse().ok()).collect()
 }
 
+/// What stands on the kernel's command line.
+fn security_modules(bpf_lsm: bool) -> &'static str {
+    if bpf_lsm { "lsm=lockdown,landlock,bpf" } else { "lsm=lockdown,landlock" }
+}
+
+/// In which way programs must decide in the kernel's security hooks, in the agent's words.
+fn security_way(bpf_lsm: bool) -> &'static str {
+    if bpf_lsm { "BPF LSM" } else { "BPF_MODIFY_RETURN" }
+}
+
 /// The tests, one after the other.
-fn runs_tests() -> String {
+fn runs_tests(bpf_lsm: bool) -> String {
+    let way = security_way(bpf_lsm);
     format!(
-        "export CI=true RUST_BACKTRACE=0 WEIR_TEST_BPF_LSM=1 WEIR_TEST_SCTP=1
+        "export CI=true RUST_BACKTRACE=0 WEIR_TEST_SECURITY='{way}' WEIR_TEST_SCTP=1
 cd /tmp
 # What is about many pods, not about the kernel, takes minutes in emulation.
 kernel-tests --test-threads=1 --skip scale::

@@ -23,7 +23,7 @@ const ARCHITECTURE_LINES_MAX: usize = 200;
 const EMPTY_NAMES: [&str; 6] = ["utils", "util", "helpers", "types", "manager", "misc"];
 
 /// A third-party library of the edges: the crate's name as imported, and where it may be imported.
-const EDGES: [(&str, &[&str]); 21] = [
+const EDGES: [(&str, &[&str]); 22] = [
     ("aws_config", &["agent/src/aws/sts.rs", "common/src/kms.rs"]),
     ("aws_credential_types", &["agent/src/aws/"]),
     ("aws_sdk_kms", &["common/src/kms.rs", "common/src/kms/"]),
@@ -31,6 +31,7 @@ const EDGES: [(&str, &[&str]); 21] = [
     ("aws_sigv4", &["agent/src/aws/presigned.rs"]),
     ("aya", &["agent/src/interception/", "agent/build.rs", "common/src/kernel.rs"]),
     ("aya_log", &["agent/src/interception/"]),
+    ("aya_obj", &["agent/src/interception/"]),
     ("hickory_resolver", &["agent/src/interception/"]),
     ("kube", &["agent/src/interception/", "agent/src/trust/"]),
     ("k8s_openapi", &["agent/src/interception/", "agent/src/trust/"]),

@@ -11,6 +11,7 @@ use crate::{
     interception::cgroup::find_mount,
     interception::foreign,
     interception::loader::{Kernel, Pinning, pin_folder},
+    interception::security::Security,
 };
 
 /// Oldest kernel on which the kernel programs are tested.
@@ -43,10 +44,11 @@ pub fn checks(pinned: bool) -> Vec<Check> {
         cgroup_writable(find_mount(&mountinfo).map(|mount| mount.path).as_deref()),
         capabilities(&read("/proc/self/status")),
         bpffs(&mountinfo, if pinned { Need::Must } else { Need::Should }),
-        programs(),
-        others(&foreign::on_node(&pin_folder())),
-        lsm(&read("/sys/kernel/security/lsm"), &read("/sys/kernel/security/lockdown")),
     ]
+    .into_iter()
+    .chain(programs())
+    .chain([others(&foreign::on_node(&pin_folder()))])
+    .collect()
 }
 
 fn version(release: &str) -> Check {
@@ -146,11 +148,17 @@ fn bpffs(mountinfo: &str, need: Need) -> Check {
 }
 
 /// Loads the programs, attaches them nowhere, and lets them go.
-fn programs() -> Check {
+/// Whether the kernel takes Weir's programs, and those for its security hooks: known only when it has them, for a moment and with
+/// empty maps, by which they refuse nothing.
+fn programs() -> Vec<Check> {
     let name = "kernel programs";
     match Kernel::load(Pinning::Unpinned) {
-        Ok(_unloaded_at_once) => Check::good(name, Need::Must, "accepted by the verifier"),
-        Err(error) => Check::failed(name, Need::Must, &error),
+        Ok(kernel) => {
+            let security = kernel.attach_security();
+            let security = security.unwrap_or_else(|error| Security::Absent(super::chain(&error)));
+            vec![Check::good(name, Need::Must, "accepted by the verifier"), security_hooks(&security)]
+        }
+        Err(error) => vec![Check::failed(name, Need::Must, &error)],
     }
 }
 
@@ -167,29 +175,27 @@ fn others(found: &[String]) -> Check {
     Check::bad(name, Need::Should, shown, mend)
 }
 
-fn lsm(modules: &str, lockdown: &str) -> Check {
-    let name = "bpf security module";
-    let modules = modules.trim();
-    let locked = lockdown.contains("[integrity]") || lockdown.contains("[confidentiality]");
-    if modules.split(',').any(|module| module == "bpf") && !locked {
-        return Check::good(name, Need::Should, modules);
-    }
-    let found = match (modules.is_empty(), locked) {
-        (true, _) => "unknown (securityfs is not mounted)".to_owned(),
-        (false, true) => format!("{modules}, with lockdown"),
-        (false, false) => format!("not among {modules}"),
+fn security_hooks(security: &Security) -> Check {
+    let name = "security hooks";
+    let reason = match security {
+        Security::InForce(way) => return Check::good(name, Need::Should, format!("decided by {way}")),
+        Security::Absent(reason) => reason,
     };
-    let mend = "boot with bpf in lsm=… and without lockdown, so that pods that are enrolled or not known yet make no packet sockets, and \
-                enrolled ones do not call bpf(2); without it a privileged pod can detach the programs (the agent attaches them again within \
-                a second, and says so), and one with NET_RAW can send frames if it is on the host's network or starts while no agent runs: \
-                keep NET_RAW, privileged, hostPath and hostNetwork out of enrolled namespaces, give their service accounts no rights of \
-                their own, and have containerd 2.2 start no container of theirs without the agent (SECURITY.md)";
+    let found: String = reason.chars().take(FOUND_CHARS_MAX).collect();
+    let mend = "boot a kernel without lockdown that lets programs change what its security functions return (CONFIG_SECURITY_NETWORK, type \
+                information, ftrace with direct calls: 6.1 on x86_64, 6.4 on arm64), or with bpf in lsm=…, so that pods that are \
+                enrolled or not known yet make no packet sockets, and enrolled ones do not call bpf(2); without it a privileged pod can \
+                detach the programs (the agent attaches them again within a second, and says so), and one with NET_RAW can send frames if \
+                it is on the host's network or starts while no agent runs: keep NET_RAW, privileged, hostPath and hostNetwork out of \
+                enrolled namespaces, give their service accounts no rights of their own, and have containerd 2.2 start no container of \
+                theirs without the agent (SECURITY.md)";
     Check::bad(name, Need::Should, found, mend)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::interception::security::Way;
 
     #[test]
     fn kernels_older_than_the_oldest_tested_are_refused() {
@@ -237,10 +243,12 @@ mod tests {
     }
 
     #[test]
-    fn lockdown_counts_against_the_security_module() {
-        assert!(lsm("lockdown,capability,bpf\n", "[none] integrity confidentiality\n").ok);
-        assert!(!lsm("lockdown,capability,bpf\n", "none [integrity] confidentiality\n").ok);
-        assert!(!lsm("capability,landlock\n", "").ok);
-        assert!(!lsm("", "").ok);
+    fn what_the_kernel_takes_counts_and_not_its_list_of_modules() {
+        for way in Way::ALL {
+            let check = security_hooks(&Security::InForce(way));
+            assert_eq!((check.ok, check.found), (true, format!("decided by {way}")));
+        }
+        let check = security_hooks(&Security::Absent("refused".to_owned()));
+        assert!(!check.ok && check.found == "refused" && check.mend.is_some());
     }
 }

@@ -23,7 +23,7 @@ const CLOSES: &str = "such a pod can, as root of the node: detach the programs (
                       records it), write the kernel maps, throw the emergency switch where the configuration allows one, read the agent's memory and journal, take the credentials of the kubelet or \
                       of other pods, and on the host's network send frames past the guards. Keep them out: label enrolled namespaces \
                       pod-security.kubernetes.io/enforce=baseline, give their service accounts no rights of their own (then what goes \
-                      past Weir is refused by the API server), and boot with bpf in lsm=";
+                      past Weir is refused by the API server), and see what the check security hooks says";
 
 /// What a service account's own rights are good for, and what takes them.
 const MEND_OF_RIGHTS: &str = "whoever has its token can use them from where no Weir is, and a pod that got past Weir could here: take its RoleBindings \

@@ -115,8 +115,8 @@ pub(super) struct Attached {
     pub(super) pins: Option<PathBuf>,
     /// Links that are not pinned; dropped, they detach.
     pub(super) links: Vec<FdLink>,
-    /// Whether this process has attached what `security` adds.
-    pub(super) security: bool,
+    /// What `security` adds.
+    pub(super) security: security::Hooks,
     /// Guards of interfaces on kernels that have no links for them; dropped, they detach.
     pub(super) own_filters: Vec<SchedClassifierLink>,
     /// The same where they stay.
@@ -152,12 +152,12 @@ pub(super) fn lock(attached: &Mutex<Attached>) -> MutexGuard<'_, Attached> {
 }
 
 impl Attached {
-    pub(super) fn new(ebpf: Ebpf, pins: Option<PathBuf>) -> Self {
+    pub(super) fn new(ebpf: Ebpf, pins: Option<PathBuf>, security: security::Hooks) -> Self {
         Self {
             ebpf,
             pins,
             links: Vec::new(),
-            security: false,
+            security,
             own_filters: Vec::new(),
             filters: Vec::new(),
             cgroups: BTreeMap::new(),

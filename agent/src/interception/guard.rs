@@ -161,12 +161,14 @@ fn put_in_force(options: &Options, own_cgroup: Option<u64>) -> Result<InForce, I
     tree.roots.iter().try_for_each(|(root, _)| kernel.attach_listening(root))?;
     // The interface of a pod that comes before the agent is not guarded: where the kernel can, it sends no frames either.
     match kernel.attach_missing_security()? {
-        Security::InForce => tracing::info!(event = "bpf-lsm-in-force", "{PACKET_SOCKETS_DENIED}"),
+        Security::InForce(way) => {
+            tracing::info!(event = "security-hooks-in-force", %way, "{PACKET_SOCKETS_DENIED}");
+        }
         Security::Absent(reason) => {
             tracing::info!(
-                event = "bpf-lsm-absent",
+                event = "security-hooks-absent",
                 reason,
-                "without BPF LSM; pods that come before the agent can send frames"
+                "the kernel lets no program decide in its security hooks; pods that come before the agent can send frames"
             );
         }
     }

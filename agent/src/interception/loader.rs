@@ -26,7 +26,7 @@ use super::{
     attach::{self, AttachError, Inspection},
     debug_log, layouts,
     maps::{absent_is_fine, lock},
-    security::Security,
+    security::{self, Security, Way},
     sieve::Sieve,
 };
 
@@ -34,9 +34,10 @@ use super::{
 pub const BPFFS: &str = "/sys/fs/bpf";
 
 #[cfg(weir_ebpf_object)]
-static OBJECT: Option<&[u8]> = Some(aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/weir-ebpf.o")));
+pub(super) static OBJECT: Option<&[u8]> =
+    Some(aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/weir-ebpf.o")));
 #[cfg(not(weir_ebpf_object))]
-static OBJECT: Option<&[u8]> = None;
+pub(super) static OBJECT: Option<&[u8]> = None;
 
 /// Why the kernel part does not work.
 #[derive(Debug, thiserror::Error)]
@@ -189,6 +190,8 @@ impl Kernel {
         for program in programs::ALL {
             load_program(&mut ebpf, program)?;
         }
+        let security = security::Hooks::new(&ebpf);
+        let security = security.map_err(|source| KernelError::Map { map: "(any)", source })?;
         let log = debug_log::take(&mut ebpf);
         let kernel = Self {
             api_set: Mutex::new(map(&mut ebpf, maps::API_SET)?),
@@ -213,7 +216,7 @@ impl Kernel {
             pods: Mutex::new(map(&mut ebpf, maps::PODS)?),
             settings: Mutex::new(map(&mut ebpf, maps::SETTINGS)?),
             notices: Mutex::new(Some(map(&mut ebpf, maps::NOTICES)?)),
-            attached: Mutex::new(attach::Attached::new(ebpf, pins)),
+            attached: Mutex::new(attach::Attached::new(ebpf, pins, security)),
             debug_log: Mutex::new(log),
         };
         kernel.mark_api_set()?;
@@ -253,12 +256,20 @@ impl Kernel {
         Ok(attach::lock(&self.attached).attach_missing(cgroup, programs::LISTENING)?)
     }
 
-    /// Attaches what a kernel with BPF LSM adds to the guards, for all cgroups at once; says why not where there is none.
+    /// Attaches what decides in the kernel's security hooks, for all cgroups at once; says why not where the kernel takes none.
     ///
     /// # Errors
     /// A pin cannot be made or replaced.
     pub fn attach_security(&self) -> Result<Security, KernelError> {
         Ok(attach::lock(&self.attached).attach_security()?)
+    }
+
+    /// The same in one way, which need not be the best that the kernel takes.
+    ///
+    /// # Errors
+    /// As [`Self::attach_security`].
+    pub fn attach_security_by(&self, way: Way) -> Result<Security, KernelError> {
+        Ok(attach::lock(&self.attached).attach_security_by(way)?)
     }
 
     /// The same, but what is pinned already stays, whoever has loaded it.

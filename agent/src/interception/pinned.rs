@@ -14,7 +14,7 @@ use aya::{
     programs::links::{FdLink, PinnedLink},
 };
 use weir_common::{
-    kernel::{ApiEndpoint, CgroupEntry, Class, KUBELET, PodCounters, PodName, maps, programs},
+    kernel::{ApiEndpoint, CgroupEntry, Class, KUBELET, PodCounters, PodName, maps},
     sieve::PodSlot,
 };
 
@@ -24,7 +24,8 @@ use super::{
     cluster_watch::KnownPod,
     counters::{Counters, read_counters, read_pod_counters},
     loader::KernelError,
-    security, usage,
+    security::{self, Way},
+    usage,
 };
 
 /// The state of the pins, for `weir-agent status`; none if nothing is pinned.
@@ -35,6 +36,8 @@ pub struct PinnedState {
     pub folder: PathBuf,
     /// Pinned links, `<cgroup id>-<program>`.
     pub links: Vec<String>,
+    /// How programs decide in the kernel's security hooks; none if they do not.
+    pub security_hooks: Option<Way>,
     /// The counters.
     pub counters: Counters,
     /// The API set.
@@ -73,10 +76,10 @@ impl fmt::Display for PinnedState {
         writeln!(formatter, "programs        {}", self.links.len())?;
         let map_bytes: u64 = self.map_bytes.values().sum();
         writeln!(formatter, "map memory      {} KiB", map_bytes / 1024)?;
-        let pinned = |name| self.links.iter().any(|link| link.strip_prefix(security::PIN) == Some(name));
-        let security = programs::LSM.iter().all(|(name, _)| pinned(*name));
-        let security = if security { "in force" } else { "absent: weir-agent doctor says why" };
-        writeln!(formatter, "BPF LSM         {security}")?;
+        match self.security_hooks {
+            Some(way) => writeln!(formatter, "security hooks  in force ({way})")?,
+            None => writeln!(formatter, "security hooks  absent: weir-agent doctor says why")?,
+        }
         for (class, count) in &self.cgroups {
             writeln!(formatter, "cgroups         {count} {class}")?;
         }
@@ -174,6 +177,7 @@ pub fn pinned_state(folder: &Path) -> Result<Option<PinnedState>, KernelError> {
     Ok(Some(PinnedState {
         folder: folder.to_owned(),
         links: pinned_links(folder)?,
+        security_hooks: security::pinned_way(folder),
         counters: read_counters(&counters)?,
         api_endpoints,
         kubelets,

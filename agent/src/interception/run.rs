@@ -226,12 +226,14 @@ async fn take_over(handover: Option<&Path>, pinning: &Pinning) -> Result<Option<
 fn attach(kernel: &Kernel, mount: &Path) -> Result<(), KernelError> {
     kernel.attach(mount)?;
     match kernel.attach_security()? {
-        Security::InForce => tracing::info!(event = "bpf-lsm-in-force", "{PACKET_SOCKETS_DENIED}"),
+        Security::InForce(way) => {
+            tracing::info!(event = "security-hooks-in-force", %way, "{PACKET_SOCKETS_DENIED}");
+        }
         Security::Absent(reason) => {
             tracing::info!(
-                event = "bpf-lsm-absent",
+                event = "security-hooks-absent",
                 reason,
-                "without BPF LSM; the guards at interfaces stand alone"
+                "the kernel lets no program decide in its security hooks; the guards at interfaces stand alone"
             );
         }
     }

@@ -4,20 +4,23 @@ use std::{
     collections::HashMap,
     net::{Ipv4Addr, SocketAddr, TcpListener},
     path::{Path, PathBuf},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use weir_agent::{
     config::Mode,
     interception::{
+        attach::uninstall,
         guard::{self, ConfiguredCluster, Guarded, Options},
         loader::Pinning,
         pinned::pinned_state,
+        security::Security,
     },
 };
 use weir_common::kernel::{CgroupEntry, Class, programs};
 
 use crate::enrolment::{self, known};
+use crate::guards::security_way;
 use crate::pins::OwnBpffs;
 use crate::world::{API4, API6, Dial, OwnCgroup, OwnNetns, dial, eventually, is, load};
 
@@ -85,11 +88,6 @@ impl Drop for Node {
     }
 }
 
-/// Whether this kernel is known to have BPF LSM.
-fn asks_bpf() -> bool {
-    std::env::var_os("WEIR_TEST_BPF_LSM").is_some()
-}
-
 fn tcp(cgroup: &Path, netns: Option<&OwnNetns>, address: SocketAddr) -> Result<(), nix::Error> {
     dial(cgroup, netns, Dial::Tcp(address)).map(|_| ())
 }
@@ -115,7 +113,7 @@ fn with_the_guard_alone_pods_of_every_kind_are_denied_and_the_host_passes() {
     assert_eq!(tcp(&system.0, Some(&netns), API4), Err(REFUSED), "no pod's cgroup, but no host's network");
     // No interface of a pod is guarded yet: where the kernel can, it makes no packet sockets.
     let packet = |cgroup: &OwnCgroup| dial(&cgroup.0, Some(&netns), Dial::Packet).map(|_| ());
-    let expected = if asks_bpf() { Err(nix::Error::EPERM) } else { Ok(()) };
+    let expected = if security_way().is_some() { Err(nix::Error::EPERM) } else { Ok(()) };
     // Twice: the next guard leaves in force what there is.
     for _ in 0..2 {
         assert_eq!(packet(&node.below("kubepods/late")), expected);
@@ -127,11 +125,8 @@ fn with_the_guard_alone_pods_of_every_kind_are_denied_and_the_host_passes() {
 /// Their names, kinds and instructions are the same as ours; they decide by other maps.
 #[test]
 fn security_programs_of_somebody_else_in_the_place_of_the_guards_are_replaced() {
-    if !asks_bpf() {
-        println!("without BPF LSM there are none");
-        return;
-    }
     let Some(node) = Node::new("impostor") else { return };
+    let Some(way) = security_way() else { return };
     let (pods, elsewhere) = (node.below("kubepods"), OwnCgroup::new("elsewhere"));
     let netns = OwnNetns::new();
     let late = pods.below("late");
@@ -152,6 +147,26 @@ fn security_programs_of_somebody_else_in_the_place_of_the_guards_are_replaced() 
     assert_eq!(packet(), Ok(()), "they know nothing of this pod");
     node.guard(None);
     assert_eq!(packet(), Err(nix::Error::EPERM), "the guard's own are back");
+    // An agent puts its own in the place of the guard's, sees who takes them away, and leaves them when it ends.
+    let agent = load(Pinning::Pinned(node.pins())).unwrap();
+    assert_eq!(agent.attach_security().unwrap(), Security::InForce(way));
+    assert_eq!(agent.inspect().unwrap().repaired, [""; 0]);
+    std::fs::remove_file(node.pins().join(format!("links/lsm-{}", programs::LSM_SOCKET))).unwrap();
+    let repaired = agent.inspect().unwrap().repaired;
+    assert_eq!(repaired, [format!("{} at the kernel's security hook", programs::LSM_SOCKET)]);
+    assert_eq!(agent.inspect().unwrap().repaired, [""; 0]);
+    drop(agent);
+    assert_eq!(packet(), Err(nix::Error::EPERM), "the agent's stay");
+    let state = || pinned_state(&node.pins()).unwrap().map(|state| state.security_hooks);
+    assert_eq!(state(), Some(Some(way)));
+    uninstall(&node.pins()).unwrap();
+    assert_eq!(state(), None);
+    // The kernel detaches a moment later.
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while packet().is_err() {
+        assert!(Instant::now() < deadline, "uninstalled, and still in force");
+        std::thread::yield_now();
+    }
     drop(late);
     for root in ["kubepods", "kubepods.slice"] {
         let _ = std::fs::remove_dir(elsewhere.0.join(root));
@@ -182,7 +197,7 @@ fn the_guard_changes_nothing_that_is_in_force() {
     assert!(link.exists());
     assert!(!node.root.0.join("kubepods.slice").exists(), "the root of pods is there already");
     let links = pinned_state(&node.pins()).unwrap().unwrap().links;
-    let security = if asks_bpf() { programs::LSM.len() } else { 0 };
+    let security = if security_way().is_some() { programs::LSM.len() } else { 0 };
     let expected = programs::GUARD_AND_HOOKS.len() + programs::LISTENING.len() + security;
     assert_eq!(links.len(), expected, "{links:?}");
     drop(pod);

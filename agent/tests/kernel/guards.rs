@@ -4,14 +4,14 @@
 use std::{
     io::Read as _,
     net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket},
-    sync::Arc,
+    sync::{Arc, OnceLock},
     time::Duration,
 };
 
 use weir_agent::interception::{
     listener::{Listener, Namespace, own_netns},
     loader::{Kernel, Pinning},
-    security::Security,
+    security::{Security, Way},
 };
 use weir_common::kernel::{CgroupEntry, Class, KUBELET};
 
@@ -20,6 +20,30 @@ use crate::world::{API4, Dial, OwnCgroup, OwnNetns, dial, load};
 const UDP: u8 = 17;
 const GRE: u8 = 47;
 const REFUSED: nix::Error = nix::Error::ECONNREFUSED;
+
+/// How this kernel lets programs decide in its security hooks, if it does.
+pub(crate) fn security_way() -> Option<Way> {
+    static FOUND: OnceLock<Option<Way>> = OnceLock::new();
+    *FOUND.get_or_init(|| match std::env::var("WEIR_TEST_SECURITY") {
+        Ok(expected) => [Way::Lsm, Way::ModifyReturn].into_iter().find(|way| way.to_string() == expected),
+        Err(_) => expected_way(&load(Pinning::Unpinned)?.attach_security().unwrap()),
+    })
+}
+
+/// How these are in force, if they are. Where it is known how, it must be so.
+fn expected_way(security: &Security) -> Option<Way> {
+    let way = match security {
+        Security::InForce(way) => Some(*way),
+        Security::Absent(reason) => {
+            eprintln!("no program decides in the security hooks: {reason}");
+            None
+        }
+    };
+    if let Ok(expected) = std::env::var("WEIR_TEST_SECURITY") {
+        assert_eq!(way.map(|way| way.to_string()), Some(expected), "{security:?}");
+    }
+    way
+}
 
 struct Scene {
     kernel: Arc<Kernel>,
@@ -56,17 +80,23 @@ impl Scene {
 }
 
 #[test]
-fn what_bpf_lsm_adds_is_in_force_for_enrolled_and_unknown_pods_and_said_to_be_absent_where_it_is() {
+fn what_the_security_hooks_add_is_in_force_in_each_way_that_the_kernel_takes() {
     let Some(scene) = Scene::new("security") else { return };
+    let way = expected_way(&scene.kernel.attach_security().unwrap());
+    judged_by_the_security_hooks(&scene, way.is_some());
+    // A kernel that takes the better way takes the other as well.
+    if way == Some(Way::Lsm) {
+        drop(scene);
+        let Some(scene) = Scene::new("security") else { return };
+        let other = Way::ModifyReturn;
+        assert_eq!(scene.kernel.attach_security_by(other).unwrap(), Security::InForce(other));
+        judged_by_the_security_hooks(&scene, true);
+    }
+}
+
+fn judged_by_the_security_hooks(scene: &Scene, in_force: bool) {
     let ways = [Dial::Packet, Dial::Bpf];
-    let refused = match scene.kernel.attach_security().unwrap() {
-        Security::InForce => Err(nix::Error::EPERM),
-        Security::Absent(reason) => {
-            assert!(std::env::var_os("WEIR_TEST_BPF_LSM").is_none(), "this kernel has BPF LSM: {reason}");
-            println!("without BPF LSM: {reason}");
-            Ok(())
-        }
-    };
+    let refused = if in_force { Err(nix::Error::EPERM) } else { Ok(()) };
     assert_eq!(ways.map(|way| scene.dial(way)), [Ok(()); 2], "a process of the host");
     for class in [Class::Unselected, Class::Observed, Class::Enrolled, Class::Container, Class::Unselected] {
         scene.classify(class, None);

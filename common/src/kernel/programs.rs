@@ -26,7 +26,7 @@ pub const EGRESS: &str = "weir_egress";
 pub const INGRESS: &str = "weir_ingress";
 /// The guard at the host's end of a pod's interface, for what no cgroup hook sees (packet sockets).
 pub const INTERFACE: &str = "weir_interface";
-/// Where the kernel lets BPF programs decide (BPF LSM): keeps pods that are enrolled or not known yet from packet sockets,
+/// Where the kernel lets programs decide in its security hooks: keeps pods that are enrolled or not known yet from packet sockets,
 /// whichever interface they would use.
 pub const LSM_SOCKET: &str = "weir_lsm_socket";
 /// The same for bpf(2), with which a privileged pod could detach programs.

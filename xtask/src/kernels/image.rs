@@ -113,7 +113,7 @@ pub(super) fn boot(kernel: &Path, image: &Path, disk: Option<&Path>, words: &str
     command.args([DEADLINE_SECONDS, "qemu-system-x86_64", "-accel", "tcg,thread=single", "-cpu", "max"]);
     command.args(["-smp", "2", "-m", "1024", "-nographic", "-no-reboot", "-nic", "none", "-kernel"]);
     command.arg(&file).arg("-initrd").arg(image);
-    command.args(["-append", &format!("console=ttyS0 panic=-1 quiet lsm=lockdown,landlock,bpf {words}")]);
+    command.args(["-append", &format!("console=ttyS0 panic=-1 quiet {words}")]);
     if let Some(disk) = disk {
         command.args(["-drive", &format!("file={},format=raw,if=virtio", disk.display())]);
     }

@@ -17,7 +17,10 @@ use weir_tests::{
     command::run,
 };
 
-use super::image::{Image, boot};
+use super::{
+    image::{Image, boot},
+    security_modules, security_way,
+};
 
 /// Modules for the disk and the pod's interface, in the order of their dependencies.
 const MODULES: [&str; 9] = [
@@ -66,6 +69,7 @@ const EXPECTED: [(&str, &[&str]); 2] = [
             "nothing in force: pod frame sent",
             "nothing in force: the far side saw it",
             "guard: in force: pods are kept from ",
+            "guard: the security hooks are in force as they must",
             "guard: pod tcp refused",
             "guard: pod mapped refused",
             "guard: pod io-uring refused",
@@ -73,7 +77,7 @@ const EXPECTED: [(&str, &[&str]); 2] = [
             "guard: pod udp-sendto refused",
             "guard: pod raw failed EPERM",
             "guard: pod raw-fragment failed EPERM",
-            // By the security module: its interface has no guard yet.
+            // In the security hook: its interface has no guard yet.
             "guard: pod frame failed EPERM",
             "guard: pod frame-fragments failed EPERM",
             "guard: pod in the host's network tcp refused",
@@ -115,7 +119,7 @@ impl Programs {
 }
 
 /// Boots twice; fails with what the console printed unless everything is found as it must be.
-pub(super) fn check(kernel: &Path, scratch: &Path, programs: &Programs) -> Result<()> {
+pub(super) fn check(kernel: &Path, scratch: &Path, programs: &Programs, bpf_lsm: bool) -> Result<()> {
     let image = Image::new(scratch)?;
     image.tools(&TOOLS)?;
     image.program(&programs.escape, "bin/weir-escape")?;
@@ -125,12 +129,12 @@ pub(super) fn check(kernel: &Path, scratch: &Path, programs: &Programs) -> Resul
     Authority::create(&etc, "reboot")?;
     write_anonymous_kubeconfig(&etc.join("kubeconfig"), "https://192.0.2.1:443", Path::new("/etc/weir"))?;
     fs::write(etc.join("agent.yaml"), CONFIGURATION)?;
-    let image = image.pack(&MODULES, &script(&programs.guard))?;
+    let image = image.pack(&MODULES, &script(&programs.guard, security_way(bpf_lsm)))?;
     let disk = scratch.join("disk");
     fs::File::create(&disk)?.set_len(32 << 20)?;
     run(Command::new("mke2fs").args(["-q", "-t", "ext4"]).arg(&disk))?;
     for (words, expected) in EXPECTED {
-        let output = boot(kernel, &image, Some(&disk), words)?;
+        let output = boot(kernel, &image, Some(&disk), &format!("{} {words}", security_modules(bpf_lsm)))?;
         let found: Vec<&str> =
             output.lines().filter_map(|line| Some(line.trim_end().split_once(FOUND)?.1)).collect();
         // How many addresses the guard knows depends on those of the machine.
@@ -155,7 +159,7 @@ enrolment:
 ";
 
 /// What the node does in each boot.
-fn script(guard: &str) -> String {
+fn script(guard: &str, way: &str) -> String {
     format!(
         "busybox mount -t ext4 /dev/vda /var/lib
 ip address add 192.0.2.1/32 dev lo
@@ -196,6 +200,9 @@ case $(cat /proc/cmdline) in
   for way in tcp frame; do try 'nothing in force' $way; done
   echo \"{FOUND}nothing in force: the far side saw $(saw 20001)\"
   echo \"{FOUND}guard: $({guard} 2>&1)\"
+  {BINARY} status > /tmp/status 2>&1
+  if busybox grep -q 'security hooks  in force ({way})' /tmp/status; then hooks='in force as they must'; else hooks=$(cat /tmp/status); fi
+  echo \"{FOUND}guard: the security hooks are $hooks\"
   before=$(busybox grep -c ' 192.0.2.1 ' /tmp/seen)
   for way in tcp mapped io-uring fastopen udp-sendto raw raw-fragment frame frame-fragments; do try guard $way; done
   echo \"{FOUND}guard: pod in the host's network tcp $(weir-escape --cgroup $pod tcp 192.0.2.1:443)\"
