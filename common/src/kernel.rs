@@ -91,6 +91,11 @@ pub struct NestedKey {
     pub netns: u64,
 }
 
+impl NestedKey {
+    /// No cgroup has this id: under it is the port of a pod's own listener, for whoever asks by the network namespace alone.
+    pub const ANYBODY: u64 = u64::MAX;
+}
+
 /// Where a host name of API servers leads; value of the map keyed by [`name_hash`](crate::answer::name_hash). Where the map has
 /// anything, it has the key 0 as well.
 #[repr(C)]
@@ -254,7 +259,8 @@ pub mod maps {
     pub const API_SET: &str = "API_SET";
     /// Hash of cgroup id (`u64`) → [`CgroupEntry`](super::CgroupEntry).
     pub const CGROUPS: &str = "CGROUPS";
-    /// Hash of [`NestedKey`](super::NestedKey) → port of the listener there (`u32`).
+    /// Hash of [`NestedKey`](super::NestedKey) → port of the listener there (`u32`): in namespaces inside pods, and for
+    /// [`ANYBODY`](super::NestedKey::ANYBODY) in pods' own.
     pub const NESTED: &str = "NESTED";
     /// Hash of [`name_hash`](crate::answer::name_hash) (`u64`) → [`Named`](super::Named).
     pub const NAMES: &str = "NAMES";

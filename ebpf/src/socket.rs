@@ -12,7 +12,9 @@ use aya_ebpf::{
     helpers::generated::{bpf_get_netns_cookie, bpf_set_retval, bpf_sk_storage_get},
     programs::{SockAddrContext, SockContext},
 };
-use weir_common::kernel::{Address, ApiEndpoint, Class, Counter, FlowRecord, NoticeKind, Phase, SocketState};
+use weir_common::kernel::{
+    Address, ApiEndpoint, Class, Counter, FlowRecord, NestedKey, NoticeKind, Phase, SocketState,
+};
 
 use crate::{ASKERS, PROCEED, REJECT, SOCKETS, class};
 
@@ -90,7 +92,8 @@ pub(crate) fn created(ctx: &SockContext) -> i32 {
     }
 }
 
-/// `cgroup/bind`: nobody in the pod takes the port of its listener, also while no agent is there to hold it.
+/// `cgroup/bind`: nobody in the pod takes the port of its listener, also while no agent is there to hold it; nor does who is in the
+/// pod's network and in no cgroup of it, to whom the pod's connections would go.
 #[inline(always)]
 pub(crate) fn bound(ctx: &SockAddrContext) -> i32 {
     let port = port(ctx.sock_addr);
@@ -101,12 +104,15 @@ pub(crate) fn bound(ctx: &SockAddrContext) -> i32 {
     let cgroup = class::own();
     let nearest = class::nearest(cgroup);
     let entry = nearest.entry;
-    if entry.class != Class::Enrolled as u32 {
-        return PROCEED;
-    }
     // SAFETY: the context is valid while the program runs.
     let netns = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
-    let taken = if netns == entry.listener_netns {
+    let taken = if entry.class != Class::Enrolled as u32 {
+        // The host's processes have their ports as ever.
+        if class::in_host_netns(class::settings(), netns) {
+            return PROCEED;
+        }
+        class::nested_listener(NestedKey::ANYBODY, netns)
+    } else if netns == entry.listener_netns {
         entry.listener_port
     } else {
         class::nested_listener(nearest.id, netns)

@@ -117,11 +117,29 @@ impl Kernel {
     /// The map is full, or the kernel refuses.
     pub fn classify(&self, cgroup: u64, entry: CgroupEntry) -> Result<(), KernelError> {
         self.count_pod(cgroup)?;
+        if entry.listener_netns != 0 {
+            let port = u16::try_from(entry.listener_port).unwrap_or_default();
+            self.nest(NestedKey { cgroup: NestedKey::ANYBODY, netns: entry.listener_netns }, port)?;
+        }
+        let former = self.listener_netns(cgroup);
         self.sieve.change(|| {
             lock(&self.cgroups)
                 .insert(cgroup, entry, 0)
                 .map_err(|source| KernelError::Map { map: maps::CGROUPS, source })
-        })
+        })?;
+        self.free_port(former.filter(|netns| *netns != entry.listener_netns))
+    }
+
+    /// The network namespace of a cgroup's listener, if it has one.
+    fn listener_netns(&self, cgroup: u64) -> Option<u64> {
+        let entry = lock(&self.cgroups).get(&cgroup, 0).ok()?;
+        Some(entry.listener_netns).filter(|netns| *netns != 0)
+    }
+
+    /// The port of the listener that was in this network namespace is anybody's.
+    fn free_port(&self, netns: Option<u64>) -> Result<(), KernelError> {
+        let key = netns.map(|netns| NestedKey { cgroup: NestedKey::ANYBODY, netns });
+        key.map_or(Ok(()), |key| self.unnest(&key))
     }
 
     /// Notes the names of the pod that a cgroup is of, for `status` and `quarantine`.
@@ -169,7 +187,9 @@ impl Kernel {
     /// # Errors
     /// The kernel refuses. That it was not there is no error.
     pub fn forget_cgroup(&self, cgroup: u64) -> Result<(), KernelError> {
+        let listener = self.listener_netns(cgroup);
         self.sieve.change(|| absent_is_fine(lock(&self.cgroups).remove(&cgroup), maps::CGROUPS))?;
+        self.free_port(listener)?;
         absent_is_fine(lock(&self.quarantine).remove(&cgroup), maps::QUARANTINE)?;
         absent_is_fine(lock(&self.pods).remove(&cgroup), maps::PODS)?;
         self.uncount_pod(cgroup)
@@ -225,11 +245,15 @@ impl Kernel {
         absent_is_fine(lock(&self.nested).remove(key), maps::NESTED)
     }
 
-    /// Forgets all but these.
+    /// Forgets all but these, and those of pods' own listeners.
     ///
     /// # Errors
     /// The kernel refuses.
     pub(super) fn keep_nested(&self, keep: impl Fn(&NestedKey) -> bool) -> Result<(), KernelError> {
+        let own: HashSet<u64> = self.cgroups()?.into_values().map(|entry| entry.listener_netns).collect();
+        let keep = |key: &NestedKey| {
+            if key.cgroup == NestedKey::ANYBODY { own.contains(&key.netns) } else { keep(key) }
+        };
         let mut nested = lock(&self.nested);
         let keys = nested.keys().collect::<Result<Vec<_>, _>>();
         let keys = keys.map_err(|source| KernelError::Map { map: maps::NESTED, source })?;

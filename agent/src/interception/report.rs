@@ -130,7 +130,7 @@ fn record(
             "dropped at the pod's interface: a packet to an API server or kubelet past the pod's sockets, or a wrapped one"
         }
         NoticeKind::BindRefused => {
-            "refused by the kernel: a socket of the pod would have taken the port of its listener"
+            "refused by the kernel: a socket would have taken the port of the listener in a pod's network"
         }
         NoticeKind::ProtocolRefused => {
             // A socket has no destination yet, and so no cluster.

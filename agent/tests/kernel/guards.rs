@@ -204,8 +204,21 @@ async fn nobody_in_the_pod_takes_the_port_of_its_listener() {
     assert_eq!(scene.kernel.counters().unwrap().bind_refused, 2);
     let elsewhere = OwnNetns::new();
     dial(&scene.cgroup.0, Some(&elsewhere), Dial::Bind(addresses[0])).unwrap();
+    // Nor who is in the pod's network alone, of a cgroup that is known or not.
+    let beside = OwnCgroup::new("guard-bind-beside");
+    scene.kernel.attach(&beside.0).unwrap();
+    let from_beside = |netns| dial(&beside.0, Some(netns), Dial::Bind(addresses[0])).map(|_| ());
+    let unselected = CgroupEntry { listener_netns: 0, class: Class::Unselected as u32, listener_port: 0 };
+    for known in [false, true] {
+        if known {
+            scene.kernel.classify(beside.id(), unselected).unwrap();
+        }
+        assert_eq!(from_beside(&scene.netns), Err(nix::Error::EADDRINUSE), "known: {known}");
+        assert_eq!(from_beside(&elsewhere), Ok(()), "known: {known}");
+    }
     scene.classify(Class::Unselected, None);
     scene.dial(Dial::Bind(addresses[0])).unwrap();
+    from_beside(&scene.netns).unwrap();
 }
 
 #[tokio::test]
