@@ -38,6 +38,8 @@ pub struct AgentProcess {
     binary: PathBuf,
     config: PathBuf,
     log: PathBuf,
+    /// Its own variables; who asks of it has them as well.
+    environment: Vec<(String, String)>,
     ended: bool,
     /// Whether another one has taken over its pins.
     succeeded: bool,
@@ -154,7 +156,10 @@ impl AgentProcess {
     pub fn spawn_with(config: &Path, log: &Path, environment: &[(&str, &str)]) -> Result<Self> {
         let mut command = Command::new(built_binary("weir-agent")?);
         command.envs(environment.iter().copied());
-        Self::spawn_by(command, config, log)
+        let mut agent = Self::spawn_by(command, config, log)?;
+        agent.environment =
+            environment.iter().map(|(name, value)| [*name, *value].map(str::to_owned).into()).collect();
+        Ok(agent)
     }
 
     /// `command` becomes the agent, once it has its arguments.
@@ -180,6 +185,7 @@ impl AgentProcess {
             binary,
             config: config.to_owned(),
             log: log.to_owned(),
+            environment: Vec::new(),
             ended: false,
             succeeded: false,
         })
@@ -206,7 +212,9 @@ impl AgentProcess {
     /// # Errors
     /// When it fails or writes no JSON.
     pub fn status(&self) -> Result<Value> {
-        let text = run(Command::new(&self.binary).args(["status", "--json"]))?;
+        let mut status = Command::new(&self.binary);
+        status.args(["status", "--json"]).envs(self.environment.iter().map(|(name, value)| (name, value)));
+        let text = run(&mut status)?;
         serde_json::from_str(&text).context("weir-agent status wrote no JSON")
     }
 

@@ -313,7 +313,11 @@ fn a_pod_is_refused_while_the_agent_is_dead_and_served_when_it_is_back() {
     assert_eq!(ask(&free).0, Some(0), "a pod that is not enrolled sees no change");
     let mut agent = scene.agent(TrustSource::MountedCa);
     assert_eq!(ask(&enrolled).0, Some(0), "{}", agent.last_lines());
-    agent.terminate().unwrap();
+    assert!(agent.terminate().unwrap().success(), "{}", agent.last_lines());
+    let (code, out, err) = ask(&enrolled);
+    assert_eq!((code, out.as_str()), (Some(1), ""), "an agent that was told to end leaves denial: {err}");
+    assert!(err.contains("refused"), "{err}");
+    assert_eq!(ask(&free).0, Some(0), "a pod that is not enrolled sees no change");
     let epochs =
         std::fs::read_dir(scene.journal()).unwrap().filter(|entry| entry.as_ref().unwrap().path().is_dir());
     assert_eq!(epochs.count(), 2, "each process has its own epoch");

@@ -144,6 +144,32 @@ async fn a_flow_bears_the_time_of_its_connect_also_if_it_leaves_much_later() {
     }
 }
 
+/// Whoever may change the pod's network takes from Weir what leads to its listener, and gains nothing by it.
+#[tokio::test]
+async fn with_the_loopback_interface_down_an_enrolled_pod_reaches_nothing() {
+    let Some((kernel, cgroup)) = attached("lo-down") else { return };
+    let (netns, other) = (OwnNetns::new(), OwnNetns::new());
+    netns.join_to(&other, (Ipv4Addr::new(192, 0, 2, 7).into(), API4.ip()));
+    let far = other.within(|| std::net::TcpListener::bind(API4).unwrap());
+    far.set_nonblocking(true).unwrap();
+    // The kernel goes on for two minutes else.
+    netns.run("ip link set lo down && echo 1 > /proc/sys/net/ipv4/tcp_syn_retries");
+    let connect = || dial(&cgroup.0, Some(&netns), Dial::Tcp(API4));
+    classify(&kernel, &cgroup, Class::Unselected, None);
+    connect().unwrap();
+    far.accept().expect("the far side hears a pod whose loopback interface is down");
+
+    let listener = Listener::in_netns(Namespace::of_process(netns.pid()).unwrap()).unwrap();
+    classify(&kernel, &cgroup, Class::Enrolled, Some(&listener));
+    let lost = connect().unwrap_err();
+    assert!(matches!(lost, nix::Error::ETIMEDOUT | nix::Error::ENETUNREACH), "{lost}");
+    assert_eq!(far.accept().unwrap_err().kind(), std::io::ErrorKind::WouldBlock, "at the far side");
+    netns.run("ip link set lo up");
+    connect().unwrap();
+    listener.accept().await.unwrap();
+    assert_eq!(far.accept().unwrap_err().kind(), std::io::ErrorKind::WouldBlock, "at the far side");
+}
+
 #[tokio::test]
 async fn every_verdict_but_redirect_is_what_the_table_says() {
     let Some((kernel, cgroup)) = attached("verdicts") else { return };

@@ -83,12 +83,7 @@ impl OwnNetns {
 
     /// Gives it an address, whose packets then stay in the namespace.
     pub(crate) fn take_address(&self, address: IpAddr) {
-        let pid = self.pid().to_string();
-        let status = Command::new("nsenter")
-            .args(["-t", &pid, "-n", "ip", "address", "add", &address.to_string(), "dev", "lo"])
-            .status()
-            .unwrap();
-        assert!(status.success());
+        self.run(&format!("ip address add {address} dev lo"));
     }
 
     /// Joins it to this machine by a veth pair, as a CNI does: this machine's end has the first address, of a /24.
@@ -144,6 +139,24 @@ impl OwnNetns {
         let arguments =
             ["link", "add", name, "link", through, "netns", &pid, "type", "macvlan", "mode", "bridge"];
         assert!(Command::new("ip").args(arguments).status().unwrap().success(), "{name}");
+    }
+
+    /// Joins it to another one, with these addresses of a /24.
+    pub(crate) fn join_to(&self, other: &Self, (own, others): (IpAddr, IpAddr)) {
+        let pids = [self, other].map(|netns| netns.pid().to_string());
+        let arguments = ["link", "add", "eth0", "netns", &pids[0], "type", "veth", "peer", "name", "eth0"];
+        let status = Command::new("ip").args(arguments).args(["netns", &pids[1]]).status();
+        assert!(status.unwrap().success());
+        for (netns, address) in [(self, own), (other, others)] {
+            netns.run(&format!("ip address add {address}/24 dev eth0 && ip link set eth0 up"));
+        }
+    }
+
+    /// Runs a shell script in it.
+    pub(crate) fn run(&self, script: &str) {
+        let pid = self.pid().to_string();
+        let status = Command::new("nsenter").args(["-t", &pid, "-n", "sh", "-c", script]).status();
+        assert!(status.unwrap().success(), "{script}");
     }
 
     /// Does something in it, on a thread of its own.

@@ -2,8 +2,9 @@
 //! `timedOut`, `failed`. Whether a byte arrived is for the far side to say, not for this program.
 //!
 //! Static, so that it runs in any container. `--cgroup`, `--netns` and `--late` put it where only a privileged process
-//! can put itself: into a cgroup, into a process's network namespace, and there only after its socket is made; with `--born` it
-//! is cloned into the cgroup, and what it tries is its first instruction. `--relay` has a connection carry standard input
+//! can put itself: into a cgroup, into a process's network namespace, and there only after its socket is made; with `--leave` it
+//! goes from there into another cgroup once its socket is made, and with `--born` it is cloned into the cgroup, and what it tries
+//! is its first instruction. `--relay` has a connection carry standard input
 //! and output, behind the line `connected`; `--via` names the machine that unwraps packets, `--from` whom they are from,
 //! `--station` the one that IPv6 packets are routed to first. `before` makes the sockets of several ways at once, and uses them later.
 //! `rewrite CGROUP FROM TO` tries nothing: it is somebody else's program, which stands at a cgroup until its input ends.
@@ -36,6 +37,7 @@ fn main() -> ExitCode {
             "--cgroup" => place.cgroup = rest.next().cloned(),
             "--netns" => place.netns = rest.next().cloned(),
             "--late" => place.late = true,
+            "--leave" => place.leave = rest.next().cloned(),
             "--born" => is_born = true,
             "--relay" => place.relay = true,
             "--from" => place.from = rest.next().and_then(|from| from.parse().ok()),

@@ -34,6 +34,7 @@ pub(crate) fn raw(way: &str, target: SocketAddrV4, place: &Place) -> Outcome {
         _ => (libc::IPPROTO_RAW, ip(target, own, 6, 0)),
     };
     let socket = socket(libc::AF_INET, libc::SOCK_RAW, protocol)?;
+    place.leave()?;
     place.made();
     if way == "raw-connected" {
         connect(socket.as_raw_fd(), &to)?;

@@ -16,7 +16,7 @@ use nix::{
         socket::{
             ControlMessage, ControlMessageOwned, MsgFlags, SockaddrStorage, bind, connect, getsockopt,
             recvmsg, sendmsg, sendto, setsockopt,
-            sockopt::{Mark, ReusePort, SendTimeout, SocketError},
+            sockopt::{Mark, ReceiveTimeout, ReuseAddr, ReusePort, SendTimeout, SocketError},
         },
         time::{TimeVal, TimeValLike as _},
     },
@@ -32,6 +32,8 @@ const CONCURRENT: usize = 2000;
 const RELAY_BYTES: usize = 16 * 1024;
 /// How many of them wait at a time.
 const THREADS: usize = 50;
+/// How long a thief waits for somebody to come.
+const HEARD_MS: u16 = 100;
 
 /// What comes of a connection that was used.
 pub(crate) const ENDED: &str = "ended";
@@ -45,6 +47,8 @@ pub(crate) struct Place {
     pub(crate) netns: Option<String>,
     /// The cgroup is entered only after the socket is made.
     pub(crate) late: bool,
+    /// The cgroup v2 folder that is entered once the socket is made, out of the one before.
+    pub(crate) leave: Option<String>,
     /// What is connected then carries standard input and output, so that more can be seen of it than that it is connected.
     pub(crate) relay: bool,
     /// What is made waits here until it is used.
@@ -111,10 +115,18 @@ impl Place {
     }
 
     fn enter_cgroup(&self) -> nix::Result<()> {
-        let Some(cgroup) = &self.cgroup else { return Ok(()) };
-        let opened = File::options().write(true).open(format!("{cgroup}/cgroup.procs"));
-        opened.and_then(|mut procs| procs.write_all(b"0")).map_err(|_| nix::Error::EACCES)
+        self.cgroup.as_deref().map_or(Ok(()), enter)
     }
+
+    /// Goes elsewhere, with the socket that is made.
+    pub(crate) fn leave(&self) -> nix::Result<()> {
+        self.leave.as_deref().map_or(Ok(()), enter)
+    }
+}
+
+fn enter(cgroup: &str) -> nix::Result<()> {
+    let opened = File::options().write(true).open(format!("{cgroup}/cgroup.procs"));
+    opened.and_then(|mut procs| procs.write_all(b"0")).map_err(|_| nix::Error::EACCES)
 }
 
 pub(crate) fn attempt(way: &str, target: SocketAddrV4, place: &Place) -> Outcome {
@@ -131,11 +143,13 @@ pub(crate) fn attempt(way: &str, target: SocketAddrV4, place: &Place) -> Outcome
         }
         "passed" => return passed(to, place),
         "concurrent" => return concurrent(to, place),
-        "steal" => return steal(target),
+        "steal" => return steal(to),
         _ => {}
     }
     let (family, kind, protocol) = match way {
-        "mptcp" | "mptcp-before" => (libc::AF_INET, libc::SOCK_STREAM, libc::IPPROTO_MPTCP),
+        "mptcp" | "mptcp-fastopen" | "mptcp-before" => {
+            (libc::AF_INET, libc::SOCK_STREAM, libc::IPPROTO_MPTCP)
+        }
         "sctp" => (libc::AF_INET, libc::SOCK_STREAM, libc::IPPROTO_SCTP),
         "dccp" => (libc::AF_INET, libc::SOCK_DCCP, libc::IPPROTO_DCCP),
         "mapped" => (libc::AF_INET6, libc::SOCK_STREAM, 0),
@@ -148,6 +162,7 @@ pub(crate) fn attempt(way: &str, target: SocketAddrV4, place: &Place) -> Outcome
     if place.late {
         place.enter_cgroup()?;
     }
+    place.leave()?;
     if way.starts_with("udp6") {
         place.made();
         return again::other_family(way, &socket, target);
@@ -175,7 +190,7 @@ pub(crate) fn through(way: &str, socket: OwnedFd, to: SocketAddr, place: &Place)
         }
         _ => {}
     }
-    let first = if way.starts_with("fastopen") { place.first_bytes()? } else { Vec::new() };
+    let first = if way.contains("fastopen") { place.first_bytes()? } else { Vec::new() };
     match connect_by(way, &socket, to, &first)? {
         "connected" => place.connected(socket.into()),
         word => Ok(word),
@@ -198,7 +213,7 @@ fn connect_by(way: &str, socket: &OwnedFd, to: SocketAddr, first: &[u8]) -> Outc
             sendto(fd, first, &address, MsgFlags::empty())?;
             return Ok("connected");
         }
-        "fastopen" => {
+        "fastopen" | "mptcp-fastopen" => {
             timeout(socket)?;
             let flags = MsgFlags::from_bits_retain(libc::MSG_FASTOPEN) | MsgFlags::MSG_NOSIGNAL;
             sendto(fd, first, &address, flags)?;
@@ -218,12 +233,25 @@ fn connect_by(way: &str, socket: &OwnedFd, to: SocketAddr, first: &[u8]) -> Outc
             nix::unistd::write(socket, b"x")?;
             return Ok("sent");
         }
+        "ask" => return ask(socket, &address),
         "nonblocking" => return non_blocking(socket, &address),
         "io-uring" => return io_uring(socket, &address),
         _ => {}
     }
     connect_timed(socket, &address)?;
     Ok("connected")
+}
+
+/// Connects and says something: whether who has the connection says anything to that, or closes it.
+fn ask(socket: &OwnedFd, address: &SockaddrStorage) -> Outcome {
+    connect_timed(socket, address)?;
+    setsockopt(socket, ReceiveTimeout, &TimeVal::milliseconds(TIMEOUT.as_millis() as i64))?;
+    let said = nix::unistd::write(socket, b"GET / HTTP/1.1\r\n\r\n");
+    match said.and_then(|_| nix::unistd::read(socket, &mut [0; 1])) {
+        Ok(0) | Err(nix::Error::ECONNRESET | nix::Error::EPIPE) => Ok("closed"),
+        Ok(_) => Ok("answered"),
+        Err(errno) => Err(errno),
+    }
 }
 
 fn tcp(to: SocketAddr) -> Outcome {
@@ -311,13 +339,16 @@ fn passed(to: SocketAddr, place: &Place) -> Outcome {
 
 /// Many at once: `connected` if all were, over the first of them. The agent closes those that are too many for one pod.
 fn concurrent(to: SocketAddr, place: &Place) -> Outcome {
-    let failed = |error: std::io::Error| nix::Error::from_raw(error.raw_os_error().unwrap_or(libc::EIO));
-    let first = TcpStream::connect(to).map_err(failed)?;
+    let failed = |error: std::io::Error| match error.kind() {
+        std::io::ErrorKind::TimedOut => nix::Error::ETIMEDOUT,
+        _ => nix::Error::from_raw(error.raw_os_error().unwrap_or(libc::EIO)),
+    };
+    let connect = move || TcpStream::connect_timeout(&to, TIMEOUT);
+    let first = connect().map_err(failed)?;
     let workers: Vec<_> = (0..THREADS)
         .map(|_| {
             thread::spawn(move || {
-                let open: Vec<_> = (0..CONCURRENT / THREADS).map(|_| TcpStream::connect(to)).collect();
-                open.into_iter().collect::<std::io::Result<Vec<_>>>()
+                (0..CONCURRENT / THREADS).map(|_| connect()).collect::<std::io::Result<Vec<_>>>()
             })
         })
         .collect();
@@ -333,13 +364,19 @@ fn concurrent(to: SocketAddr, place: &Place) -> Outcome {
     place.connected(first)
 }
 
-/// Tries to share or take the port of a listener that is there.
-fn steal(listener: SocketAddrV4) -> Outcome {
-    let socket = new_socket(libc::AF_INET, libc::SOCK_STREAM, 0)?;
+/// Tries to share or take the port of a listener; `heard` if somebody then comes to the thief.
+pub(crate) fn steal(listener: SocketAddr) -> Outcome {
+    use nix::poll::{PollFd, PollFlags, poll};
+    use std::os::fd::AsFd as _;
+    let family = if listener.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
+    let socket = new_socket(family, libc::SOCK_STREAM, 0)?;
     setsockopt(&socket, ReusePort, &true)?;
-    bind(socket.as_raw_fd(), &SockaddrStorage::from(SocketAddr::V4(listener)))?;
+    // What is left of connections of the listener's would keep the thief out for a minute.
+    setsockopt(&socket, ReuseAddr, &true)?;
+    bind(socket.as_raw_fd(), &SockaddrStorage::from(listener))?;
     nix::sys::socket::listen(&socket, nix::sys::socket::Backlog::new(8)?)?;
-    Ok("stolen")
+    let mut waiting = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
+    Ok(if poll(&mut waiting, HEARD_MS)? == 0 { "stolen" } else { "heard" })
 }
 
 fn new_socket(family: i32, kind: i32, protocol: i32) -> nix::Result<OwnedFd> {

@@ -5,14 +5,12 @@ use std::{
     os::fd::AsRawFd as _,
 };
 
-use nix::sys::socket::{
-    Backlog, MsgFlags, SockaddrStorage, bind, listen, sendto, setsockopt, sockopt::ReusePort,
-};
+use nix::sys::socket::{MsgFlags, SockaddrStorage, sendto};
 
 use crate::{
     Outcome,
     packet::{ETHERTYPE_VLAN, checksum, frame_socket, own_hardware_address, send_frame, socket, syn},
-    sockets::{Place, through},
+    sockets::{Place, steal, through},
 };
 
 const ETHERTYPE_IPV6: u16 = 0x86dd;
@@ -37,13 +35,7 @@ pub(crate) fn attempt(way: &str, target: SocketAddrV6, place: &Place) -> Outcome
     match way {
         _ if way.starts_with("raw") => raw(way, target, place),
         _ if way.starts_with("frame") => frame(way, target, place),
-        "steal" => {
-            let socket = socket(libc::AF_INET6, libc::SOCK_STREAM, 0)?;
-            setsockopt(&socket, ReusePort, &true)?;
-            bind(socket.as_raw_fd(), &SockaddrStorage::from(to))?;
-            listen(&socket, Backlog::new(8)?)?;
-            Ok("stolen")
-        }
+        "steal" => steal(to),
         _ => {
             let kind = if way.starts_with("udp") { libc::SOCK_DGRAM } else { libc::SOCK_STREAM };
             let protocol = if way.starts_with("mptcp") { libc::IPPROTO_MPTCP } else { 0 };

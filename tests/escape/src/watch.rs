@@ -1,12 +1,22 @@
 //! The far side: prints every packet from a /24 or /64 (but its first address, the gateway's) that an interface takes in, behind
 //! what guards that interface's ports. `SOURCE DESTINATION PROTOCOL PORT` a line; port 0 where there is none (a fragment, a protocol without ports).
+//! `lost` before the next such line, if packets came that there was no room for: then nothing is proven.
 
-use std::{io::Write as _, net::IpAddr, os::fd::AsRawFd as _, process::ExitCode};
+use std::{
+    io::Write as _,
+    net::IpAddr,
+    os::fd::{AsRawFd as _, OwnedFd},
+    process::ExitCode,
+};
+
+use nix::sys::socket::{setsockopt, sockopt::RcvBufForce};
 
 use crate::packet::socket;
 
 /// `ETH_P_ALL`, linux/if_ether.h.
 const ALL: u16 = 3;
+/// Room for packets while this process waits for a processor.
+const ROOM_BYTES: usize = 16 * 1024 * 1024;
 
 pub(crate) fn run(interface: &str, network: &str) -> ExitCode {
     match watch(interface, network) {
@@ -60,6 +70,23 @@ fn is_within(address: IpAddr, network: IpAddr) -> bool {
     }
 }
 
+/// How many packets were lost since this was asked last (packet(7)).
+fn lost(socket: &OwnedFd) -> nix::Result<u32> {
+    let mut seen_and_lost = [0_u32; 2];
+    let mut length = size_of_val(&seen_and_lost) as libc::socklen_t;
+    // SAFETY: the option writes two numbers, and the buffer and its length say that there is room for them.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_PACKET,
+            libc::PACKET_STATISTICS,
+            (&raw mut seen_and_lost).cast(),
+            &raw mut length,
+        )
+    };
+    nix::Error::result(result).map(|_| seen_and_lost[1])
+}
+
 fn watch(interface: &str, network: &str) -> nix::Result<()> {
     let network: IpAddr = network.parse().map_err(|_| nix::Error::EINVAL)?;
     let socket = socket(libc::AF_PACKET, libc::SOCK_DGRAM, i32::from(ALL.to_be()))?;
@@ -82,6 +109,7 @@ fn watch(interface: &str, network: &str) -> nix::Result<()> {
         )
     };
     nix::Error::result(bound)?;
+    setsockopt(&socket, RcvBufForce, &ROOM_BYTES)?;
     let mut out = std::io::stdout();
     let _ = writeln!(out, "watching");
     let mut packet = [0; 2048];
@@ -93,7 +121,8 @@ fn watch(interface: &str, network: &str) -> nix::Result<()> {
         if !is_within(from, network) {
             continue;
         }
-        if writeln!(out, "{from} {to} {protocol} {port}").is_err() {
+        let lost = if lost(&socket)? == 0 { "" } else { "lost\n" };
+        if writeln!(out, "{lost}{from} {to} {protocol} {port}").is_err() {
             return Ok(());
         }
     }

@@ -3,6 +3,7 @@
 use std::{
     io::{Read as _, Write as _},
     process::{Child, Stdio},
+    sync::atomic::{AtomicU16, Ordering},
 };
 
 use weir_tests::Pod;
@@ -24,7 +25,7 @@ pub(super) const ENDED_WORD: &str = "failed ECONNABORTED";
 const ENDED: Expected = Says(ENDED_WORD);
 
 /// What may come of them while an agent serves the pod.
-const BEFORE: [(&str, Target, Expected); 17] = [
+const BEFORE: [(&str, Target, Expected); 18] = [
     ("tcp", Target::Service, Proxied),
     ("bound", Target::Service, Proxied),
     ("nonblocking", Target::Service, Proxied),
@@ -32,6 +33,7 @@ const BEFORE: [(&str, Target, Expected); 17] = [
     ("mapped", Target::Service, Proxied),
     ("unspec-after", Target::Service, Proxied),
     ("mptcp", Target::Service, Proxied),
+    ("mptcp-fastopen", Target::Service, Proxied),
     // Connected before: its pod's enrolment has ended that.
     ("tcp-before", Target::Service, ENDED),
     // Its way was ended; the connection waits for another one, as MPTCP does, and gets none.
@@ -48,7 +50,7 @@ const BEFORE: [(&str, Target, Expected); 17] = [
 
 /// The same over IPv6, to the API server; what was connected before is told so when it is used. The far side speaks plain TCP, so the connection
 /// that could have several ways has one.
-pub(super) const BEFORE6: [(&str, Expected); 12] = [
+pub(super) const BEFORE6: [(&str, Expected); 13] = [
     ("tcp", Proxied),
     ("bound", Proxied),
     ("nonblocking", Proxied),
@@ -56,12 +58,16 @@ pub(super) const BEFORE6: [(&str, Expected); 12] = [
     ("unspec-after", Proxied),
     ("tcp-before", ENDED),
     ("mptcp", Proxied),
+    ("mptcp-fastopen", Proxied),
     ("mptcp-before", ENDED),
     ("udp", REFUSED),
     ("udp-sendto", REFUSED),
     ("raw", GUARDED),
     ("frame", Dropped),
 ];
+
+/// How many were made: a pod may have several.
+static MADE: AtomicU16 = AtomicU16::new(0);
 
 /// Sockets in a pod, made and not used yet.
 pub(super) struct Before {
@@ -79,7 +85,8 @@ impl Before {
 
     /// These.
     pub(super) fn in_pod(pod: &Pod<'_>, ways: Vec<Made>) -> Self {
-        let mut command = pod.runtime_command("before");
+        let number = MADE.fetch_add(1, Ordering::Relaxed);
+        let mut command = pod.runtime_command(&format!("before-{number}"));
         command.args([PROGRAM, "before"]);
         for (way, address, _) in &ways {
             command.args([way, address.as_str()]);

@@ -30,7 +30,7 @@ const OVERLAY: &str = "weirtbvx0";
 const SERVICE: &str = "10.96.0.1:443";
 
 /// What may come of a way while an agent serves the pod.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Expected {
     /// The listener has it: a request over it is answered with Weir's certificate, and the API server has it from Weir.
     Proxied,
@@ -48,7 +48,7 @@ pub(super) const REFUSED: Expected = Says("refused");
 pub(super) const GUARDED: Expected = Says("failed EPERM");
 
 /// From an ordinary container: its capabilities are the runtime's default, NET_RAW among them.
-pub(super) const WAYS: [(&str, Target, Expected); 55] = [
+pub(super) const WAYS: [(&str, Target, Expected); 56] = [
     ("tcp", Target::Service, Proxied),
     ("bound", Target::Service, Proxied),
     ("nonblocking", Target::Service, Proxied),
@@ -64,6 +64,7 @@ pub(super) const WAYS: [(&str, Target, Expected); 55] = [
     // Bound to an interface that does not lead to the listener.
     ("device", Target::Service, Says("timedOut")),
     ("mptcp", Target::Service, Says("failed EPROTONOSUPPORT")),
+    ("mptcp-fastopen", Target::Service, Says("failed EPROTONOSUPPORT")),
     // By the hook where the kernel has it, and by the kernel where it has not.
     ("sctp", Target::Service, Says("failed EPROTONOSUPPORT")),
     ("udp", Target::Service, REFUSED),

@@ -29,7 +29,7 @@ pub(super) const POD6: &str = "fd00:10:244::7";
 const NODE6: &str = "fd00:10:244::1";
 
 /// From an ordinary container.
-pub(super) const WAYS6: [(&str, Expected); 26] = [
+pub(super) const WAYS6: [(&str, Expected); 27] = [
     ("tcp", Proxied),
     ("bound", Proxied),
     ("nonblocking", Proxied),
@@ -41,6 +41,7 @@ pub(super) const WAYS6: [(&str, Expected); 26] = [
     ("unspec-pending", Proxied),
     ("unspec-accepted", Proxied),
     ("mptcp", Says("failed EPROTONOSUPPORT")),
+    ("mptcp-fastopen", Says("failed EPROTONOSUPPORT")),
     ("udp", REFUSED),
     ("udp-sendto", REFUSED),
     ("udp-unspec", REFUSED),
@@ -141,7 +142,7 @@ impl<'a> Scene6<'a> {
         for address in [format!("[::1]:{port}"), format!("[::]:{port}")] {
             assert_eq!(self.say("steal", &address), "failed EADDRINUSE", "{address}");
         }
-        assert_eq!(self.say("tcp", &format!("[::1]:{port}")), "connected");
+        assert_eq!(self.say("ask", &format!("[::1]:{port}")), "closed");
         self.scene.event("the direct dial", |event| {
             matches!(&event.kind, weir_common::event::Kind::ConnectionRefused { reason, .. }
                 if reason.contains("past the kernel's redirect"))

@@ -27,12 +27,16 @@ pub(super) enum Put {
     Sibling,
     /// Into the cgroup only with the socket, made or handed over.
     Late,
+    /// With the socket out of the cgroup, to the one beside all pods.
+    Left,
+    /// The same, to the root of all cgroups.
+    LeftToRoot,
 }
 
-use Put::{Below, Cgroup, Late, Network, OtherNetwork, Sibling};
+use Put::{Below, Cgroup, Late, Left, LeftToRoot, Network, OtherNetwork, Sibling};
 
 /// The socket may be of the host's cgroup, made before the move or handed over: the calling task counts.
-pub(super) const PLACES: [(&str, &[Put], &str, Expected); 14] = [
+pub(super) const PLACES: [(&str, &[Put], &str, Expected); 18] = [
     ("made-before-the-move", &[Network, Cgroup, Late], "tcp", Proxied),
     ("accepted-and-used-again", &[Network, Cgroup, Late], "unspec-accepted", Proxied),
     ("handed-over", &[Network, Cgroup, Late], "passed", Proxied),
@@ -45,6 +49,10 @@ pub(super) const PLACES: [(&str, &[Put], &str, Expected); 14] = [
     ("no-cgroup", &[Network], "tcp", REFUSED),
     ("no-cgroup-again", &[Network], "unspec-accepted", REFUSED),
     ("no-cgroup-raw", &[Network], "raw", GUARDED),
+    ("left", &[Network, Cgroup, Left], "tcp", REFUSED),
+    ("left-to-the-root", &[Network, Cgroup, LeftToRoot], "tcp", REFUSED),
+    ("left-again", &[Network, Cgroup, Left], "unspec-accepted", REFUSED),
+    ("left-raw", &[Network, Cgroup, LeftToRoot], "raw", GUARDED),
     ("another-network", &[OtherNetwork, Cgroup], "tcp", REFUSED),
     ("another-network-raw", &[OtherNetwork, Cgroup], "raw", GUARDED),
 ];
@@ -52,6 +60,7 @@ pub(super) const PLACES: [(&str, &[Put], &str, Expected); 14] = [
 /// The places of a pod.
 pub(super) struct Places {
     own: String,
+    root: String,
     network: String,
     other_network: String,
     below: Folder,
@@ -64,7 +73,8 @@ impl Places {
         let root = own.ancestors().find(|folder| !folder.join("cgroup.events").exists()).unwrap();
         let sibling = Folder::new(root.join(format!("docker-weir-{}.scope", pod.namespace)));
         let below = Folder::new(own.join("child"));
-        Self { own: own.to_str().unwrap().to_owned(), network, other_network, below, sibling }
+        let [own, root] = [&own, root].map(|path| path.to_str().unwrap().to_owned());
+        Self { own, root, network, other_network, below, sibling }
     }
 
     /// In the words of the program.
@@ -76,6 +86,8 @@ impl Places {
             Below => vec!["--cgroup", self.below.path()],
             Sibling => vec!["--cgroup", self.sibling.path()],
             Late => vec!["--late"],
+            Left => vec!["--leave", self.sibling.path()],
+            LeftToRoot => vec!["--leave", &self.root],
         });
         words.flatten().collect()
     }
@@ -107,7 +119,7 @@ fn no_place_that_a_privileged_process_puts_itself_into_leads_around_weir() {
         String::from_utf8(out.stdout).unwrap().trim().to_owned()
     };
     assert_eq!(say("steal"), "failed EADDRINUSE");
-    assert_eq!(say("tcp"), "connected");
+    assert_eq!(say("ask"), "closed");
     scene.event("the direct dial", |event| {
         matches!(&event.kind, weir_common::event::Kind::ConnectionRefused { reason, .. }
             if reason.contains("past the kernel's redirect"))

@@ -6,6 +6,7 @@ use std::{
     net::IpAddr,
     path::{Path, PathBuf},
     process::{Child, ChildStdout, Command, Stdio},
+    time::Duration,
 };
 
 use nix::sys::signal::Signal;
@@ -27,12 +28,20 @@ use super::{
     escape6::{POD6, Scene6, WAYS6},
     far_side::FarSide,
     nested::{INSIDE_WAYS, Nested},
-    places::{PLACES, Places},
+    places::{PLACES, Places, Put},
+    upgrade::with_older_layout,
     watch::PROGRAM,
 };
 
 /// Starts that are tried from each state of the node.
 const STARTS: usize = 3;
+/// Agents that are killed while they start.
+const KILLED: usize = 4;
+/// Who asks the listener itself is told nothing.
+const CLOSED: Expected = Says("closed");
+/// The port is the listener's.
+const TAKEN_WORD: &str = "failed EADDRINUSE";
+const TAKEN: Expected = Says(TAKEN_WORD);
 
 /// A way that is tried again and again.
 #[derive(Clone)]
@@ -109,16 +118,43 @@ impl<'a> Attacks<'a> {
         places.chain(inside).collect()
     }
 
-    /// The listener's port, taken while nobody may listen there.
-    fn theft(&self, agent: &AgentProcess) -> Way {
+    /// At which port of the pod an agent listens.
+    fn listener(&self, agent: &AgentProcess) -> String {
         let status = agent.status().unwrap();
         let uid = self.on_four.pod.uid.as_str();
         let pod = status["pods"].as_array().unwrap().iter().find(|pod| pod["uid"] == uid).unwrap();
+        pod["listenerPort"].to_string()
+    }
+
+    /// The listener's port, taken while nobody may listen there, in all forms that its address has.
+    fn thefts(&self, port: &str) -> Vec<Way> {
+        let way = |address: &str| Way {
+            name: format!("steal/{address}"),
+            command: format!("{PROGRAM} steal {address}:{port}"),
+            expected: TAKEN,
+        };
+        ["127.0.0.1", "0.0.0.0", "[::1]", "[::]"].map(way).into()
+    }
+
+    /// The same by who is in the pod's network and in no cgroup of it.
+    fn theft_from_beside(&self, port: &str) -> Way {
+        let program = self.on_four.program.display();
+        let place = self.places.words(&[Put::Network, Put::Sibling]).join(" ");
         Way {
-            name: "steal".to_owned(),
-            command: format!("{PROGRAM} steal 127.0.0.1:{}", pod["listenerPort"]),
-            expected: Says("failed EADDRINUSE"),
+            name: "steal/beside".to_owned(),
+            command: format!("{program} {place} steal 127.0.0.1:{port}"),
+            expected: TAKEN,
         }
+    }
+
+    /// The listener, dialled past the kernel's redirect.
+    fn dials(&self, port: &str) -> Vec<Way> {
+        let way = |address: &str| Way {
+            name: format!("ask/{address}"),
+            command: format!("{PROGRAM} ask {address}:{port}"),
+            expected: CLOSED,
+        };
+        ["127.0.0.1", "[::1]"].map(way).into()
     }
 
     /// Until there is a listener in the network inside the pod: it is made once a connection was denied there.
@@ -241,6 +277,51 @@ impl<'a> Trying<'a> {
     }
 }
 
+fn has_older_layout() -> bool {
+    Path::new("/sys/fs/bpf/weir/v2").exists()
+}
+
+/// Chance, with a seed that is printed.
+struct Chance(u64);
+
+impl Chance {
+    fn new() -> Self {
+        let fresh = || u64::from(std::process::id());
+        let seed = std::env::var("WEIR_FUZZ_SEED").map_or_else(|_| fresh(), |seed| seed.parse().unwrap());
+        eprintln!("seed: WEIR_FUZZ_SEED={seed}");
+        Self(seed)
+    }
+
+    /// Lets some of the time go by that an agent takes to start.
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "the time is what is tested: there is no event to wait for"
+    )]
+    fn wait(&mut self) {
+        // SplitMix64, cut down to what serves here.
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mixed = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let milliseconds = 20 + (mixed >> 32) % 780;
+        eprintln!("killed after {milliseconds} ms");
+        std::thread::sleep(Duration::from_millis(milliseconds));
+    }
+}
+
+/// Starts agents, and kills each before it is ready.
+fn kill_early(config: &Path, log: &Path, chance: &mut Chance) {
+    for _ in 0..KILLED {
+        let agent = AgentProcess::spawn(config, log).unwrap();
+        chance.wait();
+        abandon(agent);
+    }
+}
+
+/// Kills an agent whose pins are the next one's.
+fn abandon(mut agent: AgentProcess) {
+    agent.crash().unwrap();
+    agent.wait_for_succession().unwrap();
+}
+
 #[test]
 fn while_an_agent_is_upgraded_or_stands_still_or_is_dead_no_way_leads_around_it() {
     let Some(mut scene) = Scene::new() else { return };
@@ -251,16 +332,23 @@ fn while_an_agent_is_upgraded_or_stands_still_or_is_dead_no_way_leads_around_it(
     let (on_four, on_six) = (Attack::new(&scene, &pod), Scene6::new(&scene, &pod));
     let attacks = Attacks::new(&on_four, &on_six, &far_side, &other);
     let config = configuration(&scene, &on_six);
-    let mut agent = AgentProcess::start(&config, &scene.scratch.path().join("agent.log")).unwrap();
+    // Sockets from before all agents.
+    let [before_stop, before_death] = [(); 2].map(|()| Before::make(&on_four, |_| true));
+    let mut agent = with_older_layout(&config, &scene.scratch.path().join("agent.log"));
     on_four.wait_until_known(&agent);
+    // What was connected before, and what became of it.
+    attacks.direct();
     attacks.wait_until_served_inside(&agent);
     attacks.direct();
-    let (mut all, of_host) = (attacks.of_pod(), attacks.of_host());
-    all.push(attacks.theft(&agent));
-    // More than a listener has room for would wait for one that stands still.
+    let (mut all, mut of_host) = (attacks.of_pod(), attacks.of_host());
+    let port = attacks.listener(&agent);
+    all.extend(attacks.thefts(&port));
+    all.extend(attacks.dials(&port));
+    of_host.push(attacks.theft_from_beside(&port));
+    // More than a listener has room for keep the others from one that stands still.
     let few: Vec<_> = all.iter().filter(|way| !way.name.starts_with("concurrent")).cloned().collect();
 
-    // Upgraded, nothing changes at all: what is proxied is never refused.
+    // Upgraded, from another layout of the maps first, nothing changes at all: what is proxied is never refused.
     let mut trying = Trying::begin(&attacks, &all, &of_host);
     trying.round();
     for number in 0..STARTS {
@@ -268,31 +356,52 @@ fn while_an_agent_is_upgraded_or_stands_still_or_is_dead_no_way_leads_around_it(
         let mut next = AgentProcess::spawn(&config, &log).unwrap();
         next.wait_until_ready().unwrap();
         std::mem::replace(&mut agent, next).wait_for_succession().unwrap();
+        wait_until("the older layout to be gone", DEADLINE, || Ok((!has_older_layout()).then_some(())))
+            .unwrap();
         trying.round();
     }
     let said = trying.end(Expected::is);
     println!("{} tries while {STARTS} agents followed each other", said.len());
 
     agent.signal(Signal::SIGSTOP).unwrap();
+    // The kernel accepts for it.
+    let stopped = |expected: &Expected, said: &str| match expected {
+        Proxied => said == "connected" || said == "timedOut",
+        expected if *expected == CLOSED => said == "timedOut",
+        expected => expected.is(said),
+    };
+    before_stop.check(|| on_four.direct(), stopped);
     let mut trying = Trying::begin(&attacks, &few, &of_host);
     trying.round();
-    let said = trying.end(|expected, said| match expected {
-        // The kernel accepts for it.
-        Proxied => said == "connected" || said == "timedOut",
-        expected => expected.is(said),
-    });
+    let said = trying.end(stopped);
+    let (many, direct) = on_four.try_way("concurrent", Target::Service);
+    assert_eq!((many.as_str(), direct.len()), ("timedOut", 0), "{direct:?}");
     println!("{} tries while it stood still", said.len());
 
     agent.signal(Signal::SIGKILL).unwrap();
     agent.wait_for_end().unwrap();
+    let dead = |expected: &Expected, said: &str| match expected {
+        Proxied => said == "refused",
+        expected if *expected == CLOSED => said == "refused",
+        expected => expected.is(said),
+    };
+    before_death.check(|| on_four.direct(), dead);
     let mut trying = Trying::begin(&attacks, &all, &of_host);
     trying.round();
-    let said = trying.end(|expected, said| match expected {
-        Proxied => said == "refused",
-        expected => expected.is(said),
-    });
+    let said = trying.end(dead);
     println!("{} tries while none ran", said.len());
     assert_eq!(on_four.witness.direct(), 0, "requests that the API server had from the pod itself");
+}
+
+/// Whether it may be said while an agent starts.
+fn comes_of_it_in_a_start(expected: &Expected, said: &str) -> bool {
+    match expected {
+        Proxied => said == "connected" || said == "refused",
+        // A pod that nobody knows may make such a socket; then it connects nowhere. The port of a dead agent's listener is anybody's
+        // once the next one's is known: nobody comes there.
+        Says(word) => said == *word || said == "refused" || *word == TAKEN_WORD && said == "stolen",
+        Dropped => said == "sent",
+    }
 }
 
 #[test]
@@ -304,13 +413,8 @@ fn while_an_agent_starts_no_way_leads_around_it() {
     let far_side = FarSide::new(endpoint(&scene), scene.scratch.path());
     let (on_four, on_six) = (Attack::new(&scene, &pod), Scene6::new(&scene, &pod));
     let attacks = Attacks::new(&on_four, &on_six, &far_side, &other);
-    let may_say = |expected: &Expected, said: &str| match expected {
-        Proxied => said == "connected" || said == "refused",
-        // A pod that nobody knows may make such a socket; then it connects nowhere.
-        Says(word) => said == *word || said == "refused",
-        Dropped => said == "sent",
-    };
     let connects = |line: &String| line.ends_with("connected");
+    let gains = |line: &String| connects(line) || line.ends_with("stolen");
     let log = |name: &str, number| scene.scratch.path().join(format!("{name}-{number}.log"));
 
     // From what a former agent has left: it knows the pod and guards its interface.
@@ -318,17 +422,27 @@ fn while_an_agent_starts_no_way_leads_around_it() {
     let mut agent = AgentProcess::start(&config, &log("first", 0)).unwrap();
     on_four.wait_until_known(&agent);
     attacks.wait_until_served_inside(&agent);
-    let (all, of_host) = (attacks.of_pod(), attacks.of_host());
+    let (all, of_host, mut chance) = (attacks.of_pod(), attacks.of_host(), Chance::new());
     for number in 0..STARTS {
+        let port = attacks.listener(&agent);
+        // Who dials would be heard by a thief.
+        let [on_listener, beside] = match number {
+            0 => [attacks.thefts(&port), vec![attacks.theft_from_beside(&port)]],
+            _ => [attacks.dials(&port), Vec::new()],
+        };
         agent.crash().unwrap();
         attacks.direct();
-        let mut trying = Trying::begin(&attacks, &all, &of_host);
+        let (of_pod, beside) = ([&all[..], &on_listener].concat(), [&of_host[..], &beside].concat());
+        let mut trying = Trying::begin(&attacks, &of_pod, &beside);
         let said = trying.round();
-        assert!(!said.iter().any(connects), "no agent runs: {said:?}");
+        assert!(!said.iter().any(gains), "no agent runs: {said:?}");
+        if number == 0 {
+            kill_early(&config, &log("killed", number), &mut chance);
+        }
         let mut next = AgentProcess::spawn(&config, &log("pinned", number)).unwrap();
         next.wait_until_ready().unwrap();
         trying.round();
-        let said = trying.end(may_say);
+        let said = trying.end(comes_of_it_in_a_start);
         assert!(said.iter().any(connects), "{}", next.last_lines());
         // Its pins are the next one's from here on.
         let mut former = std::mem::replace(&mut agent, next);
@@ -355,9 +469,15 @@ fn while_an_agent_starts_no_way_leads_around_it() {
         let said = trying.round();
         assert!(!said.iter().any(connects), "no agent runs: {said:?}");
         let mut agent = guard.succeed(&config, &log("guarded", number)).unwrap();
+        if number == 0 {
+            chance.wait();
+            abandon(agent);
+            kill_early(&config, &log("killed-guarded", number), &mut chance);
+            agent = AgentProcess::spawn(&config, &log("guarded-again", number)).unwrap();
+        }
         agent.wait_until_ready().unwrap();
         trying.round();
-        let said = trying.end(may_say);
+        let said = trying.end(comes_of_it_in_a_start);
         assert!(said.iter().any(connects), "{}", agent.last_lines());
         assert!(agent.terminate().unwrap().success(), "{}", agent.last_lines());
     }

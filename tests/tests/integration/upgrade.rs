@@ -114,7 +114,7 @@ fn succeeded(mut former: AgentProcess) {
     assert!(former.wait_for_succession().unwrap().success(), "{}", former.last_lines());
 }
 
-fn with_older_layout(configuration: &Path, log: &Path) -> AgentProcess {
+pub(super) fn with_older_layout(configuration: &Path, log: &Path) -> AgentProcess {
     let agent = AgentProcess::spawn_with(configuration, log, &[OLDER_LAYOUT]).unwrap();
     wait_until("the agent with the older layout to be ready", DEADLINE, || {
         Ok(agent.log()?.contains(": ready").then_some(()))
