@@ -13,8 +13,8 @@ pub const LAYOUT_VERSION: u32 = 3;
 pub const API_ENDPOINTS_MAX: u32 = 65_536;
 /// Most pod (and other classified) cgroups on a node.
 pub const CGROUPS_MAX: u32 = 8192;
-/// Most network namespaces inside pods that have a listener.
-pub const NESTED_MAX: u32 = 4096;
+/// Most listeners of pods: one in the own network namespace of each that is enrolled, and a few in namespaces inside it.
+pub const NESTED_MAX: u32 = 8192;
 /// Most host names of API servers.
 pub const NAMES_MAX: u32 = 2048;
 /// Most ports, of all clusters, that one host name has.
