@@ -93,10 +93,8 @@ pub fn once(options: &Options, handover: &Path) -> Result<Guarded, InterceptionE
     make_roots(&mount(options)?)?;
     let in_force = put_in_force(options, None)?;
     // Those that are there already send frames otherwise, until an agent comes, which looks after those that come later.
-    let host = namespace::own().map_err(|source| InterceptionError::Io {
-        action: "read this process's network namespace",
-        source,
-    })?;
+    let host = namespace::own()
+        .map_err(|source| InterceptionError::Io { action: "read /proc/self/ns/net", source })?;
     guard_strangers(&in_force.kernel, &read_tree(&in_force.mount)?.pods, host);
     let endpoints = in_force.kernel.api_endpoints()?;
     let kubelets = endpoints.values().filter(|value| **value == KUBELET).count();

@@ -314,11 +314,15 @@ impl Attached {
         let before = &attached[..place.unwrap_or_default()];
         let beside = |other: &u32| (*other, format!("{other} before Weir's at the interface {}", end.name));
         found.foreign.extend(before.iter().flatten().map(beside));
-        // A link cannot be moved. In between nothing passes that did not before.
-        if let Some(pin) = pin.as_deref().filter(|pin| !before.is_empty() && pin.exists()) {
-            let update = |source| AttachError::Update { path: pin.to_owned(), source };
-            open_pin(pin).and_then(|link| link_detach(&link)).map_err(update)?;
-            self.remove_pin(Some(pin))?;
+        if links_for_interfaces() && !before.is_empty() {
+            // A link cannot be moved, and the kernel attaches no program twice. In between nothing passes that did not before.
+            // A link that is not pinned is out of reach here: what stands before it is only reported.
+            let Some(pin) = pin.as_deref() else { return Ok(()) };
+            if pin.exists() {
+                let update = |source| AttachError::Update { path: pin.to_owned(), source };
+                open_pin(pin).and_then(|link| link_detach(&link)).map_err(update)?;
+                self.remove_pin(Some(pin))?;
+            }
         }
         // Replaced in place if the link is still there.
         self.guard_interface(end)?;
