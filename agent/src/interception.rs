@@ -68,4 +68,5 @@ mod told;
 mod trouble;
 pub mod uninstallers;
 pub mod usage;
+mod verifier_log;
 pub mod waits;

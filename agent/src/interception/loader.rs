@@ -28,16 +28,19 @@ use super::{
     maps::{absent_is_fine, lock},
     security::{self, Security, Way},
     sieve::Sieve,
+    verifier_log,
 };
 
 /// The mount point of the BPF file system.
 pub const BPFFS: &str = "/sys/fs/bpf";
 
+/// The kernel programs of this binary; none if it was built without.
 #[cfg(weir_ebpf_object)]
-pub(super) static OBJECT: Option<&[u8]> =
+pub static OBJECT: Option<&[u8]> =
     Some(aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/weir-ebpf.o")));
+/// The kernel programs of this binary; none if it was built without.
 #[cfg(not(weir_ebpf_object))]
-pub(super) static OBJECT: Option<&[u8]> = None;
+pub static OBJECT: Option<&[u8]> = None;
 
 /// Why the kernel part does not work.
 #[derive(Debug, thiserror::Error)]
@@ -60,12 +63,23 @@ pub enum KernelError {
         "cannot load the kernel programs; is this root (CAP_BPF, CAP_NET_ADMIN, CAP_PERFMON), and the kernel 5.18 or later?"
     )]
     Load(#[source] EbpfError),
-    /// A program is not accepted. The source has the verifier's log.
-    #[error("the kernel refuses the program {program}")]
+    /// A program is not accepted.
+    #[error("the kernel refuses the program {program}{log}")]
+    Refused {
+        /// Its name.
+        program: &'static str,
+        /// The end of what the verifier says, in brackets.
+        log: String,
+        /// The kernel's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// A program cannot be used.
+    #[error("kernel program {program}")]
     Program {
         /// Its name.
         program: &'static str,
-        /// What the verifier says.
+        /// Why.
         #[source]
         source: ProgramError,
     },
@@ -172,7 +186,14 @@ impl Kernel {
     /// # Errors
     /// Not built, not privileged, refused by the verifier (with its log), or pins with another layout.
     pub fn load(pinning: Pinning) -> Result<Self, KernelError> {
-        let object = OBJECT.ok_or(KernelError::NotBuilt)?;
+        Self::load_object(OBJECT.ok_or(KernelError::NotBuilt)?, pinning)
+    }
+
+    /// The same with the programs and maps of this object.
+    ///
+    /// # Errors
+    /// As [`Self::load`].
+    pub fn load_object(object: &[u8], pinning: Pinning) -> Result<Self, KernelError> {
         let mut loader = EbpfLoader::new();
         let tick_ns = tick_ns();
         loader.override_global(TICK_NS, &tick_ns, true);
@@ -432,7 +453,14 @@ pub(super) fn check_sizes(
 }
 
 fn load_program(ebpf: &mut Ebpf, name: &'static str) -> Result<(), KernelError> {
-    let failed = |source| KernelError::Program { program: name, source };
+    let failed = |source| match source {
+        ProgramError::LoadError { io_error, verifier_log } => KernelError::Refused {
+            program: name,
+            log: verifier_log::told(&verifier_log.to_string(), verifier_log::TOLD_MAX),
+            source: io_error,
+        },
+        source => KernelError::Program { program: name, source },
+    };
     match ebpf.program_mut(name) {
         Some(Program::CgroupSockAddr(program)) => program.load().map_err(failed),
         Some(Program::CgroupSock(program)) => program.load().map_err(failed),

@@ -21,11 +21,14 @@ use aya_obj::{
 };
 use weir_common::kernel::programs;
 
-use super::bpf::{self, AtFunction, Load};
+use super::{
+    bpf::{self, AtFunction, Load},
+    verifier_log,
+};
 
 /// Room for what the verifier says.
 const LOG_BYTES: usize = 4 << 20;
-/// How much of it is told: its end, where the reason stands.
+/// How much of it is told: less than of others, since the guards stand without these programs.
 const LOG_TOLD_MAX: usize = 1000;
 
 /// How the kernel lets programs decide in its security hooks.
@@ -256,7 +259,9 @@ fn load(
         let mut log = vec![0; LOG_BYTES];
         // Once more, so that it says why.
         let _ = bpf::load(&load, &mut log);
-        SecurityError::Load { program: name, log: told(&log), source }
+        let end = log.iter().position(|byte| *byte == 0).unwrap_or(log.len());
+        let log = verifier_log::told(&String::from_utf8_lossy(&log[..end]), LOG_TOLD_MAX);
+        SecurityError::Load { program: name, log, source }
     };
     let fd = bpf::load(&load, &mut []).map_err(refused)?;
     let failed = |source| SecurityError::Load { program: name, log: String::new(), source };
@@ -265,33 +270,9 @@ fn load(
     Ok(Loaded { name, program: fd, tag, attaches })
 }
 
-/// The end of a verifier's log.
-fn told(log: &[u8]) -> String {
-    let end = log.iter().position(|byte| *byte == 0).unwrap_or(log.len());
-    let text = String::from_utf8_lossy(&log[..end]);
-    let lines: Vec<_> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
-    let text = lines.join("; ");
-    let skipped = text.chars().count().saturating_sub(LOG_TOLD_MAX);
-    match text.is_empty() {
-        true => text,
-        false => format!(" ({})", text.chars().skip(skipped).collect::<String>()),
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use super::{LOG_TOLD_MAX, Way, told};
-
-    #[test]
-    fn of_what_the_verifier_says_the_end_is_told() {
-        assert_eq!(told(&[0; 8]), "");
-        assert_eq!(
-            told(b"0: (b7) r0 = 0\nR1 invalid mem access\n\0\0"),
-            " (0: (b7) r0 = 0; R1 invalid mem access)"
-        );
-        let long = told(&[b"x".repeat(2 * LOG_TOLD_MAX), b"\nthe reason".to_vec()].concat());
-        assert!(long.ends_with("the reason)") && long.len() == LOG_TOLD_MAX + 3);
-    }
+    use super::Way;
 
     #[test]
     fn a_way_is_known_by_the_type_of_its_links() {

@@ -6,17 +6,20 @@ use std::{
     time::Duration,
 };
 
-use weir_agent::interception::{
-    counters::Counters,
-    listener::{Listener, Namespace, own_netns},
-    loader::{Kernel, Pinning},
+use weir_agent::{
+    doctor,
+    interception::{
+        counters::Counters,
+        listener::{Listener, Namespace, own_netns},
+        loader::{Kernel, KernelError, OBJECT, Pinning},
+    },
 };
 use weir_common::{
     kernel::{CgroupEntry, Class},
     sieve::pod_slot,
 };
 
-use crate::world::{API4, API6, Dial, OwnCgroup, OwnNetns, dial, load};
+use crate::world::{API4, API6, Dial, OwnCgroup, OwnNetns, dial, load, not_tested};
 
 /// Two addresses in the API set, the programs attached to a cgroup, and nothing classified.
 fn attached(name: &str) -> Option<(Arc<Kernel>, OwnCgroup)> {
@@ -275,4 +278,47 @@ async fn programs_are_verified_in_little_time() {
     println!("instructions verified: {seen:?}");
     assert!(seen.len() >= 11, "{seen:?}");
     assert!(seen.values().all(|count| *count < VERIFIED_MAX), "{seen:?}");
+}
+
+#[test]
+fn whoever_reads_that_a_program_is_refused_reads_why() {
+    /// Of the text in all; the log of a program that is refused at its end is longer.
+    const TEXT_MAX: usize = 4400;
+    let Some(object) = OBJECT else { return not_tested(&KernelError::NotBuilt) };
+    // The first that is loaded. Before each of its ends it reads what is above its stack.
+    const EXIT: [u8; 8] = [0x95, 0, 0, 0, 0, 0, 0, 0];
+    const READ_ABOVE: [u8; 8] = [0x79, 0xa0, 8, 0, 0, 0, 0, 0];
+    let mut object = object.to_vec();
+    let code = section(&object, "cgroup_skb/egress");
+    let (instructions, _) = object[code].as_chunks_mut();
+    let ends: Vec<_> = (1..instructions.len()).filter(|at| instructions[*at] == EXIT).collect();
+    ends.iter().for_each(|end| instructions[end - 1] = READ_ABOVE);
+    let error = Kernel::load_object(&object, Pinning::Unpinned).unwrap_err();
+    if !matches!(error, KernelError::Refused { .. }) {
+        return not_tested(&error);
+    }
+    let said = doctor::chain(&error);
+    println!("{} bytes: {said}", said.len());
+    assert!(said.starts_with("the kernel refuses the program weir_egress ("), "{said}");
+    assert!(said.contains("invalid read from stack R10 off=8 size=8"), "{said}");
+    assert!(said.contains("Permission denied") && !said.contains('\n'), "{said}");
+    assert!((4096..TEXT_MAX).contains(&said.len()), "{}: {said}", said.len());
+}
+
+/// Where a section of an ELF file of this kind (64 bits, little end first) is.
+fn section(object: &[u8], name: &str) -> std::ops::Range<usize> {
+    let number = |at: usize, length: usize| {
+        let mut bytes = [0; 8];
+        bytes[..length].copy_from_slice(&object[at..at + length]);
+        usize::try_from(u64::from_le_bytes(bytes)).unwrap()
+    };
+    // `e_shoff`, `e_shentsize`, `e_shnum` and `e_shstrndx`; `sh_name`, `sh_offset` and `sh_size` (elf(5)).
+    let [first, size, count, names] =
+        [(0x28, 8), (0x3a, 2), (0x3c, 2), (0x3e, 2)].map(|(at, length)| number(at, length));
+    let names = number(first + names * size + 0x18, 8);
+    let header = (0..count)
+        .map(|index| first + index * size)
+        .find(|header| object[names + number(*header, 4)..].starts_with(format!("{name}\0").as_bytes()));
+    let offset = number(header.unwrap() + 0x18, 8);
+    offset..offset + number(header.unwrap() + 0x20, 8)
 }

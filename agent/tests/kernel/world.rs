@@ -15,9 +15,12 @@ use nix::sys::socket::{
     setsockopt,
     sockopt::{ReceiveTimeout, ReuseAddr},
 };
-use weir_agent::interception::{
-    cgroup,
-    loader::{Kernel, KernelError, Pinning},
+use weir_agent::{
+    doctor,
+    interception::{
+        cgroup,
+        loader::{Kernel, KernelError, Pinning},
+    },
 };
 
 /// How long a state may take to come about; far longer than it takes.
@@ -434,7 +437,7 @@ fn set_option<T>(socket: &OwnedFd, level: i32, option: i32, value: &T) -> nix::R
     nix::Error::result(result).map(drop)
 }
 
-fn new_socket(family: i32, kind: i32, protocol: i32) -> nix::Result<OwnedFd> {
+pub(crate) fn new_socket(family: i32, kind: i32, protocol: i32) -> nix::Result<OwnedFd> {
     // SAFETY: takes numbers only; the descriptor is new and ours.
     unsafe { Ok(OwnedFd::from_raw_fd(nix::Error::result(libc::socket(family, kind, protocol))?)) }
 }
@@ -464,13 +467,9 @@ pub(crate) fn load(pinning: Pinning) -> Option<Arc<Kernel>> {
     }
 }
 
-fn not_tested(error: &KernelError) {
-    let mut text = error.to_string();
-    let mut source = std::error::Error::source(error);
-    while let Some(error) = source {
-        text = format!("{text}: {error}");
-        source = error.source();
-    }
+/// Says that it was not; under CI=true that fails.
+pub(crate) fn not_tested(error: &KernelError) {
+    let text = doctor::chain(error);
     assert!(std::env::var("CI").as_deref() != Ok("true"), "cannot test the kernel programs: {text}");
     eprintln!("NOT TESTED: the kernel programs: {text}");
 }
