@@ -16,6 +16,7 @@ mod forge;
 mod packet;
 mod rewrite;
 mod sockets;
+mod tun;
 mod v6;
 mod watch;
 
@@ -102,7 +103,9 @@ fn attempt(way: &str, target: std::net::SocketAddrV4, place: &sockets::Place) ->
         }
         "frame" | "frame-fragment" | "frame-fragments" | "frame-vlan" | "frame-double-vlan"
         | "frame-vxlan" => packet::frame(way, target, place),
+        "frames" => packet::frames(target, place),
         "udp-vxlan" => packet::wrapped(target, place),
+        "tun" => tun::forwarded(target, place),
         _ => sockets::attempt(way, target, place),
     }
 }

@@ -3,12 +3,18 @@
 use std::{
     fs,
     net::{Ipv4Addr, SocketAddr, SocketAddrV4, UdpSocket},
-    os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
+    os::fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd},
 };
 
-use nix::sys::socket::{MsgFlags, SockaddrStorage, connect, sendto};
+use nix::{
+    poll::{PollFd, PollFlags, poll},
+    sys::socket::{MsgFlags, SockaddrStorage, connect, sendto},
+};
 
-use crate::{Outcome, sockets::Place};
+use crate::{
+    Outcome,
+    sockets::{ENDED, Place},
+};
 
 const ETHERTYPE_IPV4: u16 = 0x0800;
 pub(crate) const ETHERTYPE_VLAN: u16 = 0x8100;
@@ -16,6 +22,9 @@ pub(crate) const ETHERTYPE_VLAN: u16 = 0x8100;
 const LATER: u16 = 185;
 const MORE: u16 = 0x2000;
 const FIRST_BYTES: usize = 24;
+/// Between two frames of many, and how many are sent after the end of the input.
+const BETWEEN_FRAMES_MS: u16 = 1;
+const LAST_FRAMES: u32 = 5;
 /// Where machines take VXLAN packets, and the number of the network that the test makes.
 const VXLAN_PORT: u16 = 4789;
 const VXLAN_NETWORK: u8 = 42;
@@ -89,6 +98,30 @@ pub(crate) fn frame(way: &str, target: SocketAddrV4, place: &Place) -> Outcome {
     Ok("sent")
 }
 
+/// Sends one frame after the other, from an address of its own, until its input ends, and a few more; says how many those were.
+#[expect(clippy::print_stdout, reason = "the count is what was asked for")]
+pub(crate) fn frames(target: SocketAddrV4, place: &Place) -> Outcome {
+    place.enter()?;
+    let own = place.from.map_or_else(own_address, Ok)?;
+    let mut frame = gateway_hardware_address()?;
+    frame.extend(own_hardware_address()?);
+    frame.extend(ETHERTYPE_IPV4.to_be_bytes());
+    frame.extend(ip(target, own, 6, 0));
+    let socket = frame_socket(ETHERTYPE_IPV4)?;
+    let input = std::io::stdin();
+    let mut is_over = [PollFd::new(input.as_fd(), PollFlags::POLLIN)];
+    let (mut sent, mut left) = (0_u32, LAST_FRAMES);
+    while left > 0 {
+        send_frame(&socket, &frame, ETHERTYPE_IPV4)?;
+        sent += 1;
+        if poll(&mut is_over, BETWEEN_FRAMES_MS)? > 0 {
+            left -= 1;
+        }
+    }
+    println!("{sent}");
+    Ok(ENDED)
+}
+
 /// Sends a packet inside a datagram, as a machine of an overlay network does to another one.
 pub(crate) fn wrapped(target: SocketAddrV4, place: &Place) -> Outcome {
     place.enter()?;
@@ -156,7 +189,7 @@ pub(crate) fn syn(port: u16) -> Vec<u8> {
     header
 }
 
-fn ip(target: SocketAddrV4, source: Ipv4Addr, protocol: u8, fragment: u16) -> Vec<u8> {
+pub(crate) fn ip(target: SocketAddrV4, source: Ipv4Addr, protocol: u8, fragment: u16) -> Vec<u8> {
     ip_packet(*target.ip(), source, (protocol, fragment), &segment(source, target, &[]))
 }
 

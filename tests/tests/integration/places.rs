@@ -7,7 +7,7 @@ use super::{
     Scene,
     escape::{
         Attack,
-        Expected::{self, Proxied},
+        Expected::{self, Dropped, Proxied},
         Folder, GUARDED, REFUSED, place,
     },
     watch::PROGRAM,
@@ -35,8 +35,11 @@ pub(super) enum Put {
 
 use Put::{Below, Cgroup, Late, Left, LeftToRoot, Network, OtherNetwork, Sibling};
 
+/// What no hook at a socket meets.
+const TUN: &str = "forwarded";
+
 /// The socket may be of the host's cgroup, made before the move or handed over: the calling task counts.
-pub(super) const PLACES: [(&str, &[Put], &str, Expected); 18] = [
+pub(super) const PLACES: [(&str, &[Put], &str, Expected); 19] = [
     ("made-before-the-move", &[Network, Cgroup, Late], "tcp", Proxied),
     ("accepted-and-used-again", &[Network, Cgroup, Late], "unspec-accepted", Proxied),
     ("handed-over", &[Network, Cgroup, Late], "passed", Proxied),
@@ -55,6 +58,8 @@ pub(super) const PLACES: [(&str, &[Put], &str, Expected); 18] = [
     ("left-raw", &[Network, Cgroup, LeftToRoot], "raw", GUARDED),
     ("another-network", &[OtherNetwork, Cgroup], "tcp", REFUSED),
     ("another-network-raw", &[OtherNetwork, Cgroup], "raw", GUARDED),
+    // Through an interface of its own: no socket sends it.
+    (TUN, &[Network, Cgroup], "tun", Dropped),
 ];
 
 /// The places of a pod.
@@ -100,8 +105,12 @@ fn no_place_that_a_privileged_process_puts_itself_into_leads_around_weir() {
     let pod = scene.testbed.run_pod(&PodSpec::idle("it-places", "caller")).unwrap();
     let other = scene.testbed.run_pod(&PodSpec::idle("it-places", "other")).unwrap();
     let attack = Attack::new(&scene, &pod);
-    let agent = scene.agent(TrustSource::ClusterSigner);
     let places = Places::new(&pod, &other);
+    // Without an agent the far side sees it.
+    let (_, puts, way, _) = PLACES.iter().find(|(name, ..)| *name == TUN).unwrap();
+    let (said, direct) = attack.try_from(&places.words(puts), way);
+    assert!(said == "sent" && !direct.is_empty(), "{way} ({said}) was not seen");
+    let agent = scene.agent(TrustSource::ClusterSigner);
     for (name, puts, way, expected) in &PLACES {
         let (said, direct) = attack.try_from(&places.words(puts), way);
         assert!(expected.is(&said), "{name}: {said}: {}", agent.last_lines());
