@@ -28,13 +28,14 @@ pub(super) const INTERFACE: &str = "weirfar0";
 /// Addresses of the relay, and the first one's is the name server's as well. Not among those that the CNI gives away.
 pub(super) const FIRST: &str = "10.244.0.241";
 pub(super) const SECOND: &str = "10.244.0.242";
+pub(super) const THIRD: &str = "10.244.0.243";
 pub(super) const V6: &str = "fd00:10:244::241";
 pub(super) const V6_NETWORK: &str = "fd00:10:244::";
 const BRIDGE: &str = "weirtb0";
 /// The host's own, while the far side is there: the agent looks at addresses of both families as well.
 const HOST_V6: &str = "fd00:10:244::1/64";
 /// Longer than a test: the agent has no reason to ask again before.
-const RECORD_SECONDS: &str = "3600";
+pub(super) const RECORD_SECONDS: u32 = 3600;
 
 /// Who came to which address, and how many bytes they sent.
 type Came = Arc<Mutex<BTreeMap<(IpAddr, IpAddr), u64>>>;
@@ -53,7 +54,7 @@ impl FarSide {
         ip(&["link", "add", INTERFACE, "type", "veth", "peer", "name", "eth0", "netns", NAMESPACE]);
         ip(&["link", "set", INTERFACE, "master", BRIDGE, "up"]);
         ip(&["address", "replace", HOST_V6, "dev", BRIDGE, "nodad"]);
-        for address in [FIRST, SECOND] {
+        for address in [FIRST, SECOND, THIRD] {
             ip(&["-n", NAMESPACE, "address", "add", &format!("{address}/24"), "dev", "eth0"]);
         }
         ip(&["-n", NAMESPACE, "address", "add", &format!("{V6}/64"), "dev", "eth0", "nodad"]);
@@ -87,11 +88,17 @@ impl FarSide {
         is_listening.recv().unwrap();
         let mut far_side = Self { came, name_server: None, records: folder.join("records") };
         far_side.record(FIRST);
-        far_side.start_name_server();
+        far_side.start_name_server(RECORD_SECONDS);
         far_side
     }
 
-    fn start_name_server(&mut self) {
+    /// The name server anew, with records that live for so long.
+    pub(super) fn restart_name_server(&mut self, record_seconds: u32) {
+        self.end_name_server();
+        self.start_name_server(record_seconds);
+    }
+
+    fn start_name_server(&mut self, record_seconds: u32) {
         let mut server = Command::new("ip");
         server.args(["netns", "exec", NAMESPACE, "dnsmasq", "--keep-in-foreground", "--conf-file=/dev/null"]);
         server.args([
@@ -102,7 +109,7 @@ impl FarSide {
             "--pid-file",
             "--port=53",
         ]);
-        server.arg(format!("--listen-address={FIRST}")).arg(format!("--local-ttl={RECORD_SECONDS}"));
+        server.arg(format!("--listen-address={FIRST}")).arg(format!("--local-ttl={record_seconds}"));
         server.arg(format!("--addn-hosts={}", self.records.display()));
         self.name_server = Some(server.spawn().unwrap());
     }

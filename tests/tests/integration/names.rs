@@ -1,6 +1,9 @@
 //! Host names of API servers: what they stand for changes while the agent runs, and pods are told so first.
 
-use std::net::{IpAddr, SocketAddr};
+use std::{
+    net::{IpAddr, SocketAddr},
+    time::Duration,
+};
 
 use nix::sys::signal::Signal;
 use serde_json::json;
@@ -15,16 +18,24 @@ use weir_tests::{
 
 use super::{
     DEADLINE, Scene, escape,
-    far_side::{self, FIRST, FarSide, SECOND, V6, wait_for_record},
+    far_side::{
+        self, FIRST, FarSide, RECORD_SECONDS, SECOND, THIRD, V6, wait_for_record, wait_for_record_of,
+    },
     shown,
     watch::{self, PROGRAM, UDP, Watch},
     witness::{Server, Witness},
 };
 
 /// Where nothing listens.
+const NOBODY: &str = "10.244.0.244";
+/// No API server's.
+const OTHER_NAME: &str = "other.weir.test";
+/// Where nothing listens, either.
 const FORGED: &str = "10.244.0.249";
 /// Given to the pod that races.
 const POD6: &str = "fd00:10:244::8";
+/// How long a record may be over until the agent asks again; one that lives for long it asks for after 30 s.
+const ASKED_MAX: Duration = Duration::from_secs(15);
 /// Races of each kind; with `WEIR_TEST_LONG` more.
 const RACES: usize = 20;
 const RACES_LONG: usize = 300;
@@ -71,10 +82,13 @@ fn a_new_address_of_an_endpoint_is_no_way_out_for_the_pod_that_is_told_it_first(
     configuration["clusters"][0]["addresses"] = json!([format!("{ENDPOINT_NAME}:443")]);
     let path = scene.scratch.path().join("agent.yaml");
     agent::write_configuration(&configuration, &path).unwrap();
+    far_side.restart_name_server(1);
+    wait_for_record(&pod, FIRST);
     let mut agent = AgentProcess::start(&path, &scene.scratch.path().join("agent.log")).unwrap();
     wait_until("the endpoint's address", DEADLINE, || Ok(is_known(&agent, FIRST)?.then_some(()))).unwrap();
     assert_eq!(ask(&pod), expected, "{}", agent.last_lines());
     assert!(far_side.came_from(own).is_empty());
+    learns_by_time_alone(&agent, &pod, &mut far_side);
 
     // The record lives for an hour: only what the pod is told can have the agent know of the new address.
     assert!(!is_known(&agent, SECOND).unwrap());
@@ -90,7 +104,7 @@ fn a_new_address_of_an_endpoint_is_no_way_out_for_the_pod_that_is_told_it_first(
     assert!(is_known(&agent, SECOND).unwrap() && is_known(&agent, FIRST).unwrap());
     far_side.came_from(own);
     assert_eq!(ask(&pod), expected, "{}", agent.last_lines());
-    for address in [FIRST, SECOND] {
+    for address in [FIRST, SECOND, THIRD] {
         let said = pod.exec(&[watch::PROGRAM, "tcp", &format!("{address}:443")]).unwrap();
         assert_eq!(String::from_utf8_lossy(&said.stdout).trim(), "connected", "{address}");
     }
@@ -110,7 +124,9 @@ fn a_new_address_of_an_endpoint_is_no_way_out_for_the_pod_that_is_told_it_first(
     pod.exec(&[watch::PROGRAM, "forge", ENDPOINT_NAME, "10.244.0.248", &marker]).unwrap();
     let unresolved = |event: &_| matches!(event, Kind::Finding { name, .. } if name == "hostNameUnresolved");
     scene.event("the name server's silence", |event| unresolved(&event.kind));
-    assert!(is_known(&agent, SECOND).unwrap() && is_known(&agent, FIRST).unwrap());
+    for address in [FIRST, SECOND, THIRD, NOBODY] {
+        assert!(is_known(&agent, address).unwrap(), "{address}");
+    }
     assert!(agent.terminate().unwrap().success(), "{}", agent.last_lines());
     let events = scene.events();
     assert_eq!(events.iter().filter(|event| unresolved(&event.kind)).count(), 1);
@@ -119,6 +135,27 @@ fn a_new_address_of_an_endpoint_is_no_way_out_for_the_pod_that_is_told_it_first(
     let audited = audit::finished_by_pod(&scene.testbed.layout().audit_log(), &pod.uid).unwrap();
     let coverage = Coverage::compare(&audited[before..], &events, &pod.uid);
     assert!(coverage.is_complete(), "{coverage}");
+}
+
+/// Nobody asks for the name but the agent, once its record's life is over. Afterwards records live for long.
+fn learns_by_time_alone(agent: &AgentProcess, pod: &Pod<'_>, far_side: &mut FarSide) {
+    let learns = |address| {
+        wait_until("the agent to ask again", ASKED_MAX, || Ok(is_known(agent, address)?.then_some(())))
+            .unwrap_or_else(|error| panic!("{address}: {error:#}\n{}", agent.last_lines()));
+    };
+    assert!(!is_known(agent, THIRD).unwrap());
+    far_side.record(THIRD);
+    learns(THIRD);
+    assert!(is_known(agent, FIRST).unwrap(), "pods may have it still");
+
+    // It asks no name server that is not there: that would be recorded.
+    agent.signal(Signal::SIGSTOP).unwrap();
+    far_side.record_all(&[(NOBODY, ENDPOINT_NAME), (FIRST, OTHER_NAME)]);
+    far_side.restart_name_server(RECORD_SECONDS);
+    wait_for_record_of(pod, OTHER_NAME, FIRST);
+    agent.signal(Signal::SIGCONT).unwrap();
+    // From then on it has a record that lives for long.
+    learns(NOBODY);
 }
 
 /// What a pod races for: each time an address of the endpoint that nobody on the node was told before.
