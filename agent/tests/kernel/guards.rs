@@ -2,20 +2,23 @@
 //! namespace here but not its cgroup.
 
 use std::{
-    io::Read as _,
-    net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket},
+    io::{ErrorKind, Read as _, Write as _},
+    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    os::fd::AsRawFd as _,
     sync::{Arc, OnceLock},
     time::Duration,
 };
 
+use nix::sys::socket::{Backlog, SockaddrStorage, bind, connect, listen};
 use weir_agent::interception::{
+    cgroup,
     listener::{Listener, Namespace, own_netns},
     loader::{Kernel, Pinning},
     security::{Security, Way},
 };
 use weir_common::kernel::{CgroupEntry, Class, KUBELET};
 
-use crate::world::{API4, Dial, OwnCgroup, OwnNetns, dial, load};
+use crate::world::{API4, Dial, OwnCgroup, OwnNetns, dial, load, new_socket};
 
 const UDP: u8 = 17;
 const GRE: u8 = 47;
@@ -179,6 +182,51 @@ async fn a_connection_from_before_enrolment_is_stalled() {
     assert_eq!(stream.read(&mut rest).unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
     client.kill().unwrap();
     client.wait().unwrap();
+}
+
+/// The kernel ends no such sockets for anybody (`sctp_diag` has no `SOCK_DESTROY`), and connects them past all hooks.
+#[test]
+fn sctp_sockets_from_before_enrolment_reach_nobody() {
+    // Not every kernel has it; those of the kernel matrix do.
+    if std::env::var_os("WEIR_TEST_SCTP").is_none() {
+        return;
+    }
+    let Some(scene) = Scene::new("guard-sctp") else { return };
+    scene.classify(Class::Unselected, None);
+    let to = SockaddrStorage::from(API4);
+    let sctp = || new_socket(libc::AF_INET, libc::SOCK_STREAM, libc::IPPROTO_SCTP).unwrap();
+    let far = scene.netns.within(sctp);
+    bind(far.as_raw_fd(), &to).unwrap();
+    listen(&far, Backlog::new(8).unwrap()).unwrap();
+    let far = TcpListener::from(far);
+    // Sockets are of their maker's cgroup, which a process is in as a whole: nobody makes one beside, since the matrix runs one test at a time.
+    let home = cgroup::of_process(std::process::id()).unwrap_or_default();
+    let home = cgroup::mount_point().unwrap().join(home).join("cgroup.procs");
+    scene.cgroup.take(std::process::id());
+    let [connected, made] = scene.netns.within(|| [sctp(), sctp()]);
+    std::fs::write(home, std::process::id().to_string()).unwrap();
+
+    connect(connected.as_raw_fd(), &to).unwrap();
+    let mut connected = TcpStream::from(connected);
+    let (mut accepted, _) = far.accept().unwrap();
+    connected.write_all(b"first").unwrap();
+    accepted.read_exact(&mut [0; 5]).unwrap();
+
+    scene.classify(Class::Enrolled, None);
+    let dropped = || scene.kernel.counters().unwrap().guard_dropped;
+    let made = TcpStream::from(made);
+    for socket in [&connected, &made, &accepted] {
+        socket.set_nonblocking(true).unwrap();
+    }
+    connected.write_all(b"second").unwrap();
+    wait(|| dropped() > 0);
+    let before = dropped();
+    assert_eq!(connect(made.as_raw_fd(), &to), Err(nix::Error::EINPROGRESS));
+    wait(|| dropped() > before);
+    far.set_nonblocking(true).unwrap();
+    let heard = [accepted.read(&mut [0]).map(drop), far.accept().map(drop)];
+    let heard = heard.map(|heard| heard.map_err(|error| error.kind()));
+    assert_eq!(heard, [Err(ErrorKind::WouldBlock); 2]);
 }
 
 fn wait(holds: impl Fn() -> bool) {
