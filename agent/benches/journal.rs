@@ -11,7 +11,9 @@
 
 use std::{
     collections::BTreeMap,
+    io::{BufRead as _, BufReader},
     path::{Path, PathBuf},
+    process::{Command, Stdio},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -58,6 +60,15 @@ const BACKLOG_BYTES: usize = 8 * 1024 * 1024;
 const BROKER: &str = "WEIR_BENCH_KAFKA";
 /// GiB of segments that an agent finds.
 const GIBIBYTES: &str = "WEIR_BENCH_GIB";
+/// The journal's folder, for the process that fills it and is killed.
+const VICTIM: &str = "WEIR_BENCH_VICTIM";
+
+/// The longest that an agent may take until it accepts, whatever others left.
+const ACCEPT_MAX: Duration = Duration::from_secs(5);
+/// Where no Kafka is.
+const NOWHERE: &str = "127.0.0.1:1/weir";
+/// What the one that is killed says when its journal is full.
+const FILLED: &str = "filled";
 
 /// The longest that publishing may take.
 const DEADLINE: Duration = Duration::from_secs(600);
@@ -170,9 +181,9 @@ fn rate_of(recorder: &Recorder, work: impl FnOnce()) -> Rate {
     Rate { records: written as f64, seconds, cpu_seconds, bytes: (after.bytes - before.bytes) as f64, syncs }
 }
 
-fn publish(recorder: &Recorder, broker: &str) {
+fn kafka(broker: &str) -> Kafka {
     let (brokers, topic) = broker.split_once('/').unwrap();
-    let kafka = Kafka {
+    Kafka {
         brokers: vec![brokers.to_owned()],
         topic: topic.to_owned(),
         checkpoint_topic: topic.to_owned(),
@@ -181,10 +192,13 @@ fn publish(recorder: &Recorder, broker: &str) {
         property_files: BTreeMap::new(),
         oauth: None,
         replay_window: Duration::from_secs(3600),
-    };
+    }
+}
+
+fn publish(recorder: &Recorder, broker: &str) {
     let events = recorder.measured().events;
     let start = Instant::now();
-    let publishing = Publishing::start(&kafka, recorder).unwrap();
+    let publishing = Publishing::start(&kafka(broker), recorder).unwrap();
     let first = loop {
         if publishing.published().messages > 0 {
             break start.elapsed();
@@ -218,7 +232,52 @@ fn on_one_core<T>(run: impl FnOnce() -> T) -> T {
     result
 }
 
+fn gibibytes() -> u64 {
+    std::env::var(GIBIBYTES).map_or(1, |gibibytes| gibibytes.parse().unwrap())
+}
+
+/// Fills a journal, says so, and waits for its end.
+fn victim(journal: &Path) {
+    let recorder = recorder(journal);
+    let rate = fill(&recorder, RECORDS);
+    let frame = (rate.bytes / rate.records) as u64;
+    fill(&recorder, (gibibytes() << 30).saturating_sub(rate.bytes as u64) / frame);
+    println!("{FILLED}");
+    loop {
+        std::thread::park();
+    }
+}
+
+/// How long an agent takes to accept, whose predecessor was killed with so much in its journal that nobody has published: what it left is
+/// adopted by the publisher meanwhile.
+fn first_accept(journal: &Path, broker: Option<&str>) {
+    let own = std::env::current_exe().unwrap();
+    let mut killed = Command::new(own).env(VICTIM, journal).stdout(Stdio::piped()).spawn().unwrap();
+    let mut said = BufReader::new(killed.stdout.take().unwrap()).lines().map_while(Result::ok);
+    assert!(said.any(|line| line == FILLED), "it ended before the journal was filled");
+    killed.kill().unwrap();
+    killed.wait().unwrap();
+    let start = Instant::now();
+    let next = recorder(journal);
+    let publishing = Publishing::start(&kafka(broker.unwrap_or(NOWHERE)), &next).unwrap();
+    next.gap("accepted".to_owned(), None).unwrap();
+    let accepted = start.elapsed();
+    while publishing.published().backlog_bytes < gibibytes() << 29 {
+        assert!(start.elapsed() < DEADLINE, "{:?}", publishing.published());
+        std::thread::park_timeout(Duration::from_millis(5));
+    }
+    println!(
+        "\nfirst accept {accepted:.0?} after the start, with {} GiB of a killed agent's segments there; their publishing began before {:.0?}",
+        gibibytes(),
+        start.elapsed()
+    );
+    assert!(accepted < ACCEPT_MAX, "it took {accepted:?}");
+}
+
 fn main() {
+    if let Some(journal) = std::env::var_os(VICTIM) {
+        return victim(Path::new(&journal));
+    }
     let folder = match std::env::var_os("WEIR_BENCH_DIR") {
         Some(on_disk) => tempfile::TempDir::new_in(on_disk),
         None => tempfile::TempDir::new(),
@@ -249,20 +308,10 @@ fn main() {
     let first = recorder(&journal);
     let rate = fill(&first, RECORDS);
     println!("\nall cores   {}", rate.said());
-    match std::env::var(BROKER) {
-        Ok(broker) => publish(&first, &broker),
+    let broker = std::env::var(BROKER);
+    match &broker {
+        Ok(broker) => publish(&first, broker),
         Err(_) => println!("publishing: not measured; {BROKER}=HOST:PORT/TOPIC names a Kafka"),
     }
-
-    let gibibytes: u64 = std::env::var(GIBIBYTES).map_or(1, |gibibytes| gibibytes.parse().unwrap());
-    let frame = (rate.bytes / rate.records) as u64;
-    fill(&first, (gibibytes << 30).saturating_sub(rate.bytes as u64) / frame);
-    // The next one finds it as an agent leaves it that was killed: nothing was ended in order.
-    let start = Instant::now();
-    let next = recorder(&journal);
-    next.gap("accepted".to_owned(), None).unwrap();
-    println!(
-        "\nfirst accept {:.0?} after the start, with {gibibytes} GiB of segments there",
-        start.elapsed()
-    );
+    first_accept(&folder.path().join("killed"), broker.as_deref().ok());
 }

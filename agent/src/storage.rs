@@ -10,7 +10,7 @@ mod contents;
 #[cfg(test)]
 mod kill_tests;
 #[cfg(test)]
-mod memory;
+pub(crate) mod memory;
 #[cfg(test)]
 mod operation_tests;
 #[cfg(test)]

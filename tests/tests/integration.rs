@@ -53,6 +53,8 @@ mod clock_jumps;
 mod clusters;
 #[path = "integration/commits.rs"]
 mod commits;
+#[path = "integration/damage.rs"]
+mod damage;
 #[path = "integration/doctor.rs"]
 mod doctor;
 #[path = "integration/eks.rs"]

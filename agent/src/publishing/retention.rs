@@ -217,10 +217,14 @@ fn predecessor(storage: &dyn Storage, first_segment: &Path) -> Option<String> {
 mod tests {
     use std::sync::Arc;
 
+    use rand::{SeedableRng as _, rngs::StdRng};
     use weir_common::removed::{REMOVED_FILE, Removed};
 
     use super::{Retention, epochs, remove_epoch, sweep};
-    use crate::{publishing::fixture::Log, storage::FileSystem};
+    use crate::{
+        publishing::fixture::Log,
+        storage::{FileSystem, Storage as _, make_folders, memory::Memory, replace},
+    };
 
     fn removed(log: &Log) -> Removed {
         Removed::decode(&std::fs::read(log.folder().join(REMOVED_FILE)).unwrap()).unwrap()
@@ -250,6 +254,29 @@ mod tests {
         assert_eq!(retention.remove_before(3).unwrap(), 1, "the epoch has ended");
         assert!(retention.is_empty().unwrap());
         assert_eq!(removed(&log).tree, log.tree);
+    }
+
+    #[test]
+    fn what_went_does_not_come_back_with_the_power_and_is_remembered_then() {
+        let mut log = Log::new();
+        (0..3).for_each(|_| {
+            log.events(2);
+            log.rotate();
+        });
+        for seed in 0..20 {
+            let memory = Memory::new();
+            make_folders(&memory, log.folder()).unwrap();
+            for index in 0..=3 {
+                replace(&memory, &log.segment(index), &std::fs::read(log.segment(index)).unwrap()).unwrap();
+            }
+            let mut retention =
+                Retention::open(Arc::new(memory.clone()), log.folder().to_owned(), log.epoch).unwrap();
+            assert_eq!(retention.remove_before(2).unwrap(), 2);
+            let after = memory.after_power_loss(&mut StdRng::seed_from_u64(seed));
+            let is_there = |index| after.exists(&log.segment(index));
+            assert_eq!([0, 1, 2, 3].map(is_there), [false, false, true, true], "seed {seed}");
+            assert!(after.exists(&log.folder().join(REMOVED_FILE)), "seed {seed}");
+        }
     }
 
     #[test]

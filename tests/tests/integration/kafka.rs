@@ -6,7 +6,7 @@ use std::{
     fmt::Write as _,
     path::{Path, PathBuf},
     process::{Command, Output},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use serde_json::{Value, json};
@@ -27,6 +27,7 @@ use super::{
         CANARY, KEYS, KeyPair, check_order, only_recipients_read, proves_silence, signed_by, silences,
         verified_by_others,
     },
+    kafka_faults::stays_after_acknowledgement,
     monitoring::{Monitored, check_documented},
     shown,
 };
@@ -451,15 +452,10 @@ fn segments_leave_the_node_when_all_of_them_is_published_and_their_time_is_over(
     let kept = recorded(&scene.journal());
     assert!(kept[0].id.ends_with("/0"), "{}", kept[0].id);
 
-    let begin = Instant::now();
-    kafka.restart().unwrap();
-    wait_until("the published segments to leave", PUBLISHED_DEADLINE, || {
-        Ok((!epoch.join("00000000000000000000.seg").exists()).then_some(()))
-    })
-    .unwrap_or_else(|error| panic!("{error}; {:?}: {}", segments(&epoch), agent.last_lines()));
-    assert!(begin.elapsed() >= WINDOW, "they left after {:?}", begin.elapsed());
+    let stayed = stays_after_acknowledgement(&mut kafka, &epoch, &agent);
+    assert!(stayed >= WINDOW, "the first one stayed for {stayed:?}");
     let again = check(&kept, &published(&kafka));
-    println!("{} frames, {again} of them twice", kept.len());
+    println!("{} frames, {again} of them twice; the first segment stayed for {stayed:?}", kept.len());
 
     // What is left still verifies, and the whole of it is on the topics.
     let journal = scene.journal();

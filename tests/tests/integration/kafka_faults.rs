@@ -20,10 +20,11 @@ use weir_tests::{
 
 use super::{
     Scene,
-    broker_faults::check_order,
+    broker_faults::{check_order, recovered},
+    damage::{Turned, a_damage_is_told_once, all_but_one_is_published, of_epoch},
     kafka::{
-        CHECKPOINTS, EVENTS, PUBLISHED_DEADLINE, Recorded, check, configuration, doctor, epochs, kafka,
-        published, publishing, recorded, segments, sound, source, start, wait_until_published, weir,
+        CHECKPOINTS, EVENTS, PUBLISHED_DEADLINE, check, configuration, doctor, epochs, kafka, published,
+        publishing, recorded, segments, sound, source, start, wait_until_published,
     },
     kafka_access::Follower,
     monitoring::Monitored,
@@ -138,13 +139,34 @@ pub(super) fn sent_again(monitored: &Monitored) -> usize {
     monitored.metrics()["weir_kafka_messages_resent_total"] as usize
 }
 
-/// How many events of an epoch were acknowledged, by its file `cursor`: of two slots the one with the higher generation says so.
-/// `docs/recording-format.md` describes it.
-fn acknowledged(epoch: &Path) -> u64 {
-    let bytes = std::fs::read(epoch.join("cursor")).unwrap();
+/// What of an epoch is acknowledged, by its file `cursor`: all segments before this one, and so many events. Of two slots the one with
+/// the higher generation says so. `docs/recording-format.md` describes it.
+pub(super) fn acknowledged(epoch: &Path) -> (u64, u64) {
+    let Ok(bytes) = std::fs::read(epoch.join("cursor")) else { return (0, 0) };
     let number = |slot: &[u8], at: usize| u64::from_le_bytes(slot[at..at + 8].try_into().unwrap());
     let slots = bytes.chunks_exact(512).filter(|slot| slot.starts_with(b"WEIRCUR\n"));
-    slots.map(|slot| (number(slot, 16), number(slot, 56))).max().map_or(0, |(_, sequence)| sequence)
+    let newest = slots.max_by_key(|slot| number(slot, 16));
+    newest.map_or((0, 0), |slot| (number(slot, 40), number(slot, 56)))
+}
+
+/// Starts the broker, and says how long the first segment stays after all of it was acknowledged: from the last look at which it was not, since the
+/// broker takes longer to start than any window that a test has time for.
+#[track_caller]
+pub(super) fn stays_after_acknowledgement(kafka: &mut Kafka, epoch: &Path, agent: &AgentProcess) -> Duration {
+    let (first, mut not_yet) = (segments(epoch).remove(0), Instant::now());
+    std::thread::scope(|scope| {
+        let restarted = scope.spawn(|| kafka.restart());
+        wait_until("the published segments to leave", PUBLISHED_DEADLINE, || {
+            let looked = Instant::now();
+            if acknowledged(epoch).0 == 0 {
+                not_yet = looked;
+            }
+            Ok((!first.exists()).then_some(()))
+        })
+        .unwrap_or_else(|error| panic!("{error}; {:?}: {}", segments(epoch), agent.last_lines()));
+        restarted.join().unwrap().unwrap();
+    });
+    not_yet.elapsed()
 }
 
 #[test]
@@ -226,14 +248,14 @@ fn what_a_killed_agent_left_is_published_by_the_next_one() {
     // All that is on record by now counts as acknowledged before the broker dies.
     let known = recorded(&scene.journal()).iter().filter(|frame| frame.kind == FrameType::Event).count();
     wait_until("what is acknowledged to be written down", CURSOR_DEADLINE, || {
-        Ok((acknowledged(&orphan) >= known as u64).then_some(()))
+        Ok((acknowledged(&orphan).1 >= known as u64).then_some(()))
     })
     .unwrap();
     kafka.kill().unwrap();
     ledger.go_on(5, "without the broker");
     let mut made = ledger.end(&pod);
     agent.crash().unwrap();
-    let acknowledged = acknowledged(&orphan);
+    let (_, acknowledged) = acknowledged(&orphan);
     let number = |name: &String| name.rsplit('-').next().and_then(|number| number.parse::<u32>().ok());
     let last = made.iter().max_by_key(|name| number(name)).cloned();
 
@@ -250,15 +272,14 @@ fn what_a_killed_agent_left_is_published_by_the_next_one() {
 
     let (recorded, published) = (recorded(&scene.journal()), published(&kafka));
     assert_eq!(epochs(&scene.journal()).len(), 2);
-    let of_orphan = recorded.iter().filter(|frame| orphan.ends_with(&frame.epoch)).count();
-    assert!(of_orphan > 0, "{orphan:?}");
+    assert!(of_epoch(&orphan, &recorded).next().is_some(), "{orphan:?}");
     check_ledger(&made, last.as_deref(), &published);
     check_order(&kafka.messages(EVENTS).unwrap());
     let again = check(&recorded, &published);
     println!("{} objects, {} frames, {again} of them once more", made.len(), recorded.len());
     // Once more comes what the killed one had sent and did not know to be acknowledged, and nothing else.
-    let unknown = |frame: &&Recorded| orphan.ends_with(&frame.epoch) && frame.sequence >= acknowledged;
-    let of_unknown = recorded.iter().filter(unknown).map(|frame| published[&frame.id].len() - 1);
+    let unknown = of_epoch(&orphan, &recorded).filter(|frame| frame.sequence >= acknowledged);
+    let of_unknown = unknown.map(|frame| published[&frame.id].len() - 1);
     let (of_unknown, most) = (of_unknown.clone().sum::<usize>(), of_unknown.max().unwrap_or_default());
     assert!(
         again - of_unknown + most.saturating_sub(1) <= sent_again,
@@ -268,55 +289,7 @@ fn what_a_killed_agent_left_is_published_by_the_next_one() {
     let stopped: Vec<_> =
         report["epochs"].as_array().unwrap().iter().map(|epoch| &epoch["stopped"]).collect();
     assert_eq!(stopped, [&json!(false), &json!(true)], "{report:#}");
-    a_damage_is_told_once(&scene, &kafka, &recorded);
-}
-
-/// A byte of the first epoch turns while no agent runs. The next one publishes what is left of it once more, says what is missing, and
-/// keeps the segment; what is whole leaves when its time is over.
-fn a_damage_is_told_once(scene: &Scene, kafka: &Kafka, recorded: &[Recorded]) {
-    let journal = scene.journal();
-    let [damaged, whole] = &epochs(&journal)[..] else { panic!("two agents ran") };
-    let of_damaged: Vec<_> = recorded.iter().filter(|frame| damaged.ends_with(&frame.epoch)).collect();
-    let mut events = of_damaged.iter().filter(|frame| frame.kind == FrameType::Event);
-    let hit = events.nth(of_damaged.len() / 2).unwrap();
-    let segment = segments(damaged).remove(0);
-    let mut bytes = std::fs::read(&segment).unwrap();
-    let at = bytes.windows(hit.value.len()).position(|part| part == hit.value.as_bytes()).unwrap();
-    bytes[at + hit.value.len() / 2] ^= 0x10;
-    std::fs::write(&segment, bytes).unwrap();
-    std::fs::remove_file(damaged.join("cursor")).unwrap();
-
-    let mut publishing = publishing(&kafka.bootstrap());
-    publishing["replayWindowSeconds"] = json!(1);
-    let (mut agent, monitored) = Monitored::start_with(scene, configuration(scene, publishing));
-    let reason = format!("journal damaged: epoch {}, segment 0, offset ", hit.epoch);
-    let told = wait_until("the gap to be on the topic", PUBLISHED_DEADLINE, || {
-        let messages = kafka.messages(EVENTS)?;
-        Ok(messages.into_iter().find(|message| message.value.contains(&reason)))
-    });
-    let told: Event = serde_json::from_str(&told.unwrap().value).unwrap();
-    let Kind::Gap { events, .. } = told.kind else { panic!("{told:?}") };
-    assert_eq!(events, Some(1), "{told:?}");
-    wait_until("what is whole to leave, and what is not to be kept", PUBLISHED_DEADLINE, || {
-        let is_kept = agent.log()?.contains("segment-unreadable");
-        Ok((is_kept && segments(whole).is_empty()).then_some(()))
-    })
-    .unwrap_or_else(|error| panic!("{error}; {}", agent.last_lines()));
-    assert_eq!(segments(damaged).first(), Some(&segment), "it is kept");
-    let metrics = monitored.metrics();
-    assert_eq!((metrics["weir_journal_damages_total"], metrics["weir_kafka_backlog_bytes"]), (1.0, 0.0));
-    assert!(agent.terminate().unwrap().success(), "{}", agent.last_lines());
-    for event in ["journal-damaged", "segment-unreadable"] {
-        let times = agent.log().unwrap().matches(event).count();
-        assert_eq!(times, 1, "{event}: {}", agent.last_lines());
-    }
-    let (code, out, err) = shown(&weir(&["verify", "--from", journal.to_str().unwrap()]));
-    assert_eq!(code, Some(1), "{out}{err}");
-    let named = out.lines().find(|line| line.contains("00000000000000000000.seg"));
-    assert!(named.is_some_and(|line| line.contains(&hit.epoch)), "{out}{err}");
-    // Of the topic, which had it before, nothing is missing, and that the node lacks it is said there once.
-    let report = sound(&source(&kafka.bootstrap()), &[]);
-    assert_eq!(report["gaps"].to_string().matches(&reason).count(), 1, "{report:#}");
+    a_damage_is_told_once(&scene, &kafka, &recorded, &published);
 }
 
 /// What an agent says by itself when it starts: that one topic is not there, and what the other one lacks.
@@ -367,6 +340,7 @@ fn an_agent_whose_broker_or_topic_is_not_there_serves_and_says_so_until_it_is() 
     assert_eq!(monitored.metrics()["weir_kafka_connected"], 0.0);
     assert!(monitored.metrics()["weir_kafka_backlog_bytes"] > 0.0);
     assert!(agent.terminate().unwrap().success(), "{}", agent.last_lines());
+    let turned = Turned::turn(&epochs(&scene.journal())[0], &recorded(&scene.journal()));
 
     // A broker without the topic; it has one of them.
     let kafka = Kafka::start().unwrap();
@@ -385,10 +359,10 @@ fn an_agent_whose_broker_or_topic_is_not_there_serves_and_says_so_until_it_is() 
     assert!(found.contains("no such topic") && found.contains("create it"), "{found}");
     // It need not start anew for what is mended.
     kafka.create_topic(EVENTS, 3, &[]).unwrap();
-    wait_until_published(&kafka, &scene.journal());
+    recovered(&monitored, "the topic was made");
+    assert_eq!(monitored.metrics()["weir_journal_damages_total"], 1.0);
     assert!(agent.terminate().unwrap().success(), "{}", agent.last_lines());
-    check(&recorded(&scene.journal()), &published(&kafka));
-    sound(&source(&kafka.bootstrap()), &[]);
+    all_but_one_is_published(&scene, &kafka, &agent, &turned);
 
     // A topic that would lose events in every way that its settings allow.
     let settings = [
