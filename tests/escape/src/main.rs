@@ -87,6 +87,10 @@ fn act(words: &[&str], place: &sockets::Place) -> Outcome {
         }
         ["forge", name, address, to] => forge::answer(name, address, to),
         ["rewrite", cgroup, from, to] => rewrite::run(cgroup, from, to),
+        ["frames", target, last_from] => match (target.parse(), last_from.parse()) {
+            (Ok(target), Ok(last_from)) => packet::frames(target, last_from, place),
+            _ => Err(nix::Error::EDESTADDRREQ),
+        },
         [way, target] => match target.parse() {
             Ok(SocketAddr::V4(target)) => attempt(way, target, place),
             Ok(SocketAddr::V6(target)) => v6::attempt(way, target, place),
@@ -103,7 +107,6 @@ fn attempt(way: &str, target: std::net::SocketAddrV4, place: &sockets::Place) ->
         }
         "frame" | "frame-fragment" | "frame-fragments" | "frame-vlan" | "frame-double-vlan"
         | "frame-vxlan" => packet::frame(way, target, place),
-        "frames" => packet::frames(target, place),
         "udp-vxlan" => packet::wrapped(target, place),
         "tun" => tun::forwarded(target, place),
         _ => sockets::attempt(way, target, place),

@@ -98,25 +98,25 @@ pub(crate) fn frame(way: &str, target: SocketAddrV4, place: &Place) -> Outcome {
     Ok("sent")
 }
 
-/// Sends one frame after the other, from an address of its own, until its input ends, and a few more; says how many those were.
+/// Sends one frame after the other until its input ends, and then a few more that say they are from another address; says how many those were.
 #[expect(clippy::print_stdout, reason = "the count is what was asked for")]
-pub(crate) fn frames(target: SocketAddrV4, place: &Place) -> Outcome {
+pub(crate) fn frames(target: SocketAddrV4, last_from: Ipv4Addr, place: &Place) -> Outcome {
     place.enter()?;
-    let own = place.from.map_or_else(own_address, Ok)?;
-    let mut frame = gateway_hardware_address()?;
-    frame.extend(own_hardware_address()?);
-    frame.extend(ETHERTYPE_IPV4.to_be_bytes());
-    frame.extend(ip(target, own, 6, 0));
+    let from = place.from.map_or_else(own_address, Ok)?;
+    let mut header = gateway_hardware_address()?;
+    header.extend(own_hardware_address()?);
+    header.extend(ETHERTYPE_IPV4.to_be_bytes());
+    let [frame, last_frame] = [from, last_from].map(|from| [&header[..], &ip(target, from, 6, 0)].concat());
     let socket = frame_socket(ETHERTYPE_IPV4)?;
     let input = std::io::stdin();
     let mut is_over = [PollFd::new(input.as_fd(), PollFlags::POLLIN)];
-    let (mut sent, mut left) = (0_u32, LAST_FRAMES);
-    while left > 0 {
+    let mut sent = LAST_FRAMES;
+    while poll(&mut is_over, BETWEEN_FRAMES_MS)? == 0 {
         send_frame(&socket, &frame, ETHERTYPE_IPV4)?;
         sent += 1;
-        if poll(&mut is_over, BETWEEN_FRAMES_MS)? > 0 {
-            left -= 1;
-        }
+    }
+    for _ in 0..LAST_FRAMES {
+        send_frame(&socket, &last_frame, ETHERTYPE_IPV4)?;
     }
     println!("{sent}");
     Ok(ENDED)

@@ -3,6 +3,7 @@
 use std::{
     io::{Read as _, Write as _},
     net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream},
+    path::PathBuf,
     sync::{Arc, Condvar, Mutex, PoisonError},
     thread,
 };
@@ -12,11 +13,19 @@ use serde_json::{Value, json};
 use weir_tests::{
     AgentProcess, PodSpec,
     agent::{self, TrustSource},
-    testbed::API_CLUSTER_IP,
+    command,
+    testbed::{API_CLUSTER_IP, BRIDGE, BRIDGE_ADDRESS, POD_RANGE},
     wait_until,
 };
 
-use super::{DEADLINE, Scene, enrolment::check_first_calls, monitoring::Monitored, shown};
+use super::{
+    DEADLINE, Scene,
+    enrolment::FirstCalls,
+    monitoring::Monitored,
+    own_pod::{OwnPod, Root},
+    shown,
+    watch::{self, UDP, Watch},
+};
 
 /// Pods that start one after the other, and with `WEIR_TEST_LONG`.
 const PODS: usize = 10;
@@ -116,6 +125,42 @@ fn copy(mut from: TcpStream, mut to: TcpStream, wait: impl Fn()) {
     let _ = to.shutdown(Shutdown::Write);
 }
 
+/// The pods' bridge, behind the guards at their interfaces, and one pod there of the test's own: what it sends comes after all that others
+/// have sent.
+struct FarSide {
+    program: PathBuf,
+    watch: Watch,
+    pod: OwnPod,
+    container: PathBuf,
+    _root: Root,
+}
+
+impl FarSide {
+    const UID: &'static str = "0b5e2f6a-3c1d-4e5f-8a9b-0c1d2e3f4a5b";
+    /// Not among those that the CNI gives away.
+    const ADDRESS: &'static str = "10.244.0.230";
+
+    fn new() -> Self {
+        let (program, root) = (watch::program(), Root::new("weir-asked"));
+        let watch = Watch::start(&program, BRIDGE, POD_RANGE.split('/').next().unwrap());
+        let pod = OwnPod::start(&root, Self::UID, 0, Self::ADDRESS);
+        let container = pod.container('1');
+        Self { program, watch, pod, container, _root: root }
+    }
+
+    fn say(&self, way: &str, to: &str) {
+        command::run(self.pod.process(&self.program, &self.container).args([way, to])).unwrap();
+    }
+
+    /// The packets of connections since the last time: pods have none here but to the API server, by whichever of its addresses.
+    fn seen(&self) -> Vec<String> {
+        let mark = |to: &str| self.say("udp-sendto", to);
+        let mut seen = self.watch.until_marker(BRIDGE_ADDRESS.parse().unwrap(), UDP, mark);
+        seen.retain(|packet| packet.split(' ').nth(2) == Some("6"));
+        seen
+    }
+}
+
 /// The configuration of an agent that containerd asks.
 fn asked(scene: &Scene) -> Value {
     let mut configuration = agent::configuration(&scene.testbed, &scene.journal(), TrustSource::MountedCa);
@@ -196,27 +241,37 @@ fn a_first_call_is_intercepted_although_the_watch_stands_still() {
     std::fs::write(&path, through).unwrap();
     let mut configuration = asked(&scene);
     configuration["clusters"][0]["kubeconfig"] = json!(path);
+    let far_side = FarSide::new();
+    // Without an agent it sees them.
+    far_side.say("frame", &format!("{API_CLUSTER_IP}:443"));
+    let seen = far_side.seen();
+    // One that has its address translated on the way may be seen twice.
+    assert!(seen.iter().any(|packet| packet.starts_with(FarSide::ADDRESS)), "{seen:?}");
     let (mut agent, monitored) = Monitored::start_with(&scene, configuration);
     wait_until_asked(&monitored, &agent);
 
     let count = if std::env::var_os("WEIR_TEST_LONG").is_some() { PODS_LONG } else { PODS };
     let before = Starts::of(&monitored);
-    check_first_calls(&scene, &agent, "it-asked", "first", count);
+    let calls = FirstCalls { scene: &scene, namespace: "it-asked", frames_by: Some(&far_side.program) };
+    calls.check(&agent, "first", count);
     let with_watch = Starts::of(&monitored);
     println!("{}", with_watch.since(&before).check("with a watch", count, &agent));
 
     relay.hold();
-    check_first_calls(&scene, &agent, "it-asked", "held", count);
+    calls.check(&agent, "held", count);
     let without = Starts::of(&monitored).since(&with_watch);
     println!("{}", without.check("with a watch that stands still", count, &agent));
     let pods = count.to_string().parse::<f64>().unwrap();
     assert!(without.looked_up >= pods, "the watch did not stand still: {} looked up", without.looked_up);
 
+    assert_eq!(far_side.seen(), [""; 0], "frames of first instructions");
+
     // A successor is asked in its turn; it watches anew.
     let mut next = AgentProcess::start(agent.config(), &scene.scratch.path().join("next.log")).unwrap();
     assert!(agent.wait_for_succession().unwrap().success(), "{}", agent.last_lines());
     wait_until_asked(&monitored, &next);
-    check_first_calls(&scene, &next, "it-asked", "next", PODS_AFTER_UPGRADE);
+    let calls = FirstCalls { frames_by: None, ..calls };
+    calls.check(&next, "next", PODS_AFTER_UPGRADE);
     println!("{}", Starts::of(&monitored).check("after an upgrade", PODS_AFTER_UPGRADE, &next));
 
     // A runtime that has crashed asks again as soon as it is back; meanwhile it is said that nobody asks.
@@ -228,7 +283,7 @@ fn a_first_call_is_intercepted_although_the_watch_stands_still() {
     outage.end().unwrap();
     wait_until_asked(&monitored, &next);
     let before = Starts::of(&monitored);
-    check_first_calls(&scene, &next, "it-asked", "restarted", 1);
+    calls.check(&next, "restarted", 1);
     println!("{}", Starts::of(&monitored).since(&before).check("after a crash of the runtime", 1, &next));
     assert!(next.terminate().unwrap().success(), "{}", next.last_lines());
 }
@@ -267,7 +322,8 @@ fn pods_start_and_are_denied_while_the_agent_is_stopped_or_killed() {
     .unwrap();
     wait_until_asked(&monitored, &agent);
     let before = Starts::of(&monitored);
-    check_first_calls(&scene, &agent, "it-unasked", "again", 1);
+    let calls = FirstCalls { scene: &scene, namespace: "it-unasked", frames_by: None };
+    calls.check(&agent, "again", 1);
     println!("{}", Starts::of(&monitored).since(&before).check("after the agent was stopped", 1, &agent));
 
     agent.crash().unwrap();

@@ -1,13 +1,15 @@
 //! Many pods whose first instruction is an API call, and the agent as it is. The pods are objects of the API server, on a
 //! node that no kubelet serves; the rest of them is made here ([`super::own_pod`]), several at once. Whether a byte goes past
 //! the agent is seen on the bridge behind their interfaces, where without an agent it is seen. Once their first instruction comes
-//! as early as it can, and once as a container runtime lets it come: after it has asked the agent.
+//! as early as it can, and once as a container runtime lets it come: after it has asked the agent. Beside that connection each sends frames
+//! to the API server from its first instruction on, which only the guard at its interface meets.
 
 use std::{
     collections::BTreeMap,
     fs,
     ops::Range,
     path::{Path, PathBuf},
+    process::Stdio,
     thread,
     time::{Duration, Instant},
 };
@@ -39,6 +41,12 @@ const NODE: &str = "weir-scale";
 const NAMESPACE: &str = "it-scale";
 /// The last part of the first one's address, behind those that the CNI gives away.
 const FIRST_ADDRESS: usize = 200;
+/// Behind those, the addresses that frames say they are from: by them the far side tells them from the pods' other packets.
+const FRAMES_FROM: usize = FIRST_ADDRESS + AT_ONCE + 1;
+/// The same of those that are sent once the first connection is served.
+const LAST_FRAMES_FROM: usize = FRAMES_FROM + AT_ONCE + 1;
+/// How many those are.
+const LAST_FRAMES: u64 = 5;
 /// The one that comes without an agent. Its address is nobody else's: the end of its connection is on its way when it is gone.
 const WITHOUT_AGENT: usize = 0;
 
@@ -63,6 +71,9 @@ struct Served {
     /// How long the container runtime waited for an answer about its container.
     held_back: Duration,
     certificate: String,
+    frames_sent: u64,
+    /// Whether the far side saw any of them, and of the last.
+    frames_seen: [bool; 2],
 }
 
 /// Pods that came at once; they end at once as well, and their objects after them.
@@ -146,9 +157,23 @@ impl Drop for Objects<'_> {
 
 /// Of pods that come at once each has its own.
 fn address(number: usize) -> String {
+    address_behind(FIRST_ADDRESS, number)
+}
+
+/// The same that its frames are from, and the last of them.
+fn frames_from(number: usize) -> [String; 2] {
+    [FRAMES_FROM, LAST_FRAMES_FROM].map(|first| address_behind(first, number))
+}
+
+fn address_behind(first: usize, number: usize) -> String {
     let network = BRIDGE_ADDRESS.rsplit_once('.').unwrap().0;
     let place = if number == WITHOUT_AGENT { AT_ONCE } else { number % AT_ONCE };
-    format!("{network}.{}", FIRST_ADDRESS + place)
+    format!("{network}.{}", first + place)
+}
+
+/// Whether a packet that the far side saw is from this address.
+fn is_from(packet: &str, address: &str) -> bool {
+    packet.strip_prefix(address).is_some_and(|rest| rest.starts_with(' '))
 }
 
 fn object_name(number: usize) -> String {
@@ -171,21 +196,29 @@ impl<'a> Stage<'a> {
     fn come(&self, numbers: Range<usize>) -> Wave<'a> {
         let objects = Objects::make(self.scene, numbers.clone());
         assert_eq!(objects.uids.len(), numbers.len());
-        let served = thread::scope(|scope| {
+        let mut served = thread::scope(|scope| {
             let comes = |(number, uid): (usize, &'_ String)| {
                 let uid = uid.clone();
                 scope.spawn(move || self.first_connection(&uid, number))
             };
-            let coming: Vec<_> = numbers.zip(&objects.uids).map(comes).collect();
+            let coming: Vec<_> = numbers.clone().zip(&objects.uids).map(comes).collect();
             coming.into_iter().map(|pod| pod.join().unwrap()).collect::<Vec<_>>()
         });
         // What one sends now comes after all that they have sent before.
         let last = &served.last().unwrap().pod;
         let container = last.container('2');
-        let seen = self.watch.until_marker(BRIDGE_ADDRESS.parse().unwrap(), UDP, |to| {
+        let mut seen = self.watch.until_marker(BRIDGE_ADDRESS.parse().unwrap(), UDP, |to| {
             let mut send = last.process(&self.program, &container);
             weir_tests::command::run(send.args(["udp-sendto", to])).unwrap();
         });
+        // Of frames alone their source says what they are: whoever translates addresses may take those of one run for another's.
+        for (number, served) in numbers.zip(&mut served) {
+            served.frames_seen = frames_from(number).map(|from| {
+                let all = seen.len();
+                seen.retain(|packet| !is_from(packet, &from));
+                seen.len() < all
+            });
+        }
         let service = format!("{API_CLUSTER_IP}:443");
         let direct = to_any(seen, &[&service, self.scene.testbed.api_server()]);
         Wave { served, direct, _objects: objects }
@@ -203,10 +236,15 @@ impl<'a> Stage<'a> {
         ask(Asked::SandboxRuns);
         let container = pod.container('1');
         let held_back = ask(Asked::ContainerStarts);
+        let service = format!("{API_CLUSTER_IP}:443");
+        let mut frames = pod.process(&self.program, &container);
+        let [from, last_from] = frames_from(number);
+        frames.args(["--from", &from, "frames", &service, &last_from]);
+        let frames = frames.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
         let mut refused = 0;
         let mut client = wait_until("the first connection", DEADLINE, || {
             let mut process = pod.process(&self.program, &container);
-            process.args(["--relay", "tcp", &format!("{API_CLUSTER_IP}:443")]);
+            process.args(["--relay", "tcp", &service]);
             match RawClient::by(&self.scene.testbed, process) {
                 Ok(client) => Ok(Some(client)),
                 Err(said) if said == "refused" => {
@@ -226,23 +264,33 @@ impl<'a> Stage<'a> {
         assert_eq!(client.answer().expect("an answer").status, 404);
         let milliseconds = there.elapsed().as_millis();
         let certificate = digest(client.certificate());
-        Served { pod, refused, milliseconds, held_back, certificate }
+        // Its input ends with this.
+        let said = String::from_utf8(frames.wait_with_output().unwrap().stdout).unwrap();
+        // Where programs decide in the kernel's security hooks, there is no socket for frames.
+        let frames_sent = if said.trim() == "failed EPERM" { 0 } else { said.trim().parse().unwrap() };
+        Served { pod, refused, milliseconds, held_back, certificate, frames_sent, frames_seen: [false; 2] }
     }
 }
 
-/// What the kernel counted of a pod: one connection that it redirected, and nothing but refusals beside it.
-fn check_counters(status: &Value, served: &Served) {
+/// What the kernel counted of a pod: one connection that it redirected, and nothing but refusals beside it. Returns how many of its frames
+/// were not dropped as its own.
+fn check_counters(status: &Value, served: &Served) -> u64 {
     let uid = served.pod.uid.as_str();
     let pod = status["pods"].as_array().unwrap().iter().find(|pod| pod["uid"] == uid);
     let pod = pod.unwrap_or_else(|| panic!("{uid} has no counters"));
     let count = |counter: &str| pod["counters"][counter].as_u64().unwrap();
     assert_eq!((pod["class"].as_str().unwrap(), count("redirected")), ("Enrolled", 1), "{pod}");
-    let others = ["passed", "wouldRedirect", "guardDropped", "interfaceDropped", "flowsLost"];
-    assert_eq!(others.map(count), [0; 5], "{pod}");
+    let others = ["passed", "wouldRedirect", "guardDropped", "flowsLost"];
+    assert_eq!(others.map(count), [0; 4], "{pod}");
     let denied = count("deniedNoListener") + count("deniedUnknown");
     assert_eq!(count("seen"), 1 + denied, "{pod}");
     // Refusals before it was known are counted, but not as its own.
     assert!(denied <= served.refused as u64, "{pod}: refused {} times", served.refused);
+    if served.frames_sent > 0 {
+        assert!(count("interfaceDropped") >= LAST_FRAMES, "{pod}");
+        assert!(!served.frames_seen[1], "{pod}: the far side saw frames that came late");
+    }
+    served.frames_sent.checked_sub(count("interfaceDropped")).unwrap_or_else(|| panic!("{pod}"))
 }
 
 /// The pod of each request's session, by the request's path.
@@ -280,15 +328,21 @@ struct Counted {
     refused: Vec<usize>,
     milliseconds: Vec<u128>,
     held_back: Vec<Duration>,
+    frames_sent: u64,
+    frames_passed: Vec<u64>,
+    frames_seen: usize,
     /// All of it in words.
     summary: String,
 }
 
 impl Counted {
-    fn add(&mut self, served: &Served) {
+    fn add(&mut self, served: &Served, frames_passed: u64) {
         self.refused.push(served.refused);
         self.milliseconds.push(served.milliseconds);
         self.held_back.push(served.held_back);
+        self.frames_sent += served.frames_sent;
+        self.frames_passed.push(frames_passed);
+        self.frames_seen += usize::from(served.frames_seen[0]);
         self.uids.push(served.pod.uid.clone());
     }
 
@@ -300,11 +354,13 @@ impl Counted {
     fn summary(&mut self, started: Instant) -> String {
         self.milliseconds.sort_unstable();
         self.held_back.sort_unstable();
+        self.frames_passed.sort_unstable();
         let count = self.uids.len();
         format!(
             "{count} pods whose first instruction is an API call, {AT_ONCE} at once: {} refused at first ({} times, at most {} \
              one of them), 0 packets past the agent; from the sandbox to the answer {} ms in the median, {} ms at most; \
-             held back {:.1} ms in the median, {:.1} ms in 99 of 100, {:.1} ms at most; {} s in all",
+             held back {:.1} ms in the median, {:.1} ms in 99 of 100, {:.1} ms at most; {} frames, one each millisecond: \
+             those of {} pods were seen, at most {} of one not dropped, {} in the median; {} s in all",
             self.refused_at_first(),
             self.refused.iter().sum::<usize>(),
             self.refused.iter().max().unwrap(),
@@ -313,6 +369,10 @@ impl Counted {
             self.held_back[count / 2].as_secs_f64() * 1e3,
             self.held_back[count * 99 / 100].as_secs_f64() * 1e3,
             self.held_back[count - 1].as_secs_f64() * 1e3,
+            self.frames_sent,
+            self.frames_seen,
+            self.frames_passed[count - 1],
+            self.frames_passed[count / 2],
             started.elapsed().as_secs()
         )
     }
@@ -333,6 +393,8 @@ fn no_first_connection_of_many_pods_is_refused_where_the_runtime_asks_before_it_
     let counted = many_pods(&scene, Some(runtime));
     println!("{}", counted.summary);
     assert_eq!(counted.refused_at_first(), 0, "{:?}", counted.refused);
+    // The guard at the interface is there before the pod's first instruction is.
+    assert_eq!(counted.frames_seen, 0, "pods whose frames went past the agent");
 }
 
 /// Pods without an agent, and then many with one.
@@ -345,6 +407,7 @@ fn many_pods(scene: &Scene, runtime: Option<NriRuntime>) -> Counted {
     let wave = stage.come(WITHOUT_AGENT..WITHOUT_AGENT + 1);
     let [served] = &wave.served[..] else { panic!("one pod came") };
     assert!(served.refused == 0 && !wave.direct.is_empty(), "was not seen");
+    assert_eq!(served.frames_seen, [true; 2], "frames");
     assert_eq!(served.certificate, api_server_certificate(&scene.testbed));
     let uid = &served.pod.uid;
     assert_eq!(audited(&log, std::slice::from_ref(uid))[&path(uid)], [[served.pod.address.as_str()]]);
@@ -356,14 +419,13 @@ fn many_pods(scene: &Scene, runtime: Option<NriRuntime>) -> Counted {
     let started = Instant::now();
     for first in (1..=count).step_by(AT_ONCE) {
         let mut wave = stage.come(first..(first + AT_ONCE).min(count + 1));
-        let without_agent = format!("{} ", address(WITHOUT_AGENT));
-        wave.direct.retain(|packet| !packet.starts_with(&without_agent));
+        wave.direct.retain(|packet| !is_from(packet, &address(WITHOUT_AGENT)));
         assert!(wave.direct.is_empty(), "the far side saw {:?}\n{}", wave.direct, agent.last_lines());
         let (status, certificates) = (agent.status().unwrap(), certificates_of(&agent));
         for served in &wave.served {
-            check_counters(&status, served);
+            let frames_passed = check_counters(&status, served);
             assert!(certificates.contains(&served.certificate), "{}: not Weir's certificate", served.pod.uid);
-            counted.add(served);
+            counted.add(served, frames_passed);
         }
     }
     counted.summary = counted.summary(started);
