@@ -44,6 +44,8 @@ pub(super) struct FarSide {
     came: Came,
     name_server: Option<Child>,
     records: PathBuf,
+    /// What the name server says of questions.
+    questions: PathBuf,
 }
 
 impl FarSide {
@@ -86,10 +88,22 @@ impl FarSide {
             }
         });
         is_listening.recv().unwrap();
-        let mut far_side = Self { came, name_server: None, records: folder.join("records") };
+        let mut far_side = Self {
+            came,
+            name_server: None,
+            records: folder.join("records"),
+            questions: folder.join("questions"),
+        };
         far_side.record(FIRST);
         far_side.start_name_server(RECORD_SECONDS);
         far_side
+    }
+
+    /// How often this address has asked for the endpoint's.
+    pub(super) fn asked_from(&self, address: &str) -> usize {
+        let question = format!("query[A] {ENDPOINT_NAME} from {address}");
+        let said = fs::read_to_string(&self.questions).unwrap_or_default();
+        said.lines().filter(|line| line.ends_with(&question)).count()
     }
 
     /// The name server anew, with records that live for so long.
@@ -111,6 +125,7 @@ impl FarSide {
         ]);
         server.arg(format!("--listen-address={FIRST}")).arg(format!("--local-ttl={record_seconds}"));
         server.arg(format!("--addn-hosts={}", self.records.display()));
+        server.arg("--log-queries").arg(format!("--log-facility={}", self.questions.display()));
         self.name_server = Some(server.spawn().unwrap());
     }
 

@@ -12,7 +12,7 @@ use weir_tests::{
     AgentProcess, Coverage, Pod, PodSpec,
     agent::{self, TrustSource},
     audit,
-    testbed::ENDPOINT_NAME,
+    testbed::{BRIDGE_ADDRESS, ENDPOINT_NAME},
     wait_until,
 };
 
@@ -143,6 +143,12 @@ fn learns_by_time_alone(agent: &AgentProcess, pod: &Pod<'_>, far_side: &mut FarS
         wait_until("the agent to ask again", ASKED_MAX, || Ok(is_known(agent, address)?.then_some(())))
             .unwrap_or_else(|error| panic!("{address}: {error:#}\n{}", agent.last_lines()));
     };
+    // It asks at the start, and once more, since its own answer is one that names an endpoint; from then on only time has it ask.
+    let before = far_side.asked_from(BRIDGE_ADDRESS);
+    wait_until("the agent to ask when a record's life is over", ASKED_MAX, || {
+        Ok((far_side.asked_from(BRIDGE_ADDRESS) >= before + 2).then_some(()))
+    })
+    .unwrap();
     assert!(!is_known(agent, THIRD).unwrap());
     far_side.record(THIRD);
     learns(THIRD);
