@@ -2,43 +2,131 @@
 //! goes to the API server directly is seen at the bridge.
 
 use std::{
-    io::{BufRead as _, BufReader},
-    process::{Child, Stdio},
+    collections::BTreeSet,
+    io::{BufRead as _, BufReader, Lines},
+    process::{Child, ChildStdout, Command, Stdio},
 };
 
 use serde_json::{Value, json};
 use weir_common::event::{Event, Kind};
 use weir_tests::{
-    AgentProcess, PodSpec,
+    AgentProcess, Pod, PodSpec,
     agent::{self, ENROL_LABEL, TrustSource},
+    command,
+    testbed::API_CLUSTER_IP,
     wait_until,
 };
 
 use super::{
     DEADLINE, Scene,
-    escape::{Attack, Target},
+    escape::{Attack, Target, endpoint},
     shown,
     witness::Server,
 };
 
-/// A watch inside a pod; ends with its connection.
-struct Watching(Child);
+/// Of the pods that are enrolled and let out.
+const NAMESPACE: &str = "it-runtime";
+
+/// A watch of the namespace's configmaps; ends with its connection.
+struct Watching {
+    process: Child,
+    lines: Lines<BufReader<ChildStdout>>,
+}
 
 impl Watching {
-    /// Waits for the first line, so that it is open.
-    fn begin(attack: &Attack<'_>) -> Self {
-        let mut command = attack.pod.exec_command();
-        command.args(["kubectl", "get", "configmaps", "-n", &attack.pod.namespace, "-w", "-o", "name"]);
-        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
-        let mut first = String::new();
-        BufReader::new(child.stdout.as_mut().unwrap()).read_line(&mut first).unwrap();
-        assert_eq!(first, "configmap/kube-root-ca.crt\n");
-        Self(child)
+    /// By this kubectl. Waits for the first line, so that it is open.
+    fn begin(mut kubectl: Command) -> Self {
+        kubectl.args(["get", "configmaps", "-n", NAMESPACE, "-w", "-o", "name"]);
+        let mut process = kubectl.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+        let lines = BufReader::new(process.stdout.take().unwrap()).lines();
+        let mut watching = Self { process, lines };
+        assert!(watching.hears("kube-root-ca.crt"));
+        watching
     }
 
-    fn end(mut self) {
-        self.0.wait().unwrap();
+    /// By the kubectl of a pod.
+    fn in_pod(pod: &Pod<'_>) -> Self {
+        let mut kubectl = pod.exec_command();
+        kubectl.arg("kubectl");
+        Self::begin(kubectl)
     }
+
+    /// Whether it hears of this before it ends.
+    fn hears(&mut self, name: &str) -> bool {
+        let heard = format!("configmap/{name}");
+        self.lines.by_ref().map(Result::unwrap).any(|line| line == heard)
+    }
+
+    #[track_caller]
+    fn end(mut self) {
+        wait_until("the watch to end", DEADLINE, || Ok(self.process.try_wait()?)).unwrap();
+    }
+}
+
+impl Drop for Watching {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+/// Who else in the host's network has connections to the same API server.
+struct Bystanders<'a> {
+    scene: &'a Scene,
+    watches: [(&'static str, Watching); 2],
+    /// The API server's port, and the kubelet's connections there.
+    kubelet: (u16, BTreeSet<String>),
+    heard: usize,
+}
+
+impl<'a> Bystanders<'a> {
+    /// This pod, which is not enrolled; a process of the host; and the kubelet.
+    fn begin(scene: &'a Scene, pod: &Pod<'_>) -> Self {
+        // Those that are held up end as well.
+        let mut in_pod = pod.exec_command();
+        in_pod.args(["timeout", "300", "kubectl"]);
+        let mut on_host = scene.testbed.kubectl_command();
+        on_host.args(["--server", &format!("https://{API_CLUSTER_IP}"), "--request-timeout=300s"]);
+        let watches = [("another pod", in_pod), ("a process of the host", on_host)];
+        let watches = watches.map(|(whose, kubectl)| (whose, Watching::begin(kubectl)));
+        let port = endpoint(scene).port();
+        let kubelet = connections_of_kubelet(port);
+        assert!(!kubelet.is_empty());
+        Self { scene, watches, kubelet: (port, kubelet), heard: 0 }
+    }
+
+    /// All of them are still there, and what is said goes over them.
+    #[track_caller]
+    fn go_on(&mut self, agent: &AgentProcess) {
+        self.heard += 1;
+        let name = format!("heard-{}", self.heard);
+        self.scene.testbed.kubectl(&["create", "configmap", &name, "-n", NAMESPACE]).unwrap();
+        for (whose, watching) in &mut self.watches {
+            assert!(watching.hears(&name), "{whose} has lost its connection: {}", agent.last_lines());
+        }
+        let (port, before) = &self.kubelet;
+        let now = connections_of_kubelet(*port);
+        let lost: Vec<_> = before.difference(&now).collect();
+        assert!(lost.is_empty(), "the kubelet has lost {lost:?}: {}", agent.last_lines());
+    }
+}
+
+/// Both ends of each to a server at this port.
+fn connections_of_kubelet(port: u16) -> BTreeSet<String> {
+    let peer = format!(":{port}");
+    let all = command::run(Command::new("ss").args(["-Htnp", "state", "established"])).unwrap();
+    let ends = all.lines().filter(|line| line.contains("(\"kubelet\",")).map(|line| {
+        let mut words = line.split_whitespace().skip(2);
+        [words.next().unwrap(), words.next().unwrap()].map(str::to_owned)
+    });
+    ends.filter(|[_, to]| to.ends_with(&peer)).map(|ends| ends.join(" ")).collect()
+}
+
+/// Puts a pod into quarantine, or lets it out; returns what is said.
+fn quarantine(pod: &Pod<'_>, options: &[&str]) -> Value {
+    let mut quarantine = Command::new(agent::built_binary("weir-agent").unwrap());
+    quarantine.args(["quarantine", "--json"]).args(options).arg(format!("{NAMESPACE}/{}", pod.name));
+    serde_json::from_str(&command::run(&mut quarantine).unwrap()).unwrap()
 }
 
 fn finding(name: &str, uid: &str) -> impl Fn(&Event) -> bool {
@@ -48,89 +136,137 @@ fn finding(name: &str, uid: &str) -> impl Fn(&Event) -> bool {
     }
 }
 
-fn label(scene: &Scene, namespace: &str, enrolled: bool) {
+/// Waits until both are of this class.
+#[track_caller]
+fn become_class(agent: &AgentProcess, pods: [&Pod<'_>; 2], class: &str) {
+    wait_until("the verdict", DEADLINE, || {
+        let status = agent.status()?;
+        let of = |uid: &str| status["pods"].as_array().unwrap().iter().find(|found| found["uid"] == uid);
+        let is_it = |pod: &&Pod<'_>| of(&pod.uid).is_some_and(|found| found["class"] == class);
+        Ok(pods.iter().all(is_it).then_some(()))
+    })
+    .unwrap_or_else(|error| panic!("{error:#}: {}", agent.last_lines()));
+}
+
+/// In quarantine, what a pod has open is ended, and nothing of others in its network.
+fn quarantine_ends_its_own(agent: &AgentProcess, host: &Pod<'_>, bystanders: &mut Bystanders<'_>) {
+    let watching = Watching::in_pod(host);
+    assert_eq!(quarantine(host, &[])["connectionsEnded"], 1);
+    watching.end();
+    bystanders.go_on(agent);
+    let (code, _, refusal) = shown(&host.exec(&["kubectl", "get", "namespace", "default"]).unwrap());
+    assert!(code == Some(1) && refusal.contains("was refused"), "{code:?} {refusal}");
+    quarantine(host, &["--lift"]);
+}
+
+/// What a pod is told.
+fn ask(pod: &Pod<'_>) -> (Option<i32>, String, String) {
+    shown(&pod.exec(&["kubectl", "get", "namespace", "default", "-o", "name"]).unwrap())
+}
+
+/// What it must be told.
+fn answer() -> (Option<i32>, String, String) {
+    (Some(0), "namespace/default\n".to_owned(), String::new())
+}
+
+fn label(scene: &Scene, enrolled: bool) {
     let (key, value) = ENROL_LABEL;
     let label = if enrolled { format!("{key}={value}") } else { format!("{key}-") };
-    scene.testbed.kubectl(&["label", "namespace", namespace, &label]).unwrap();
+    scene.testbed.kubectl(&["label", "namespace", NAMESPACE, &label]).unwrap();
+}
+
+/// Both are let out and enrolled by the configuration, whose selection the running agent takes up.
+fn by_the_configuration(
+    agent: &AgentProcess,
+    (pod, host): (&Pod<'_>, &Pod<'_>),
+    attack: &Attack<'_>,
+    bystanders: &mut Bystanders<'_>,
+) {
+    let written =
+        || serde_yaml_ng::from_str::<Value>(&std::fs::read_to_string(agent.config()).unwrap()).unwrap();
+    let (selects, mut selects_not) = (written(), written());
+    selects_not["enrolment"][0]["podSelector"] = json!({"matchLabels": {"selected": "nowhere"}});
+    let known = bystanders.scene.events().len();
+    let since = |what: &str, name: &'static str| {
+        let is_it = finding(name, &pod.uid);
+        wait_until(what, DEADLINE, || {
+            Ok(bystanders.scene.events().split_off(known).into_iter().find(|event| is_it(event)))
+        })
+        .unwrap_or_else(|error| panic!("{error:#}: {}", agent.last_lines()))
+    };
+    agent::write_configuration(&selects_not, agent.config()).unwrap();
+    since("what the configuration makes of it", "notEnrolledAnyMore");
+    become_class(agent, [pod, host], "Unselected");
+    let (said, _) = attack.ask_by("tcp", Target::Service);
+    assert_eq!((said.as_str(), attack.witness.check(Server::Api, None)), ("connected", 1));
+    let watching = [pod, host].map(Watching::in_pod);
+    assert!(!attack.direct().is_empty(), "directly, as before");
+    agent::write_configuration(&selects, agent.config()).unwrap();
+    since("the end of what it had open", "directConnectionsEnded");
+    watching.into_iter().for_each(Watching::end);
+    bystanders.go_on(agent);
+    attack.direct();
+    assert_eq!(ask(pod), answer(), "{}", agent.last_lines());
+    let (said, direct) = attack.ask_by("tcp", Target::Service);
+    assert_eq!((said.as_str(), direct), ("connected", Vec::new()));
+    assert_eq!(attack.witness.check(Server::Weir, Some(agent)), 1);
 }
 
 #[test]
 fn a_pod_that_is_enrolled_while_it_runs_loses_its_direct_connections_and_one_that_is_let_out_works_as_before()
 {
     let Some(mut scene) = Scene::new() else { return };
-    scene.namespace("it-runtime", false);
-    let pod = scene.testbed.run_pod(&PodSpec::idle("it-runtime", "caller")).unwrap();
+    scene.namespace(NAMESPACE, false);
+    scene.namespace("it-runtime-others", false);
+    // In the host's network a pod's connections are among those of others. All start at the same time.
+    let on_host = |namespace, name| PodSpec { host_network: true, ..PodSpec::idle(namespace, name) };
+    let (host, other) = (on_host(NAMESPACE, "host"), on_host("it-runtime-others", "other"));
+    for pod in [&host, &other] {
+        scene.testbed.apply(&pod.manifest().to_string()).unwrap();
+    }
+    let pod = scene.testbed.run_pod(&PodSpec::idle(NAMESPACE, "caller")).unwrap();
+    let [host, other] = [host, other].map(|pod| scene.testbed.run_pod(&pod).unwrap());
     let attack = Attack::new(&scene, &pod);
     let mut agent = scene.agent(TrustSource::ClusterSigner);
-    let ask = || shown(&pod.exec(&["kubectl", "get", "namespace", "default", "-o", "name"]).unwrap());
-    let expected = (Some(0), "namespace/default\n".to_owned(), String::new());
-    let class = || {
-        let status = agent.status().unwrap();
-        let mut pods = status["pods"].as_array().unwrap().iter();
-        let found = pods.find(|found| found["uid"] == pod.uid.as_str());
-        found.map(|found| found["class"].as_str().unwrap().to_owned())
-    };
-    let watching = Watching::begin(&attack);
+    let (ask, expected) = (|| ask(&pod), answer());
+    let is = |class: &str| become_class(&agent, [&pod, &host], class);
+    let mut bystanders = Bystanders::begin(&scene, &other);
+    let watching = [&pod, &host].map(Watching::in_pod);
     assert!(!attack.direct().is_empty(), "it goes to the API server directly");
 
-    label(&scene, "it-runtime", true);
-    scene.event("the end of what it had open", finding("directConnectionsEnded", &pod.uid));
+    label(&scene, true);
+    for pod in [&pod, &host] {
+        scene.event("the end of what it had open", finding("directConnectionsEnded", &pod.uid));
+    }
     attack.direct();
-    watching.end();
+    watching.into_iter().for_each(Watching::end);
+    bystanders.go_on(&agent);
     assert_eq!(ask(), expected, "{}", agent.last_lines());
     let (said, direct) = attack.ask_by("tcp", Target::Service);
     assert_eq!((said.as_str(), direct), ("connected", Vec::new()));
     assert_eq!(attack.witness.check(Server::Weir, Some(&agent)), 1);
     assert_eq!(attack.try_way("raw", Target::Endpoint), ("failed EPERM".to_owned(), Vec::new()));
 
-    label(&scene, "it-runtime", false);
+    label(&scene, false);
     scene.event("what it is from then on", finding("notEnrolledAnyMore", &pod.uid));
-    wait_until("the verdict", DEADLINE, || Ok((class().as_deref() == Some("Unselected")).then_some(())))
-        .unwrap();
+    is("Unselected");
     assert_eq!(ask(), expected);
     assert!(!attack.direct().is_empty(), "directly, as before");
     let (said, _) = attack.ask_by("tcp", Target::Service);
     assert_eq!((said.as_str(), attack.witness.check(Server::Api, None)), ("connected", 1));
 
+    quarantine_ends_its_own(&agent, &host, &mut bystanders);
+
     // Once more: nothing is left of the first time that would be in the way.
-    label(&scene, "it-runtime", true);
-    wait_until("the verdict", DEADLINE, || Ok((class().as_deref() == Some("Enrolled")).then_some(())))
-        .unwrap();
+    label(&scene, true);
+    is("Enrolled");
     wait_until("it to be served", DEADLINE, || Ok((ask() == expected).then_some(()))).unwrap();
     attack.direct();
     let (said, direct) = attack.ask_by("tcp", Target::Service);
     assert_eq!((said.as_str(), direct), ("connected", Vec::new()));
     assert_eq!(attack.witness.check(Server::Weir, Some(&agent)), 1);
 
-    // The same by the configuration, whose selection the running agent takes up.
-    let written =
-        || serde_yaml_ng::from_str::<Value>(&std::fs::read_to_string(agent.config()).unwrap()).unwrap();
-    let (selects, mut selects_not) = (written(), written());
-    selects_not["enrolment"][0]["podSelector"] = json!({"matchLabels": {"selected": "nowhere"}});
-    let known = scene.events().len();
-    let since = |what: &str, name: &'static str| {
-        let is_it = finding(name, &pod.uid);
-        wait_until(what, DEADLINE, || {
-            Ok(scene.events().split_off(known).into_iter().find(|event| is_it(event)))
-        })
-        .unwrap_or_else(|error| panic!("{error:#}: {}", agent.last_lines()))
-    };
-    agent::write_configuration(&selects_not, agent.config()).unwrap();
-    since("what the configuration makes of it", "notEnrolledAnyMore");
-    wait_until("the verdict", DEADLINE, || Ok((class().as_deref() == Some("Unselected")).then_some(())))
-        .unwrap();
-    let (said, _) = attack.ask_by("tcp", Target::Service);
-    assert_eq!((said.as_str(), attack.witness.check(Server::Api, None)), ("connected", 1));
-    let watching = Watching::begin(&attack);
-    assert!(!attack.direct().is_empty(), "directly, as before");
-    agent::write_configuration(&selects, agent.config()).unwrap();
-    since("the end of what it had open", "directConnectionsEnded");
-    watching.end();
-    attack.direct();
-    assert_eq!(ask(), expected, "{}", agent.last_lines());
-    let (said, direct) = attack.ask_by("tcp", Target::Service);
-    assert_eq!((said.as_str(), direct), ("connected", Vec::new()));
-    assert_eq!(attack.witness.check(Server::Weir, Some(&agent)), 1);
+    by_the_configuration(&agent, (&pod, &host), &attack, &mut bystanders);
     assert!(agent.terminate().unwrap().success(), "{}", agent.last_lines());
 }
 
