@@ -137,6 +137,8 @@ mod streams;
 mod support;
 #[path = "integration/traces.rs"]
 mod traces;
+#[path = "integration/unready.rs"]
+mod unready;
 #[path = "integration/upgrade.rs"]
 mod upgrade;
 #[path = "integration/watch.rs"]

@@ -7,7 +7,8 @@
 //! is its first instruction. `--relay` has a connection carry standard input
 //! and output, behind the line `connected`; `--via` names the machine that unwraps packets, `--from` whom they are from,
 //! `--station` the one that IPv6 packets are routed to first. `before` makes the sockets of several ways at once, and uses them later.
-//! `rewrite CGROUP FROM TO` tries nothing: it is somebody else's program, which stands at a cgroup until its input ends.
+//! `rewrite CGROUP FROM TO` tries nothing: it is somebody else's program, which stands at a cgroup until its input ends; nor does
+//! `ask-agent SOCKET`, which asks an agent whether it is alive as its successor would.
 
 mod again;
 mod before;
@@ -91,6 +92,7 @@ fn act(words: &[&str], place: &sockets::Place) -> Outcome {
             (Ok(target), Ok(last_from)) => packet::frames(target, last_from, place),
             _ => Err(nix::Error::EDESTADDRREQ),
         },
+        ["ask-agent", socket] => sockets::ask_agent(socket),
         [way, target] => match target.parse() {
             Ok(SocketAddr::V4(target)) => attempt(way, target, place),
             Ok(SocketAddr::V6(target)) => v6::attempt(way, target, place),

@@ -254,6 +254,26 @@ fn ask(socket: &OwnedFd, address: &SockaddrStorage) -> Outcome {
     }
 }
 
+/// Asks an agent whether it is alive, where its successor would ask for its listeners.
+pub(crate) fn ask_agent(path: &str) -> Outcome {
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, socket};
+    let socket = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None)?;
+    connect(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
+    setsockopt(&socket, ReceiveTimeout, &TimeVal::milliseconds(TIMEOUT.as_millis() as i64))?;
+    let said = sendmsg::<()>(
+        socket.as_raw_fd(),
+        &[std::io::IoSlice::new(br#""ping""#)],
+        &[],
+        MsgFlags::MSG_NOSIGNAL,
+        None,
+    );
+    match said.and_then(|_| nix::unistd::read(&socket, &mut [0; 8192])) {
+        Ok(0) | Err(nix::Error::ECONNRESET | nix::Error::EPIPE) => Ok("closed"),
+        Ok(_) => Ok("answered"),
+        Err(errno) => Err(errno),
+    }
+}
+
 fn tcp(to: SocketAddr) -> Outcome {
     let socket = new_socket(libc::AF_INET, libc::SOCK_STREAM, 0)?;
     connect_timed(&socket, &SockaddrStorage::from(to))?;

@@ -50,7 +50,7 @@ pub(super) struct Monitored(SocketAddr);
 
 impl Monitored {
     /// Starts an agent that serves metrics on a port that is free.
-    fn start(scene: &Scene) -> (AgentProcess, Self) {
+    pub(super) fn start(scene: &Scene) -> (AgentProcess, Self) {
         let configuration =
             agent::configuration(&scene.testbed, &scene.journal(), TrustSource::ClusterSigner);
         Self::start_with(scene, configuration)
@@ -222,10 +222,10 @@ fn noticed_after(finding: &Event, began: SystemTime) -> Duration {
 }
 
 /// Somebody else's program at a cgroup, which sends what connects to one address to another; gone with this value.
-struct Rewriting(Child);
+pub(super) struct Rewriting(Child);
 
 impl Rewriting {
-    fn begin(cgroup: &Path, from: &str, to: &str) -> Self {
+    pub(super) fn begin(cgroup: &Path, from: &str, to: &str) -> Self {
         let mut command = Command::new(program());
         command.arg("rewrite").arg(cgroup).args([from, to]).stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = command.spawn().unwrap();

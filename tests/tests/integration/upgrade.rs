@@ -9,7 +9,12 @@ use std::{
 use weir_common::event::{Kind, Outcome};
 use weir_tests::{AgentProcess, Pod, PodSpec, agent, agent::TrustSource, command, wait_until};
 
-use super::{DEADLINE, Scene, verify};
+use super::{
+    DEADLINE, Scene,
+    monitoring::Monitored,
+    unready::{Misled, nobody_is_told_nothing},
+    verify,
+};
 
 /// Calls in a row that must have succeeded after an upgrade, and with `WEIR_TEST_LONG`.
 const CALLS_AFTER: usize = 10;
@@ -191,9 +196,13 @@ fn a_successor_that_fails_leaves_the_running_agent_in_charge() {
     let Some(mut scene) = Scene::new() else { return };
     scene.namespace("it-successor", true);
     let pod = scene.testbed.run_pod(&PodSpec::idle("it-successor", "caller")).unwrap();
-    let mut running = scene.agent(TrustSource::ClusterSigner);
+    let (mut running, monitored) = Monitored::start(&scene);
     let ask = || super::shown(&pod.exec(&["kubectl", "get", "namespace", "default", "-o", "name"]).unwrap());
     assert_eq!(ask().0, Some(0));
+    let (cgroup, _) = super::escape::place(&pod);
+    let root = cgroup.ancestors().find(|folder| !folder.join("cgroup.events").exists()).unwrap();
+    // None is sent while a successor is there, and one as soon as it has failed.
+    let misled = Misled::new(&running, &monitored, root);
     // It takes the listeners, reaches no API server, and dies.
     let broken = scene.scratch.path().join("broken.yaml");
     let mut configuration =
@@ -228,12 +237,13 @@ fn a_successor_that_fails_leaves_the_running_agent_in_charge() {
         Ok(running.log()?.contains("this agent goes on").then_some(()))
     })
     .unwrap();
+    misled.is_unready();
+    // Pods are served all the same.
     assert_eq!(ask().0, Some(0));
     let late = scene.testbed.run_pod(&PodSpec::idle("it-successor", "late")).unwrap();
     let out = late.exec(&["kubectl", "get", "namespace", "default", "-o", "name"]).unwrap();
     assert!(out.status.success(), "{}", running.last_lines());
     // A process of a pod that has got at the socket is no successor, root or not: its own pod is on its side of the wall.
-    let (cgroup, _) = super::escape::place(&pod);
     let script = format!("echo $$ > {}/cgroup.procs && exec \"$@\"", cgroup.display());
     let stranger = command::output(
         std::process::Command::new("sh")
@@ -251,6 +261,8 @@ fn a_successor_that_fails_leaves_the_running_agent_in_charge() {
         "the stranger in the record",
         |event| matches!(&event.kind, Kind::Finding { name, .. } if name == "successorRefused"),
     );
+    nobody_is_told_nothing();
     assert_eq!(ask().0, Some(0), "the running agent goes on");
+    misled.until_ready_again(&scene);
     assert!(running.terminate().unwrap().success(), "{}", running.last_lines());
 }
