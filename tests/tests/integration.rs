@@ -79,6 +79,8 @@ mod far_side;
 mod guard;
 #[path = "integration/guides.rs"]
 mod guides;
+#[path = "integration/host_network.rs"]
+mod host_network;
 #[path = "integration/http_attacks.rs"]
 mod http_attacks;
 #[path = "integration/identity.rs"]

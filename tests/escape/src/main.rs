@@ -50,7 +50,8 @@ fn main() -> ExitCode {
     }
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     match words[..] {
-        ["watch", interface, network] => return watch::run(interface, network),
+        ["watch", interface, network] => return watch::run(interface, network, watch::Wanted::From),
+        ["watch-to", interface, address] => return watch::run(interface, address, watch::Wanted::To),
         ["before", ..] => return before::run(&words[1..]),
         _ => {}
     }

@@ -1,5 +1,5 @@
 //! The far side: prints every packet from a /24 or /64 (but its first address, the gateway's) that an interface takes in, behind
-//! what guards that interface's ports. `SOURCE DESTINATION PROTOCOL PORT` a line; port 0 where there is none (a fragment, a protocol without ports).
+//! what guards that interface's ports; or every packet to one address. `SOURCE DESTINATION PROTOCOL PORT` a line; port 0 where there is none (a fragment, a protocol without ports).
 //! `lost` before the next such line, if packets came that there was no room for: then nothing is proven.
 
 use std::{
@@ -18,8 +18,17 @@ const ALL: u16 = 3;
 /// Room for packets while this process waits for a processor.
 const ROOM_BYTES: usize = 16 * 1024 * 1024;
 
-pub(crate) fn run(interface: &str, network: &str) -> ExitCode {
-    match watch(interface, network) {
+/// Which packets are of interest.
+#[derive(Clone, Copy, PartialEq)]
+pub(crate) enum Wanted {
+    /// Those from this network.
+    From,
+    /// Those to this address.
+    To,
+}
+
+pub(crate) fn run(interface: &str, address: &str, wanted: Wanted) -> ExitCode {
+    match watch(interface, address, wanted) {
         Ok(()) => ExitCode::SUCCESS,
         Err(_) => ExitCode::FAILURE,
     }
@@ -87,8 +96,8 @@ fn lost(socket: &OwnedFd) -> nix::Result<u32> {
     nix::Error::result(result).map(|_| seen_and_lost[1])
 }
 
-fn watch(interface: &str, network: &str) -> nix::Result<()> {
-    let network: IpAddr = network.parse().map_err(|_| nix::Error::EINVAL)?;
+fn watch(interface: &str, address: &str, wanted: Wanted) -> nix::Result<()> {
+    let wanted_address: IpAddr = address.parse().map_err(|_| nix::Error::EINVAL)?;
     let socket = socket(libc::AF_PACKET, libc::SOCK_DGRAM, i32::from(ALL.to_be()))?;
     let index = nix::net::if_::if_nametoindex(interface)?;
     let at = libc::sockaddr_ll {
@@ -118,7 +127,11 @@ fn watch(interface: &str, network: &str) -> nix::Result<()> {
         // As a packet socket of this kind gives it: from the IP header on.
         let Some(packet) = packet.get(..length).and_then(untagged) else { continue };
         let Some((from, to, protocol, port)) = parts(packet) else { continue };
-        if !is_within(from, network) {
+        let is_wanted = match wanted {
+            Wanted::From => is_within(from, wanted_address),
+            Wanted::To => to == wanted_address,
+        };
+        if !is_wanted {
             continue;
         }
         let lost = if lost(&socket)? == 0 { "" } else { "lost\n" };

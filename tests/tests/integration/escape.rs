@@ -16,6 +16,7 @@ use weir_tests::{AgentProcess, Pod, PodSpec, agent::TrustSource, command, wait_u
 use super::{
     DEADLINE, Scene,
     before::Before,
+    host_network::OnHost,
     watch::{self, PROGRAM, TCP, UDP, Watch, program},
     witness::{Server, Witness},
 };
@@ -24,7 +25,7 @@ pub(super) const BRIDGE: &str = "weirtb0";
 pub(super) const BRIDGE_ADDRESS: &str = "10.244.0.1";
 const POD_NETWORK: &str = "10.244.0.0";
 /// Given to the bridge by the tests: nothing publishes it.
-const ALIAS: &str = "10.244.0.253";
+pub(super) const ALIAS: &str = "10.244.0.253";
 /// The node's end of an overlay network, which the tests make.
 const OVERLAY: &str = "weirtbvx0";
 const SERVICE: &str = "10.96.0.1:443";
@@ -270,13 +271,7 @@ impl Drop for Attack<'_> {
     }
 }
 
-#[test]
-fn no_process_of_an_enrolled_pod_reaches_an_api_server_or_kubelet_around_weir() {
-    let Some(mut scene) = Scene::new() else { return };
-    scene.namespace("it-escape", true);
-    let pod = scene.testbed.run_pod(&PodSpec::idle("it-escape", "caller")).unwrap();
-    let attack = Attack::new(&scene, &pod);
-
+fn is_seen_without_an_agent(attack: &Attack<'_>) {
     // Without an agent the far side sees all of them: neither watch is blind. (Not a later fragment alone: connection
     // tracking at the bridge waits for the rest of its packet.)
     let passes = |way: &str| !matches!(way, "raw-fragment" | "frame-fragment");
@@ -307,8 +302,24 @@ fn no_process_of_an_enrolled_pod_reaches_an_api_server_or_kubelet_around_weir() 
     assert!(!direct.is_empty(), "the kubelet ({said}) was not seen");
     // Nor is who looks at certificates and the audit log.
     assert_eq!(attack.witness.check(Server::Api, None), 3);
+}
+
+#[test]
+fn no_process_of_an_enrolled_pod_reaches_an_api_server_or_kubelet_around_weir() {
+    let Some(mut scene) = Scene::new() else { return };
+    scene.namespace("it-escape", true);
+    // Both start at the same time.
+    let host = PodSpec { host_network: true, ..PodSpec::idle("it-escape", "host") };
+    scene.testbed.apply(&host.manifest().to_string()).unwrap();
+    let pod = scene.testbed.run_pod(&PodSpec::idle("it-escape", "caller")).unwrap();
+    let host = scene.testbed.run_pod(&host).unwrap();
+    let attack = Attack::new(&scene, &pod);
+    let on_host = OnHost::new(&scene, &host, &attack);
+
+    is_seen_without_an_agent(&attack);
     let before = attack.witness.direct();
     assert!(before >= 3, "{before}");
+    on_host.is_seen_without_an_agent();
 
     let sockets = Before::make(&attack, |_| true);
     let mut agent = scene.agent(TrustSource::ClusterSigner);
@@ -331,6 +342,7 @@ fn no_process_of_an_enrolled_pod_reaches_an_api_server_or_kubelet_around_weir() 
     let proxied = WAYS.iter().filter(|(.., expected)| matches!(expected, Proxied)).count();
     assert_eq!(attack.witness.check(Server::Weir, Some(&agent)), proxied);
     assert_eq!(attack.witness.direct(), before, "requests that the API server had from the pod itself");
+    let listener = on_host.goes_no_way_around(&agent);
 
     // Stopped, it holds up what is redirected; nothing goes another way. Dead, it refuses.
     for (signal, allowed) in [(Signal::SIGSTOP, "connected"), (Signal::SIGKILL, "refused")] {
@@ -346,7 +358,9 @@ fn no_process_of_an_enrolled_pod_reaches_an_api_server_or_kubelet_around_weir() 
         }
         let (said, direct) = attack.try_way("tcp", Target::Kubelet);
         assert_eq!((said.as_str(), direct.len()), ("refused", 0), "{direct:?}");
+        on_host.goes_no_way_around_after(signal, allowed);
     }
+    on_host.takes_not_the_port_of(&listener);
 }
 
 /// A container's cgroup, and one of its processes.

@@ -46,9 +46,18 @@ pub(super) struct Watch {
 }
 
 impl Watch {
+    /// Of what comes from a network.
     pub(super) fn start(program: &Path, interface: &str, network: &str) -> Self {
-        let mut process =
-            Command::new(program).args(["watch", interface, network]).stdout(Stdio::piped()).spawn().unwrap();
+        Self::by(Command::new(program).args(["watch", interface, network]))
+    }
+
+    /// Of what goes to an address.
+    pub(super) fn to(program: &Path, interface: &str, address: &str) -> Self {
+        Self::by(Command::new(program).args(["watch-to", interface, address]))
+    }
+
+    fn by(command: &mut Command) -> Self {
+        let mut process = command.stdout(Stdio::piped()).spawn().unwrap();
         let mut lines = BufReader::new(process.stdout.take().unwrap()).lines();
         assert_eq!(lines.next().unwrap().unwrap(), "watching");
         let seen: Arc<Mutex<Vec<String>>> = Arc::default();

@@ -1,7 +1,11 @@
 //! What a connection that came about was: the certificate that the client saw, and what the API server's own audit log says
 //! of the request that went over it. "Connected" alone says neither that it came to Weir nor that it did not.
 
-use std::{cell::RefCell, collections::BTreeMap, process::Command};
+use std::{
+    cell::RefCell,
+    collections::{BTreeMap, BTreeSet},
+    process::Command,
+};
 
 use sha2::{Digest as _, Sha256};
 use weir_tests::{AgentProcess, Pod, Testbed, audit, wait_until};
@@ -16,6 +20,8 @@ pub(super) struct Witness<'a> {
     scene: &'a Scene,
     /// The pod's address, as the API server would see it.
     address: String,
+    /// In the host's network others have that address as well, and only its token tells the pod: its UID is there.
+    uid_on_host: Option<String>,
     token: String,
     /// Requests from that address before: it may have been another pod's.
     before: usize,
@@ -37,7 +43,17 @@ pub(super) enum Server {
 impl<'a> Witness<'a> {
     pub(super) fn new(scene: &'a Scene, pod: &Pod<'_>) -> Self {
         let address = pod.shell("hostname -i").unwrap().trim().to_owned();
-        let mut witness = Self { scene, address, token: token(pod), before: 0, seen: RefCell::default() };
+        Self::at(scene, pod, address, None)
+    }
+
+    /// The same for a pod in the host's network, which has this address.
+    pub(super) fn on_host(scene: &'a Scene, pod: &Pod<'_>, address: &str) -> Self {
+        Self::at(scene, pod, address.to_owned(), Some(pod.uid.clone()))
+    }
+
+    fn at(scene: &'a Scene, pod: &Pod<'_>, address: String, uid_on_host: Option<String>) -> Self {
+        let (token, seen) = (token(pod), RefCell::default());
+        let mut witness = Self { scene, address, uid_on_host, token, before: 0, seen };
         witness.before = witness.direct();
         witness
     }
@@ -73,7 +89,7 @@ impl<'a> Witness<'a> {
             None => vec![api_server_certificate(&self.scene.testbed)],
             Some(agent) => certificates_of(agent),
         };
-        let seen = self.seen.take();
+        let (seen, recorded) = (self.seen.take(), self.recorded());
         for (path, certificate) in &seen {
             let shown = certificates.contains(certificate);
             assert!(shown, "{path}: the certificate {certificate} is none of {certificates:?}");
@@ -89,9 +105,18 @@ impl<'a> Witness<'a> {
             assert_eq!(found.len(), 1, "{path}: {found:?}");
             let sources = &found[0].source_ips;
             match server {
+                // The node may have several addresses.
+                Server::Api if self.uid_on_host.is_some() => {
+                    assert_eq!(sources.len(), 1, "{path}: directly from the pod, {sources:?}");
+                }
                 Server::Api => assert_eq!(*sources, [self.address.as_str()], "{path}: directly from the pod"),
                 Server::Relay => {
                     assert!(sources.len() == 1 && sources[0] != self.address, "{path}: {sources:?}");
+                }
+                // On behalf of the pod, from the same address, which is there once: the record has its id.
+                Server::Weir if self.uid_on_host.is_some() => {
+                    assert_eq!(*sources, [self.address.as_str()], "{path}: on behalf of the pod");
+                    assert!(recorded.contains(&found[0].audit_id), "{path}: from the pod itself");
                 }
                 // On behalf of the pod, from another address.
                 Server::Weir => {
@@ -104,11 +129,23 @@ impl<'a> Witness<'a> {
         seen.len()
     }
 
-    /// Entries of the audit log for requests that came from the pod's own address, since this witness is there.
+    /// Entries of the audit log for requests that came from the pod itself, since this witness is there: from its own address, or
+    /// with its token and not in the record.
     pub(super) fn direct(&self) -> usize {
         let entries = audit::read(&self.scene.testbed.layout().audit_log()).unwrap();
-        let direct = entries.iter().filter(|entry| entry.source_ips.last() == Some(&self.address));
+        let recorded = self.recorded();
+        let direct = entries.iter().filter(|entry| match &self.uid_on_host {
+            None => entry.source_ips.last() == Some(&self.address),
+            Some(uid) => entry.pod_uid.as_ref() == Some(uid) && !recorded.contains(&entry.audit_id),
+        });
         direct.count() - self.before
+    }
+
+    /// Ids of the requests in the record, by which the API server's log has them as well.
+    fn recorded(&self) -> BTreeSet<String> {
+        let is_asked_for = self.uid_on_host.is_some() && self.scene.journal().exists();
+        let events = if is_asked_for { self.scene.events() } else { Vec::new() };
+        events.into_iter().filter_map(|event| event.request).collect()
     }
 }
 
