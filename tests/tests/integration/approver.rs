@@ -10,7 +10,7 @@ use std::{
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use serde_json::{Value, json};
 use weir_tests::{
-    Testbed, certificates, command,
+    PodSpec, Testbed, certificates, command,
     testbed::{API_CLUSTER_IP, NODE_NAME},
     wait_until,
 };
@@ -202,6 +202,18 @@ fn mints_for_sts_alone(it: &As<'_>, agent: &[&str], (pod, uid): (&str, &str)) {
     let elsewhere = [&elsewhere[..], &bound].concat();
     refused(agent, &elsewhere, "in namespaces that are enrolled (config.enrolment), and in no other");
     assert_eq!(it.kubectl(agent, &whole).0, Some(0));
+    // Nor for a pod of another node, or of none.
+    let of_other_node = "--as-user-extra=authentication.kubernetes.io/node-name=another";
+    let own_node = "for pods of the node that its own pod runs on, and for no others";
+    refused(&[AGENT, MASTERS, of_other_node], &whole, own_node);
+    let mut unscheduled = PodSpec::idle("it-chart", "unscheduled").manifest();
+    unscheduled["spec"]["nodeSelector"] = json!({"no": "node"});
+    it.testbed.apply(&unscheduled.to_string()).unwrap();
+    let uid = ["get", "pod", "unscheduled", "-n", "it-chart", "-o", "jsonpath={.metadata.uid}"];
+    let uid = format!("--bound-object-uid={}", it.testbed.kubectl(&uid).unwrap());
+    let bound = ["--bound-object-kind=Pod", "--bound-object-name=unscheduled", &uid];
+    refused(agent, &[&token[..], &[audience], &bound].concat(), own_node);
+    it.testbed.kubectl(&["delete", "pod", "unscheduled", "-n", "it-chart", "--grace-period=0"]).unwrap();
     impersonates_whom_rbac_names(it);
 }
 

@@ -38,6 +38,18 @@ impl Chart<'_> {
         shown(&command::output(&mut command).unwrap())
     }
 
+    /// The admission policy that comes of these values, where the API server serves these APIs.
+    fn policy(&self, name: &str, values: &Value, served: &[&str]) -> PathBuf {
+        let mut words =
+            vec!["template", "weir", "--kube-version", "1.36.0", "--show-only", "templates/admission.yaml"];
+        served.iter().for_each(|api| words.extend(["--api-versions", api]));
+        let (code, rendered, error) = self.helm(&words, values);
+        assert_eq!(code, Some(0), "{error}");
+        let path = self.scene.scratch.path().join(name);
+        fs::write(&path, rendered).unwrap();
+        path
+    }
+
     #[track_caller]
     fn install_is_refused(&self, values: &Value, said: &str) {
         let (code, out, error) = self.helm(&["install", "weir"], values);
@@ -51,22 +63,17 @@ impl Chart<'_> {
 }
 
 #[test]
-fn helm_refuses_values_that_cannot_work_and_the_strict_policy_pods_that_keep_net_raw() {
+fn helm_refuses_values_that_cannot_work_and_the_strict_policy_pods_that_could_go_around() {
     let Some(mut scene) = Scene::new() else { return };
     scene.namespace(NAMESPACE, true);
     let chart = Chart { scene: &scene, helm: components::helm(Progress::Shown).unwrap() };
     refuses_what_cannot_work(&chart);
-    let policy = json!({"admission": {"enabled": true, "requireDropNetRaw": true}});
-    let (code, rendered, error) = chart.helm(
-        &["template", "weir", "--kube-version", "1.36.0", "--show-only", "templates/admission.yaml"],
-        &policy,
-    );
-    assert_eq!(code, Some(0), "{error}");
-    let file = scene.scratch.path().join("policy.yaml");
-    fs::write(&file, rendered).unwrap();
+    let strict = json!({"admission": {"enabled": true, "requireDropNetRaw": true}});
+    let file = chart.policy("raw.yaml", &strict, &[]);
     assert_eq!(chart.kubectl(&["create"], &file).0, Some(0));
     lets_no_container_keep_net_raw(&chart);
     assert_eq!(chart.kubectl(&["delete"], &file).0, Some(0));
+    lets_no_container_start_without_the_agent(&chart);
 }
 
 /// Each at once and with the reason; nothing is left of it.
@@ -156,4 +163,84 @@ fn lets_no_container_keep_net_raw(chart: &Chart<'_>) {
     }
     let (code, _, error) = debugged(json!({"capabilities": drops_all}));
     assert_eq!(code, Some(0), "{error}");
+}
+
+/// By what containerd is told in an annotation (`nri` shows what it makes of that).
+fn lets_no_container_start_without_the_agent(chart: &Chart<'_>) {
+    const KEY: &str = "required-plugins.noderesource.dev";
+    let testbed = &chart.scene.testbed;
+    let pod = |namespace: &str, name: &str, annotations: &Value| {
+        let mut pod = PodSpec::idle(namespace, name).manifest();
+        pod["metadata"]["annotations"] = annotations.clone();
+        chart.file("pod.json", &pod)
+    };
+    let tried = |annotations: &Value| {
+        chart.kubectl(&["create", "--dry-run=server", "-o", "json"], &pod(NAMESPACE, "tried", annotations))
+    };
+    let values = json!({"admission": {"enabled": true, "requireAgent": true}});
+    // An API server that changes no pods.
+    let validating = chart.policy("agent.yaml", &values, &[]);
+    assert_eq!(chart.kubectl(&["create"], &validating).0, Some(0));
+    wait_until("the policy to be in force", DEADLINE, || Ok((tried(&json!({})).0 == Some(1)).then_some(())))
+        .unwrap();
+    let of_container = format!("{KEY}/container.main");
+    let refused = [
+        json!({}),
+        json!({KEY: "[other]"}),
+        json!({KEY: "[weird]"}),
+        json!({KEY: "[] # weir"}),
+        json!({KEY: "[other] # [weir]"}),
+        json!({KEY: "[weir]", &of_container: "[]"}),
+        json!({&of_container: "[weir]"}),
+    ];
+    for annotations in &refused {
+        let (code, _, error) = tried(annotations);
+        let said = format!("give the pod the annotation {KEY}: '[weir]'");
+        assert!(code == Some(1) && error.contains(&said), "{annotations}: {error}");
+        let elsewhere = pod("default", "tried", annotations);
+        assert_eq!(chart.kubectl(&["create", "--dry-run=server"], &elsewhere).0, Some(0));
+    }
+    let passes = [
+        json!({KEY: "[weir]"}),
+        json!({KEY: "[ other, weir ]"}),
+        json!({KEY: "[weir]", &of_container: "[other,weir]"}),
+    ];
+    for annotations in &passes {
+        let (code, _, error) = tried(annotations);
+        assert_eq!(code, Some(0), "{annotations}: {error}");
+    }
+
+    // Nor is it taken back later; a pod from before the policy stays what it was.
+    assert_eq!(chart.kubectl(&["create"], &pod(NAMESPACE, "says", &json!({KEY: "[weir]"}))).0, Some(0));
+    let annotated = |name: &str, annotation: &str| {
+        let mut command = testbed.kubectl_command();
+        command.args(["annotate", "--overwrite", "-n", NAMESPACE, "pod", name, annotation]);
+        shown(&command::output(&mut command).unwrap())
+    };
+    for change in [format!("{KEY}-"), format!("{KEY}=[other]"), format!("{of_container}=[]")] {
+        let (code, _, error) = annotated("says", &change);
+        assert!(code == Some(1) && error.contains("no container of it starts without"), "{change}: {error}");
+    }
+    for name in ["says", "raw"] {
+        let (code, _, error) = annotated(name, "other=value");
+        assert_eq!(code, Some(0), "{name}: {error}");
+    }
+
+    // One that does.
+    let served = ["admissionregistration.k8s.io/v1/MutatingAdmissionPolicy"];
+    let all = chart.policy("agent.yaml", &values, &served);
+    assert_eq!(chart.kubectl(&["apply"], &all).0, Some(0));
+    let said = |annotations: &Value| -> Option<String> {
+        let (code, made, _) = tried(annotations);
+        let made: Value = serde_json::from_str(&made).ok().filter(|_| code == Some(0))?;
+        made["metadata"]["annotations"][KEY].as_str().map(str::to_owned)
+    };
+    let changed = || Ok(said(&json!({"other": "value"})));
+    assert_eq!(wait_until("pods to be made to say it", DEADLINE, changed).unwrap(), "[weir]");
+    assert_eq!(said(&passes[1]).as_deref(), Some("[ other, weir ]"), "what a pod says itself stays");
+    assert_eq!(said(&refused[1]), None);
+    let elsewhere = pod("default", "tried", &json!({}));
+    let (code, made, _) = chart.kubectl(&["create", "--dry-run=server", "-o", "json"], &elsewhere);
+    assert!(code == Some(0) && !made.contains(KEY), "elsewhere it is nobody's business: {made}");
+    assert_eq!(chart.kubectl(&["delete"], &all).0, Some(0));
 }

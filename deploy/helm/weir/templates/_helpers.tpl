@@ -87,6 +87,17 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- join " || " ($entries | default (list "false")) }}
 {{- end }}
 
+{{/* The version in which the API server serves MutatingAdmissionPolicy; empty: in none. */}}
+{{- define "weir.mutatingApi" -}}
+{{- $api := "" }}
+{{- range list "v1" "v1beta1" }}
+{{- if and (not $api) ($.Capabilities.APIVersions.Has (printf "admissionregistration.k8s.io/%s/MutatingAdmissionPolicy" .)) }}
+{{- $api = . }}
+{{- end }}
+{{- end }}
+{{- $api }}
+{{- end }}
+
 {{/* What values.schema.json cannot say: keys that must agree with what the pods mount or serve. */}}
 {{- define "weir.check" -}}
 {{- $config := .Values.config }}
