@@ -202,6 +202,9 @@ fn mints_for_sts_alone(it: &As<'_>, agent: &[&str], (pod, uid): (&str, &str)) {
     let elsewhere = [&elsewhere[..], &bound].concat();
     refused(agent, &elsewhere, "in namespaces that are enrolled (config.enrolment), and in no other");
     assert_eq!(it.kubectl(agent, &whole).0, Some(0));
+    // The policies are for the agent's token: everybody else's requests pass, also where there is no pod whose node could be looked at.
+    assert_eq!(it.testbed.kubectl(&["get", "pods", "-n", "kube-system", "-o", "name"]).unwrap(), "");
+    it.testbed.kubectl(&["create", "token", "default", "-n", "kube-system"]).unwrap();
     // Nor for a pod of another node, or of none.
     let of_other_node = "--as-user-extra=authentication.kubernetes.io/node-name=another";
     let own_node = "for pods of the node that its own pod runs on, and for no others";
