@@ -56,9 +56,29 @@ impl Chart<'_> {
         assert!(code == Some(1) && error.contains(said), "{said}: {code:?} {out}{error}");
     }
 
+    /// Puts a policy in force until what is returned is dropped: also where a test fails, the next one has none of it.
+    fn policy_in_force(&self, name: &str, values: &Value, served: &[&str]) -> Policy<'_> {
+        let file = self.policy(name, values, served);
+        let policy = Policy { chart: self, file };
+        let (code, _, error) = self.kubectl(&["apply"], &policy.file);
+        assert_eq!(code, Some(0), "{error}");
+        policy
+    }
+
     fn kubectl(&self, arguments: &[&str], file: &Path) -> (Option<i32>, String, String) {
         let mut command = self.scene.testbed.kubectl_command();
         shown(&command::output(command.args(arguments).arg("-f").arg(file)).unwrap())
+    }
+}
+
+struct Policy<'a> {
+    chart: &'a Chart<'a>,
+    file: PathBuf,
+}
+
+impl Drop for Policy<'_> {
+    fn drop(&mut self) {
+        self.chart.kubectl(&["delete", "--ignore-not-found"], &self.file);
     }
 }
 
@@ -69,10 +89,9 @@ fn helm_refuses_values_that_cannot_work_and_the_strict_policy_pods_that_could_go
     let chart = Chart { scene: &scene, helm: components::helm(Progress::Shown).unwrap() };
     refuses_what_cannot_work(&chart);
     let strict = json!({"admission": {"enabled": true, "requireDropNetRaw": true}});
-    let file = chart.policy("raw.yaml", &strict, &[]);
-    assert_eq!(chart.kubectl(&["create"], &file).0, Some(0));
+    let policy = chart.policy_in_force("raw.yaml", &strict, &[]);
     lets_no_container_keep_net_raw(&chart);
-    assert_eq!(chart.kubectl(&["delete"], &file).0, Some(0));
+    drop(policy);
     lets_no_container_start_without_the_agent(&chart);
 }
 
@@ -165,82 +184,98 @@ fn lets_no_container_keep_net_raw(chart: &Chart<'_>) {
     assert_eq!(code, Some(0), "{error}");
 }
 
-/// By what containerd is told in an annotation (`nri` shows what it makes of that).
-fn lets_no_container_start_without_the_agent(chart: &Chart<'_>) {
-    const KEY: &str = "required-plugins.noderesource.dev";
-    let testbed = &chart.scene.testbed;
-    let pod = |namespace: &str, name: &str, annotations: &Value| {
+/// What containerd is told by (`nri` shows what it makes of that).
+const REQUIRED: &str = "required-plugins.noderesource.dev";
+
+/// A pod with annotations.
+struct Annotated<'a>(&'a Chart<'a>);
+
+impl Annotated<'_> {
+    fn file(&self, namespace: &str, name: &str, annotations: &Value) -> PathBuf {
         let mut pod = PodSpec::idle(namespace, name).manifest();
         pod["metadata"]["annotations"] = annotations.clone();
-        chart.file("pod.json", &pod)
-    };
-    let tried = |annotations: &Value| {
-        chart.kubectl(&["create", "--dry-run=server", "-o", "json"], &pod(NAMESPACE, "tried", annotations))
-    };
-    let values = json!({"admission": {"enabled": true, "requireAgent": true}});
-    // An API server that changes no pods.
-    let validating = chart.policy("agent.yaml", &values, &[]);
-    assert_eq!(chart.kubectl(&["create"], &validating).0, Some(0));
-    wait_until("the policy to be in force", DEADLINE, || Ok((tried(&json!({})).0 == Some(1)).then_some(())))
-        .unwrap();
-    let of_container = format!("{KEY}/container.main");
-    let refused = [
-        json!({}),
-        json!({KEY: "[other]"}),
-        json!({KEY: "[weird]"}),
-        json!({KEY: "[] # weir"}),
-        json!({KEY: "[other] # [weir]"}),
-        json!({KEY: "[weir]", &of_container: "[]"}),
-        json!({&of_container: "[weir]"}),
-    ];
-    for annotations in &refused {
-        let (code, _, error) = tried(annotations);
-        let said = format!("give the pod the annotation {KEY}: '[weir]'");
-        assert!(code == Some(1) && error.contains(&said), "{annotations}: {error}");
-        let elsewhere = pod("default", "tried", annotations);
-        assert_eq!(chart.kubectl(&["create", "--dry-run=server"], &elsewhere).0, Some(0));
-    }
-    let passes = [
-        json!({KEY: "[weir]"}),
-        json!({KEY: "[ other, weir ]"}),
-        json!({KEY: "[weir]", &of_container: "[other,weir]"}),
-    ];
-    for annotations in &passes {
-        let (code, _, error) = tried(annotations);
-        assert_eq!(code, Some(0), "{annotations}: {error}");
+        self.0.file("pod.json", &pod)
     }
 
-    // Nor is it taken back later; a pod from before the policy stays what it was.
-    assert_eq!(chart.kubectl(&["create"], &pod(NAMESPACE, "says", &json!({KEY: "[weir]"}))).0, Some(0));
-    let annotated = |name: &str, annotation: &str| {
-        let mut command = testbed.kubectl_command();
+    fn tried(&self, namespace: &str, annotations: &Value) -> (Option<i32>, String, String) {
+        let file = self.file(namespace, "tried", annotations);
+        self.0.kubectl(&["create", "--dry-run=server", "-o", "json"], &file)
+    }
+
+    /// Of a pod that is there.
+    fn changed(&self, name: &str, annotation: &str) -> (Option<i32>, String, String) {
+        let mut command = self.0.scene.testbed.kubectl_command();
         command.args(["annotate", "--overwrite", "-n", NAMESPACE, "pod", name, annotation]);
         shown(&command::output(&mut command).unwrap())
-    };
-    for change in [format!("{KEY}-"), format!("{KEY}=[other]"), format!("{of_container}=[]")] {
-        let (code, _, error) = annotated("says", &change);
-        assert!(code == Some(1) && error.contains("no container of it starts without"), "{change}: {error}");
     }
-    for name in ["says", "raw"] {
-        let (code, _, error) = annotated(name, "other=value");
-        assert_eq!(code, Some(0), "{name}: {error}");
+}
+
+fn lets_no_container_start_without_the_agent(chart: &Chart<'_>) {
+    let pod = Annotated(chart);
+    let of_container = format!("{REQUIRED}/container.main");
+    let refused = [
+        json!({}),
+        json!({REQUIRED: "[other]"}),
+        json!({REQUIRED: "[weird]"}),
+        json!({REQUIRED: "[] # weir"}),
+        json!({REQUIRED: "[other] # [weir]"}),
+        json!({REQUIRED: "[weir]", &of_container: "[]"}),
+        json!({&of_container: "[weir]"}),
+    ];
+    let passes = [
+        json!({REQUIRED: "[weir]"}),
+        json!({REQUIRED: "[ other, weir ]"}),
+        json!({REQUIRED: "[weir]", &of_container: "[other,weir]"}),
+    ];
+    let values = json!({"admission": {"enabled": true, "requireAgent": true}});
+    // An API server that changes no pods.
+    let validating = chart.policy_in_force("agent.yaml", &values, &[]);
+    let said = format!("give the pod the annotation {REQUIRED}: '[weir]'");
+    wait_until("the policy to be in force, and the one before it no more", DEADLINE, || {
+        Ok(pod.tried(NAMESPACE, &json!({})).2.contains(&said).then_some(()))
+    })
+    .unwrap();
+    for annotations in &refused {
+        let (code, _, error) = pod.tried(NAMESPACE, annotations);
+        assert!(code == Some(1) && error.contains(&said), "{annotations}: {error}");
+        assert_eq!(pod.tried("default", annotations).0, Some(0), "elsewhere it is nobody's business");
     }
+    for annotations in &passes {
+        let (code, _, error) = pod.tried(NAMESPACE, annotations);
+        assert_eq!(code, Some(0), "{annotations}: {error}");
+    }
+    is_not_taken_back_later(chart, &pod, &of_container);
 
     // One that does.
     let served = ["admissionregistration.k8s.io/v1/MutatingAdmissionPolicy"];
-    let all = chart.policy("agent.yaml", &values, &served);
-    assert_eq!(chart.kubectl(&["apply"], &all).0, Some(0));
-    let said = |annotations: &Value| -> Option<String> {
-        let (code, made, _) = tried(annotations);
+    let all = chart.policy_in_force("changing.yaml", &values, &served);
+    let said = |namespace: &str, annotations: &Value| -> Option<String> {
+        let (code, made, _) = pod.tried(namespace, annotations);
         let made: Value = serde_json::from_str(&made).ok().filter(|_| code == Some(0))?;
-        made["metadata"]["annotations"][KEY].as_str().map(str::to_owned)
+        Some(made["metadata"]["annotations"][REQUIRED].as_str().unwrap_or_default().to_owned())
     };
-    let changed = || Ok(said(&json!({"other": "value"})));
+    let changed = || Ok(said(NAMESPACE, &json!({"other": "value"})));
     assert_eq!(wait_until("pods to be made to say it", DEADLINE, changed).unwrap(), "[weir]");
-    assert_eq!(said(&passes[1]).as_deref(), Some("[ other, weir ]"), "what a pod says itself stays");
-    assert_eq!(said(&refused[1]), None);
-    let elsewhere = pod("default", "tried", &json!({}));
-    let (code, made, _) = chart.kubectl(&["create", "--dry-run=server", "-o", "json"], &elsewhere);
-    assert!(code == Some(0) && !made.contains(KEY), "elsewhere it is nobody's business: {made}");
-    assert_eq!(chart.kubectl(&["delete"], &all).0, Some(0));
+    assert_eq!(
+        said(NAMESPACE, &passes[1]).as_deref(),
+        Some("[ other, weir ]"),
+        "what a pod says itself stays"
+    );
+    assert_eq!(said(NAMESPACE, &refused[1]), None);
+    assert_eq!(said("default", &json!({})).as_deref(), Some(""), "elsewhere it is nobody's business");
+    drop((all, validating));
+}
+
+/// A pod from before the policy (`raw`) stays what it was.
+fn is_not_taken_back_later(chart: &Chart<'_>, pod: &Annotated<'_>, of_container: &str) {
+    let says = pod.file(NAMESPACE, "says", &json!({REQUIRED: "[weir]"}));
+    assert_eq!(chart.kubectl(&["create"], &says).0, Some(0));
+    for change in [format!("{REQUIRED}-"), format!("{REQUIRED}=[other]"), format!("{of_container}=[]")] {
+        let (code, _, error) = pod.changed("says", &change);
+        assert!(code == Some(1) && error.contains("no container of it starts without"), "{change}: {error}");
+    }
+    for name in ["says", "raw"] {
+        let (code, _, error) = pod.changed(name, "other=value");
+        assert_eq!(code, Some(0), "{name}: {error}");
+    }
 }
