@@ -274,6 +274,22 @@ fn is_not_taken_back_later(chart: &Chart<'_>, pod: &Annotated<'_>, of_container:
         let (code, _, error) = pod.changed("says", &change);
         assert!(code == Some(1) && error.contains("no container of it starts without"), "{change}: {error}");
     }
+    // With the status as well as with the rest.
+    let without = json!({"metadata": {"annotations": {REQUIRED: null}}}).to_string();
+    let mut status = chart.scene.testbed.kubectl_command();
+    status.args([
+        "patch",
+        "pod",
+        "says",
+        "-n",
+        NAMESPACE,
+        "--subresource=status",
+        "--type=merge",
+        "-p",
+        &without,
+    ]);
+    let (code, _, error) = shown(&command::output(&mut status).unwrap());
+    assert!(code == Some(1) && error.contains("no container of it starts without"), "{error}");
     for name in ["says", "raw"] {
         let (code, _, error) = pod.changed(name, "other=value");
         assert_eq!(code, Some(0), "{name}: {error}");
