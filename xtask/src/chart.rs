@@ -36,7 +36,7 @@ const WITHOUT_MUTATING: [&str; 4] = [
 const MUTATING: &str = "admissionregistration.k8s.io/v1/MutatingAdmissionPolicy";
 
 /// Mistakes in values, and what is said of them.
-const MISTAKES: [(&str, &str); 20] = [
+const MISTAKES: [(&str, &str); 23] = [
     (r#"{"config": {"jurnal": {}}}"#, "at '/config': additional properties 'jurnal' not allowed"),
     (r#"{"config": {"kafka": {"brokers": ["kafka:9093"]}}}"#, "at '/config/kafka': missing property 'topic'"),
     (
@@ -68,6 +68,18 @@ const MISTAKES: [(&str, &str); 20] = [
     (
         r#"{"config": {"stateDirectory": "/var/lib/weir/../x"}}"#,
         "config.stateDirectory: /var/lib/weir/../x is not",
+    ),
+    (
+        r#"{"config": {"journal": {"directory": "/var/lib/weirdo/journal"}}}"#,
+        "config.journal.directory: /var/lib/weirdo/journal is not",
+    ),
+    (
+        r#"{"admission": {"enabled": true, "namespaceSelector": {"matchLabels": {"weir.dev/enrol": "true"}}}, "config": {"enrolment": [{"namespaceSelector": {"matchLabels": {"team": "ci"}}, "podSelector": {}}]}}"#,
+        "admission.namespaceSelector asks for weir.dev/enrol=true, and config.enrolment[0] enrols namespaces without",
+    ),
+    (
+        r#"{"trustBundle": {"enabled": true, "namespaceSelector": {"matchExpressions": [{"key": "a", "operator": "Exists"}]}}}"#,
+        r#"trustBundle.namespaceSelector asks for {"key":"a","operator":"Exists"}, and config.enrolment[0] enrols"#,
     ),
     (
         r#"{"trustBundle": {"enabled": true}}"#,
@@ -107,6 +119,7 @@ pub(crate) fn run(root: &Path) -> Result<()> {
     helm.refuses_mistakes()?;
     helm.brings_what_this_commit_has()?;
     helm.has_a_dashboard_of_grafanas()?;
+    helm.asks_prometheus_in_its_language()?;
     println!("the chart is as it should be");
     Ok(())
 }
@@ -271,6 +284,39 @@ impl Helm {
         let wrong = fs::read_to_string(&path)?.replacen("\"gridPos\"", "\"gridpos\"", 1);
         fs::write(scratch.path(), wrong).context("cannot write a dashboard")?;
         ensure!(!read(scratch.path())?.0, "a dashboard with an unknown key is taken for one of Grafana's");
+        Ok(())
+    }
+
+    /// Each of the dashboard's queries is read by Prometheus' own parser, as the expression of a rule.
+    fn asks_prometheus_in_its_language(&self) -> Result<()> {
+        let text = fs::read_to_string(self.root.join(CHART).join("files/dashboard.json"))?;
+        let dashboard: serde_json::Value = serde_json::from_str(&text)?;
+        let panels = dashboard["panels"].as_array().into_iter().flatten();
+        let targets = panels.flat_map(|panel| panel["targets"].as_array().into_iter().flatten());
+        let queries: Option<Vec<_>> = targets.map(|target| target["expr"].as_str()).collect();
+        let queries = queries.context("a target of the dashboard has no expr")?;
+        ensure!(!queries.is_empty(), "the dashboard asks nothing");
+        let promtool = components::promtool(Progress::Shown)?;
+        let scratch = tempfile::tempdir().context("cannot make a scratch folder")?;
+        let tests = scratch.path().join("tests.json");
+        fs::write(&tests, r#"{"rule_files": ["rules.json"], "tests": [{"interval": "1m"}]}"#)?;
+        let read = |queries: &[String]| -> Result<Output> {
+            let rules = queries.iter().enumerate().map(|(at, query)| {
+                serde_json::json!({"record": format!("dashboard:query{at}"), "expr": query.replace("$instance", ".*")})
+            });
+            let group =
+                serde_json::json!({"groups": [{"name": "dashboard", "rules": rules.collect::<Vec<_>>()}]});
+            fs::write(scratch.path().join("rules.json"), group.to_string())?;
+            Command::new(&promtool).arg(&tests).output().context("cannot start promtool")
+        };
+        let mut queries: Vec<_> = queries.into_iter().map(str::to_owned).collect();
+        let output = read(&queries)?;
+        let said = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "Prometheus does not take the dashboard's queries: {said}");
+        if let Some(last) = queries.last_mut() {
+            last.push(')');
+        }
+        ensure!(!read(&queries)?.status.success(), "a query with one parenthesis too many is taken for one");
         Ok(())
     }
 }

@@ -23,7 +23,7 @@ pub(super) fn is_what_the_api_server_takes(node: &Node<'_>) {
     node.testbed.kubectl(&served).unwrap();
     let root = components::repository().join("deploy/helm");
     let file = node.scratch.join("rendered.yaml");
-    for name in ["default", "everything", "monitored", "uninstall"] {
+    for name in ["default", "everything", "monitored", "signer", "uninstall"] {
         let mut command =
             (node.helm)(&["template", "weir", "--kube-version", "1.36.0", "--api-versions", MUTATING]);
         command.arg(root.join("weir")).arg("--values").arg(root.join(format!("golden/{name}.values.yaml")));

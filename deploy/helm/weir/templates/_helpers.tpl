@@ -67,11 +67,59 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- with .Values.config.metrics }}{{ regexFind "[0-9]+$" (.address | default "127.0.0.1:9155") }}{{ end }}
 {{- end }}
 
+{{/* Where the kubelet asks whether the agent lives: at that address, or on the loopback of its family where it is every address. */}}
+{{- define "weir.metricsHost" -}}
+{{- with .Values.config.metrics }}
+{{- $host := .address | default "127.0.0.1:9155" | regexFind "^.*:" | trimSuffix ":" | trimPrefix "[" | trimSuffix "]" }}
+{{- get (dict "0.0.0.0" "127.0.0.1" "::" "::1") $host | default $host }}
+{{- end }}
+{{- end }}
+
+{{/* For which namespaces there are bindings, as a list: those of the selector that is given (the second argument), else those that are
+     enrolled. A binding has one selector, and `config.enrolment` may have several. */}}
+{{- define "weir.namespaceSelectors" -}}
+{{- $selectors := list }}
+{{- if kindIs "map" (index . 1) }}
+{{- $selectors = list (index . 1) }}
+{{- else }}
+{{- range (index . 0).Values.config.enrolment }}
+{{- if eq (.mode | default "enforce") "enforce" }}{{ $selectors = append $selectors .namespaceSelector }}{{ end }}
+{{- end }}
+{{- end }}
+{{- $selectors | uniq | toJson }}
+{{- end }}
+
+{{/* The name of a policy's binding: the first one has the policy's. */}}
+{{- define "weir.bindingName" -}}
+{{ index . 0 }}{{ with index . 1 }}-{{ add1 . }}{{ end }}
+{{- end }}
+
+{{/* Fails where pods are enrolled in namespaces that a selector for them does not choose: each of its requirements must be one of each entry's. */}}
+{{- define "weir.covers" -}}
+{{- $key := index . 1 }}
+{{- $selector := index . 2 }}
+{{- range $at, $entry := (index . 0).Values.config.enrolment }}
+{{- if eq ($entry.mode | default "enforce") "enforce" }}
+{{- $missing := list }}
+{{- $labels := $entry.namespaceSelector.matchLabels | default dict }}
+{{- range $name, $value := $selector.matchLabels }}
+{{- if not (and (hasKey $labels $name) (eq (get $labels $name) $value)) }}{{ $missing = append $missing (printf "%s=%s" $name $value) }}{{ end }}
+{{- end }}
+{{- range $selector.matchExpressions }}
+{{- if not (has . ($entry.namespaceSelector.matchExpressions | default list)) }}{{ $missing = append $missing (toJson .) }}{{ end }}
+{{- end }}
+{{- if $missing }}
+{{- fail (printf "%s asks for %s, and config.enrolment[%d] enrols namespaces without; leave the selector out, and the policy is for the namespaces that are enrolled" $key (join ", " $missing) $at) }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- end }}
+
 {{/* CEL: whether a namespace with the labels `variables.labels` is one whose pods are enrolled. */}}
 {{- define "weir.isEnrolledNamespace" -}}
 {{- $entries := list }}
 {{- range .Values.config.enrolment }}
-{{- if eq .mode "enforce" }}
+{{- if eq (.mode | default "enforce") "enforce" }}
 {{- $terms := list "true" }}
 {{- range $key, $value := .namespaceSelector.matchLabels }}
 {{- $terms = append $terms (printf "%s in variables.labels && variables.labels[%s] == %s" (toJson $key) (toJson $key) (toJson $value)) }}
@@ -106,8 +154,14 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- end }}
 {{- $journal := $config.journal | default dict }}
 {{- range $key, $path := dict "config.journal.directory" $journal.directory "config.stateDirectory" $config.stateDirectory }}
-{{- if and $path (not (hasPrefix "/var/lib/weir" (clean $path))) }}
+{{- if and $path (not (hasPrefix "/var/lib/weir/" (printf "%s/" (clean $path)))) }}
 {{- fail (printf "%s: %s is not below /var/lib/weir, the one folder of the node that the agent keeps things in; move it there" $key $path) }}
+{{- end }}
+{{- end }}
+{{- range $part := list "admission" "trustBundle" }}
+{{- $values := get $.Values $part }}
+{{- if and $values.enabled (kindIs "map" $values.namespaceSelector) }}
+{{- include "weir.covers" (list $ (printf "%s.namespaceSelector" $part) $values.namespaceSelector) }}
 {{- end }}
 {{- end }}
 {{- if .Values.trustBundle.enabled }}
