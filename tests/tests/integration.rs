@@ -89,6 +89,8 @@ mod identity;
 mod identity_provider;
 #[path = "integration/in_cluster.rs"]
 mod in_cluster;
+#[path = "integration/invocations.rs"]
+mod invocations;
 #[path = "integration/kafka.rs"]
 mod kafka;
 #[path = "integration/kafka_access.rs"]
@@ -237,14 +239,19 @@ fn shown(output: &Output) -> (Option<i32>, String, String) {
     (output.status.code(), text(&output.stdout), text(&output.stderr))
 }
 
+/// It gets the object, and patches what it has got.
+const APPLY: &str = "echo '{\"apiVersion\":\"v1\",\"kind\":\"ConfigMap\",\"metadata\":{\"name\":\"one\"},\"data\":{\"a\":\"d\"}}' \
+     | kubectl apply -n it-same -f -";
+
 /// Commands whose output does not depend on time; each runs twice.
-const COMMANDS: [&str; 17] = [
+const COMMANDS: [&str; 18] = [
     "kubectl get pods -n it-same -o name",
     "kubectl get configmap -n it-same absent",
     "kubectl create configmap one -n it-same --from-literal=a=b",
     "kubectl create configmap one -n it-same --from-literal=a=b",
     "kubectl get configmap one -n it-same -o jsonpath={.data}",
     "kubectl patch configmap one -n it-same -p {\"data\":{\"a\":\"c\"}}",
+    APPLY,
     "kubectl delete configmap one -n it-same",
     "echo '{\"apiVersion\":\"v1\",\"kind\":\"Secret\",\"metadata\":{\"name\":\"one\"},\"stringData\":{\"a\":\"canary-4711\"}}' \
      | kubectl create -n it-same -f -",
@@ -285,6 +292,7 @@ fn kubectl_in_a_pod_says_the_same_with_weir_and_everything_is_recorded() {
     let coverage = Coverage::compare(&audit, &events, &pod.uid);
     assert!(coverage.unaudited.is_empty(), "{:?}", coverage.unaudited);
     projections::check(&scene, &pod);
+    invocations::check(&events);
     let counted = events.iter().filter_map(|event| match &event.kind {
         Kind::Coverage(coverage) => coverage.pods.iter().find(|counted| counted.uid == pod.uid),
         _ => None,
