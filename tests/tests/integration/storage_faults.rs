@@ -172,6 +172,35 @@ fn a_file_system_that_turns_read_only_refuses_requests_and_says_what_to_do() {
     assert!(verified.status.success(), "{:?}", shown(&verified));
 }
 
+/// A watch, a log and an exec of the pod's kubectl that stay open, each with what it has shown in a file of the pod.
+fn open_streams(pod: &Pod<'_>) {
+    let script = "cd /tmp; mkfifo keyboard; (sleep 1000 >keyboard) & \
+        kubectl get configmaps -n it-hangs -w -o name >watched 2>&1 & \
+        kubectl logs -f -n it-hangs caller >followed 2>&1 & \
+        kubectl exec -i -n it-hangs caller -- sh -c 'echo begins; until [ -e /tmp/go ]; do sleep 0.05; done; echo said; \
+        read it; echo $it >/tmp/heard; read it' <keyboard >shown 2>&1 & \
+        echo first >/proc/1/fd/1; until grep -q begins shown && grep -q before watched && grep -q first followed; do sleep 0.1; done";
+    pod.shell(&format!("({script}) >/dev/null 2>&1")).unwrap();
+}
+
+/// What comes from the server arrives while nothing can be written: an answer, an event of a watch, a line of a log, an exec's output. What is
+/// typed arrives nowhere.
+#[track_caller]
+fn what_is_read_arrives_and_what_is_typed_does_not(scene: &Scene, pod: &Pod<'_>) {
+    scene.testbed.kubectl(&["create", "configmap", "seen", "-n", "it-hangs"]).unwrap();
+    let script = "cd /tmp; echo typed >keyboard; touch go; echo second >/proc/1/fd/1; \
+        kubectl get --raw /api/v1/namespaces/default >answer & \
+        until grep -q said shown && grep -q seen watched && grep -q second followed && grep -q default answer; do sleep 0.1; done";
+    let arrived = pod.exec(&["timeout", "20", "sh", "-c", script]).unwrap();
+    let shown = pod.shell("cd /tmp; head answer shown watched followed").unwrap();
+    assert!(arrived.status.success(), "{shown}");
+    assert_eq!(
+        pod.exec(&["test", "-e", "/tmp/heard"]).unwrap().status.code(),
+        Some(1),
+        "it was typed in before it was recorded"
+    );
+}
+
 /// How long the disk hangs, and with `WEIR_TEST_LONG`: longer than anybody waits for a record.
 const HANGS: Duration = Duration::from_secs(3);
 const HANGS_LONG: Duration = Duration::from_secs(35);
@@ -186,11 +215,13 @@ fn while_the_disk_hangs_nothing_is_forwarded_and_a_slow_one_only_delays() {
     let mut agent = scene.agent(TrustSource::ClusterSigner);
     let mut requests = Requests::new(&scene.testbed, &pod);
     assert_eq!(requests.create("before", 10).status, 201);
+    open_streams(&pod);
 
     let frozen = mounted.freeze();
     let (since, hangs) = (Instant::now(), if is_long { HANGS_LONG } else { HANGS });
     let waiting = std::thread::scope(|scope| {
         let asked = scope.spawn(|| requests.create("while", 10));
+        what_is_read_arrives_and_what_is_typed_does_not(&scene, &pod);
         wait_until("the disk to hang for a while", 2 * hangs, || {
             assert_eq!(created(&scene, &pod), 1, "what is not recorded was forwarded");
             Ok((since.elapsed() > hangs).then_some(()))
@@ -200,6 +231,10 @@ fn while_the_disk_hangs_nothing_is_forwarded_and_a_slow_one_only_delays() {
         drop(frozen);
         asked.join().unwrap()
     });
+    let heard =
+        || Ok((is_long || pod.exec(&["grep", "-q", "typed", "/tmp/heard"])?.status.success()).then_some(()));
+    wait_until("what was typed to arrive once it is recorded", DEADLINE, heard).unwrap();
+    pod.shell("killall kubectl").unwrap();
     let forwarded = if is_long {
         check_refused(&waiting, "the journal does not become durable in time");
         1
