@@ -388,7 +388,9 @@ mod tests {
 
     use expect_test::{Expect, expect};
 
-    use super::{Bodies, Commit, FieldMask, MaskRules, Masks, RawRecording, Recording, Streams, WhenBehind};
+    use super::{
+        Bodies, Commit, CommitRule, FieldMask, MaskRules, Masks, RawRecording, Recording, Streams, WhenBehind,
+    };
 
     fn parse(text: &str) -> Result<Recording, String> {
         let raw: RawRecording = serde_yaml_ng::from_str(text).map_err(|error| error.to_string())?;
@@ -455,6 +457,29 @@ masks: {environment: [], fields: [{kinds: [ConfigMap], paths: ['data.*']}], patt
             ]],
         );
         parse("{rules: [{commit: async, verbs: [create]}], allowAsyncMutations: true}").expect("with it");
+    }
+
+    #[test]
+    fn the_documented_examples_are_read_and_record_in_full_only_where_they_say_so() {
+        let documentation = include_str!("../../../docs/recording.md");
+        let mut examples = documentation.split("```yaml\n").skip(1).map(|rest| {
+            let example = rest.split("```").next().expect("there is a first part");
+            let value: serde_yaml_ng::Value = serde_yaml_ng::from_str(example).expect("is YAML");
+            parse(&serde_yaml_ng::to_string(&value["recording"]).expect("is YAML")).expect("is valid").commits
+        });
+        let rules = examples.next().expect("the rules").rules;
+        let full =
+            |rule: &&CommitRule| rule.level == Some(Bodies::RequestResponse) && rule.streams == Streams::Full;
+        let in_full: Vec<_> = rules.iter().filter(full).map(|rule| &rule.namespaces[..]).collect();
+        assert_eq!(in_full, [["prod"]], "one rule records in full");
+        let last = rules.last().expect("a last one");
+        assert!(
+            last.namespaces.is_empty() && last.verbs.is_empty() && last.resources.is_empty(),
+            "all others"
+        );
+        assert_eq!((last.level, last.streams), (Some(Bodies::Metadata), Streams::Metadata));
+        assert_ne!(examples.next().expect("the masks").masks, Masks::default().into());
+        assert!(examples.next().is_none(), "an example that no test reads");
     }
 
     #[test]
