@@ -67,14 +67,16 @@ const NEEDED: [(&str, &str); 6] = [
     ("busybox", "busybox-static"),
     ("dpkg-deb", "dpkg"),
 ];
+/// So many of the slowest tests are named.
+const SLOWEST: usize = 12;
 /// What the first process prints at the end, before the tests' exit code.
 const RESULT: &str = "weir kernel tests ended with ";
 
-/// Runs the kernel tests on each series, side by side unless `in_turn`.
+/// Runs the kernel tests whose names contain `only` on each series, side by side unless `in_turn`.
 ///
 /// # Errors
 /// A kernel cannot be had, or a test fails on it; its output is printed.
-pub(crate) fn run(root: &Path, in_turn: bool) -> Result<()> {
+pub(crate) fn run(root: &Path, in_turn: bool, only: &str) -> Result<()> {
     // What is told to end removes its images first.
     interrupt_on_signals()?;
     if std::env::consts::ARCH != "x86_64" {
@@ -94,7 +96,7 @@ pub(crate) fn run(root: &Path, in_turn: bool) -> Result<()> {
     let kernels = SERIES.map(|series| kernel(&folder, series).map(|kernel| (series, kernel)));
     let check = |kernel: Result<(Series, PathBuf)>| {
         let (series, kernel) = kernel?;
-        check(series, &kernel, &folder, &programs)
+        check(series, &kernel, &folder, (&programs, only))
     };
     if in_turn {
         return kernels.into_iter().try_for_each(check);
@@ -109,7 +111,7 @@ pub(crate) fn run(root: &Path, in_turn: bool) -> Result<()> {
 }
 
 /// Runs the kernel tests on one kernel, and has a node with it boot twice.
-fn check(series: Series, kernel: &Path, folder: &Path, programs: &Programs) -> Result<()> {
+fn check(series: Series, kernel: &Path, folder: &Path, (programs, only): (&Programs, &str)) -> Result<()> {
     let Series { name, bpf_lsm: [of_tests, of_node], .. } = series;
     let scratch = tempfile::tempdir_in(folder).context("cannot make a scratch folder")?;
     let image = Image::new(&scratch.path().join("tests"))?;
@@ -118,11 +120,12 @@ fn check(series: Series, kernel: &Path, folder: &Path, programs: &Programs) -> R
     image.modules(kernel, &MODULES)?;
     let started = Instant::now();
     let output =
-        boot(kernel, &image.pack(&MODULES, &runs_tests(of_tests))?, None, security_modules(of_tests))?;
+        boot(kernel, &image.pack(&MODULES, &runs_tests(of_tests, only))?, None, security_modules(of_tests))?;
     let took = started.elapsed().as_secs();
     let passed = output.lines().any(|line| line.trim_end() == format!("{RESULT}0"));
     let summary = output.lines().find(|line| line.starts_with("test result: ")).unwrap_or("no result");
     println!("kernel {}: {summary} ({took} s)", kernel.file_name().unwrap_or_default().to_string_lossy());
+    println!("the slowest of them: {}", slowest(&output));
     if !passed {
         bail!("the kernel tests do not pass on {name}; what it printed:\n{output}");
     }
@@ -130,6 +133,19 @@ fn check(series: Series, kernel: &Path, folder: &Path, programs: &Programs) -> R
     reboot::check(kernel, &scratch.path().join("reboot"), &programs.node, of_node)?;
     println!("kernel {name}: a node that booted twice is guarded ({} s)", started.elapsed().as_secs());
     Ok(())
+}
+
+/// The tests that take the longest, by what the test program prints: `test NAME ... ok <SECONDSs>`, where the kernel may print between.
+fn slowest(output: &str) -> String {
+    let timed = output.lines().filter_map(|line| {
+        let (name, rest) = line.strip_prefix("test ")?.split_once(' ')?;
+        let (_, time) = rest.rsplit_once('<')?;
+        Some((time.strip_suffix("s>")?.parse::<f64>().ok()?, name))
+    });
+    let mut timed: Vec<_> = timed.collect();
+    timed.sort_by(|one, other| other.0.total_cmp(&one.0));
+    timed.truncate(SLOWEST);
+    timed.iter().map(|(seconds, name)| format!("{name} {seconds:.0} s")).collect::<Vec<_>>().join(", ")
 }
 
 /// What runs in the guests.
@@ -220,14 +236,14 @@ fn security_way(bpf_lsm: bool) -> &'static str {
     if bpf_lsm { "BPF LSM" } else { "BPF_MODIFY_RETURN" }
 }
 
-/// The tests, one after the other.
-fn runs_tests(bpf_lsm: bool) -> String {
+/// The tests, one after the other, with the time of each.
+fn runs_tests(bpf_lsm: bool, only: &str) -> String {
     let way = security_way(bpf_lsm);
     format!(
-        "export CI=true RUST_BACKTRACE=0 WEIR_TEST_SECURITY='{way}' WEIR_TEST_SCTP=1
+        "export CI=true RUST_BACKTRACE=0 RUSTC_BOOTSTRAP=1 WEIR_TEST_SECURITY='{way}' WEIR_TEST_SCTP=1
 cd /tmp
 # What is about many pods, not about the kernel, takes minutes in emulation.
-kernel-tests --test-threads=1 --skip scale::
+kernel-tests -Z unstable-options --report-time --test-threads=1 --skip scale:: '{only}'
 echo \"{RESULT}$?\"
 busybox poweroff -f
 "

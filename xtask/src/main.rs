@@ -74,6 +74,15 @@ enum Command {
         /// With --kernels: one kernel after the other, so that one processor is left for others.
         #[arg(long, requires = "kernels")]
         in_turn: bool,
+        /// With --kernels: only the tests whose names contain this.
+        #[arg(
+            long,
+            requires = "kernels",
+            value_name = "NAME",
+            default_value = "",
+            hide_default_value = true
+        )]
+        only: String,
     },
 }
 
@@ -104,7 +113,7 @@ fn run(command: Command) -> Result<()> {
         Command::Deny => test::deny(root),
         Command::Rules => test::rules(root),
         Command::Chart => chart::run(root),
-        Command::Test { kernels: true, in_turn, .. } => kernels::run(root, in_turn),
+        Command::Test { kernels: true, in_turn, only, .. } => kernels::run(root, in_turn, &only),
         Command::Test { long, .. } => test::run(root, long),
     }
 }

@@ -19,7 +19,7 @@ use weir_common::kernel::programs;
 
 use crate::{
     pins::OwnBpffs,
-    world::{OwnCgroup, load},
+    world::{DEADLINE, OwnCgroup, load},
 };
 
 /// A tree of the test's own, and a server in the place of an API server, which the canary must never reach.
@@ -118,7 +118,7 @@ async fn the_canary_fails_when_a_program_is_detached_and_passes_when_it_is_attac
             error = field.canary.check().await.err();
         }
     };
-    tokio::time::timeout(std::time::Duration::from_secs(20), detached).await.unwrap();
+    tokio::time::timeout(DEADLINE, detached).await.unwrap();
     let error = error.unwrap();
     assert!(matches!(error, CanaryError::NotRefused), "{error}");
     assert_eq!(field.arrived(), Some(Vec::new()));
@@ -132,7 +132,7 @@ async fn the_canary_fails_when_a_program_is_detached_and_passes_when_it_is_attac
             error = field.canary.check().await.err();
         }
     };
-    tokio::time::timeout(std::time::Duration::from_secs(20), detached).await.unwrap();
+    tokio::time::timeout(DEADLINE, detached).await.unwrap();
     assert!(matches!(error, Some(CanaryError::NoFlow)), "{error:?}");
 }
 

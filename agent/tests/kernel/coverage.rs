@@ -1,12 +1,14 @@
 //! What the record says of coverage.
 
-use std::{path::Path, time::Duration};
+use std::path::Path;
 
 use weir_common::{
     event::{Coverage, Event, Kind, PodCoverage},
     frame::FrameType,
     segment::SegmentReader,
 };
+
+use crate::world::{DEADLINE, PACE};
 
 /// What is recorded so far in a folder of segments.
 fn recorded(folder: &Path) -> Vec<Coverage> {
@@ -42,8 +44,8 @@ pub(crate) async fn covered(folder: &Path, redirected: u64) -> Vec<Coverage> {
             {
                 return found;
             }
-            tokio::time::sleep(Duration::from_millis(50)).await;
+            tokio::time::sleep(PACE).await;
         }
     };
-    tokio::time::timeout(Duration::from_secs(20), found).await.expect("coverage is recorded")
+    tokio::time::timeout(DEADLINE, found).await.expect("coverage is recorded")
 }

@@ -6,7 +6,6 @@ use std::{
     net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     os::fd::AsRawFd as _,
     sync::{Arc, OnceLock},
-    time::Duration,
 };
 
 use nix::sys::socket::{Backlog, SockaddrStorage, bind, connect, listen};
@@ -18,7 +17,7 @@ use weir_agent::interception::{
 };
 use weir_common::kernel::{CgroupEntry, Class, KUBELET};
 
-use crate::world::{API4, Dial, OwnCgroup, OwnNetns, dial, load, new_socket};
+use crate::world::{API4, DEADLINE, Dial, OwnCgroup, OwnNetns, PACE, dial, load, new_socket};
 
 const UDP: u8 = 17;
 const GRE: u8 = 47;
@@ -230,10 +229,10 @@ fn sctp_sockets_from_before_enrolment_reach_nobody() {
 }
 
 fn wait(holds: impl Fn() -> bool) {
-    let deadline = std::time::Instant::now() + Duration::from_secs(20);
+    let deadline = std::time::Instant::now() + DEADLINE;
     while !holds() {
         assert!(std::time::Instant::now() < deadline, "nothing was dropped");
-        std::thread::yield_now();
+        std::thread::sleep(PACE);
     }
 }
 

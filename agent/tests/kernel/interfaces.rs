@@ -26,7 +26,7 @@ use weir_common::kernel::programs;
 use crate::{
     enrolment::{Node, known},
     pins::{OwnBpffs, take_the_place},
-    world::{Dial, OwnNetns, dial, eventually, load},
+    world::{DEADLINE, Dial, OwnNetns, PACE, dial, eventually, load},
 };
 
 /// How long somebody's interference with a guard may last: everything is looked at every few seconds.
@@ -138,7 +138,7 @@ async fn check_interface(name: &str, server: SocketAddr, join: fn(&OwnNetns, &st
     while !pinned_state(&pins)
         .is_ok_and(|state| state.is_some_and(|state| state.api_endpoints.contains(&server)))
     {
-        tokio::task::yield_now().await;
+        tokio::time::sleep(PACE).await;
     }
     node.know(&[known(uid, None, false)]);
     let mut ready = node.ready.clone();
@@ -150,7 +150,7 @@ async fn check_interface(name: &str, server: SocketAddr, join: fn(&OwnNetns, &st
         state.pods.iter().find(|pod| pod.uid == uid).map(|pod| pod.listener_port != 0)
     };
     while counted() != Some(true) {
-        tokio::task::yield_now().await;
+        tokio::time::sleep(PACE).await;
     }
     assert!(!arrives(), "enrolled: dropped");
     assert_eq!(pinned_state(&pins).unwrap().unwrap().counters.interface_dropped, 1);
@@ -162,10 +162,10 @@ async fn check_interface(name: &str, server: SocketAddr, join: fn(&OwnNetns, &st
     take_the_place(&pins, &next, (server, name), &arrives);
     attach::uninstall(&next).unwrap();
     // The kernel frees an unpinned link a little later.
-    let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
+    let deadline = tokio::time::Instant::now() + DEADLINE;
     while !arrives() {
         assert!(tokio::time::Instant::now() < deadline, "a guard is left behind");
-        tokio::task::yield_now().await;
+        tokio::time::sleep(PACE).await;
     }
     // A cgroup is removed only once its processes have ended.
     let root = cgroups.1.0.clone();
@@ -191,7 +191,7 @@ async fn is_the_first_again(node: &Node, name: &str, bpffs: &OwnBpffs, arrives: 
         let began = Instant::now();
         while findings() != (detached + repairs, foreign + others) {
             assert!(began.elapsed() < REPAIRED_MAX, "{:?}", findings());
-            tokio::task::yield_now().await;
+            tokio::time::sleep(PACE).await;
         }
     };
     if pin.exists() {

@@ -5,7 +5,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     process::{Child, Command, Stdio},
     sync::atomic::{AtomicBool, Ordering},
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use weir_agent::interception::{listener::own_netns, loader::Pinning};
@@ -13,7 +13,7 @@ use weir_common::kernel::{CgroupEntry, Class, maps};
 
 use crate::{
     pins::OwnBpffs,
-    world::{API4, Dial, OwnCgroup, OwnNetns, dial, load},
+    world::{API4, DEADLINE, Dial, OwnCgroup, OwnNetns, dial, load},
 };
 
 const REFUSED: nix::Error = nix::Error::ECONNREFUSED;
@@ -76,7 +76,7 @@ fn nothing_that_was_kept_counts_while_a_map_changes() {
     let pins = bpffs.0.path().join("weir/v3");
     let [agent, beside] = [(); 2].map(|()| load(Pinning::Pinned(pins.clone())).unwrap());
     agent.classify(1, entry(Class::Unselected)).unwrap();
-    let (ended, deadline) = (AtomicBool::new(false), Instant::now() + Duration::from_secs(20));
+    let (ended, deadline) = (AtomicBool::new(false), Instant::now() + DEADLINE);
     let (mut between, mut before, mut seen) = (false, 0, HashSet::new());
     std::thread::scope(|scope| {
         scope.spawn(|| {

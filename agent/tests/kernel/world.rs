@@ -23,8 +23,11 @@ use weir_agent::{
     },
 };
 
-/// How long a state may take to come about; far longer than it takes.
-const DEADLINE: Duration = Duration::from_secs(20);
+/// How long a state may take to come about; far longer than it takes, also in an emulated machine that has little of a processor.
+pub(crate) const DEADLINE: Duration = Duration::from_secs(120);
+
+/// Between two looks: an emulated machine has better to do than to look.
+pub(crate) const PACE: Duration = Duration::from_millis(10);
 
 pub(crate) const API4: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)), 443);
 pub(crate) const API6: SocketAddr =
@@ -420,7 +423,7 @@ pub(crate) fn connect_from(own: SocketAddr, to: SocketAddr) -> TcpStream {
             Ok(()) => return TcpStream::from(socket),
             Err(error) => assert!(Instant::now() < deadline, "nobody listens at {to}: {error}"),
         }
-        std::thread::yield_now();
+        std::thread::sleep(PACE);
     }
 }
 
@@ -481,7 +484,7 @@ pub(crate) async fn eventually(
     holds: impl Fn(&Dialled) -> bool,
 ) {
     let wait = async {
-        let mut pace = tokio::time::interval(Duration::from_millis(10));
+        let mut pace = tokio::time::interval(PACE);
         while !holds(&dial()) {
             pace.tick().await;
         }
