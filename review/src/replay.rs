@@ -7,6 +7,7 @@
 mod body;
 mod cast;
 mod changes;
+mod debugged;
 mod print;
 mod story;
 mod transcript;

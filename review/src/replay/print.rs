@@ -14,6 +14,7 @@ use super::{
     ReplayError,
     body::{self, Detail, Shown},
     changes::Objects,
+    debugged,
     story::{Invocation, Piece, Request, Step, Story, channel_name, outcome},
     wording::{acting, execution, meaning, quoted},
 };
@@ -353,6 +354,9 @@ impl<'a> Printer<'a> {
         }
         if channel == Channel::ResponseBody && holes == 0 && read == pieces.len() {
             self.changes(request, &content)?;
+        }
+        if let (Channel::RequestBody, Some((_, opened))) = (channel, &request.opened) {
+            self.lines(request, &debugged::containers(opened, &content), BODY_LINES_MAX)?;
         }
         let shown = body::show(&content, self.detail);
         let label = shown.label.as_ref().map(|label| format!(" ({label})")).unwrap_or_default();

@@ -1,16 +1,19 @@
 //! Exec, cp and port-forward of a real kubectl, over WebSocket and over SPDY: what the processes said is what is on record.
 
-use std::{
-    collections::BTreeMap,
-    io::{Read as _, Write as _},
-    process::{Command, Stdio},
-};
+use std::{collections::BTreeMap, process::Command};
 
 use sha2::{Digest as _, Sha256};
 use weir_common::event::{Channel, Connection, ConnectionForwarded, Event, FileCopied, Kind};
 use weir_tests::{Pod, PodSpec, agent, agent::TrustSource, command, wait_until};
 
 use super::{DEADLINE, Scene, shown, verify};
+
+#[path = "streams/parallel.rs"]
+mod parallel;
+#[path = "streams/patterns.rs"]
+mod patterns;
+#[path = "streams/terminals.rs"]
+mod terminals;
 
 /// Bytes that go through an exec each way; with `WEIR_TEST_LONG` more.
 const BYTES: usize = 4 * 1024 * 1024;
@@ -20,7 +23,7 @@ const BYTES_LONG: usize = 64 * 1024 * 1024;
 const HEAD_BYTES: usize = 8;
 
 /// The bytes of one request's lanes.
-fn lanes(events: &[Event], request: &str) -> BTreeMap<(Channel, Option<Connection>), Vec<u8>> {
+pub(super) fn lanes(events: &[Event], request: &str) -> BTreeMap<(Channel, Option<Connection>), Vec<u8>> {
     let mut lanes: BTreeMap<_, Vec<u8>> = BTreeMap::new();
     for event in events.iter().filter(|event| event.request.as_deref() == Some(request)) {
         if let Kind::Content(content) = &event.kind {
@@ -33,7 +36,7 @@ fn lanes(events: &[Event], request: &str) -> BTreeMap<(Channel, Option<Connectio
 }
 
 /// The requests that were upgraded, in their order: id, URI, and what they were upgraded to.
-fn upgrades(events: &[Event]) -> Vec<(String, String, String)> {
+pub(super) fn upgrades(events: &[Event]) -> Vec<(String, String, String)> {
     let opened = events.iter().filter_map(|event| match &event.kind {
         Kind::RequestOpened(opened) => {
             Some((event.request.clone()?, opened.uri.clone(), opened.upgrade.clone()?))
@@ -43,7 +46,7 @@ fn upgrades(events: &[Event]) -> Vec<(String, String, String)> {
     opened.collect()
 }
 
-fn exit_code(events: &[Event], request: &str) -> Option<i32> {
+pub(super) fn exit_code(events: &[Event], request: &str) -> Option<i32> {
     events.iter().find_map(|event| match &event.kind {
         Kind::RequestClosed(closed) if event.request.as_deref() == Some(request) => closed.exit_code,
         _ => None,
@@ -69,7 +72,7 @@ fn sha256(bytes: &[u8]) -> String {
     hex::encode(Sha256::digest(bytes))
 }
 
-fn files<'a>(events: &'a [Event], request: &str) -> Vec<&'a FileCopied> {
+pub(super) fn files<'a>(events: &'a [Event], request: &str) -> Vec<&'a FileCopied> {
     let of = events.iter().filter(|event| event.request.as_deref() == Some(request));
     of.filter_map(|event| match &event.kind {
         Kind::FileCopied(file) => Some(&**file),
@@ -88,14 +91,14 @@ fn forwarded<'a>(events: &'a [Event], request: &str) -> Vec<&'a ConnectionForwar
 }
 
 #[track_caller]
-fn run(pod: &Pod<'_>, script: &str) -> String {
+pub(super) fn run(pod: &Pod<'_>, script: &str) -> String {
     let (code, out, err) = shown(&pod.exec(&["sh", "-c", script]).unwrap());
     assert_eq!(code, Some(0), "{script}: {out}{err}");
     out
 }
 
 /// The requests that were upgraded since there were `earlier`, once all have ended; and all events.
-fn ended(scene: &Scene, earlier: usize) -> (Vec<(String, String, String)>, Vec<Event>) {
+pub(super) fn ended(scene: &Scene, earlier: usize) -> (Vec<(String, String, String)>, Vec<Event>) {
     wait_until("the ends of all streams", DEADLINE, || {
         let events = scene.events();
         let streams = upgrades(&events).split_off(earlier);
@@ -113,8 +116,10 @@ fn ended(scene: &Scene, earlier: usize) -> (Vec<(String, String, String)>, Vec<E
 fn what_is_said_in_streams_is_on_record_by_channel_whatever_kubectl_speaks() {
     let Some(mut scene) = Scene::new() else { return };
     scene.namespace("it-streams", true);
-    let pod = scene.testbed.run_pod(&PodSpec::idle("it-streams", "caller")).unwrap();
-    let _agent = scene.agent(TrustSource::ClusterSigner);
+    let spec = PodSpec { script: patterns::SCRIPT, ..PodSpec::idle("it-streams", "caller") };
+    let pod = scene.testbed.run_pod(&spec).unwrap();
+    terminals::run_target(&scene);
+    let agent = scene.agent(TrustSource::ClusterSigner);
     let bytes = if std::env::var_os("WEIR_TEST_LONG").is_some() { BYTES_LONG } else { BYTES };
     run(&pod, &format!("head -c {bytes} /dev/urandom > /tmp/sent"));
     let sent = run(&pod, "sha256sum < /tmp/sent")[..64].to_owned();
@@ -123,7 +128,8 @@ fn what_is_said_in_streams_is_on_record_by_channel_whatever_kubectl_speaks() {
     for (websocket, spoken) in [("true", "websocket"), ("false", "SPDY/3.1")] {
         let earlier = upgrades(&scene.events()).len();
         say_everything(&pod, websocket, &sent);
-        type_into_a_terminal(&scene, websocket);
+        terminals::exec(&scene, websocket);
+        terminals::attach(&scene, websocket);
         let (streams, events) = ended(&scene, earlier);
         assert!(streams.iter().all(|(.., to)| to == spoken), "{streams:?}");
         let id = |part: &str| {
@@ -145,7 +151,7 @@ fn what_is_said_in_streams_is_on_record_by_channel_whatever_kubectl_speaks() {
         assert_eq!(code, Some(3), "{spoken}");
         assert!(text(&terminal, Channel::Stdin).contains("typed"), "{spoken}");
         assert!(text(&terminal, Channel::Stdout).contains("a terminal"), "{spoken}");
-        assert!(text(&terminal, Channel::Resize).contains("Width"), "{spoken}");
+        terminals::sizes_are_on_record(&terminal[&(Channel::Resize, None)], spoken);
         for (part, channel, path) in
             [("-xmf", Channel::Stdin, "copied"), ("=cf", Channel::Stdout, "tmp/file")]
         {
@@ -154,6 +160,7 @@ fn what_is_said_in_streams_is_on_record_by_channel_whatever_kubectl_speaks() {
             assert_eq!((file.channel, file.path.as_str(), file.bytes), (channel, path, BYTES as u64));
             assert_eq!(file.digest.as_ref(), Some(&file_digest), "{spoken}");
         }
+        terminals::attached_are_on_record(&events, spoken);
         forwards(&events, id("/portforward"), spoken);
         for (id, uri, _) in &streams {
             let mut raw = lanes(&events, id);
@@ -166,9 +173,12 @@ fn what_is_said_in_streams_is_on_record_by_channel_whatever_kubectl_speaks() {
         }
         let replay = replayed(&scene, &["--request", id("exit"), "--transcript"]);
         assert!(replay.contains("runs sh -c 'exit 7'") && replay.contains("# exit code 7"), "{replay}");
+        terminals::debug_is_replayed(&scene, &events, spoken);
         let replay = replayed(&scene, &["--request", id("/portforward")]);
         assert!(replay.contains("tls to db.example"), "{replay}");
     }
+    parallel::many_at_once_are_on_record(&scene, &pod);
+    patterns::what_a_pattern_finds_is_in_no_record(&scene, &agent, &pod);
     let verified = verify(&scene.journal());
     assert!(verified.status.success(), "{:?}", shown(&verified));
 }
@@ -214,40 +224,6 @@ fn say_everything(pod: &Pod<'_>, websocket: &str, sent: &str) {
     assert_eq!(answer, "answer\n");
 }
 
-/// An exec of the pod's kubectl with a terminal, which it has from a terminal of the host.
-fn type_into_a_terminal(scene: &Scene, websocket: &str) {
-    let script = format!(
-        "KUBECTL_REMOTE_COMMAND_WEBSOCKETS={websocket} kubectl exec -it -n it-streams caller -- \
-         sh -c \"stty -a >/dev/null && echo a terminal; read it; exit 3\""
-    );
-    let mut outer = scene.testbed.kubectl_command();
-    outer.args(["exec", "-it", "-n", "it-streams", "caller", "--", "sh", "-c", &script]);
-    let words = std::iter::once(outer.get_program()).chain(outer.get_args());
-    let words: Vec<String> = words.map(|word| format!("'{}'", word.to_str().unwrap())).collect();
-    let mut terminal = Command::new("timeout");
-    terminal.args(["60", "script", "-q", "-c", &words.join(" "), "/dev/null"]);
-    for (name, value) in outer.get_envs() {
-        if let Some(value) = value {
-            terminal.env(name, value);
-        }
-    }
-    let mut child = terminal.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
-    let (mut keyboard, mut screen) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
-    let (mut shown, mut piece) = (Vec::new(), [0; 256]);
-    loop {
-        let read = screen.read(&mut piece).unwrap();
-        shown.extend_from_slice(&piece[..read]);
-        let text = String::from_utf8_lossy(&shown);
-        if text.contains("a terminal") {
-            break;
-        }
-        assert!(read > 0, "{text}");
-    }
-    keyboard.write_all(b"typed\n").unwrap();
-    screen.read_to_end(&mut shown).unwrap();
-    child.wait().unwrap();
-}
-
 /// What the record says of the two connections.
 #[track_caller]
 fn forwards(events: &[Event], request: &str, spoken: &str) {
@@ -263,6 +239,7 @@ fn forwards(events: &[Event], request: &str, spoken: &str) {
 }
 
 /// What `weir replay` says.
+#[track_caller]
 fn replayed(scene: &Scene, arguments: &[&str]) -> String {
     let weir = agent::built_binary("weir").unwrap();
     let mut replay = Command::new(weir);
