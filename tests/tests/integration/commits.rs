@@ -8,7 +8,7 @@ use std::{
 
 use serde_json::{Value, json};
 use weir_common::event::{Event, Kind};
-use weir_tests::{AgentProcess, PodSpec, agent, agent::TrustSource, command, wait_until};
+use weir_tests::{AgentProcess, Pod, PodSpec, agent, agent::TrustSource, command, wait_until};
 
 use super::{
     DEADLINE, Scene,
@@ -26,7 +26,7 @@ fn emergency(arguments: &[&str]) -> (Option<i32>, String, String) {
 
 /// Changes `recording` of a running agent's configuration.
 #[track_caller]
-fn change(agent: &AgentProcess, configuration: &mut Value, recording: Value) {
+pub(super) fn change(agent: &AgentProcess, configuration: &mut Value, recording: Value) {
     let before = agent.log().unwrap().matches("configuration changed").count();
     configuration["recording"] = recording;
     agent::write_configuration(configuration, agent.config()).unwrap();
@@ -62,7 +62,7 @@ impl Drop for Off {
     }
 }
 
-/// Neither a body nor an output of what was done at the level `Metadata` is on record, but that it was done.
+/// Of one namespace body and output are on record, of the other neither, but that it was done.
 #[track_caller]
 fn check_unsaid(events: &[Event]) {
     let says = |text: &str, event: &Event| match &event.kind {
@@ -71,18 +71,38 @@ fn check_unsaid(events: &[Event]) {
         }
         _ => false,
     };
-    assert!(
-        events.iter().any(|event| says("two", event)) && !events.iter().any(|event| says("unsaid", event))
-    );
+    let count = |text: &str| events.iter().filter(|event| says(text, event)).count();
+    assert!(count("two") > 0 && count("unsaid") == 0);
+    assert!(count("infull-created") > 0 && count("infull-shown") > 0, "one namespace is in full");
     let closed =
-        |event: &Event| matches!(&event.kind, Kind::RequestClosed(closed) if closed.exit_code == Some(0));
-    assert!(events.iter().any(closed), "how the command ended is on record");
+        |event: &&Event| matches!(&event.kind, Kind::RequestClosed(closed) if closed.exit_code == Some(0));
+    assert_eq!(events.iter().filter(closed).count(), 2, "how each command ended is on record");
+    // kubectl gets the pod before it runs a command in it.
+    let done = |event: &&Event| {
+        matches!(&event.kind, Kind::RequestOpened(opened)
+            if opened.attributes.namespace == "it-elsewhere"
+                && (opened.attributes.resource == "configmaps" || opened.execution.is_some()))
+    };
+    assert_eq!(events.iter().filter(done).count(), 2, "that it was done is on record");
+}
+
+/// A body and an output in each of two namespaces.
+#[track_caller]
+fn in_full_and_elsewhere(pod: &Pod<'_>) {
+    pod.shell("kubectl create configmap infull-created -n it-behind").unwrap();
+    let echo = "kubectl exec -n it-behind caller -- sh -c \"echo in''full-shown\"";
+    assert_eq!(pod.shell(echo).unwrap().trim(), "infull-shown");
+    pod.shell("kubectl create configmap unsaid -n it-elsewhere").unwrap();
+    let echo = "kubectl exec -n it-elsewhere other -- sh -c \"echo un''said\"";
+    assert_eq!(pod.shell(echo).unwrap().trim(), "unsaid");
 }
 
 #[test]
 fn kubectl_is_told_why_it_is_refused_and_only_an_emergency_that_is_allowed_lets_it_through() {
     let Some(mut scene) = Scene::new() else { return };
     scene.namespace("it-behind", true);
+    scene.namespace("it-elsewhere", false);
+    scene.testbed.run_pod(&PodSpec::idle("it-elsewhere", "other")).unwrap();
     let pod = scene.testbed.run_pod(&PodSpec::idle("it-behind", "caller")).unwrap();
     // Without Kafka the journal itself is the backlog; it has more bytes than one.
     let full = json!({"backlog": {"bytesMax": 1}});
@@ -135,13 +155,14 @@ fn kubectl_is_told_why_it_is_refused_and_only_an_emergency_that_is_allowed_lets_
     assert_eq!(emergency(&["off"]).0, Some(0));
     wait_until("its end", DEADLINE, || Ok((monitored.metrics()[relaxed] == 0.0).then_some(()))).unwrap();
     refused(create("refused"));
-    // The rules want to know that it happens, not what is said.
-    change(&agent, &mut configuration, json!({"rules": [{"level": "Metadata", "streams": "metadata"}]}));
-    assert_eq!(create("unsaid").0, Some(0));
-    assert_eq!(
-        pod.shell("kubectl exec -n it-behind caller -- sh -c \"echo un''said\"").unwrap().trim(),
-        "unsaid"
+    // Of one namespace the rules want all, of others to know that it happens, not what is said.
+    let full = json!({"level": "RequestResponse", "namespaces": ["it-behind"]});
+    change(
+        &agent,
+        &mut configuration,
+        json!({"rules": [full, {"level": "Metadata", "streams": "metadata"}]}),
     );
+    in_full_and_elsewhere(&pod);
     assert!(agent.terminate().unwrap().success(), "{}", agent.last_lines());
 
     let events = scene.events();
