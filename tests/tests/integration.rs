@@ -131,6 +131,8 @@ mod run_time;
 mod scale;
 #[path = "integration/siem.rs"]
 mod siem;
+#[path = "integration/spoken.rs"]
+mod spoken;
 #[path = "integration/starting.rs"]
 mod starting;
 #[path = "integration/storage_faults.rs"]

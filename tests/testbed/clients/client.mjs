@@ -163,6 +163,8 @@ async function streams() {
   say("bytes out", [sha256(from[0]) === sha256(text), sha256(text), from[2]]);
   const [answers, questions] = [sink(), new PassThrough()];
   const forward = await new k8s.PortForward(config).portForward(namespace, pod, [port], answers, null, questions);
+  // How long a forwarded port lies idle before it is used.
+  await pause(1000 * Number(process.env.IDLE ?? 0));
   questions.write(`ping-${name}\n`);
   while (!answers.text().includes("\n")) await once(answers, "part");
   say("port-forward", answers.text());

@@ -3,8 +3,10 @@ from run to run. The same steps as `main.go` and `client.mjs`."""
 
 import hashlib
 import json
+import os
 import sys
 import threading
+import time
 
 from kubernetes import client, config, watch
 from kubernetes.client.rest import ApiException
@@ -14,6 +16,8 @@ NAMESPACE, NAME = sys.argv[1:3]
 READS_ONLY = len(sys.argv) == 3
 PORT, BYTES = (0, 0) if READS_ONLY else map(int, sys.argv[3:5])
 POD = "target"
+# How long a forwarded port lies idle before it is used.
+IDLE_SECONDS = int(os.environ.get("IDLE", "0"))
 # No command line has it.
 CANARY = "-".join(["canary", NAME, "4711"])
 
@@ -146,6 +150,7 @@ def streams():
     api = client.CoreV1Api(client.ApiClient())
     forward = portforward(api.connect_get_namespaced_pod_portforward, POD, NAMESPACE, ports=str(PORT))
     socket = forward.socket(PORT)
+    time.sleep(IDLE_SECONDS)
     socket.sendall(f"ping-{NAME}\n".encode())
     say("port-forward", socket.recv(100).decode())
     forward.close()

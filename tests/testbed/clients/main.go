@@ -317,6 +317,9 @@ func (p *program) forward() {
 	ended := make(chan error)
 	go func() { ended <- forwarder.ForwardPorts() }()
 	<-ready
+	// How long a forwarded port lies idle before it is used.
+	idle, _ := strconv.Atoi(os.Getenv("IDLE"))
+	time.Sleep(time.Duration(idle) * time.Second)
 	ports := must(forwarder.GetPorts())
 	connection := must(net.Dial("tcp", fmt.Sprintf("127.0.0.1:%d", ports[0].Local)))
 	must(fmt.Fprintf(connection, "ping-%s\n", p.name))

@@ -250,6 +250,8 @@ public final class Client {
         say("bytes out", sha256(from.out().getBytes()).equals(digest) + " \"" + digest + "\" " + from.code());
         try (LocalPortForward forward = client.pods().inNamespace(namespace).withName("target").portForward(port);
             Socket socket = new Socket("127.0.0.1", forward.getLocalPort())) {
+            // How long a forwarded port lies idle before it is used.
+            Thread.sleep(1000L * Integer.parseInt(System.getenv().getOrDefault("IDLE", "0")));
             socket.getOutputStream().write(("ping-" + name + "\n").getBytes());
             byte[] answer = new byte[100];
             int count = socket.getInputStream().read(answer);

@@ -11,14 +11,19 @@ use std::{
 
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
-use weir_common::event::{Channel, Connection, Event, Kind, Outcome};
+use weir_common::{
+    attributes::Execution,
+    event::{Channel, Connection, Event, Kind, Outcome},
+};
 use weir_tests::{
     Clients, Coverage, Pod, PodSpec, Testbed, agent::TrustSource, audit, progress::Progress,
     testbed::AGENT_IMAGE, wait_until,
 };
 
 use super::{
-    DEADLINE, Scene, shown, verify,
+    DEADLINE, Scene, shown,
+    spoken::{copies_are_on_record, each_spoke_as_documented, proxied_is_of_kubectl},
+    verify,
     watched::{Watched, told},
 };
 
@@ -106,13 +111,13 @@ fn command(clients: &Clients, java: &[String], namespace: &str, (name, port): (&
         HELM => vec!["sh".to_owned(), source("helm.sh"), Clients::binary("helm")],
         _ => {
             let kubectl = if name == "kubectl" { "/bin/kubectl" } else { &clients.old_kubectl };
-            let idle = if is_long() { IDLE_SECONDS_LONG } else { "0" };
-            let idle = format!("IDLE={idle}");
-            vec!["env".to_owned(), idle, "sh".to_owned(), source("kubectl.sh"), kubectl.to_owned()]
+            vec!["sh".to_owned(), source("kubectl.sh"), kubectl.to_owned()]
         }
     };
+    let idle = format!("IDLE={}", if is_long() { IDLE_SECONDS_LONG } else { "0" });
+    let program = ["env".to_owned(), idle].into_iter().chain(program);
     let own = [namespace.to_owned(), name.to_owned(), port, bytes, clients.python.clone()];
-    program.into_iter().chain(own).collect()
+    program.chain(own).collect()
 }
 
 /// What every client says in a pod, as far as it does not name the namespace.
@@ -184,8 +189,8 @@ struct Request {
     uri: String,
     /// Whether it says that it is `kubectl cp`, which others take for a reason not to record.
     says_cp: bool,
-    /// Command of an exec, argument by argument.
-    command: Vec<String>,
+    /// What an exec runs, or attach reaches.
+    execution: Execution,
     lanes: BTreeMap<(Channel, Option<Connection>), Vec<u8>>,
     exit_code: Option<i32>,
     outcome: Option<Outcome>,
@@ -201,8 +206,7 @@ fn requests(events: &[Event]) -> BTreeMap<String, Request> {
                 request.verb.clone_from(&opened.attributes.verb);
                 request.uri.clone_from(&opened.uri);
                 request.says_cp = opened.headers.iter().any(|header| header.name == "kubectl-command");
-                let execution = opened.execution.as_ref();
-                request.command = execution.map(|execution| execution.command.clone()).unwrap_or_default();
+                request.execution = opened.execution.as_deref().cloned().unwrap_or_default();
             }
             Kind::Content(content) => {
                 let lane = request.lanes.entry((content.channel, content.connection)).or_default();
@@ -268,6 +272,9 @@ fn no_client_notices_weir_and_the_record_is_all_that_they_did() {
         assert!(!watches.is_empty(), "{name} watches {resource}");
         watches.iter().for_each(|watch| watch.has_told(&told));
     }
+    each_spoke_as_documented(&events);
+    copies_are_on_record(&events, bytes(KUBECTL));
+    proxied_is_of_kubectl(&events, NAMESPACES[0].0);
     let requests = requests(&events);
     streams_are_on_record(&requests, with);
     objects_are_on_record(&scene, &requests);
@@ -321,27 +328,31 @@ fn streams_are_on_record(requests: &BTreeMap<String, Request>, said: &Said) {
         }
         if name == JAVA {
             let copies = |word: &String| word.starts_with("cat ") && word.contains("/tmp/java.txt");
-            let copied: Vec<_> =
-                of("/exec").into_iter().filter(|request| request.command.iter().any(copies)).collect();
+            let copied: Vec<_> = of("/exec")
+                .into_iter()
+                .filter(|request| request.execution.command.iter().any(copies))
+                .collect();
             assert!(!copied.is_empty(), "{name} copies");
             all_was_sent(&of("yes"), &copied);
         }
-        for (arguments, code) in [
-            (&["sh", "-c", "echo out; echo err >&2; exit 3", "two words"][..], 3),
-            (&["sh", "-c", if name == JAVA { "head -c 6; exit 4" } else { "cat; exit 4" }], 4),
-            (&["sh", "-c", "test -t 0 && echo a terminal; read it; exit 5"], 5),
+        for (arguments, stdin, tty, code) in [
+            (&["sh", "-c", "echo out; echo err >&2; exit 3", "two words"][..], false, false, 3),
+            (&["sh", "-c", if name == JAVA { "head -c 6; exit 4" } else { "cat; exit 4" }], true, false, 4),
+            (&["sh", "-c", "test -t 0 && echo a terminal; read it; exit 5"], true, true, 5),
         ] {
             let found: Vec<_> =
-                of("/exec").into_iter().filter(|request| request.command == arguments).collect();
+                of("/exec").into_iter().filter(|request| request.execution.command == arguments).collect();
             assert!(!found.is_empty(), "{name}: {arguments:?}");
             for request in found {
                 assert_eq!(request.exit_code, Some(code), "{name}: {arguments:?}");
+                assert_eq!(request.execution, execution(name, arguments, stdin, tty), "{name}");
             }
         }
         if name == "go" {
             assert!(of("").iter().all(|request| request.says_cp), "its header is on record");
         }
         let [attached] = of("/attach")[..] else { panic!("{name} attaches once") };
+        assert_eq!(attached.execution, execution(name, &[], true, false), "{name}");
         assert_eq!(attached.lanes[&(Channel::Stdin, None)], b"one\nquit\n", "{name}");
         let shown = &attached.lanes[&(Channel::Stdout, None)];
         let all = b"got one\ngot quit\nends\n";
@@ -360,6 +371,11 @@ fn streams_are_on_record(requests: &BTreeMap<String, Request>, said: &Said) {
             assert!(requests.values().any(is_it), "{name}: {channel:?}");
         }
     }
+}
+
+fn execution(client: &str, command: &[&str], stdin: bool, tty: bool) -> Execution {
+    let command = command.iter().copied().map(str::to_owned).collect();
+    Execution { container: Some(client.to_owned()), command, stdin, tty }
 }
 
 /// The Java client does again what its own library takes for broken: each time, its server and Weir have said all.
