@@ -227,6 +227,13 @@ mod tests {
     }
 
     #[test]
+    fn a_node_without_folders_for_it_has_nothing_to_remove_and_gets_none() {
+        let root = tempfile::tempdir().expect("a folder");
+        remove(root.path()).expect("nothing is there");
+        assert_eq!(below(root.path()), BTreeSet::new());
+    }
+
+    #[test]
     fn what_is_removed_leaves_the_node_as_it_was_and_the_units_of_others() {
         let root = tempfile::tempdir().expect("a folder");
         let units = root.path().join(UNITS);

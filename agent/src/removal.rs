@@ -76,6 +76,9 @@ pub struct NodeOptions {
     /// Remove what `guard-unit` has installed below this root folder, too.
     #[arg(long, value_name = "ROOT")]
     pub guard_unit: Option<PathBuf>,
+    /// Remove this folder, too, if nothing is in it: one that the node had not, and that a pod's mount has made.
+    #[arg(long, value_name = "FOLDER")]
+    pub empty_folder: Option<PathBuf>,
 }
 
 /// Removes all but the journal and what is stored for the next boot; `done` is told how many pins there were.
@@ -110,6 +113,9 @@ pub fn from_node(options: &NodeOptions, done: impl FnOnce(usize)) -> Result<(), 
     leftovers::remove(socket)?;
     if let Some(root) = &options.guard_unit {
         guard_unit::remove(root)?;
+    }
+    if let Some(folder) = &options.empty_folder {
+        leftovers::remove_empty(folder)?;
     }
     done(removed);
     if options.stay {

@@ -1,9 +1,9 @@
 //! `cargo xtask dist`: what is given away, in `target/dist`: an OCI image without a Docker daemon, for one architecture or several, for
 //! each a tarball of the binaries and a list of what is in them (SPDX), the chart as a package, and checksums of all.
 //!
-//! The same commit, built in the same folder by the same toolchain and distribution, gives the same bytes:
-//! [`weir_tests::image`] writes archives without times, users and order of its own. What was built for another
-//! architecture is run in emulation ([`smoke`]).
+//! The same binaries give the same bytes: [`weir_tests::image`] writes archives without times, users and order of its own. The same
+//! commit should, built in the same folder by the same toolchain and distribution; two builds from nothing were not compared. What was
+//! built for another architecture is run in emulation ([`smoke`]).
 
 use std::{
     collections::BTreeSet,

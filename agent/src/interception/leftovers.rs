@@ -27,15 +27,18 @@ pub fn remove(handover: &Path) -> Result<(), LeftoverError> {
             let _ = fs::remove_dir(mount.join(root));
         }
     }
-    let failed = |path: &Path| {
-        let path = path.to_owned();
-        move |source| LeftoverError { path, source }
-    };
     match fs::remove_file(handover) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(handover)(error)),
         _ => {}
     }
-    let Some(folder) = handover.parent() else { return Ok(()) };
+    handover.parent().map_or(Ok(()), remove_empty)
+}
+
+/// Removes a folder, if it is there and nothing is in it.
+///
+/// # Errors
+/// It cannot be removed.
+pub fn remove_empty(folder: &Path) -> Result<(), LeftoverError> {
     match fs::remove_dir(folder) {
         // A container's own mount, where it goes with the node's next boot; or somebody else's files are in it.
         Err(error)
@@ -45,15 +48,36 @@ pub fn remove(handover: &Path) -> Result<(), LeftoverError> {
                     | io::ErrorKind::ResourceBusy
                     | io::ErrorKind::ReadOnlyFilesystem
                     | io::ErrorKind::DirectoryNotEmpty
-            ) => {}
-        result => result.map_err(failed(folder))?,
+            ) =>
+        {
+            Ok(())
+        }
+        result => result.map_err(failed(folder)),
     }
-    Ok(())
+}
+
+fn failed(path: &Path) -> impl FnOnce(io::Error) -> LeftoverError {
+    let path = path.to_owned();
+    move |source| LeftoverError { path, source }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::remove;
+    use super::{remove, remove_empty};
+
+    #[test]
+    fn a_folder_that_somebody_uses_stays() {
+        let root = tempfile::tempdir().expect("a folder");
+        let folder = root.path().join("nri");
+        remove_empty(&folder).expect("nothing there");
+        std::fs::create_dir(&folder).expect("makes it");
+        std::fs::write(folder.join("nri.sock"), "").expect("writes it");
+        remove_empty(&folder).expect("leaves it");
+        assert!(folder.join("nri.sock").exists());
+        std::fs::remove_file(folder.join("nri.sock")).expect("removes it");
+        remove_empty(&folder).expect("removes it");
+        assert!(!folder.exists());
+    }
 
     #[test]
     fn the_folder_goes_with_the_socket_unless_it_has_files_of_others() {

@@ -34,6 +34,29 @@ pub(super) fn is_given_where_pods_would_not_trust_the_agent(
     let examined = release.in_agent(&["weir-agent", "doctor", "--config", "/etc/weir/config/agent.yaml"]);
     let (code, said, _) = shown(&examined);
     assert!(code == Some(0) && said.contains("tier T1: mounted CA"), "{said}");
+    one_that_is_none_is_named(release);
+}
+
+/// A certificate that is none: Helm fails, and what the agent said is in the status of its pod, in which no command can be run; the
+/// former agent goes on. The next step finds the release like that.
+fn one_that_is_none_is_named(release: &Release<'_>) {
+    let text = fs::read_to_string(release.scratch.join("values.json")).unwrap();
+    let values: Value = serde_json::from_str(&text).unwrap();
+    let key = values["config"]["clusters"][0]["trust"]["mountedCa"]["key"].as_str().unwrap().to_owned();
+    let wrong = format!("config.clusters[0].trust.mountedCa.certificate={key}");
+    let mut upgrade = release.to_apply("upgrade", &["startupTaint=true", &wrong]);
+    let (code, out, error) = shown(&command::output(upgrade.arg("--timeout=3s")).unwrap());
+    assert!(code == Some(1) && error.contains("deadline"), "{code:?} {out}{error}");
+    let statuses = || {
+        let pods = release.pods();
+        pods.iter().map(|pod| pod["status"]["containerStatuses"].to_string()).collect::<Vec<_>>()
+    };
+    let named = wait_until("the pod's status to say why", DEADLINE, || {
+        let says = |said: &String| said.contains(&key) && said.contains("\"exitCode\":1");
+        Ok(statuses().into_iter().find(says))
+    });
+    assert!(named.is_ok(), "{:?}\n{}", statuses(), release.told());
+    assert!(statuses().iter().any(|said| said.contains("\"ready\":true")), "{:?}", statuses());
 }
 
 /// A CA of one's own, and the values that have pods trust it, as the runbook says, by its own words; gives the bundle.

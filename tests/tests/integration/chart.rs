@@ -1,7 +1,7 @@
 //! The chart on the node: installed by Helm with an image of the built binaries, upgraded under load, its admission policy,
 //! and removed. The agent of these tests is a container with the chart's rights, and none more.
 
-use std::path::Path;
+use std::{path::Path, process::Command};
 
 use weir_common::event::Kind;
 use weir_tests::{Clients, PodSpec, agent, command, progress::Progress, testbed::NODE_NAME, wait_until};
@@ -36,8 +36,12 @@ mod runner;
 #[path = "chart/upgrade.rs"]
 mod upgrade;
 
+/// Where no runtime of this node has an NRI, nor a folder for it.
+const NO_NRI: &str = "/run/weir-test-no-nri";
 /// What keeps pods off a node without an agent.
 const STARTUP_TAINT: &str = "weir.dev/agent-not-ready=:NoSchedule";
+/// One that keeps no pod of the test away.
+const OTHER_TAINT: &str = "example.com/runners=:PreferNoSchedule";
 const ASK: [&str; 6] = ["kubectl", "get", "namespace", "default", "-o", "name"];
 pub(super) const JOURNAL: &str = "/var/lib/weir/journal";
 
@@ -79,6 +83,7 @@ fn the_chart_installs_upgrades_under_load_and_removes_itself() {
     let client = renewal::Client::begin(&release, &pod, &clients);
     is_verified_as_its_notes_say(&release, &guides);
     is_privileged_and_the_approver_is_not(&release);
+    tells_of_itself_in_its_container(&release);
     admission::refuses_pods_that_could_reach_past_weir(&release);
     runner::works_unchanged(&release, &scene);
     guides::are_run(&guides);
@@ -105,13 +110,18 @@ fn helm_uninstall_leaves_the_node_as_it_was_or_says_where_it_fails() {
     let spec = PodSpec { folders: clients.folders(), ..PodSpec::idle("it-chart", "caller") };
     let pod = scene.testbed.run_pod(&spec).unwrap();
     let release = Release::new(&scene);
+    // A run that was cut short may have left it.
+    let _ = std::fs::remove_dir(NO_NRI);
     let before = NodeState::now(&pod);
-    release.must_install(&["startupTaint=true"]);
+    let no_nri = format!("config.nri.socket={NO_NRI}/nri.sock");
+    let values = ["startupTaint=true", no_nri.as_str()];
+    release.must_install(&values);
     assert_eq!(shown(&pod.exec(&ASK).unwrap()), (Some(0), "namespace/default\n".to_owned(), String::new()));
     removal::is_seen_on_the_node(&pod, &before);
     removal::is_done_by_values(&release, &pod);
+    assert!(!Path::new(NO_NRI).exists(), "the folder that the agent's mount has made");
     removal::is_refused_where_agents_are_meant_to_run(&release, &pod);
-    release.must_apply(&["startupTaint=true"]);
+    release.must_apply(&values);
     removal::is_done_by_helm_alone(&release, &pod);
     removal::leaves_the_node_as_it_was(&pod, &before);
 }
@@ -161,6 +171,39 @@ fn is_privileged_and_the_approver_is_not(release: &Release<'_>) {
     assert!(!warned("privileged").contains("weir-agent-"), "as the runbook labels it");
 }
 
+/// What the runbook has typed there when something is wrong: by the chart's rights, on its root that nothing is written to.
+fn tells_of_itself_in_its_container(release: &Release<'_>) {
+    let text = runbook();
+    let line = text.lines().find_map(|line| line.trim().strip_prefix("AGENT weir-agent support "));
+    let (options, _) = line.unwrap().split_once(" > ").unwrap();
+    let words: Vec<_> = ["weir-agent", "support"].into_iter().chain(options.split(' ')).collect();
+    let bundle = release.in_agent(&words);
+    assert!(bundle.status.success(), "{}", String::from_utf8_lossy(&bundle.stderr));
+    let archive = release.scratch.join("support.tar.gz");
+    std::fs::write(&archive, &bundle.stdout).unwrap();
+    let part = |name: &str| {
+        let mut unpack = Command::new("tar");
+        unpack.args(["--wildcards", "-xzOf"]).arg(&archive).arg(format!("*/{name}"));
+        command::run(&mut unpack).unwrap()
+    };
+    for (name, expected) in [
+        ("status.json", "\"ready\": true"),
+        ("kernel.json", "\"CGROUPS\""),
+        ("metrics.txt", "weir_ready 1"),
+        ("doctor.txt", "tier T0: cluster signer"),
+        ("configuration.yaml", "weir.dev/v1alpha1"),
+        ("journal.txt", "mask.key"),
+        ("log.txt", "kubectl -n NAMESPACE logs"),
+    ] {
+        let said = part(name);
+        assert!(said.contains(expected), "{name}: {said}\n{}", part("README.txt"));
+    }
+    let file = ["--config", "/etc/weir/config/agent.yaml"];
+    let explain = [&["weir-agent", "explain"], &file[..], &["--pod", "it-chart/caller"]].concat();
+    let (code, said, error) = shown(&release.in_agent(&explain));
+    assert!(code == Some(0) && said.contains("caller"), "{said}{error}");
+}
+
 /// Without an agent the node takes no pod that does not tolerate the taint.
 fn a_pod_waits_for_the_startup_taint(release: &Release<'_>, pod: &PodSpec<'_>) {
     release.testbed.kubectl(&["taint", "node", NODE_NAME, STARTUP_TAINT]).unwrap();
@@ -194,4 +237,15 @@ fn takes_the_startup_taint_off_and_may_change_nothing_else(release: &Release<'_>
     for change in [label, patch, owner, r#"{"metadata": {"finalizers": ["example.com/a"]}}"#] {
         refused(&["patch", "-p", change], &[&of_node], "and changes nothing else");
     }
+    // Nor of other taints, which keep pods off its node that are not meant for it.
+    release.testbed.kubectl(&["taint", "node", NODE_NAME, OTHER_TAINT]).unwrap();
+    for change in [
+        r#"{"metadata": {"annotations": {"a": "b"}}}"#,
+        r#"{"spec": {"taints": null}}"#,
+        r#"{"spec": {"taints": [{"key": "example.com/runners", "effect": "NoSchedule"}]}}"#,
+        r#"{"spec": {"taints": [{"key": "example.com/runners", "effect": "PreferNoSchedule"}, {"key": "b", "effect": "NoExecute"}]}}"#,
+    ] {
+        refused(&["patch", "--type=merge", "-p", change], &[&of_node], "and changes nothing else");
+    }
+    release.testbed.kubectl(&["taint", "node", NODE_NAME, "example.com/runners-"]).unwrap();
 }

@@ -11,7 +11,7 @@ use weir_tests::{Pod, agent, command, testbed::NODE_NAME, wait_until};
 
 use super::{
     super::{DEADLINE, guard::is_refused, rights, shown},
-    ASK,
+    ASK, NO_NRI,
     node_state::{NodeState, is_as_it_was},
     reboot::put_guard_in_force,
     release::{NAMESPACE, READY_DEADLINE, Release, STATE, on_node, runbook},
@@ -113,6 +113,7 @@ pub(super) fn is_seen_on_the_node(pod: &Pod<'_>, before: &NodeState) {
         ("maps", "CGROUPS"),
         ("files", "/sys/fs/bpf/weir"),
         ("files", "/run/weir/handover.sock"),
+        ("files", NO_NRI),
         ("files", "/var/lib/weir/journal"),
         ("files", "/etc/systemd/system/weir-guard.service"),
         ("files", "/etc/systemd/system/kubelet.service.requires/weir-guard.service"),
