@@ -17,7 +17,7 @@ use weir_agent::interception::{
 };
 use weir_common::kernel::{CgroupEntry, Class, KUBELET};
 
-use crate::world::{API4, DEADLINE, Dial, OwnCgroup, OwnNetns, PACE, dial, load, new_socket};
+use crate::world::{API4, DEADLINE, Dial, OwnCgroup, OwnNetns, dial, load, new_socket};
 
 const UDP: u8 = 17;
 const GRE: u8 = 47;
@@ -232,7 +232,7 @@ fn wait(holds: impl Fn() -> bool) {
     let deadline = std::time::Instant::now() + DEADLINE;
     while !holds() {
         assert!(std::time::Instant::now() < deadline, "nothing was dropped");
-        std::thread::sleep(PACE);
+        std::thread::yield_now();
     }
 }
 
