@@ -36,7 +36,7 @@ const WITHOUT_MUTATING: [&str; 4] = [
 const MUTATING: &str = "admissionregistration.k8s.io/v1/MutatingAdmissionPolicy";
 
 /// Mistakes in values, and what is said of them.
-const MISTAKES: [(&str, &str); 23] = [
+const MISTAKES: [(&str, &str); 25] = [
     (r#"{"config": {"jurnal": {}}}"#, "at '/config': additional properties 'jurnal' not allowed"),
     (r#"{"config": {"kafka": {"brokers": ["kafka:9093"]}}}"#, "at '/config/kafka': missing property 'topic'"),
     (
@@ -75,11 +75,19 @@ const MISTAKES: [(&str, &str); 23] = [
     ),
     (
         r#"{"admission": {"enabled": true, "namespaceSelector": {"matchLabels": {"weir.dev/enrol": "true"}}}, "config": {"enrolment": [{"namespaceSelector": {"matchLabels": {"team": "ci"}}, "podSelector": {}}]}}"#,
-        "admission.namespaceSelector asks for weir.dev/enrol=true, and config.enrolment[0] enrols namespaces without",
+        "admission.namespaceSelector asks for weir.dev/enrol=true, which config.enrolment[0] does not",
     ),
     (
         r#"{"trustBundle": {"enabled": true, "namespaceSelector": {"matchExpressions": [{"key": "a", "operator": "Exists"}]}}}"#,
-        r#"trustBundle.namespaceSelector asks for {"key":"a","operator":"Exists"}, and config.enrolment[0] enrols"#,
+        r#"trustBundle.namespaceSelector asks for {"key":"a","operator":"Exists"}, which config.enrolment[0] does not"#,
+    ),
+    (
+        r#"{"admission": {"enabled": true, "namespaceSelector": {"matchExpressions": [{"key": "kubernetes.io/metadata.name", "operator": "NotIn", "values": ["jobs"]}]}}}"#,
+        r#"admission.namespaceSelector asks for {"key":"kubernetes.io/metadata.name""#,
+    ),
+    (
+        r#"{"config": {"nri": {"socket": "/run/nri.sock"}}}"#,
+        "config.nri.socket: the folder above that of /run/nri.sock",
     ),
     (
         r#"{"trustBundle": {"enabled": true}}"#,
@@ -117,6 +125,7 @@ pub(crate) fn run(root: &Path) -> Result<()> {
     helm.renders_as_written()?;
     helm.is_of_every_versions_schema()?;
     helm.refuses_mistakes()?;
+    helm.takes_what_covers()?;
     helm.brings_what_this_commit_has()?;
     helm.has_a_dashboard_of_grafanas()?;
     helm.asks_prometheus_in_its_language()?;
@@ -128,6 +137,30 @@ struct Helm {
     program: PathBuf,
     root: PathBuf,
 }
+
+/// Selectors that choose no fewer namespaces than are enrolled, however that is written; and what becomes of them.
+const COVERS: [(&str, &str); 5] = [
+    (
+        r#"{"admission": {"enabled": true, "namespaceSelector": {"matchExpressions": [{"key": "weir.dev/enrol", "operator": "In", "values": ["true", "soon"]}]}}}"#,
+        "      - key: weir.dev/enrol\n        operator: In",
+    ),
+    (
+        r#"{"admission": {"enabled": true, "namespaceSelector": {"matchLabels": {"weir.dev/enrol": null, "team": "ci"}}}, "config": {"enrolment": [{"namespaceSelector": {"matchExpressions": [{"key": "team", "operator": "In", "values": ["ci"]}]}, "podSelector": {}}]}}"#,
+        "    namespaceSelector:\n      matchLabels:\n        team: ci\n",
+    ),
+    (
+        r#"{"admission": {"enabled": true, "namespaceSelector": {"matchLabels": {"weir.dev/enrol": true}}}}"#,
+        "    namespaceSelector:\n      matchLabels:\n        weir.dev/enrol: \"true\"\n",
+    ),
+    (
+        r#"{"admission": {"enabled": true, "namespaceSelector": {"matchExpressions": [{"key": "kubernetes.io/metadata.name", "operator": "NotIn", "values": ["kube-system"]}]}}, "config": {"enrolment": [{"namespaceSelector": {}, "podSelector": {"matchLabels": {"app": "runner"}}}]}}"#,
+        "        operator: NotIn\n        values:\n        - kube-system\n      matchLabels: {}\n",
+    ),
+    (
+        r#"{"uninstall": true, "admission": {"enabled": true, "namespaceSelector": {"matchLabels": {"weir.dev/enrol": "true"}}}, "config": {"enrolment": [{"namespaceSelector": {"matchLabels": {"team": "ci"}}, "podSelector": {}}]}}"#,
+        "command: [weir-agent, uninstall, --stay",
+    ),
+];
 
 impl Helm {
     fn output(&self, arguments: &[&str]) -> Result<Output> {
@@ -236,6 +269,17 @@ impl Helm {
             let errors = String::from_utf8_lossy(&output.stderr);
             ensure!(!output.status.success(), "the chart takes {values}");
             ensure!(errors.contains(said), "of {values} Helm says {errors:?}, not {said:?}");
+        }
+        Ok(())
+    }
+
+    fn takes_what_covers(&self) -> Result<()> {
+        let scratch = tempfile::tempdir().context("cannot make a scratch folder")?;
+        let file = scratch.path().join("values.json");
+        for (values, rendered) in COVERS {
+            fs::write(&file, values).context("cannot write values")?;
+            let all = self.template(CHART, &["--values", &file.to_string_lossy()])?;
+            ensure!(all.contains(rendered), "of {values} there is no {rendered:?} in {all}");
         }
         Ok(())
     }

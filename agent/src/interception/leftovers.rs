@@ -40,7 +40,8 @@ pub fn remove(handover: &Path) -> Result<(), LeftoverError> {
 /// It cannot be removed.
 pub fn remove_empty(folder: &Path) -> Result<(), LeftoverError> {
     match fs::remove_dir(folder) {
-        // A container's own mount, where it goes with the node's next boot; or somebody else's files are in it.
+        // A container's own mount, where it goes with the node's next boot; or somebody else's files are in it, or it is a link or
+        // guarded by other means: an empty folder harms nobody, and all else is gone already.
         Err(error)
             if matches!(
                 error.kind(),
@@ -48,6 +49,8 @@ pub fn remove_empty(folder: &Path) -> Result<(), LeftoverError> {
                     | io::ErrorKind::ResourceBusy
                     | io::ErrorKind::ReadOnlyFilesystem
                     | io::ErrorKind::DirectoryNotEmpty
+                    | io::ErrorKind::NotADirectory
+                    | io::ErrorKind::PermissionDenied
             ) =>
         {
             Ok(())
@@ -77,6 +80,9 @@ mod tests {
         std::fs::remove_file(folder.join("nri.sock")).expect("removes it");
         remove_empty(&folder).expect("removes it");
         assert!(!folder.exists());
+        std::os::unix::fs::symlink(root.path(), &folder).expect("makes a link");
+        remove_empty(&folder).expect("leaves the link");
+        assert!(folder.is_symlink());
     }
 
     #[test]

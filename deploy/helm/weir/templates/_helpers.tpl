@@ -76,40 +76,66 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- end }}
 
 {{/* For which namespaces there are bindings, as a list: those of the selector that is given (the second argument), else those that are
-     enrolled. A binding has one selector, and `config.enrolment` may have several. */}}
+     enrolled. A binding has one selector, and `config.enrolment` may have several. What Weir itself and the cluster consist of is in
+     none of the latter: its pods could not be made any more, and pods may be enrolled by their own labels in whatever namespace. */}}
 {{- define "weir.namespaceSelectors" -}}
 {{- $selectors := list }}
 {{- if kindIs "map" (index . 1) }}
-{{- $selectors = list (index . 1) }}
+{{- $selectors = list (include "weir.withoutNulls" (index . 1) | fromJson) }}
 {{- else }}
+{{- $others := dict "key" "kubernetes.io/metadata.name" "operator" "NotIn" "values" (list (index . 0).Release.Namespace "kube-system" | uniq) }}
 {{- range (index . 0).Values.config.enrolment }}
-{{- if eq (.mode | default "enforce") "enforce" }}{{ $selectors = append $selectors .namespaceSelector }}{{ end }}
+{{- if eq (.mode | default "enforce") "enforce" }}
+{{- $expressions := append (.namespaceSelector.matchExpressions | default list) $others }}
+{{- $selectors = append $selectors (merge (dict "matchExpressions" $expressions) (omit .namespaceSelector "matchExpressions")) }}
+{{- end }}
 {{- end }}
 {{- end }}
 {{- $selectors | uniq | toJson }}
 {{- end }}
 
-{{/* The name of a policy's binding: the first one has the policy's. */}}
-{{- define "weir.bindingName" -}}
-{{ index . 0 }}{{ with index . 1 }}-{{ add1 . }}{{ end }}
+{{/* A selector without the labels that are null, as which Helm is told that a default is to go; `--set` makes booleans of some. */}}
+{{- define "weir.withoutNulls" -}}
+{{- $labels := dict }}
+{{- range $name, $value := .matchLabels }}
+{{- if not (kindIs "invalid" $value) }}{{ $labels = set $labels $name (toString $value) }}{{ end }}
+{{- end }}
+{{- merge (dict "matchLabels" $labels) (omit . "matchLabels") | toJson }}
 {{- end }}
 
-{{/* Fails where pods are enrolled in namespaces that a selector for them does not choose: each of its requirements must be one of each entry's. */}}
+{{/* The name of a policy's binding for a selector. By its place in a list another one would be changed first, and the selector's
+     namespaces be without until Helm comes to the next. */}}
+{{- define "weir.bindingName" -}}
+{{ index . 0 }}-{{ index . 1 | toJson | sha256sum | trunc 8 }}
+{{- end }}
+
+{{/* Fails where pods are enrolled in namespaces that a selector for them may not choose: each of its requirements must follow from one of
+     each entry's. */}}
 {{- define "weir.covers" -}}
 {{- $key := index . 1 }}
-{{- $selector := index . 2 }}
+{{- $selector := include "weir.withoutNulls" (index . 2) | fromJson }}
+{{- $spared := list (index . 0).Release.Namespace "kube-system" }}
 {{- range $at, $entry := (index . 0).Values.config.enrolment }}
 {{- if eq ($entry.mode | default "enforce") "enforce" }}
 {{- $missing := list }}
 {{- $labels := $entry.namespaceSelector.matchLabels | default dict }}
+{{- $expressions := $entry.namespaceSelector.matchExpressions | default list }}
 {{- range $name, $value := $selector.matchLabels }}
-{{- if not (and (hasKey $labels $name) (eq (get $labels $name) $value)) }}{{ $missing = append $missing (printf "%s=%s" $name $value) }}{{ end }}
+{{- $same := eq (get $labels $name | toString) $value }}
+{{- if not (or $same (has (dict "key" $name "operator" "In" "values" (list $value)) $expressions)) }}{{ $missing = append $missing (printf "%s=%s" $name $value) }}{{ end }}
 {{- end }}
-{{- range $selector.matchExpressions }}
-{{- if not (has . ($entry.namespaceSelector.matchExpressions | default list)) }}{{ $missing = append $missing (toJson .) }}{{ end }}
+{{- range $wanted := $selector.matchExpressions }}
+{{- $follows := has $wanted $expressions }}
+{{- if hasKey $labels $wanted.key }}
+{{- $follows = or $follows (eq $wanted.operator "Exists") (and (eq $wanted.operator "In") (has (get $labels $wanted.key) $wanted.values)) }}
+{{- end }}
+{{- if and (eq $wanted.key "kubernetes.io/metadata.name") (eq $wanted.operator "NotIn") }}
+{{- $follows = or $follows (not (without $wanted.values (index $spared 0) (index $spared 1))) }}
+{{- end }}
+{{- if not $follows }}{{ $missing = append $missing (toJson $wanted) }}{{ end }}
 {{- end }}
 {{- if $missing }}
-{{- fail (printf "%s asks for %s, and config.enrolment[%d] enrols namespaces without; leave the selector out, and the policy is for the namespaces that are enrolled" $key (join ", " $missing) $at) }}
+{{- fail (printf "%s asks for %s, which config.enrolment[%d] does not, so namespaces would be enrolled without it; leave the selector out (--set %s=null), and it is for the namespaces that are enrolled, or write it as there" $key (join ", " $missing) $at $key) }}
 {{- end }}
 {{- end }}
 {{- end }}
@@ -158,9 +184,13 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- fail (printf "%s: %s is not below /var/lib/weir, the one folder of the node that the agent keeps things in; move it there" $key $path) }}
 {{- end }}
 {{- end }}
+{{- $socket := dig "nri" "socket" "/var/run/nri/nri.sock" $config }}
+{{- if eq ($socket | dir | dir) "/" }}
+{{- fail (printf "config.nri.socket: the folder above that of %s is the node's whole file system, which would be mounted; give the runtime a socket further down, as /var/run/nri/nri.sock" $socket) }}
+{{- end }}
 {{- range $part := list "admission" "trustBundle" }}
 {{- $values := get $.Values $part }}
-{{- if and $values.enabled (kindIs "map" $values.namespaceSelector) }}
+{{- if and $values.enabled (kindIs "map" $values.namespaceSelector) (not $.Values.uninstall) }}
 {{- include "weir.covers" (list $ (printf "%s.namespaceSelector" $part) $values.namespaceSelector) }}
 {{- end }}
 {{- end }}
