@@ -206,6 +206,25 @@ impl Pod<'_> {
         output(self.exec_command().args(arguments))
     }
 
+    /// The same, but not longer than so many seconds, also where something that the command has started holds its output: then the host's
+    /// kubectl is ended, with exit code 124, and what runs in the pod goes with the pod.
+    ///
+    /// # Errors
+    /// When `timeout` cannot be started.
+    pub fn exec_for(&self, seconds: u32, arguments: &[&str]) -> Result<Output> {
+        let kubectl = self.exec_command();
+        let mut command = Command::new("timeout");
+        command.args(["--kill-after", "5", &seconds.to_string()]).arg(kubectl.get_program());
+        command.args(kubectl.get_args()).args(arguments);
+        for (name, value) in kubectl.get_envs() {
+            match value {
+                Some(value) => command.env(name, value),
+                None => command.env_remove(name),
+            };
+        }
+        output(&mut command)
+    }
+
     /// A command in the pod's container that is started by the container runtime alone: for when the API server is
     /// away. `id` must differ from that of every other one that still runs.
     #[must_use]

@@ -6,20 +6,19 @@
 #![expect(clippy::unwrap_used, reason = "a test ends where something is not as it must be")]
 
 use std::{
-    path::{Path, PathBuf},
+    path::Path,
     process::{Command, Output},
-    sync::{Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
 use weir_common::event::{Event, Kind, Outcome};
 use weir_tests::{
-    AgentProcess, Coverage, Pod, PodSpec, Testbed,
-    agent::{self, ENROL_LABEL, TrustSource},
+    AgentProcess, Coverage, Pod, PodSpec,
+    agent::{self, TrustSource},
     audit, command,
-    progress::Progress,
-    wait_until,
 };
+
+use scene::Scene;
 
 #[path = "integration/answers.rs"]
 mod answers;
@@ -129,6 +128,8 @@ mod rules;
 mod run_time;
 #[path = "integration/scale.rs"]
 mod scale;
+#[path = "integration/scene.rs"]
+mod scene;
 #[path = "integration/siem.rs"]
 mod siem;
 #[path = "integration/spoken.rs"]
@@ -141,6 +142,8 @@ mod storage_faults;
 mod streams;
 #[path = "integration/support.rs"]
 mod support;
+#[path = "integration/target.rs"]
+mod target;
 #[path = "integration/traces.rs"]
 mod traces;
 #[path = "integration/unready.rs"]
@@ -154,81 +157,8 @@ mod watched;
 #[path = "integration/witness.rs"]
 mod witness;
 
-/// A node has one agent.
-static ONE_AGENT: Mutex<()> = Mutex::new(());
-/// How long a change may take to show.
-const DEADLINE: Duration = Duration::from_secs(30);
-
-/// A test's testbed, namespaces and journal.
-struct Scene {
-    testbed: Testbed,
-    namespaces: Vec<String>,
-    scratch: tempfile::TempDir,
-    _one: MutexGuard<'static, ()>,
-}
-
-impl Scene {
-    /// None only where the test cannot run for lack of privilege, outside CI.
-    fn new() -> Option<Self> {
-        if !nix::unistd::geteuid().is_root() {
-            assert!(std::env::var("CI").is_err(), "integration tests need root");
-            eprintln!("DID NOT RUN: integration tests need root");
-            return None;
-        }
-        let one = ONE_AGENT.lock().unwrap_or_else(PoisonError::into_inner);
-        let folder = Testbed::default_folder().unwrap();
-        let testbed = Testbed::up(&folder, Progress::Shown).unwrap().down_on_drop();
-        let scratch = tempfile::tempdir().unwrap();
-        Some(Self { testbed, namespaces: Vec::new(), scratch, _one: one })
-    }
-
-    /// A namespace whose default service account may do everything, enrolled or not.
-    fn namespace(&mut self, name: &str, enrolled: bool) {
-        self.namespaces.push(name.to_owned());
-        let labels: &[_] = if enrolled { &[ENROL_LABEL] } else { &[] };
-        self.testbed.create_namespace(name, labels).unwrap();
-        let binding = format!(
-            "{{apiVersion: rbac.authorization.k8s.io/v1, kind: ClusterRoleBinding, metadata: {{name: {name}}},
-roleRef: {{apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: cluster-admin}},
-subjects: [{{kind: ServiceAccount, name: default, namespace: {name}}}]}}"
-        );
-        self.testbed.apply(&binding).unwrap();
-    }
-
-    fn journal(&self) -> PathBuf {
-        self.scratch.path().join("journal")
-    }
-
-    fn config(&self, trust: TrustSource) -> PathBuf {
-        let path = self.scratch.path().join("agent.yaml");
-        let configuration = agent::configuration(&self.testbed, &self.journal(), trust);
-        agent::write_configuration(&configuration, &path).unwrap();
-        path
-    }
-
-    fn agent(&self, trust: TrustSource) -> AgentProcess {
-        AgentProcess::start(&self.config(trust), &self.scratch.path().join("agent.log")).unwrap()
-    }
-
-    fn events(&self) -> Vec<Event> {
-        agent::read_events(&self.journal()).unwrap()
-    }
-
-    /// Waits until an event is in the journal.
-    #[track_caller]
-    fn event(&self, what: &str, is_it: impl Fn(&Event) -> bool) -> Event {
-        wait_until(what, DEADLINE, || Ok(self.events().into_iter().find(|event| is_it(event)))).unwrap()
-    }
-}
-
-impl Drop for Scene {
-    fn drop(&mut self) {
-        for namespace in &self.namespaces {
-            let _ = self.testbed.kubectl(&["delete", "clusterrolebinding", namespace]);
-            let _ = self.testbed.delete_namespace(namespace);
-        }
-    }
-}
+/// How long a change may take to show; far longer than it takes, also on a machine that has other things to do.
+const DEADLINE: Duration = Duration::from_secs(120);
 
 /// The built `weir`, verifying a journal.
 fn verify(journal: &Path) -> Output {

@@ -129,6 +129,9 @@ fn check(series: Series, kernel: &Path, folder: &Path, (programs, only): (&Progr
     if !passed {
         bail!("the kernel tests do not pass on {name}; what it printed:\n{output}");
     }
+    if tests_passed(summary).is_none_or(|passed| passed == 0) {
+        bail!("no kernel test was run on {name}: none has {only:?} in its name, or none is meant for guests");
+    }
     let started = Instant::now();
     reboot::check(kernel, &scratch.path().join("reboot"), &programs.node, of_node)?;
     println!("kernel {name}: a node that booted twice is guarded ({} s)", started.elapsed().as_secs());
@@ -146,6 +149,12 @@ fn slowest(output: &str) -> String {
     timed.sort_by(|one, other| other.0.total_cmp(&one.0));
     timed.truncate(SLOWEST);
     timed.iter().map(|(seconds, name)| format!("{name} {seconds:.0} s")).collect::<Vec<_>>().join(", ")
+}
+
+/// How many tests passed, by the last line of a test program: `test result: ok. 12 passed; 0 failed; …`.
+fn tests_passed(summary: &str) -> Option<u32> {
+    let (before, _) = summary.split_once(" passed;")?;
+    before.rsplit(' ').next()?.parse().ok()
 }
 
 /// What runs in the guests.
@@ -252,7 +261,18 @@ busybox poweroff -f
 
 #[cfg(test)]
 mod tests {
-    use super::numbers;
+    use super::{numbers, tests_passed};
+
+    #[test]
+    fn a_run_of_no_test_is_told_from_one_that_passed() {
+        let line = |passed: u32| {
+            format!(
+                "test result: ok. {passed} passed; 0 failed; 0 ignored; 0 measured; 103 filtered out; finished in 0.00s"
+            )
+        };
+        assert_eq!((tests_passed(&line(0)), tests_passed(&line(12))), (Some(0), Some(12)));
+        assert_eq!(tests_passed("no result"), None);
+    }
 
     #[test]
     fn the_newest_package_is_the_one_with_the_highest_numbers() {

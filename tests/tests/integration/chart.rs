@@ -42,6 +42,7 @@ const NO_NRI: &str = "/run/weir-test-no-nri";
 const STARTUP_TAINT: &str = "weir.dev/agent-not-ready=:NoSchedule";
 /// One that keeps no pod of the test away.
 const OTHER_TAINT: &str = "example.com/runners=:PreferNoSchedule";
+const OTHER_TAINT_LIFTED: &str = "example.com/runners-";
 const ASK: [&str; 6] = ["kubectl", "get", "namespace", "default", "-o", "name"];
 pub(super) const JOURNAL: &str = "/var/lib/weir/journal";
 
@@ -247,5 +248,5 @@ fn takes_the_startup_taint_off_and_may_change_nothing_else(release: &Release<'_>
     ] {
         refused(&["patch", "--type=merge", "-p", change], &[&of_node], "and changes nothing else");
     }
-    release.testbed.kubectl(&["taint", "node", NODE_NAME, "example.com/runners-"]).unwrap();
+    release.testbed.kubectl(&["taint", "node", NODE_NAME, OTHER_TAINT_LIFTED]).unwrap();
 }

@@ -9,21 +9,20 @@ use std::{
     thread,
 };
 
-use serde_json::{Value, json};
+use serde_json::Value;
 use sha2::{Digest as _, Sha256};
 use weir_common::{
     attributes::Execution,
     event::{Channel, Connection, Event, Kind, Outcome},
 };
 use weir_tests::{
-    Clients, Coverage, Pod, PodSpec, Testbed, agent::TrustSource, audit, progress::Progress,
-    testbed::AGENT_IMAGE, wait_until,
+    Clients, Coverage, Pod, PodSpec, Testbed, agent::TrustSource, audit, progress::Progress, wait_until,
 };
 
 use super::{
     DEADLINE, Scene, shown,
-    spoken::{copies_are_on_record, each_spoke_as_documented, proxied_is_of_kubectl},
-    verify,
+    spoken::{copies_are_on_record, each_spoke_as_expected, proxied_is_of_kubectl},
+    target, verify,
     watched::{Watched, told},
 };
 
@@ -77,21 +76,9 @@ pub(super) fn run_target(testbed: &Testbed, namespace: &str, clients: &[(&str, u
             "(while :; do nc -l -p {port} -e cat; done) & \
              echo begins; while read line; do echo \"got $line\"; [ \"$line\" = quit ] && break; done; echo ends"
         );
-        json!({
-            "name": name, "image": AGENT_IMAGE, "imagePullPolicy": "Never", "stdin": true,
-            "command": ["/bin/sh", "-c", script],
-        })
+        target::container(name, false, &script)
     };
-    let pod = json!({
-        "apiVersion": "v1", "kind": "Pod", "metadata": {"name": "target", "namespace": namespace},
-        "spec": {
-            "restartPolicy": "Never", "terminationGracePeriodSeconds": 1,
-            "containers": clients.iter().map(container).collect::<Vec<_>>(),
-        },
-    });
-    testbed.apply(&pod.to_string()).unwrap();
-    let ready = ["wait", "pod/target", "-n", namespace, "--for=condition=Ready", "--timeout=60s"];
-    testbed.kubectl(&ready).unwrap();
+    target::run(testbed, namespace, &clients.iter().map(container).collect::<Vec<_>>());
 }
 
 /// What a client's command line is.
@@ -272,7 +259,7 @@ fn no_client_notices_weir_and_the_record_is_all_that_they_did() {
         assert!(!watches.is_empty(), "{name} watches {resource}");
         watches.iter().for_each(|watch| watch.has_told(&told));
     }
-    each_spoke_as_documented(&events);
+    each_spoke_as_expected(&events);
     copies_are_on_record(&events, bytes(KUBECTL));
     proxied_is_of_kubectl(&events, NAMESPACES[0].0);
     let requests = requests(&events);

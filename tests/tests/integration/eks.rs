@@ -28,6 +28,8 @@ use super::{DEADLINE, Scene, shown};
 const ORDER: &str = "WEIR_TEST_EKS_ORDER";
 /// The session that a test's requests are of.
 const SESSION: &str = "0198f1f0-5b8e-7c3a-9d55-1d2f6a7b8c9d";
+/// Whoever asks a server that says nothing is told so within 12 s; on a busy machine, and with the start of a process, later.
+const SILENCE_MAX: Duration = Duration::from_secs(120);
 
 const MAPPINGS: &[RoleMapping] = &[
     RoleMapping { role: "deploy", username: "deploy:{{SessionName}}", groups: &["it-eks-deployers"] },
@@ -194,7 +196,7 @@ fn what_sts_refuses_is_told_and_not_asked_again_for_each_request() {
     let began = Instant::now();
     let answer = asked(&rig, "deploy", aws::CLUSTER, 1000);
     assert_eq!(answer["error"], "unreachable", "{answer}");
-    assert!(began.elapsed() < DEADLINE * 4, "{:?}", began.elapsed());
+    assert!(began.elapsed() < SILENCE_MAX, "{:?}", began.elapsed());
 }
 
 #[test]

@@ -19,6 +19,8 @@ use weir_tests::{AgentProcess, Pod, PodSpec, agent, agent::TrustSource, wait_unt
 use super::{Scene, peak_resident_kib, random_text};
 
 const NAMESPACE: &str = "it-large";
+/// Where its objects are.
+const OBJECTS_PATH: &str = "/api/v1/namespaces/it-large/configmaps";
 /// Most that memory may grow once there is what is kept for the next request: pools, arenas, the writer's buffers.
 const GROWN_KIB_MAX: u64 = 8 * 1024;
 /// Bytes that an exec writes: first, then while memory is watched. What comes from the server goes on before it is on disk.
@@ -122,11 +124,18 @@ impl Recorded {
     }
 }
 
-/// The requests on record, once all have ended.
-fn recorded(scene: &Scene) -> Vec<Recorded> {
-    wait_until("the ends of all requests", Duration::from_mins(5), || {
+/// The requests on record, once all that must be there are, and have ended. As [`Scene::ended`], but without all events in memory.
+#[track_caller]
+fn recorded(scene: &Scene, streams: usize) -> Vec<Recorded> {
+    wait_until("all requests, and their ends", Duration::from_mins(5), || {
         let requests = Recorded::all(scene);
-        Ok(requests.iter().all(|request| request.closed.is_some()).then_some(requests))
+        let of = |is_it: &dyn Fn(&str) -> bool| requests.iter().filter(|request| is_it(&request.uri)).count();
+        let is_all = of(&|uri| uri.contains("/exec?")) >= streams
+            && of(&|uri| uri == OBJECTS_PATH) >= LISTS
+            && of(&|uri| uri.strip_prefix(OBJECTS_PATH) == Some(CUT)) >= 1
+            && WHOLE.iter().all(|(name, _)| of(&|uri| uri == format!("{OBJECTS_PATH}/{name}")) >= 1);
+        let have_ended = requests.iter().all(|request| request.closed.is_some());
+        Ok((is_all && have_ended).then_some(requests))
     })
     .unwrap()
 }
@@ -140,14 +149,14 @@ fn reads_are_on_record(scene: &Scene, pod: &Pod<'_>, requests: &[Recorded]) {
         (request.lane(Channel::ResponseBody), request.closed.as_ref().unwrap().body.clone().unwrap())
     };
     for (name, decoded) in WHOLE {
-        let uri = format!("/api/v1/namespaces/{NAMESPACE}/configmaps/{name}");
+        let uri = format!("{OBJECTS_PATH}/{name}");
         let got = pod.shell(&format!("sha256sum </tmp/{name}")).unwrap()[..64].to_owned();
         let ((bytes, digest), body) = of(&uri);
         assert_eq!((&digest, bytes), (&got, body.recorded_bytes), "{name}");
         assert_eq!(body.digest, Some(format!("sha256:{got}")), "{name}");
         assert_eq!((body.truncated, body.decoded.as_deref()), (None, decoded), "{name}");
     }
-    let ((bytes, digest), body) = of(&format!("/api/v1/namespaces/{NAMESPACE}/configmaps{CUT}"));
+    let ((bytes, digest), body) = of(&format!("{OBJECTS_PATH}{CUT}"));
     let got = pod.shell(&format!("wc -c </tmp/cut; head -c {bytes} /tmp/cut | sha256sum")).unwrap();
     let words: Vec<_> = got.split_whitespace().collect();
     assert_eq!((words[0], words[1]), (&*body.wire_bytes.to_string(), &*digest), "as far as it is recorded");
@@ -205,10 +214,9 @@ fn memory_stays_flat_over_large_lists_and_long_streams_and_all_is_on_record() {
     let path = scene.scratch.path().join("agent.yaml");
     agent::write_configuration(&configuration, &path).unwrap();
     let agent = AgentProcess::start(&path, &scene.scratch.path().join("agent.log")).unwrap();
-    let path = format!("/api/v1/namespaces/{NAMESPACE}/configmaps");
     // What is kept for the next request is there then; what grows with a body is not.
     for (name, _) in WHOLE {
-        pod.shell(&format!("kubectl get --raw {path}/{name} >/tmp/{name}")).unwrap();
+        pod.shell(&format!("kubectl get --raw {OBJECTS_PATH}/{name} >/tmp/{name}")).unwrap();
     }
     let mut digests = vec![(FIRST_BYTES, written(&pod, FIRST_BYTES))];
     let bytes = if is_long() { BYTES_LONG } else { BYTES };
@@ -217,12 +225,12 @@ fn memory_stays_flat_over_large_lists_and_long_streams_and_all_is_on_record() {
     });
     let list = || {
         let bytes: usize =
-            pod.shell(&format!("kubectl get --raw {path} | wc -c")).unwrap().trim().parse().unwrap();
+            pod.shell(&format!("kubectl get --raw {OBJECTS_PATH} | wc -c")).unwrap().trim().parse().unwrap();
         assert!(bytes > objects * 1_000_000, "{bytes}");
     };
     let of_lists =
         grown_kib(&agent, &format!("{LISTS} lists of {objects} MB"), || (0..LISTS).for_each(|_| list()));
-    pod.shell(&format!("kubectl {UNCOMPRESSED} get --raw '{path}{CUT}' >/tmp/cut")).unwrap();
+    pod.shell(&format!("kubectl {UNCOMPRESSED} get --raw '{OBJECTS_PATH}{CUT}' >/tmp/cut")).unwrap();
     if is_long() {
         let bytes = BOTH_WAYS_BYTES_LONG;
         let of_both = grown_kib(&agent, &format!("{bytes} bytes each way"), || {
@@ -230,7 +238,7 @@ fn memory_stays_flat_over_large_lists_and_long_streams_and_all_is_on_record() {
         });
         assert!(of_both < GROWN_KIB_MAX, "both ways: grew by {of_both} KiB");
     }
-    let requests = recorded(&scene);
+    let requests = recorded(&scene, digests.len());
     let streams: Vec<_> = requests.iter().filter(|request| request.uri.contains("/exec?")).collect();
     for (bytes, digest) in digests {
         let is_it = |stream: &&&Recorded| stream.lane(Channel::Stdout) == (bytes, digest.clone());
@@ -249,7 +257,7 @@ fn memory_stays_flat_over_large_lists_and_long_streams_and_all_is_on_record() {
         );
     }
     reads_are_on_record(&scene, &pod, &requests);
-    let lists = requests.iter().filter(|request| request.uri == path);
+    let lists = requests.iter().filter(|request| request.uri == OBJECTS_PATH);
     let cut = lists.filter(|list| {
         list.closed.as_ref().unwrap().body.as_ref().is_some_and(|body| body.truncated.is_some())
     });

@@ -94,9 +94,10 @@ const PROTOBUF: [&str; 2] =
 const PORTS_V4: &str = "portforward: websocket v4.channel.k8s.io";
 const PORTS_TUNNELLED: &str = "portforward: websocket SPDY/3.1+portforward.k8s.io";
 
-/// What `docs/clients.md` says of each client.
+/// All that each client speaks; `docs/clients.md` names the most of it. Nobody else asks anything in the pod: what is asked through
+/// `kubectl proxy` is kubectl's, and what runs for a client without being one (its shell, Python as a terminal) talks to no server.
 #[track_caller]
-pub(super) fn each_spoke_as_documented(events: &[Event]) {
+pub(super) fn each_spoke_as_expected(events: &[Event]) {
     let mut spoken = spoken(events);
     let mut check = |program: &str, expected: &[&[&str]]| {
         // Python's name has its version.
@@ -119,6 +120,7 @@ pub(super) fn each_spoke_as_documented(events: &[Event]) {
     ];
     check("kubectl-old", &[&old, &JSON, &PATCHES]);
     check("kubectl", &[&WEBSOCKET_V5, &[PORTS_TUNNELLED, "asks for tables"], &JSON, &PROTOBUF, &PATCHES]);
+    assert!(spoken.is_empty(), "others asked as well: {spoken:?}");
 }
 
 /// What another program asked through `kubectl proxy` is of kubectl's invocation.

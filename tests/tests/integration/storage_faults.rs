@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use weir_common::event::Kind;
+use weir_common::event::{Channel, Event, Kind, Outcome};
 use weir_tests::{Pod, PodSpec, agent::TrustSource, audit, command, wait_until};
 
 use super::{
@@ -122,7 +122,7 @@ fn a_full_file_system_refuses_requests_with_the_reason_until_there_is_room() {
         agent.last_lines()
     );
     // The last words of the segment say it, where they still found room.
-    let stopped = |event: &weir_common::event::Event| matches!(&event.kind, Kind::Gap { reason, .. } if reason.starts_with("recording stopped: no space left"));
+    let stopped = |event: &Event| matches!(&event.kind, Kind::Gap { reason, .. } if reason.starts_with("recording stopped: no space left"));
     assert!(scene.events().iter().any(stopped));
 
     mounted.remount("size=16m");
@@ -172,36 +172,68 @@ fn a_file_system_that_turns_read_only_refuses_requests_and_says_what_to_do() {
     assert!(verified.status.success(), "{:?}", shown(&verified));
 }
 
+/// Waits until this holds in the pod, of the files in which the streams are shown.
+#[track_caller]
+fn shows(pod: &Pod<'_>, condition: &str) {
+    let script = format!("cd /tmp; until {condition}; do sleep 0.1; done");
+    let waited = pod.exec(&["timeout", "120", "sh", "-c", &script]).unwrap();
+    let shown = pod.shell("cd /tmp; head answer shown watched followed 2>&1 || true").unwrap();
+    assert!(waited.status.success(), "not so: {condition}\n{shown}");
+}
+
 /// A watch, a log and an exec of the pod's kubectl that stay open, each with what it has shown in a file of the pod.
+#[track_caller]
 fn open_streams(pod: &Pod<'_>) {
     let script = "cd /tmp; mkfifo keyboard; (sleep 1000 >keyboard) & \
         kubectl get configmaps -n it-hangs -w -o name >watched 2>&1 & \
         kubectl logs -f -n it-hangs caller >followed 2>&1 & \
         kubectl exec -i -n it-hangs caller -- sh -c 'echo begins; until [ -e /tmp/go ]; do sleep 0.05; done; echo said; \
-        read it; echo $it >/tmp/heard; read it' <keyboard >shown 2>&1 & \
-        echo first >/proc/1/fd/1; until grep -q begins shown && grep -q before watched && grep -q first followed; do sleep 0.1; done";
+        read it; echo heard $it >/tmp/heard; read it' <keyboard >shown 2>&1 & \
+        echo first >/proc/1/fd/1";
     pod.shell(&format!("({script}) >/dev/null 2>&1")).unwrap();
+    shows(pod, "grep -q begins shown && grep -q before watched && grep -q first followed");
 }
 
-/// What comes from the server arrives while nothing can be written: an answer, an event of a watch, a line of a log, an exec's output. What is
-/// typed arrives nowhere.
+/// What comes from the server arrives while nothing can be written, however long that takes: an answer, an event of a watch, a line of a
+/// log, an exec's output.
 #[track_caller]
-fn what_is_read_arrives_and_what_is_typed_does_not(scene: &Scene, pod: &Pod<'_>) {
+fn what_is_read_arrives(scene: &Scene, pod: &Pod<'_>) {
     scene.testbed.kubectl(&["create", "configmap", "seen", "-n", "it-hangs"]).unwrap();
-    let script = "cd /tmp; echo typed >keyboard; touch go; echo second >/proc/1/fd/1; \
-        kubectl get --raw /api/v1/namespaces/default >answer & \
-        until grep -q said shown && grep -q seen watched && grep -q second followed && grep -q default answer; do sleep 0.1; done";
-    let arrived = pod.exec(&["timeout", "20", "sh", "-c", script]).unwrap();
-    let shown = pod.shell("cd /tmp; head answer shown watched followed").unwrap();
-    assert!(arrived.status.success(), "{shown}");
-    assert_eq!(
-        pod.exec(&["test", "-e", "/tmp/heard"]).unwrap().status.code(),
-        Some(1),
-        "it was typed in before it was recorded"
+    let script = "cd /tmp; touch go; echo second >/proc/1/fd/1; \
+        kubectl get --raw /api/v1/namespaces/default >answer 2>&1 &";
+    pod.shell(&format!("({script}) >/dev/null 2>&1")).unwrap();
+    shows(
+        pod,
+        "grep -q said shown && grep -q seen watched && grep -q second followed && grep -q default answer",
     );
 }
 
-/// How long the disk hangs, and with `WEIR_TEST_LONG`: longer than anybody waits for a record.
+/// Whether what was typed has arrived.
+fn is_heard(pod: &Pod<'_>) -> bool {
+    pod.exec(&["grep", "-q", "heard typed", "/tmp/heard"]).unwrap().status.success()
+}
+
+/// What was typed: on record in any case, whether or not it was forwarded.
+#[track_caller]
+fn typed(scene: &Scene) -> Event {
+    scene.event("what was typed", |event| {
+        matches!(&event.kind, Kind::Content(content)
+            if content.channel == Channel::Stdin && content.bytes.to_vec().unwrap() == b"typed\n")
+    })
+}
+
+/// The stream into which was typed has ended, and nothing of it went on.
+#[track_caller]
+fn is_cut_unheard(scene: &Scene, pod: &Pod<'_>, typed: &Event) {
+    let closed = scene.event("the end of the exec", |event| {
+        event.request == typed.request && matches!(event.kind, Kind::RequestClosed(_))
+    });
+    let Kind::RequestClosed(closed) = closed.kind else { unreachable!("chosen as such") };
+    assert_eq!(closed.outcome, Outcome::Refused, "{closed:?}");
+    assert!(!is_heard(pod), "it was typed in after the stream was cut");
+}
+
+/// How long the disk hangs, and with `WEIR_TEST_LONG`: longer than anybody waits for a record (30 s).
 const HANGS: Duration = Duration::from_secs(3);
 const HANGS_LONG: Duration = Duration::from_secs(35);
 
@@ -218,30 +250,38 @@ fn while_the_disk_hangs_nothing_is_forwarded_and_a_slow_one_only_delays() {
     open_streams(&pod);
 
     let frozen = mounted.freeze();
-    let (since, hangs) = (Instant::now(), if is_long { HANGS_LONG } else { HANGS });
+    what_is_read_arrives(&scene, &pod);
+    // From here on the product's patience runs: nothing is waited for but that it stays as it is.
+    let mut requests = Requests::new(&scene.testbed, &pod);
+    let hangs = if is_long { HANGS_LONG } else { HANGS };
     let waiting = std::thread::scope(|scope| {
         let asked = scope.spawn(|| requests.create("while", 10));
-        what_is_read_arrives_and_what_is_typed_does_not(&scene, &pod);
+        pod.shell("echo typed >/tmp/keyboard").unwrap();
+        let since = Instant::now();
         wait_until("the disk to hang for a while", 2 * hangs, || {
             assert_eq!(created(&scene, &pod), 1, "what is not recorded was forwarded");
             Ok((since.elapsed() > hangs).then_some(()))
         })
         .unwrap();
+        assert!(!is_heard(&pod), "it was typed in before it was recorded");
         assert!(is_long || !asked.is_finished(), "it was answered before its record was on disk");
         drop(frozen);
         asked.join().unwrap()
     });
-    let heard =
-        || Ok((is_long || pod.exec(&["grep", "-q", "typed", "/tmp/heard"])?.status.success()).then_some(()));
-    wait_until("what was typed to arrive once it is recorded", DEADLINE, heard).unwrap();
-    pod.shell("killall kubectl").unwrap();
+    let typed = typed(&scene);
     let forwarded = if is_long {
         check_refused(&waiting, "the journal does not become durable in time");
+        is_cut_unheard(&scene, &pod, &typed);
         1
     } else {
         assert_eq!(waiting.status, 201, "{}", waiting.head);
+        wait_until("what was typed to arrive once it is recorded", DEADLINE, || {
+            Ok(is_heard(&pod).then_some(()))
+        })
+        .unwrap();
         2
     };
+    pod.shell("killall kubectl").unwrap();
 
     let mut requests = Requests::new(&scene.testbed, &pod);
     // A disk that answers three times a second.

@@ -4,9 +4,9 @@ use std::{collections::BTreeMap, process::Command};
 
 use sha2::{Digest as _, Sha256};
 use weir_common::event::{Channel, Connection, ConnectionForwarded, Event, FileCopied, Kind};
-use weir_tests::{Pod, PodSpec, agent, agent::TrustSource, command, wait_until};
+use weir_tests::{Pod, PodSpec, agent, agent::TrustSource, command};
 
-use super::{DEADLINE, Scene, shown, verify};
+use super::{Scene, shown, verify};
 
 #[path = "streams/parallel.rs"]
 mod parallel;
@@ -18,6 +18,22 @@ mod terminals;
 /// Bytes that go through an exec each way; with `WEIR_TEST_LONG` more.
 const BYTES: usize = 4 * 1024 * 1024;
 const BYTES_LONG: usize = 64 * 1024 * 1024;
+
+/// Seconds after which a script fails that waits for what never comes; with `WEIR_TEST_LONG` more.
+const SCRIPT_SECONDS: u32 = 300;
+const SCRIPT_SECONDS_LONG: u32 = 1200;
+
+/// Of each stream that there must be, a part of its URI.
+const STREAMS: [&str; 8] = [
+    "tee",
+    "exit",
+    "stty",
+    "-xmf",
+    "=cf",
+    "/portforward",
+    "/attach?container=debug-",
+    "/attach?container=websocket-",
+];
 
 /// Bytes of a SPDY frame before its payload.
 const HEAD_BYTES: usize = 8;
@@ -44,6 +60,13 @@ pub(super) fn upgrades(events: &[Event]) -> Vec<(String, String, String)> {
         _ => None,
     });
     opened.collect()
+}
+
+/// The requests whose URI has this part.
+fn opened<'a>(events: &'a [Event], part: &str) -> impl Iterator<Item = &'a Event> {
+    events
+        .iter()
+        .filter(move |event| matches!(&event.kind, Kind::RequestOpened(opened) if opened.uri.contains(part)))
 }
 
 pub(super) fn exit_code(events: &[Event], request: &str) -> Option<i32> {
@@ -90,26 +113,17 @@ fn forwarded<'a>(events: &'a [Event], request: &str) -> Vec<&'a ConnectionForwar
     .collect()
 }
 
+/// What a script in the pod says. It ends, whatever it waits for; what it has started goes with the pod.
 #[track_caller]
 pub(super) fn run(pod: &Pod<'_>, script: &str) -> String {
-    let (code, out, err) = shown(&pod.exec(&["sh", "-c", script]).unwrap());
+    let seconds = if is_long() { SCRIPT_SECONDS_LONG } else { SCRIPT_SECONDS };
+    let (code, out, err) = shown(&pod.exec_for(seconds, &["sh", "-c", script]).unwrap());
     assert_eq!(code, Some(0), "{script}: {out}{err}");
     out
 }
 
-/// The requests that were upgraded since there were `earlier`, once all have ended; and all events.
-pub(super) fn ended(scene: &Scene, earlier: usize) -> (Vec<(String, String, String)>, Vec<Event>) {
-    wait_until("the ends of all streams", DEADLINE, || {
-        let events = scene.events();
-        let streams = upgrades(&events).split_off(earlier);
-        let closed = |id: &str| {
-            events.iter().any(|event| {
-                event.request.as_deref() == Some(id) && matches!(event.kind, Kind::RequestClosed(_))
-            })
-        };
-        Ok(streams.iter().all(|(id, ..)| closed(id)).then_some((streams, events)))
-    })
-    .unwrap()
+fn is_long() -> bool {
+    std::env::var_os("WEIR_TEST_LONG").is_some()
 }
 
 #[test]
@@ -120,17 +134,19 @@ fn what_is_said_in_streams_is_on_record_by_channel_whatever_kubectl_speaks() {
     let pod = scene.testbed.run_pod(&spec).unwrap();
     terminals::run_target(&scene);
     let agent = scene.agent(TrustSource::ClusterSigner);
-    let bytes = if std::env::var_os("WEIR_TEST_LONG").is_some() { BYTES_LONG } else { BYTES };
+    let bytes = if is_long() { BYTES_LONG } else { BYTES };
     run(&pod, &format!("head -c {bytes} /dev/urandom > /tmp/sent"));
     let sent = run(&pod, "sha256sum < /tmp/sent")[..64].to_owned();
     run(&pod, &format!("head -c {BYTES} /tmp/sent > /tmp/file"));
     let file_digest = format!("sha256:{}", &run(&pod, "sha256sum < /tmp/file")[..64]);
     for (websocket, spoken) in [("true", "websocket"), ("false", "SPDY/3.1")] {
-        let earlier = upgrades(&scene.events()).len();
+        let earlier = scene.events().len();
         say_everything(&pod, websocket, &sent);
         terminals::exec(&scene, websocket);
         terminals::attach(&scene, websocket);
-        let (streams, events) = ended(&scene, earlier);
+        let events =
+            scene.ended(earlier, |events| STREAMS.iter().all(|part| opened(events, part).next().is_some()));
+        let streams = upgrades(&events);
         assert!(streams.iter().all(|(.., to)| to == spoken), "{streams:?}");
         let id = |part: &str| {
             let found = streams.iter().find(|(_, uri, _)| uri.contains(part));
@@ -210,11 +226,11 @@ fn say_everything(pod: &Pod<'_>, websocket: &str, sent: &str) {
     let answer = run(
         pod,
         &format!(
-            "{kubectl} (echo answer | timeout 20 nc -l -p 9000 >/tmp/asked; sleep 2 | timeout 20 nc -l -p 9000) \
+            "{kubectl} (echo answer | timeout 120 nc -l -p 9000 >/tmp/asked; sleep 2 | timeout 120 nc -l -p 9000) \
              >/dev/null 2>&1 & \
              kubectl port-forward -n it-streams pod/caller 9001:9000 >/tmp/forwarding 2>&1 & forward=$!; \
              until grep -q Forwarding /tmp/forwarding; do sleep 0.1; done; \
-             echo question | timeout 20 nc 127.0.0.1 9001; \
+             echo question | timeout 120 nc 127.0.0.1 9001; \
              until grep -q ':2328 [0-9A-F]*:0000 0A ' /proc/net/tcp /proc/net/tcp6; do sleep 0.1; done; \
              kubectl --kubeconfig /dev/null --server https://127.0.0.1:9001 --tls-server-name db.example --token x \
              --insecure-skip-tls-verify --request-timeout 1s get --raw / >/dev/null 2>&1; \

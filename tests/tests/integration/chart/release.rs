@@ -11,7 +11,10 @@ use weir_tests::{
     PodSpec, Testbed, agent, command, components, image, progress::Progress, testbed::NODE_NAME,
 };
 
-use super::super::{Scene, shown};
+use super::{
+    super::{Scene, shown},
+    OTHER_TAINT_LIFTED,
+};
 
 pub(crate) const NAMESPACE: &str = "weir-system";
 const IMAGE: &str = "weir.test/weir-agent:1";
@@ -259,8 +262,10 @@ impl Drop for Release<'_> {
             "--ignore-not-found",
         ]));
         let _ = self.testbed.delete_namespace(NAMESPACE);
-        let lift = ["taint", "node", NODE_NAME, "weir.dev/agent-not-ready-"];
-        let _ = command::output(self.testbed.kubectl_command().args(lift));
+        for taint in ["weir.dev/agent-not-ready-", OTHER_TAINT_LIFTED] {
+            let lift = ["taint", "node", NODE_NAME, taint];
+            let _ = command::output(self.testbed.kubectl_command().args(lift));
+        }
         // Only where a test has failed is anything left to remove.
         let _ = command::output(&mut on_node(&["uninstall", "--force", "--guard-unit", "/"]));
         let _ = fs::remove_dir_all(STATE);

@@ -7,11 +7,11 @@ use std::{
 
 use serde_json::json;
 use weir_common::event::{Channel, Event, Kind};
-use weir_tests::{AgentProcess, Pod, wait_until};
+use weir_tests::{AgentProcess, Pod};
 
 use super::{
-    super::{DEADLINE, Scene, commits},
-    files, lanes, run,
+    super::{Scene, commits},
+    files, lanes, opened, run,
     terminals::Terminal,
 };
 
@@ -39,10 +39,10 @@ fn say_it(scene: &Scene, pod: &Pod<'_>, websocket: &str) {
          kubectl cp it-streams/caller:/tmp/canary-copied /tmp/canary-back && cmp canary canary-back && cat canary-back",
     );
     seen(
-        "(timeout 20 nc -l -p 9000 <canary >asked) & \
+        "(timeout 120 nc -l -p 9000 <canary >asked) 2>/dev/null & \
          kubectl port-forward -n it-streams pod/caller 9001:9000 >forwarding 2>&1 & forward=$!; \
          until grep -q Forwarding forwarding; do sleep 0.1; done; \
-         timeout 20 nc 127.0.0.1 9001 <canary >answered; until cmp canary asked; do sleep 0.1; done >/dev/null 2>&1; \
+         timeout 120 nc 127.0.0.1 9001 <canary >answered; until cmp canary asked; do sleep 0.1; done >/dev/null 2>&1; \
          kill $forward; rm forwarding; cat answered",
     );
     type_letter_by_letter(scene, websocket);
@@ -58,7 +58,7 @@ fn type_letter_by_letter(scene: &Scene, websocket: &str) {
         terminal.shows(&CANARY[..=index]);
     }
     terminal.types("\n");
-    let shown = terminal.ended();
+    let shown = terminal.ended(0);
     assert!(shown.contains(&format!("said {CANARY}")), "{shown}");
 }
 
@@ -85,11 +85,11 @@ pub(super) fn what_a_pattern_finds_is_in_no_record(scene: &Scene, agent: &AgentP
     }
     let followed = run(
         pod,
-        "kubectl logs -f -n it-streams caller >/tmp/followed & following=$!; \
+        "kubectl logs -f -n it-streams caller >/tmp/followed 2>&1 & following=$!; \
          until grep -q 4711 /tmp/followed; do sleep 0.1; done; kill $following; cat /tmp/followed",
     );
     assert!(followed.contains(CANARY), "{followed}");
-    let events = ended(scene, earlier);
+    let events = scene.ended(earlier, all_was_said);
     for event in &events {
         let said = serde_json::to_string(event).unwrap();
         assert!(!said.contains(CANARY), "{said}");
@@ -126,19 +126,21 @@ pub(super) fn what_a_pattern_finds_is_in_no_record(scene: &Scene, agent: &AgentP
     what_was_typed_and_run_has_masks(&events, &of_it);
 }
 
-/// The events since there were `earlier`, once all requests have ended.
-fn ended(scene: &Scene, earlier: usize) -> Vec<Event> {
-    wait_until("the ends of all requests", DEADLINE, || {
-        let events = scene.events().split_off(earlier);
-        let is_open = |event: &&Event| {
-            matches!(event.kind, Kind::RequestOpened(_))
-                && !events.iter().any(|other| {
-                    other.request == event.request && matches!(other.kind, Kind::RequestClosed(_))
-                })
-        };
-        Ok(events.iter().find(is_open).is_none().then_some(events))
-    })
-    .unwrap()
+/// Whether all that [`say_it`] does is there, over WebSocket and SPDY, and the log that was followed.
+fn all_was_said(events: &[Event]) -> bool {
+    let mut programs = BTreeMap::<&str, usize>::new();
+    for event in events {
+        if let Kind::RequestOpened(opened) = &event.kind
+            && let Some(program) = opened.execution.as_ref().and_then(|execution| execution.command.first())
+        {
+            *programs.entry(program.as_str()).or_default() += 1;
+        }
+    }
+    // Into each channel and letter by letter; as an argument; copies there and back.
+    let run = [("sh", 4), ("echo", 2), ("tar", 4)];
+    run.iter().all(|(program, times)| programs.get(program) >= Some(times))
+        && opened(events, "/portforward").count() >= 2
+        && opened(events, "/log?").count() >= 1
 }
 
 /// Letter by letter, and as an argument.

@@ -7,11 +7,18 @@ use std::{
     process::{Child, ChildStdin, ChildStdout, Command, Stdio},
 };
 
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use serde_json::{Value, json};
 use weir_common::event::{Channel, Event, Kind};
 use weir_tests::{command, testbed::AGENT_IMAGE};
 
-use super::{super::Scene, lanes, replayed};
+use super::{
+    super::{Scene, target},
+    lanes, replayed,
+};
 
 /// Rows and columns: at first, and after a change.
 const FIRST: [u16; 2] = [33, 101];
@@ -35,7 +42,8 @@ impl Terminal {
         let [rows, columns] = FIRST;
         let words = format!("tty; stty rows {rows} cols {columns}; exec {}", words.join(" "));
         let mut terminal = Command::new("timeout");
-        terminal.args(["120", "script", "-q", "-c", &words, "/dev/null"]);
+        // Its exit code is kubectl's.
+        terminal.args(["-k", "5", "120", "script", "-q", "-e", "-c", &words, "/dev/null"]);
         for (name, value) in outer.get_envs() {
             if let Some(value) = value {
                 terminal.env(name, value);
@@ -68,11 +76,24 @@ impl Terminal {
         command::run(Command::new("stty").args(["-F", device, "rows", &rows, "cols", &columns])).unwrap();
     }
 
-    /// All that it has shown, once it has ended.
-    pub(super) fn ended(mut self) -> String {
+    /// All that it has shown, once kubectl has ended with this code.
+    #[track_caller]
+    pub(super) fn ended(mut self, code: i32) -> String {
         self.screen.read_to_end(&mut self.shown).unwrap();
-        self.child.wait().unwrap();
-        String::from_utf8_lossy(&self.shown).into_owned()
+        let shown = String::from_utf8_lossy(&self.shown).into_owned();
+        assert_eq!(self.child.wait().unwrap().code(), Some(code), "{shown}");
+        shown
+    }
+}
+
+/// Of a test that has failed nothing goes on running: `timeout` passes the signal on, and ends what does not heed it.
+impl Drop for Terminal {
+    fn drop(&mut self) {
+        if let Ok(None) = self.child.try_wait() {
+            let pid = i32::try_from(self.child.id()).expect("a process id");
+            let _ = kill(Pid::from_raw(pid), Signal::SIGTERM);
+            let _ = self.child.wait();
+        }
     }
 }
 
@@ -91,23 +112,10 @@ fn script(end: &str) -> String {
 
 /// The pod to attach to: a container for each protocol.
 pub(super) fn run_target(scene: &Scene) {
-    let container = |name: &str| {
-        json!({
-            "name": name, "image": AGENT_IMAGE, "imagePullPolicy": "Never", "stdin": true, "tty": true,
-            "command": ["/bin/sh", "-c", script("echo got $it; read it")],
-        })
-    };
-    let containers = ["true", "false"].map(|websocket| container(&format!("websocket-{websocket}")));
-    let pod = json!({
-        "apiVersion": "v1", "kind": "Pod", "metadata": {"name": "target", "namespace": "it-streams"},
-        "spec": {
-            "restartPolicy": "Never", "terminationGracePeriodSeconds": 1,
-            "containers": containers,
-        },
-    });
-    scene.testbed.apply(&pod.to_string()).unwrap();
-    let ready = ["wait", "pod/target", "-n", "it-streams", "--for=condition=Ready", "--timeout=60s"];
-    scene.testbed.kubectl(&ready).unwrap();
+    let script = script("echo got $it; read it");
+    let containers = ["true", "false"]
+        .map(|websocket| target::container(&format!("websocket-{websocket}"), true, &script));
+    target::run(&scene.testbed, "it-streams", &containers);
 }
 
 fn resize_and_type(terminal: &mut Terminal) {
@@ -126,7 +134,7 @@ pub(super) fn exec(scene: &Scene, websocket: &str) {
     let kubectl = format!("kubectl exec -it -n it-streams caller -- sh -c {}", word(&script("exit 3")));
     let mut terminal = Terminal::run(scene, websocket, &kubectl);
     resize_and_type(&mut terminal);
-    terminal.ended();
+    terminal.ended(3);
 }
 
 /// By `kubectl attach`, and, to a container of its own, by `kubectl debug`.
@@ -145,7 +153,7 @@ pub(super) fn attach(scene: &Scene, websocket: &str) {
         // What a container says at its end may come too late for whoever is attached.
         terminal.shows("got typed");
         terminal.types("quit\n");
-        terminal.ended();
+        terminal.ended(0);
     }
 }
 
