@@ -13,6 +13,8 @@ use weir_tests::{PodSpec, command, components, progress::Progress, wait_until};
 use super::{DEADLINE, Scene, shown};
 
 const NAMESPACE: &str = "it-values";
+/// In which the policies' release is: they spare it, although it is enrolled.
+const RELEASE: &str = "it-values-release";
 
 struct Chart<'a> {
     scene: &'a Scene,
@@ -29,8 +31,10 @@ impl Chart<'_> {
     /// What Helm says of these values.
     fn helm(&self, arguments: &[&str], values: &Value) -> (Option<i32>, String, String) {
         let mut command = Command::new(&self.helm);
-        command.args(arguments).arg(components::repository().join("deploy/helm/weir"));
-        command.args(["--namespace", NAMESPACE, "--values"]).arg(self.file("values.json", values));
+        // Of two, the last one counts.
+        command.args(["--namespace", NAMESPACE]).args(arguments);
+        command.arg(components::repository().join("deploy/helm/weir"));
+        command.arg("--values").arg(self.file("values.json", values));
         command.env("KUBECONFIG", self.scene.testbed.layout().kubeconfig("admin"));
         for variable in ["HELM_CACHE_HOME", "HELM_CONFIG_HOME", "HELM_DATA_HOME"] {
             command.env(variable, self.scene.scratch.path().join("helm"));
@@ -42,6 +46,7 @@ impl Chart<'_> {
     fn policy(&self, name: &str, values: &Value, served: &[&str]) -> PathBuf {
         let mut words =
             vec!["template", "weir", "--kube-version", "1.36.0", "--show-only", "templates/admission.yaml"];
+        words.extend(["--namespace", RELEASE]);
         served.iter().for_each(|api| words.extend(["--api-versions", api]));
         let (code, rendered, error) = self.helm(&words, values);
         assert_eq!(code, Some(0), "{error}");
@@ -86,6 +91,7 @@ impl Drop for Policy<'_> {
 fn helm_refuses_values_that_cannot_work_and_the_strict_policy_pods_that_could_go_around() {
     let Some(mut scene) = Scene::new() else { return };
     scene.namespace(NAMESPACE, true);
+    scene.namespace(RELEASE, true);
     let chart = Chart { scene: &scene, helm: components::helm(Progress::Shown).unwrap() };
     refuses_what_cannot_work(&chart);
     let strict = json!({"admission": {"enabled": true, "requireDropNetRaw": true}});
@@ -140,6 +146,8 @@ fn lets_no_container_keep_net_raw(chart: &Chart<'_>) {
         Ok((tried(&pod(NAMESPACE, &json!({}))).0 == Some(1)).then_some(()))
     })
     .unwrap();
+    let (code, _, error) = tried(&pod(RELEASE, &json!({})));
+    assert_eq!(code, Some(0), "Weir's own pods need what others may not have: {error}");
     let keeps =
         [json!([]), json!(["CHOWN"]), json!(["CAP_NET_RAW"]), json!(["NET_CAP_RAW"]), json!(["CAP_ALL"])];
     for capabilities in keeps.map(|drop| json!({"drop": drop})) {
