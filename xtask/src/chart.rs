@@ -36,7 +36,7 @@ const WITHOUT_MUTATING: [&str; 4] = [
 const MUTATING: &str = "admissionregistration.k8s.io/v1/MutatingAdmissionPolicy";
 
 /// Mistakes in values, and what is said of them.
-const MISTAKES: [(&str, &str); 25] = [
+const MISTAKES: [(&str, &str); 26] = [
     (r#"{"config": {"jurnal": {}}}"#, "at '/config': additional properties 'jurnal' not allowed"),
     (r#"{"config": {"kafka": {"brokers": ["kafka:9093"]}}}"#, "at '/config/kafka': missing property 'topic'"),
     (
@@ -76,6 +76,10 @@ const MISTAKES: [(&str, &str); 25] = [
     (
         r#"{"admission": {"enabled": true, "namespaceSelector": {"matchLabels": {"weir.dev/enrol": "true"}}}, "config": {"enrolment": [{"namespaceSelector": {"matchLabels": {"team": "ci"}}, "podSelector": {}}]}}"#,
         "admission.namespaceSelector asks for weir.dev/enrol=true, which config.enrolment[0] does not",
+    ),
+    (
+        r#"{"admission": {"enabled": true, "namespaceSelector": {"matchLabels": {"team": ""}}}}"#,
+        "admission.namespaceSelector asks for team=, which config.enrolment[0] does not",
     ),
     (
         r#"{"trustBundle": {"enabled": true, "namespaceSelector": {"matchExpressions": [{"key": "a", "operator": "Exists"}]}}}"#,

@@ -121,7 +121,7 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- $labels := $entry.namespaceSelector.matchLabels | default dict }}
 {{- $expressions := $entry.namespaceSelector.matchExpressions | default list }}
 {{- range $name, $value := $selector.matchLabels }}
-{{- $same := eq (get $labels $name | toString) $value }}
+{{- $same := and (hasKey $labels $name) (eq (get $labels $name | toString) $value) }}
 {{- if not (or $same (has (dict "key" $name "operator" "In" "values" (list $value)) $expressions)) }}{{ $missing = append $missing (printf "%s=%s" $name $value) }}{{ end }}
 {{- end }}
 {{- range $wanted := $selector.matchExpressions }}
