@@ -37,7 +37,7 @@ pub fn remove(handover: &Path) -> Result<(), LeftoverError> {
 /// Removes a folder, if it is there and nothing is in it.
 ///
 /// # Errors
-/// It cannot be removed.
+/// The file system fails; where it is only kept, as by somebody's files in it, it stays.
 pub fn remove_empty(folder: &Path) -> Result<(), LeftoverError> {
     match fs::remove_dir(folder) {
         // A container's own mount, where it goes with the node's next boot; or somebody else's files are in it, or it is a link or

@@ -32,7 +32,7 @@ fn lines(opened: &RequestOpened, body: &[u8]) -> Vec<String> {
         return Vec::new();
     }
     let Ok(body) = serde_json::from_slice::<Value>(body) else {
-        return vec!["debug containers: not read here, the body is no JSON".to_owned()];
+        return vec!["debug containers: not read here, what is recorded of the body is no JSON".to_owned()];
     };
     let (asked, is_more) = match &body {
         Value::Array(operations) => put(operations),
@@ -55,17 +55,22 @@ fn lines(opened: &RequestOpened, body: &[u8]) -> Vec<String> {
 fn put(operations: &[Value]) -> (Vec<&Value>, bool) {
     let (mut asked, mut is_more) = (Vec::new(), false);
     for operation in operations {
-        let path = |field: &str| operation[field].as_str().unwrap_or_default();
-        let place = path("path").strip_prefix(PATH).and_then(|place| match place.split_once('/') {
+        let path = operation["path"].as_str().unwrap_or_default();
+        let place = path.strip_prefix(PATH).and_then(|place| match place.split_once('/') {
             None => place.is_empty().then_some(place),
             Some((before, place)) => (before.is_empty() && !place.contains('/')).then_some(place),
         });
         // What is above them is replaced with them.
-        let touches = |path: &str| path.starts_with(PATH) || matches!(path, "" | "/spec");
+        let touches = |field: &str| {
+            operation[field]
+                .as_str()
+                .is_some_and(|path| path.starts_with(PATH) || matches!(path, "" | "/spec"))
+        };
         match (operation["op"].as_str(), place) {
             (Some("add"), Some(_)) => asked.extend(entries(&operation["value"])),
             (Some("test"), _) => {}
-            _ => is_more |= touches(path("path")),
+            // What is moved away from there is gone there.
+            _ => is_more |= touches("path") || touches("from"),
         }
     }
     (asked, is_more)
@@ -139,6 +144,7 @@ mod tests {
         check("patch", "ephemeralcontainers", "", &[]);
         check("patch", "ephemeralcontainers", "{}", &[]);
     }
+
     #[test]
     fn what_only_looks_like_a_container_is_said_to_be_more() {
         let more = "debug containers: changed further by the body's other operations";
@@ -149,6 +155,7 @@ mod tests {
             r#"{"op":"add","path":"/spec/ephemeralContainers/0/command","value":["c"]}"#,
             r#"{"op":"replace","path":"/spec/ephemeralContainers","value":[]}"#,
             r#"{"op":"copy","path":"/spec/ephemeralContainers/0/image","from":"/metadata/labels/a"}"#,
+            r#"{"op":"move","path":"/metadata/annotations/a","from":"/spec/ephemeralContainers/0"}"#,
             r#"{"op":"replace","path":"/spec","value":{}}"#,
             r#"{"op":"replace","path":"","value":{}}"#,
         ] {
@@ -160,7 +167,7 @@ mod tests {
             "patch",
             "ephemeralcontainers",
             "spec: {}",
-            &["debug containers: not read here, the body is no JSON"],
+            &["debug containers: not read here, what is recorded of the body is no JSON"],
         );
         let many = vec![r#"{"name":"a","image":"b"}"#; super::CONTAINERS_MAX + 2].join(",");
         let many = format!(r#"{{"spec":{{"ephemeralContainers":[{many}]}}}}"#);
