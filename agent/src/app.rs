@@ -348,7 +348,7 @@ async fn start_proxy(
             "the watch of pods"
         });
     };
-    let clusters = cluster::connect_all(config, publish, parts, begin).await?;
+    let clusters = cluster::connect_all((config, observed), publish, parts, begin).await?;
     let (client, node) = (clusters[0].access.client.clone(), config.node.clone());
     let taint = startup_taint::remove_when_ready(client, node, Arc::clone(observed));
     parts.spawn(async move { match taint.await {} });

@@ -84,10 +84,11 @@ impl Monitored for Telemetry {
             reasons.push("the agent ends: it serves what is open and takes nothing new".to_owned());
         }
         if self.proxy.get().is_none() {
-            reasons.push(
-                "not every cluster has been reached and given a serving certificate yet; enrolled pods are refused"
-                    .to_owned(),
-            );
+            let problem = self.observed.cluster_problem().map(|problem| format!(": {problem}"));
+            reasons.push(format!(
+                "not every cluster has been reached and given a serving certificate yet; enrolled pods are refused{}",
+                problem.unwrap_or_default()
+            ));
         }
         if !self.observed.is_settled() {
             reasons.push(

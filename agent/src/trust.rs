@@ -7,7 +7,7 @@
 use std::{collections::BTreeSet, net::IpAddr, path::PathBuf, sync::Arc, time::SystemTime};
 
 use rustls::{
-    RootCertStore,
+    CertificateError, RootCertStore,
     client::{WebPkiServerVerifier, danger::ServerCertVerifier},
     pki_types::{CertificateDer, ServerName, UnixTime, pem::PemObject},
 };
@@ -196,9 +196,14 @@ impl ClusterCa {
         for name in names.all() {
             let server_name = ServerName::try_from(name.clone())
                 .map_err(|_invalid| TrustError::InvalidName { name: name.clone() })?;
-            verifier
-                .verify_server_cert(leaf, intermediates, &server_name, &[], UnixTime::now())
-                .map_err(|source| TrustError::NotTrusted { name, origin: self.origin.clone(), source })?;
+            verifier.verify_server_cert(leaf, intermediates, &server_name, &[], UnixTime::now()).map_err(
+                |source| match &source {
+                    rustls::Error::InvalidCertificate(
+                        CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. },
+                    ) => TrustError::NotFor { name, source },
+                    _ => TrustError::NotTrusted { name, origin: self.origin.clone(), source },
+                },
+            )?;
         }
         Ok(())
     }
@@ -340,6 +345,17 @@ pub enum TrustError {
         name: String,
         /// The CA bundle.
         origin: String,
+        /// What a client would say.
+        source: rustls::Error,
+    },
+    /// It is of the right CA, and for others.
+    #[error(
+        "the certificate that was issued is not for {name}; the signer must leave in all names that are asked for: does it know \
+         the API server by that name, and is it the right one (trust.clusterSigner.signerName)?"
+    )]
+    NotFor {
+        /// The name or address.
+        name: String,
         /// What a client would say.
         source: rustls::Error,
     },

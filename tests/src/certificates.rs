@@ -7,11 +7,12 @@ use std::fs;
 use std::net::IpAddr;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result};
 use rcgen::{
-    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
-    KeyUsagePurpose, SanType, date_time_ymd,
+    BasicConstraints, CertificateParams, CertificateSigningRequestParams, DnType, ExtendedKeyUsagePurpose,
+    IsCa, Issuer, KeyPair, KeyUsagePurpose, SanType, date_time_ymd,
 };
 
 /// An authority and the folder it writes to.
@@ -92,6 +93,28 @@ pub fn node_request(node: &str, names: &[&str]) -> Result<String> {
     params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
     let request = params.serialize_request(&key).context("cannot make a request")?;
     request.pem().context("cannot write a request")
+}
+
+/// Signs a request with the CA that lies in `folder`, as a signer of the cluster does, for a day: for the names that it asks for, or for these.
+///
+/// # Errors
+/// When a file cannot be read, or the request is none.
+pub fn sign_request(folder: &Path, request: &str, names: Option<&[&str]>) -> Result<String> {
+    let read = |name: &str| {
+        let path = folder.join(name);
+        fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))
+    };
+    let key = KeyPair::from_pem(&read("ca.key")?).context("the authority's key is none")?;
+    let issuer = Issuer::from_ca_cert_pem(&read("ca.crt")?, key).context("the authority is none")?;
+    let mut request = CertificateSigningRequestParams::from_pem(request).context("the request is none")?;
+    let now = SystemTime::now();
+    request.params.not_before = (now - Duration::from_secs(60)).into();
+    request.params.not_after = (now + Duration::from_hours(24)).into();
+    if let Some(names) = names {
+        request.params.subject_alt_names =
+            names.iter().map(|name| subject_alt_name(name)).collect::<Result<_>>()?;
+    }
+    Ok(request.signed_by(&issuer).context("cannot sign a request")?.pem())
 }
 
 fn subject_alt_name(name: &str) -> Result<SanType> {

@@ -132,6 +132,8 @@ mod scale;
 mod scene;
 #[path = "integration/siem.rs"]
 mod siem;
+#[path = "integration/signer.rs"]
+mod signer;
 #[path = "integration/spoken.rs"]
 mod spoken;
 #[path = "integration/starting.rs"]

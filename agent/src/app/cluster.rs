@@ -17,6 +17,7 @@ use crate::{
     interception::{
         cluster_access::ClusterAccess,
         cluster_watch::{self, ApiSet},
+        observed::Observed,
         proof::Proof,
         stored_set::StoredSet,
     },
@@ -44,7 +45,7 @@ pub(super) type Publish = (watch::Sender<ApiSet>, watch::Sender<Option<Proof>>);
 /// Makes all clusters of the configuration ready, in their order. What must run on is spawned into `parts`; `begin` spawns what
 /// of the first one must not wait until it can be served.
 pub(super) async fn connect_all(
-    config: &Config,
+    (config, observed): (&Config, &Observed),
     publish: Vec<Publish>,
     parts: &mut JoinSet<&'static str>,
     begin: impl FnOnce(&ClusterAccess, &mut JoinSet<&'static str>),
@@ -57,13 +58,13 @@ pub(super) async fn connect_all(
         if let Some(begin) = begin.take() {
             begin(&access, parts);
         }
-        connected.push(connect(config, cluster, (access, publish), parts).await?);
+        connected.push(connect((config, observed), cluster, (access, publish), parts).await?);
     }
     Ok(connected)
 }
 
 async fn connect(
-    config: &Config,
+    (config, observed): (&Config, &Observed),
     cluster: &Cluster,
     (access, (publish, proof)): (ClusterAccess, Publish),
     parts: &mut JoinSet<&'static str>,
@@ -75,7 +76,7 @@ async fn connect(
     let authority = Arc::new(authority(config, cluster, &access)?);
     let server_name = ServerName::try_from(access.host.trim_matches(['[', ']']).to_owned())
         .map_err(|_| AppError::ServerName { cluster: cluster.name.clone(), host: access.host.clone() })?;
-    reach(cluster, &access).await;
+    reach(cluster, &access, observed).await;
 
     let published = publish.subscribe();
     let client = access.client.clone();
@@ -85,7 +86,8 @@ async fn connect(
     });
     let derived = Derived::new(cluster);
     let (names, endpoints) = derived.follow(published, parts).await?;
-    let (serving, renewal) = serving_certificate(cluster, &authority, &names, clients.as_ref()).await;
+    let asked = (authority.clone(), names.clone(), clients);
+    let (serving, renewal) = serving_certificate(cluster, asked, observed).await;
     parts.spawn(async move {
         renewal.run().await;
         "the renewal of a certificate"
@@ -180,7 +182,7 @@ fn authority(config: &Config, cluster: &Cluster, access: &ClusterAccess) -> Resu
 }
 
 /// Waits until the API server answers.
-async fn reach(cluster: &Cluster, access: &ClusterAccess) {
+async fn reach(cluster: &Cluster, access: &ClusterAccess, observed: &Observed) {
     let mut pause = RETRY_FIRST;
     loop {
         match access.probe().await {
@@ -191,15 +193,19 @@ async fn reach(cluster: &Cluster, access: &ClusterAccess) {
                     version,
                     "API server reached"
                 );
+                observed.cluster_waits(None);
                 return;
             }
-            Err(error) => tracing::warn!(
-                event = "api-server-not-reached",
-                cluster = cluster.name,
-                error,
-                retry_in_ms = pause.as_millis(),
-                "API server not reached; pods of this node are denied until it is"
-            ),
+            Err(error) => {
+                tracing::warn!(
+                    event = "api-server-not-reached",
+                    cluster = cluster.name,
+                    error,
+                    retry_in_ms = pause.as_millis(),
+                    "API server not reached; pods of this node are denied until it is"
+                );
+                observed.cluster_waits(Some(format!("{}: API server not reached: {error}", cluster.name)));
+            }
         }
         tokio::time::sleep(pause).await;
         pause = (pause * 2).min(RETRY_LONGEST);
@@ -209,21 +215,26 @@ async fn reach(cluster: &Cluster, access: &ClusterAccess) {
 /// The first certificate; an authority that refuses now may not refuse later.
 async fn serving_certificate(
     cluster: &Cluster,
-    authority: &Arc<Authority>,
-    names: &watch::Receiver<ServingNames>,
-    clients: Option<&ClientCa>,
+    (authority, names, clients): (Arc<Authority>, watch::Receiver<ServingNames>, Option<ClientCa>),
+    observed: &Observed,
 ) -> (trust::ServingCertificate, trust::Renewal) {
     let mut pause = RETRY_FIRST;
     loop {
-        match trust::serve(authority.clone(), names.clone(), clients.cloned()).await {
-            Ok(served) => return served,
-            Err(error) => tracing::error!(
-                event = "no-certificate",
-                cluster = cluster.name,
-                error = %Causes(&error),
-                retry_in_ms = pause.as_millis(),
-                "no certificate that pods would trust; enrolled pods are refused until there is one"
-            ),
+        match trust::serve(authority.clone(), names.clone(), clients.clone()).await {
+            Ok(served) => {
+                observed.cluster_waits(None);
+                return served;
+            }
+            Err(error) => {
+                tracing::error!(
+                    event = "no-certificate",
+                    cluster = cluster.name,
+                    error = %Causes(&error),
+                    retry_in_ms = pause.as_millis(),
+                    "no certificate that pods would trust; enrolled pods are refused until there is one"
+                );
+                observed.cluster_waits(Some(format!("{}: {}", cluster.name, Causes(&error))));
+            }
         }
         tokio::time::sleep(pause).await;
         pause = (pause * 2).min(RETRY_LONGEST);

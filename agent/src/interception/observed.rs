@@ -18,6 +18,9 @@ use super::{
     waits::{WaitNumbers, Waits},
 };
 
+/// Longest account of why a cluster cannot be served.
+const PROBLEM_CHARS_MAX: usize = 1000;
+
 /// Something that publishes what is recorded.
 pub trait Publishes: std::fmt::Debug + Send + Sync {
     /// What is not published yet, in words, if that is late or cannot be published.
@@ -49,6 +52,8 @@ pub struct Observed {
     configurations_refused: AtomicU64,
     /// Why the configuration file as it is now is not in force; none if it is.
     configuration_problem: Mutex<Option<String>>,
+    /// Why the cluster that is being made ready cannot be served yet.
+    cluster_problem: Mutex<Option<String>>,
     publishing: OnceLock<Arc<dyn Publishes>>,
     /// Connections that reached the proxy, by the pod's UID. Locked when pods come and go, and to be read.
     pods: Mutex<HashMap<String, Arc<AtomicU64>>>,
@@ -116,6 +121,19 @@ impl Observed {
     /// Why the configuration file as it is now is not in force; none if it is.
     pub fn configuration_problem(&self) -> Option<String> {
         self.configuration_problem.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// A cluster cannot be served for this reason, or nothing keeps it from that any more.
+    pub fn cluster_waits(&self, problem: Option<String>) {
+        // Others' words are in it: one line, and no endless one.
+        let one_line = |character: char| if character.is_control() { ' ' } else { character };
+        let problem = problem.map(|text| text.chars().take(PROBLEM_CHARS_MAX).map(one_line).collect());
+        *self.cluster_problem.lock().unwrap_or_else(PoisonError::into_inner) = problem;
+    }
+
+    /// Why a cluster cannot be served yet, as far as it is known.
+    pub fn cluster_problem(&self) -> Option<String> {
+        self.cluster_problem.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// What is recorded is published by it from now on.

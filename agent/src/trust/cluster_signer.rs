@@ -85,7 +85,10 @@ pub enum ClusterSignerError {
         name: String,
     },
     /// Denied or failed.
-    #[error("the certificate signing request {name} ended as {condition}: {message}")]
+    #[error(
+        "the certificate signing request {name} ended as {condition}: {message}; correct that, and the agent asks anew by itself \
+         (the approver, the Deployment weir-approver, has what it denied in its log)"
+    )]
     Refused {
         /// Name of the request.
         name: String,

@@ -15,7 +15,7 @@ use weir_tests::{
     command, wait_until,
 };
 
-use super::{DEADLINE, Scene, escape::place, shown};
+use super::{DEADLINE, Scene, escape::place, shown, signer::Unsigned};
 
 /// Runs `doctor --json` without any capability, whoever runs the test.
 fn doctor(configuration: &Path) -> (Option<i32>, Vec<Value>) {
@@ -208,6 +208,7 @@ fn doctor_names_selected_pods_that_could_go_past_weir() {
     scene.namespace("it-powers", true);
     let plain = scene.testbed.run_pod(&PodSpec::idle("it-powers", "plain")).unwrap();
     let configuration = scene.config(TrustSource::MountedCa);
+    let unsigned = Unsigned::begin(&scene);
     let look = || {
         let of = said_of(&configuration);
         (of("selected pods"), of("selected pods' interfaces"))
@@ -236,4 +237,5 @@ fn doctor_names_selected_pods_that_could_go_past_weir() {
         "{found}"
     );
     assert!(!guarded && ends.contains("it-powers/plain (mac9)") && mend.contains("NET_RAW"), "{ends}");
+    unsigned.end_when_it_is_mended(&scene, &plain);
 }

@@ -1,0 +1,230 @@
+//! Trust tier T0 where the cluster's signer fails: nobody approves, somebody denies, nothing is signed, or something that pods would refuse.
+//! What `doctor` says of each, and an agent that starts meanwhile: it keeps its pods refused, says why and what to do, and serves as soon as
+//! it is mended. The signers are names that nobody in the cluster answers for; whoever approves and signs is this test.
+
+use std::{
+    fs,
+    net::{Ipv4Addr, SocketAddr, TcpListener},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+};
+
+use base64::{Engine as _, engine::general_purpose::STANDARD};
+use serde_json::{Value, json};
+use weir_tests::{
+    AgentProcess, Pod, Testbed,
+    agent::{self, TrustSource},
+    certificates::{Authority, sign_request},
+    command, wait_until,
+};
+
+use super::{
+    DEADLINE, Scene,
+    guard::{asks, is_refused},
+    monitoring::Monitored,
+    shown,
+};
+
+/// Whom the agent asks.
+const AGENTS: &str = "weir.test/agents";
+/// Whom each `doctor` asks, what is made of its request, what it says, and the mend.
+const SIGNERS: [(&str, Made, &str, &str); 5] = [
+    (
+        "weir.test/unanswered",
+        Made::Nothing,
+        "nobody approved the certificate signing request weir-serving-",
+        "does the approver run (the Deployment weir-approver), and what does its log say?",
+    ),
+    (
+        "weir.test/unsigned",
+        Made::Approved,
+        "the signer weir.test/unsigned issued nothing for weir-serving-",
+        "does this cluster offer that signer",
+    ),
+    (
+        "weir.test/denied",
+        Made::Denied,
+        "ended as Denied: not here",
+        "correct that, and the agent asks anew by itself (the approver, the Deployment weir-approver, has what it denied in its log)",
+    ),
+    (
+        "weir.test/foreign",
+        Made::Signed(Ca::Foreign, None),
+        "clients that dial kubernetes and trust ",
+        "is that CA the one in the pods' kube-root-ca.crt, and did it (or an intermediate of it) sign?",
+    ),
+    (
+        "weir.test/others",
+        Made::Signed(Ca::Cluster, Some("others.example")),
+        "the certificate that was issued is not for kubernetes",
+        "is it the right one (trust.clusterSigner.signerName)?",
+    ),
+];
+
+/// What becomes of a request.
+#[derive(Clone, Copy)]
+enum Made {
+    Nothing,
+    Approved,
+    Denied,
+    /// By this CA, for another name than those that are asked for.
+    Signed(Ca, Option<&'static str>),
+}
+
+#[derive(Clone, Copy)]
+enum Ca {
+    /// That of which pods know.
+    Cluster,
+    Foreign,
+}
+
+/// Whoever answers requests.
+struct Signer<'a> {
+    testbed: &'a Testbed,
+    scratch: &'a Path,
+    foreign: PathBuf,
+}
+
+impl<'a> Signer<'a> {
+    fn new(scene: &'a Scene) -> Self {
+        let scratch = scene.scratch.path();
+        let foreign = scratch.join("foreign");
+        if !foreign.exists() {
+            fs::create_dir(&foreign).unwrap();
+            Authority::create(&foreign, "foreign").unwrap();
+        }
+        Self { testbed: &scene.testbed, scratch, foreign }
+    }
+
+    /// Waits for the request that somebody makes of `name` next, and answers it; gives the request's name. One that was answered is
+    /// taken back by who made it.
+    #[track_caller]
+    fn answer(&self, name: &str, made: Made) -> String {
+        let request = wait_until(&format!("a request to {name}"), DEADLINE, || {
+            let list = self.testbed.kubectl(&["get", "csr", "-o", "json"])?;
+            let list: Value = serde_json::from_str(&list)?;
+            let is_open = |request: &&Value| {
+                request["spec"]["signerName"] == name && request["status"]["conditions"].is_null()
+            };
+            Ok(list["items"].as_array().unwrap().iter().find(is_open).cloned())
+        });
+        let mut request = request.unwrap();
+        let kind = match made {
+            Made::Nothing => None,
+            Made::Denied => Some("Denied"),
+            Made::Approved | Made::Signed(..) => Some("Approved"),
+        };
+        if let Some(kind) = kind {
+            let said = json!([{"type": kind, "status": "True", "reason": "Test", "message": "not here"}]);
+            request["status"]["conditions"] = said;
+            request = self.put(&request, "approval");
+        }
+        if let Made::Signed(ca, other_name) = made {
+            let folder = match ca {
+                Ca::Cluster => self.testbed.layout().path("pki"),
+                Ca::Foreign => self.foreign.clone(),
+            };
+            let asked = STANDARD.decode(request["spec"]["request"].as_str().unwrap()).unwrap();
+            let asked = String::from_utf8(asked).unwrap();
+            let names = other_name.as_ref().map(std::slice::from_ref);
+            let pem = sign_request(&folder, &asked, names).unwrap();
+            request["status"]["certificate"] = json!(STANDARD.encode(pem));
+            self.put(&request, "status");
+        }
+        request["metadata"]["name"].as_str().unwrap().to_owned()
+    }
+
+    fn put(&self, request: &Value, part: &str) -> Value {
+        let file = self.scratch.join("answer.json");
+        fs::write(&file, request.to_string()).unwrap();
+        let name = request["metadata"]["name"].as_str().unwrap();
+        let path = format!("/apis/certificates.k8s.io/v1/certificatesigningrequests/{name}/{part}");
+        let put = ["replace", "--raw", &path, "-f", file.to_str().unwrap()];
+        serde_json::from_str(&self.testbed.kubectl(&put).unwrap()).unwrap()
+    }
+}
+
+/// An agent and `doctor`s that wait for signers, some of them half a minute.
+pub(super) struct Unsigned {
+    agent: AgentProcess,
+    monitored: Monitored,
+    doctors: Vec<Child>,
+}
+
+fn configured(scene: &Scene, signer: &str, metrics: SocketAddr) -> PathBuf {
+    let mut configuration =
+        agent::configuration(&scene.testbed, &scene.journal(), TrustSource::ClusterSigner);
+    configuration["clusters"][0]["trust"]["clusterSigner"]["signerName"] = json!(signer);
+    configuration["metrics"] = json!({"address": metrics.to_string()});
+    let path = scene.scratch.path().join(format!("{}.yaml", signer.replace('/', "-")));
+    agent::write_configuration(&configuration, &path).unwrap();
+    path
+}
+
+impl Unsigned {
+    /// Starts them, and answers what can be answered at once.
+    #[track_caller]
+    pub(super) fn begin(scene: &Scene) -> Self {
+        let free = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap();
+        let log = scene.scratch.path().join("agent.log");
+        let agent = AgentProcess::spawn(&configured(scene, AGENTS, free), &log).unwrap();
+        let doctors = SIGNERS.map(|(name, ..)| {
+            let mut doctor = Command::new(agent::built_binary("weir-agent").unwrap());
+            doctor.args(["doctor", "--json", "--config"]).arg(configured(scene, name, free));
+            doctor.stdout(Stdio::piped()).spawn().unwrap()
+        });
+        let signer = Signer::new(scene);
+        for (name, made, ..) in SIGNERS {
+            signer.answer(name, made);
+        }
+        Self { agent, monitored: Monitored::at(free), doctors: doctors.into() }
+    }
+
+    /// `pod` is enrolled, and its account has no rights.
+    #[track_caller]
+    pub(super) fn end_when_it_is_mended(mut self, scene: &Scene, pod: &Pod<'_>) {
+        for (doctor, (signer, _, found, mend)) in self.doctors.drain(..).zip(SIGNERS) {
+            let (code, report, _) = shown(&doctor.wait_with_output().unwrap());
+            let report: Value = serde_json::from_str(&report).unwrap();
+            let mut checks = report["checks"].as_array().unwrap().iter();
+            let check = checks.find(|check| check["name"] == "trust testbed").unwrap();
+            let has = |field: &str, part: &str| check[field].as_str().is_some_and(|text| text.contains(part));
+            assert!(code == Some(1) && has("found", found) && has("mend", mend), "{signer}: {check}");
+        }
+        self.keeps_its_pods_refused(pod, "nobody approved the certificate signing request weir-serving-");
+        let signer = Signer::new(scene);
+        signer.answer(AGENTS, Made::Signed(Ca::Foreign, None));
+        self.keeps_its_pods_refused(pod, "clients that dial kubernetes and trust ");
+        signer.answer(AGENTS, Made::Signed(Ca::Cluster, None));
+        self.agent.wait_until_ready().unwrap();
+        assert_eq!(self.monitored.get("/readyz").unwrap(), (200, "ready\n".to_owned()));
+        let (_, answer) = asks(pod);
+        assert!(answer.contains("Forbidden"), "it is the API server that answers: {answer}");
+        assert!(self.agent.terminate().unwrap().success(), "{}", self.agent.last_lines());
+        let left = command::run(scene.testbed.kubectl_command().args(["get", "csr", "-o", "name"])).unwrap();
+        assert!(!left.contains("weir-serving-"), "requests that nobody waits for: {left}");
+    }
+
+    /// The agent says in its log and to whoever asks whether it is ready what keeps it, and pods are refused.
+    #[track_caller]
+    fn keeps_its_pods_refused(&self, pod: &Pod<'_>, said: &str) {
+        let reasons = wait_until("the agent to say why", DEADLINE, || {
+            let (status, reasons) = self.monitored.get("/readyz")?;
+            Ok((status == 503 && reasons.contains(said)).then_some(reasons))
+        })
+        .unwrap_or_else(|error| panic!("{said}: {error:#}: {}", self.agent.last_lines()));
+        let unserved = "a serving certificate yet; enrolled pods are refused: testbed: ";
+        assert!(reasons.contains(unserved), "{reasons}");
+        let log = self.agent.log().unwrap();
+        assert!(
+            log.lines().any(|line| line.contains("no certificate that pods") && line.contains(said)),
+            "{log}"
+        );
+        // What the kubelet is told, and shows in the pod's events.
+        let probe = Command::new(agent::built_binary("weir-agent").unwrap()).arg("ready").output().unwrap();
+        let (code, _, error) = shown(&probe);
+        let waits = "no agent has enrolled this node's pods yet; the agent's log says what it waits for";
+        assert!(code == Some(1) && error.contains(waits), "{error}");
+        is_refused(pod, said);
+    }
+}
