@@ -43,7 +43,7 @@ pub struct Image<'a> {
 }
 
 /// What an image has for one architecture.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Platform {
     /// As OCI calls it: `amd64`, `arm64`.
     pub architecture: &'static str,

@@ -95,10 +95,10 @@ pub(crate) fn run(root: &Path, arguments: &Arguments) -> Result<()> {
     }
     fs::create_dir_all(&dist).with_context(|| format!("cannot make {}", dist.display()))?;
     for build in &builds {
-        build.write(root, &dist)?;
+        let files = (root.join("LICENSE"), root.join("deploy/systemd/weir-guard.service"));
+        tarball(&files, &build.platform.binaries, &file_name(build.architecture), &dist)?;
     }
-    let (crossed, platforms): (Vec<_>, Vec<_>) =
-        builds.into_iter().map(|build| (build.cross, build.platform)).unzip();
+    let platforms: Vec<_> = builds.iter().map(|build| build.platform.clone()).collect();
     let name = format!("{}:{VERSION}", arguments.image);
     let license = root.join("LICENSE");
     let revision = revision(root);
@@ -115,11 +115,14 @@ pub(crate) fn run(root: &Path, arguments: &Arguments) -> Result<()> {
         _ => format!("weir-{VERSION}-linux.oci.tar"),
     });
     let digest = image.write(&archive)?;
+    for build in &builds {
+        build.list(root, (&archive, &digest), revision.as_deref())?;
+    }
     chart(root, &dist)?;
     let sums = checksums(&dist)?;
     fs::write(dist.join("SHA256SUMS"), &sums).context("cannot write checksums")?;
     println!("{}:\n{sums}image {name} has the digest {digest}", dist.display());
-    for cross in crossed.iter().flatten() {
+    for cross in builds.iter().filter_map(|build| build.cross.as_ref()) {
         smoke::run(root, cross, &archive)?;
     }
     if arguments.test {
@@ -204,12 +207,26 @@ impl Build {
         Ok(Self { architecture, platform, packages, cross })
     }
 
-    /// Writes what is for this architecture alone: the tarball, and the list of what is in it and in the image.
-    fn write(&self, root: &Path, dist: &Path) -> Result<()> {
+    /// Writes the list of what is in the tarball and in the image, beside both.
+    fn list(&self, root: &Path, (archive, digest): (&Path, &str), revision: Option<&str>) -> Result<()> {
         let name = file_name(self.architecture);
-        tarball(root, &self.platform.binaries, &name, dist)?;
-        let list = sbom::document(root, &name, &self.architecture.target(), &self.packages)?;
-        fs::write(dist.join(format!("{name}.spdx.json")), format!("{list:#}\n"))
+        let tarball = archive.with_file_name(format!("{name}.tar.gz"));
+        let file = |path: &Path| -> Result<(String, String)> {
+            let summed = output_of(Command::new("sha256sum").arg(path))?;
+            let sha256 = summed.split(' ').next().unwrap_or_default().to_owned();
+            let name = path.file_name().context("a file has no name")?;
+            Ok((name.to_string_lossy().into_owned(), sha256))
+        };
+        let (image, tarball) = (file(archive)?, file(&tarball)?);
+        let described = sbom::Described {
+            name: &name,
+            version: VERSION,
+            revision,
+            image: (&image.0, &image.1, digest),
+            tarball: (&tarball.0, &tarball.1),
+        };
+        let list = sbom::document(root, &described, &self.architecture.target(), &self.packages)?;
+        fs::write(archive.with_file_name(format!("{name}.spdx.json")), format!("{list:#}\n"))
             .context("cannot write the list of packages")
     }
 }
@@ -265,13 +282,18 @@ fn build(mut cargo: Command, strip: &str, stripped: &Path) -> Result<Vec<PathBuf
 }
 
 /// The binaries for a node without Kubernetes' help, with the unit that comes before the kubelet.
-fn tarball(root: &Path, binaries: &[PathBuf], name: &str, dist: &Path) -> Result<()> {
+fn tarball(
+    (license, unit): &(PathBuf, PathBuf),
+    binaries: &[PathBuf],
+    name: &str,
+    dist: &Path,
+) -> Result<()> {
     let scratch = tempfile::tempdir().context("cannot make a scratch folder")?;
     let folder = scratch.path().join("content").join(name);
     for (from, to) in binaries
         .iter()
         .map(|path| (path.clone(), "bin"))
-        .chain([(root.join("LICENSE"), ""), (root.join("deploy/systemd/weir-guard.service"), "systemd")])
+        .chain([(license.clone(), ""), (unit.clone(), "systemd")])
     {
         let to = folder.join(to);
         fs::create_dir_all(&to).context("cannot make a folder")?;
@@ -298,4 +320,75 @@ fn checksums(dist: &Path) -> Result<String> {
         Command::new("sha256sum").args(names).current_dir(dist).output().context("cannot start sha256sum")?;
     ensure!(output.status.success(), "sha256sum ended with {}", output.status);
     Ok(String::from_utf8(output.stdout)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+
+    /// Programs that say who they are, as what is given away, and what came of them in a folder.
+    fn packed(folder: &Path) -> PathBuf {
+        let (dist, binaries) = (folder.join("dist"), BINARIES.map(|name| folder.join(name)));
+        fs::create_dir(&dist).unwrap();
+        for (path, name) in binaries.iter().zip(BINARIES) {
+            fs::write(path, format!("#!/bin/sh\necho {name} as $(basename $0): $*\n")).unwrap();
+            fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
+        }
+        let files = ["LICENSE", "weir-guard.service"].map(|name| folder.join(name));
+        files.iter().for_each(|path| fs::write(path, path.to_string_lossy().as_bytes()).unwrap());
+        let [license, unit] = files;
+        tarball(&(license, unit), &binaries, "weir-0-linux-any", &dist).unwrap();
+        dist
+    }
+
+    #[test]
+    fn a_tarball_has_the_programs_the_unit_and_the_plugin_of_kubectl_and_nothing_else() {
+        let folder = tempfile::tempdir().unwrap();
+        let archive = packed(folder.path()).join("weir-0-linux-any.tar.gz");
+        let unpacked = folder.path().join("unpacked");
+        fs::create_dir(&unpacked).unwrap();
+        output_of(Command::new("tar").arg("-xzf").arg(&archive).arg("-C").arg(&unpacked)).unwrap();
+        let found = output_of(
+            Command::new("find").args([".", "!", "-type", "d", "-printf", "%P %M\n"]).current_dir(&unpacked),
+        );
+        let found = found.unwrap();
+        let mut found: Vec<_> = found.lines().collect();
+        found.sort_unstable();
+        assert_eq!(
+            found,
+            [
+                "weir-0-linux-any/LICENSE -rw-r--r--",
+                "weir-0-linux-any/bin/kubectl-weir lrwxrwxrwx",
+                "weir-0-linux-any/bin/weir -rwxr-xr-x",
+                "weir-0-linux-any/bin/weir-agent -rwxr-xr-x",
+                "weir-0-linux-any/systemd/weir-guard.service -rw-r--r--",
+            ]
+        );
+        // The link is the program beside it, wherever it was unpacked.
+        let plugin = unpacked.join("weir-0-linux-any/bin/kubectl-weir");
+        let said = output_of(Command::new(plugin).arg("sessions")).unwrap();
+        assert_eq!(said, "weir as kubectl-weir: sessions\n");
+        let listed = output_of(Command::new("tar").args(["--numeric-owner", "-tvzf"]).arg(&archive)).unwrap();
+        assert!(listed.lines().all(|line| line.contains(" 0/0 ")), "somebody's files: {listed}");
+    }
+
+    #[test]
+    fn checksums_are_of_every_file_and_find_one_that_was_changed() {
+        let folder = tempfile::tempdir().unwrap();
+        let dist = packed(folder.path());
+        fs::write(dist.join("a"), "a").unwrap();
+        let sums = checksums(&dist).unwrap();
+        let names: Vec<_> = sums.lines().map(|line| line.split_once("  ").unwrap().1).collect();
+        assert_eq!(names, ["a", "weir-0-linux-any.tar.gz"]);
+        fs::write(dist.join("SHA256SUMS"), sums).unwrap();
+        let checked = || {
+            let mut check = Command::new("sha256sum");
+            check.args(["--quiet", "-c", "SHA256SUMS"]).current_dir(&dist).output().unwrap().status.success()
+        };
+        assert!(checked());
+        fs::write(dist.join("a"), "b").unwrap();
+        assert!(!checked());
+    }
 }
