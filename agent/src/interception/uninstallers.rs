@@ -27,6 +27,8 @@ const UNINSTALLERS: &str = "weir-uninstall";
 const UNINSTALLERS_LABEL: &str = "app.kubernetes.io/name=weir-uninstall";
 /// Helm's annotation with the name of a release.
 const RELEASE: &str = "meta.helm.sh/release-name";
+/// What is known of a node that says nothing.
+const NOT_STARTED: &str = "its pod is not started: does its kubelet run? Take a node that is gone for good out of the cluster (kubectl delete node)";
 /// Most characters of what a node says.
 const SAID_CHARS_MAX: usize = 500;
 
@@ -257,13 +259,14 @@ fn why(pod: &Pod) -> (String, bool) {
     let unscheduled = conditions
         .find(|condition| condition.type_ == "PodScheduled" && condition.status == "False")
         .and_then(|condition| condition.message.clone());
-    let phase = status.phase.clone().unwrap_or_default();
-    (
-        unscheduled
-            .or(waiting)
-            .map_or_else(|| format!("its pod is {phase}"), |why| format!("its pod waits: {why}")),
-        false,
-    )
+    if let Some(why) = unscheduled.or(waiting) {
+        return (format!("its pod waits: {why}"), false);
+    }
+    let is_bound = pod.spec.as_ref().is_some_and(|spec| spec.node_name.is_some());
+    if is_bound && containers.is_empty() {
+        return (NOT_STARTED.to_owned(), false);
+    }
+    (format!("its pod is {}", status.phase.as_deref().unwrap_or_default()), false)
 }
 
 #[cfg(test)]

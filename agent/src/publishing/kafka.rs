@@ -128,7 +128,17 @@ pub(super) fn refused(kafka: &Kafka, error: &KafkaError) -> Failure {
             Failure::Configuration { key, problem }
         }
         KafkaError::ClientCreation(problem) => {
-            Failure::Configuration { key: "properties".to_owned(), problem: problem.clone() }
+            // The library names the property, and not the file.
+            let is_of = |name: &str| name.ends_with(".location") && problem.starts_with(name);
+            match kafka.properties.iter().find(|(name, _)| is_of(name)) {
+                Some((name, path)) => {
+                    let problem = format!(
+                        "{path} cannot be used ({problem}); is it mounted, and is it in PEM (ssl.ca.location: the CA of the brokers)?"
+                    );
+                    Failure::Configuration { key: format!("properties.{name}"), problem }
+                }
+                None => Failure::Configuration { key: "properties".to_owned(), problem: problem.clone() },
+            }
         }
         other => Failure::Other { reason: other.to_string() },
     }
@@ -645,6 +655,19 @@ mod tests {
         std::fs::remove_file(&path).unwrap();
         let refused = Producer::new(&wrong).err().unwrap().to_string();
         assert!(refused.contains("cannot read") && refused.contains("secret"), "{refused}");
+        std::fs::write(&path, "no certificate\n").unwrap();
+        let mut wrong = kafka(&cluster);
+        wrong.properties.insert("security.protocol".to_owned(), "SSL".to_owned());
+        wrong.properties.insert("ssl.ca.location".to_owned(), path.display().to_string());
+        let refused = Producer::new(&wrong).err().unwrap().to_string();
+        let named = format!(
+            "kafka.properties.ssl.ca.location: {} cannot be used (ssl.ca.location failed",
+            path.display()
+        );
+        assert!(
+            refused.starts_with(&named) && refused.contains("; is it mounted, and is it in PEM"),
+            "{refused}"
+        );
     }
 
     #[test]

@@ -34,29 +34,48 @@ pub(super) fn is_given_where_pods_would_not_trust_the_agent(
     let examined = release.in_agent(&["weir-agent", "doctor", "--config", "/etc/weir/config/agent.yaml"]);
     let (code, said, _) = shown(&examined);
     assert!(code == Some(0) && said.contains("tier T1: mounted CA"), "{said}");
-    one_that_is_none_is_named(release);
+    ones_that_are_none_are_named(release);
 }
 
-/// A certificate that is none: Helm fails, and what the agent said is in the status of its pod, in which no command can be run; the
-/// former agent goes on. The next step finds the release like that.
-fn one_that_is_none_is_named(release: &Release<'_>) {
+/// Certificates that are none, of Weir's CA and of the brokers': Helm fails, and what the agent said is in the status of its pod, in which no
+/// command can be run; the former agent goes on. The next step finds the release like that.
+fn ones_that_are_none_are_named(release: &Release<'_>) {
     let text = fs::read_to_string(release.scratch.join("values.json")).unwrap();
     let values: Value = serde_json::from_str(&text).unwrap();
     let key = values["config"]["clusters"][0]["trust"]["mountedCa"]["key"].as_str().unwrap().to_owned();
-    let wrong = format!("config.clusters[0].trust.mountedCa.certificate={key}");
-    let mut upgrade = release.to_apply("upgrade", &["startupTaint=true", &wrong]);
-    let (code, out, error) = shown(&command::output(upgrade.arg("--timeout=3s")).unwrap());
-    assert!(code == Some(1) && error.contains("deadline"), "{code:?} {out}{error}");
-    let statuses = || {
-        let pods = release.pods();
-        pods.iter().map(|pod| pod["status"]["containerStatuses"].to_string()).collect::<Vec<_>>()
-    };
-    let named = wait_until("the pod's status to say why", DEADLINE, || {
-        let says = |said: &String| said.contains(&key) && said.contains("\"exitCode\":1");
-        Ok(statuses().into_iter().find(says))
-    });
-    assert!(named.is_ok(), "{:?}\n{}", statuses(), release.told());
-    assert!(statuses().iter().any(|said| said.contains("\"ready\":true")), "{:?}", statuses());
+    let of_weir = format!("config.clusters[0].trust.mountedCa.certificate={key}");
+    let of_brokers = format!(
+        "config.kafka={}",
+        json!({"brokers": ["kafka.example:9093"], "topic": "weir",
+            "properties": {"security.protocol": "SSL", "ssl.ca.location": key}})
+    );
+    for (option, wrong, said) in [
+        (
+            "--set-string",
+            of_weir,
+            format!("{key} is not a PEM file with the certificate of the CA that signs"),
+        ),
+        (
+            "--set-json",
+            of_brokers,
+            format!("kafka.properties.ssl.ca.location: {key} cannot be used (ssl.ca.location failed"),
+        ),
+    ] {
+        let mut upgrade = release.to_apply("upgrade", &["startupTaint=true"]);
+        let (code, out, error) =
+            shown(&command::output(upgrade.args([option, &wrong, "--timeout=3s"])).unwrap());
+        assert!(code == Some(1) && error.contains("deadline"), "{code:?} {out}{error}");
+        let statuses = || {
+            let pods = release.pods();
+            pods.iter().map(|pod| pod["status"]["containerStatuses"].to_string()).collect::<Vec<_>>()
+        };
+        let named = wait_until("the pod's status to say why", DEADLINE, || {
+            let says = |told: &String| told.contains(&said) && told.contains("\"exitCode\":1");
+            Ok(statuses().into_iter().find(says))
+        });
+        assert!(named.is_ok(), "{said}: {:?}\n{}", statuses(), release.told());
+        assert!(statuses().iter().any(|told| told.contains("\"ready\":true")), "{:?}", statuses());
+    }
 }
 
 /// A CA of one's own, and the values that have pods trust it, as the runbook says, by its own words; gives the bundle.
@@ -78,9 +97,8 @@ fn is_asked_for(release: &Release<'_>) -> String {
     let path = release.scratch.join("values.json");
     let mut values: Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
     values["config"]["clusters"] = given["config"]["clusters"].take();
-    for key in ["secrets", "trustBundle"] {
-        values[key] = given[key].take();
-    }
+    values["trustBundle"] = given["trustBundle"].take();
+    values["secrets"].as_array_mut().unwrap().append(given["secrets"].as_array_mut().unwrap());
     fs::write(&path, values.to_string()).unwrap();
     let mut upgrade = release.of_the_runbook(upgrade.trim());
     upgrade.args(["--set", "startupTaint=true"]).current_dir(&folder);

@@ -11,7 +11,7 @@ use super::{
     approver::answers_agents_alone,
     bundle,
     guides::{self, with_kubectl},
-    rendered::is_what_the_api_server_takes,
+    rendered::{are_known_no_more, is_what_the_api_server_takes},
     rights, shown,
 };
 use node_state::NodeState;
@@ -33,6 +33,10 @@ mod removal;
 mod renewal;
 #[path = "chart/runner.rs"]
 mod runner;
+#[path = "chart/scraped.rs"]
+mod scraped;
+#[path = "chart/signing.rs"]
+mod signing;
 #[path = "chart/upgrade.rs"]
 mod upgrade;
 
@@ -69,6 +73,7 @@ fn the_chart_installs_upgrades_under_load_and_removes_itself() {
     guides::values_are_taken(&guides);
     let first = PodSpec::idle("it-chart", "first");
     a_pod_waits_for_the_startup_taint(&release, &first);
+    let keys = signing::Keys::make(&release);
     release.must_install(&["startupTaint=true"]);
     takes_the_startup_taint_off_and_may_change_nothing_else(&release);
     let first = scene.testbed.run_pod(&first).unwrap();
@@ -91,13 +96,16 @@ fn the_chart_installs_upgrades_under_load_and_removes_itself() {
     client.lives_past_the_first_certificate(&release);
     renewal::its_key_is_in_no_file(&release);
     renewal::the_approver_leaves_no_core_dump();
-    upgrade::is_upgraded_under_load(&release, &pod);
+    upgrade::is_upgraded_under_load(&release, &pod, &keys.both());
+    are_known_no_more(release.testbed);
     crash::a_stopped_agent_is_not_ready(&release);
     crash::an_agent_that_ends_again_and_again_is_told_of(&release, &pod, &free);
     reboot::is_kept_from_the_api_server_through_reboots(&release, &scene, &pod);
     rights::are_all_used(release.testbed);
+    keys.new_alone();
     bundle::is_given_where_pods_would_not_trust_the_agent(&release, &clients, &pod);
-    removal::is_done_by_values(&release, &pod);
+    keys.have_signed();
+    removal::names_a_node_that_is_down(&release, &pod);
     let removed = command::output(&mut release.command(&["uninstall", "weir", "--wait"])).unwrap();
     assert!(removed.status.success(), "{:?}", shown(&removed));
     wait_until("the last pod to be gone", DEADLINE, || Ok(release.pods().is_empty().then_some(()))).unwrap();

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use weir_tests::{command, components};
+use weir_tests::{Testbed, command, components};
 
 use super::guides::Node;
 
@@ -12,7 +12,7 @@ const MUTATING: &str = "admissionregistration.k8s.io/v1/MutatingAdmissionPolicy"
 const KINDS: [&str; 2] = ["servicemonitors.monitoring.coreos.com", "prometheusrules.monitoring.coreos.com"];
 
 /// Everything that the golden values render is of the API server's own schema, no key unknown to it; and of the Prometheus operator's,
-/// whose definitions of its kinds it has meanwhile.
+/// whose definitions of its kinds it has from then on, until [`are_known_no_more`].
 pub(super) fn is_what_the_api_server_takes(node: &Node<'_>) {
     for definition in components::prometheus_operator_kinds().unwrap() {
         let file = definition.to_str().unwrap();
@@ -35,5 +35,10 @@ pub(super) fn is_what_the_api_server_takes(node: &Node<'_>) {
         let apply = ["apply", "--dry-run=server", "--validate=strict", "-f", file.to_str().unwrap()];
         node.testbed.kubectl(&apply).unwrap();
     }
-    node.testbed.kubectl(&["delete", "--wait=false", &kinds[0], &kinds[1]]).unwrap();
+}
+
+/// Takes the Prometheus operator's kinds out of the cluster, and all objects of them with it.
+pub(super) fn are_known_no_more(testbed: &Testbed) {
+    let kinds = KINDS.map(|kind| format!("crd/{kind}"));
+    testbed.kubectl(&["delete", "--ignore-not-found", "--wait=false", &kinds[0], &kinds[1]]).unwrap();
 }

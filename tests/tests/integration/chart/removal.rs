@@ -7,7 +7,9 @@ use std::{
     process::Command,
 };
 
-use weir_tests::{Pod, agent, command, testbed::NODE_NAME, wait_until};
+use serde::Deserialize as _;
+use serde_json::{Value, json};
+use weir_tests::{Pod, Testbed, agent, command, testbed::NODE_NAME, wait_until};
 
 use super::{
     super::{DEADLINE, guard::is_refused, rights, shown},
@@ -68,6 +70,60 @@ pub(super) fn is_refused_where_agents_are_meant_to_run(release: &Release<'_>, po
     assert!(refuses.is_ok(), "{:?}", release.testbed.kubectl(&said));
     is_refused(pod, "by the guard, which has stayed");
     release.testbed.kubectl(&["delete", "-f", file.to_str().unwrap()]).unwrap();
+}
+
+/// A node without a kubelet.
+const AWAY: &str = "it-away";
+
+/// Where no pod starts, as on a node that is down, the hook waits as long as it is told, and then names the node; the others are done by then.
+/// `helm uninstall` succeeds as soon as that node is out of the cluster.
+pub(super) fn names_a_node_that_is_down(release: &Release<'_>, pod: &Pod<'_>) {
+    let node = json!({"apiVersion": "v1", "kind": "Node",
+        "metadata": {"name": AWAY, "labels": {"kubernetes.io/os": "linux"}},
+        "status": {"allocatable": {"cpu": "1", "memory": "1Gi", "pods": "10"}, "capacity": {"cpu": "1", "memory": "1Gi", "pods": "10"}}});
+    let _away = Away::join(release, &node);
+    let hooks = command::run(&mut release.command(&["get", "hooks", "weir"])).unwrap();
+    let mut hooks: Vec<Value> = serde_yaml_ng::Deserializer::from_str(&hooks)
+        .map(|object| serde_json::to_value(serde_yaml_ng::Value::deserialize(object).unwrap()).unwrap())
+        .collect();
+    let job = hooks.iter_mut().find(|object| object["kind"] == "Job").unwrap();
+    let words = job["spec"]["template"]["spec"]["containers"][0]["command"].as_array_mut().unwrap();
+    let patience = words.iter().position(|word| word == "--patience").unwrap();
+    words[patience + 1] = json!(PATIENCE_SECONDS);
+    // The node that is down is no less to the scheduler than the other one.
+    job["spec"]["template"]["spec"]["nodeName"] = json!(NODE_NAME);
+    let hooks = json!({"apiVersion": "v1", "kind": "List", "items": hooks});
+    release.testbed.apply(&hooks.to_string()).unwrap();
+    let failed = ["wait", "--for=condition=Failed", "--timeout=120s", "-n", NAMESPACE, "job/weir-uninstall"];
+    let ended = release.testbed.kubectl(&failed);
+    let said = release.testbed.kubectl(&["logs", "-n", NAMESPACE, "job/weir-uninstall"]).unwrap();
+    ended.unwrap_or_else(|error| panic!("{error:#}: {said}"));
+    let why = format!("{AWAY}: its pod is not started: does its kubelet run?");
+    assert!(said.contains(&why) && !said.contains(NODE_NAME), "{said}");
+    reaches_the_api_server_directly(pod);
+}
+
+/// How long the hook waits here; by default it is more than three minutes.
+const PATIENCE_SECONDS: &str = "15";
+
+/// A node that is in the cluster while this value is there.
+struct Away<'a>(&'a Testbed);
+
+impl<'a> Away<'a> {
+    fn join(release: &Release<'a>, node: &Value) -> Self {
+        let away = Self(release.testbed);
+        release.testbed.apply(&node.to_string()).unwrap();
+        away
+    }
+}
+
+impl Drop for Away<'_> {
+    fn drop(&mut self) {
+        let _ = self.0.kubectl(&["delete", "node", "--ignore-not-found", AWAY]);
+        // As the cluster does it a minute later.
+        let there = format!("--field-selector=spec.nodeName={AWAY}");
+        let _ = self.0.kubectl(&["delete", "pods", "-n", NAMESPACE, &there, "--force", "--grace-period=0"]);
+    }
 }
 
 /// A node on which it fails is named by Helm; when that is mended, the same command succeeds.

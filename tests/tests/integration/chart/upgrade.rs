@@ -11,7 +11,7 @@ use std::{
 use weir_common::event::{Kind, Outcome};
 use weir_tests::{Pod, agent, wait_until};
 
-use super::{JOURNAL, release::Release};
+use super::{JOURNAL, release::Release, scraped};
 
 /// Clients of a pod that call one after the other, each on connections of its own.
 const CLIENTS: usize = 3;
@@ -47,8 +47,8 @@ impl Calls {
 }
 
 /// Calls of an enrolled pod go on, and a stream and a watch of its, while the DaemonSet's pod is replaced. The streams stay with the former agent,
-/// whose pod ends when they have ended.
-pub(super) fn is_upgraded_under_load(release: &Release<'_>, pod: &Pod<'_>) {
+/// whose pod ends when they have ended. `keys` is a value for those that sign.
+pub(super) fn is_upgraded_under_load(release: &Release<'_>, pod: &Pod<'_>, keys: &str) {
     let former = release.pods();
     let mut clients: Vec<_> = (0..CLIENTS).map(|number| Calls::begin(pod, number)).collect();
     clients.iter_mut().for_each(|client| client.succeed(1));
@@ -63,7 +63,14 @@ pub(super) fn is_upgraded_under_load(release: &Release<'_>, pod: &Pod<'_>) {
         assert_eq!(from_session.next().unwrap().unwrap(), line);
     };
     say("before");
-    let values = ["startupTaint=true", "admission.enabled=true", "config.limits.drainSeconds=121"];
+    let values = [
+        "startupTaint=true",
+        "admission.enabled=true",
+        "config.limits.drainSeconds=121",
+        "config.metrics.address=0.0.0.0:9155",
+        "monitoring.serviceMonitor=true",
+        keys,
+    ];
     // Helm waits for the former pod to be gone, which waits for the stream.
     let mut upgrade =
         release.of_the_runbook("helm upgrade weir deploy/helm/weir -n weir-system -f values.yaml --wait ");
@@ -91,6 +98,7 @@ pub(super) fn is_upgraded_under_load(release: &Release<'_>, pod: &Pod<'_>) {
     let now = release.pods();
     assert_ne!(former[0]["metadata"]["uid"], now[0]["metadata"]["uid"]);
     assert_eq!(now[0]["status"]["containerStatuses"][0]["restartCount"], 0, "{}", release.told());
+    scraped::answers_whom_its_service_monitors_send(release);
     is_rolled_back(release, &mut clients);
     pod.shell("touch /tmp/stop").unwrap();
     for mut client in clients {
