@@ -105,10 +105,11 @@ fn the_chart_installs_upgrades_under_load_and_removes_itself() {
     keys.new_alone();
     bundle::is_given_where_pods_would_not_trust_the_agent(&release, &clients, &pod);
     keys.have_signed();
-    removal::names_a_node_that_is_down(&release, &pod);
+    removal::names_a_node_that_is_down(&release);
     let removed = command::output(&mut release.command(&["uninstall", "weir", "--wait"])).unwrap();
     assert!(removed.status.success(), "{:?}", shown(&removed));
     wait_until("the last pod to be gone", DEADLINE, || Ok(release.pods().is_empty().then_some(()))).unwrap();
+    removal::reaches_the_api_server_directly(&pod);
 }
 
 #[test]

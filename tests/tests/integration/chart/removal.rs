@@ -26,7 +26,7 @@ fn pins() -> PathBuf {
 }
 
 #[track_caller]
-fn reaches_the_api_server_directly(pod: &Pod<'_>) {
+pub(super) fn reaches_the_api_server_directly(pod: &Pod<'_>) {
     agent::refuse_beside_another().unwrap();
     assert_eq!(shown(&pod.exec(&ASK).unwrap()).0, Some(0), "the pod reaches the API server directly");
 }
@@ -75,9 +75,9 @@ pub(super) fn is_refused_where_agents_are_meant_to_run(release: &Release<'_>, po
 /// A node without a kubelet.
 const AWAY: &str = "it-away";
 
-/// Where no pod starts, as on a node that is down, the hook waits as long as it is told, and then names the node; the others are done by then.
-/// `helm uninstall` succeeds as soon as that node is out of the cluster.
-pub(super) fn names_a_node_that_is_down(release: &Release<'_>, pod: &Pod<'_>) {
+/// Where no pod starts, as on a node that is down, the hook waits as long as it is told, and then names the node. `helm uninstall` succeeds as
+/// soon as that one is out of the cluster.
+pub(super) fn names_a_node_that_is_down(release: &Release<'_>) {
     let node = json!({"apiVersion": "v1", "kind": "Node",
         "metadata": {"name": AWAY, "labels": {"kubernetes.io/os": "linux"}},
         "status": {"allocatable": {"cpu": "1", "memory": "1Gi", "pods": "10"}, "capacity": {"cpu": "1", "memory": "1Gi", "pods": "10"}}});
@@ -99,12 +99,11 @@ pub(super) fn names_a_node_that_is_down(release: &Release<'_>, pod: &Pod<'_>) {
     let said = release.testbed.kubectl(&["logs", "-n", NAMESPACE, "job/weir-uninstall"]).unwrap();
     ended.unwrap_or_else(|error| panic!("{error:#}: {said}"));
     let why = format!("{AWAY}: its pod is not started: does its kubelet run?");
-    assert!(said.contains(&why) && !said.contains(NODE_NAME), "{said}");
-    reaches_the_api_server_directly(pod);
+    assert!(said.contains(&why), "{said}");
 }
 
-/// How long the hook waits here; by default it is more than three minutes.
-const PATIENCE_SECONDS: &str = "15";
+/// How long the hook waits here, whatever the other nodes do meanwhile; by default it is more than three minutes.
+const PATIENCE_SECONDS: &str = "12";
 
 /// A node that is in the cluster while this value is there.
 struct Away<'a>(&'a Testbed);
