@@ -6,13 +6,21 @@ use std::collections::VecDeque;
 
 use super::{feed::Position, sink::Ticket};
 
+/// When what a message tells was made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Made {
+    pub(super) unix_us: i64,
+    /// It is a frame of the log; else it is younger than what it follows.
+    pub(super) in_log: bool,
+}
+
 #[derive(Debug)]
 struct Sent {
     ticket: Ticket,
     /// Behind its frame.
     end: Position,
     bytes: usize,
-    time_unix_us: i64,
+    made: Made,
     done: bool,
 }
 
@@ -51,33 +59,34 @@ impl Flight {
     }
 
     /// When the event was made that holds the watermark back, and what is behind it.
-    pub(super) fn oldest(&self) -> Option<(i64, Position)> {
-        self.sent.front().map(|sent| (sent.time_unix_us, sent.end))
+    pub(super) fn oldest(&self) -> Option<(Made, Position)> {
+        self.sent.front().map(|sent| (sent.made, sent.end))
     }
 
     /// A message was sent; `end` is behind its frame.
-    pub(super) fn sent(&mut self, ticket: Ticket, end: Position, bytes: usize, time_unix_us: i64) {
+    pub(super) fn sent(&mut self, ticket: Ticket, end: Position, bytes: usize, made: Made) {
         debug_assert!(self.sent.back().is_none_or(|last| last.ticket < ticket && last.end <= end));
         self.bytes += bytes;
-        self.sent.push_back(Sent { ticket, end, bytes, time_unix_us, done: false });
+        self.sent.push_back(Sent { ticket, end, bytes, made, done: false });
     }
 
     /// There is nothing to send before `end`.
     pub(super) fn passed(&mut self, ticket: Ticket, end: Position) {
-        self.sent.push_back(Sent { ticket, end, bytes: 0, time_unix_us: i64::MAX, done: true });
+        let made = Made { unix_us: i64::MAX, in_log: true };
+        self.sent.push_back(Sent { ticket, end, bytes: 0, made, done: true });
         self.settle();
     }
 
     /// A message was acknowledged; returns its length, when its event was made, and what is behind that; none if it is not one
     /// of these.
-    pub(super) fn acknowledge(&mut self, ticket: Ticket) -> Option<(usize, i64, Position)> {
+    pub(super) fn acknowledge(&mut self, ticket: Ticket) -> Option<(usize, Made, Position)> {
         let index = self.sent.binary_search_by_key(&ticket, |sent| sent.ticket).ok()?;
         let sent = self.sent.get_mut(index).filter(|sent| !sent.done)?;
         sent.done = true;
-        let (bytes, time_unix_us, end) = (sent.bytes, sent.time_unix_us, sent.end);
+        let (bytes, made, end) = (sent.bytes, sent.made, sent.end);
         self.bytes -= bytes;
         self.settle();
-        Some((bytes, time_unix_us, end))
+        Some((bytes, made, end))
     }
 
     fn settle(&mut self) {
@@ -98,21 +107,28 @@ impl Flight {
 mod tests {
     use proptest::prelude::*;
 
-    use super::{super::feed::Position, Flight};
+    use super::{super::feed::Position, Flight, Made};
 
     fn at(offset: u64) -> Position {
         Position { segment: 0, offset, sequence: offset, commit: 0 }
     }
 
+    fn made(unix_us: i64) -> Made {
+        Made { unix_us, in_log: true }
+    }
+
     #[test]
     fn the_watermark_waits_for_the_first_that_is_not_acknowledged() {
         let mut flight = Flight::new(at(0));
-        (1..=3).for_each(|n| flight.sent(n, at(n), 10, n as i64));
+        (1..=3).for_each(|n| flight.sent(n, at(n), 10, made(n as i64)));
         flight.passed(4, at(4));
         assert_eq!(flight.acknowledge(2).map(|(bytes, ..)| bytes), Some(10));
-        assert_eq!((flight.watermark(), flight.bytes(), flight.oldest()), (at(0), 20, Some((1, at(1)))));
+        assert_eq!(
+            (flight.watermark(), flight.bytes(), flight.oldest()),
+            (at(0), 20, Some((made(1), at(1))))
+        );
         flight.acknowledge(1);
-        assert_eq!((flight.watermark(), flight.oldest()), (at(2), Some((3, at(3)))));
+        assert_eq!((flight.watermark(), flight.oldest()), (at(2), Some((made(3), at(3)))));
         assert_eq!((flight.acknowledge(1), flight.acknowledge(2), flight.acknowledge(9)), (None, None, None));
         flight.acknowledge(3);
         assert_eq!(flight.watermark(), at(4), "there is nothing to send up to there");
@@ -125,7 +141,7 @@ mod tests {
             order in Just((1..=40_u64).collect::<Vec<_>>()).prop_shuffle(), taken in 0..40_usize,
         ) {
             let mut flight = Flight::new(at(0));
-            (1..=40).for_each(|n| flight.sent(n, at(n), 1, 0));
+            (1..=40).for_each(|n| flight.sent(n, at(n), 1, made(0)));
             let acknowledged = &order[..taken];
             acknowledged.iter().for_each(|ticket| { flight.acknowledge(*ticket); });
             let prefix = (1..=40).take_while(|n| acknowledged.contains(n)).count() as u64;

@@ -30,7 +30,7 @@ use zeroize::Zeroizing;
 use super::{
     publisher::{FLIGHT_BYTES_MAX, FLIGHT_MESSAGES_MAX},
     sink::{Failure, MakeSink, Outcome, Sink, Taken, Ticket},
-    stamps::{Stamps, TopicStamps},
+    stamps::{Stamps, TopicIndex, TopicStamps},
     token::token,
 };
 use crate::config::{Kafka, OAuth};
@@ -154,8 +154,7 @@ pub(super) struct Context {
     /// Where the token comes from that the brokers are shown.
     oauth: Option<OAuth>,
     outcomes: Mutex<Vec<Outcome>>,
-    /// The timestamps of messages that are on their way, by their tickets: the client tells none of one that was refused.
-    sent: Mutex<HashMap<usize, i64>>,
+    on_their_way: Mutex<OnTheirWay>,
     /// Which timestamps the topics take; outlives a client.
     stamps: Arc<Mutex<TopicStamps>>,
     connected: AtomicU8,
@@ -165,6 +164,36 @@ pub(super) struct Context {
     pub(super) denied: Mutex<Option<String>>,
     /// The last line that tells of a problem.
     pub(super) problem: Mutex<Option<String>>,
+}
+
+/// The timestamps of messages that are on their way: the client tells none of one that was refused.
+#[derive(Default)]
+struct OnTheirWay {
+    /// By their tickets.
+    messages: HashMap<usize, Stamped>,
+    refused: Vec<Stamped>,
+}
+
+/// Which timestamp a message has, on which topic.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Stamped {
+    topic: TopicIndex,
+    unix_ms: i64,
+}
+
+impl OnTheirWay {
+    /// Whether a message was refused for its own timestamp. All messages of a batch are told that theirs is, where one is too far
+    /// ahead: that is the latest of them, which may have been told before.
+    fn is_refused_for_its_own(&mut self, refused: Stamped) -> bool {
+        let is_later = |other: &Stamped| other.topic == refused.topic && other.unix_ms > refused.unix_ms;
+        let is_latest = !self.refused.iter().chain(self.messages.values()).any(is_later);
+        if is_latest {
+            // What was the latest of its topic before is not asked for any more.
+            self.refused.retain(|other| other.topic != refused.topic);
+            self.refused.push(refused);
+        }
+        is_latest
+    }
 }
 
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -181,7 +210,7 @@ impl Context {
         self.tried_all.load(Ordering::Relaxed) && lock(&self.denied).is_some()
     }
 
-    fn stamps(&self, topic: &str, act: impl FnOnce(&mut Stamps, Instant)) {
+    fn stamps(&self, topic: TopicIndex, act: impl FnOnce(&mut Stamps, Instant)) {
         act(lock(&self.stamps).of(topic), Instant::now());
     }
 }
@@ -230,22 +259,24 @@ impl ProducerContext<NoCustomPartitioner> for Context {
     type DeliveryOpaque = usize;
 
     fn delivery(&self, delivered: &DeliveryResult<'_>, ticket: usize) {
-        let sent_ms = lock(&self.sent).remove(&ticket);
+        let sent = lock(&self.on_their_way).messages.remove(&ticket);
         let result = match delivered {
             Ok(message) => {
                 self.connected.store(UP, Ordering::Relaxed);
                 *lock(&self.denied) = None;
                 // A topic that sets the time itself says nothing of ours.
                 let is_ours = matches!(message.timestamp(), Timestamp::CreateTime(_));
-                if let Some(unix_ms) = sent_ms.filter(|_| is_ours) {
-                    self.stamps(message.topic(), |stamps, now| stamps.taken(unix_ms, now));
+                if let Some(Stamped { topic, unix_ms }) = sent.filter(|_| is_ours) {
+                    self.stamps(topic, |stamps, now| stamps.taken(unix_ms, now));
                 }
                 Ok(())
             }
             Err((error, message)) => {
                 let is_time = error.rdkafka_error_code() == Some(RDKafkaErrorCode::InvalidTimestamp);
-                if let Some(unix_ms) = sent_ms.filter(|_| is_time) {
-                    self.stamps(message.topic(), |stamps, now| stamps.refused(unix_ms, now));
+                if let Some(sent) = sent.filter(|_| is_time)
+                    && lock(&self.on_their_way).is_refused_for_its_own(sent)
+                {
+                    self.stamps(sent.topic, |stamps, now| stamps.refused(sent.unix_ms, now));
                 }
                 let length = |part: Option<&[u8]>| part.map_or(0, <[u8]>::len);
                 let bytes = length(message.payload()) + length(message.key());
@@ -344,19 +375,23 @@ impl Sink for Producer {
         });
         // An opaque pointer's width; it comes back as it is.
         let opaque = usize::try_from(ticket).unwrap_or(usize::MAX);
-        let unix_ms = lock(&self.context().stamps).of(topic).stamp(unix_ms, Instant::now());
+        let sent = {
+            let mut stamps = lock(&self.context().stamps);
+            let index = stamps.index(topic);
+            Stamped { topic: index, unix_ms: stamps.of(index).stamp(unix_ms, Instant::now()) }
+        };
         let record = BaseRecord::with_opaque_to(topic, opaque)
             .payload(message.value)
-            .timestamp(unix_ms.max(0))
+            .timestamp(sent.unix_ms.max(0))
             .headers(headers);
         let record: BaseRecord<'_, str, [u8], usize> = BaseRecord { key: message.key, ..record };
         // Before: it may be told at once what became of it.
-        lock(&self.context().sent).insert(opaque, unix_ms);
-        let sent = self.0.send(record);
-        if sent.is_err() {
-            lock(&self.context().sent).remove(&opaque);
+        lock(&self.context().on_their_way).messages.insert(opaque, sent);
+        let result = self.0.send(record);
+        if result.is_err() {
+            lock(&self.context().on_their_way).messages.remove(&opaque);
         }
-        match sent {
+        match result {
             Ok(()) => Ok(Taken::Yes),
             Err((error, _)) if error.rdkafka_error_code() == Some(RDKafkaErrorCode::QueueFull) => {
                 Ok(Taken::Full)
@@ -406,11 +441,11 @@ mod tests {
         types::{RDKafkaApiKey, RDKafkaRespErr},
     };
     use weir_common::{
-        message::{Kind, Received},
+        message::{Kind, Message, Received},
         segment::SEGMENT_HEADER_BYTES,
     };
 
-    use super::{Failure, Kafka, MakeSink, Outcome, Producer, Producers, Sink};
+    use super::{Failure, Kafka, MakeSink, Outcome, Producer, Producers, Sink, lock};
     use crate::publishing::{
         fixture::{Log, Run},
         sink::Taken,
@@ -601,9 +636,43 @@ mod tests {
         publish_all(&mut run);
         assert!(run.published().errors.contains(&("time", 1)), "{:?}", run.published());
         let now = Instant::now();
-        let stamp = |unix_ms| super::lock(&stamps).of(TOPIC).stamp(unix_ms, now);
+        let stamp = |unix_ms| {
+            let mut stamps = lock(&stamps);
+            let topic = stamps.index(TOPIC);
+            stamps.of(topic).stamp(unix_ms, now)
+        };
         // Its events are made in the first second of 1970.
         assert!(stamp(i64::MAX) < 3_600_000, "{}", stamp(i64::MAX));
+    }
+
+    #[test]
+    fn of_a_batch_whose_time_is_refused_the_latest_is_meant() {
+        let cluster = cluster();
+        cluster
+            .request_errors(RDKafkaApiKey::Produce, &[RDKafkaRespErr::RD_KAFKA_RESP_ERR_INVALID_TIMESTAMP]);
+        let mut kafka = kafka(&cluster);
+        // All are one batch.
+        kafka.properties.insert("linger.ms".to_owned(), "300".to_owned());
+        let mut producers = Producers::new(kafka);
+        let mut sink = producers.make().unwrap();
+        let (early, late) = (1_000_000_000_000, 1_000_086_400_000);
+        let message = Message { key: Some("session"), headers: Vec::new(), value: b"value" };
+        for (ticket, unix_ms) in [early, late, early + 1].into_iter().enumerate() {
+            assert!(matches!(sink.send(ticket as u64, TOPIC, &message, unix_ms).unwrap(), Taken::Yes));
+        }
+        let (mut outcomes, deadline) = (Vec::new(), Instant::now() + DEADLINE);
+        while outcomes.len() < 3 {
+            assert!(Instant::now() < deadline, "{outcomes:?}");
+            // After that it cannot go on, as it says.
+            sink.poll(Duration::from_millis(50), &mut outcomes).ok();
+        }
+        let is_refused = |outcome: &Outcome| matches!(outcome.result, Err(Failure::Time { .. }));
+        assert!(outcomes.iter().all(is_refused), "{outcomes:?}");
+        let mut stamps = lock(&producers.stamps);
+        let topic = stamps.index(TOPIC);
+        let mut stamp = |unix_ms| stamps.of(topic).stamp(unix_ms, Instant::now());
+        assert_eq!((stamp(early), stamp(early + 1)), (early, early + 1));
+        assert!(stamp(late) < late);
     }
 
     #[test]

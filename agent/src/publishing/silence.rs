@@ -9,6 +9,7 @@ use weir_common::{
 };
 
 use super::{
+    flight::Made,
     publisher::Publisher,
     sink::{Failure, Sink, Taken},
     stream::Stream,
@@ -51,7 +52,7 @@ impl Publisher {
             Ok(Taken::Full) => return Err(Stopped::Full),
             Err(failure) => return Err(Stopped::Failed(failure)),
         }
-        stream.flight.sent(self.ticket, end, message.bytes(), time);
+        stream.flight.sent(self.ticket, end, message.bytes(), Made { unix_us: time, in_log: false });
         self.ticket += 1;
         stream.checkpoint = Some((end.sequence, time));
         stream.looked = Some(self.turned);
@@ -61,7 +62,7 @@ impl Publisher {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
+    use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
     use weir_common::message::Kind;
 
@@ -70,6 +71,39 @@ mod tests {
         fixture::{Broker, Log, Run},
         publisher_tests::settle,
     };
+
+    #[test]
+    fn silence_is_published_while_the_clock_is_set_and_is_as_old_as_it_is() {
+        const DAY_S: i64 = 86_400;
+        let (mut log, broker, mut clock) = (Log::new(), Broker::new(), Clock::new());
+        clock.set(3 * DAY_S);
+        log.events(3);
+        let mut run = Run::with(&log, Box::new(broker.clone()));
+        let mut signed = Vec::new();
+        let mut idle = |run: &mut Run, clock: &mut Clock| {
+            signed.push(clock.pass(Duration::from_secs(10)).unix_us);
+            log.idle_checkpoint(*signed.last().unwrap());
+            settle(run, &broker, clock);
+        };
+        settle(&mut run, &broker, &mut clock);
+        let before = run.published().delivery_us;
+        for by in [0, DAY_S, -2 * DAY_S, DAY_S] {
+            clock.set(by);
+            // What is in the file is of before, at first.
+            settle(&mut run, &broker, &mut clock);
+            (0..2).for_each(|_| idle(&mut run, &mut clock));
+        }
+        let kinds = broker.with(|state| state.acknowledged.clone()).into_iter().map(|(_, kind)| kind);
+        let published: BTreeSet<_> = kinds
+            .filter_map(|kind| match kind {
+                Kind::Checkpoint { signed_unix_us, .. } => signed_unix_us.map(u64::cast_signed),
+                _ => None,
+            })
+            .collect();
+        assert_eq!(published, signed.into_iter().collect());
+        let seconds = (run.published().delivery_us - before) / 1_000_000;
+        assert!(seconds < 3600, "{seconds}");
+    }
 
     #[test]
     fn silence_is_published_from_the_checkpoint_file_once_and_an_ended_epoch_tells_of_it_too() {

@@ -21,14 +21,21 @@ const UNDER_WAY_MS_MAX: i64 = 300_000;
 #[derive(Debug, Default)]
 pub(super) struct TopicStamps(Vec<(String, Stamps)>);
 
+/// Which topic it is; stays the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct TopicIndex(usize);
+
 impl TopicStamps {
-    pub(super) fn of(&mut self, topic: &str) -> &mut Stamps {
+    pub(super) fn index(&mut self, topic: &str) -> TopicIndex {
         let known = self.0.iter().position(|(name, _)| name == topic);
-        let at = known.unwrap_or_else(|| {
+        TopicIndex(known.unwrap_or_else(|| {
             self.0.push((topic.to_owned(), Stamps::new(Instant::now())));
             self.0.len() - 1
-        });
-        &mut self.0[at].1
+        }))
+    }
+
+    pub(super) fn of(&mut self, topic: TopicIndex) -> &mut Stamps {
+        &mut self.0[topic.0].1
     }
 }
 

@@ -9,16 +9,20 @@ use std::{collections::VecDeque, ops::RangeInclusive};
 
 use super::{
     feed::Position,
+    flight::Made,
     publisher::Publisher,
     stream::{Now, Stream},
 };
-use crate::recording::Durable;
+use crate::recording::{Durable, IDLE_CHECKPOINT_INTERVAL};
 
 /// What is less is none: clocks are slewed, and a thread may be held up between looking at one clock and the other.
 const STEP_US_MIN: i64 = 1_000_000;
 
 /// How long before the clock was set an event may have been made that was durable only afterwards.
 const BEHIND_US_MAX: i64 = 2_000_000;
+
+/// And a checkpoint that is not in the log, which stays until the next one is signed.
+const UNLOGGED_BEHIND_US_MAX: i64 = IDLE_CHECKPOINT_INTERVAL.as_micros() as i64 + BEHIND_US_MAX;
 
 /// Most steps that are known apart.
 const STEPS_MAX: usize = 16;
@@ -63,22 +67,30 @@ impl Steps {
 
     /// When an event was made, by the clock as it is now; `end` is behind it in the agent's own epoch, and none in one that had
     /// ended before. What was made when the clock had been set and nobody had seen it yet bears its time by the new one.
-    pub(super) fn by_now(&self, made_unix_us: i64, end: Option<Position>) -> i64 {
+    pub(super) fn by_now(&self, made: Made, end: Option<Position>) -> i64 {
         let was_durable = |durable: Durable| {
-            end.is_none_or(|Position { segment, offset, .. }| Durable { segment, offset } <= durable)
+            end.is_none_or(|Position { segment, offset, .. }| {
+                made.in_log && Durable { segment, offset } <= durable
+            })
         };
-        self.steps.iter().fold(made_unix_us, |made, step| {
-            let is_before = was_durable(step.durable) || step.was_on_its_way(made);
-            if !is_before || step.seen.contains(&made) { made } else { made.saturating_add(step.by_us) }
+        let behind_us_max = if made.in_log { BEHIND_US_MAX } else { UNLOGGED_BEHIND_US_MAX };
+        self.steps.iter().fold(made.unix_us, |made, step| {
+            let is_before = was_durable(step.durable) || step.was_on_its_way(made, behind_us_max);
+            if !is_before || step.was_seen_since(made) { made } else { made.saturating_add(step.by_us) }
         })
     }
 }
 
 impl Step {
     /// Whether an event has a time of just before, by the clock as it was: then it was not durable yet when the clock was set.
-    fn was_on_its_way(&self, made_unix_us: i64) -> bool {
+    fn was_on_its_way(&self, made_unix_us: i64, behind_us_max: i64) -> bool {
         let former = made_unix_us.saturating_add(self.by_us);
-        (self.seen.start().saturating_sub(BEHIND_US_MAX)..=*self.seen.end()).contains(&former)
+        (self.seen.start().saturating_sub(behind_us_max)..=*self.seen.end()).contains(&former)
+    }
+
+    /// Whether an event has a time by the clock as it is now, of when that was seen; what is durable is asked a moment later.
+    fn was_seen_since(&self, made_unix_us: i64) -> bool {
+        (*self.seen.start()..=self.seen.end().saturating_add(BEHIND_US_MAX)).contains(&made_unix_us)
     }
 }
 
@@ -115,7 +127,7 @@ impl Publisher {
 mod tests {
     use std::time::Duration;
 
-    use super::{STEPS_MAX, Steps};
+    use super::{Made, STEPS_MAX, Steps};
     use crate::{
         publishing::{
             clock::Clock,
@@ -150,7 +162,7 @@ mod tests {
         clock.set(-DAY_S);
         assert_eq!(steps.look(clock.pass(Duration::from_secs(1)), at(20)), Some(-DAY_US));
         let now = clock.0.unix_us;
-        let age_s = |made, end| (now - steps.by_now(made, end)) / 1_000_000;
+        let age_s = |unix_us, end| (now - steps.by_now(Made { unix_us, in_log: true }, end)) / 1_000_000;
         // The second of them was on its way to the disk when the clock was set.
         let before = [(first, 10, 92), (first - 500_000, 11, 92), (second, 20, 1), (second, 21, 1)];
         for (made, offset, expected) in before.into_iter().chain([(now, 21, 0)]) {
@@ -162,11 +174,17 @@ mod tests {
             assert_eq!(age_s(made, behind(offset)), expected, "{offset}");
         }
         assert_eq!(age_s(first, None), 92);
+        // Not in the log: nothing was recorded since before the clock was set, when it was signed, and after.
+        for (unix_us, expected) in [(second - 40_000_000, 41), (now - 500_000, 0), (now + 7_000_000, -7)] {
+            let signed = Made { unix_us, in_log: false };
+            assert_eq!((now - steps.by_now(signed, behind(20))) / 1_000_000, expected);
+        }
         for _ in 0..2 * STEPS_MAX {
             clock.set(2);
             steps.look(clock.pass(Duration::ZERO), at(30));
         }
-        assert_eq!(steps.by_now(0, None), DAY_US + 64_000_000, "none is forgotten");
+        let began = Made { unix_us: 0, in_log: true };
+        assert_eq!(steps.by_now(began, None), DAY_US + 64_000_000, "none is forgotten");
         assert_eq!(steps.steps.len(), STEPS_MAX);
     }
 
