@@ -98,7 +98,9 @@ impl Walk {
     #[inline(always)]
     pub fn begin(after: u32, ancestor: impl Fn(i32) -> u64) -> Self {
         let entry = CgroupEntry { listener_netns: after as u64, class: after, listener_port: after };
-        Self { id: 0, entry, deepest: ancestor(after as i32), after: after as u64 }
+        // A 0 the verifier would know, and look at everything behind it twice.
+        let none = after as u64;
+        Self { id: none, entry, deepest: ancestor(after as i32), after: none }
     }
 
     /// Looks at a level, from 1 on. `entry` gives what is known of a cgroup. Whether the walk has ended.

@@ -1,7 +1,10 @@
 //! What the calling task is: the nearest classified cgroup at or above its own, its process, and counting and
 //! reporting. No addresses here.
 
-use core::ptr::{addr_of, addr_of_mut};
+use core::{
+    arch::asm,
+    ptr::{addr_of, addr_of_mut},
+};
 
 use aya_ebpf::{
     cty::c_void,
@@ -14,7 +17,10 @@ use aya_ebpf::{
     },
 };
 use weir_common::{
-    kernel::{ApiEndpoint, CgroupEntry, Counter, FlowRecord, NestedKey, Notice, NoticeKind, Settings},
+    kernel::{
+        ApiEndpoint, COUNTERS as COUNTERS_MAX, CgroupEntry, Counter, FlowRecord, NestedKey, Notice,
+        NoticeKind, Settings,
+    },
     sieve::{LEVELS_MAX, Walk, pod_slot},
 };
 
@@ -110,13 +116,19 @@ pub(crate) fn settings() -> Option<&'static Settings> {
 }
 
 /// The same number, of which the verifier knows nothing. What it knows, it follows: behind each number that is one of two it looks at
-/// everything twice, behind an unknown one only at the next branch. These bits are never set, since the tree has few levels;
-/// the compiler does not know that either, for the read is volatile, and they are several, lest it make a branch of one.
+/// everything twice, behind an unknown one only at the next branch. These bits are never set, since the tree has few levels.
+///
+/// An instruction of the kernel's, and not the compiler's: that would put it off to where the number is compared, and keep what is known
+/// until then.
 #[inline(always)]
-pub(crate) fn unknown(settings: &Settings, number: u64) -> u64 {
+pub(crate) fn unknown(settings: &Settings, mut number: u64) -> u64 {
     // SAFETY: a reference is valid; whatever writes the map meanwhile sets none of these bits.
     let zero = u64::from(unsafe { addr_of!(settings.attach_levels).read_volatile() } >> 8);
-    number ^ (zero | zero << 32)
+    // SAFETY: two numbers, and nothing else.
+    unsafe {
+        asm!("{number} ^= {zero}", number = inout(reg) number, zero = in(reg) zero | zero << 32, options(nomem, nostack));
+    }
+    number
 }
 
 /// Whether this is the cookie of the host's network namespace; not if the host's is not known.
@@ -229,6 +241,31 @@ pub(crate) fn count_all<const N: usize>(counters: &[Counter; N], pod_cgroup: u64
     }
 }
 
+/// Counts what a hook has seen, and what has become of it by the counter's number. That is [unknown], lest the compiler find it another
+/// way and the verifier not see that it was compared.
+#[inline(always)]
+pub(crate) fn count_number(settings: &Settings, counter: u32, pod_cgroup: u64) {
+    for counter in [Counter::Seen as u32, counter] {
+        if let Some(value) = COUNTERS.get_ptr_mut(counter) {
+            // SAFETY: the map has this entry, and this CPU's value is written by this CPU alone.
+            unsafe { *value = (*value).wrapping_add(1) };
+        }
+    }
+    let counter = unknown(settings, u64::from(counter));
+    if pod_cgroup != 0
+        && let Some(values) = POD_COUNTERS.get_ptr_mut(&pod_cgroup)
+        && counter < u64::from(COUNTERS_MAX)
+    {
+        for counter in [Counter::Seen as u64, counter] {
+            // SAFETY: the index is within the value, which is this CPU's own.
+            unsafe {
+                let value = addr_of_mut!((*values)[counter as usize]);
+                *value = (*value).wrapping_add(1);
+            }
+        }
+    }
+}
+
 /// Adds one to counters of the node.
 #[inline(always)]
 fn count_node<const N: usize>(counters: &[Counter; N]) {
@@ -243,8 +280,13 @@ fn count_node<const N: usize>(counters: &[Counter; N]) {
 /// Puts a notice into the ring buffer, or counts that it did not fit.
 #[inline(always)]
 pub(crate) fn report(kind: NoticeKind, protocol: u32, flow: &FlowRecord) {
-    let notice = Notice { flow: *flow, kind: kind as u32, protocol };
-    if NOTICES.output::<Notice>(&notice, 0).is_err() {
-        count(Counter::NoticesLost, flow.pod_cgroup);
+    report_whole(&Notice { flow: *flow, kind: kind as u32, protocol });
+}
+
+/// The same of one that is whole already.
+#[inline(always)]
+pub(crate) fn report_whole(notice: &Notice) {
+    if NOTICES.output::<Notice>(notice, 0).is_err() {
+        count(Counter::NoticesLost, notice.flow.pod_cgroup);
     }
 }

@@ -5,23 +5,18 @@
 
 use core::ptr::{addr_of, addr_of_mut};
 
-use aya_ebpf::{
-    EbpfContext, bindings::bpf_sock_addr, helpers::generated::bpf_get_netns_cookie, programs::SockAddrContext,
-};
-use weir_common::{
-    kernel::{ApiEndpoint, Class, Counter, FlowRecord, KUBELET, NoticeKind, Phase, Settings, SocketState},
-    verdict::{Target, Verdict, verdict},
-};
+use aya_ebpf::{bindings::bpf_sock_addr, programs::SockAddrContext};
+use weir_common::kernel::{ApiEndpoint, FlowRecord, Phase, Settings};
 
 use crate::{
-    PROCEED, QUARANTINE, answer, class, sieve,
+    PROCEED, answer, class,
+    judgement::{self, Dialled},
+    sieve,
     socket::{self, MAPPED},
 };
 
 /// `ECONNREFUSED`: what clients know, and what they get while there is no listener anyway.
 const ECONNREFUSED: i32 = 111;
-/// `SOCK_STREAM`.
-const STREAM: u32 = 1;
 /// 127.0.0.1 in memory order.
 const LOOPBACK4: u32 = 0x7f00_0001_u32.to_be();
 
@@ -114,7 +109,7 @@ pub(crate) fn getpeername6(ctx: &SockAddrContext) {
 #[inline(always)]
 fn redirected(ctx: &SockAddrContext) -> Option<&'static FlowRecord> {
     // SAFETY: a socket address hook always has its socket.
-    let state = unsafe { socket::storage(sock(ctx), None) }?;
+    let state = unsafe { socket::storage(sock(ctx.sock_addr), None) }?;
     let redirected = state.phase == Phase::Redirected as u32 || state.phase == Phase::Published as u32;
     (redirected && state.listener_port == socket::port(ctx.sock_addr)).then_some(&state.flow)
 }
@@ -123,182 +118,28 @@ fn redirected(ctx: &SockAddrContext) -> Option<&'static FlowRecord> {
 fn judge(ctx: &SockAddrContext, address: [u32; 4], call: Call) -> Answer {
     let port = socket::port(ctx.sock_addr);
     let original = ApiEndpoint { address: socket::address(address), port };
-    if !answer::will_be_heard(sock(ctx), address, port) {
-        answer::report_unheard(original, kind_and_protocol(ctx).1);
+    if !answer::will_be_heard(sock(ctx.sock_addr), address, port) {
+        answer::report_unheard(original, kind_and_protocol(ctx.sock_addr).1);
         return Answer::Deny;
     }
     // Never: the map has them.
     let Some(settings) = class::settings() else { return Answer::Deny };
-    // Answers that the verifier is to follow no further than it must.
-    let unknown = |answer: bool| class::unknown(settings, u64::from(answer)) != 0;
-    let local = unknown(socket::is_loopback(address));
+    let local = socket::is_loopback(address);
     // A server on 127.0.0.1 is reached by every address that stands for this machine.
     let key = ApiEndpoint { address: socket::address(if local { LOOPBACK } else { address }), port };
-    let found = class::unknown(settings, sieve::api_set(&key));
+    let found = sieve::api_set(&key);
     // What pods were told, the pod decides.
-    let is_doubted = unknown(sieve::is_doubted(key.address));
-    let may_be_quarantined = settings.quarantined != 0;
-    if found == sieve::NONE && !is_doubted && !may_be_quarantined {
+    let is_doubted = sieve::is_doubted(key.address);
+    if found == sieve::NONE && !is_doubted && settings.quarantined == 0 {
         return elsewhere(ctx, settings, &original, call);
     }
-    // SAFETY: a socket address hook always has its socket.
-    let mut state = unsafe { socket::storage(sock(ctx), None) };
-    // A socket stays in its network namespace, which most have noted when they were made.
-    let netns = match &state {
-        Some(state) => state.flow.netns,
-        // SAFETY: the context is valid while the program runs.
-        None => unsafe { bpf_get_netns_cookie(ctx.as_ptr()) },
-    };
-    let host_netns = unknown(class::in_host_netns(Some(settings), netns));
-    let cgroup = class::own();
-    let nearest = class::nearest(cgroup);
-    let (pod_cgroup, number) = (nearest.id, nearest.entry.class);
-    // SAFETY: values are single words.
-    let quarantined = unknown(
-        may_be_quarantined && (!local || host_netns) && unsafe { QUARANTINE.get(&pod_cgroup) }.is_some(),
-    );
-    // The loopback address of a pod's own network namespace is no server of the node.
-    let cluster = class::unknown(
-        settings,
-        if found != sieve::NONE {
-            if local && !host_netns { sieve::NONE } else { found }
-        } else if is_doubted {
-            sieve::suspected(pod_cgroup, &key)
-        } else {
-            sieve::NONE
-        },
-    );
-    if cluster == sieve::NONE && !quarantined {
-        return elsewhere(ctx, settings, &original, call);
-    }
-    let cluster = if cluster == sieve::NONE { 0 } else { cluster as u32 };
-    let own_listener = nearest.entry.listener_port != 0 && nearest.entry.listener_netns == netns;
-    let listener_port = class::unknown(
-        settings,
-        u64::from(if own_listener {
-            nearest.entry.listener_port
-        } else if number == Class::Enrolled as u32 {
-            // Rare: nothing that is redirected in a pod's own network comes this way.
-            class::nested_listener(pod_cgroup, netns)
-        } else {
-            0
-        }),
-    ) as u32;
-    // A number that no class has is a class of a newer agent: unknown, and denied.
-    let class = Class::from_number(number);
-    let target = if cluster == KUBELET { Target::Kubelet } else { Target::ApiServer };
-    let verdict = if quarantined {
-        Verdict::DenyQuarantined
-    } else if class.is_none() && pod_cgroup != 0 {
-        Verdict::DenyUnknown
-    } else {
-        verdict(target, class, listener_port != 0, host_netns)
-    };
-    let flow = |now| class::record(original, cluster, (cgroup, pod_cgroup), netns, now);
-    // Outside every classified cgroup the programs are met once, and nothing is redirected: a socket that has no
-    // storage yet needs none.
-    if state.is_none() && pod_cgroup != 0 {
-        let mut initial = SocketState { flow: flow(0), listener_port, phase: Phase::Made as u32 };
-        // SAFETY: as above.
-        state = unsafe { socket::storage(sock(ctx), Some(&mut initial)) };
-    }
-    if let Some(state) = &mut state
-        && settings.attach_levels > 1
-        && state.phase == Phase::Judged as u32
-        && same(&state.flow.original, &original)
-        && state.flow.tgid == class::thread_group()
-    {
-        // The hook of a cgroup further down has counted and reported this very connect.
-        state.phase = Phase::Made as u32;
-        return answer_again(verdict);
-    }
-    #[cfg(feature = "debug-log")]
-    aya_log_ebpf::info!(
-        ctx,
-        "port {}, cgroup {}, pod cgroup {}, class {}, netns {}: verdict {}",
-        original.port,
-        cgroup,
-        pod_cgroup,
-        number,
-        netns,
-        verdict as u32
-    );
-    decide(verdict, (pod_cgroup, flow), state, listener_port, kind_and_protocol(ctx))
-}
-
-/// Whether two endpoints are the same, by words: by bytes it would be twice the program.
-#[inline(always)]
-fn same(one: &ApiEndpoint, other: &ApiEndpoint) -> bool {
-    one.port == other.port && socket::words(one.address) == socket::words(other.address)
-}
-
-/// Counts, reports, and notes the verdict with the socket.
-#[inline(always)]
-fn decide(
-    verdict: Verdict,
-    (pod_cgroup, flow): (u64, impl FnOnce(u64) -> FlowRecord),
-    state: Option<&'static mut SocketState>,
-    listener_port: u32,
-    (kind, protocol): (u32, u32),
-) -> Answer {
-    let (answer, counter, notice) = match verdict {
-        Verdict::Pass => (Answer::Leave, Counter::Passed, None),
-        Verdict::PassObserved => (Answer::Leave, Counter::WouldRedirect, Some(NoticeKind::WouldRedirect)),
-        // The listener speaks TCP alone: anything else to an API server's address is no way around it.
-        Verdict::Redirect if kind != STREAM => {
-            (Answer::Deny, Counter::ProtocolRefused, Some(NoticeKind::ProtocolRefused))
-        }
-        // Without storage no flow could be published, and the listener would close the connection.
-        Verdict::Redirect if state.is_none() => (Answer::Deny, Counter::FlowsLost, None),
-        Verdict::Redirect => (Answer::Redirect(listener_port), Counter::Redirected, None),
-        Verdict::DenyNoListener => {
-            (Answer::Deny, Counter::DeniedNoListener, Some(NoticeKind::DeniedNoListener))
-        }
-        Verdict::DenyUnknown => (Answer::Deny, Counter::DeniedUnknown, Some(NoticeKind::DeniedUnknown)),
-        Verdict::DenyKubelet => (Answer::Deny, Counter::DeniedKubelet, Some(NoticeKind::DeniedKubelet)),
-        Verdict::DenyQuarantined => {
-            (Answer::Deny, Counter::DeniedQuarantined, Some(NoticeKind::DeniedQuarantined))
-        }
-    };
-    match answer {
-        Answer::Redirect(_) => class::count_redirect(pod_cgroup),
-        Answer::Leave | Answer::Deny => class::count_all(&[Counter::Seen, counter], pod_cgroup),
-    }
-    if state.is_none() && notice.is_none() {
-        return answer;
-    }
-    // A redirect is dated when it is published: until then it bears the tick, which costs nothing to read.
-    let time = match (&notice, &answer) {
-        (Some(_), _) => class::now(),
-        (None, Answer::Redirect(_)) => class::ticks(),
-        (None, _) => 0,
-    };
-    let flow = flow(time);
-    if let Some(notice) = notice {
-        class::report(notice, protocol, &flow);
-    }
-    if let Some(state) = state {
-        state.flow = flow;
-        state.listener_port = listener_port;
-        state.phase = match answer {
-            Answer::Redirect(_) => Phase::Redirected as u32,
-            Answer::Leave | Answer::Deny => Phase::Judged as u32,
-        };
-    }
-    answer
-}
-
-/// The answer of a hook further up to a verdict that one further down has given: never a redirect, since a
-/// redirected connection no longer has an address of the API set.
-#[inline(always)]
-fn answer_again(verdict: Verdict) -> Answer {
-    match verdict {
-        Verdict::Pass | Verdict::PassObserved => Answer::Leave,
-        Verdict::Redirect
-        | Verdict::DenyNoListener
-        | Verdict::DenyUnknown
-        | Verdict::DenyKubelet
-        | Verdict::DenyQuarantined => Answer::Deny,
+    let what = Dialled { original, key, found, local: u64::from(local), is_doubted: u64::from(is_doubted) };
+    // SAFETY: the context is valid while the program runs.
+    match unsafe { judgement::weir_judge(ctx.sock_addr, &raw const what) } {
+        judgement::ELSEWHERE => elsewhere(ctx, settings, &original, call),
+        judgement::LEAVE => Answer::Leave,
+        port @ 1..=judgement::PORT_MAX => Answer::Redirect(port as u32),
+        _ => Answer::Deny,
     }
 }
 
@@ -317,7 +158,7 @@ fn elsewhere(ctx: &SockAddrContext, settings: &Settings, destination: &ApiEndpoi
 #[inline(always)]
 fn forget_unless_redirected_by_child(ctx: &SockAddrContext, settings: &Settings, destination: &ApiEndpoint) {
     // SAFETY: a socket address hook always has its socket.
-    let Some(state) = (unsafe { socket::storage(sock(ctx), None) }) else { return };
+    let Some(state) = (unsafe { socket::storage(sock(ctx.sock_addr), None) }) else { return };
     if state.phase == Phase::Made as u32 {
         return;
     }
@@ -332,21 +173,16 @@ fn forget_unless_redirected_by_child(ctx: &SockAddrContext, settings: &Settings,
 }
 
 #[inline(always)]
-fn sock(ctx: &SockAddrContext) -> *mut core::ffi::c_void {
+pub(crate) fn sock(ctx: *mut bpf_sock_addr) -> *mut core::ffi::c_void {
     // SAFETY: the context is valid while the program runs.
-    unsafe { addr_of!((*ctx.sock_addr).__bindgen_anon_1.sk).read_volatile().cast() }
+    unsafe { addr_of!((*ctx).__bindgen_anon_1.sk).read_volatile().cast() }
 }
 
 /// `SOCK_*` and `IPPROTO_*` of the socket.
 #[inline(always)]
-fn kind_and_protocol(ctx: &SockAddrContext) -> (u32, u32) {
+pub(crate) fn kind_and_protocol(ctx: *mut bpf_sock_addr) -> (u32, u32) {
     // SAFETY: the context is valid while the program runs.
-    unsafe {
-        (
-            addr_of!((*ctx.sock_addr).type_).read_volatile(),
-            addr_of!((*ctx.sock_addr).protocol).read_volatile(),
-        )
-    }
+    unsafe { (addr_of!((*ctx).type_).read_volatile(), addr_of!((*ctx).protocol).read_volatile()) }
 }
 
 #[inline(always)]

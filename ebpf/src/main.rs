@@ -12,12 +12,14 @@
 //! - `lsm_socket`, `lsm_bpf` add to that where the kernel lets programs decide in its security hooks.
 #![no_std]
 #![no_main]
+#![feature(asm_experimental_arch)]
 
 mod answer;
 mod class;
 mod connect;
 mod flow;
 mod guard;
+mod judgement;
 mod security;
 mod sieve;
 mod socket;

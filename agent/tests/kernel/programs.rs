@@ -262,8 +262,11 @@ async fn a_connection_that_meets_the_programs_twice_counts_once() {
 }
 
 /// What the verifier may look at of one program; an agent's start waits for it. Programs of which it looks at more multiply states:
-/// the mend is a loop by `bpf_loop`, or `class::unknown` for an answer that much follows on.
-const VERIFIED_MAX: u32 = 100_000;
+/// the mend is a global function, which is looked at once (`judgement.rs`), a loop by `bpf_loop`, or `class::unknown` for an answer
+/// that much follows on.
+const VERIFIED_MAX: u32 = 20_000;
+/// The same of the one that reads answers in two loops, at whose steps Linux 6.1 looks time and again.
+const VERIFIED_MAX_INGRESS: u32 = 60_000;
 
 #[tokio::test]
 async fn programs_are_verified_in_little_time() {
@@ -277,7 +280,10 @@ async fn programs_are_verified_in_little_time() {
     }
     println!("instructions verified: {seen:?}");
     assert!(seen.len() >= 11, "{seen:?}");
-    assert!(seen.values().all(|count| *count < VERIFIED_MAX), "{seen:?}");
+    for (name, count) in &seen {
+        let most = if name == "weir_ingress" { VERIFIED_MAX_INGRESS } else { VERIFIED_MAX };
+        assert!(*count < most, "{name}: {seen:?}");
+    }
 }
 
 #[test]
