@@ -4,16 +4,16 @@
 //! durable before the end is forwarded (`strict`: before itself is). No
 //! idle limit here: a port-forward may be silent for hours.
 //!
-//! A client's ping waits while the server's words do, and a second longer: a server that has said all closes at once, and what its kernel has
-//! not sent yet is lost when anything comes in from here. That holds for the API server, and for the kubelet behind it, to which it passes
-//! the ping. Without a recorder on the way, and on an idle machine, those moments are short. Where the server speaks on and on, Weir
+//! A client's ping waits while the server's words do, and ten seconds longer: a server that has said all closes at once, and what its kernel
+//! has not sent yet is lost when anything comes in from here. That holds for the API server, and for the kubelet behind it, to which it
+//! passes the ping. Without a recorder on the way, and on an idle machine, those moments are short. Where the server speaks on and on, Weir
 //! answers the ping in its place: this alone is not passed.
 
 use std::{
     borrow::Cow,
     io,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
@@ -41,10 +41,12 @@ use crate::{
 const PIECE_BYTES_MAX: usize = 32 * 1024;
 const _: () = assert!(PIECE_BYTES_MAX <= CONTENT_BYTES_MAX);
 
-/// Longest that a ping waits. Clients want an answer to one of theirs within a minute (client-go), or half of one (OkHttp).
-const PING_WAIT_MAX: Duration = Duration::from_secs(if cfg!(test) { 2 } else { 15 });
-/// How long a server must have said nothing before a ping goes on: what is on its way from the kubelet comes in gaps, on a busy machine.
-const SILENCE: Duration = Duration::from_millis(if cfg!(test) { 600 } else { 1000 });
+/// When a ping that waits is answered, as soon as the server speaks. Clients want an answer to one of theirs within a minute (client-go),
+/// half of one (OkHttp), or a quarter (aiohttp with a heartbeat of 30 s): this and a silence are less.
+const PING_WAIT_MAX: Duration = Duration::from_secs(if cfg!(test) { 2 } else { 4 });
+/// How long a server must have said nothing before a ping goes on: what is on its way from the kubelet comes in gaps, on a busy machine of
+/// more than a second.
+const SILENCE: Duration = Duration::from_millis(if cfg!(test) { 600 } else { 10_000 });
 /// Most bytes of pings that wait, and of answers.
 const PINGS_BYTES_MAX: usize = 4096;
 
@@ -159,16 +161,17 @@ struct Ends {
     client_gone: AtomicBool,
     /// The server has said its end.
     server_ended: AtomicBool,
-    /// Why it could not be told the client's: whether that matters is known when its own has come, as may be at the same time.
+    /// Why it said no more, or could not be told the client's end: whether that matters is known when its own has come, as may be at the
+    /// same time.
     server_lost: Mutex<Option<io::Error>>,
     /// More of the server's was there when it was last read.
     server_speaks: AtomicBool,
     /// Nothing more is.
     server_is_quiet: Notify,
-    /// When it was there last.
+    /// When it was there last, or it was seen that nothing more is.
     server_spoke: Mutex<Option<Instant>>,
-    /// There is some again.
-    server_goes_on: Notify,
+    /// The client's that wait.
+    pings: Mutex<Pings>,
     /// None: nobody knows where an answer would fit in.
     answers: Option<Mutex<Answers>>,
 }
@@ -185,31 +188,49 @@ impl Ends {
         first
     }
 
+    /// A side that has sent its end may close altogether: what the other still sends is then lost to nobody.
+    fn settle(&self, error: StreamError) -> Result<(), StreamError> {
+        if self.one_ended.load(Ordering::Relaxed) { Ok(()) } else { Err(error) }
+    }
+
+    /// No more can be read of one direction. None: it has ended without a word, and what was read before is on its way and may still arrive,
+    /// if its side ends like at an end.
+    fn broke_off(&self, direction: Direction, error: io::Error) -> Option<Result<(), StreamError>> {
+        if error.kind() == io::ErrorKind::UnexpectedEof {
+            return None;
+        }
+        if direction == Direction::ServerToClient && !self.one_ended.load(Ordering::Relaxed) {
+            *locked(&self.server_lost) = Some(error);
+            return None;
+        }
+        Some(self.settle(direction.read_error(error)))
+    }
+
     /// The other side could not be told of that end.
     fn not_told(&self, direction: Direction, error: io::Error) -> Result<(), StreamError> {
         if direction == Direction::ServerToClient {
             return Err(direction.write_error(error));
         }
-        *self.server_lost.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+        *locked(&self.server_lost) = Some(error);
         Ok(())
     }
 
+    /// Its silence begins now: what it said last may have been read long before it could be passed on.
     fn set_quiet(&self) {
         if self.server_speaks.swap(false, Ordering::Relaxed) {
+            *locked(&self.server_spoke) = Some(Instant::now());
             self.server_is_quiet.notify_waiters();
         }
     }
 
     fn set_speaks(&self) {
-        *self.server_spoke.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
-        if !self.server_speaks.swap(true, Ordering::Relaxed) {
-            self.server_goes_on.notify_waiters();
-        }
+        *locked(&self.server_spoke) = Some(Instant::now());
+        self.server_speaks.store(true, Ordering::Relaxed);
     }
 
     /// When the server will have been silent for long enough, if it says nothing more; none: it speaks.
     fn silent_at(&self) -> Option<Instant> {
-        let spoke = *self.server_spoke.lock().unwrap_or_else(PoisonError::into_inner);
+        let spoke = *locked(&self.server_spoke);
         let quiet = !self.server_speaks.load(Ordering::Relaxed);
         quiet.then(|| spoke.map_or_else(Instant::now, |spoke| spoke + SILENCE))
     }
@@ -229,32 +250,39 @@ impl Ends {
         }
     }
 
-    /// Waits until then, and on until a ping can be answered; not at all longer if none can. Safe to drop.
-    async fn answerable(&self, from: Instant) {
-        sleep_until(from).await;
-        let goes_on = self.server_goes_on.notified();
-        if self.answers.is_some() && !self.server_speaks.load(Ordering::Relaxed) {
-            goes_on.await;
+    /// Keeps what is nothing but pings, if the server is not silent.
+    fn keep(&self, piece: &[u8]) -> bool {
+        !self.is_silent() && locked(&self.pings).keep(piece)
+    }
+
+    /// Waits until the pings that wait go on, for ever if there are none. Those of a protocol that nobody can answer go on in time, too.
+    /// Safe to drop.
+    async fn pings_go_on(&self) {
+        let until = locked(&self.pings).until;
+        match until {
+            None => std::future::pending().await,
+            Some(until) if self.answers.is_none() => {
+                tokio::select! { () = self.silence() => {} () = sleep_until(until) => {} }
+            }
+            Some(_) => self.silence().await,
         }
     }
 
-    /// Whether these pings are answered in the place of a server that speaks on.
-    fn answer(&self, pings: &[u8]) -> bool {
-        let Some(answers) = self.answers.as_ref().filter(|_| self.server_speaks.load(Ordering::Relaxed))
-        else {
-            return false;
-        };
-        answers.lock().unwrap_or_else(PoisonError::into_inner).add(pings);
-        true
+    fn take_pings(&self) -> Bytes {
+        locked(&self.pings).take()
     }
 
-    /// The server's next piece with what answers pings, if something does and a frame ends in it.
+    /// The server's next piece with what answers pings that have waited for long enough, if a frame ends in it.
     fn with_answers<'a>(&self, piece: &'a [u8]) -> Cow<'a, [u8]> {
-        match &self.answers {
-            Some(answers) => answers.lock().unwrap_or_else(PoisonError::into_inner).put_into(piece),
-            None => Cow::Borrowed(piece),
-        }
+        let Some(answers) = &self.answers else { return Cow::Borrowed(piece) };
+        let mut answers = locked(answers);
+        answers.add(&locked(&self.pings).take_due());
+        answers.put_into(piece)
     }
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Answers to pings, on their way into the server's words.
@@ -295,38 +323,36 @@ async fn pump(
     record: &RequestRecord,
     ends: &Ends,
 ) -> Result<(), StreamError> {
-    // A side that has sent its end may close altogether: what the other still sends is then lost to nobody.
-    let settle =
-        |error: StreamError| if ends.one_ended.load(Ordering::Relaxed) { Ok(()) } else { Err(error) };
     let mut buffer = BytesMut::new();
     let (mut said_so, mut taken) = (true, true);
-    let mut pings = Pings::default();
+    let of_client = direction == Direction::ClientToServer;
     loop {
         buffer.reserve(PIECE_BYTES_MAX);
         let read = tokio::select! {
             biased;
             read = read_piece(&mut reader, &mut buffer, direction, ends) => read,
-            () = pings.wait(ends) => {
-                let waited = pings.take();
-                taken &= ends.answer(&waited) || write(&mut writer, &waited).await.is_ok();
+            () = ends.pings_go_on(), if of_client => {
+                taken &= write(&mut writer, &ends.take_pings()).await.is_ok();
                 continue;
             }
         };
         let read = match read {
             Ok(read) => read,
-            // The other half goes on: what is on its way to a peer that shut down like this may still arrive.
-            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
-                said_so = false;
-                0
-            }
-            Err(error) => return settle(direction.read_error(error)),
+            Err(error) => match ends.broke_off(direction, error) {
+                Some(ended) => return ended,
+                None => {
+                    said_so = false;
+                    0
+                }
+            },
         };
         if read == 0 {
             let first = ends.ended(direction, said_so);
-            if direction == Direction::ServerToClient {
+            if of_client {
+                taken = taken && write(&mut writer, &ends.take_pings()).await.is_ok();
+            } else {
                 record.server_stream_end().await.map_err(StreamError::Recording)?;
             }
-            taken = taken && write(&mut writer, &pings.take()).await.is_ok();
             return match writer.shutdown().await {
                 Err(error) if first && taken && error.kind() != io::ErrorKind::NotConnected => {
                     ends.not_told(direction, error)
@@ -340,8 +366,8 @@ async fn pump(
                 record.client_stream_data(piece.clone()).await.map_err(StreamError::Recording)?;
                 // A server that has said all closes, whatever the client still says (a ping). Its last words are on their way to
                 // the client, and are lost if the client's side closes with something unread: all is read, to the client's end.
-                if !pings.keep(&piece, ends) && taken {
-                    taken = write(&mut writer, &pings.take()).await.is_ok()
+                if !ends.keep(&piece) && taken {
+                    taken = write(&mut writer, &ends.take_pings()).await.is_ok()
                         && write(&mut writer, &piece).await.is_ok();
                 }
             }
@@ -351,7 +377,7 @@ async fn pump(
                 let mut next = ends.with_answers(&piece);
                 while !next.is_empty() {
                     if let Err(error) = write(&mut writer, &next).await {
-                        return settle(direction.write_error(error));
+                        return ends.settle(direction.write_error(error));
                     }
                     next = ends.with_answers(&[]);
                 }
@@ -398,15 +424,14 @@ async fn write(writer: &mut (impl AsyncWrite + Unpin), bytes: &[u8]) -> io::Resu
 #[derive(Debug, Default)]
 struct Pings {
     bytes: BytesMut,
-    /// When the first of them goes on at the latest.
+    /// When time is up for the first of them.
     until: Option<Instant>,
 }
 
 impl Pings {
-    /// Keeps what is nothing but pings, if the server is not silent.
-    fn keep(&mut self, piece: &[u8], ends: &Ends) -> bool {
-        let waits =
-            !ends.is_silent() && self.bytes.len() + piece.len() <= PINGS_BYTES_MAX && only_pings(piece);
+    /// Keeps what is nothing but pings.
+    fn keep(&mut self, piece: &[u8]) -> bool {
+        let waits = self.bytes.len() + piece.len() <= PINGS_BYTES_MAX && only_pings(piece);
         if waits {
             self.bytes.extend_from_slice(piece);
             self.until.get_or_insert_with(|| Instant::now() + PING_WAIT_MAX);
@@ -414,17 +439,14 @@ impl Pings {
         waits
     }
 
-    /// Waits until they go on; for ever if there are none. Safe to drop.
-    async fn wait(&self, ends: &Ends) {
-        match self.until {
-            Some(until) => tokio::select! { () = ends.silence() => {} () = ends.answerable(until) => {} },
-            None => std::future::pending().await,
-        }
-    }
-
     fn take(&mut self) -> Bytes {
         self.until = None;
         self.bytes.split().freeze()
+    }
+
+    /// Takes them if time is up.
+    fn take_due(&mut self) -> Bytes {
+        if self.until.is_some_and(|until| until <= Instant::now()) { self.take() } else { Bytes::new() }
     }
 }
 
@@ -436,6 +458,7 @@ mod tests {
         pin::Pin,
         sync::atomic::{AtomicUsize, Ordering},
         task::{Context, Poll, ready},
+        time::Duration,
     };
 
     use http::{HeaderMap, Method};
@@ -465,10 +488,10 @@ mod tests {
         (recorder, record.expect("a record"))
     }
 
-    /// A server that is gone when it is told the client's end, with or without having said its own.
+    /// A server that is gone when it is told the client's end, having said its own or failing so.
     struct Gone {
         inner: tokio::io::DuplexStream,
-        says_end: bool,
+        says: Option<io::ErrorKind>,
     }
 
     impl AsyncRead for Gone {
@@ -480,11 +503,7 @@ mod tests {
             let before = to.filled().len();
             ready!(Pin::new(&mut self.inner).poll_read(cx, to))?;
             let is_end = to.filled().len() == before;
-            Poll::Ready(if is_end && !self.says_end {
-                Err(io::ErrorKind::UnexpectedEof.into())
-            } else {
-                Ok(())
-            })
+            Poll::Ready(self.says.filter(|_| is_end).map_or(Ok(()), |error| Err(error.into())))
         }
     }
 
@@ -506,7 +525,7 @@ mod tests {
 
     #[tokio::test]
     async fn both_ends_at_the_same_time_are_no_failure_if_the_server_has_said_its_own() {
-        for says_end in [true, false] {
+        for says in [None, Some(io::ErrorKind::UnexpectedEof), Some(io::ErrorKind::ConnectionReset)] {
             let folder = tempfile::tempdir().expect("a temporary folder");
             let (_recorder, record) = record(folder.path()).await;
             let (far_server, inner) = tokio::io::duplex(64);
@@ -517,11 +536,12 @@ mod tests {
                 tokio::time::sleep(SILENCE / 4).await;
                 drop(far_server);
             };
-            let (joined, ()) =
-                tokio::join!(join_sides(client, Gone { inner, says_end }, FRAMING, &record), ends);
+            let (joined, ()) = tokio::join!(join_sides(client, Gone { inner, says }, FRAMING, &record), ends);
             match joined {
-                Ok(()) => assert!(says_end, "it is a failure"),
-                Err(error) => assert!(!says_end && error.outcome() == Outcome::UpstreamFailed, "{error}"),
+                Ok(()) => assert!(says.is_none(), "it is a failure"),
+                Err(error) => {
+                    assert!(says.is_some() && error.outcome() == Outcome::UpstreamFailed, "{error}");
+                }
             }
         }
     }
@@ -646,6 +666,74 @@ mod tests {
         }
     }
 
+    /// It says a word now and then, which is passed on at once: whenever the ping is thought of, nothing more is there.
+    #[tokio::test]
+    async fn a_ping_is_answered_in_the_place_of_a_server_that_speaks_now_and_then_and_does_not_reach_it() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let (_recorder, record) = record(folder.path()).await;
+        let (mut far_server, server) = tokio::io::duplex(1000);
+        let (mut far_client, client) = tokio::io::duplex(1000);
+        let words = PING_WAIT_MAX.div_duration_f32(SILENCE / 4) as usize + 4;
+        let server_speaks = async {
+            let (mut last, mut silence) = (Instant::now(), Duration::ZERO);
+            for _ in 0..words {
+                silence = silence.max(last.elapsed());
+                last = Instant::now();
+                far_server.write_all(b"\x82\x01a").await.expect("said");
+                tokio::time::sleep(SILENCE / 4).await;
+            }
+            far_server.shutdown().await.expect("ended");
+            let mut reached = Vec::new();
+            far_server.read_to_end(&mut reached).await.expect("the client's end");
+            (reached, silence)
+        };
+        let client_speaks = async {
+            let mut heard = vec![0; 3];
+            far_client.read_exact(&mut heard).await.expect("heard");
+            far_client.write_all(PING).await.expect("sent");
+            far_client.read_to_end(&mut heard).await.expect("heard");
+            drop(far_client);
+            heard
+        };
+        let (joined, (reached, silence), heard) =
+            tokio::join!(join_sides(client, server, FRAMING, &record), server_speaks, client_speaks);
+        joined.expect("ended as it should");
+        if silence > SILENCE / 2 {
+            eprintln!("the machine stood still for {silence:?}, which is a silence: nothing is seen");
+            return;
+        }
+        assert_eq!(reached, b"", "the ping is answered already");
+        assert_eq!(heard.len(), words * 3 + PONG.len());
+        assert!(heard.windows(PONG.len()).any(|part| part == PONG), "{heard:x?}");
+    }
+
+    #[tokio::test]
+    async fn a_server_is_not_silent_while_its_words_wait_for_the_client() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let (_recorder, record) = record(folder.path()).await;
+        let (mut far_server, server) = tokio::io::duplex(1000);
+        let (mut far_client, client) = tokio::io::duplex(64);
+        far_server.write_all(&[&b"\x82\x7e\x03\x20"[..], &[0x89; 800]].concat()).await.expect("said");
+        let client_waits = async {
+            let mut heard = vec![0; 100];
+            far_client.read_exact(&mut heard).await.expect("heard");
+            far_client.write_all(PING).await.expect("sent");
+            tokio::time::sleep(SILENCE + SILENCE / 2).await;
+            let reads_on = Instant::now();
+            far_client.read_exact(&mut [0; 704]).await.expect("heard");
+            reads_on
+        };
+        let ping_arrives = async {
+            far_server.read_exact(&mut [0; PING.len()]).await.expect("arrives");
+            Instant::now()
+        };
+        let both = async { tokio::join!(client_waits, ping_arrives) };
+        tokio::select! {
+            joined = join_sides(client, server, FRAMING, &record) => panic!("{joined:?}"),
+            (reads_on, arrived) = both => assert!(arrived >= reads_on + SILENCE, "{:?}", arrived - reads_on),
+        }
+    }
+
     #[tokio::test]
     async fn a_ping_waits_neither_for_ever_nor_longer_than_what_the_client_says_next() {
         let folder = tempfile::tempdir().expect("a temporary folder");
@@ -672,6 +760,36 @@ mod tests {
             joined = join_sides(client, server, None, &record) => panic!("{joined:?}"),
             () = speaks => {}
         }
+    }
+
+    /// The server's connection breaks when it has said all. Only a real socket loses what its kernel has not sent yet.
+    #[tokio::test]
+    async fn what_a_server_said_before_its_connection_broke_arrives_although_the_client_still_speaks() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let (_recorder, record) = record(folder.path()).await;
+        let said = words();
+        let (mut far_server, inner) = tokio::io::duplex(said.len());
+        far_server.write_all(&said).await.expect("said");
+        drop(far_server);
+        let server = Gone { inner, says: Some(io::ErrorKind::ConnectionReset) };
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a listener");
+        let address = listener.local_addr().expect("its address");
+        let (far_client, accepted) = tokio::join!(tokio::net::TcpStream::connect(address), listener.accept());
+        let (mut far_client, (client, _)) = (far_client.expect("connected"), accepted.expect("accepted"));
+        let client_speaks = async {
+            let mut heard = vec![0; 1000];
+            far_client.read_exact(&mut heard).await.expect("heard");
+            // Meanwhile all that the kernels have room for is written to it, and the server's connection breaks.
+            tokio::time::sleep(SILENCE / 2).await;
+            far_client.write_all(PING).await.expect("sent");
+            tokio::time::sleep(SILENCE / 2).await;
+            far_client.read_to_end(&mut heard).await.expect("read to the end");
+            drop(far_client);
+            heard
+        };
+        let (joined, heard) = tokio::join!(join_sides(client, server, FRAMING, &record), client_speaks);
+        assert!(heard == said, "{} of {} bytes", heard.len(), said.len());
+        assert_eq!(joined.expect_err("it broke").outcome(), Outcome::UpstreamFailed);
     }
 
     #[tokio::test]
