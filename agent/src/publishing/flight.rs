@@ -63,8 +63,17 @@ impl Flight {
         self.sent.front().map(|sent| (sent.made, sent.end))
     }
 
-    /// A message was sent; `end` is behind its frame.
-    pub(super) fn sent(&mut self, ticket: Ticket, end: Position, bytes: usize, made: Made) {
+    /// A frame of the log was sent, made at this time; `end` is behind it.
+    pub(super) fn sent(&mut self, ticket: Ticket, end: Position, bytes: usize, unix_us: i64) {
+        self.push(ticket, end, bytes, Made { unix_us, in_log: true });
+    }
+
+    /// What is not in the log was sent, made at this time; all before `end` was.
+    pub(super) fn sent_unlogged(&mut self, ticket: Ticket, end: Position, bytes: usize, unix_us: i64) {
+        self.push(ticket, end, bytes, Made { unix_us, in_log: false });
+    }
+
+    fn push(&mut self, ticket: Ticket, end: Position, bytes: usize, made: Made) {
         debug_assert!(self.sent.back().is_none_or(|last| last.ticket < ticket && last.end <= end));
         self.bytes += bytes;
         self.sent.push_back(Sent { ticket, end, bytes, made, done: false });
@@ -120,7 +129,7 @@ mod tests {
     #[test]
     fn the_watermark_waits_for_the_first_that_is_not_acknowledged() {
         let mut flight = Flight::new(at(0));
-        (1..=3).for_each(|n| flight.sent(n, at(n), 10, made(n as i64)));
+        (1..=3).for_each(|n| flight.sent(n, at(n), 10, n as i64));
         flight.passed(4, at(4));
         assert_eq!(flight.acknowledge(2).map(|(bytes, ..)| bytes), Some(10));
         assert_eq!(
@@ -141,7 +150,7 @@ mod tests {
             order in Just((1..=40_u64).collect::<Vec<_>>()).prop_shuffle(), taken in 0..40_usize,
         ) {
             let mut flight = Flight::new(at(0));
-            (1..=40).for_each(|n| flight.sent(n, at(n), 1, made(0)));
+            (1..=40).for_each(|n| flight.sent(n, at(n), 1, 0));
             let acknowledged = &order[..taken];
             acknowledged.iter().for_each(|ticket| { flight.acknowledge(*ticket); });
             let prefix = (1..=40).take_while(|n| acknowledged.contains(n)).count() as u64;

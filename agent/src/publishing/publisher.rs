@@ -18,7 +18,6 @@ use weir_common::{
 
 use super::{
     feed::{Damage, Next, Position},
-    flight::Made,
     measures::Measures,
     retention,
     silence::Stopped,
@@ -284,7 +283,7 @@ impl Publisher {
                 match keys.send(&frame.envelope, settings.key_topic.as_deref(), (ticket, turned), sink) {
                     Ok(None) => {}
                     Ok(Some((bytes, time))) => {
-                        flight.sent(ticket, before, bytes, Made { unix_us: time, in_log: true });
+                        flight.sent(ticket, before, bytes, time);
                         ticket += 1;
                     }
                     Err(stopped) => {
@@ -301,7 +300,7 @@ impl Publisher {
             let time = frame.envelope.time_unix_us;
             match sink.send(ticket, topic, &message, time / 1000) {
                 Ok(Taken::Yes) => {
-                    flight.sent(ticket, end, message.bytes(), Made { unix_us: time, in_log: true });
+                    flight.sent(ticket, end, message.bytes(), time);
                     if frame.frame_type == FrameType::Checkpoint {
                         *checkpoint = Some((frame.sequence, time));
                     }

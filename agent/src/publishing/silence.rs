@@ -9,7 +9,6 @@ use weir_common::{
 };
 
 use super::{
-    flight::Made,
     publisher::Publisher,
     sink::{Failure, Sink, Taken},
     stream::Stream,
@@ -52,7 +51,7 @@ impl Publisher {
             Ok(Taken::Full) => return Err(Stopped::Full),
             Err(failure) => return Err(Stopped::Failed(failure)),
         }
-        stream.flight.sent(self.ticket, end, message.bytes(), Made { unix_us: time, in_log: false });
+        stream.flight.sent_unlogged(self.ticket, end, message.bytes(), time);
         self.ticket += 1;
         stream.checkpoint = Some((end.sequence, time));
         stream.looked = Some(self.turned);
