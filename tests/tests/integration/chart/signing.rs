@@ -88,7 +88,7 @@ impl<'a> Keys<'a> {
     #[track_caller]
     pub(super) fn have_signed(&self) {
         let public = |name: &str| self.folder.join(format!("{name}.pub")).display().to_string();
-        let (old, new) = (public("key"), public("new"));
+        let (old, new) = (public("key-1"), public("key-2"));
         let verify = |from: &str, keys: &[&str]| {
             let options: Vec<_> = keys.iter().flat_map(|key| ["--key", key]).collect();
             shown(&weir(&[&["verify", "--from", from], &options[..]].concat()))
