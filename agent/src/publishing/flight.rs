@@ -10,7 +10,7 @@ use super::{feed::Position, sink::Ticket};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Made {
     pub(super) unix_us: i64,
-    /// It is a frame of the log; else it is younger than what it follows.
+    /// It is a frame of the log; else it is younger than what it follows, and its time follows the clock.
     pub(super) in_log: bool,
 }
 
@@ -68,7 +68,7 @@ impl Flight {
         self.push(ticket, end, bytes, Made { unix_us, in_log: true });
     }
 
-    /// What is not in the log was sent, made at this time; all before `end` was.
+    /// What is not in the log was sent, made at this time, by the clock as it is; all before `end` was.
     pub(super) fn sent_unlogged(&mut self, ticket: Ticket, end: Position, bytes: usize, unix_us: i64) {
         self.push(ticket, end, bytes, Made { unix_us, in_log: false });
     }
@@ -77,6 +77,13 @@ impl Flight {
         debug_assert!(self.sent.back().is_none_or(|last| last.ticket < ticket && last.end <= end));
         self.bytes += bytes;
         self.sent.push_back(Sent { ticket, end, bytes, made, done: false });
+    }
+
+    /// The clock was set: by it as it is, what is not in the log was made when `time` says.
+    pub(super) fn unlogged(&mut self, time: impl Fn(i64) -> i64) {
+        for sent in self.sent.iter_mut().filter(|sent| !sent.made.in_log) {
+            sent.made.unix_us = time(sent.made.unix_us);
+        }
     }
 
     /// There is nothing to send before `end`.

@@ -171,6 +171,7 @@ pub(super) struct Context {
 struct OnTheirWay {
     /// By their tickets.
     messages: HashMap<usize, Stamped>,
+    /// The latest of each topic that was refused just now.
     refused: Vec<Stamped>,
 }
 
@@ -182,17 +183,13 @@ struct Stamped {
 }
 
 impl OnTheirWay {
-    /// Whether a message was refused for its own timestamp. All messages of a batch are told that theirs is, where one is too far
-    /// ahead: that is the latest of them, which may have been told before.
-    fn is_refused_for_its_own(&mut self, refused: Stamped) -> bool {
-        let is_later = |other: &Stamped| other.topic == refused.topic && other.unix_ms > refused.unix_ms;
-        let is_latest = !self.refused.iter().chain(self.messages.values()).any(is_later);
-        if is_latest {
-            // What was the latest of its topic before is not asked for any more.
-            self.refused.retain(|other| other.topic != refused.topic);
-            self.refused.push(refused);
+    /// A message was refused for its timestamp, as it is told: where one of a batch is too far ahead, all are told so. Which is meant is
+    /// known when all have been: the latest.
+    fn refused(&mut self, message: Stamped) {
+        match self.refused.iter_mut().find(|other| other.topic == message.topic) {
+            Some(other) => other.unix_ms = other.unix_ms.max(message.unix_ms),
+            None => self.refused.push(message),
         }
-        is_latest
     }
 }
 
@@ -273,10 +270,8 @@ impl ProducerContext<NoCustomPartitioner> for Context {
             }
             Err((error, message)) => {
                 let is_time = error.rdkafka_error_code() == Some(RDKafkaErrorCode::InvalidTimestamp);
-                if let Some(sent) = sent.filter(|_| is_time)
-                    && lock(&self.on_their_way).is_refused_for_its_own(sent)
-                {
-                    self.stamps(sent.topic, |stamps, now| stamps.refused(sent.unix_ms, now));
+                if let Some(sent) = sent.filter(|_| is_time) {
+                    lock(&self.on_their_way).refused(sent);
                 }
                 let length = |part: Option<&[u8]>| part.map_or(0, <[u8]>::len);
                 let bytes = length(message.payload()) + length(message.key());
@@ -357,6 +352,10 @@ impl Producer {
             let before = outcomes.len();
             outcomes.append(&mut lock(&self.context().outcomes));
             quiet = if outcomes.len() > before { 0 } else { quiet + 1 };
+        }
+        let refused = std::mem::take(&mut lock(&self.context().on_their_way).refused);
+        for Stamped { topic, unix_ms } in refused {
+            self.context().stamps(topic, |stamps, now| stamps.refused(unix_ms, now));
         }
     }
 }
@@ -651,8 +650,10 @@ mod tests {
         cluster
             .request_errors(RDKafkaApiKey::Produce, &[RDKafkaRespErr::RD_KAFKA_RESP_ERR_INVALID_TIMESTAMP]);
         let mut kafka = kafka(&cluster);
-        // All are one batch.
-        kafka.properties.insert("linger.ms".to_owned(), "300".to_owned());
+        // All are one batch, which goes when it is whole; and they have no other partition.
+        for (name, value) in [("linger.ms", "60000"), ("batch.num.messages", "3")] {
+            kafka.properties.insert(name.to_owned(), value.to_owned());
+        }
         let mut producers = Producers::new(kafka);
         let mut sink = producers.make().unwrap();
         let (early, late) = (1_000_000_000_000, 1_000_086_400_000);

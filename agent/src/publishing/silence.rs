@@ -51,7 +51,8 @@ impl Publisher {
             Ok(Taken::Full) => return Err(Stopped::Full),
             Err(failure) => return Err(Stopped::Failed(failure)),
         }
-        stream.flight.sent_unlogged(self.ticket, end, message.bytes(), time);
+        let signed = self.steps.unlogged_by_now(time);
+        stream.flight.sent_unlogged(self.ticket, end, message.bytes(), signed);
         self.ticket += 1;
         stream.checkpoint = Some((end.sequence, time));
         stream.looked = Some(self.turned);
@@ -79,19 +80,24 @@ mod tests {
         log.events(3);
         let mut run = Run::with(&log, Box::new(broker.clone()));
         let mut signed = Vec::new();
-        let mut idle = |run: &mut Run, clock: &mut Clock| {
-            signed.push(clock.pass(Duration::from_secs(10)).unix_us);
-            log.idle_checkpoint(*signed.last().unwrap());
-            settle(run, &broker, clock);
-        };
         settle(&mut run, &broker, &mut clock);
         let before = run.published().delivery_us;
         for by in [0, DAY_S, -2 * DAY_S, DAY_S] {
             clock.set(by);
             // What is in the file is of before, at first.
             settle(&mut run, &broker, &mut clock);
-            (0..2).for_each(|_| idle(&mut run, &mut clock));
+            for _ in 0..2 {
+                signed.push(clock.pass(Duration::from_secs(10)).unix_us);
+                log.idle_checkpoint(*signed.last().unwrap());
+                settle(&mut run, &broker, &mut clock);
+            }
         }
+        // One that waits for its acknowledgement for minutes, while the clock is set.
+        signed.push(clock.pass(Duration::from_secs(10)).unix_us);
+        log.idle_checkpoint(*signed.last().unwrap());
+        (0..2).for_each(|_| run.turn_at(clock.pass(Duration::from_secs(120))));
+        clock.set(DAY_S);
+        settle(&mut run, &broker, &mut clock);
         let kinds = broker.with(|state| state.acknowledged.clone()).into_iter().map(|(_, kind)| kind);
         let published: BTreeSet<_> = kinds
             .filter_map(|kind| match kind {

@@ -68,15 +68,23 @@ impl Steps {
     /// When an event was made, by the clock as it is now; `end` is behind it in the agent's own epoch, and none in one that had
     /// ended before. What was made when the clock had been set and nobody had seen it yet bears its time by the new one.
     pub(super) fn by_now(&self, made: Made, end: Option<Position>) -> i64 {
+        if !made.in_log {
+            // That is told by the clock as it is, see below.
+            return made.unix_us;
+        }
         let was_durable = |durable: Durable| {
-            end.is_none_or(|Position { segment, offset, .. }| {
-                made.in_log && Durable { segment, offset } <= durable
-            })
+            end.is_none_or(|Position { segment, offset, .. }| Durable { segment, offset } <= durable)
         };
-        let behind_us_max = if made.in_log { BEHIND_US_MAX } else { UNLOGGED_BEHIND_US_MAX };
         self.steps.iter().fold(made.unix_us, |made, step| {
-            let is_before = was_durable(step.durable) || step.was_on_its_way(made, behind_us_max);
-            if !is_before || step.was_seen_since(made) { made } else { made.saturating_add(step.by_us) }
+            let is_before = was_durable(step.durable) || step.was_on_its_way(made, BEHIND_US_MAX);
+            if is_before { step.shifted(made) } else { made }
+        })
+    }
+
+    /// When a checkpoint was signed that is not in the log and is sent now, by the clock as it is now.
+    pub(super) fn unlogged_by_now(&self, signed_unix_us: i64) -> i64 {
+        self.steps.iter().fold(signed_unix_us, |signed, step| {
+            if step.was_on_its_way(signed, UNLOGGED_BEHIND_US_MAX) { step.shifted(signed) } else { signed }
         })
     }
 }
@@ -88,9 +96,11 @@ impl Step {
         (self.seen.start().saturating_sub(behind_us_max)..=*self.seen.end()).contains(&former)
     }
 
-    /// Whether an event has a time by the clock as it is now, of when that was seen; what is durable is asked a moment later.
-    fn was_seen_since(&self, made_unix_us: i64) -> bool {
-        (*self.seen.start()..=self.seen.end().saturating_add(BEHIND_US_MAX)).contains(&made_unix_us)
+    /// The time of what was made before, by the clock as it was set; unless it has one of when that was seen, and bears it already. What is
+    /// durable is asked a moment later.
+    fn shifted(&self, made_unix_us: i64) -> i64 {
+        let seen = *self.seen.start()..=self.seen.end().saturating_add(BEHIND_US_MAX);
+        if seen.contains(&made_unix_us) { made_unix_us } else { made_unix_us.saturating_add(self.by_us) }
     }
 }
 
@@ -105,6 +115,9 @@ impl Publisher {
         );
         for stream in &mut self.streams {
             stream.clock_set(by_us / 1_000_000);
+            if let Some(step) = self.steps.steps.back() {
+                stream.flight.unlogged(|signed| step.shifted(signed));
+            }
         }
         self.oldest = self.oldest.map(|oldest| oldest.saturating_add(by_us));
         if by_us < 0 {
@@ -174,10 +187,9 @@ mod tests {
             assert_eq!(age_s(made, behind(offset)), expected, "{offset}");
         }
         assert_eq!(age_s(first, None), 92);
-        // Not in the log: nothing was recorded since before the clock was set, when it was signed, and after.
-        for (unix_us, expected) in [(second - 40_000_000, 41), (now - 500_000, 0), (now + 7_000_000, -7)] {
-            let signed = Made { unix_us, in_log: false };
-            assert_eq!((now - steps.by_now(signed, behind(20))) / 1_000_000, expected);
+        // Not in the log: signed before the clock was set, and after.
+        for (signed, expected) in [(second - 40_000_000, 41), (now - 500_000, 0), (now + 7_000_000, -7)] {
+            assert_eq!((now - steps.unlogged_by_now(signed)) / 1_000_000, expected);
         }
         for _ in 0..2 * STEPS_MAX {
             clock.set(2);

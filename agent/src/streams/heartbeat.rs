@@ -20,19 +20,20 @@ const SPDY_HEAD: usize = 8;
 /// Longest head of a frame of RFC 6455: two bytes, a length of eight, a mask.
 const WEBSOCKET_HEAD_MAX: usize = 2 + 8 + MASK;
 
-/// Whether these bytes of a client are whole pings and nothing else, if a frame begins where they do.
-pub(crate) fn only_pings(bytes: &[u8]) -> bool {
+/// Whether these bytes of a client are whole pings and nothing else, if a frame begins where they do: what looks like one in the
+/// middle of a frame is content ([`FrameEnds`]).
+pub(crate) fn only_pings(framing: Framing, bytes: &[u8]) -> bool {
     let mut rest = bytes;
     while !rest.is_empty() {
-        let Some(after) = after_ping(rest) else { return false };
+        let Some(after) = after_ping(framing, rest) else { return false };
         rest = after;
     }
     !bytes.is_empty()
 }
 
-fn after_ping(bytes: &[u8]) -> Option<&[u8]> {
-    if let Some(id) = bytes.strip_prefix(&SPDY_PING) {
-        return id.get(SPDY_ID..);
+fn after_ping(framing: Framing, bytes: &[u8]) -> Option<&[u8]> {
+    if framing == Framing::Spdy {
+        return bytes.strip_prefix(&SPDY_PING)?.get(SPDY_ID..);
     }
     let [WEBSOCKET_PING, length, rest @ ..] = bytes else { return None };
     let length = length.checked_sub(MASKED).filter(|length| *length <= CONTROL_BYTES_MAX)?;
@@ -40,9 +41,9 @@ fn after_ping(bytes: &[u8]) -> Option<&[u8]> {
 }
 
 /// What a server would answer to these, which are whole pings and nothing else ([`only_pings`]).
-pub(crate) fn answers(pings: &[u8]) -> Vec<u8> {
+pub(crate) fn answers(framing: Framing, pings: &[u8]) -> Vec<u8> {
     let (mut rest, mut answers) = (pings, Vec::new());
-    while let Some(after) = after_ping(rest) {
+    while let Some(after) = after_ping(framing, rest) {
         let ping = &rest[..rest.len() - after.len()];
         rest = after;
         let [WEBSOCKET_PING, length, masked @ ..] = ping else {
@@ -145,13 +146,14 @@ mod tests {
 
     #[test]
     fn pings_are_answered_as_a_server_would() {
-        let pings =
-            [&b"\x89\x80mask"[..], b"\x89\x83mask\x0c\x03\x10", b"\x80\x03\0\x06\0\0\0\x04\0\0\0\x01"];
-        let expected = [&b"\x8a\0"[..], b"\x8a\x03abc", b"\x80\x03\0\x06\0\0\0\x04\0\0\0\x01"];
+        const SPDY: &[u8] = b"\x80\x03\0\x06\0\0\0\x04\0\0\0\x01";
+        let pings = [&b"\x89\x80mask"[..], b"\x89\x83mask\x0c\x03\x10"];
+        let expected = [&b"\x8a\0"[..], b"\x8a\x03abc"];
         for (ping, expected) in pings.iter().zip(expected) {
-            assert_eq!(answers(ping), expected, "{ping:x?}");
+            assert_eq!(answers(Framing::WebSocket, ping), expected, "{ping:x?}");
         }
-        assert_eq!(answers(&pings.concat()), expected.concat());
+        assert_eq!(answers(Framing::WebSocket, &pings.concat()), expected.concat());
+        assert_eq!(answers(Framing::Spdy, &SPDY.repeat(2)), SPDY.repeat(2));
     }
 
     #[test]
@@ -190,21 +192,32 @@ mod tests {
 
     #[test]
     fn whole_pings_are_told_from_all_else() {
+        use Framing::{Spdy, WebSocket};
+
         let websocket = b"\x89\x80mask".to_vec();
         let with_payload = b"\x89\x83maskabc".to_vec();
         let spdy = b"\x80\x03\0\x06\0\0\0\x04\0\0\0\x01".to_vec();
-        for pings in [&websocket, &with_payload, &spdy, &[&*websocket, &with_payload, &spdy].concat()] {
-            assert!(only_pings(pings), "{pings:x?}");
+        for (framing, pings) in [
+            (WebSocket, &websocket),
+            (WebSocket, &with_payload),
+            (WebSocket, &[&*websocket, &with_payload].concat()),
+            (Spdy, &spdy),
+            (Spdy, &spdy.repeat(2)),
+        ] {
+            assert!(only_pings(framing, pings), "{pings:x?}");
             for cut in 1..pings.len() {
-                let is_boundary = only_pings(&pings[..cut]) && only_pings(&pings[cut..]);
-                assert!(is_boundary || !only_pings(&pings[..cut]), "{pings:x?} {cut}");
+                let [first, second] = [&pings[..cut], &pings[cut..]].map(|part| only_pings(framing, part));
+                assert_eq!(first, second, "{pings:x?} {cut}");
             }
-            assert!(!only_pings(&[&**pings, b"\x82"].concat()));
+            assert!(!only_pings(framing, &[&**pings, b"\x82"].concat()));
+            // Those of the other are none here.
+            let other = if framing == Spdy { WebSocket } else { Spdy };
+            assert!(!only_pings(other, pings), "{pings:x?}");
         }
         for other in
             [&b""[..], b"\x82\x81mask\x03", b"\x8a\x80mask", b"\x89\x00", b"\x89\xffmask", b"\x88\x80mask"]
         {
-            assert!(!only_pings(other), "{other:x?}");
+            assert!(!only_pings(WebSocket, other), "{other:x?}");
         }
     }
 }

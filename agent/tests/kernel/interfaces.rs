@@ -53,13 +53,13 @@ async fn an_interface_that_an_enrolled_pod_is_given_is_guarded_or_reported_once(
     let pod = node.kubepods.below(&format!("pod{uid}"));
     let sandbox = OwnNetns::new();
     pod.take(sandbox.pid());
-    // Of a network that nobody is in (RFC 5737), this machine included.
-    let server: SocketAddr = "198.51.100.1:443".parse().unwrap();
+    // Of a network that nobody is in (RFC 2544), this machine and the other tests here included.
+    let server: SocketAddr = "198.18.7.1:443".parse().unwrap();
     node.published.send_if_modified(|set| set.endpoints.insert(server));
     node.know(&[known(uid, Some(Mode::Enforce), false)]);
     eventually("enrolled: arrives", || dial(&pod.0, Some(&sandbox), Dial::Tcp(server)), Result::is_ok).await;
 
-    sandbox.join("weir-plug0", server.ip(), "198.51.100.2".parse().unwrap());
+    sandbox.join("weir-plug0", server.ip(), "198.18.7.2".parse().unwrap());
     let plugged = Instant::now();
     let api = UdpSocket::bind(server).unwrap();
     let other = UdpSocket::bind(SocketAddr::new(server.ip(), 444)).unwrap();
