@@ -9,6 +9,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use anyhow::Context as _;
 use weir_common::event::{Event, Kind};
 use weir_tests::{
     AgentProcess, OtelCollector, Pod, PodSpec, Testbed, agent, agent::TrustSource, command,
@@ -90,8 +91,9 @@ impl Monitored {
         write!(stream, "GET {path} HTTP/1.1\r\nHost: {}\r\nConnection: close\r\n\r\n", self.0)?;
         let mut answer = String::new();
         stream.read_to_string(&mut answer)?;
-        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
-        Ok((head.split(' ').nth(1).unwrap().parse()?, body.to_owned()))
+        let (head, body) = answer.split_once("\r\n\r\n").context("no whole answer")?;
+        let status = head.split(' ').nth(1).context("no status")?;
+        Ok((status.parse()?, body.to_owned()))
     }
 
     /// The series by name and labels, as they stand there.

@@ -6,7 +6,7 @@ use std::{
     fs,
     net::{Ipv4Addr, SocketAddr, TcpListener},
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::{Child, Command, Output, Stdio},
 };
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
@@ -15,7 +15,7 @@ use weir_tests::{
     AgentProcess, Pod, Testbed,
     agent::{self, TrustSource},
     certificates::{Authority, sign_request},
-    command, wait_until,
+    wait_until,
 };
 
 use super::{
@@ -25,6 +25,8 @@ use super::{
     shown,
 };
 
+/// What the names of all signers begin with, here and nowhere else.
+const SIGNERS_PREFIX: &str = "weir.test/";
 /// Whom the agent asks.
 const AGENTS: &str = "weir.test/agents";
 /// Whom each `doctor` asks, what is made of its request, what it says, and the mend.
@@ -96,19 +98,26 @@ impl<'a> Signer<'a> {
         Self { testbed: &scene.testbed, scratch, foreign }
     }
 
-    /// Waits for the request that somebody makes of `name` next, and answers it; gives the request's name. One that was answered is
-    /// taken back by who made it.
+    /// Waits for the request that somebody makes of `name` next, and answers it. Who made it takes back one that was answered, and one
+    /// that nobody has answered in time: then it is the next one that is meant.
     #[track_caller]
-    fn answer(&self, name: &str, made: Made) -> String {
-        let request = wait_until(&format!("a request to {name}"), DEADLINE, || {
+    fn answer(&self, name: &str, made: Made) {
+        wait_until(&format!("a request to {name} that can be answered"), DEADLINE, || {
             let list = self.testbed.kubectl(&["get", "csr", "-o", "json"])?;
             let list: Value = serde_json::from_str(&list)?;
             let is_open = |request: &&Value| {
                 request["spec"]["signerName"] == name && request["status"]["conditions"].is_null()
             };
-            Ok(list["items"].as_array().unwrap().iter().find(is_open).cloned())
-        });
-        let mut request = request.unwrap();
+            match list["items"].as_array().unwrap().iter().find(is_open) {
+                Some(request) => self.give(request.clone(), made),
+                None => Ok(None),
+            }
+        })
+        .unwrap();
+    }
+
+    /// None: meanwhile it was taken back, or answered by somebody else.
+    fn give(&self, mut request: Value, made: Made) -> anyhow::Result<Option<()>> {
         let kind = match made {
             Made::Nothing => None,
             Made::Denied => Some("Denied"),
@@ -117,7 +126,8 @@ impl<'a> Signer<'a> {
         if let Some(kind) = kind {
             let said = json!([{"type": kind, "status": "True", "reason": "Test", "message": "not here"}]);
             request["status"]["conditions"] = said;
-            request = self.put(&request, "approval");
+            let Some(answered) = self.put(&request, "approval")? else { return Ok(None) };
+            request = answered;
         }
         if let Made::Signed(ca, other_name) = made {
             let folder = match ca {
@@ -129,18 +139,54 @@ impl<'a> Signer<'a> {
             let names = other_name.as_ref().map(std::slice::from_ref);
             let pem = sign_request(&folder, &asked, names).unwrap();
             request["status"]["certificate"] = json!(STANDARD.encode(pem));
-            self.put(&request, "status");
+            if self.put(&request, "status")?.is_none() {
+                return Ok(None);
+            }
         }
-        request["metadata"]["name"].as_str().unwrap().to_owned()
+        Ok(Some(()))
     }
 
-    fn put(&self, request: &Value, part: &str) -> Value {
+    fn put(&self, request: &Value, part: &str) -> anyhow::Result<Option<Value>> {
         let file = self.scratch.join("answer.json");
         fs::write(&file, request.to_string()).unwrap();
         let name = request["metadata"]["name"].as_str().unwrap();
         let path = format!("/apis/certificates.k8s.io/v1/certificatesigningrequests/{name}/{part}");
         let put = ["replace", "--raw", &path, "-f", file.to_str().unwrap()];
-        serde_json::from_str(&self.testbed.kubectl(&put).unwrap()).unwrap()
+        match self.testbed.kubectl(&put) {
+            Ok(put) => Ok(Some(serde_json::from_str(&put)?)),
+            Err(error) => {
+                let said = format!("{error:#}");
+                let is_late = ["(NotFound)", "(Conflict)"].iter().any(|reason| said.contains(reason));
+                if is_late { Ok(None) } else { Err(error) }
+            }
+        }
+    }
+}
+
+/// Names of the requests that this test's signers have.
+fn requests(testbed: &Testbed) -> Vec<String> {
+    let each = "jsonpath={range .items[*]}{.spec.signerName} {.metadata.name}{\"\\n\"}{end}";
+    let all = testbed.kubectl(&["get", "csr", "-o", each]).unwrap();
+    let own = all.lines().filter_map(|line| line.strip_prefix(SIGNERS_PREFIX)?.split_once(' '));
+    own.map(|(_, name)| name.to_owned()).collect()
+}
+
+/// A `doctor` that runs. It ends with this value.
+struct Doctor(Option<Child>);
+
+impl Doctor {
+    #[track_caller]
+    fn ended(mut self) -> Output {
+        self.0.take().unwrap().wait_with_output().unwrap()
+    }
+}
+
+impl Drop for Doctor {
+    fn drop(&mut self) {
+        if let Some(child) = &mut self.0 {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
     }
 }
 
@@ -148,7 +194,7 @@ impl<'a> Signer<'a> {
 pub(super) struct Unsigned {
     agent: AgentProcess,
     monitored: Monitored,
-    doctors: Vec<Child>,
+    doctors: Vec<Doctor>,
 }
 
 fn configured(scene: &Scene, signer: &str, metrics: SocketAddr) -> PathBuf {
@@ -165,13 +211,17 @@ impl Unsigned {
     /// Starts them, and answers what can be answered at once.
     #[track_caller]
     pub(super) fn begin(scene: &Scene) -> Self {
+        // A run that was cut short may have left some.
+        for name in requests(&scene.testbed) {
+            scene.testbed.kubectl(&["delete", "csr", "--ignore-not-found", &name]).unwrap();
+        }
         let free = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap();
         let log = scene.scratch.path().join("agent.log");
         let agent = AgentProcess::spawn(&configured(scene, AGENTS, free), &log).unwrap();
         let doctors = SIGNERS.map(|(name, ..)| {
             let mut doctor = Command::new(agent::built_binary("weir-agent").unwrap());
             doctor.args(["doctor", "--json", "--config"]).arg(configured(scene, name, free));
-            doctor.stdout(Stdio::piped()).spawn().unwrap()
+            Doctor(Some(doctor.stdout(Stdio::piped()).spawn().unwrap()))
         });
         let signer = Signer::new(scene);
         for (name, made, ..) in SIGNERS {
@@ -184,7 +234,7 @@ impl Unsigned {
     #[track_caller]
     pub(super) fn end_when_it_is_mended(mut self, scene: &Scene, pod: &Pod<'_>) {
         for (doctor, (signer, _, found, mend)) in self.doctors.drain(..).zip(SIGNERS) {
-            let (code, report, _) = shown(&doctor.wait_with_output().unwrap());
+            let (code, report, _) = shown(&doctor.ended());
             let report: Value = serde_json::from_str(&report).unwrap();
             let mut checks = report["checks"].as_array().unwrap().iter();
             let check = checks.find(|check| check["name"] == "trust testbed").unwrap();
@@ -201,16 +251,17 @@ impl Unsigned {
         let (_, answer) = asks(pod);
         assert!(answer.contains("Forbidden"), "it is the API server that answers: {answer}");
         assert!(self.agent.terminate().unwrap().success(), "{}", self.agent.last_lines());
-        let left = command::run(scene.testbed.kubectl_command().args(["get", "csr", "-o", "name"])).unwrap();
-        assert!(!left.contains("weir-serving-"), "requests that nobody waits for: {left}");
+        let left = requests(&scene.testbed);
+        assert!(left.is_empty(), "requests that nobody waits for: {left:?}");
     }
 
     /// The agent says in its log and to whoever asks whether it is ready what keeps it, and pods are refused.
     #[track_caller]
     fn keeps_its_pods_refused(&self, pod: &Pod<'_>, said: &str) {
-        let reasons = wait_until("the agent to say why", DEADLINE, || {
-            let (status, reasons) = self.monitored.get("/readyz")?;
-            Ok((status == 503 && reasons.contains(said)).then_some(reasons))
+        let (_, reasons) = wait_until("the agent to say why", DEADLINE, || {
+            // One that is not answered says nothing.
+            let answer = self.monitored.get("/readyz").ok();
+            Ok(answer.filter(|(status, reasons)| *status == 503 && reasons.contains(said)))
         })
         .unwrap_or_else(|error| panic!("{said}: {error:#}: {}", self.agent.last_lines()));
         let unserved = "a serving certificate yet; enrolled pods are refused: testbed: ";

@@ -86,14 +86,25 @@ pub(super) fn names_a_node_that_is_down(release: &Release<'_>) {
     let mut hooks: Vec<Value> = serde_yaml_ng::Deserializer::from_str(&hooks)
         .map(|object| serde_json::to_value(serde_yaml_ng::Value::deserialize(object).unwrap()).unwrap())
         .collect();
-    let job = hooks.iter_mut().find(|object| object["kind"] == "Job").unwrap();
+    let job = hooks.iter().position(|object| object["kind"] == "Job").unwrap();
+    let mut job = hooks.remove(job);
     let words = job["spec"]["template"]["spec"]["containers"][0]["command"].as_array_mut().unwrap();
     let patience = words.iter().position(|word| word == "--patience").unwrap();
-    words[patience + 1] = json!(PATIENCE_SECONDS);
+    // By default it is more than three minutes.
+    words[patience + 1] = json!("0");
     // The node that is down is no less to the scheduler than the other one.
     job["spec"]["template"]["spec"]["nodeName"] = json!(NODE_NAME);
     let hooks = json!({"apiVersion": "v1", "kind": "List", "items": hooks});
     release.testbed.apply(&hooks.to_string()).unwrap();
+    // How long the cluster takes for it is another matter.
+    let there = format!("--field-selector=spec.nodeName={AWAY}");
+    let bound =
+        ["get", "pods", "-n", NAMESPACE, "-l", "app.kubernetes.io/name=weir-uninstall", "-o", "name", &there];
+    wait_until("the pod of the node that is down", DEADLINE, || {
+        Ok((!release.testbed.kubectl(&bound)?.is_empty()).then_some(()))
+    })
+    .unwrap();
+    release.testbed.apply(&job.to_string()).unwrap();
     let failed = ["wait", "--for=condition=Failed", "--timeout=120s", "-n", NAMESPACE, "job/weir-uninstall"];
     let ended = release.testbed.kubectl(&failed);
     let said = release.testbed.kubectl(&["logs", "-n", NAMESPACE, "job/weir-uninstall"]).unwrap();
@@ -101,9 +112,6 @@ pub(super) fn names_a_node_that_is_down(release: &Release<'_>) {
     let why = format!("{AWAY}: its pod is not started: does its kubelet run?");
     assert!(said.contains(&why), "{said}");
 }
-
-/// How long the hook waits here, whatever the other nodes do meanwhile; by default it is more than three minutes.
-const PATIENCE_SECONDS: &str = "12";
 
 /// A node that is in the cluster while this value is there.
 struct Away<'a>(&'a Testbed);
