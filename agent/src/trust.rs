@@ -196,16 +196,28 @@ impl ClusterCa {
         for name in names.all() {
             let server_name = ServerName::try_from(name.clone())
                 .map_err(|_invalid| TrustError::InvalidName { name: name.clone() })?;
-            verifier.verify_server_cert(leaf, intermediates, &server_name, &[], UnixTime::now()).map_err(
-                |source| match &source {
-                    rustls::Error::InvalidCertificate(
-                        CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. },
-                    ) => TrustError::NotFor { name, source },
-                    _ => TrustError::NotTrusted { name, origin: self.origin.clone(), source },
-                },
-            )?;
+            verifier
+                .verify_server_cert(leaf, intermediates, &server_name, &[], UnixTime::now())
+                .map_err(|source| self.refused(name, source))?;
         }
         Ok(())
+    }
+
+    /// What is wrong with a certificate that a client which dials `name` would refuse.
+    fn refused(&self, name: String, source: rustls::Error) -> TrustError {
+        use CertificateError as Refused;
+        match &source {
+            rustls::Error::InvalidCertificate(
+                Refused::NotValidForName | Refused::NotValidForNameContext { .. },
+            ) => TrustError::NotFor { name, source },
+            rustls::Error::InvalidCertificate(
+                Refused::NotValidYet
+                | Refused::NotValidYetContext { .. }
+                | Refused::Expired
+                | Refused::ExpiredContext { .. },
+            ) => TrustError::NotNow { source },
+            _ => TrustError::NotTrusted { name, origin: self.origin.clone(), source },
+        }
     }
 }
 
@@ -348,6 +360,15 @@ pub enum TrustError {
         /// What a client would say.
         source: rustls::Error,
     },
+    /// It is of another time: that of the signer's clock, or that of a CA which has ended.
+    #[error(
+        "the certificate that was issued, or a CA above it, is not valid at this time; is the clock of this node right, and the signer's, \
+         and has no CA of it ended?"
+    )]
+    NotNow {
+        /// What a client would say.
+        source: rustls::Error,
+    },
     /// It is of the right CA, and for others.
     #[error(
         "the certificate that was issued is not for {name}; the signer must leave in all names that are asked for: does it know \
@@ -381,6 +402,26 @@ mod tests {
             names.add_host(host);
         }
         assert_eq!(names.all().collect::<Vec<_>>(), ["api.example.com", "10.0.0.1", "::1", "fd00::1"]);
+    }
+
+    #[test]
+    fn a_certificate_of_another_time_asks_for_the_clock_and_one_of_another_ca_for_the_ca() {
+        let (own, other) = (authority::tests::CaFiles::root(), authority::tests::CaFiles::root());
+        let trusted = ClusterCa::from_pem(own.certificate_pem.as_bytes(), "ca.crt").expect("a bundle");
+        let mut names = ServingNames::default();
+        names.add_host("kubernetes");
+        let said = |ca: &authority::tests::CaFiles, name, years| {
+            trusted.verify(&[ca.signed(name, years)], &names).map_err(|error| error.to_string())
+        };
+        assert_eq!(said(&own, "kubernetes", (2000, 2100)), Ok(()));
+        for years in [(2000, 2001), (2100, 2101)] {
+            let error = said(&own, "kubernetes", years).expect_err("not valid now");
+            assert!(error.contains("is the clock of this node right, and the signer's"), "{error}");
+        }
+        let error = said(&other, "kubernetes", (2000, 2100)).expect_err("of another CA");
+        assert!(error.contains("is that CA the one in the pods'"), "{error}");
+        let error = said(&own, "others", (2000, 2100)).expect_err("for another name");
+        assert!(error.contains("is not for kubernetes"), "{error}");
     }
 
     #[test]

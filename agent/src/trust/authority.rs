@@ -315,6 +315,15 @@ pub(super) mod tests {
             Self::write(params, key, pem)
         }
 
+        /// A certificate for `name` that is valid from the first day of one year to that of another.
+        pub(crate) fn signed(&self, name: &str, (from, to): (i32, i32)) -> CertificateDer<'static> {
+            let mut params = CertificateParams::new([name.to_owned()]).expect("a name");
+            params.not_before = rcgen::date_time_ymd(from, 1, 1);
+            params.not_after = rcgen::date_time_ymd(to, 1, 1);
+            let key = KeyPair::generate().expect("key");
+            params.signed_by(&key, &self.issuer).expect("signed").der().clone()
+        }
+
         fn intermediate(&self) -> Self {
             let (params, key) = (Self::params("intermediate"), KeyPair::generate().expect("key"));
             let pem = params.signed_by(&key, &self.issuer).expect("signed").pem();
