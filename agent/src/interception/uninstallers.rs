@@ -248,8 +248,7 @@ fn why(pod: &Pod) -> (String, bool) {
     let ends = containers.iter().flat_map(|container| [&container.state, &container.last_state]);
     let mut ended = ends.flatten().filter_map(|state: &ContainerState| state.terminated.as_ref());
     if let Some(end) = ended.find(|end| end.exit_code != 0) {
-        let said = end.message.as_deref().unwrap_or_default().trim();
-        let said: String = said.chars().take(SAID_CHARS_MAX).collect();
+        let said = shortened(end.message.as_deref());
         return (format!("`weir-agent uninstall` ended with {}: {said}", end.exit_code), true);
     }
     let waiting = containers.iter().find_map(|container| container.state.as_ref()?.waiting.as_ref());
@@ -262,18 +261,28 @@ fn why(pod: &Pod) -> (String, bool) {
     if let Some(why) = unscheduled.or(waiting) {
         return (format!("its pod waits: {why}"), false);
     }
+    let phase = status.phase.as_deref().unwrap_or_default();
     let is_bound = pod.spec.as_ref().is_some_and(|spec| spec.node_name.is_some());
-    if is_bound && containers.is_empty() {
+    if is_bound && containers.is_empty() && phase == "Pending" {
         return (NOT_STARTED.to_owned(), false);
     }
-    (format!("its pod is {}", status.phase.as_deref().unwrap_or_default()), false)
+    // A kubelet that does not take it, or ends it, says why of the pod itself. The cluster makes another.
+    let said = [&status.reason, &status.message].into_iter().flatten();
+    let said: String = said.map(|said| format!(": {}", shortened(Some(said)))).collect();
+    (format!("its pod is {phase}{said}"), false)
+}
+
+fn shortened(said: Option<&str>) -> String {
+    said.unwrap_or_default().trim().chars().take(SAID_CHARS_MAX).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use serde_json::{Value, json};
 
-    use super::{BTreeMap, DaemonSet, Pod, Progress, RELEASE, UninstallersError, is_of_release, judge};
+    use super::{
+        BTreeMap, DaemonSet, NOT_STARTED, Pod, Progress, RELEASE, UninstallersError, is_of_release, judge,
+    };
 
     fn set(observed: i64, desired: i32) -> DaemonSet {
         serde_json::from_value(json!({
@@ -326,6 +335,21 @@ mod tests {
         let scheduled = json!([{"type": "PodScheduled", "status": "False", "message": "no room"}]);
         let waits = [pod("a", &ready()), pod("b", &json!({"phase": "Pending", "conditions": scheduled}))];
         assert_eq!(judge(&set(1, 2), &waits), Progress::Waits(nodes(&[("b", "its pod waits: no room")])));
+    }
+
+    #[test]
+    fn a_pod_that_its_kubelet_has_not_taken_is_told_from_one_whose_kubelet_says_nothing() {
+        let why = |status: &Value| {
+            let mut pod = pod("a", status);
+            pod.spec.as_mut().expect("a spec").node_name = Some("a".to_owned());
+            let Progress::Waits(mut found) = judge(&set(1, 1), &[pod]) else { panic!("a is not done") };
+            found.remove("a").expect("a")
+        };
+        assert_eq!(why(&json!({"phase": "Pending"})), NOT_STARTED);
+        let full = json!({"phase": "Failed", "reason": "OutOfpods", "message": "Node didn't have enough resource: pods"});
+        assert_eq!(why(&full), "its pod is Failed: OutOfpods: Node didn't have enough resource: pods");
+        assert_eq!(why(&json!({"phase": "Failed", "reason": "Evicted"})), "its pod is Failed: Evicted");
+        assert_eq!(why(&json!({"phase": "Running"})), "its pod is Running");
     }
 
     #[test]

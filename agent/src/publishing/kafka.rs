@@ -129,18 +129,38 @@ pub(super) fn refused(kafka: &Kafka, error: &KafkaError) -> Failure {
         }
         KafkaError::ClientCreation(problem) => {
             // The library names the property, and not the file.
-            let is_of = |name: &str| name.ends_with(".location") && problem.starts_with(name);
-            match kafka.properties.iter().find(|(name, _)| is_of(name)) {
-                Some((name, path)) => {
-                    let problem = format!(
-                        "{path} cannot be used ({problem}); is it mounted, and is it in PEM (ssl.ca.location: the CA of the brokers)?"
-                    );
-                    Failure::Configuration { key: format!("properties.{name}"), problem }
+            let is_of = |name: &str| {
+                problem.starts_with(name) && (name.ends_with(".location") || name.ends_with(".pem"))
+            };
+            let by_file = kafka.property_files.iter().find(|(name, _)| is_of(name));
+            let by_file = by_file.map(|(name, path)| (name, "propertyFiles", path.display().to_string()));
+            let itself = kafka.properties.iter().find(|(name, _)| is_of(name));
+            let itself = itself.map(|(name, value)| {
+                let is_path = name.ends_with(".location");
+                (name, "properties", if is_path { value.clone() } else { "its value".to_owned() })
+            });
+            match itself.or(by_file) {
+                Some((name, key, what)) => {
+                    let problem = format!("{what} cannot be used ({problem}); {}", mend_of(name));
+                    Failure::Configuration { key: format!("{key}.{name}"), problem }
                 }
                 None => Failure::Configuration { key: "properties".to_owned(), problem: problem.clone() },
             }
         }
         other => Failure::Other { reason: other.to_string() },
+    }
+}
+
+/// What to look at where a certificate or a key cannot be used.
+fn mend_of(property: &str) -> &'static str {
+    match property {
+        "ssl.key.location" | "ssl.key.pem" => {
+            "is it mounted, is it in PEM, and if it is encrypted, is ssl.key.password right (kafka.propertyFiles)?"
+        }
+        "ssl.keystore.location" => {
+            "is it mounted, is it PKCS#12, and is ssl.keystore.password right (kafka.propertyFiles)?"
+        }
+        _ => "is it mounted, and is it in PEM (ssl.ca.location: the CA of the brokers)?",
     }
 }
 
@@ -738,6 +758,39 @@ mod tests {
             refused.starts_with(&named) && refused.contains("; is it mounted, and is it in PEM"),
             "{refused}"
         );
+    }
+
+    /// Of no key: it says that it is encrypted, and nothing else is looked at without a password.
+    const ENCRYPTED: &str = "-----BEGIN RSA PRIVATE KEY-----\nProc-Type: 4,ENCRYPTED\n\
+        DEK-Info: AES-128-CBC,00000000000000000000000000000000\n\n\
+        AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA\n-----END RSA PRIVATE KEY-----\n";
+
+    #[test]
+    fn a_key_that_is_encrypted_asks_for_its_password() {
+        let cluster = cluster();
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("key");
+        std::fs::write(&path, ENCRYPTED).unwrap();
+        let password = folder.path().join("password");
+        std::fs::write(&password, "hunter2\n").unwrap();
+        let mut whole = kafka(&cluster);
+        whole.properties.insert("security.protocol".to_owned(), "SSL".to_owned());
+        let refused = |wrong: &Kafka, key: &str| {
+            let refused = Producer::new(wrong).err().unwrap().to_string();
+            let (_, name) = key.split_once('.').unwrap();
+            let named = format!("kafka.{key}: {} cannot be used ({name} failed", path.display());
+            let asked = "if it is encrypted, is ssl.key.password right (kafka.propertyFiles)?";
+            assert!(refused.starts_with(&named) && refused.contains(asked), "{refused}");
+            assert!(!refused.contains("hunter2") && !refused.contains("AAAA"), "{refused}");
+        };
+        let mut wrong = whole.clone();
+        wrong.properties.insert("ssl.key.location".to_owned(), path.display().to_string());
+        refused(&wrong, "properties.ssl.key.location");
+        wrong.property_files.insert("ssl.key.password".to_owned(), password.clone());
+        refused(&wrong, "properties.ssl.key.location");
+        whole.property_files.insert("ssl.key.pem".to_owned(), path.clone());
+        whole.property_files.insert("ssl.key.password".to_owned(), password);
+        refused(&whole, "propertyFiles.ssl.key.pem");
     }
 
     #[test]
