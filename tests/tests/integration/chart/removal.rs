@@ -72,15 +72,16 @@ pub(super) fn is_refused_where_agents_are_meant_to_run(release: &Release<'_>, po
     release.testbed.kubectl(&["delete", "-f", file.to_str().unwrap()]).unwrap();
 }
 
-/// A node without a kubelet.
+/// A node that is down.
 const AWAY: &str = "it-away";
 
-/// Where no pod starts, as on a node that is down, the hook waits as long as it is told, and then names the node. `helm uninstall` succeeds as
-/// soon as that one is out of the cluster.
+/// Where no pod starts, the hook waits as long as it is told, and then names the node; its Job is not put there itself, however much room
+/// there is. `helm uninstall` succeeds as soon as that one is out of the cluster.
 pub(super) fn names_a_node_that_is_down(release: &Release<'_>) {
+    let room = json!({"cpu": "64", "memory": "256Gi", "pods": "100"});
     let node = json!({"apiVersion": "v1", "kind": "Node",
         "metadata": {"name": AWAY, "labels": {"kubernetes.io/os": "linux"}},
-        "status": {"allocatable": {"cpu": "1", "memory": "1Gi", "pods": "10"}, "capacity": {"cpu": "1", "memory": "1Gi", "pods": "10"}}});
+        "status": {"allocatable": room, "capacity": room, "conditions": [{"type": "Ready", "status": "Unknown"}]}});
     let _away = Away::join(release, &node);
     let hooks = command::run(&mut release.command(&["get", "hooks", "weir"])).unwrap();
     let mut hooks: Vec<Value> = serde_yaml_ng::Deserializer::from_str(&hooks)
@@ -92,8 +93,6 @@ pub(super) fn names_a_node_that_is_down(release: &Release<'_>) {
     let patience = words.iter().position(|word| word == "--patience").unwrap();
     // By default it is more than three minutes.
     words[patience + 1] = json!("0");
-    // The node that is down is no less to the scheduler than the other one.
-    job["spec"]["template"]["spec"]["nodeName"] = json!(NODE_NAME);
     let hooks = json!({"apiVersion": "v1", "kind": "List", "items": hooks});
     release.testbed.apply(&hooks.to_string()).unwrap();
     // How long the cluster takes for it is another matter.
@@ -120,6 +119,13 @@ impl<'a> Away<'a> {
     fn join(release: &Release<'a>, node: &Value) -> Self {
         let away = Self(release.testbed);
         release.testbed.apply(&node.to_string()).unwrap();
+        // As the cluster marks each node whose kubelet says nothing any more.
+        let effects = "jsonpath={.spec.taints[?(@.key==\"node.kubernetes.io/unreachable\")].effect}";
+        wait_until("the node to be marked", DEADLINE, || {
+            let effects = release.testbed.kubectl(&["get", "node", AWAY, "-o", effects])?;
+            Ok(effects.contains("NoSchedule").then_some(()))
+        })
+        .unwrap();
         away
     }
 }
