@@ -257,7 +257,7 @@ impl std::fmt::Display for Causes<'_> {
 }
 
 /// What follows from a cluster's API set and its configuration.
-struct Derived {
+pub(crate) struct Derived {
     addresses: Vec<SocketAddr>,
     host_names: Vec<String>,
 }
@@ -265,12 +265,12 @@ struct Derived {
 type Followed = (watch::Receiver<ServingNames>, Arc<ArcSwap<Vec<SocketAddr>>>);
 
 impl Derived {
-    fn new(cluster: &Cluster) -> Self {
+    pub(crate) fn new(cluster: &Cluster) -> Self {
         Self { addresses: cluster.addresses.clone(), host_names: cluster.host_names.clone() }
     }
 
     /// What a certificate must cover. What the `approver` lets it cover must be as much.
-    fn names(&self, published: &ApiSet) -> ServingNames {
+    pub(crate) fn names(&self, published: &ApiSet) -> ServingNames {
         let addresses = published.service.iter().chain(&published.endpoints).chain(&self.addresses);
         let mut names = ServingNames::of_own_cluster(addresses.map(SocketAddr::ip));
         for host in &self.host_names {
@@ -286,9 +286,8 @@ impl Derived {
         mut published: watch::Receiver<ApiSet>,
         parts: &mut JoinSet<&'static str>,
     ) -> Result<Followed, AppError> {
-        let whole = |set: &ApiSet| !set.service.is_empty() && !set.endpoints.is_empty();
         let first = published
-            .wait_for(whole)
+            .wait_for(ApiSet::is_whole)
             .await
             .map_err(|_| AppError::PartEnded { part: "the watch of the API set" })?
             .clone();

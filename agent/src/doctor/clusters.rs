@@ -3,11 +3,12 @@
 use std::{collections::BTreeSet, path::Path, sync::Arc, time::Duration};
 
 use rustls::pki_types::ServerName;
-use tokio::net::TcpStream;
+use tokio::{net::TcpStream, time::timeout};
 use tokio_rustls::TlsConnector;
 
 use super::{Check, Need, chain};
 use crate::{
+    app::cluster::Derived,
     auth::{OWN_EXTRA_PREFIX, OWN_EXTRAS, claims::CREDENTIAL_ID},
     config::{
         Cluster, Config, Trust,
@@ -19,9 +20,12 @@ use crate::{
         kubeconfig::{self, Kubeconfig, Verification},
         upstream,
     },
-    interception::cluster_access::ClusterAccess,
+    interception::{
+        cluster_access::ClusterAccess,
+        cluster_watch::{self, API_SET_READ},
+    },
     trust::{
-        Authority, ServingNames,
+        Authority,
         authority::{EphemeralCa, MountedCa},
         cluster_signer::ClusterSigner,
     },
@@ -29,6 +33,8 @@ use crate::{
 
 /// How long an API server may take to accept a connection.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
+/// How long it may take to say which addresses are its own.
+const API_SET_DEADLINE: Duration = Duration::from_secs(10);
 
 /// The clusters of `run`.
 pub async fn configured(config: &Config) -> Vec<Check> {
@@ -130,9 +136,10 @@ fn extra_keys(cluster: &Cluster) -> Option<BTreeSet<String>> {
     Some(keys)
 }
 
-/// Asks the authority for a certificate, as the agent would.
+/// Asks the authority for a certificate, as the agent would: for the same names.
 async fn trust_of(cluster: &Cluster, access: ClusterAccess, node: &str) -> Check {
     let name = format!("trust {}", cluster.name);
+    let client = access.client.clone();
     let authority = match &cluster.trust {
         Trust::MountedCa { certificate, key, client_bundle } => {
             let files = (certificate.as_path(), key.as_path());
@@ -143,13 +150,25 @@ async fn trust_of(cluster: &Cluster, access: ClusterAccess, node: &str) -> Check
             Ok(Authority::ClusterSigner(signer))
         }
     };
-    let issued = match authority {
-        Ok(authority) => {
-            authority.issue(&ServingNames::of_own_cluster([]), None).await.map(|_leaf| authority)
-        }
-        Err(error) => Err(error),
+    let authority = match authority {
+        Ok(authority) => authority,
+        Err(error) => return Check::failed(name, Need::Must, &error),
     };
-    match issued {
+    let published = match timeout(API_SET_DEADLINE, cluster_watch::read_api_set(&client)).await {
+        Ok(Ok(published)) if published.is_whole() => Ok(published),
+        Ok(Ok(_)) => Err("one of them names none".to_owned()),
+        Ok(Err(error)) => Err(chain(&error)),
+        Err(_elapsed) => Err(format!("no answer within {} s", API_SET_DEADLINE.as_secs())),
+    };
+    // A signer may know the API server by some of them only.
+    let names = match published {
+        Ok(published) => Derived::new(cluster).names(&published),
+        Err(problem) => {
+            let found = format!("the certificate's names are not known: {problem}");
+            return Check::bad(name, Need::Must, found, format!("the agent waits for {API_SET_READ}"));
+        }
+    };
+    match authority.issue(&names, None).await.map(|_leaf| authority) {
         Ok(authority) => {
             let found = format!("tier {}: {}", authority.tier().name(), authority.describe());
             Check::good(name, Need::Must, found)
@@ -221,7 +240,7 @@ async fn handshake(target: &Target) -> Result<(), String> {
         let stream = TcpStream::connect((target.server.host.as_str(), target.server.port)).await?;
         connector.connect(name, stream).await
     };
-    match tokio::time::timeout(CONNECT_DEADLINE, connected).await {
+    match timeout(CONNECT_DEADLINE, connected).await {
         Ok(Ok(_stream)) => Ok(()),
         Ok(Err(error)) => Err(error.to_string()),
         Err(_elapsed) => Err(format!("no answer within {} s", CONNECT_DEADLINE.as_secs())),

@@ -229,6 +229,16 @@ pub struct ApiSet {
     pub endpoints: BTreeSet<SocketAddr>,
 }
 
+impl ApiSet {
+    /// Whether it names both: less is never served.
+    pub fn is_whole(&self) -> bool {
+        !self.service.is_empty() && !self.endpoints.is_empty()
+    }
+}
+
+/// What an API set is made of, and the right to it, for messages.
+pub const API_SET_READ: &str = "addresses in the Service and the EndpointSlices default/kubernetes (may the agent's service account list and watch them?)";
+
 /// Watches the Node objects until dropped, publishing each new state.
 pub async fn watch_nodes(client: Client, publish: watch::Sender<Hosts>) {
     let strip = |node: &mut Node| {

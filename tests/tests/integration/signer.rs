@@ -29,8 +29,11 @@ use super::{
 const SIGNERS_PREFIX: &str = "weir.test/";
 /// Whom the agent asks.
 const AGENTS: &str = "weir.test/agents";
+/// Of the names that are asked for those that are the same in each cluster: a signer may leave in no addresses.
+const CLUSTER_NAMES: [&str; 4] =
+    ["kubernetes", "kubernetes.default", "kubernetes.default.svc", "kubernetes.default.svc.cluster.local"];
 /// Whom each `doctor` asks, what is made of its request, what it says, and the mend.
-const SIGNERS: [(&str, Made, &str, &str); 5] = [
+const SIGNERS: [(&str, Made, &str, &str); 6] = [
     (
         "weir.test/unanswered",
         Made::Nothing,
@@ -57,9 +60,15 @@ const SIGNERS: [(&str, Made, &str, &str); 5] = [
     ),
     (
         "weir.test/others",
-        Made::Signed(Ca::Cluster, Some("others.example")),
+        Made::Signed(Ca::Cluster, Some(&["others.example"])),
         "the certificate that was issued is not for kubernetes",
         "is it the right one (trust.clusterSigner.signerName)?",
+    ),
+    (
+        "weir.test/names",
+        Made::Signed(Ca::Cluster, Some(&CLUSTER_NAMES)),
+        "the certificate that was issued is not for 10.96.0.1",
+        "does it know the API server by that name",
     ),
 ];
 
@@ -69,8 +78,8 @@ enum Made {
     Nothing,
     Approved,
     Denied,
-    /// By this CA, for another name than those that are asked for.
-    Signed(Ca, Option<&'static str>),
+    /// By this CA, for other names than those that are asked for.
+    Signed(Ca, Option<&'static [&'static str]>),
 }
 
 #[derive(Clone, Copy)]
@@ -129,15 +138,14 @@ impl<'a> Signer<'a> {
             let Some(answered) = self.put(&request, "approval")? else { return Ok(None) };
             request = answered;
         }
-        if let Made::Signed(ca, other_name) = made {
+        if let Made::Signed(ca, other_names) = made {
             let folder = match ca {
                 Ca::Cluster => self.testbed.layout().path("pki"),
                 Ca::Foreign => self.foreign.clone(),
             };
             let asked = STANDARD.decode(request["spec"]["request"].as_str().unwrap()).unwrap();
             let asked = String::from_utf8(asked).unwrap();
-            let names = other_name.as_ref().map(std::slice::from_ref);
-            let pem = sign_request(&folder, &asked, names).unwrap();
+            let pem = sign_request(&folder, &asked, other_names).unwrap();
             request["status"]["certificate"] = json!(STANDARD.encode(pem));
             if self.put(&request, "status")?.is_none() {
                 return Ok(None);
@@ -218,16 +226,18 @@ impl Unsigned {
         let free = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap();
         let log = scene.scratch.path().join("agent.log");
         let agent = AgentProcess::spawn(&configured(scene, AGENTS, free), &log).unwrap();
+        let monitored = Monitored::at(free);
         let doctors = SIGNERS.map(|(name, ..)| {
             let mut doctor = Command::new(agent::built_binary("weir-agent").unwrap());
             doctor.args(["doctor", "--json", "--config"]).arg(configured(scene, name, free));
             Doctor(Some(doctor.stdout(Stdio::piped()).spawn().unwrap()))
         });
+        let begun = Self { agent, monitored, doctors: doctors.into() };
         let signer = Signer::new(scene);
         for (name, made, ..) in SIGNERS {
             signer.answer(name, made);
         }
-        Self { agent, monitored: Monitored::at(free), doctors: doctors.into() }
+        begun
     }
 
     /// `pod` is enrolled, and its account has no rights.
@@ -255,15 +265,23 @@ impl Unsigned {
         assert!(left.is_empty(), "requests that nobody waits for: {left:?}");
     }
 
-    /// The agent says in its log and to whoever asks whether it is ready what keeps it, and pods are refused.
+    /// Whoever asks whether the agent is ready is told this.
     #[track_caller]
-    fn keeps_its_pods_refused(&self, pod: &Pod<'_>, said: &str) {
-        let (_, reasons) = wait_until("the agent to say why", DEADLINE, || {
+    fn says(&self, said: &str) -> String {
+        let reasons = wait_until("the agent to say why", DEADLINE, || {
             // One that is not answered says nothing.
             let answer = self.monitored.get("/readyz").ok();
             Ok(answer.filter(|(status, reasons)| *status == 503 && reasons.contains(said)))
-        })
-        .unwrap_or_else(|error| panic!("{said}: {error:#}: {}", self.agent.last_lines()));
+        });
+        let (_, reasons) =
+            reasons.unwrap_or_else(|error| panic!("{said}: {error:#}: {}", self.agent.last_lines()));
+        reasons
+    }
+
+    /// The agent says in its log and to whoever asks whether it is ready what keeps it, and pods are refused.
+    #[track_caller]
+    fn keeps_its_pods_refused(&self, pod: &Pod<'_>, said: &str) {
+        let reasons = self.says(said);
         let unserved = "a serving certificate yet; enrolled pods are refused: testbed: ";
         assert!(reasons.contains(unserved), "{reasons}");
         let log = self.agent.log().unwrap();
