@@ -16,7 +16,7 @@ use crate::{
     config::{Cluster, Config, Trust},
     interception::{
         cluster_access::ClusterAccess,
-        cluster_watch::{self, ApiSet},
+        cluster_watch::{self, API_SET_READ, ApiSet},
         observed::Observed,
         proof::Proof,
         stored_set::StoredSet,
@@ -77,6 +77,8 @@ async fn connect(
     let server_name = ServerName::try_from(access.host.trim_matches(['[', ']']).to_owned())
         .map_err(|_| AppError::ServerName { cluster: cluster.name.clone(), host: access.host.clone() })?;
     reach(cluster, &access, observed).await;
+    // Each step leaves a word before it waits: who asks why the agent is not ready is told of the one that it is at.
+    observed.cluster_waits(Some(format!("{}: waits for {API_SET_READ}", cluster.name)));
 
     let published = publish.subscribe();
     let client = access.client.clone();
@@ -86,6 +88,8 @@ async fn connect(
     });
     let derived = Derived::new(cluster);
     let (names, endpoints) = derived.follow(published, parts).await?;
+    let asks = format!("{}: has asked for a certificate, of the {}", cluster.name, authority.describe());
+    observed.cluster_waits(Some(asks));
     let asked = (authority.clone(), names.clone(), clients);
     let (serving, renewal) = serving_certificate(cluster, asked, observed).await;
     parts.spawn(async move {
@@ -193,7 +197,6 @@ async fn reach(cluster: &Cluster, access: &ClusterAccess, observed: &Observed) {
                     version,
                     "API server reached"
                 );
-                observed.cluster_waits(None);
                 return;
             }
             Err(error) => {

@@ -233,6 +233,8 @@ impl Unsigned {
             Doctor(Some(doctor.stdout(Stdio::piped()).spawn().unwrap()))
         });
         let begun = Self { agent, monitored, doctors: doctors.into() };
+        // Before anything has failed, too.
+        begun.says("has asked for a certificate, of the cluster signer weir.test/agents");
         let signer = Signer::new(scene);
         for (name, made, ..) in SIGNERS {
             signer.answer(name, made);
