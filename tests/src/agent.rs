@@ -19,11 +19,11 @@ use crate::command::{output, run, tail};
 use crate::testbed::{NODE_NAME, Testbed};
 use crate::wait::wait_until;
 
-/// Loading kernel programs, a certificate from the cluster, the first list of pods.
-const READY_DEADLINE: Duration = Duration::from_secs(60);
+/// Loading kernel programs, a certificate from the cluster, the first list of pods; the machine may be slow, and busy.
+const READY_DEADLINE: Duration = Duration::from_secs(180);
 
-/// The agent's own drain limit is 30 s by default.
-const END_DEADLINE: Duration = Duration::from_secs(40);
+/// The agent's own drain limit is 30 s by default; the machine may be slow, and busy.
+const END_DEADLINE: Duration = Duration::from_secs(120);
 
 /// Lines of its log that an error shows.
 const LOG_LINES: usize = 20;

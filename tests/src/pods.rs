@@ -15,8 +15,8 @@ use crate::command::{output, run};
 use crate::testbed::{AGENT_IMAGE, Testbed};
 use crate::wait::wait_until;
 
-/// A pod of a warm testbed runs within 2 s; builds may run beside it.
-const READY_DEADLINE: Duration = Duration::from_secs(60);
+/// A pod of a warm testbed runs within 2 s; builds may run beside it, on a machine that is slow.
+const READY_DEADLINE: Duration = Duration::from_secs(180);
 /// For what the controller manager makes. Where the API server was away it looks again after 30 to 60 s (client-go's reflectors, whose
 /// pauses grow until all was well for two minutes), and the machine may be busy.
 const CONTROLLED_DEADLINE: Duration = Duration::from_secs(150);

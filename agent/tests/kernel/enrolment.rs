@@ -225,7 +225,8 @@ async fn a_pod_is_denied_until_it_is_enrolled_and_then_known_by_name() {
         assert_eq!((pod.uid.as_str(), pod.class.as_str(), pod.denied, pod.dropped), (uid, "enrolled", 0, 0));
         assert_eq!(pod.seen, pod.redirected);
     }
-    assert!(coverage.iter().all(|one| (1000..20_000).contains(&one.interval_ms)), "{coverage:?}");
+    // No more often than that; a busy machine may take longer.
+    assert!(coverage.iter().all(|one| one.interval_ms >= 1000), "{coverage:?}");
 
     // An address that the cluster publishes belongs to the API set as well.
     assert_eq!(client(Dial::Tcp(API6)), Err(nix::Error::ENETUNREACH));

@@ -17,7 +17,7 @@ use weir_common::kernel::{
 
 use crate::{
     pins::OwnBpffs,
-    world::{API4, Dial, OwnCgroup, OwnNetns, dial, load},
+    world::{API4, DEADLINE, Dial, OwnCgroup, OwnNetns, dial, load},
 };
 
 const REFUSED: nix::Error = nix::Error::ECONNREFUSED;
@@ -175,7 +175,7 @@ async fn what_nobody_reads_any_more_is_denied_all_the_same() {
             tokio::time::sleep(std::time::Duration::from_millis(10)).await;
         }
     };
-    tokio::time::timeout(std::time::Duration::from_secs(60), lost).await.unwrap();
+    tokio::time::timeout(DEADLINE, lost).await.unwrap();
     drop(restless);
     let dialled = || dial(&cgroup.0, Some(&netns), Dial::Tcp(API4)).map(|_| ());
     assert_eq!(dialled(), Err(REFUSED));

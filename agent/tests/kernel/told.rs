@@ -6,6 +6,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, UdpSocket},
     str::FromStr as _,
     sync::Arc,
+    time::Duration,
 };
 
 use hickory_resolver::proto::{
@@ -24,7 +25,7 @@ use weir_common::{
     kernel::{CgroupEntry, Class, NoticeKind, STEPS_AHEAD_MAX, SUSPECTED_BY_POD_MAX},
 };
 
-use crate::world::{Dial, OwnCgroup, OwnNetns, connect_from, dial, load};
+use crate::world::{BRIEFLY, DEADLINE, Dial, OwnCgroup, OwnNetns, connect_from, dial, dial_for, load};
 
 const TCP: u8 = 6;
 const UDP: u8 = 17;
@@ -79,19 +80,34 @@ impl Scene {
         dial(&pod.0, Some(&self.netns), how).map(|_| ())
     }
 
-    /// Has a pod ask the name server, which answers so.
+    /// The same; an answer is waited for for this time.
+    fn dial_for(&self, pod: &OwnCgroup, how: Dial, patience: Duration) -> Result<(), nix::Error> {
+        dial_for(&pod.0, Some(&self.netns), how, patience).map(|_| ())
+    }
+
+    /// Has a pod ask the name server, which answers so. The answer is not to come.
     fn tell(&self, pod: &OwnCgroup, answer: &[u8]) -> Result<(), nix::Error> {
+        self.tell_for(pod, answer, BRIEFLY)
+    }
+
+    /// The same; the answer is to come.
+    #[track_caller]
+    fn is_told(&self, pod: &OwnCgroup, answer: &[u8]) {
+        self.tell_for(pod, answer, DEADLINE).expect("the pod has the answer");
+    }
+
+    fn tell_for(&self, pod: &OwnCgroup, answer: &[u8], patience: Duration) -> Result<(), nix::Error> {
         std::thread::scope(|scope| {
             scope.spawn(|| {
                 let (_, from) = self.datagrams.recv_from(&mut [0; 64]).unwrap();
                 self.datagrams.send_to(answer, from).unwrap();
             });
-            self.dial(pod, Dial::Ask(SERVER))
+            self.dial_for(pod, Dial::Ask(SERVER), patience)
         })
     }
 
-    /// The same over TCP.
-    fn tell_stream(&self, pod: &OwnCgroup, answer: &[u8]) -> Result<(), nix::Error> {
+    /// [`Self::tell`] over TCP, for this time.
+    fn tell_stream(&self, pod: &OwnCgroup, answer: &[u8], patience: Duration) -> Result<(), nix::Error> {
         std::thread::scope(|scope| {
             scope.spawn(|| {
                 let (mut client, _) = self.streams.accept().unwrap();
@@ -101,7 +117,7 @@ impl Scene {
                 // Until the client has it, or has given up.
                 let _ = client.read(&mut [0]);
             });
-            self.dial(pod, Dial::AskStream(SERVER))
+            self.dial_for(pod, Dial::AskStream(SERVER), patience)
         })
     }
 
@@ -140,7 +156,7 @@ fn an_address_is_an_api_servers_for_the_pod_that_is_told_it_before_it_can_use_it
         let (fresh, _server) = scene.fresh(address);
         let told = answer("API.example.test.", &[("API.example.test.", data(fresh.ip()))]);
         scene.dial(&scene.pod, Dial::Tcp(fresh)).expect("nobody has said anything of it");
-        scene.tell(&scene.pod, &told).expect("the pod has the answer");
+        scene.is_told(&scene.pod, &told);
         assert_eq!(scene.dial(&scene.pod, Dial::Tcp(fresh)), Err(REFUSED), "{address}");
         assert_eq!(scene.dial(&scene.pod, Dial::SendTo(fresh)), Err(REFUSED));
         if fresh.is_ipv4() {
@@ -155,9 +171,7 @@ fn an_address_is_an_api_servers_for_the_pod_that_is_told_it_before_it_can_use_it
     let (fresh, _server) = scene.fresh("198.51.100.6");
     let told = answer("api.example.test.", &[("api.example.test.", data(fresh.ip()))]);
     // As long as an answer may be.
-    scene
-        .tell(&scene.pod, &[&told[..], &vec![0; 4096 - told.len()]].concat())
-        .expect("the pod has the answer");
+    scene.is_told(&scene.pod, &[&told[..], &vec![0; 4096 - told.len()]].concat());
     assert_eq!(scene.dial(&scene.pod, Dial::Tcp(fresh)), Err(REFUSED));
     // With a listener it is served by that.
     let entered = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
@@ -168,14 +182,13 @@ fn an_address_is_an_api_servers_for_the_pod_that_is_told_it_before_it_can_use_it
     let (fresh, _server) = scene.fresh("198.51.100.8");
     let alias = RData::CNAME(CNAME(name("api.example.test.")));
     let told = answer("alias.test.", &[("alias.test.", alias), ("api.example.test.", data(fresh.ip()))]);
-    scene.tell(&scene.pod, &told).expect("the pod has the answer");
+    scene.is_told(&scene.pod, &told);
     let (_, peer) = dial(&scene.pod.0, Some(&scene.netns), Dial::Tcp(fresh)).unwrap();
     assert_eq!((peer, scene.kernel.counters().unwrap().redirected), (fresh, redirected + 1));
     // Over TCP as well, which resolvers use for long answers.
     let (fresh, _server) = scene.fresh("198.51.100.9");
-    scene
-        .tell_stream(&scene.pod, &answer("api.example.test.", &[("api.example.test.", data(fresh.ip()))]))
-        .unwrap();
+    let told = answer("api.example.test.", &[("api.example.test.", data(fresh.ip()))]);
+    scene.tell_stream(&scene.pod, &told, DEADLINE).unwrap();
     scene.dial(&scene.pod, Dial::Tcp(fresh)).unwrap();
     assert_eq!(scene.kernel.counters().unwrap().redirected, redirected + 2);
     let suspected = scene.kernel.suspected().unwrap();
@@ -195,24 +208,24 @@ fn what_a_pod_has_not_asked_for_is_kept_from_it_and_not_noted() {
     let told = answer("api.example.test.", &[("api.example.test.", data(fresh.ip()))]);
     // What a neighbour, or anybody, sends from port 53 to a socket that is there for something else.
     let neighbour = scene.netns.within(|| UdpSocket::bind("127.0.0.1:5300").unwrap());
-    let answered = |asked: &UdpSocket, answer: &[u8], question| {
+    let answered = |asked: &UdpSocket, answer: &[u8], question, patience| {
         std::thread::scope(|threads| {
             threads.spawn(|| {
                 let (_, from) = asked.recv_from(&mut [0; 64]).unwrap();
                 scene.datagrams.send_to(answer, from).unwrap();
             });
-            scene.dial(&scene.pod, question)
+            scene.dial_for(&scene.pod, question, patience)
         })
     };
-    let asked_at = |asked, question| answered(asked, &told, question);
+    let asked_at = |asked, question, patience| answered(asked, &told, question, patience);
     let by_neighbour = Dial::AskAnybody(neighbour.local_addr().unwrap());
-    assert_eq!(asked_at(&neighbour, by_neighbour), Err(NO_ANSWER));
+    assert_eq!(asked_at(&neighbour, by_neighbour, BRIEFLY), Err(NO_ANSWER));
     // One socket asks, and another one at the same port hears.
-    assert_eq!(asked_at(&scene.datagrams, Dial::AskByAnother(SERVER)), Err(NO_ANSWER));
+    assert_eq!(asked_at(&scene.datagrams, Dial::AskByAnother(SERVER), BRIEFLY), Err(NO_ANSWER));
     // What is nobody's business arrives, whoever asked.
     let other = answer("other.test.", &[("other.test.", data(fresh.ip()))]);
     let asking = Dial::AskByAnother(SERVER);
-    assert_eq!(answered(&scene.datagrams, &other, asking), Ok(()));
+    assert_eq!(answered(&scene.datagrams, &other, asking, DEADLINE), Ok(()));
     scene.dial(&scene.pod, Dial::Tcp(fresh)).expect("nothing is noted");
     // Over a connection to an open port of the pod.
     let (stranger, open) = ([127, 0, 0, 2], [127, 0, 0, 1]);
@@ -228,7 +241,7 @@ fn what_a_pod_has_not_asked_for_is_kept_from_it_and_not_noted() {
     scene.dial(&scene.pod, Dial::Tcp(fresh)).expect("nothing is noted");
     assert!(scene.kernel.suspected().unwrap().is_empty());
     // Without a connect is asked as well.
-    asked_at(&scene.datagrams, Dial::AskAnybody(SERVER)).expect("the pod has the answer");
+    asked_at(&scene.datagrams, Dial::AskAnybody(SERVER), DEADLINE).expect("the pod has the answer");
     assert_eq!(scene.dial(&scene.pod, Dial::Tcp(fresh)), Err(REFUSED));
 }
 
@@ -240,23 +253,25 @@ fn an_answer_that_cannot_be_read_is_kept_from_enrolled_pods_if_it_is_about_a_con
     let cut = &told[..told.len() - 1];
     assert_eq!(scene.tell(&scene.pod, cut), Err(NO_ANSWER));
     assert_eq!(
-        scene.tell_stream(&scene.pod, cut).and(scene.tell(&scene.pod, &[&told[..], &[0; 4096]].concat())),
+        scene
+            .tell_stream(&scene.pod, cut, BRIEFLY)
+            .and(scene.tell(&scene.pod, &[&told[..], &[0; 4096]].concat())),
         Err(NO_ANSWER)
     );
     scene.dial(&scene.pod, Dial::Tcp(fresh)).expect("and nothing is noted");
     // Nobody else's business.
     let other = answer("other.test.", &[("other.test.", data(fresh.ip()))]);
-    scene.tell(&scene.pod, &other).unwrap();
-    scene.tell(&scene.pod, &other[..other.len() - 1]).unwrap();
-    scene.tell(&scene.pod, b"no message at all").unwrap();
+    scene.is_told(&scene.pod, &other);
+    scene.is_told(&scene.pod, &other[..other.len() - 1]);
+    scene.is_told(&scene.pod, b"no message at all");
     for class in [Class::Unselected, Class::Observed, Class::Agent] {
         scene.classify(&scene.pod, class, None);
-        scene.tell(&scene.pod, cut).unwrap();
-        scene.tell(&scene.pod, &told).unwrap();
+        scene.is_told(&scene.pod, cut);
+        scene.is_told(&scene.pod, &told);
     }
     scene.classify(&scene.pod, Class::Enrolled, None);
     scene.kernel.set_names(&[]).unwrap();
-    scene.tell(&scene.pod, cut).unwrap();
+    scene.is_told(&scene.pod, cut);
     assert!(scene.kernel.suspected().unwrap().is_empty());
 }
 
@@ -268,7 +283,7 @@ async fn an_answer_that_is_kept_from_a_pod_is_reported_with_whom_it_came_from_an
         answer("api.example.test.", &[("api.example.test.", data(Ipv4Addr::new(198, 51, 100, 8).into()))]);
     let long = [&told[..], &[0; 4096]].concat();
     assert_eq!(scene.tell(&scene.pod, &long), Err(NO_ANSWER));
-    assert_eq!(scene.tell_stream(&scene.other, &told[..told.len() - 1]), Err(NO_ANSWER));
+    assert_eq!(scene.tell_stream(&scene.other, &told[..told.len() - 1], BRIEFLY), Err(NO_ANSWER));
     for (pod, protocol, why) in
         [(&scene.pod, UDP, KeptAnswer::TooLong), (&scene.other, TCP, KeptAnswer::Unreadable)]
     {
@@ -332,33 +347,39 @@ fn reading_a_pods_answers_costs_no_more_than_its_share_and_nobody_else_pays() {
         }
     };
     // A pod's socket asks `asked`, is sent a flood and then an answer; meanwhile `then` sees how others fare.
+    let flooded_for =
+        |pod: &OwnCgroup, question, asked: &UdpSocket, by: &UdpSocket, then: &(dyn Fn() + Sync), patience| {
+            std::thread::scope(|threads| {
+                threads.spawn(|| {
+                    let (_, to) = asked.recv_from(&mut [0; 64]).unwrap();
+                    flood(by, to);
+                    datagrams.send_to(&short, to).unwrap();
+                    then();
+                });
+                scene.dial_for(pod, question, patience)
+            })
+        };
     let flooded = |pod: &OwnCgroup, question, asked: &UdpSocket, by: &UdpSocket, then: &(dyn Fn() + Sync)| {
-        std::thread::scope(|threads| {
-            threads.spawn(|| {
-                let (_, to) = asked.recv_from(&mut [0; 64]).unwrap();
-                flood(by, to);
-                datagrams.send_to(&short, to).unwrap();
-                then();
-            });
-            scene.dial(pod, question)
-        })
+        flooded_for(pod, question, asked, by, then, BRIEFLY)
     };
-    let tell = |pod: &OwnCgroup| scene.tell(pod, &short);
     // What no socket asks for costs those nothing that are asked for.
     let neighbour = bound("127.0.0.1:5300");
     let question = Dial::AskAnybody(neighbour.local_addr().unwrap());
-    let own = || tell(&scene.pod).expect("its own questions are answered");
+    // Its own questions are answered.
+    let own = || scene.is_told(&scene.pod, &short);
     assert_eq!(flooded(&scene.pod, question, &neighbour, datagrams, &own), Err(NO_ANSWER), "no more is read");
     // Nor does what a stranger sends to a socket that asks.
     let stranger = bound("127.0.0.2:53");
-    assert_eq!(flooded(&scene.pod, Dial::AskAnybody(SERVER), datagrams, &stranger, &own), Ok(()));
+    let asking = Dial::AskAnybody(SERVER);
+    assert_eq!(flooded_for(&scene.pod, asking, datagrams, &stranger, &own, DEADLINE), Ok(()));
     // Pods that are not known yet are no one pod.
     let [kubepods, _] = &scene.above;
     scene.classify(kubepods, Class::Container, None);
     let [first, second] = ["first", "second"].map(|name| kubepods.below(name));
-    let other = || tell(&second).expect("another pod has its own share");
+    // Another pod has its own share.
+    let other = || scene.is_told(&second, &short);
     assert_eq!(flooded(&first, Dial::Ask(SERVER), datagrams, datagrams, &other), Err(NO_ANSWER));
-    let other = || tell(&scene.other).expect("another pod has its own share");
+    let other = || scene.is_told(&scene.other, &short);
     assert_eq!(flooded(&scene.pod, Dial::Ask(SERVER), datagrams, datagrams, &other), Err(NO_ANSWER));
     let answered_again = (0..100).any(|_| scene.tell(&scene.pod, &short).is_ok());
     assert!(answered_again, "it makes good for what it has spent");
@@ -367,18 +388,20 @@ fn reading_a_pods_answers_costs_no_more_than_its_share_and_nobody_else_pays() {
 #[test]
 fn a_pod_that_tells_itself_more_than_there_is_room_for_is_told_no_more_and_takes_nobodys_room() {
     let Some(scene) = Scene::new("flood") else { return };
-    let tell = |pod: &OwnCgroup, number: u32| {
+    let of = |number: u32| {
         let address = IpAddr::from(Ipv4Addr::from(0xc633_6400 + number));
-        scene.tell(pod, &answer("api.example.test.", &[("api.example.test.", data(address))]))
+        answer("api.example.test.", &[("api.example.test.", data(address))])
     };
     // Each takes three: two ports, and any.
     let room = SUSPECTED_BY_POD_MAX / 3;
     for number in 0..room {
-        tell(&scene.pod, number).unwrap();
+        scene.is_told(&scene.pod, &of(number));
     }
-    tell(&scene.pod, 0).expect("is noted already");
-    assert_eq!(tell(&scene.pod, room), Err(NO_ANSWER));
-    tell(&scene.other, room).expect("another pod has its own room");
+    // It is noted already.
+    scene.is_told(&scene.pod, &of(0));
+    assert_eq!(scene.tell(&scene.pod, &of(room)), Err(NO_ANSWER));
+    // Another pod has its own room.
+    scene.is_told(&scene.other, &of(room));
     let (known, _server) = scene.fresh("198.51.100.0");
     assert_eq!(scene.dial(&scene.pod, Dial::Tcp(known)), Err(REFUSED), "what is noted stays");
     // What everybody knows takes no room.
@@ -386,5 +409,5 @@ fn a_pod_that_tells_itself_more_than_there_is_room_for_is_told_no_more_and_takes
     for port in [443, 6443] {
         scene.kernel.set_api_endpoint(SocketAddr::new(address.ip(), port), 3).unwrap();
     }
-    tell(&scene.pod, room).unwrap();
+    scene.is_told(&scene.pod, &of(room));
 }

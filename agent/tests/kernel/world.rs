@@ -10,10 +10,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use nix::sys::socket::{
-    Backlog, MsgFlags, SockaddrStorage, accept, bind, connect, getpeername, getsockname, listen, sendto,
-    setsockopt,
-    sockopt::{ReceiveTimeout, ReuseAddr},
+use nix::sys::{
+    socket::{
+        Backlog, MsgFlags, SockaddrStorage, accept, bind, connect, getpeername, getsockname, listen, sendto,
+        setsockopt,
+        sockopt::{ReceiveTimeout, ReuseAddr},
+    },
+    time::TimeVal,
 };
 use weir_agent::{
     doctor,
@@ -25,6 +28,10 @@ use weir_agent::{
 
 /// How long a state may take to come about; far longer than it takes, also in an emulated machine that has little of a processor.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(120);
+
+/// How long who asks waits for an answer that is not to come. One that is to come is waited for until [`DEADLINE`]: on a busy machine a
+/// server may be long about it.
+pub(crate) const BRIEFLY: Duration = Duration::from_millis(500);
 
 /// Between two looks: an emulated machine has better to do than to look.
 pub(crate) const PACE: Duration = Duration::from_millis(10);
@@ -207,7 +214,7 @@ pub(crate) enum Dial {
     Udp(SocketAddr),
     /// A datagram without a connect.
     SendTo(SocketAddr),
-    /// Asks a server, and waits for its answer for half a second.
+    /// Asks a server, and waits for its answer.
     Ask(SocketAddr),
     /// The same without a connect, and the answer may come from anywhere.
     AskAnybody(SocketAddr),
@@ -238,13 +245,18 @@ const TCP_FASTOPEN_NO_COOKIE: i32 = 34;
 /// Dials from a child process that is in the cgroup (a cgroup holds whole processes), inside the namespace, and
 /// reports the errno or the own and the peer's address through a pipe.
 pub(crate) fn dial(cgroup: &Path, netns: Option<&OwnNetns>, dial: Dial) -> Dialled {
+    dial_for(cgroup, netns, dial, BRIEFLY)
+}
+
+/// The same; whoever waits for an answer does so for this time.
+pub(crate) fn dial_for(cgroup: &Path, netns: Option<&OwnNetns>, dial: Dial, patience: Duration) -> Dialled {
     let (own, other) = std::os::unix::net::UnixStream::pair().unwrap();
     let netns = netns.map(|netns| std::fs::File::open(format!("/proc/{}/ns/net", netns.0.id())).unwrap());
     let procs = std::fs::OpenOptions::new().write(true).open(cgroup.join("cgroup.procs")).unwrap();
     // SAFETY: the child only makes system calls on what was opened before, and leaves by _exit.
     match unsafe { nix::unistd::fork() }.unwrap() {
         nix::unistd::ForkResult::Child => {
-            let result = in_child(&procs, netns.as_ref(), dial);
+            let result = in_child(&procs, netns.as_ref(), dial, patience);
             let text = match result {
                 Ok((own, peer)) => format!("{own} {peer}"),
                 Err(errno) => format!("{}", errno as i32),
@@ -266,7 +278,7 @@ pub(crate) fn dial(cgroup: &Path, netns: Option<&OwnNetns>, dial: Dial) -> Diall
     }
 }
 
-fn in_child(procs: &std::fs::File, netns: Option<&std::fs::File>, dial: Dial) -> Dialled {
+fn in_child(procs: &std::fs::File, netns: Option<&std::fs::File>, dial: Dial, patience: Duration) -> Dialled {
     nix::unistd::write(procs, b"0")?;
     if let Some(netns) = netns {
         nix::sched::setns(netns, nix::sched::CloneFlags::CLONE_NEWNET)?;
@@ -315,7 +327,7 @@ fn in_child(procs: &std::fs::File, netns: Option<&std::fs::File>, dial: Dial) ->
     let family = if address.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
     let socket = new_socket(family, kind, protocol)?;
     let to = SockaddrStorage::from(address);
-    if without_a_connection(&socket, &to, dial)? {
+    if without_a_connection(&socket, &to, dial, patience)? {
         return Ok((address, address));
     }
     connect(socket.as_raw_fd(), &to)?;
@@ -336,19 +348,24 @@ fn in_child(procs: &std::fs::File, netns: Option<&std::fs::File>, dial: Dial) ->
 }
 
 /// What does not end with a connection to tell of; or, for all others, what comes before the connect.
-fn without_a_connection(socket: &OwnedFd, to: &SockaddrStorage, dial: Dial) -> nix::Result<bool> {
+fn without_a_connection(
+    socket: &OwnedFd,
+    to: &SockaddrStorage,
+    dial: Dial,
+    patience: Duration,
+) -> nix::Result<bool> {
     match dial {
         Dial::SendTo(_) => {
             sendto(socket.as_raw_fd(), b"x", to, MsgFlags::empty())?;
         }
         Dial::Bind(_) => bind(socket.as_raw_fd(), to)?,
-        Dial::Ask(_) | Dial::AskStream(_) => ask(socket, to)?,
+        Dial::Ask(_) | Dial::AskStream(_) => ask(socket, to, patience)?,
         Dial::AskWithoutRoom(_) => {
             fill(socket)?;
-            ask(socket, to)?;
+            ask(socket, to, patience)?;
         }
         Dial::AskAnybody(_) => {
-            be_patient(socket)?;
+            be_patient(socket, patience)?;
             sendto(socket.as_raw_fd(), b"x", to, MsgFlags::empty())?;
             nix::unistd::read(socket, &mut [0; 4096])?;
         }
@@ -359,17 +376,17 @@ fn without_a_connection(socket: &OwnedFd, to: &SockaddrStorage, dial: Dial) -> n
             bind(socket.as_raw_fd(), &SockaddrStorage::from(SocketAddr::from(([127, 0, 0, 1], 0))))?;
             // Of two at one port the one that came last is found first.
             bind(hearing.as_raw_fd(), &getsockname::<SockaddrStorage>(socket.as_raw_fd())?)?;
-            be_patient(&hearing)?;
+            be_patient(&hearing, patience)?;
             sendto(socket.as_raw_fd(), b"x", to, MsgFlags::empty())?;
             nix::unistd::read(&hearing, &mut [0; 4096])?;
         }
         Dial::Heed(_) => {
-            be_patient(socket)?;
+            be_patient(socket, patience)?;
             bind(socket.as_raw_fd(), to)?;
             listen(socket, Backlog::new(1)?)?;
             // SAFETY: the descriptor is new and ours.
             let accepted = unsafe { OwnedFd::from_raw_fd(accept(socket.as_raw_fd())?) };
-            be_patient(&accepted)?;
+            be_patient(&accepted, patience)?;
             nix::unistd::read(&accepted, &mut [0; 4096])?;
         }
         Dial::Late(..) => {
@@ -399,13 +416,12 @@ fn fill(socket: &OwnedFd) -> nix::Result<()> {
     Ok(())
 }
 
-fn be_patient(socket: &OwnedFd) -> nix::Result<()> {
-    let patience = nix::sys::time::TimeVal::new(0, 500_000);
-    setsockopt(socket, ReceiveTimeout, &patience)
+fn be_patient(socket: &OwnedFd, patience: Duration) -> nix::Result<()> {
+    setsockopt(socket, ReceiveTimeout, &TimeVal::from_duration(patience))
 }
 
-fn ask(socket: &OwnedFd, server: &SockaddrStorage) -> nix::Result<()> {
-    be_patient(socket)?;
+fn ask(socket: &OwnedFd, server: &SockaddrStorage, patience: Duration) -> nix::Result<()> {
+    be_patient(socket, patience)?;
     connect(socket.as_raw_fd(), server)?;
     nix::unistd::write(socket, b"x")?;
     nix::unistd::read(socket, &mut [0; 4096]).map(drop)

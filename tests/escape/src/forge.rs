@@ -15,6 +15,8 @@ use crate::{
 
 /// How long one answer is waited for.
 const ANSWER_TIMEOUT: Duration = Duration::from_millis(200);
+/// How long the name server may take until it has the answer that is to be told: it may be about to read it.
+const TOLD_TIMEOUT: Duration = Duration::from_secs(30);
 /// Most connections past the redirect that a race keeps open.
 const DIRECT_MAX: usize = 500;
 
@@ -72,7 +74,7 @@ fn until_told(name: &str, server: &str, address: &str) -> nix::Result<SocketAddr
     socket.connect((server, 53)).map_err(failed)?;
     socket.set_read_timeout(Some(ANSWER_TIMEOUT)).map_err(failed)?;
     let (started, mut answer) = (Instant::now(), [0; 512]);
-    while started.elapsed() < TIMEOUT {
+    while started.elapsed() < TOLD_TIMEOUT {
         socket.send(&question).map_err(failed)?;
         let length = socket.recv(&mut answer).unwrap_or_default();
         if answer[..length].windows(16).any(|bytes| bytes == wanted.octets()) {

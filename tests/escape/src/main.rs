@@ -6,7 +6,8 @@
 //! goes from there into another cgroup once its socket is made, and with `--born` it is cloned into the cgroup, and what it tries
 //! is its first instruction. `--relay` has a connection carry standard input
 //! and output, behind the line `connected`; `--via` names the machine that unwraps packets, `--from` whom they are from,
-//! `--station` the one that IPv6 packets are routed to first. `before` makes the sockets of several ways at once, and uses them later.
+//! `--station` the one that IPv6 packets are routed to first, `--patience` for how many seconds `ask` and `concurrent` wait for whoever
+//! has to do something for them. `before` makes the sockets of several ways at once, and uses them later.
 //! `rewrite CGROUP FROM TO` tries nothing: it is somebody else's program, which stands at a cgroup until its input ends; nor does
 //! `ask-agent SOCKET`, which asks an agent whether it is alive as its successor would.
 
@@ -23,8 +24,11 @@ mod watch;
 
 use std::{net::SocketAddr, process::ExitCode, time::Duration};
 
-/// How long a connection may take.
+/// How long a connection may take that the kernel makes.
 pub(crate) const TIMEOUT: Duration = Duration::from_secs(2);
+
+/// How long an agent may take, the machine being as busy as it may be; another `--patience` is for one that stands still.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
 /// What came of an attempt.
 pub(crate) type Outcome = Result<&'static str, nix::Error>;
@@ -44,6 +48,10 @@ fn main() -> ExitCode {
             "--relay" => place.relay = true,
             "--from" => place.from = rest.next().and_then(|from| from.parse().ok()),
             "--via" => place.via = rest.next().and_then(|via| via.parse().ok()),
+            "--patience" => {
+                let seconds = rest.next().and_then(|seconds| seconds.parse().ok());
+                place.patience = seconds.map(Duration::from_secs);
+            }
             "--station" => place.station = rest.next().and_then(|station| station.parse().ok()),
             word => words.push(word.to_owned()),
         }

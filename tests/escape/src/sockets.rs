@@ -7,6 +7,7 @@ use std::{
     os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd},
     sync::Arc,
     thread,
+    time::Duration,
 };
 
 use nix::{
@@ -22,7 +23,7 @@ use nix::{
     },
 };
 
-use crate::{Outcome, TIMEOUT, again, before::Gate};
+use crate::{Outcome, PATIENCE, TIMEOUT, again, before::Gate};
 
 /// `TCP_FASTOPEN_CONNECT`, linux/tcp.h.
 const TCP_FASTOPEN_CONNECT: libc::c_int = 30;
@@ -59,6 +60,8 @@ pub(crate) struct Place {
     pub(crate) station: Option<Ipv6Addr>,
     /// Whom the packet in the wrapping is from; else this machine.
     pub(crate) from: Option<Ipv4Addr>,
+    /// How long an agent may take for a connection; else [`PATIENCE`].
+    pub(crate) patience: Option<Duration>,
 }
 
 impl Place {
@@ -191,6 +194,9 @@ pub(crate) fn through(way: &str, socket: OwnedFd, to: SocketAddr, place: &Place)
         _ => {}
     }
     let first = if way.contains("fastopen") { place.first_bytes()? } else { Vec::new() };
+    if way == "ask" {
+        return ask(&socket, &SockaddrStorage::from(to), place.patience.unwrap_or(PATIENCE));
+    }
     match connect_by(way, &socket, to, &first)? {
         "connected" => place.connected(socket.into()),
         word => Ok(word),
@@ -233,7 +239,6 @@ fn connect_by(way: &str, socket: &OwnedFd, to: SocketAddr, first: &[u8]) -> Outc
             nix::unistd::write(socket, b"x")?;
             return Ok("sent");
         }
-        "ask" => return ask(socket, &address),
         "nonblocking" => return non_blocking(socket, &address),
         "io-uring" => return io_uring(socket, &address),
         _ => {}
@@ -243,9 +248,9 @@ fn connect_by(way: &str, socket: &OwnedFd, to: SocketAddr, first: &[u8]) -> Outc
 }
 
 /// Connects and says something: whether who has the connection says anything to that, or closes it.
-fn ask(socket: &OwnedFd, address: &SockaddrStorage) -> Outcome {
+fn ask(socket: &OwnedFd, address: &SockaddrStorage, patience: Duration) -> Outcome {
     connect_timed(socket, address)?;
-    setsockopt(socket, ReceiveTimeout, &TimeVal::milliseconds(TIMEOUT.as_millis() as i64))?;
+    setsockopt(socket, ReceiveTimeout, &TimeVal::milliseconds(patience.as_millis() as i64))?;
     let said = nix::unistd::write(socket, b"GET / HTTP/1.1\r\n\r\n");
     match said.and_then(|_| nix::unistd::read(socket, &mut [0; 1])) {
         Ok(0) | Err(nix::Error::ECONNRESET | nix::Error::EPIPE) => Ok("closed"),
@@ -363,7 +368,8 @@ fn concurrent(to: SocketAddr, place: &Place) -> Outcome {
         std::io::ErrorKind::TimedOut => nix::Error::ETIMEDOUT,
         _ => nix::Error::from_raw(error.raw_os_error().unwrap_or(libc::EIO)),
     };
-    let connect = move || TcpStream::connect_timeout(&to, TIMEOUT);
+    let patience = place.patience.unwrap_or(PATIENCE);
+    let connect = move || TcpStream::connect_timeout(&to, patience);
     let first = connect().map_err(failed)?;
     let workers: Vec<_> = (0..THREADS)
         .map(|_| {

@@ -17,8 +17,9 @@ use weir_tests::{Pod, Testbed, testbed::API_CLUSTER_IP};
 
 use super::random_text;
 
-/// Seconds after which `nc` ends, so that a server that waits for ever fails the test instead of stopping it.
-const CONNECTION_SECONDS: &str = "60";
+/// Seconds after which `nc` ends, so that a server that waits for ever fails the test instead of stopping it. A test may use one
+/// connection from its beginning to its end, however long a busy machine takes for what lies between.
+const CONNECTION_SECONDS: &str = "600";
 
 /// What a program says that is connected.
 const CONNECTED: &str = "connected";

@@ -28,6 +28,8 @@ use super::{DEADLINE, Scene, shown};
 const ORDER: &str = "WEIR_TEST_EKS_ORDER";
 /// The session that a test's requests are of.
 const SESSION: &str = "0198f1f0-5b8e-7c3a-9d55-1d2f6a7b8c9d";
+/// How long kubectl may take that is refused at once.
+const AT_ONCE: Duration = Duration::from_secs(2);
 /// Whoever asks a server that says nothing is told so within 12 s; on a busy machine, and with the start of a process, later.
 const SILENCE_MAX: Duration = Duration::from_secs(120);
 
@@ -201,14 +203,18 @@ fn what_sts_refuses_is_told_and_not_asked_again_for_each_request() {
 
 #[test]
 fn a_token_that_nobody_knows_is_refused_at_once_while_no_authenticator_runs() {
+    // Where the API server tries its webhook again, each takes more than 3 s; where it does not, a busy machine may be as long about one.
+    const TRIES: usize = 20;
     let Some(scene) = Scene::new() else { return };
     let mut fastest = Duration::MAX;
-    for _ in 0..3 {
+    for _ in 0..TRIES {
         let began = Instant::now();
         let (code, _, err) = kubectl(&scene, "k8s-aws-v1.bm9uZQ", &["auth", "whoami"]);
         assert!(code == Some(1) && err.contains("Unauthorized"), "{err}");
         fastest = fastest.min(began.elapsed());
+        if fastest < AT_ONCE {
+            break;
+        }
     }
-    // Where the API server tries its webhook again, it takes more than 3 s.
-    assert!(fastest < Duration::from_secs(2), "{fastest:?}");
+    assert!(fastest < AT_ONCE, "{fastest:?}");
 }

@@ -35,7 +35,7 @@ mount = "/var/run/secrets/kubernetes.io/serviceaccount/"
 token = open(mount + "token").read()
 def connected():
     context = ssl.create_default_context(cafile=mount + "ca.crt")
-    connection = http.client.HTTPSConnection("10.96.0.1", 443, context=context, timeout=10)
+    connection = http.client.HTTPSConnection("10.96.0.1", 443, context=context, timeout=60)
     connection.connect()
     der, left = connection.sock.getpeercert(True), ssl.cert_time_to_seconds(connection.sock.getpeercert()["notAfter"]) - time.time()
     print(hashlib.sha256(der).hexdigest(), int(left), flush=True)

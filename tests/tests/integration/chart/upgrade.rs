@@ -5,21 +5,18 @@ use std::{
     io::{BufRead as _, BufReader, Write as _},
     path::Path,
     process::{Child, Stdio},
-    time::Duration,
 };
 
 use weir_common::event::{Kind, Outcome};
 use weir_tests::{Pod, agent, wait_until};
 
-use super::{JOURNAL, release::Release, scraped};
+use super::{super::DEADLINE, JOURNAL, release::Release, scraped};
 
 /// Clients of a pod that call one after the other, each on connections of its own.
 const CLIENTS: usize = 3;
 /// Calls of each that must have succeeded after an upgrade, and with `WEIR_TEST_LONG`.
 const CALLS_AFTER: usize = 10;
 const CALLS_AFTER_LONG: usize = 300;
-/// The former agent ends when the stream that it serves has ended.
-const END_DEADLINE: Duration = Duration::from_secs(60);
 
 struct Calls {
     process: Child,
@@ -78,7 +75,7 @@ pub(super) fn is_upgraded_under_load(release: &Release<'_>, pod: &Pod<'_>, keys:
         upgrade.args(["--set", value]);
     }
     let mut upgrading = upgrade.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-    wait_until("the former agent's pod to be ended", END_DEADLINE, || {
+    wait_until("the former agent's pod to be ended", DEADLINE, || {
         let pods = release.pods();
         let ends = pods.iter().any(|pod| pod["metadata"]["deletionTimestamp"].is_string());
         Ok((pods.len() == 2 && ends).then_some(()))
@@ -91,7 +88,7 @@ pub(super) fn is_upgraded_under_load(release: &Release<'_>, pod: &Pod<'_>, keys:
     assert!(session.wait().unwrap().success());
     assert!(upgrading.wait().unwrap().success(), "{}", release.told());
     release.can_be_followed();
-    wait_until("the former agent's pod to be gone", END_DEADLINE, || {
+    wait_until("the former agent's pod to be gone", DEADLINE, || {
         Ok((release.pods().len() == 1).then_some(()))
     })
     .unwrap();
@@ -114,7 +111,7 @@ fn is_rolled_back(release: &Release<'_>, clients: &mut [Calls]) {
     let newer = release.pods()[0]["metadata"]["uid"].clone();
     assert_eq!(release.drain_seconds(), 121);
     release.must(release.of_the_runbook("helm rollback weir "));
-    wait_until("the newer agent's pod to be gone", END_DEADLINE, || {
+    wait_until("the newer agent's pod to be gone", DEADLINE, || {
         let pods = release.pods();
         Ok((pods.len() == 1 && pods[0]["metadata"]["uid"] != newer).then_some(()))
     })
