@@ -37,7 +37,7 @@ const A_LOOK: Duration = Duration::from_secs(5);
 /// all each has shown. In an emulated machine, which has too little of a processor for it, no more than that is shown.
 #[track_caller]
 fn within_a_look(took: &[Duration]) {
-    println!("noticed after {took:?}");
+    eprintln!("noticed after {took:?}");
     let is_emulated = std::env::var_os("WEIR_TEST_SECURITY").is_some();
     assert!(is_emulated || took.iter().any(|took| *took < A_LOOK), "{took:?}");
 }
@@ -61,13 +61,13 @@ async fn an_interface_that_an_enrolled_pod_is_given_is_guarded_or_reported_once(
     let pod = node.kubepods.below(&format!("pod{uid}"));
     let sandbox = OwnNetns::new();
     pod.take(sandbox.pid());
-    // Of a network that nobody is in (RFC 2544), this machine and the other tests here included.
-    let server: SocketAddr = "198.18.7.1:443".parse().unwrap();
+    // Of a network that nobody is in (RFC 2544), this machine and the tests below included, which may run at the same time.
+    let server: SocketAddr = "198.18.0.1:443".parse().unwrap();
     node.published.send_if_modified(|set| set.endpoints.insert(server));
     node.know(&[known(uid, Some(Mode::Enforce), false)]);
     eventually("enrolled: arrives", || dial(&pod.0, Some(&sandbox), Dial::Tcp(server)), Result::is_ok).await;
 
-    sandbox.join("weir-plug0", server.ip(), "198.18.7.2".parse().unwrap());
+    sandbox.join("weir-plug0", server.ip(), "198.18.0.2".parse().unwrap());
     let plugged = Instant::now();
     let api = UdpSocket::bind(server).unwrap();
     let other = UdpSocket::bind(SocketAddr::new(server.ip(), 444)).unwrap();

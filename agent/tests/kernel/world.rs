@@ -16,7 +16,7 @@ use nix::sys::{
         setsockopt,
         sockopt::{ReceiveTimeout, ReuseAddr},
     },
-    time::TimeVal,
+    time::{TimeVal, TimeValLike as _},
 };
 use weir_agent::{
     doctor,
@@ -417,7 +417,8 @@ fn fill(socket: &OwnedFd) -> nix::Result<()> {
 }
 
 fn be_patient(socket: &OwnedFd, patience: Duration) -> nix::Result<()> {
-    setsockopt(socket, ReceiveTimeout, &TimeVal::from_duration(patience))
+    let milliseconds = i64::try_from(patience.as_millis()).unwrap_or(i64::MAX);
+    setsockopt(socket, ReceiveTimeout, &TimeVal::milliseconds(milliseconds))
 }
 
 fn ask(socket: &OwnedFd, server: &SockaddrStorage, patience: Duration) -> nix::Result<()> {

@@ -296,6 +296,13 @@ fn segments(epoch: &Path) -> usize {
     entries.filter(|entry| entry.as_ref().unwrap().path().extension().is_some_and(|end| end == "seg")).count()
 }
 
+/// Segments go when their time has passed, whatever the clock says: until then some of this epoch are there.
+#[track_caller]
+fn stay(epoch: &Path, not_acknowledged: Instant) {
+    let are_there = segments(epoch) > 0;
+    assert!(are_there || not_acknowledged.elapsed() >= WINDOW, "what was acknowledged stays for {WINDOW:?}");
+}
+
 #[test]
 fn an_agent_whose_clock_is_set_by_a_day_records_publishes_and_forgets_as_before() {
     let Some(mut scene) = Scene::new() else { return };
@@ -351,14 +358,10 @@ fn an_agent_whose_clock_is_set_by_a_day_records_publishes_and_forgets_as_before(
     let acknowledged = Instant::now();
     drop(published_all);
     let topics = source(&kafka.bootstrap());
-    // Segments go when their time has passed, whatever the clock says.
     node.set(DAY);
     while acknowledged.elapsed() < REMOVAL + Duration::from_secs(3) {
         node.goes_on("while segments wait");
-        assert!(
-            segments(&first) > 0 || not_yet.elapsed() >= WINDOW,
-            "what was acknowledged stays for {WINDOW:?}"
-        );
+        stay(&first, not_yet);
     }
     node.set(-DAY);
     let (frames, messages) = published_whole(&scene, &kafka);

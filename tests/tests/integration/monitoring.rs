@@ -354,7 +354,7 @@ fn detached_and_noticed(scene: &Scene, links: &Path, monitored: &Monitored) -> D
         is_new && matches!(&event.kind, Kind::Finding { name, .. } if name == "programDetached")
     });
     let noticed = noticed_after(&finding, began);
-    println!("{removed} links removed; noticed and repaired within {} ms", noticed.as_millis());
+    eprintln!("{removed} links removed; noticed and repaired within {} ms", noticed.as_millis());
     wait_until("the agent to be ready", DEADLINE, || Ok((monitored.get("/readyz")?.0 == 200).then_some(())))
         .unwrap();
     noticed

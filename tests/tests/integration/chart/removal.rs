@@ -92,7 +92,7 @@ pub(super) fn names_a_node_that_is_down(release: &Release<'_>) {
     let words = job["spec"]["template"]["spec"]["containers"][0]["command"].as_array_mut().unwrap();
     let patience = words.iter().position(|word| word == "--patience").unwrap();
     // By default it is more than three minutes.
-    words[patience + 1] = json!("0");
+    words[patience + 1] = json!("1");
     let hooks = json!({"apiVersion": "v1", "kind": "List", "items": hooks});
     release.testbed.apply(&hooks.to_string()).unwrap();
     // How long the cluster takes for it is another matter.
