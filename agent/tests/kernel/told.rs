@@ -3,16 +3,18 @@
 
 use std::{
     io::{Read as _, Write as _},
-    net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, UdpSocket},
+    net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    os::fd::AsRawFd as _,
     str::FromStr as _,
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use hickory_resolver::proto::{
     op::{Message, MessageType, OpCode, Query},
     rr::{Name, RData, Record, RecordType, rdata::CNAME},
 };
+use nix::sys::socket::{SockaddrStorage, bind, connect, setsockopt, sockopt::ReuseAddr};
 use weir_agent::{
     config::EndpointName,
     interception::{
@@ -25,7 +27,7 @@ use weir_common::{
     kernel::{CgroupEntry, Class, NoticeKind, STEPS_AHEAD_MAX, SUSPECTED_BY_POD_MAX},
 };
 
-use crate::world::{BRIEFLY, DEADLINE, Dial, OwnCgroup, OwnNetns, connect_from, dial, dial_for, load};
+use crate::world::{BRIEFLY, DEADLINE, Dial, OwnCgroup, OwnNetns, dial, dial_for, load, new_socket};
 
 const TCP: u8 = 6;
 const UDP: u8 = 17;
@@ -34,6 +36,22 @@ const REFUSED: nix::Error = nix::Error::ECONNREFUSED;
 const NO_ANSWER: nix::Error = nix::Error::EAGAIN;
 const SERVER: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 53);
 const NAME: &str = "api.example.test";
+
+/// A connection from this very address, as soon as somebody listens at the other.
+fn connect_from(own: SocketAddr, to: SocketAddr) -> TcpStream {
+    let deadline = Instant::now() + DEADLINE;
+    loop {
+        let socket = new_socket(libc::AF_INET, libc::SOCK_STREAM, 0).unwrap();
+        // A child that is forked at this moment keeps it open as well.
+        setsockopt(&socket, ReuseAddr, &true).unwrap();
+        bind(socket.as_raw_fd(), &SockaddrStorage::from(own)).unwrap();
+        match connect(socket.as_raw_fd(), &SockaddrStorage::from(to)) {
+            Ok(()) => return TcpStream::from(socket),
+            Err(error) => assert!(Instant::now() < deadline, "nobody listens at {to}: {error}"),
+        }
+        std::thread::yield_now();
+    }
+}
 
 /// A root of pods with two pods in it, below the root of a node, and a network namespace in which a name server answers what it
 /// is told to. Cgroups in the order in which they can be removed.

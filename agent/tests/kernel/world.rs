@@ -2,12 +2,12 @@
 
 use std::{
     io,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, TcpStream},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4},
     os::fd::{AsRawFd, FromRawFd, OwnedFd},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::Arc,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use nix::sys::{
@@ -426,22 +426,6 @@ fn ask(socket: &OwnedFd, server: &SockaddrStorage, patience: Duration) -> nix::R
     connect(socket.as_raw_fd(), server)?;
     nix::unistd::write(socket, b"x")?;
     nix::unistd::read(socket, &mut [0; 4096]).map(drop)
-}
-
-/// A connection from this very address, as soon as somebody listens at the other.
-pub(crate) fn connect_from(own: SocketAddr, to: SocketAddr) -> TcpStream {
-    let deadline = Instant::now() + DEADLINE;
-    loop {
-        let socket = new_socket(libc::AF_INET, libc::SOCK_STREAM, 0).unwrap();
-        // A child that is forked at this moment keeps it open as well.
-        setsockopt(&socket, ReuseAddr, &true).unwrap();
-        bind(socket.as_raw_fd(), &SockaddrStorage::from(own)).unwrap();
-        match connect(socket.as_raw_fd(), &SockaddrStorage::from(to)) {
-            Ok(()) => return TcpStream::from(socket),
-            Err(error) => assert!(Instant::now() < deadline, "nobody listens at {to}: {error}"),
-        }
-        std::thread::yield_now();
-    }
 }
 
 fn set_tcp_option(socket: &OwnedFd, option: i32) -> nix::Result<()> {
