@@ -132,6 +132,7 @@ impl Uninstallers {
 
     async fn are_done(&self, patience: Duration) -> Result<usize, UninstallersError> {
         let end = Instant::now() + patience;
+        let mut known = BTreeMap::new();
         loop {
             let problem = match timeout(ANSWER_TIMEOUT, self.look()).await {
                 Ok(Ok(Progress::Done(nodes))) => return Ok(nodes),
@@ -142,7 +143,10 @@ impl Uninstallers {
                 Ok(Ok(Progress::Waits(nodes))) if Instant::now() >= end => {
                     return Err(UninstallersError::Nodes { nodes });
                 }
-                Ok(Ok(Progress::Waits(_))) => None,
+                Ok(Ok(Progress::Waits(nodes))) => {
+                    known = nodes;
+                    None
+                }
                 // On a node whose agent is gone it has no way there, until Weir is removed from that one.
                 Ok(Err(error)) => Some(doctor::chain(&error)),
                 Err(_) => Some(no_answer()),
@@ -150,7 +154,7 @@ impl Uninstallers {
             if let Some(problem) = problem
                 && Instant::now() >= end
             {
-                return Err(UninstallersError::Api { problem });
+                return Err(unanswered(known, problem));
             }
             sleep(LOOK_INTERVAL).await;
         }
@@ -172,6 +176,15 @@ impl Uninstallers {
         let pods = pods.list(&ListParams::default().labels(UNINSTALLERS_LABEL)).await?;
         Ok(judge(&set, &pods.items))
     }
+}
+
+/// At the end nobody answers: what was known before is said all the same.
+fn unanswered(mut known: BTreeMap<String, String>, problem: String) -> UninstallersError {
+    if known.is_empty() {
+        return UninstallersError::Api { problem };
+    }
+    known.insert("(since)".to_owned(), format!("cannot ask the API server: {problem}"));
+    UninstallersError::Nodes { nodes: known }
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -282,6 +295,7 @@ mod tests {
 
     use super::{
         BTreeMap, DaemonSet, NOT_STARTED, Pod, Progress, RELEASE, UninstallersError, is_of_release, judge,
+        unanswered,
     };
 
     fn set(observed: i64, desired: i32) -> DaemonSet {
@@ -350,6 +364,15 @@ mod tests {
         assert_eq!(why(&full), "its pod is Failed: OutOfpods: Node didn't have enough resource: pods");
         assert_eq!(why(&json!({"phase": "Failed", "reason": "Evicted"})), "its pod is Failed: Evicted");
         assert_eq!(why(&json!({"phase": "Running"})), "its pod is Running");
+    }
+
+    #[test]
+    fn nodes_are_named_also_where_the_api_server_does_not_answer_any_more() {
+        let said = unanswered(nodes(&[("a", NOT_STARTED)]), "no answer".to_owned()).to_string();
+        let named = format!("\n  (since): cannot ask the API server: no answer\n  a: {NOT_STARTED}");
+        assert!(said.ends_with(&named), "{said}");
+        let said = unanswered(BTreeMap::new(), "no answer".to_owned()).to_string();
+        assert_eq!(said, "cannot ask the API server: no answer");
     }
 
     #[test]
