@@ -104,13 +104,16 @@ fn kubectl(scene: &Scene, token: &str, arguments: &[&str]) -> (Option<i32>, Stri
 }
 
 /// The user of the finished request with this URI in the API server's audit log.
-fn user_of(scene: &Scene, uri: &str) -> Value {
+fn user_of(scene: &Scene, since: jiff::Timestamp, uri: &str) -> Value {
     let log: PathBuf = scene.testbed.layout().audit_log();
     wait_until("the request to be in the API server's audit log", DEADLINE, || {
         let text = fs::read_to_string(&log).unwrap();
         let entries = text.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
-        let mut found =
-            entries.filter(|entry| entry["requestURI"].as_str().is_some_and(|at| at.starts_with(uri)));
+        // A testbed that stays up has those of former runs.
+        let is_since = |at: &str| at.parse::<jiff::Timestamp>().is_ok_and(|at| at >= since);
+        let mut found = entries
+            .filter(|entry| entry["requestURI"].as_str().is_some_and(|at| at.starts_with(uri)))
+            .filter(|entry| entry["requestReceivedTimestamp"].as_str().is_some_and(is_since));
         Ok(found.find(|entry| entry["stage"] == "ResponseComplete").map(|entry| entry["user"].clone()))
     })
     .unwrap()
@@ -122,6 +125,7 @@ fn a_role_is_a_user_of_the_cluster() {
         return ask(&order);
     }
     let Some(mut scene) = Scene::new() else { return };
+    let began = jiff::Timestamp::now();
     scene.namespace("it-eks", false);
     let binding = "{apiVersion: rbac.authorization.k8s.io/v1, kind: RoleBinding, metadata: {name: deployers, namespace: it-eks},
 roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: edit},
@@ -148,7 +152,7 @@ subjects: [{kind: Group, name: it-eks-deployers, apiGroup: rbac.authorization.k8
     assert!(code == Some(1) && err.contains(&format!("User \"deploy:{SESSION}\" cannot list")), "{err}");
 
     // The cluster's own audit log leads back to the session, and to the key that CloudTrail knows.
-    let user = user_of(&scene, "/api/v1/namespaces/it-eks/configmaps?fieldManager=kubectl-create");
+    let user = user_of(&scene, began, "/api/v1/namespaces/it-eks/configmaps?fieldManager=kubectl-create");
     let extra = |name: &str| user["extra"][name][0].as_str().unwrap_or_default().to_owned();
     assert_eq!(user["username"], format!("deploy:{SESSION}"));
     assert_eq!(extra("sessionName"), SESSION);
