@@ -94,9 +94,10 @@ impl OwnNetns {
         self.0.id()
     }
 
-    /// Gives it an address, whose packets then stay in the namespace.
+    /// Gives it an address, whose packets then stay in the namespace; one of IPv6 is its own at once, not when the kernel gets round to it.
     pub(crate) fn take_address(&self, address: IpAddr) {
-        self.run(&format!("ip address add {address} dev lo"));
+        let nodad = if address.is_ipv6() { "nodad" } else { "" };
+        self.run(&format!("ip address add {address} dev lo {nodad}"));
     }
 
     /// Joins it to this machine by a veth pair, as a CNI does: this machine's end has the first address, of a /24.
