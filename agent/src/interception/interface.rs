@@ -292,7 +292,7 @@ impl Attached {
         end: &HostEnd,
         found: &mut Inspection,
     ) -> Result<(), AttachError> {
-        if !nix::net::if_::if_nametoindex(end.name.as_str()).is_ok_and(|index| index == end.index) {
+        if !is_there(end) {
             return Ok(());
         }
         let Some((own, _)) = self.id_and_kind(programs::INTERFACE) else { return Ok(()) };
@@ -324,11 +324,19 @@ impl Attached {
                 self.remove_pin(Some(pin))?;
             }
         }
-        // Replaced in place if the link is still there.
-        self.guard_interface(end)?;
+        // Replaced in place if the link is still there. An interface that goes at this moment has lost its guard first, and needs none.
+        let guarded = self.guard_interface(end);
+        if guarded.is_err() && !is_there(end) {
+            return Ok(());
+        }
+        guarded?;
         found.repaired.push(format!("{} at the interface {}", programs::INTERFACE, end.name));
         Ok(())
     }
+}
+
+fn is_there(end: &HostEnd) -> bool {
+    nix::net::if_::if_nametoindex(end.name.as_str()).is_ok_and(|index| index == end.index)
 }
 
 /// Whether the kernel has links for programs at interfaces (tcx, 6.6).
