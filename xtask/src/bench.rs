@@ -1,6 +1,7 @@
 //! `cargo xtask bench`: figures of this machine, each beside what it is to be compared with, from one run.
 //!
-//! Nothing passes or fails here: a figure depends on the machine and on what else it does, so the load is printed as well.
+//! Nothing passes or fails here but by a ratio of two figures of one run that is clearly wrong: a figure depends on the machine and on what
+//! else it does, so the load is printed as well.
 
 mod configurations;
 mod load;
@@ -41,7 +42,8 @@ enum What {
     /// What a mutation waits for until its record is durable, beside fdatasync alone; `WEIR_BENCH_DIR` names a folder on the
     /// disk in question.
     Commits,
-    /// Time of the kernel programs per run, by the kernel's own count, beside that of empty ones. Needs root.
+    /// Time of the kernel programs per run, by the kernel's own count, beside that of empty ones; fails where a redirect takes very many
+    /// times as long. Needs root.
     Hooks,
     /// Records a second of group commit, messages a second to a Kafka that is started for it, and the start with a large journal.
     /// `WEIR_BENCH_DIR` names a folder on the disk in question.
@@ -109,7 +111,9 @@ fn cargo_bench(
     }
     let status = command.current_dir(root).status().context("cannot start cargo")?;
     if !status.success() {
-        bail!("the bench {name} ended with {status}; does it need root, or a machine without an agent?");
+        bail!(
+            "the bench {name} ended with {status}; if nothing above says why, does it need root, or a machine without an agent?"
+        );
     }
     Ok(())
 }
