@@ -26,6 +26,8 @@ mod status;
 #[cfg(test)]
 mod stream_commit_tests;
 #[cfg(test)]
+mod stream_end_tests;
+#[cfg(test)]
 mod tests;
 #[cfg(test)]
 mod trace_tests;

@@ -44,7 +44,7 @@ pub(super) async fn answer(
     let attributes = Attributes::parse(head.method.as_str(), head.uri.path(), head.uri.query());
 
     let mut trace = traced::request(&connection, &head, &attributes);
-    let request_room = body::request_room(&connection.quota, &head);
+    let request_room = body::request_room(connection.place.quota(), &head);
     let mut checked = match &request_room {
         Some(_) => check(&connection, &head, &attributes, body, &mut trace).await,
         None => Checked::refused(Refusal::TooManyBodies),
@@ -155,7 +155,7 @@ async fn check(
     };
     let limits = &connection.shared.limits;
     let mut guard = ArrivalGuard { connection, head, armed: true };
-    let held = body::hold(body, &connection.quota, limits.body_bytes_max, limits.body_timeout).await;
+    let held = body::hold(body, connection.place.quota(), limits.body_bytes_max, limits.body_timeout).await;
     let held = match held {
         Ok(held) => held,
         Err(refusal) => {
@@ -318,10 +318,10 @@ async fn respond(
     let framing = protocol.and_then(Framing::of);
     let server_upgrade = hyper::upgrade::on(&mut response);
     let (shared, record, trace) = (&connection.shared, Arc::clone(record), traced::forwarded(trace));
-    let cut = shared.cut.clone();
+    let (cut, place) = (shared.cut.clone(), Arc::clone(&connection.place));
     shared.tasks.spawn(async move {
         upgrade::run(client_upgrade, server_upgrade, framing, record, cut).await;
-        drop((lease, request_room, trace));
+        drop((lease, request_room, place, trace));
     });
     Ok(response.map(|_| ResponseBody::Whole(None)))
 }

@@ -20,12 +20,7 @@ use tokio::{io::AsyncWriteExt as _, net::TcpStream};
 use tokio_rustls::{LazyConfigAcceptor, server::TlsStream};
 use weir_common::event::{IdentityMethod, UserInfo};
 
-use super::{
-    Accepted, Cluster, Shared, Tracked, pipeline,
-    pool::Private,
-    quota::{Place, Quota},
-    traced,
-};
+use super::{Accepted, Cluster, Shared, Tracked, pipeline, pool::Private, quota::Place, traced};
 use crate::{
     auth::{Origin, Subject},
     traces::{Context, Stage},
@@ -62,7 +57,8 @@ pub(super) struct Connection {
     pub(super) certificate: Option<Arc<Subject>>,
     pub(super) original_destination: SocketAddr,
     pub(super) pod_ip: Option<HeaderValue>,
-    pub(super) quota: Arc<Quota>,
+    /// Kept until the connection ends, and by the stream that it is upgraded to until that does.
+    pub(super) place: Arc<Place>,
     pub(super) private: Arc<Private>,
     /// The same with the agent's own client certificate.
     pub(super) own_private: Arc<Private>,
@@ -125,7 +121,7 @@ async fn try_serve(shared: &Arc<Shared>, accepted: Accepted) -> Result<(), Conne
     let cluster =
         shared.clusters.get(cluster_index).ok_or(ConnectionError::UnknownCluster { index: cluster_index })?;
     cluster.measures.connection();
-    let place: Place = shared.quotas.place(&caller).ok_or(ConnectionError::TooManyConnections)?;
+    let place = Arc::new(shared.quotas.place(&caller).ok_or(ConnectionError::TooManyConnections)?);
     // Only slower without it.
     let _ = stream.set_nodelay(true);
     let mut trace = traced::connection(shared, &cluster.name, &caller, accepted);
@@ -145,7 +141,7 @@ async fn try_serve(shared: &Arc<Shared>, accepted: Accepted) -> Result<(), Conne
         certificate,
         original_destination,
         pod_ip,
-        quota: Arc::clone(place.quota()),
+        place,
         private: Arc::default(),
         own_private: Arc::default(),
         traced: trace.context(),

@@ -51,7 +51,7 @@ pub(super) fn closed(events: &[Event]) -> Vec<(Option<u16>, Outcome)> {
     events.iter().filter_map(close).collect()
 }
 
-fn refused_connections(events: &[Event]) -> Vec<String> {
+pub(super) fn refused_connections(events: &[Event]) -> Vec<String> {
     let refused = |event: &Event| match &event.kind {
         Kind::ConnectionRefused { reason, .. } => Some(reason.clone()),
         _ => None,
