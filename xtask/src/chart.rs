@@ -12,6 +12,8 @@ use std::{
 use anyhow::{Context as _, Result, bail, ensure};
 use weir_tests::{components, progress::Progress, python};
 
+mod hook;
+
 const CHART: &str = "deploy/helm/weir";
 /// What it renders to, each beside the values that make it.
 const GOLDEN: &str = "deploy/helm/golden";
@@ -130,6 +132,7 @@ pub(crate) fn run(root: &Path) -> Result<()> {
     helm.is_of_every_versions_schema()?;
     helm.refuses_mistakes()?;
     helm.takes_what_covers()?;
+    helm.gives_the_hook_its_time()?;
     helm.brings_what_this_commit_has()?;
     helm.has_a_dashboard_of_grafanas()?;
     helm.asks_prometheus_in_its_language()?;
