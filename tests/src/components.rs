@@ -19,7 +19,7 @@ use crate::python;
 
 mod tools;
 pub use tools::{
-    audit_decoder, build_tools, grafana_dashboard, helm, msk_signer, note_verifier,
+    audit_decoder, build_tools, grafana_dashboard, helm, msk_signer, note_verifier, policies,
     prometheus_operator_kinds, promtool, streams_capture, tools_plan,
 };
 

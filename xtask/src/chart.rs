@@ -4,6 +4,7 @@
 //! What an API server says of it, and that it works on a node, is the integration tests' (`chart`).
 
 use std::{
+    collections::BTreeMap,
     fs,
     path::{Path, PathBuf},
     process::{Command, Output},
@@ -13,6 +14,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use weir_tests::{components, progress::Progress, python};
 
 mod hook;
+mod policies;
 
 const CHART: &str = "deploy/helm/weir";
 /// What it renders to, each beside the values that make it.
@@ -129,7 +131,9 @@ pub(crate) fn run(root: &Path) -> Result<()> {
     let helm = Helm { program: components::helm(Progress::Shown)?, root: root.to_owned() };
     helm.lint()?;
     helm.renders_as_written()?;
-    helm.is_of_every_versions_schema()?;
+    let versions = helm.of_every_version()?;
+    is_of_every_versions_schema(&versions)?;
+    policies::are_of_every_version(&versions)?;
     helm.refuses_mistakes()?;
     helm.takes_what_covers()?;
     helm.gives_the_hook_its_time()?;
@@ -205,41 +209,25 @@ impl Helm {
         Ok(names)
     }
 
-    /// Every object has a schema in each version, and no key that is unknown to it. The Prometheus operator's kinds have none.
-    fn is_of_every_versions_schema(&self) -> Result<()> {
-        let scratch = tempfile::tempdir().context("cannot make a scratch folder")?;
-        for (version, mutating) in VERSIONS {
-            let mut validate = python::KUBERNETES_SCHEMAS.module("kubernetes_validate", Progress::Shown)?;
-            validate.args(["--strict", "--kubernetes-version", version]);
-            let mut count = 0;
-            for name in self.golden()? {
-                let (values, kube) = (format!("{GOLDEN}/{name}{VALUES}"), format!("{version}.0"));
-                let fixed = ["template", "weir", CHART, "--kube-version", &kube, "--values", &values];
-                let served = format!(
-                    "admissionregistration.k8s.io/{}/MutatingAdmissionPolicy",
-                    mutating.unwrap_or("v1alpha1")
-                );
-                let rest: &[&str] = if mutating.is_some() { &[] } else { &WITHOUT_MUTATING };
-                let rendered = self.run(&[&fixed[..], &["--api-versions", &served], rest].concat())?;
-                let objects = rendered.split("\n---\n");
-                let objects: Vec<_> =
-                    objects.filter(|object| !object.contains("apiVersion: monitoring.coreos.com/")).collect();
-                count += objects.len();
-                let file = scratch.path().join(format!("{name}-{version}.yaml"));
-                fs::write(&file, objects.join("\n---\n")).context("cannot write objects")?;
-                validate.arg(file);
-            }
-            let output = validate.output().context("cannot start Python")?;
-            let said = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
-            // What has no schema is only warned of.
-            let passed =
-                said.lines().filter(|line| line.starts_with("INFO ") && line.contains(" passed ")).count();
-            ensure!(
-                output.status.success() && passed == count && said.lines().count() == count,
-                "of {count} objects {passed} are of Kubernetes {version}'s schema:\n{said}"
+    /// What the golden values render to for each version.
+    fn of_every_version(&self) -> Result<Vec<Rendered>> {
+        let names = self.golden()?;
+        let all = VERSIONS.map(|(version, mutating)| -> Result<Rendered> {
+            let kube = format!("{version}.0");
+            let served = format!(
+                "admissionregistration.k8s.io/{}/MutatingAdmissionPolicy",
+                mutating.unwrap_or("v1alpha1")
             );
-        }
-        Ok(())
+            let rest: &[&str] = if mutating.is_some() { &[] } else { &WITHOUT_MUTATING };
+            let render = |name: &String| {
+                let values = format!("{GOLDEN}/{name}{VALUES}");
+                let fixed = ["template", "weir", CHART, "--kube-version", &kube, "--values", &values];
+                let text = self.run(&[&fixed[..], &["--api-versions", &served], rest].concat())?;
+                Ok((name.clone(), text))
+            };
+            Ok(Rendered { version, objects: names.iter().map(render).collect::<Result<_>>()? })
+        });
+        all.into_iter().collect()
     }
 
     fn renders_as_written(&self) -> Result<()> {
@@ -370,6 +358,42 @@ impl Helm {
         ensure!(!read(&queries)?.status.success(), "a query with one parenthesis too many is taken for one");
         Ok(())
     }
+}
+
+/// What the golden values render to for a version of Kubernetes.
+struct Rendered {
+    version: &'static str,
+    /// By the values' name.
+    objects: BTreeMap<String, String>,
+}
+
+/// Every object has a schema in each version, and no key that is unknown to it. The Prometheus operator's kinds have none.
+fn is_of_every_versions_schema(versions: &[Rendered]) -> Result<()> {
+    let scratch = tempfile::tempdir().context("cannot make a scratch folder")?;
+    for Rendered { version, objects } in versions {
+        let mut validate = python::KUBERNETES_SCHEMAS.module("kubernetes_validate", Progress::Shown)?;
+        validate.args(["--strict", "--kubernetes-version", version]);
+        let mut count = 0;
+        for (name, rendered) in objects {
+            let objects = rendered.split("\n---\n");
+            let objects: Vec<_> =
+                objects.filter(|object| !object.contains("apiVersion: monitoring.coreos.com/")).collect();
+            count += objects.len();
+            let file = scratch.path().join(format!("{name}-{version}.yaml"));
+            fs::write(&file, objects.join("\n---\n")).context("cannot write objects")?;
+            validate.arg(file);
+        }
+        let output = validate.output().context("cannot start Python")?;
+        let said = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+        // What has no schema is only warned of.
+        let passed =
+            said.lines().filter(|line| line.starts_with("INFO ") && line.contains(" passed ")).count();
+        ensure!(
+            output.status.success() && passed == count && said.lines().count() == count,
+            "of {count} objects {passed} are of Kubernetes {version}'s schema:\n{said}"
+        );
+    }
+    Ok(())
 }
 
 /// The first line in which two texts differ: its number, and both.

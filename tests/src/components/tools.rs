@@ -11,11 +11,12 @@ use crate::progress::Progress;
 use crate::{key_service, otel_collector};
 
 /// What `cargo xtask test` uses, in the order in which it does.
-pub(super) static TOOLS: [&GoModule; 9] = [
+pub(super) static TOOLS: [&GoModule; 10] = [
     &HELM,
     &CLIENT_GO,
     &PROMTOOL,
     &GRAFANA,
+    &POLICIES,
     &NOTE_VERIFIER,
     &AUDIT_DECODER,
     &MSK_SIGNER,
@@ -83,6 +84,16 @@ static GRAFANA: GoModule = GoModule {
     minutes: 0.3,
 };
 
+/// What compiles admission policies as API servers of each version do; no part of the testbed.
+static POLICIES: GoModule = GoModule {
+    folder: "policies",
+    tags: "",
+    linker_flags: "-s -w",
+    copied: &[],
+    binaries: &[("policies", ".")],
+    minutes: 0.5,
+};
+
 /// What renders and installs the chart; no part of the testbed either.
 static HELM: GoModule = GoModule {
     folder: "helm",
@@ -147,6 +158,14 @@ pub fn helm(progress: Progress) -> Result<PathBuf> {
 /// When it cannot be built.
 pub fn grafana_dashboard(progress: Progress) -> Result<PathBuf> {
     GRAFANA.tool(progress)
+}
+
+/// The program that compiles admission policies as an API server of a version does, built if it is not there.
+///
+/// # Errors
+/// When it cannot be built.
+pub fn policies(progress: Progress) -> Result<PathBuf> {
+    POLICIES.tool(progress)
 }
 
 /// The definitions of the Prometheus operator's kinds that the chart has, as files of a Go module of its; nothing is built.
