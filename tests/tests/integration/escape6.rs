@@ -212,5 +212,5 @@ fn no_way_over_ipv6_leads_around_weir() {
         assert_eq!((said.as_str(), direct.len()), (expected, 0), "{way} after the agent died: {direct:?}");
     }
     kubelet();
-    assert_eq!(far_side.came_from(own), []);
+    assert_eq!(far_side.came_from(own), Vec::<IpAddr>::new());
 }
