@@ -129,16 +129,16 @@ pub enum Reason {
     /// The port that a port-forward's channel begins with is another one.
     #[error("a forwarded connection does not begin with its port; it is recorded with what it begins with")]
     Port,
-    /// Not SPDY version 3.
+    /// Not SPDY version 3, or a control frame of another length than its kind has.
     #[error("not a valid SPDY/3.1 frame; this and what follows in this direction is recorded raw")]
     SpdyFrame,
     /// A control frame of another type, or longer than [`spdy::CONTROL_BYTES_MAX`].
     #[error("a SPDY control frame of an unknown type or length; it is recorded raw")]
     SpdyControl,
     /// Headers that do not decompress within their bound.
-    #[error("SPDY headers that cannot be decompressed; streams that begin from here on are recorded raw")]
+    #[error("SPDY headers that cannot be read; this and what follows in this direction is recorded raw")]
     SpdyHeaders,
-    /// A stream that was not opened, or is the other side's to write.
+    /// A stream that was not opened, is the other side's to write or one of two for a channel, or which its side has ended.
     #[error("data of a SPDY stream whose meaning is not known; it is recorded raw")]
     SpdyStream,
     /// Sparse files, broken headers, long names without end.
@@ -287,7 +287,7 @@ impl Decoder {
                     out.gap(Reason::Frame);
                     out.raw(bytes);
                 }
-                Part::End { .. } | Part::Closed => {}
+                Part::End { .. } => {}
             }),
         }
         out.into_events()

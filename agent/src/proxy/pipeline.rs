@@ -163,6 +163,12 @@ async fn check(
             return Checked::refused(refusal);
         }
     };
+    // Servers hand over the connection with what they have not read of a body, which would be the first bytes of the stream.
+    if !held.bytes.is_empty() && headers::upgrade_protocol(head).is_some() {
+        guard.armed = false;
+        let outcome = Err(Refusal::Unsupported { what: "an upgrade with a body" });
+        return Checked { held, identity: None, outcome };
+    }
     let question = Question { method: head.method.as_str(), path: head.uri.path(), attributes };
     let asked = Asked {
         headers: &head.headers,

@@ -4,7 +4,7 @@
 use std::{
     collections::HashMap,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, PoisonError, Weak,
         atomic::{AtomicUsize, Ordering},
     },
 };
@@ -56,8 +56,8 @@ pub(super) struct Quotas {
     held_bytes: Bound,
     all_connections: Bounded,
     all_held: Arc<Bounded>,
-    /// Pods with at least one connection. Touched when a connection comes or goes, never per request.
-    pods: Mutex<HashMap<Owner, Arc<Quota>>>,
+    /// Pods with at least one connection, or that hold anything still. Touched when a connection comes or goes, never per request.
+    pods: Mutex<HashMap<Owner, Weak<Quota>>>,
 }
 
 /// What one pod uses.
@@ -102,18 +102,22 @@ impl Quotas {
             return None;
         }
         let mut pods = self.pods.lock().unwrap_or_else(PoisonError::into_inner);
-        let quota = pods.entry(owner.clone()).or_insert_with(|| {
-            Arc::new(Quota {
+        let quota = pods.get(&owner).and_then(Weak::upgrade).unwrap_or_else(|| {
+            let quota = Arc::new(Quota {
                 connections: Bounded::new(self.connections.per_pod),
                 held: Bounded::new(self.held_bytes.per_pod),
                 all_held: Arc::clone(&self.all_held),
-            })
+            });
+            // What is held longer than any connection of its pod goes without a word.
+            pods.retain(|_, quota| quota.strong_count() > 0);
+            pods.insert(owner.clone(), Arc::downgrade(&quota));
+            quota
         });
         if !quota.connections.take(1) {
             self.all_connections.give_back(1);
             return None;
         }
-        Some(Place { quotas: Arc::clone(self), owner, quota: Arc::clone(quota) })
+        Some(Place { quotas: Arc::clone(self), owner, quota })
     }
 }
 
@@ -129,7 +133,8 @@ impl Drop for Place {
         self.quotas.all_connections.give_back(1);
         let mut pods = self.quotas.pods.lock().unwrap_or_else(PoisonError::into_inner);
         self.quota.connections.give_back(1);
-        if self.quota.connections.used.load(Ordering::Relaxed) == 0 {
+        // Whoever looks for it holds the lock. A body that is held longer than its connection still counts for the next one.
+        if Arc::strong_count(&self.quota) == 1 {
             pods.remove(&self.owner);
         }
     }
@@ -203,6 +208,16 @@ mod tests {
             1,
             "a pod without connections is forgotten"
         );
+    }
+
+    #[test]
+    fn what_is_held_longer_than_its_connection_counts_for_the_next_one() {
+        let quotas = Quotas::new(Bound { per_pod: 2, in_all: 4 }, Bound { per_pod: 10, in_all: 15 });
+        let held = quotas.place(&caller("a")).expect("a place").quota().hold(10).expect("all of it");
+        assert!(quotas.place(&caller("a")).expect("a place").quota().hold(1).is_none());
+        drop(held);
+        assert!(quotas.place(&caller("b")).expect("a place").quota().hold(1).is_some());
+        assert_eq!(quotas.pods.lock().expect("not poisoned").len(), 0, "nobody is kept for ever");
     }
 
     #[test]

@@ -173,6 +173,14 @@ async fn another_host_is_refused_in_the_request_line_host_and_sni() {
     assert!(rig.raw(&connect).await.starts_with("HTTP/1.1 400"));
     let h2c = format!("GET / HTTP/1.1\r\nHost: {NAME}\r\nConnection: Upgrade, close\r\nUpgrade: h2c\r\n\r\n");
     assert!(rig.raw(&h2c).await.starts_with("HTTP/1.1 400"));
+    // A body would be the first bytes of what follows.
+    let exec = "/api/v1/namespaces/n/pods/p/exec?command=sh&stdin=true";
+    let upgrade = format!("Host: {NAME}\r\nConnection: Upgrade, close\r\nUpgrade: SPDY/3.1\r\n");
+    for body in ["Content-Length: 3\r\n\r\nid\n", "Transfer-Encoding: chunked\r\n\r\n3\r\nid\n\r\n0\r\n\r\n"]
+    {
+        let said = rig.raw(&format!("POST {exec} HTTP/1.1\r\n{upgrade}{body}")).await;
+        assert!(said.starts_with("HTTP/1.1 400") && said.contains("an upgrade with a body"), "{said}");
+    }
     assert!(rig.try_connect("h2", "evil.example").await.is_err());
     assert!(rig.seen().is_empty());
     let [sni] = refused_connections(&rig.events().await).try_into().expect("one refused connection");

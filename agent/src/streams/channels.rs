@@ -114,7 +114,6 @@ impl Messages {
                     out.gap(Reason::Fragment);
                 }
             }
-            Part::Closed => {}
             Part::Invalid(bytes) => {
                 out.gap(Reason::Frame);
                 out.raw(bytes);

@@ -3,6 +3,14 @@
 
 /// Bytes in front of a SPDY/3.1 PING's payload: control bit and version, type 6, no flags, a length of four.
 const SPDY_PING: [u8; 8] = [0x80, 3, 0, 6, 0, 0, 0, 4];
+/// The kinds of control frames whose length all servers read alike, as far as it is theirs.
+const SPDY_OPENING: u8 = 1;
+const SPDY_REPLY: u8 = 2;
+const SPDY_RESET: u8 = 3;
+const SPDY_PING_KIND: u8 = 6;
+const SPDY_GOAWAY: u8 = 7;
+const SPDY_HEADERS: u8 = 8;
+const SPDY_WINDOW: u8 = 9;
 /// Bytes of a SPDY PING's id.
 const SPDY_ID: usize = 4;
 /// First byte of a whole PING of RFC 6455.
@@ -86,17 +94,19 @@ pub(crate) struct FrameEnds {
     head: Vec<u8>,
     /// Bytes of its payload that are to come.
     payload: u64,
+    /// A frame was there that some servers take for longer or shorter than it says.
+    lost: bool,
 }
 
 impl FrameEnds {
     /// From the first byte behind the upgrade on.
     pub(crate) fn new(framing: Framing) -> Self {
-        Self { framing, head: Vec::with_capacity(WEBSOCKET_HEAD_MAX), payload: 0 }
+        Self { framing, head: Vec::with_capacity(WEBSOCKET_HEAD_MAX), payload: 0, lost: false }
     }
 
-    /// Whether what comes next begins a frame.
+    /// Whether what comes next surely begins a frame.
     pub(crate) fn is_between(&self) -> bool {
-        self.head.is_empty() && self.payload == 0
+        self.head.is_empty() && self.payload == 0 && !self.lost
     }
 
     /// Passes over the next bytes, and tells behind how many of them the last frame ends that ends in them, if one does.
@@ -123,11 +133,20 @@ impl FrameEnds {
     }
 
     /// Length of the payload, once the head is whole.
-    fn announced(&self) -> Option<u64> {
+    fn announced(&mut self) -> Option<u64> {
         if self.framing == Framing::Spdy {
-            let [.., high, middle, low] = self.head[..] else { return None };
+            let [first, .., kind, _, high, middle, low] = self.head[..] else { return None };
             let length = u32::from_be_bytes([0, high, middle, low]);
-            return (self.head.len() == SPDY_HEAD).then_some(length.into());
+            let is_whole = self.head.len() == SPDY_HEAD;
+            let is_as_long = match kind {
+                _ if first & 0x80 == 0 => true,
+                SPDY_PING_KIND => length == 4,
+                SPDY_RESET | SPDY_GOAWAY | SPDY_WINDOW => length == 8,
+                SPDY_OPENING..=SPDY_REPLY | SPDY_HEADERS => true,
+                _ => false,
+            };
+            self.lost |= is_whole && !is_as_long;
+            return is_whole.then_some(length.into());
         }
         let [_, second, rest @ ..] = &self.head[..] else { return None };
         let mask = if second & MASKED == 0 { 0 } else { MASK };
@@ -187,6 +206,26 @@ mod tests {
                 assert_eq!(ends.pass(&all[cut..]), last(cut, all.len()), "{framing:?} {cut}");
                 assert!(ends.is_between(), "{framing:?} {cut}");
             }
+        }
+    }
+
+    #[test]
+    fn behind_a_control_frame_whose_length_is_none_of_its_kind_nothing_surely_begins_a_frame() {
+        for (frame, is_sure) in [
+            (&b"\x80\x03\0\x06\0\0\0\x04\0\0\0\x01"[..], true),
+            (b"\x80\x03\0\x06\0\0\0\x05\0\0\0\x01\0", false),
+            (b"\x80\x03\0\x03\0\0\0\x08\0\0\0\x01\0\0\0\x05", true),
+            (b"\x80\x03\0\x03\0\0\0\0", false),
+            (b"\x80\x03\0\x04\0\0\0\x04\0\0\0\0", false),
+            (b"\0\0\0\x06\0\0\0\x01x", true),
+        ] {
+            let mut ends = FrameEnds::new(Framing::Spdy);
+            for piece in frame.chunks(3) {
+                ends.pass(piece);
+            }
+            assert_eq!(ends.is_between(), is_sure, "{frame:x?}");
+            ends.pass(b"\0\0\0\x01\0\0\0\0");
+            assert_eq!(ends.is_between(), is_sure, "{frame:x?}, and later");
         }
     }
 

@@ -1,8 +1,11 @@
 //! SPDY/3.1, as Kubernetes uses it: the client opens streams whose headers say what they are for.
 //!
 //! Data comes out as it comes in. Both directions share the table of streams: a server writes to streams that the
-//! client has opened. Stream ids go up, so one that is used again is the peer's mistake and opens nothing
-//! (`github.com/moby/spdystream`).
+//! client has opened. Stream ids go up by two at least, so one that does not opens nothing.
+//!
+//! What no well-behaved peer sends is read by servers (`github.com/moby/spdystream`) as nobody should rely on: some take a control frame for
+//! as long as its kind says, some as its length does. Where these differ all that follows is raw, so that nothing is taken for a frame
+//! that the server takes for something else.
 
 use std::collections::BTreeMap;
 
@@ -44,7 +47,7 @@ pub(super) struct Session {
     forwards: bool,
     sides: [Side; 2],
     streams: BTreeMap<u32, Stream>,
-    /// Bytes so far of the channels of exec and attach: nothing keeps a client from opening two streams for one.
+    /// Bytes so far of the channels of exec and attach that streams were opened for.
     counts: BTreeMap<Channel, u64>,
 }
 
@@ -55,7 +58,10 @@ struct Side {
     head: Vec<u8>,
     state: State,
     headers: HeaderBlocks,
-    last_stream: u32,
+    /// Least id of the next stream that it may open, if it has opened any.
+    next_stream: u32,
+    /// It has said that it goes: what it says of streams afterwards nobody reads.
+    gone: bool,
 }
 
 /// Where in a frame a side is.
@@ -89,18 +95,12 @@ struct Stream {
     request: Vec<u8>,
     /// By direction: bytes so far, of a forwarded connection.
     counts: [u64; 2],
-    /// By direction: nothing more is to come.
+    /// By direction: nothing more is to come, as far as is told.
     ended: [bool; 2],
-    reset: bool,
+    /// By direction: its own side has said so. What was on its way when the other one broke it off still is part of it.
+    closed: [bool; 2],
     /// It and another one are of one connection.
     paired: bool,
-}
-
-impl Stream {
-    /// Whether data of this direction is part of it. What was on its way when the other side broke it off still is.
-    fn takes(&self, direction: Direction) -> bool {
-        self.reset || !self.ended[direction.index()]
-    }
 }
 
 /// What a stream is for.
@@ -144,7 +144,8 @@ impl Session {
                 }
                 State::Data { stream, remaining, .. } => {
                     let bytes = take(&mut input, remaining);
-                    let open = self.streams.get_mut(stream).filter(|stream| stream.takes(direction));
+                    let open = self.streams.get_mut(stream);
+                    let open = open.filter(|stream| !side.gone && !stream.closed[direction.index()]);
                     let lane = open.as_ref().and_then(|stream| stream.role?.lane(direction));
                     match (open, lane) {
                         (Some(stream), Some(lane)) => {
@@ -162,8 +163,11 @@ impl Session {
                         }
                     }
                 }
-                State::Control { remaining, payload, .. } => {
+                State::Control { kind, remaining, payload, .. } => {
                     payload.extend_from_slice(&take(&mut input, remaining));
+                    if *kind == SETTINGS && !is_settings(payload, *remaining) {
+                        side.give_up(Reason::SpdyFrame, out);
+                    }
                 }
                 State::Raw { remaining } => out.raw(take(&mut input, remaining)),
                 State::Invalid => {
@@ -200,7 +204,7 @@ impl Session {
             State::Control { kind, flags, remaining: 0, payload } => {
                 let (kind, flags, payload) = (*kind, *flags, std::mem::take(payload));
                 side.state = State::Head;
-                self.control(direction, kind, flags, &payload, out);
+                self.control(direction, kind, flags, payload, out);
                 self.sides[direction.index()].head.clear();
             }
             State::Raw { remaining: 0 } => side.state = State::Head,
@@ -208,8 +212,16 @@ impl Session {
         }
     }
 
-    fn control(&mut self, direction: Direction, kind: u16, flags: u8, payload: &[u8], out: &mut Output<'_>) {
+    fn control(
+        &mut self,
+        direction: Direction,
+        kind: u16,
+        flags: u8,
+        payload: Vec<u8>,
+        out: &mut Output<'_>,
+    ) {
         let side = &mut self.sides[direction.index()];
+        side.gone |= kind == GOAWAY;
         let stream = payload.first_chunk::<4>().map(|id| u32::from_be_bytes(*id) & 0x7fff_ffff);
         let (Some(id), true) = (stream, matches!(kind, SYN_STREAM | SYN_REPLY | RST_STREAM | HEADERS)) else {
             return;
@@ -219,18 +231,16 @@ impl Session {
         }
         let compressed = payload.get(if kind == SYN_STREAM { 10 } else { 4 }..).unwrap_or_default();
         let block = side.headers.next(compressed);
-        let headers = block.as_deref().and_then(headers);
-        if headers.is_none() {
-            out.gap(Reason::SpdyHeaders);
-            out.raw([&side.head[..], payload].concat().into());
-        }
+        let Some(headers) = block.as_deref().and_then(headers) else {
+            side.state = State::Control { kind, flags, remaining: 0, payload };
+            return side.give_up(Reason::SpdyHeaders, out);
+        };
         if kind == SYN_STREAM {
-            if id <= side.last_stream {
-                out.gap(Reason::SpdyStream);
-                return;
+            if id == 0 || id < side.next_stream || side.gone {
+                return out.gap(Reason::SpdyStream);
             }
-            side.last_stream = id;
-            self.open(direction, id, &headers.unwrap_or_default(), out);
+            side.next_stream = id + 2;
+            self.open(direction, id, &headers, out);
         }
         if flags & FIN != 0 {
             self.fin(direction, id, out);
@@ -251,7 +261,7 @@ impl Session {
             let port = std::str::from_utf8(header(b"port")).ok().and_then(|port| port.parse().ok());
             self.forwarded(id, kind, port.unwrap_or_default(), &request)
         } else {
-            process(kind).map(Role::Process)
+            process(kind).and_then(|channel| self.only(channel)).map(Role::Process)
         };
         match role {
             None => out.gap(Reason::SpdyStream),
@@ -264,8 +274,20 @@ impl Session {
         }
         self.make_room();
         let paired = matches!(role, Some(Role::Data(of) | Role::Error(of)) if of.id != id);
-        let stream = Stream { role, request, counts: [0; 2], ended: [false; 2], reset: false, paired };
+        let stream = Stream { role, request, counts: [0; 2], ended: [false; 2], closed: [false; 2], paired };
         self.streams.insert(id, stream);
+    }
+
+    /// This channel, for a stream that is opened for it; none if there was one before: which of them a server reads depends on when it has
+    /// seen how many, so that neither is that channel's from now on.
+    fn only(&mut self, channel: Channel) -> Option<Channel> {
+        if self.counts.contains_key(&channel) {
+            let same = self.streams.values_mut().filter(|stream| stream.role == Some(Role::Process(channel)));
+            same.for_each(|stream| stream.role = None);
+            return None;
+        }
+        self.counts.insert(channel, 0);
+        Some(channel)
     }
 
     /// The role of a port-forward's stream. A connection has two of them with the same request id, and the number of
@@ -303,6 +325,7 @@ impl Session {
 
     fn fin(&mut self, direction: Direction, id: u32, out: &mut Output<'_>) {
         let Some(stream) = self.streams.get_mut(&id) else { return };
+        stream.closed[direction.index()] = true;
         if !std::mem::replace(&mut stream.ended[direction.index()], true)
             && let Some(lane) = stream.role.and_then(|role| role.lane(direction))
         {
@@ -317,7 +340,7 @@ impl Session {
             Direction::ServerToClient => Direction::ClientToServer,
         };
         let was_open = std::mem::replace(&mut stream.ended, [true; 2]) != [true; 2];
-        stream.reset = true;
+        stream.closed[direction.index()] = true;
         if was_open
             && let Some(role) = stream.role
             && let Some(lane) = role.lane(direction).or_else(|| role.lane(other))
@@ -339,13 +362,17 @@ impl Side {
             self.state = State::Data { stream, fin: flags & FIN != 0, remaining };
             return;
         }
-        if u16::from_be_bytes([a & 0x7f, b]) != VERSION {
-            out.gap(Reason::SpdyFrame);
-            out.raw(std::mem::take(&mut self.head).into());
-            self.state = State::Invalid;
-            return;
-        }
         let kind = u16::from_be_bytes([c, d]);
+        let may_be_as_long = match kind {
+            PING => remaining == 4,
+            RST_STREAM | GOAWAY | WINDOW_UPDATE => remaining == 8,
+            SYN_STREAM => remaining >= 10,
+            SYN_REPLY | HEADERS | SETTINGS => remaining >= 4,
+            _ => true,
+        };
+        if u16::from_be_bytes([a & 0x7f, b]) != VERSION || !may_be_as_long {
+            return self.give_up(Reason::SpdyFrame, out);
+        }
         let has_headers = matches!(kind, SYN_STREAM | SYN_REPLY | HEADERS);
         let known = has_headers || matches!(kind, RST_STREAM | SETTINGS | PING | GOAWAY | WINDOW_UPDATE);
         if known && remaining <= CONTROL_BYTES_MAX {
@@ -359,6 +386,21 @@ impl Side {
         out.raw(std::mem::take(&mut self.head).into());
         self.state = State::Raw { remaining };
     }
+
+    /// Takes the frame that has begun, and all that follows, for bytes.
+    fn give_up(&mut self, reason: Reason, out: &mut Output<'_>) {
+        out.gap(reason);
+        out.raw(std::mem::take(&mut self.head).into());
+        if let State::Control { payload, .. } = std::mem::replace(&mut self.state, State::Invalid) {
+            out.raw(payload.into());
+        }
+    }
+}
+
+/// Whether SETTINGS are as many as they say, once that is there.
+fn is_settings(payload: &[u8], remaining: usize) -> bool {
+    let Some(count) = payload.first_chunk() else { return true };
+    u64::from(u32::from_be_bytes(*count)) * 8 + 4 == (payload.len() + remaining) as u64
 }
 
 /// The next bytes of a frame.

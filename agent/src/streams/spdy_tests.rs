@@ -129,9 +129,9 @@ fn a_bomb_in_headers_stays_bounded() {
 
 #[test]
 fn streams_beyond_the_most_that_are_kept_push_out_the_oldest() {
-    let mut decoder = Decoder::new(SPDY);
+    let mut decoder = Decoder::new(Agreed { subresource: "portforward", ..SPDY });
     for number in 0..3000_u32 {
-        let mut open = syn_stream(0, 0, &block(number == 0, &[("streamtype", "stdin")]));
+        let mut open = syn_stream(0, 0, &block(number == 0, &[("streamtype", "error"), ("port", "80")]));
         open[8..12].copy_from_slice(&(number * 2 + 1).to_be_bytes());
         decoder.feed(CLIENT, &open.into());
     }
@@ -142,24 +142,35 @@ fn streams_beyond_the_most_that_are_kept_push_out_the_oldest() {
     .assert_eq(&text(&decoder.feed(CLIENT, &data(1, false, b"x").into())));
 }
 
+/// What the client's bytes come to.
+#[track_caller]
+fn client(bytes: &[Vec<u8>], expected: expect_test::Expect) {
+    check(SPDY, CLIENT, &bytes.concat(), expected);
+}
+
+/// A session's beginning: the stream 1 is stdin.
+fn stdin() -> Vec<u8> {
+    syn_stream(1, 0, &block(true, &[("streamtype", "stdin")]))
+}
+
 #[test]
-fn two_streams_for_one_channel_are_one_channel_and_servers_open_none() {
+fn of_two_streams_for_one_channel_neither_is_it_and_servers_open_none() {
     let bytes = [
-        syn_stream(1, 0, &block(true, &[("streamtype", "stdin")])),
-        syn_stream(3, 0, &block(false, &[("streamtype", "stdin")])),
+        stdin(),
         data(1, false, b"a"),
-        data(3, true, b"b"),
-        data(1, false, b"c"),
+        syn_stream(3, 0, &block(false, &[("streamtype", "stdin")])),
+        data(1, false, b"b"),
+        data(3, false, b"c"),
+        syn_stream(5, 0, &block(false, &[("streamtype", "stdin")])),
+        data(5, true, b"d"),
     ];
-    check(
-        SPDY,
-        CLIENT,
-        &bytes.concat(),
+    client(
+        &bytes,
         expect![[r#"
-        Stdin @0 ab
-        Stdin Ended
-        Stdin @2 c
-    "#]],
+            Stdin @0 a
+            gap SpdyStream
+            ClientRaw @0 \x00\x00\x00\x01\x00\x00\x00\x01b\x00\x00\x00\x03\x00\x00\x00\x01c\x00\x00\x00\x05\x01\x00\x00\x01d
+        "#]],
     );
     check(
         SPDY,
@@ -167,8 +178,75 @@ fn two_streams_for_one_channel_are_one_channel_and_servers_open_none() {
         &bytes.concat(),
         expect![[r#"
         gap SpdyStream
-        ServerRaw @0 \x00\x00\x00\x01\x00\x00\x00\x01a\x00\x00\x00\x03\x01\x00\x00\x01b\x00\x00\x00\x01\x00\x00\x00\x01c
+        ServerRaw @0 \x00\x00\x00\x01\x00\x00\x00\x01a\x00\x00\x00\x01\x00\x00\x00\x01b\x00\x00\x00\x03\x00\x00\x00\x01c\x00\x00\x00\x05\x01\x00\x00\x01d
     "#]],
+    );
+}
+
+/// `PingFrame.read` and `RstStreamFrame.read` of spdystream take four and eight bytes, and `SettingsFrame.read` as many as the number in
+/// front says, whatever the length; the bytes behind are the next frame.
+#[test]
+fn a_control_frame_that_servers_take_for_shorter_than_it_says_hides_nothing() {
+    let hidden = data(1, false, b"touch /x\n");
+    let longer = |kind, payload: &[u8]| control(kind, 0, &[payload, &hidden].concat());
+    for frame in [
+        longer(6, &[0, 0, 0, 1]),
+        longer(3, &[0, 0, 0, 9, 0, 0, 0, 5]),
+        longer(4, &[0, 0, 0, 0]),
+        longer(4, &[0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 1]),
+        longer(7, &[0; 8]),
+        longer(9, &[0; 8]),
+    ] {
+        let decoded = decode(SPDY, &[(CLIENT, [stdin(), frame.clone(), data(1, false, b"id\n")].concat())]);
+        let all = [frame, data(1, false, b"id\n")].concat();
+        assert_eq!(lane(&decoded, Channel::ClientRaw), all, "it and what follows");
+    }
+    // And for longer: what would be data is a part of the frame.
+    for frame in [control(6, 0, &[]), control(3, 0, &[0; 4]), control(4, 0, &[0, 0, 0, 9])] {
+        let decoded = decode(SPDY, &[(CLIENT, [stdin(), frame.clone(), data(1, false, b"id\n")].concat())]);
+        assert_eq!(lane(&decoded, Channel::Stdin), b"");
+        assert_eq!(lane(&decoded, Channel::ClientRaw), [frame, data(1, false, b"id\n")].concat());
+    }
+    // As they should be.
+    let settings = control(4, 0, &[0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 1]);
+    let window = control(9, 0, &[0, 0, 0, 1, 0, 0, 1, 0]);
+    client(
+        &[stdin(), settings, window, control(6, 0, &[0, 0, 0, 1]), data(1, false, b"id")],
+        expect![[r#"
+            Stdin @0 id
+        "#]],
+    );
+}
+
+#[test]
+fn what_a_client_says_of_a_stream_that_it_has_ended_is_not_its_channels() {
+    let reset = |by| [(by, control(3, 0, &[0, 0, 0, 1, 0, 0, 0, 5])), (CLIENT, data(1, false, b"x"))];
+    for (by, expected) in [(CLIENT, &b""[..]), (SERVER, b"x")] {
+        let pieces = [vec![(CLIENT, stdin())], reset(by).to_vec()].concat();
+        assert_eq!(lane(&decode(SPDY, &pieces), Channel::Stdin), expected, "reset by {by:?}");
+    }
+    let pieces = [(CLIENT, [stdin(), data(1, true, b"")].concat())].into_iter().chain(reset(SERVER));
+    assert_eq!(lane(&decode(SPDY, &pieces.collect::<Vec<_>>()), Channel::Stdin), b"", "ended, and reset");
+    client(
+        &[
+            stdin(),
+            control(7, 0, &[0; 8]),
+            data(1, false, b"x"),
+            syn_stream(3, 0, &block(false, &[("streamtype", "resize")])),
+            data(3, false, b"{}"),
+        ],
+        expect![[r#"
+            gap SpdyStream
+            ClientRaw @0 \x00\x00\x00\x01\x00\x00\x00\x01x\x00\x00\x00\x03\x00\x00\x00\x02{}
+        "#]],
+    );
+    // Servers want ids that go up by two.
+    client(
+        &[stdin(), syn_stream(2, 0, &block(false, &[("streamtype", "resize")])), data(2, false, b"{}")],
+        expect![[r#"
+            gap SpdyStream
+            ClientRaw @0 \x00\x00\x00\x02\x00\x00\x00\x02{}
+        "#]],
     );
 }
 

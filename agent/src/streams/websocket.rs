@@ -25,8 +25,6 @@ pub(super) enum Part {
     Payload(Bytes),
     /// A frame of a message is over: the last one, or one of several.
     End { last: bool },
-    /// A close frame.
-    Closed,
     /// Bytes that are no frames, as they came.
     Invalid(Bytes),
 }
@@ -38,6 +36,8 @@ pub(super) struct Frames {
     head_bytes: usize,
     frame: Option<Frame>,
     in_message: bool,
+    /// A close frame was there: nobody reads messages that follow (RFC 6455 §5.5.1).
+    closed: bool,
     invalid: bool,
 }
 
@@ -102,8 +102,8 @@ impl Frames {
         let valid = first & 0x70 == 0
             && remaining <= u64::MAX >> 1
             && match opcode {
-                CONTINUATION => self.in_message,
-                TEXT | BINARY => !self.in_message,
+                CONTINUATION => self.in_message && !self.closed,
+                TEXT | BINARY => !self.in_message && !self.closed,
                 CLOSE..=PONG => last && remaining <= CONTROL_BYTES_MAX,
                 _ => false,
             };
@@ -124,7 +124,7 @@ impl Frames {
                 self.in_message = !last;
                 take(Part::End { last });
             }
-            CLOSE => take(Part::Closed),
+            CLOSE => self.closed = true,
             _ => {}
         }
     }

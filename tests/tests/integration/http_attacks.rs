@@ -91,6 +91,13 @@ fn targets(token: &str) -> Vec<Attack> {
     let port = format!("{API_CLUSTER_IP}:443");
     let h2c =
         "Connection: Upgrade, HTTP2-Settings, close\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAAP__\r\n";
+    // Servers take what they have not read of a body for the first bytes of the stream, which are no part of the record's.
+    let body = "id\n";
+    let exec = "/api/v1/namespaces/it-http/pods/caller/exec?command=sh&stdin=true&stdout=true";
+    let websocket = "Connection: Upgrade, close\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n\
+                     Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Protocol: v5.channel.k8s.io\r\n";
+    let headers = format!("{websocket}Content-Length: {}\r\n", body.len());
+    let upgrade = format!("{}{body}", get(exec, API_CLUSTER_IP, &headers, token));
     let refused = |name, statuses, bytes| Attack { name, bytes, statuses, forwarded: 0 };
     let other = "other.example";
     vec![
@@ -100,6 +107,7 @@ fn targets(token: &str) -> Vec<Attack> {
         refused("absolute form and another Host", &[400], get(&absolute, other, CLOSE, token)),
         refused("two hosts", &[400], api(&format!("{CLOSE}Host: other.example\r\n"))),
         refused("h2c", &[400], api(h2c)),
+        refused("an upgrade with a body", &[400], upgrade),
         refused("CONNECT", &[400], format!("{}{CLOSE}\r\n", head("CONNECT", &port, &port, token))),
         refused("impersonation", &[403], api(&format!("{CLOSE}Impersonate-User: admin\r\n"))),
         Attack {
@@ -126,7 +134,12 @@ fn no_http_trick_brings_a_request_to_the_api_server_without_a_record() {
     {
         let (told_before, seen_before) = (told(&scene.events()), seen());
         let found = statuses(&scene, &pod, bytes.as_bytes());
-        let reached = seen() - seen_before;
+        // The API server's own entry may come after its answer.
+        let reached = wait_until("what is forwarded to be seen", DEADLINE, || {
+            let reached = seen() - seen_before;
+            Ok((reached >= forwarded).then_some(reached))
+        })
+        .unwrap_or_default();
         if (found.as_slice(), reached) != (expected, forwarded) {
             wrong.push(format!("{name}: {found:?}, {reached} forwarded; not {expected:?}, {forwarded}"));
         }
