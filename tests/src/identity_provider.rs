@@ -44,7 +44,7 @@ const ADDRESS: &str = "127.0.0.1";
 const HOST: &str = "localhost";
 
 /// It listens within a second; builds may run beside it.
-const READY_DEADLINE: Duration = Duration::from_secs(30);
+const READY_DEADLINE: Duration = Duration::from_secs(120);
 /// Of one exchange with it.
 const EXCHANGE_TIMEOUT: Duration = Duration::from_secs(10);
 /// For it to end by itself.

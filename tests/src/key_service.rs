@@ -32,7 +32,7 @@ const REGION: &str = "eu-central-1";
 const ACCOUNT: &str = "123456789012";
 /// File in its folder that names the key.
 const SEED: &str = "seed.yaml";
-const READY_DEADLINE: Duration = Duration::from_secs(30);
+const READY_DEADLINE: Duration = Duration::from_secs(120);
 /// For it to end by itself.
 const GRACE: Duration = Duration::from_secs(3);
 /// Lines of its log that an error shows.

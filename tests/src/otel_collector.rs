@@ -30,7 +30,7 @@ pub(crate) static OTEL_COLLECTOR: GoModule = GoModule {
 
 const ADDRESS: &str = "127.0.0.1";
 /// It listens within a second; builds may run beside it.
-const READY_DEADLINE: Duration = Duration::from_secs(30);
+const READY_DEADLINE: Duration = Duration::from_secs(120);
 /// For it to end by itself.
 const GRACE: Duration = Duration::from_secs(3);
 

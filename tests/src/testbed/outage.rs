@@ -30,7 +30,7 @@ const SIGNING_DURATION: &str = "--cluster-signing-duration=";
 const READY_DEADLINE: Duration = Duration::from_secs(120);
 
 /// For a killed process to be gone.
-const END_DEADLINE: Duration = Duration::from_secs(10);
+const END_DEADLINE: Duration = Duration::from_secs(60);
 
 /// A testbed without one of its components; that is started again when this value goes.
 #[derive(Debug)]

@@ -124,6 +124,14 @@ impl RawClient {
         Self { stream: StreamOwned::new(tls, pipe), program }
     }
 
+    /// Now, where the first bytes are sent later: a server waits some seconds only for a client to say who it is.
+    fn handshake(&mut self) -> io::Result<()> {
+        while self.stream.conn.is_handshaking() {
+            self.stream.conn.complete_io(&mut self.stream.sock)?;
+        }
+        Ok(())
+    }
+
     /// An error means that the server has closed.
     pub(super) fn send(&mut self, bytes: &[u8]) -> io::Result<()> {
         self.stream.write_all(bytes)?;
@@ -202,8 +210,10 @@ pub(super) struct Requests {
 
 impl Requests {
     pub(super) fn new(testbed: &Testbed, pod: &Pod<'_>) -> Self {
-        let client = RawClient::connect(testbed, pod, API_CLUSTER_IP, "http/1.1");
-        Self { client, namespace: pod.namespace.clone(), token: token(pod) }
+        let token = token(pod);
+        let mut client = RawClient::connect(testbed, pod, API_CLUSTER_IP, "http/1.1");
+        client.handshake().unwrap();
+        Self { client, namespace: pod.namespace.clone(), token }
     }
 
     fn request(&self, method: &str, path: &str, content_type: &str, body: &str) -> String {

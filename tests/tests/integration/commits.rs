@@ -248,7 +248,8 @@ fn a_pod_that_floods_is_told_to_wait_and_its_neighbour_notices_nothing() {
     let quiet = scene.testbed.run_pod(&PodSpec::idle("it-flood", "quiet")).unwrap();
     let mut configuration =
         agent::configuration(&scene.testbed, &scene.journal(), TrustSource::ClusterSigner);
-    configuration["limits"] = json!({"podBytesPerSecond": 1 << 20, "podBurstBytes": 2 << 20});
+    // The least that there is, so that a slow machine has it exceeded as well.
+    configuration["limits"] = json!({"podBytesPerSecond": 1 << 20, "podBurstBytes": 1 << 20});
     configuration["recording"] = json!({"backlog": {"waitSeconds": 0}});
     let (agent, monitored) = Monitored::start_with(&scene, configuration);
     let (mut flood, mut calm) =

@@ -281,7 +281,7 @@ fn a_watch_outlives_its_credentials_and_those_that_are_taken_back_are_got_anew()
     let agent = start(&scene, &rig, "deploy");
     let mut watching = runner
         .exec_command()
-        .args(["timeout", "180", "kubectl", "get", "configmaps", "-w", "-o", "name"])
+        .args(["timeout", "900", "kubectl", "get", "configmaps", "-w", "-o", "name"])
         .stdout(Stdio::piped())
         .spawn()
         .unwrap();

@@ -129,13 +129,25 @@ pub(super) fn segments(epoch: &Path) -> Vec<PathBuf> {
     segments
 }
 
+/// What the segments of an epoch hold, in order. One that goes meanwhile, as what is published does, has them read anew.
+fn contents_of(epoch: &Path) -> Vec<Vec<u8>> {
+    wait_until("an epoch to be read whole", DEADLINE, || {
+        let contents: std::io::Result<Vec<_>> = segments(epoch).iter().map(std::fs::read).collect();
+        match contents {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            contents => Ok(Some(contents?)),
+        }
+    })
+    .unwrap()
+}
+
 /// All frames of a journal, read without the agent and without `weir`.
 pub(super) fn recorded(journal: &Path) -> Vec<Recorded> {
     let mut recorded = Vec::new();
     for folder in epochs(journal) {
         let epoch = folder.file_name().unwrap().to_str().unwrap().to_owned();
         let verifier = std::fs::read_to_string(folder.join("node.pub")).unwrap().trim().to_owned();
-        let contents: Vec<_> = segments(&folder).iter().map(|path| std::fs::read(path).unwrap()).collect();
+        let contents = contents_of(&folder);
         for (number, bytes) in contents.iter().enumerate() {
             let next = contents.get(number + 1);
             let next =

@@ -19,7 +19,7 @@ pub(super) fn is_what_the_api_server_takes(node: &Node<'_>) {
         node.testbed.kubectl(&["apply", "--server-side", "-f", file]).unwrap();
     }
     let kinds = KINDS.map(|kind| format!("crd/{kind}"));
-    let served = ["wait", "--for=condition=Established", "--timeout=30s", &kinds[0], &kinds[1]];
+    let served = ["wait", "--for=condition=Established", "--timeout=120s", &kinds[0], &kinds[1]];
     node.testbed.kubectl(&served).unwrap();
     let root = components::repository().join("deploy/helm");
     let file = node.scratch.join("rendered.yaml");

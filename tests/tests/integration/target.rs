@@ -19,6 +19,6 @@ pub(super) fn run(testbed: &Testbed, namespace: &str, containers: &[Value]) {
         "spec": {"restartPolicy": "Never", "terminationGracePeriodSeconds": 1, "containers": containers},
     });
     testbed.apply(&pod.to_string()).unwrap();
-    let ready = ["wait", "pod/target", "-n", namespace, "--for=condition=Ready", "--timeout=120s"];
+    let ready = ["wait", "pod/target", "-n", namespace, "--for=condition=Ready", "--timeout=300s"];
     testbed.kubectl(&ready).unwrap();
 }

@@ -36,8 +36,12 @@ pub(super) fn program() -> PathBuf {
     target.join(triple).join("debug/weir-escape")
 }
 
-/// Ports of markers: each its own, since every watch sees those of the others.
-static MARKERS: AtomicU16 = AtomicU16::new(20_000);
+/// Ports of markers: each its own, since every watch sees those of the others. No server of the testbed has one of these, nor is one given
+/// to a client: a packet to a guarded port is never a marker.
+const MARKERS: std::ops::Range<u16> = 30_000..32_768;
+
+/// How many were taken.
+static TAKEN: AtomicU16 = AtomicU16::new(0);
 
 /// The watcher and what it has seen.
 pub(super) struct Watch {
@@ -72,7 +76,7 @@ impl Watch {
 
     /// Has a marker sent, waits until it is seen, and takes what was seen before it.
     pub(super) fn until_marker(&self, to: IpAddr, protocol: u8, send: impl Fn(&str)) -> Vec<String> {
-        let port = MARKERS.fetch_add(1, Ordering::Relaxed) + 1;
+        let port = MARKERS.start + TAKEN.fetch_add(1, Ordering::Relaxed) % (MARKERS.end - MARKERS.start);
         let marker = format!(" {to} {protocol} {port}");
         wait_until("the marker at the far side", DEADLINE, || {
             send(&SocketAddr::new(to, port).to_string());

@@ -25,7 +25,7 @@ use super::{
 };
 
 /// A pod that the kubelet starts anew, and an agent in it.
-const AGAIN_DEADLINE: Duration = Duration::from_secs(90);
+const AGAIN_DEADLINE: Duration = Duration::from_secs(300);
 const PINS: &str = "/sys/fs/bpf/weir";
 const SERVICE: &str = "10.96.0.1:443";
 const BRIDGE: &str = "weirtb0";

@@ -20,8 +20,8 @@ pub(crate) const NAMESPACE: &str = "weir-system";
 const IMAGE: &str = "weir.test/weir-agent:1";
 /// Where the chart's agent keeps things on the node, which here is this machine.
 pub(crate) const STATE: &str = "/var/lib/weir";
-/// The image is there, and nothing is pulled.
-pub(crate) const READY_DEADLINE: &str = "--timeout=120s";
+/// The image is there, and nothing is pulled; but an agent before it may drain as long as it may.
+pub(crate) const READY_DEADLINE: &str = "--timeout=300s";
 
 /// The folder that `cargo xtask dist --test` has made.
 fn dist() -> Option<PathBuf> {

@@ -104,7 +104,7 @@ pub(super) fn names_a_node_that_is_down(release: &Release<'_>) {
     })
     .unwrap();
     release.testbed.apply(&job.to_string()).unwrap();
-    let failed = ["wait", "--for=condition=Failed", "--timeout=120s", "-n", NAMESPACE, "job/weir-uninstall"];
+    let failed = ["wait", "--for=condition=Failed", "--timeout=300s", "-n", NAMESPACE, "job/weir-uninstall"];
     let ended = release.testbed.kubectl(&failed);
     let said = release.testbed.kubectl(&["logs", "-n", NAMESPACE, "job/weir-uninstall"]).unwrap();
     ended.unwrap_or_else(|error| panic!("{error:#}: {said}"));

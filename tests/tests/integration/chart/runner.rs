@@ -37,7 +37,7 @@ pub(super) fn works_unchanged(release: &Release<'_>, scene: &Scene) {
     release.testbed.apply(&volume.to_string()).unwrap();
     release.testbed.apply(RUNNER).unwrap();
     let get = ["get", "pod", "runners-abcde", "-n", NAMESPACE, "-o", "json"];
-    let pod = wait_until("the runner to end", DEADLINE, || {
+    let pod = wait_until("the runner to end", 3 * DEADLINE, || {
         let pod: Value = serde_json::from_str(&release.testbed.kubectl(&get)?)?;
         Ok(matches!(pod["status"]["phase"].as_str(), Some("Succeeded" | "Failed")).then_some(pod))
     })
