@@ -62,7 +62,11 @@ enum Command {
     /// Test the alert rules of deploy/prometheus with promtool.
     Rules,
     /// Check the Helm chart: lint, what it renders to, and which mistakes in values it refuses.
-    Chart,
+    Chart {
+        /// Compare the runner of its test with the chart in this checkout of Actions Runner Controller, and nothing else.
+        #[arg(long, value_name = "FOLDER")]
+        arc: Option<std::path::PathBuf>,
+    },
     /// Run everything that must pass before a change lands.
     Test {
         /// Full counts where a suite has fewer by default.
@@ -112,7 +116,7 @@ fn run(command: Command) -> Result<()> {
         Command::Tidy => tidy::run(root),
         Command::Deny => test::deny(root),
         Command::Rules => test::rules(root),
-        Command::Chart => chart::run(root),
+        Command::Chart { arc } => chart::run(root, arc.as_deref()),
         Command::Test { kernels: true, in_turn, only, .. } => kernels::run(root, in_turn, &only),
         Command::Test { long, .. } => test::run(root, long),
     }
