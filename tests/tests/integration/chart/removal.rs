@@ -95,6 +95,7 @@ pub(super) fn names_a_node_that_is_down(release: &Release<'_>) {
     words[patience + 1] = json!("1");
     let hooks = json!({"apiVersion": "v1", "kind": "List", "items": hooks});
     release.testbed.apply(&hooks.to_string()).unwrap();
+    ends_no_agents_later(release, job.clone());
     // How long the cluster takes for it is another matter.
     let there = format!("--field-selector=spec.nodeName={AWAY}");
     let bound =
@@ -110,6 +111,25 @@ pub(super) fn names_a_node_that_is_down(release: &Release<'_>) {
     ended.unwrap_or_else(|error| panic!("{error:#}: {said}"));
     let why = format!("{AWAY}: its pod is not started: does its kubelet run?");
     assert!(said.contains(&why), "{said}");
+}
+
+/// One that no node takes is over by itself, and no agent with it.
+fn ends_no_agents_later(release: &Release<'_>, mut job: Value) {
+    let limit = &mut job["spec"]["activeDeadlineSeconds"];
+    assert!(limit.is_u64(), "{limit}");
+    // By default it is some minutes.
+    *limit = json!(1);
+    job["metadata"]["name"] = json!("weir-uninstall-nowhere");
+    job["spec"]["template"]["spec"]["nodeSelector"] = json!({"example.com/there-is": "none"});
+    release.testbed.apply(&job.to_string()).unwrap();
+    let name = ["-n", NAMESPACE, "job/weir-uninstall-nowhere"];
+    let failed = [&["wait", "--for=condition=Failed", "--timeout=120s"], &name[..]].concat();
+    release.testbed.kubectl(&failed).unwrap();
+    let why = [&["get", "-o", "jsonpath={.status.conditions[*].reason}"], &name[..]].concat();
+    let why = release.testbed.kubectl(&why).unwrap();
+    assert!(why.contains("DeadlineExceeded"), "{why}");
+    release.testbed.kubectl(&[&["delete"], &name[..]].concat()).unwrap();
+    assert!(!release.pods().is_empty(), "agents run");
 }
 
 /// A node that is in the cluster while this value is there.
