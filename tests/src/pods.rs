@@ -30,6 +30,8 @@ pub struct PodSpec<'a> {
     pub name: &'a str,
     /// Labels of the pod.
     pub labels: &'a [(&'a str, &'a str)],
+    /// Annotations of the pod.
+    pub annotations: &'a [(&'a str, &'a str)],
     /// Service account; it must exist.
     pub service_account: &'a str,
     /// Whether it shares the host's network.
@@ -71,6 +73,7 @@ impl<'a> PodSpec<'a> {
             namespace,
             name,
             labels: &[],
+            annotations: &[],
             service_account: "default",
             host_network: false,
             folders: &[],
@@ -87,13 +90,17 @@ impl<'a> PodSpec<'a> {
             folders().map(|(name, folder)| json!({"name": name, "hostPath": {"path": folder.from}}));
         let mounts =
             folders().map(|(name, folder)| json!({"name": name, "mountPath": folder.to, "readOnly": true}));
+        let map = |of: &[(&str, &str)]| {
+            of.iter().map(|(key, value)| ((*key).to_owned(), json!(value))).collect::<serde_json::Map<_, _>>()
+        };
         json!({
             "apiVersion": "v1",
             "kind": "Pod",
             "metadata": {
                 "namespace": self.namespace,
                 "name": self.name,
-                "labels": self.labels.iter().map(|(key, value)| ((*key).to_owned(), json!(value))).collect::<serde_json::Map<_, _>>(),
+                "labels": map(self.labels),
+                "annotations": map(self.annotations),
             },
             "spec": {
                 "serviceAccountName": self.service_account,

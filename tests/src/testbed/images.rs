@@ -25,11 +25,12 @@ pub const AGENT_IMAGE: &str = "weir.test/agent:1";
 /// Changes when the recipe here does, so that a kept image is not taken for a new one.
 const RECIPE: &str = "2";
 
-/// What a runner in ARC's `kubernetes` mode asks of the API: a pod for its job, a secret, a command in that pod.
+/// What a runner in ARC's `kubernetes` mode asks of the API: what it may, a pod for its job, a secret, a command in that pod.
 const RUNNER: &str = r#"#!/bin/sh
 set -eux
 test "$ACTIONS_RUNNER_INPUT_JITCONFIG" = jit
 echo work > /home/runner/_work/job
+test "$(kubectl auth can-i create pods)" = yes
 kubectl get pods -o name
 kubectl create secret generic "$ACTIONS_RUNNER_POD_NAME-job" --from-literal=a=b
 kubectl run job --image=weir.test/agent:1 --restart=Never --command -- sleep 1000

@@ -74,6 +74,8 @@ fn the_chart_installs_upgrades_under_load_and_removes_itself() {
     let first = PodSpec::idle("it-chart", "first");
     a_pod_waits_for_the_startup_taint(&release, &first);
     let keys = signing::Keys::make(&release);
+    runner::goes_on_by_the_guides_rule(&release, &scene);
+    release.change_values(|all| all["config"]["intentAnnotations"] = guides::intent_annotations());
     release.must_install(&["startupTaint=true"]);
     takes_the_startup_taint_off_and_may_change_nothing_else(&release);
     let first = scene.testbed.run_pod(&first).unwrap();

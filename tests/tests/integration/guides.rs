@@ -135,6 +135,20 @@ pub(super) fn values_are_taken(node: &Node<'_>) {
     assert!(line.is_some_and(|line| line.contains("admissionregistration.k8s.io/v1 ")), "{served}");
 }
 
+/// A block of a guide, by how it begins.
+#[track_caller]
+pub(super) fn block(guide: &str, begins: &str) -> String {
+    take(&mut listed_blocks(), guide, begins)
+}
+
+/// What the guide for GitLab has as `config.intentAnnotations`.
+#[track_caller]
+pub(super) fn intent_annotations() -> Value {
+    let text = fs::read_to_string(components::repository().join("docs/guides/gitlab-runner.md")).unwrap();
+    let named = text.split("`config.intentAnnotations: ").nth(1).and_then(|rest| rest.split('`').next());
+    yaml(named.unwrap())
+}
+
 fn take(blocks: &mut Blocks, guide: &str, begins: &str) -> String {
     let found = blocks.keys().find(|(of, line)| of == guide && line.starts_with(begins)).cloned();
     let found = found.unwrap_or_else(|| panic!("{guide} has no block that begins with {begins:?}"));
@@ -200,7 +214,12 @@ pub(super) fn with_kubectl(testbed: &Testbed, script: &str) -> Command {
 
 /// What a job does in step 6, and that its session is there.
 fn is_recorded(node: &Node<'_>, guide: &str, namespace: &str) {
-    let pod = node.testbed.run_pod(&PodSpec::idle(namespace, "job")).unwrap();
+    let intent = intent_annotations();
+    // GitLab's runner gives it to the pod that it makes, and ARC's gives none.
+    let annotation = (intent[0].as_str().unwrap(), "https://gitlab.example.com/group/project/-/jobs/42");
+    let annotations: &[_] = if guide == "gitlab-runner" { &[annotation] } else { &[] };
+    let spec = PodSpec { annotations, ..PodSpec::idle(namespace, "job") };
+    let pod = node.testbed.run_pod(&spec).unwrap();
     let words = typed(guide, "kubectl get pods");
     let asked = shown(&pod.exec(&words.iter().map(String::as_str).collect::<Vec<_>>()).unwrap());
     // Without RBAC the API server refuses it, in its own words: which came through the agent.
@@ -208,12 +227,19 @@ fn is_recorded(node: &Node<'_>, guide: &str, namespace: &str) {
     let mut words = typed(guide, "weir sessions --from ");
     words.extend(["--namespace", namespace, "--json"].map(str::to_owned));
     let sessions: Vec<_> = words.iter().map(String::as_str).collect();
-    wait_until("the job's session", DEADLINE, || {
+    let session = wait_until("the job's session", DEADLINE, || {
         let (code, said, error) = shown(&(node.in_agent)(&sessions));
         assert_eq!(code, Some(0), "{error}");
-        Ok(said.contains("\"job\"").then_some(()))
+        Ok(said.lines().find(|line| line.contains("\"job\"")).map(yaml))
     })
     .unwrap();
+    for (key, url) in annotations {
+        assert_eq!(session["caller"]["pod"]["intent"], json!({*key: url}), "{session}");
+        let id = session["session"].as_str().unwrap();
+        let (_, said, error) =
+            shown(&(node.in_agent)(&["weir", "replay", id, words[2].as_str(), words[3].as_str()]));
+        assert!(said.contains(&format!("{key}={url}")), "{said}{error}");
+    }
 }
 
 /// The pod that a scale set makes of its template.

@@ -47,7 +47,7 @@ pub(super) fn start(scene: &Scene, roles: Value) -> AgentProcess {
 }
 
 /// The cluster's own issuer of service account tokens.
-fn own_issuer(scene: &Scene) -> Value {
+pub(super) fn own_issuer(scene: &Scene) -> Value {
     let document = scene.testbed.kubectl(&["get", "--raw", "/.well-known/openid-configuration"]).unwrap();
     let document: Value = serde_json::from_str(&document).unwrap();
     json!({

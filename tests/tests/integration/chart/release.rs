@@ -83,6 +83,14 @@ impl<'a> Release<'a> {
         release
     }
 
+    /// Of all that is installed from now on.
+    pub(crate) fn change_values(&self, change: impl FnOnce(&mut Value)) {
+        let path = self.scratch.join("values.json");
+        let mut values: Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
+        change(&mut values);
+        fs::write(&path, values.to_string()).unwrap();
+    }
+
     /// Of what `cargo xtask dist` made, where that is to be tested; else of the built binaries, by the same code.
     fn import_image(&self) {
         let archive =

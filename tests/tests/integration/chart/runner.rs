@@ -1,14 +1,14 @@
 //! A runner of Actions Runner Controller, as its chart and its controller make it, with an image of ours: nobody changes the pod for
 //! Weir, and what it does goes through it.
 
-use std::{collections::BTreeSet, path::Path};
+use std::{collections::BTreeSet, fs, path::Path};
 
 use serde_json::{Value, json};
-use weir_common::event::{Caller, Kind};
-use weir_tests::{agent, wait_until};
+use weir_common::event::{Caller, Event, IdentityMethod, Kind};
+use weir_tests::{agent, components, wait_until};
 
 use super::{
-    super::{DEADLINE, Scene, guard::direct_requests},
+    super::{DEADLINE, Scene, guard::direct_requests, guides, identity::own_issuer},
     JOURNAL,
     release::Release,
 };
@@ -16,7 +16,8 @@ use super::{
 pub(super) const NAMESPACE: &str = "it-arc";
 const RUNNER: &str = include_str!("arc-runner.yaml");
 /// What `run.sh` of the image does on the API, as the hooks of `kubernetes` mode do: verb, resource, subresource.
-const DONE: [(&str, &str, &str); 6] = [
+const DONE: [(&str, &str, &str); 7] = [
+    ("create", "selfsubjectaccessreviews", ""),
     ("list", "pods", ""),
     ("create", "secrets", ""),
     ("create", "pods", ""),
@@ -24,6 +25,27 @@ const DONE: [(&str, &str, &str); 6] = [
     ("get", "pods", "exec"),
     ("delete", "pods", ""),
 ];
+
+/// The rule of the guide that is for it.
+const RULE: &str = "the-runners-own-calls";
+
+/// The release has that rule, for this namespace; by no other one do its pods go on, and all others do.
+pub(super) fn goes_on_by_the_guides_rule(release: &Release<'_>, scene: &Scene) {
+    let rule = guides::block("arc", &format!("- name: {RULE}"));
+    assert_eq!(rule.matches("'arc-runners'").count(), 2, "{rule}");
+    let rule = rule.replace("'arc-runners'", &format!("'{NAMESPACE}'"));
+    let mut roles: Value = serde_yaml_ng::from_str(&rule).unwrap();
+    roles.as_array_mut().unwrap().push(json!({
+        "name": "others", "when": format!("pod.namespace != '{NAMESPACE}'"),
+        "takes": ["token", "workload", "unverified"], "passThrough": {},
+    }));
+    let defaults = components::repository().join("deploy/helm/weir/values.yaml");
+    let defaults: Value = serde_yaml_ng::from_str(&fs::read_to_string(defaults).unwrap()).unwrap();
+    let mut clusters = defaults["config"]["clusters"].clone();
+    clusters[0]["authentication"] = json!({"jwt": [own_issuer(scene)]});
+    clusters[0]["roles"] = roles;
+    release.change_values(|all| all["config"]["clusters"] = clusters);
+}
 
 /// The namespace is enrolled, with the admission policy in force.
 pub(super) fn works_unchanged(release: &Release<'_>, scene: &Scene) {
@@ -54,8 +76,14 @@ pub(super) fn works_unchanged(release: &Release<'_>, scene: &Scene) {
         |object: &Value| object["name"].as_str().is_some_and(|name| name.starts_with("kube-api-access-"));
     made["volumes"].as_array_mut().unwrap().retain(|volume| !token(volume));
     made["containers"][0]["volumeMounts"].as_array_mut().unwrap().retain(|mount| !token(mount));
-    is_there(&submitted["spec"], &made, "spec");
-    assert!(made["initContainers"].is_null(), "{made}");
+    let mut all = added(&submitted["spec"], &made, "spec");
+    for of in ["labels", "annotations"] {
+        let given = submitted["metadata"].get(of).cloned().unwrap_or_else(|| json!({}));
+        let has = pod["metadata"].get(of).cloned().unwrap_or_else(|| json!({}));
+        all.extend(added(&given, &has, &format!("metadata.{of}")));
+    }
+    all.retain(|key| !DEFAULTS.contains(&key.as_str()));
+    assert!(all.is_empty(), "was added to the pod: {all:?}");
 
     let uid = pod["metadata"]["uid"].as_str().unwrap().to_owned();
     let events = agent::read_events(Path::new(JOURNAL)).unwrap();
@@ -64,16 +92,19 @@ pub(super) fn works_unchanged(release: &Release<'_>, scene: &Scene) {
         .filter(|event| matches!(&event.kind, Kind::SessionStarted { caller } if is_of(caller, &uid)))
         .map(|event| event.session.clone())
         .collect();
-    let done: BTreeSet<_> = events
+    let opened = |event: &Event| match &event.kind {
+        Kind::RequestOpened(opened) if sessions.contains(&event.session) => Some(opened.clone()),
+        _ => None,
+    };
+    let opened: Vec<_> = events.iter().filter_map(opened).collect();
+    for request in &opened {
+        let by = request.identity.as_deref().map(|identity| (identity.method, identity.rule.as_deref()));
+        assert_eq!(by, Some((IdentityMethod::Token, Some(RULE))), "{request:?}");
+    }
+    let done: BTreeSet<_> = opened
         .iter()
-        .filter(|event| sessions.contains(&event.session))
-        .filter_map(|event| match &event.kind {
-            Kind::RequestOpened(opened) => {
-                let of = &opened.attributes;
-                Some((of.verb.as_str(), of.resource.as_str(), of.subresource.as_str()))
-            }
-            _ => None,
-        })
+        .map(|opened| &opened.attributes)
+        .map(|of| (of.verb.as_str(), of.resource.as_str(), of.subresource.as_str()))
         .collect();
     let left: Vec<_> = DONE.iter().filter(|request| !done.contains(*request)).collect();
     assert!(left.is_empty(), "not on record: {left:?}; but {done:?}");
@@ -86,21 +117,46 @@ fn is_of(caller: &Caller, uid: &str) -> bool {
     caller.pod.as_ref().is_some_and(|pod| pod.uid == uid)
 }
 
-/// Whether all of it was taken as it was submitted, and lists have nothing else.
+/// What the API server, the scheduler and the control plane add to every pod.
+const DEFAULTS: [&str; 19] = [
+    "spec.containers.env.valueFrom.fieldRef.apiVersion",
+    "spec.containers.imagePullPolicy",
+    "spec.containers.resources",
+    "spec.containers.terminationMessagePath",
+    "spec.containers.terminationMessagePolicy",
+    "spec.dnsPolicy",
+    "spec.enableServiceLinks",
+    "spec.nodeName",
+    "spec.preemptionPolicy",
+    "spec.priority",
+    "spec.schedulerName",
+    "spec.securityContext",
+    "spec.serviceAccount",
+    "spec.terminationGracePeriodSeconds",
+    "spec.tolerations",
+    "spec.volumes.ephemeral.volumeClaimTemplate.metadata",
+    "spec.volumes.ephemeral.volumeClaimTemplate.metadata.creationTimestamp",
+    "spec.volumes.ephemeral.volumeClaimTemplate.spec.volumeMode",
+    "metadata.annotations.kubectl.kubernetes.io/last-applied-configuration",
+];
+
+/// Whether all of it was taken as it was submitted; gives what was added, but for lists, which have nothing else.
 #[track_caller]
-fn is_there(submitted: &Value, made: &Value, at: &str) {
+fn added(submitted: &Value, made: &Value, at: &str) -> Vec<String> {
     match (submitted, made) {
-        (Value::Object(submitted), Value::Object(_)) => {
-            for (key, value) in submitted {
-                is_there(value, &made[key], &format!("{at}.{key}"));
-            }
+        (Value::Object(submitted), Value::Object(all)) => {
+            let there =
+                submitted.iter().flat_map(|(key, value)| added(value, &made[key], &format!("{at}.{key}")));
+            let others = all.keys().filter(|key| !submitted.contains_key(*key));
+            there.chain(others.map(|key| format!("{at}.{key}"))).collect()
         }
         (Value::Array(submitted), Value::Array(made)) => {
             assert_eq!(submitted.len(), made.len(), "{at}: {made:?}");
-            for (one, other) in submitted.iter().zip(made) {
-                is_there(one, other, at);
-            }
+            submitted.iter().zip(made).flat_map(|(one, other)| added(one, other, at)).collect()
         }
-        _ => assert_eq!(submitted, made, "{at}"),
+        _ => {
+            assert_eq!(submitted, made, "{at}");
+            Vec::new()
+        }
     }
 }

@@ -54,7 +54,7 @@ impl<'a> Keys<'a> {
         fs::create_dir(&keys.folder).unwrap();
         keys.run(&make);
         keys.run(&secret);
-        keys.values(|all| {
+        release.change_values(|all| {
             all["secrets"] = values["secrets"].clone();
             all["config"]["journal"] = values["config"]["journal"].clone();
         });
@@ -65,13 +65,6 @@ impl<'a> Keys<'a> {
         command::run(with_kubectl(self.release.testbed, script).current_dir(&self.folder)).unwrap();
     }
 
-    fn values(&self, change: impl FnOnce(&mut Value)) {
-        let path = self.release.scratch.join("values.json");
-        let mut values: Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
-        change(&mut values);
-        fs::write(&path, values.to_string()).unwrap();
-    }
-
     /// Makes another one beside it; gives the value by which agents sign with both.
     pub(super) fn both(&self) -> String {
         self.run(&self.change);
@@ -80,7 +73,7 @@ impl<'a> Keys<'a> {
 
     /// The next change of the release takes the old one away.
     pub(super) fn new_alone(&self) {
-        self.values(|all| all["config"]["journal"]["signingKeyFiles"] = json!([self.both[0]]));
+        self.release.change_values(|all| all["config"]["journal"]["signingKeyFiles"] = json!([self.both[0]]));
     }
 
     /// Of the agents' epochs the first ones are verified by the old key alone, those of the upgrade by each, the last by the new one alone; the
