@@ -52,6 +52,7 @@ pub mod presence;
 pub mod process;
 pub mod proof;
 pub mod quarantine;
+mod reads;
 mod report;
 mod resolution;
 pub mod run;

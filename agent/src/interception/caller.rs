@@ -18,11 +18,12 @@ use super::{
     flow::Flow,
     pod,
     process::{Connector, Proc},
+    reads::{READS, Reads},
 };
 use crate::proxy::Labels;
 
-/// Longest time that reading `/proc` may take: a process can make its own entries slow to read, by mapping its
-/// arguments from a file system that it serves itself.
+/// Longest time that reading `/proc` may take, with the wait for other reads of the pod: a process can make its own entries slow
+/// to read, by mapping its arguments from a file system that it serves itself.
 const EVIDENCE_TIMEOUT: Duration = Duration::from_secs(1);
 /// Deepest level below a pod's cgroup on which a task's cgroup is looked for.
 const DEPTH_MAX: usize = 8;
@@ -45,8 +46,12 @@ pub struct Tenant {
 }
 
 impl Tenant {
-    /// The caller of a flow of this tenant, with what `/proc` and the cgroup tree say.
+    /// The caller of a flow of this tenant, with what `/proc` and the cgroup tree say, if they say it in time.
     pub async fn caller(&self, flow: &Flow) -> Arc<Caller> {
+        self.caller_by(&READS, Proc::default(), flow).await
+    }
+
+    async fn caller_by(&self, reads: &Reads, proc: Proc, flow: &Flow) -> Arc<Caller> {
         let record = flow.record;
         let connector = Connector {
             tgid: record.tgid,
@@ -55,17 +60,17 @@ impl Tenant {
         };
         let folder = self.folder.clone();
         let in_pod = self.pod.is_some() && record.cgroup != self.cgroup;
-        let read = tokio::task::spawn_blocking(move || {
+        let read = move || {
             let container = in_pod.then(|| container_of(&folder, record.cgroup)).flatten();
-            (Proc::default().evidence(connector), container)
-        });
-        let (process, container) = match tokio::time::timeout(EVIDENCE_TIMEOUT, read).await {
-            Ok(Ok((process, container))) => (process, container),
-            Ok(Err(_)) | Err(_) => (
-                weir_common::event::Process { pid: record.tgid, uid: record.uid, ..Default::default() },
-                None,
-            ),
+            (proc.evidence(connector), container)
         };
+        // By the kernel's word, which also tells apart pods that are not known.
+        let read = reads.of(record.pod_cgroup, EVIDENCE_TIMEOUT, read).await;
+        let (process, container) = read.unwrap_or_else(|| {
+            let process =
+                weir_common::event::Process { pid: record.tgid, uid: record.uid, ..Default::default() };
+            (process, None)
+        });
         let container = container.map(|id| {
             let name = self.containers.get(&id).cloned().unwrap_or_default();
             Container { id, name }
@@ -121,7 +126,96 @@ fn container_of(pod: &Path, id: u64) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
-    use super::{cgroup, container_of};
+    use std::{collections::HashSet, sync::Arc, time::Duration};
+
+    use weir_common::kernel::{ApiEndpoint, FlowRecord};
+
+    use super::{
+        super::reads::{OF_ALL_MAX, OF_POD_MAX, Reads, hanging::Hanging},
+        Caller, Flow, Tenant, cgroup, container_of,
+    };
+
+    /// Longer than any of these waits where all is well.
+    const LONG: Duration = Duration::from_secs(60);
+
+    /// A connection that process `tgid` has made of the pod with the same number as its cgroup.
+    fn flow(pod_cgroup: u64, tgid: u32) -> Flow {
+        let original = ApiEndpoint { address: [0; 16], port: 443 };
+        let record = FlowRecord {
+            original,
+            cluster: 0,
+            cgroup: pod_cgroup,
+            pod_cgroup,
+            netns: 1,
+            connected_boottime_ns: u64::MAX,
+            tgid,
+            uid: 7,
+        };
+        Flow::of(record)
+    }
+
+    /// As many at once as the runtime has threads for what blocks, and more: their callers in time, though what is read hangs.
+    async fn flood(hanging: &Hanging, reads: &Arc<Reads>, pods: u64) -> Vec<Arc<Caller>> {
+        let mut callers = tokio::task::JoinSet::new();
+        for number in 0..600 {
+            let (reads, proc, flow) = (Arc::clone(reads), hanging.proc(), flow(1 + number % pods, 1));
+            callers.spawn(async move { Tenant::default().caller_by(&reads, proc, &flow).await });
+        }
+        tokio::time::timeout(LONG, callers.join_all()).await.expect("no connection waits for ever")
+    }
+
+    async fn other_work_goes_on() {
+        let other = tokio::task::spawn_blocking(|| "done");
+        let other = tokio::time::timeout(LONG, other).await.expect("there are threads for it");
+        assert_eq!(other.expect("ends"), "done");
+    }
+
+    #[test]
+    fn arguments_that_hang_cost_their_pod_its_evidence_and_nobody_else_anything() {
+        let hanging = Hanging::new();
+        hanging.process(1, "cmdline", None);
+        hanging.process(2, "cmdline", Some("kubectl\0get\0pods\0"));
+        hanging.block_on(async {
+            let reads = Arc::new(Reads::default());
+            let callers = flood(&hanging, &reads, 1).await;
+            let processes: HashSet<_> = callers
+                .iter()
+                .map(|caller| caller.process.clone().expect("the kernel says which it is"))
+                .map(|process| (process.pid, process.uid, process.argv))
+                .collect();
+            assert_eq!(processes, HashSet::from([(1, 7, Vec::new())]));
+            other_work_goes_on().await;
+            let other = Tenant::default().caller_by(&reads, hanging.proc(), &flow(2, 2)).await;
+            assert_eq!(other.process.clone().expect("is known").argv, ["kubectl", "get", "pods"]);
+            assert_eq!(reads.under_way(), OF_POD_MAX);
+        });
+    }
+
+    #[test]
+    fn arguments_of_many_pods_that_hang_leave_threads_for_all_else() {
+        let hanging = Hanging::new();
+        hanging.process(1, "cmdline", None);
+        hanging.process(2, "cmdline", Some("kubectl\0"));
+        hanging.block_on(async {
+            let reads = Arc::new(Reads::default());
+            flood(&hanging, &reads, 20).await;
+            assert_eq!(reads.under_way(), OF_ALL_MAX);
+            other_work_goes_on().await;
+            hanging.release();
+            let argv = async {
+                loop {
+                    let caller = Tenant::default().caller_by(&reads, hanging.proc(), &flow(1, 2)).await;
+                    let argv = caller.process.clone().expect("is known").argv;
+                    if !argv.is_empty() {
+                        return argv;
+                    }
+                    tokio::task::yield_now().await;
+                }
+            };
+            let argv = tokio::time::timeout(LONG, argv).await.expect("places come back");
+            assert_eq!(argv, ["kubectl"]);
+        });
+    }
 
     #[test]
     fn a_cgroup_below_a_container_belongs_to_it() {

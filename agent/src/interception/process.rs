@@ -58,6 +58,11 @@ impl Default for Proc {
 }
 
 impl Proc {
+    #[cfg(test)]
+    pub(super) fn at(folder: &Path) -> Self {
+        Self(folder.to_owned())
+    }
+
     /// The evidence for a process. What cannot be read, or belongs to a later process of that pid, is left empty; pid and
     /// uid come from the kernel and always stand.
     pub fn evidence(&self, connector: Connector) -> Process {

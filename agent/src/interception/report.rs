@@ -28,7 +28,9 @@ use super::{
     namespace,
     nested::Wanted,
     observed::Observed,
+    pod_network,
     process::{Proc, ProxyVariable},
+    reads::{READS, Reads},
     run::InterceptionError,
 };
 use crate::{
@@ -43,8 +45,8 @@ const REPORTED_PODS_MAX: usize = 4096;
 const ENVIRONMENTS_CHECK: Duration = Duration::from_secs(2);
 /// Most processes of one pod that are looked at each time.
 const PROCESSES_MAX: usize = 128;
-/// Longest time that one look may take.
-const ENVIRONMENTS_TIMEOUT: Duration = Duration::from_secs(10);
+/// Longest time that a look at one pod's may take.
+const ENVIRONMENTS_TIMEOUT: Duration = Duration::from_secs(2);
 /// Name under which clients in a pod may know the API server, beside its addresses.
 const IN_CLUSTER_NAME: &str = "kubernetes.default.svc";
 
@@ -193,6 +195,8 @@ pub(super) async fn proxy_environments(
     cancellation: CancellationToken,
 ) -> Result<&'static str, InterceptionError> {
     let mut reported: HashSet<(u64, &'static str, String)> = HashSet::new();
+    // Those whose environments could not be read the last time.
+    let mut slow = HashSet::new();
     loop {
         tokio::select! {
             () = cancellation.cancelled() => return Ok("looking at environments"),
@@ -200,48 +204,56 @@ pub(super) async fn proxy_environments(
         }
         let current = tenants.borrow().clone();
         reported.retain(|(cgroup, _, _)| current.contains_key(cgroup));
-        let servers = kernel.api_endpoints()?;
+        slow.retain(|cgroup| current.contains_key(cgroup));
+        let servers = Arc::new(kernel.api_endpoints()?);
         let enrolled = kernel.enrolled()?;
-        let search = tokio::task::spawn_blocking(move || search(&current, &enrolled, &servers));
-        let Ok(Ok(found)) = tokio::time::timeout(ENVIRONMENTS_TIMEOUT, search).await else {
-            tracing::warn!(
-                event = "environments-read-slowly",
-                "looking at environments takes too long; is a process's memory on a slow file system?"
-            );
-            continue;
-        };
-        for (tenant, variable) in found {
-            if reported.insert((tenant.cgroup, variable.name, variable.host.clone())) {
-                let message = format!(
-                    "{} sends requests for the API server to {}, past Weir; unset it or add the API server to NO_PROXY",
-                    variable.name, variable.host
-                );
-                recorder.finding(None, Some(&tenant.unproven(None)), "proxyEnvironment", &message);
+        for tenant in current.values().filter(|tenant| enrolled.contains(&tenant.cgroup)) {
+            let found = tokio::select! {
+                () = cancellation.cancelled() => return Ok("looking at environments"),
+                found = proxies_of(&READS, Proc::default(), tenant, &servers, ENVIRONMENTS_TIMEOUT) => found,
+            };
+            let Some(found) = found else {
+                if slow.insert(tenant.cgroup) {
+                    let pod = pod_network::name(tenant);
+                    tracing::warn!(event = "environments-read-slowly", %pod, "looking at environments takes too long; is a process's memory on a slow file system?");
+                }
+                continue;
+            };
+            slow.remove(&tenant.cgroup);
+            for variable in found {
+                if reported.insert((tenant.cgroup, variable.name, variable.host.clone())) {
+                    let message = format!(
+                        "{} sends requests for the API server to {}, past Weir; unset it or add the API server to NO_PROXY",
+                        variable.name, variable.host
+                    );
+                    recorder.finding(None, Some(&tenant.unproven(None)), "proxyEnvironment", &message);
+                }
             }
         }
     }
 }
 
-/// The proxies that processes of enrolled pods have in their environments and that do not exempt every address and
-/// name of the API server.
-fn search(
-    tenants: &HashMap<u64, Arc<Tenant>>,
-    enrolled: &HashSet<u64>,
-    servers: &HashMap<SocketAddr, u32>,
-) -> Vec<(Arc<Tenant>, ProxyVariable)> {
-    let proc = Proc::default();
-    let mut found: Vec<(Arc<Tenant>, ProxyVariable)> = Vec::new();
-    for tenant in tenants.values().filter(|tenant| enrolled.contains(&tenant.cgroup)) {
-        for (pid, _) in namespace::processes(&tenant.folder).into_iter().take(PROCESSES_MAX) {
+/// The proxies that processes of a pod have in their environments and that do not exempt every address and name of the API
+/// server; none where they cannot be read in time.
+async fn proxies_of(
+    reads: &Reads,
+    proc: Proc,
+    tenant: &Tenant,
+    servers: &Arc<HashMap<SocketAddr, u32>>,
+    longest: Duration,
+) -> Option<Vec<ProxyVariable>> {
+    let (folder, servers) = (tenant.folder.clone(), Arc::clone(servers));
+    let search = move || {
+        let mut found: Vec<ProxyVariable> = Vec::new();
+        for (pid, _) in namespace::processes(&folder).into_iter().take(PROCESSES_MAX) {
             let Some(variable) = proc.proxy_variable(pid) else { continue };
-            let known =
-                found.iter().any(|(other, known)| other.cgroup == tenant.cgroup && *known == variable);
-            if !known && carries(&variable, servers) {
-                found.push((tenant.clone(), variable));
+            if !found.contains(&variable) && carries(&variable, &servers) {
+                found.push(variable);
             }
         }
-    }
-    found
+        found
+    };
+    reads.of(tenant.cgroup, longest, search).await
 }
 
 fn carries(variable: &ProxyVariable, servers: &HashMap<SocketAddr, u32>) -> bool {
@@ -261,9 +273,40 @@ fn carries(variable: &ProxyVariable, servers: &HashMap<SocketAddr, u32>) -> bool
 
 #[cfg(test)]
 mod tests {
-    use std::collections::HashMap;
+    use std::{collections::HashMap, sync::Arc, time::Duration};
 
-    use super::{ProxyVariable, carries};
+    use super::{
+        super::reads::{OF_POD_MAX, Reads, hanging::Hanging},
+        ProxyVariable, Tenant, carries, proxies_of,
+    };
+
+    #[test]
+    fn an_environment_that_hangs_costs_few_threads_and_no_other_pods_report() {
+        let hanging = Hanging::new();
+        hanging.process(1, "environ", None);
+        hanging.process(2, "environ", Some("HTTPS_PROXY=http://proxy.test:3128\0"));
+        let folders = [tempfile::tempdir().expect("a folder"), tempfile::tempdir().expect("a folder")];
+        let tenants = [1, 2].map(|number: u32| {
+            let folder = folders[number as usize - 1].path().to_owned();
+            std::fs::write(folder.join("cgroup.procs"), format!("{number}\n")).expect("is written");
+            Tenant { cgroup: number.into(), folder, ..Tenant::default() }
+        });
+        let servers = Arc::new(HashMap::from([(([10, 96, 0, 1], 443).into(), 0)]));
+        let look = async {
+            let reads = Reads::default();
+            for _ in 0..OF_POD_MAX + 50 {
+                // Each look but the first few ends at once: what hangs has all the pod's places.
+                let found =
+                    proxies_of(&reads, hanging.proc(), &tenants[0], &servers, Duration::from_millis(50));
+                assert_eq!(found.await, None);
+            }
+            assert_eq!(reads.under_way(), OF_POD_MAX);
+            let found = proxies_of(&reads, hanging.proc(), &tenants[1], &servers, Duration::from_secs(30));
+            let found = found.await.expect("are read");
+            assert_eq!(found.len(), 1, "{found:?}");
+        };
+        hanging.block_on(async { tokio::time::timeout(Duration::from_secs(60), look).await.expect("ends") });
+    }
 
     #[test]
     fn a_proxy_that_exempts_every_api_server_carries_nothing() {
