@@ -41,6 +41,7 @@ mod key_store;
 pub(crate) mod ledger;
 mod lenient_json;
 mod mask;
+mod masking;
 mod masks;
 mod measures;
 mod names;
@@ -100,6 +101,7 @@ use self::{
     journal::Journal,
     key_store::{KeyFolder, KeyStore},
     mask::Masker,
+    masking::Masking,
     measures::Measures,
     queue::Queue,
     session::Sessions,
@@ -236,6 +238,7 @@ struct Inner {
     response_bytes_max: usize,
     rules: ArcSwap<CommitRules>,
     shares: Shares,
+    masking: Masking,
     emergency: Arc<Emergency>,
     unacknowledged: Unacknowledged,
     journal_bytes_max: u64,
@@ -335,6 +338,7 @@ impl Recorder {
             throttle: Throttle::default(),
             rules: ArcSwap::from_pointee(options.rules),
             shares: Shares::new(options.pod_quota),
+            masking: Masking::default(),
             emergency: Arc::default(),
             unacknowledged: Unacknowledged::default(),
             journal_bytes_max: options.journal_bytes_max,

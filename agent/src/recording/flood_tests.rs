@@ -1,6 +1,10 @@
 //! What one pod can do to the recorder's memory and to its neighbours while the disk hangs.
 
-use std::sync::Arc;
+use std::sync::{
+    Arc, Mutex,
+    atomic::{AtomicUsize, Ordering},
+    mpsc,
+};
 
 use bytes::Bytes;
 use futures::FutureExt as _;
@@ -8,7 +12,10 @@ use http::{HeaderMap, Method, StatusCode};
 use tempfile::TempDir;
 use weir_common::event::{Channel, Event, Kind, Outcome};
 
-use super::{Recorder, RequestRecord, fixture::*, queue::QUEUE_BYTES_MAX, share::Share};
+use super::{
+    Recorder, RequestRecord, admission::COMMIT_WAIT_MAX, fixture::*, masking, queue::QUEUE_BYTES_MAX,
+    share::Share,
+};
 
 /// A piece of a log.
 const PIECE: Bytes = Bytes::from_static(&[b'x'; 16 * 1024]);
@@ -142,4 +149,46 @@ async fn requests_that_come_and_go_while_the_disk_hangs_leave_nothing_behind() {
     drop(record);
     recorder.stop("test").await.unwrap();
     read(recorder.folder());
+}
+
+#[tokio::test]
+async fn bodies_of_a_pod_that_take_for_ever_do_not_hold_up_another_pods() {
+    let (recorder, _disk, _directory) = recorder();
+    let greedy = share(&recorder, "greedy");
+    let (release, held) = mpsc::channel::<()>();
+    let (held, begun) = (Arc::new(Mutex::new(held)), Arc::new(AtomicUsize::new(0)));
+    let mut flood = Vec::new();
+    for _ in 0..330 {
+        let (recorder, greedy) = (recorder.clone(), Arc::clone(&greedy));
+        let (held, begun) = (Arc::clone(&held), Arc::clone(&begun));
+        flood.push(tokio::spawn(async move {
+            let hang = move || {
+                begun.fetch_add(1, Ordering::SeqCst);
+                held.lock().unwrap().recv().is_err()
+            };
+            recorder.inner.masking.run(&greedy, 10 * COMMIT_WAIT_MAX, hang).await
+        }));
+    }
+    while begun.load(Ordering::SeqCst) < masking::OF_POD_MAX {
+        tokio::task::yield_now().await;
+    }
+    let body = format!(r#"{{"data":{{"a":"{}"}}}}"#, "x".repeat(100 * 1024));
+    // Fails after 30 s where it waits behind them.
+    let record = create(&recorder, &of_pod("quiet", None), &body).await.unwrap();
+    let own = create(&recorder, &of_pod("greedy", None), &body).now_or_never();
+    assert!(own.is_none(), "its own wait behind each other");
+    assert_eq!(begun.load(Ordering::SeqCst), masking::OF_POD_MAX);
+    drop(release);
+    for masked in flood {
+        assert!(masked.await.unwrap().unwrap());
+    }
+    record.close(Outcome::Complete, None);
+    recorder.stop("test").await.unwrap();
+    let recorded = read(recorder.folder()).into_iter().map(|event| match event.kind {
+        Kind::Content(content) if content.channel == Channel::RequestBody => {
+            content.bytes.to_vec().unwrap().len()
+        }
+        _ => 0,
+    });
+    assert_eq!(recorded.sum::<usize>(), body.len());
 }

@@ -10,7 +10,6 @@ use http::{
     HeaderMap, StatusCode,
     header::{CONTENT_ENCODING, CONTENT_TYPE},
 };
-use tokio::sync::Semaphore;
 use weir_common::{
     attributes::{Attributes, Execution},
     event::{BodySummary, Caller, Channel, IdentityMethod, Kind, RequestOpened},
@@ -22,6 +21,7 @@ use super::{
     body::Sensitivity,
     content::{self, Held, Kept},
     entry::{Append, Entry, Ids},
+    masking::Masking,
     plan::{Bodies, Plan, WhenBehind},
     request::Level,
     session::{self, Belonging},
@@ -42,9 +42,6 @@ pub(super) const ERROR_BYTES_MAX: usize = 64 * 1024;
 
 /// How long whoever waits tries again to begin: each time its body is masked anew.
 const RETRY_INTERVAL: Duration = Duration::from_secs(1);
-
-/// How many bodies that are not small are masked at a time: each may take many times its length of memory.
-static MASKING: Semaphore = Semaphore::const_new(4);
 
 /// How a request begins.
 struct Begin<'a> {
@@ -123,7 +120,10 @@ impl Recorder {
         });
         let body = match body {
             body if body.is_empty() => None,
-            body => Some(mask_request(&context, head.headers, body, left_out.as_deref()).await?),
+            body => {
+                let masking = &self.inner.masking;
+                Some(mask_request(masking, &context, head.headers, body, left_out.as_deref()).await?)
+            }
         };
         let opened = RequestOpened {
             method: head.method.as_str().to_owned(),
@@ -280,6 +280,7 @@ impl Recorder {
 
 /// Decodes and masks the body of a request; of one that is left out only length and digest are kept.
 async fn mask_request(
+    masking: &Masking,
     context: &Context,
     headers: &HeaderMap,
     body: Bytes,
@@ -305,12 +306,9 @@ async fn mask_request(
     if held.is_small() {
         return Ok(content::reduce(&context.masker, context.sensitivity, &held));
     }
-    let permit = tokio::time::timeout(COMMIT_WAIT_MAX, MASKING.acquire()).await;
-    // It is never closed.
-    let _permit = permit.map_err(|_| RecordingError::TooSlow)?;
     let (masker, sensitivity) = (context.masker.clone(), context.sensitivity);
-    let reduced = tokio::task::spawn_blocking(move || content::reduce(&masker, sensitivity, &held));
-    reduced.await.map_err(|_| RecordingError::Closed)
+    let reduce = move || content::reduce(&masker, sensitivity, &held);
+    masking.run(&context.share, COMMIT_WAIT_MAX, reduce).await
 }
 
 fn protocol(version: http::Version) -> String {

@@ -13,9 +13,10 @@ use std::{
     time::{Duration, Instant},
 };
 
+use tokio::sync::Semaphore;
 use weir_common::event::Caller;
 
-use super::encryption::KeySlot;
+use super::{encryption::KeySlot, masking};
 
 /// Pods that are told apart; what is beyond shares one allowance.
 const SHARES_MAX: usize = 4096;
@@ -90,6 +91,8 @@ pub(super) struct Share {
     pub(super) lane: u64,
     /// Responses that wait to be masked.
     pub(super) tapped: Budget,
+    /// Turns at masking bodies of requests that are not small.
+    pub(super) masking: Arc<Semaphore>,
     quota: PodQuota,
     bucket: Mutex<Bucket>,
     /// Keys that its sessions may still get.
@@ -124,6 +127,7 @@ impl Share {
         Self {
             lane,
             tapped: Budget::default(),
+            masking: Arc::new(Semaphore::new(masking::OF_POD_MAX)),
             quota,
             bucket: Bucket::full(quota.burst_bytes as f64, now),
             own_keys: Bucket::full(KEYS_BURST.into(), now),
