@@ -78,7 +78,8 @@ mod tests {
         let masking = Masking::default();
         let share = Shares::new(PodQuota::UNLIMITED).of(&of_pod("a", None), Instant::now());
         let (release, held) = mpsc::channel::<()>();
-        let hung = masking.run(&share, SHORT, move || held.recv().is_err()).await;
+        let hung = masking.run(&share, SHORT, move || held.recv().is_err());
+        let hung = tokio::time::timeout(Duration::from_secs(60), hung).await.expect("is not waited for");
         assert!(matches!(hung, Err(RecordingError::TooSlow)), "{hung:?}");
         let free = || (share.masking.available_permits(), masking.all.available_permits());
         assert_eq!(free(), (OF_POD_MAX - 1, OF_ALL_MAX - 1));
