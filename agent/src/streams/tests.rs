@@ -406,16 +406,11 @@ fn what_is_no_frame_is_raw_from_there_on() {
 /// `golang.org/x/net/websocket` reads nothing behind a close frame.
 #[test]
 fn messages_behind_a_close_frame_are_no_channels() {
-    let bytes = [
-        frame(true, 2, b"\0ls"),
-        frame(true, 8, b""),
-        frame(true, 9, b"?"),
-        frame(true, 2, b"\0rm -rf /"),
-        frame(true, 2, b"\0x"),
-    ];
-    let decoded = decode(process("v4.channel.k8s.io"), &[(CLIENT, bytes.concat())]);
+    let behind = [frame(true, 2, b"\0rm -rf /"), frame(true, 2, b"\0x")].concat();
+    let bytes = [frame(true, 2, b"\0ls"), frame(true, 8, b""), frame(true, 9, b"?"), behind.clone()].concat();
+    let decoded = decode(process("v4.channel.k8s.io"), &[(CLIENT, bytes)]);
     assert_eq!(lane(&decoded, Channel::Stdin), b"ls");
-    assert_eq!(lane(&decoded, Channel::ClientRaw), bytes[3..].concat());
+    assert_eq!(lane(&decoded, Channel::ClientRaw), behind);
     assert_eq!(decoded.said[0], ["Frame"]);
 }
 

@@ -27,7 +27,7 @@ use super::{
         CANARY, KEYS, KeyPair, check_order, only_recipients_read, proves_silence, signed_by, silences,
         verified_by_others,
     },
-    kafka_faults::stays_after_acknowledgement,
+    kafka_faults::{requests_of, stays_after_acknowledgement},
     monitoring::{Monitored, check_documented},
     shown,
 };
@@ -494,14 +494,4 @@ fn segments_leave_the_node_when_all_of_them_is_published_and_their_time_is_over(
     assert_eq!(sound(&source(&kafka.bootstrap()), &[])["epochs"].as_array().unwrap().len(), 2);
     sound(journal.to_str().unwrap(), &[]);
     assert_eq!(requests_of(&pod, objects), objects, "the cluster has what the topics say");
-}
-
-/// How many of the objects that were made are there.
-fn requests_of(pod: &Pod<'_>, most: usize) -> usize {
-    let names = wait_until("the pod to be served", DEADLINE, || {
-        let listed = pod.exec(&["kubectl", "get", "configmaps", "-o", "name"])?;
-        Ok(listed.status.success().then(|| String::from_utf8_lossy(&listed.stdout).into_owned()))
-    })
-    .unwrap();
-    names.lines().filter(|name| name.contains("/filler-")).count().min(most)
 }

@@ -19,7 +19,7 @@ use weir_tests::{
 };
 
 use super::{
-    Scene,
+    DEADLINE, Scene,
     broker_faults::{check_order, recovered},
     damage::{Turned, a_damage_is_told_once, all_but_one_is_published, of_epoch},
     kafka::{
@@ -392,4 +392,14 @@ fn an_agent_whose_broker_or_topic_is_not_there_serves_and_says_so_until_it_is() 
     let ended = command::output(Command::new(&weir_agent).args(["run", "--config"]).arg(&path)).unwrap();
     let (code, _, err) = shown(&ended);
     assert!(code == Some(1) && err.contains("kafka.properties.acks"), "{err}");
+}
+
+/// How many of the objects that were made are there.
+pub(super) fn requests_of(pod: &Pod<'_>, most: usize) -> usize {
+    let names = wait_until("the pod to be served", DEADLINE, || {
+        let listed = pod.exec(&["kubectl", "get", "configmaps", "-o", "name"])?;
+        Ok(listed.status.success().then(|| String::from_utf8_lossy(&listed.stdout).into_owned()))
+    })
+    .unwrap();
+    names.lines().filter(|name| name.contains("/filler-")).count().min(most)
 }
