@@ -13,6 +13,7 @@ mod cbor;
 mod claims;
 #[cfg(test)]
 mod commit_tests;
+mod committed;
 mod content;
 mod cut_json;
 mod desk;
@@ -111,8 +112,8 @@ use self::{
     worker::Workers,
     writer::Status,
 };
-pub(crate) use self::{durable::has_ended, epoch::CHECKPOINT_FILE};
 pub use self::{
+    committed::Committed,
     durable::{Durable, DurablePosition},
     error::RecordingError,
     key_store::KeyService,
@@ -120,10 +121,11 @@ pub use self::{
     measures::{BEHIND_BOUNDS, Measured, SYNC_BOUNDS},
     plan::{BacklogLimits, Bodies, Commit, CommitRule, CommitRules, Resources, Streams, WhenBehind},
     queue::COMMIT_BEHIND_MS,
-    request::{Committed, RequestRecord},
+    request::RequestRecord,
     share::PodQuota,
     tuning::IDLE_CHECKPOINT_INTERVAL,
 };
+pub(crate) use self::{durable::has_ended, epoch::CHECKPOINT_FILE};
 use crate::{
     recipients,
     storage::{FileSystem, Storage},

@@ -13,6 +13,8 @@ mod channels;
 mod greeting;
 mod header_block;
 mod heartbeat;
+#[cfg(test)]
+mod lack_tests;
 mod meaning;
 mod output;
 #[doc(hidden)]
@@ -41,6 +43,9 @@ use self::{
 
 /// Most ports of one port-forward whose channels are told apart.
 const PORTS_MAX: usize = 64;
+
+/// Subprotocol of a WebSocket that carries SPDY.
+const TUNNEL: &str = "SPDY/3.1+portforward.k8s.io";
 
 /// Which way bytes go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -151,6 +156,17 @@ pub enum Reason {
     Cut,
 }
 
+/// What a stream lacks, had it ended before it was over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Lack {
+    /// The server has not said how the process ended.
+    #[error("how the process ended was not said")]
+    Status,
+    /// Connections of a port-forward were neither ended nor broken off.
+    #[error("forwarded connections were open")]
+    Connections,
+}
+
 /// What an upgrade was agreed to be, as far as it decides the decoder.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Agreed<'a> {
@@ -166,6 +182,8 @@ pub struct Agreed<'a> {
     pub upgrade: &'a str,
     /// `Sec-WebSocket-Protocol` of the response.
     pub subprotocol: &'a str,
+    /// `X-Stream-Protocol-Version` of the response: SPDY's subprotocol.
+    pub spdy_protocol: &'a str,
     /// Whether the response has `Sec-WebSocket-Extensions`.
     pub extensions: bool,
 }
@@ -178,6 +196,8 @@ pub struct Decoder {
     status: Status,
     meaning: Meaning,
     finished: [bool; 2],
+    /// What it lacks where it is cut.
+    may_lack: Option<Lack>,
 }
 
 #[derive(Debug)]
@@ -193,6 +213,22 @@ enum Transport {
         frames: [Frames; 2],
         session: Box<Session>,
     },
+}
+
+impl Lack {
+    /// What a stream may lack that is decoded as one of `agreed`. Connections over WebSocket's channels end with the stream alone.
+    fn of(agreed: Agreed<'_>) -> Option<Self> {
+        let is_spdy = agreed.upgrade.eq_ignore_ascii_case("SPDY/3.1");
+        let protocol = if is_spdy { agreed.spdy_protocol } else { agreed.subprotocol };
+        match agreed.subresource {
+            // Before the fourth version only failures are said.
+            "exec" | "attach" => {
+                ["v4.", "v5."].iter().any(|version| protocol.starts_with(version)).then_some(Self::Status)
+            }
+            "portforward" if is_spdy || protocol == TUNNEL => Some(Self::Connections),
+            _ => None,
+        }
+    }
 }
 
 impl Transport {
@@ -219,7 +255,7 @@ impl Transport {
         let base64 = !is_watch && agreed.subprotocol.split('.').any(|part| part == "base64");
         let layout = match agreed.subprotocol {
             _ if is_watch => Layout::Body,
-            "SPDY/3.1+portforward.k8s.io" if forward => {
+            TUNNEL if forward => {
                 return Self::Tunnel { frames: Default::default(), session: session(true) };
             }
             "v5.channel.k8s.io" if process => Layout::Process { closes: true },
@@ -265,6 +301,7 @@ impl Decoder {
             status: Status::default(),
             meaning: Meaning::default(),
             finished: [false; 2],
+            may_lack: Lack::of(agreed),
         }
     }
 
@@ -323,6 +360,30 @@ impl Decoder {
     /// Whether the server's messages are pieces of a response body.
     pub fn has_body(&self) -> bool {
         matches!(&self.transport, Transport::Messages { messages, .. } if messages[0].is_body())
+    }
+
+    /// What it lacks, had it ended now on both sides; none also where that cannot be known: API servers of old protocols say nothing of
+    /// a process that succeeded, and what the server said may not be decoded (a gap tells that).
+    pub fn lacks(&self) -> Option<Lack> {
+        let raw = |direction: Direction| self.ledgers[direction.index()].has_raw();
+        self.may_lack.filter(|lack| match lack {
+            Lack::Status => !raw(Direction::ServerToClient) && !self.status.is_said(),
+            Lack::Connections => {
+                let any = raw(Direction::ServerToClient) || raw(Direction::ClientToServer);
+                !any && self.meaning.has_open_connections()
+            }
+        })
+    }
+
+    /// Whether the client has said that it is about to go: by a close frame of WebSocket, or SPDY's GOAWAY.
+    pub fn client_left(&self) -> bool {
+        let client = Direction::ClientToServer.index();
+        match &self.transport {
+            Transport::Raw(_) => false,
+            Transport::Spdy(session) => session.client_left(),
+            Transport::Messages { frames, .. } => frames[client].has_closed(),
+            Transport::Tunnel { frames, session } => frames[client].has_closed() || session.client_left(),
+        }
     }
 
     /// Exit code of the process, if the server has said how it ended.

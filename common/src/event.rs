@@ -374,11 +374,11 @@ pub struct RequestClosed {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub enum Outcome {
-    /// The whole response was forwarded.
+    /// The whole response was forwarded; of an exec or attach, also how it ended.
     Complete,
     /// The client went away.
     ClientAborted,
-    /// The API server failed or closed in the middle.
+    /// The API server failed or closed in the middle, or ended a stream in good order that was not over.
     UpstreamFailed,
     /// Weir refused it.
     Refused,

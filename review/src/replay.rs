@@ -231,7 +231,7 @@ pub(crate) fn write_transcript(
         let Some(request) = event.request.as_deref() else { return Ok(()) };
         match &event.kind {
             Kind::RequestOpened(opened) => transcript.opened(request, opened),
-            Kind::RequestClosed(closed) => transcript.closed(request, closed.exit_code)?,
+            Kind::RequestClosed(closed) => transcript.closed(request, closed)?,
             Kind::Content(content) => {
                 let shown = matches!(
                     content.channel,

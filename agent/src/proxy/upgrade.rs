@@ -118,7 +118,7 @@ pub(super) async fn run(
         }
     };
     match ended {
-        Ok(()) => record.close(Outcome::Complete, None),
+        Ok(first) => record.close_stream(first == Direction::ClientToServer),
         Err(error) => record.close(error.outcome(), Some(&error.to_string())),
     }
 }
@@ -128,16 +128,17 @@ async fn join(
     server: Upgraded,
     framing: Option<Framing>,
     record: &RequestRecord,
-) -> Result<(), StreamError> {
+) -> Result<Direction, StreamError> {
     join_sides(TokioIo::new(client), TokioIo::new(server), framing, record).await
 }
 
+/// Passes bytes until both sides have ended, and tells whose end came first.
 async fn join_sides(
     client: impl AsyncRead + AsyncWrite,
     server: impl AsyncRead + AsyncWrite,
     framing: Option<Framing>,
     record: &RequestRecord,
-) -> Result<(), StreamError> {
+) -> Result<Direction, StreamError> {
     let (client_reader, client_writer) = tokio::io::split(client);
     let (server_reader, server_writer) = tokio::io::split(server);
     let heartbeat = framing.map(|framing| Mutex::new(Heartbeat::new(framing)));
@@ -150,7 +151,8 @@ async fn join_sides(
     match ends.server_lost.into_inner().unwrap_or_else(PoisonError::into_inner) {
         Some(error) if !server_ended => Err(StreamError::Server(error)),
         _ if ends.client_gone.into_inner() => Err(StreamError::ClientGone),
-        _ => Ok(()),
+        _ if ends.client_first.into_inner() => Ok(Direction::ClientToServer),
+        _ => Ok(Direction::ServerToClient),
     }
 }
 
@@ -158,7 +160,9 @@ async fn join_sides(
 #[derive(Debug, Default)]
 struct Ends {
     one_ended: AtomicBool,
-    /// The client's end came first, and without TLS's close_notify, as when its process dies.
+    /// The client's end came first.
+    client_first: AtomicBool,
+    /// And without TLS's close_notify, as when its process dies.
     client_gone: AtomicBool,
     /// The server has said its end.
     server_ended: AtomicBool,
@@ -181,6 +185,9 @@ impl Ends {
     /// One direction has come to its end, with or without a word; whether it is the first.
     fn ended(&self, direction: Direction, said_so: bool) -> bool {
         let first = !self.one_ended.swap(true, Ordering::Relaxed);
+        if first && direction == Direction::ClientToServer {
+            self.client_first.store(true, Ordering::Relaxed);
+        }
         match direction {
             Direction::ClientToServer if first && !said_so => self.client_gone.store(true, Ordering::Relaxed),
             Direction::ServerToClient if said_so => self.server_ended.store(true, Ordering::Relaxed),
@@ -558,7 +565,7 @@ mod tests {
             };
             let (joined, ()) = tokio::join!(join_sides(client, Gone { inner, says }, FRAMING, &record), ends);
             match joined {
-                Ok(()) => assert!(says.is_none(), "it is a failure"),
+                Ok(_) => assert!(says.is_none(), "it is a failure"),
                 Err(error) => {
                     assert!(says.is_some() && error.outcome() == Outcome::UpstreamFailed, "{error}");
                 }

@@ -4,7 +4,6 @@
 //! in the workers. The one lock is the request's own.
 
 use std::{
-    pin::Pin,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
@@ -22,6 +21,7 @@ use weir_common::event::{Kind, Outcome, RequestClosed, RoleAssumed};
 
 use super::{
     admission::COMMIT_WAIT_MAX,
+    committed::{Committed, committed},
     content::{Held, Streamed},
     entry::{self, Entry, Waiter},
     error::RecordingError,
@@ -56,9 +56,6 @@ pub(super) enum Level {
     /// All of it, as it comes (`logs`).
     Streamed,
 }
-
-/// Ready when a record is durable: what it is about may go on then.
-pub type Committed = Pin<Box<dyn Future<Output = Result<(), RecordingError>> + Send>>;
 
 /// The record of one request, from arrival to end. Dropped without [`RequestRecord::close`] it closes itself as
 /// `ClientAborted`. Shared by both directions of an upgraded stream through an `Arc`.
@@ -423,6 +420,16 @@ impl RequestRecord {
         self.end(outcome, reason, None);
     }
 
+    /// An upgraded stream is over on both sides, in good order as far as their connections say; `client_first`: the client's was before
+    /// the server's.
+    pub fn close_stream(&self, client_first: bool) {
+        let upgraded = self.upgraded.lock().unwrap_or_else(PoisonError::into_inner);
+        let ended = upgraded.as_ref().map(|upgraded| upgraded.ended(client_first));
+        drop(upgraded);
+        let (outcome, reason) = ended.unwrap_or((Outcome::Complete, None));
+        self.close(outcome, reason.as_deref());
+    }
+
     /// The request is over. Where the rules want its record to be durable before the last byte of the answer, that byte
     /// goes when what is returned is ready.
     pub fn close_durably(&self, outcome: Outcome, reason: Option<&str>) -> Option<Committed> {
@@ -478,18 +485,6 @@ impl RequestRecord {
         }
         true
     }
-}
-
-/// Somebody to be told that a record is durable, and what waits for it.
-fn committed() -> (Waiter, Committed) {
-    let (waiter, result) = oneshot::channel();
-    let waits = async {
-        match tokio::time::timeout(COMMIT_WAIT_MAX, result).await {
-            Ok(told) => told.unwrap_or(Err(RecordingError::Closed)),
-            Err(_) => Err(RecordingError::TooSlow),
-        }
-    };
-    (waiter, Box::pin(waits))
 }
 
 impl Drop for RequestRecord {

@@ -9,10 +9,10 @@ use http::{
     HeaderMap,
     header::{SEC_WEBSOCKET_EXTENSIONS, SEC_WEBSOCKET_PROTOCOL, UPGRADE},
 };
-use weir_common::event::{Change, Channel, FileCopied, Kind};
+use weir_common::event::{Change, Channel, FileCopied, Kind, Outcome};
 
 use super::{RequestHead, body::Sensitivity, content, mask::Masker, sieve::Sieves, split};
-use crate::streams::{self, Agreed, Decoder, Direction, Lane};
+use crate::streams::{self, Agreed, Decoder, Direction, Lack, Lane};
 
 /// What an upgrade asks for, as far as it decides how the stream is read.
 #[derive(Clone, Debug, Default)]
@@ -88,14 +88,15 @@ impl Upgraded {
         leaves_out: LeavesOut,
         request: Arc<str>,
     ) -> Self {
-        let text = |name| headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default();
+        let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default();
         let decoder = Decoder::new(Agreed {
             api_group: &asked.api_group,
             subresource: &asked.subresource,
             verb: &asked.verb,
             query: &asked.query,
-            upgrade: text(UPGRADE),
-            subprotocol: text(SEC_WEBSOCKET_PROTOCOL),
+            upgrade: text(UPGRADE.as_str()),
+            subprotocol: text(SEC_WEBSOCKET_PROTOCOL.as_str()),
+            spdy_protocol: text("x-stream-protocol-version"),
             extensions: headers.contains_key(SEC_WEBSOCKET_EXTENSIONS),
         });
         let sieves = Sieves::of(masker);
@@ -129,6 +130,23 @@ impl Upgraded {
     /// Whether the server's messages are a response body.
     pub(super) fn has_body(&self) -> bool {
         self.decoder.has_body()
+    }
+
+    /// How it ended, both sides having closed in good order, and why so; `client_first`: the client did before the server. What it lacks
+    /// says that it was cut all the same, be it behind the API server.
+    pub(super) fn ended(&self, client_first: bool) -> (Outcome, Option<String>) {
+        let by_client = client_first || self.decoder.client_left();
+        match self.decoder.lacks() {
+            // A client ends a port-forward whenever it wants to.
+            Some(Lack::Connections) if by_client => (Outcome::Complete, None),
+            Some(lack) if by_client => {
+                (Outcome::ClientAborted, Some(format!("the client ended the stream early: {lack}")))
+            }
+            Some(lack) => {
+                (Outcome::UpstreamFailed, Some(format!("the API server ended the stream early: {lack}")))
+            }
+            None => (Outcome::Complete, None),
+        }
     }
 
     /// Exit code of the process, if the server has said how it ended.

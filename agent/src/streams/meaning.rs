@@ -69,6 +69,11 @@ impl Meaning {
         events.extend(found.map(|found| told(direction, found)));
     }
 
+    /// Whether connections are open that were announced.
+    pub(super) fn has_open_connections(&self) -> bool {
+        self.announced && !self.connections.is_empty()
+    }
+
     /// Both are.
     pub(super) fn finish_both(&mut self, events: &mut Vec<Event>) {
         let connections = std::mem::take(&mut self.connections);

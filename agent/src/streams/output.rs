@@ -21,6 +21,11 @@ impl Ledger {
     pub(super) fn new(direction: Direction) -> Self {
         Self { direction, raw_bytes: 0, gaps: 0 }
     }
+
+    /// Whether something of it was not decoded.
+    pub(super) fn has_raw(&self) -> bool {
+        self.raw_bytes > 0
+    }
 }
 
 /// The events of one piece.

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use bytes::Bytes;
 use weir_common::event::{Channel, Connection};
 
-use super::{Agreed, Decoder, Direction, Event};
+use super::{Agreed, Decoder, Direction, Event, Lack};
 
 /// All that was decoded, whatever the pieces were.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -18,6 +18,8 @@ pub struct Decoded {
     pub said: [Vec<String>; 2],
     /// Exit code of the process.
     pub exit_code: Option<i32>,
+    /// What it lacks after the last piece.
+    pub lacks: Option<Lack>,
 }
 
 /// Feeds pieces to a decoder and joins what comes out; panics where offsets do not follow one another.
@@ -28,6 +30,7 @@ pub fn decode<P: AsRef<[u8]>>(agreed: Agreed<'_>, pieces: &[(Direction, P)]) -> 
         let piece = Bytes::copy_from_slice(piece.as_ref());
         take(&mut decoded, *direction, decoder.feed(*direction, &piece));
     }
+    decoded.lacks = decoder.lacks();
     for direction in [Direction::ClientToServer, Direction::ServerToClient] {
         take(&mut decoded, direction, decoder.finish(direction));
     }

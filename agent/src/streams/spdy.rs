@@ -130,6 +130,11 @@ impl Session {
         Self { forwards, sides: Default::default(), streams: BTreeMap::new(), counts: BTreeMap::new() }
     }
 
+    /// Whether the client has said that it is about to go.
+    pub(super) fn client_left(&self) -> bool {
+        self.sides[Direction::ClientToServer.index()].gone
+    }
+
     /// Takes the next bytes of one direction.
     pub(super) fn feed(&mut self, direction: Direction, mut input: Bytes, out: &mut Output<'_>) {
         while !input.is_empty() {

@@ -44,6 +44,7 @@ const SPDY: Agreed<'static> = Agreed {
     query: "",
     upgrade: "SPDY/3.1",
     subprotocol: "",
+    spdy_protocol: "v4.channel.k8s.io",
     extensions: false,
 };
 

@@ -40,6 +40,11 @@ impl Status {
         self.bytes.extend_from_slice(&bytes[..bytes.len().min(room)]);
     }
 
+    /// Whether it is whole, or longer than what is looked into.
+    pub(super) fn is_said(&self) -> bool {
+        self.bytes.len() == STATUS_BYTES_MAX || serde_json::from_slice::<Said>(&self.bytes).is_ok()
+    }
+
     pub(super) fn exit_code(&self) -> Option<i32> {
         let said: Said = serde_json::from_slice(&self.bytes).ok()?;
         match (said.status.as_str(), said.reason.as_str()) {

@@ -21,10 +21,10 @@ pub(super) const SERVER: Direction = Direction::ServerToClient;
 /// What `tests/testbed/streams` writes.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
-struct Conversation {
+pub(super) struct Conversation {
     #[serde(skip)]
-    name: String,
-    subresource: String,
+    pub(super) name: String,
+    pub(super) subresource: String,
     query: String,
     upgrade: String,
     subprotocol: String,
@@ -32,7 +32,7 @@ struct Conversation {
     lanes: BTreeMap<String, String>,
     #[serde(default)]
     forwarded: Vec<Forwarded>,
-    exit_code: Option<i32>,
+    pub(super) exit_code: Option<i32>,
     pieces: Vec<Piece>,
 }
 
@@ -51,18 +51,19 @@ struct Piece {
 }
 
 impl Conversation {
-    fn agreed(&self) -> Agreed<'_> {
+    pub(super) fn agreed(&self) -> Agreed<'_> {
         Agreed {
             subresource: &self.subresource,
             query: &self.query,
             upgrade: &self.upgrade,
             subprotocol: &self.subprotocol,
+            spdy_protocol: "v4.channel.k8s.io",
             verb: "create",
             ..Agreed::default()
         }
     }
 
-    fn pieces(&self) -> Vec<(Direction, Bytes)> {
+    pub(super) fn pieces(&self) -> Vec<(Direction, Bytes)> {
         let piece = |piece: &Piece| (if piece.client { CLIENT } else { SERVER }, binary(&piece.bytes).into());
         self.pieces.iter().map(piece).collect()
     }
@@ -72,7 +73,7 @@ fn binary(text: &str) -> Vec<u8> {
     STANDARD.decode(text).unwrap()
 }
 
-fn conversations() -> Vec<Conversation> {
+pub(super) fn conversations() -> Vec<Conversation> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/streams/conversations");
     let mut found = Vec::new();
     for entry in std::fs::read_dir(folder).unwrap() {
@@ -251,12 +252,12 @@ proptest! {
     }
 }
 
-fn process(subprotocol: &str) -> Agreed<'_> {
+pub(super) fn process(subprotocol: &str) -> Agreed<'_> {
     Agreed { subresource: "exec", upgrade: "websocket", subprotocol, ..Agreed::default() }
 }
 
 /// A frame with its first byte as given; a client's is masked.
-fn frame(masked: bool, opcode: u8, payload: &[u8]) -> Vec<u8> {
+pub(super) fn frame(masked: bool, opcode: u8, payload: &[u8]) -> Vec<u8> {
     fragment(masked, opcode | 0x80, payload)
 }
 
@@ -401,17 +402,6 @@ fn what_is_no_frame_is_raw_from_there_on() {
         ClientRaw @0 \x82\xfe\x00
     "#]],
     );
-}
-
-/// `golang.org/x/net/websocket` reads nothing behind a close frame.
-#[test]
-fn messages_behind_a_close_frame_are_no_channels() {
-    let behind = [frame(true, 2, b"\0rm -rf /"), frame(true, 2, b"\0x")].concat();
-    let bytes = [frame(true, 2, b"\0ls"), frame(true, 8, b""), frame(true, 9, b"?"), behind.clone()].concat();
-    let decoded = decode(process("v4.channel.k8s.io"), &[(CLIENT, bytes)]);
-    assert_eq!(lane(&decoded, Channel::Stdin), b"ls");
-    assert_eq!(lane(&decoded, Channel::ClientRaw), behind);
-    assert_eq!(decoded.said[0], ["Frame"]);
 }
 
 #[test]

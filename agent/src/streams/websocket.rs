@@ -75,6 +75,11 @@ impl Frames {
         }
     }
 
+    /// Whether a close frame was there.
+    pub(super) fn has_closed(&self) -> bool {
+        self.closed
+    }
+
     /// What was kept of a head that is not whole.
     pub(super) fn take_rest(&mut self) -> Vec<u8> {
         self.head[..std::mem::take(&mut self.head_bytes)].to_vec()

@@ -179,6 +179,7 @@ pub(super) fn events() -> Vec<Event> {
     executes(&mut told);
     is_refused(&mut told);
     asks_in_a_role(&mut told);
+    is_cut_behind_the_api_server(&mut told);
     told.agent(Kind::ConnectionRefused { reason: "plain HTTP".into(), caller: Some(caller()) });
     told.agent(Kind::Gap { reason: "the journal was full".into(), events: Some(3), bytes: None });
     told.agent(Kind::Finding {
@@ -330,6 +331,27 @@ fn executes(told: &mut Told) {
             Kind::ResponseStarted { status: 101, headers: Vec::new() },
             Kind::ConnectionForwarded(Box::new(forwarded)),
             Kind::RequestClosed(Box::new(closed(Some(101), Outcome::Drained))),
+        ],
+    );
+}
+
+/// An exec whose connection broke between API server and kubelet: nothing says how the process ended.
+fn is_cut_behind_the_api_server(told: &mut Told) {
+    let mut exec = RequestOpened {
+        execution: Some(Box::new(Execution { command: vec!["deploy".into()], ..Execution::default() })),
+        upgrade: Some("SPDY/3.1".into()),
+        ..opened("POST", "create", "/api/v1/namespaces/web/pods/a/exec?command=deploy")
+    };
+    (exec.attributes.name, exec.attributes.subresource) = ("a".into(), "exec".into());
+    let reason = "the API server ended the stream early: how the process ended was not said";
+    let end = RequestClosed { reason: Some(reason.into()), ..closed(Some(101), Outcome::UpstreamFailed) };
+    told.request(
+        "10",
+        [
+            Kind::RequestOpened(Box::new(exec)),
+            Kind::ResponseStarted { status: 101, headers: Vec::new() },
+            content(Channel::Stdout, b"half"),
+            Kind::RequestClosed(Box::new(end)),
         ],
     );
 }

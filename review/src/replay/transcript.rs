@@ -7,10 +7,10 @@ use std::{
     io::{self, Write},
 };
 
-use weir_common::event::{Channel, RequestOpened};
+use weir_common::event::{Channel, Outcome, RequestClosed, RequestOpened};
 
 use super::{
-    story::channel_name,
+    story::{channel_name, outcome},
     wording::{execution, meaning},
 };
 use crate::terminal::{escaped, escaped_exactly};
@@ -66,21 +66,25 @@ impl<'a> Transcript<'a> {
         Ok(())
     }
 
-    /// A stream is over: what is left of its lines, and its exit code.
-    pub(crate) fn closed(&mut self, request: &str, exit_code: Option<i32>) -> io::Result<()> {
+    /// A stream is over: what is left of its lines, and its exit code, or why there is none.
+    pub(crate) fn closed(&mut self, request: &str, closed: &RequestClosed) -> io::Result<()> {
         let of = |(id, _): &(String, Channel)| id == request;
         let left: Vec<_> = self.lines.extract_if(.., |key, _| of(key)).collect();
         for ((_, channel), line) in left {
             self.line(request, channel, &line, " (no line end)")?;
         }
         let runs = self.heads.contains_key(request) || self.request == request;
-        match exit_code.filter(|_| runs) {
-            Some(code) => {
-                self.turn_to(request)?;
-                writeln!(self.out, "# exit code {code}")
-            }
-            None => Ok(()),
+        let end = match (closed.exit_code, closed.outcome) {
+            (Some(code), _) => format!("exit code {code}"),
+            // Before the fourth version of the protocol only failures are said.
+            (None, Outcome::Complete) => return Ok(()),
+            (None, cut) => format!("no exit code: {}", outcome(cut)),
+        };
+        if runs {
+            self.turn_to(request)?;
+            writeln!(self.out, "# {end}")?;
         }
+        Ok(())
     }
 
     /// What is left of streams whose end is not on record.
@@ -106,5 +110,50 @@ impl<'a> Transcript<'a> {
         self.request = request.to_owned();
         let head = self.heads.remove(request).map_or_else(String::new, |head| format!(": {head}"));
         writeln!(self.out, "# request {}{head}", escaped(request))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use weir_common::{
+        attributes::Execution,
+        event::{Channel, Outcome, RequestClosed},
+    };
+
+    use super::Transcript;
+    use crate::fixture::request;
+
+    #[test]
+    fn a_process_whose_end_is_not_on_record_has_not_ended_well() {
+        let mut opened = request("POST", "create", "/api/v1/namespaces/web/pods/a/exec?command=sh", "web");
+        opened.execution = Some(Box::new(Execution { command: vec!["sh".into()], ..Execution::default() }));
+        for (outcome, exit_code, last) in [
+            (
+                Outcome::UpstreamFailed,
+                None,
+                "# no exit code: the API server failed or closed in the middle\n",
+            ),
+            (Outcome::ClientAborted, None, "# no exit code: the client went away\n"),
+            (Outcome::Complete, None, "stdout: half\n"),
+            (Outcome::UpstreamFailed, Some(0), "# exit code 0\n"),
+        ] {
+            let mut out = Vec::new();
+            let mut transcript = Transcript::new(&mut out);
+            transcript.opened("r", &opened);
+            transcript.add("r", Channel::Stdout, b"half\n").unwrap();
+            let closed = RequestClosed {
+                status: Some(101),
+                outcome,
+                reason: None,
+                response_bytes: 5,
+                client_bytes: 0,
+                duration_us: 1,
+                exit_code,
+                body: None,
+            };
+            transcript.closed("r", &closed).unwrap();
+            let text = String::from_utf8(out).unwrap();
+            assert!(text.ends_with(last), "{outcome:?}: {text}");
+        }
     }
 }

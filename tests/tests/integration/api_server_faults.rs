@@ -2,7 +2,7 @@
 
 use std::process::Command;
 
-use weir_common::event::{Kind, Outcome};
+use weir_common::event::{Channel, Kind, Outcome};
 use weir_tests::{
     AgentProcess, PodSpec,
     agent::{self, TrustSource},
@@ -88,7 +88,17 @@ fn an_agent_that_runs_serves_again_when_the_api_server_is_back() {
     let agent = scene.agent(TrustSource::ClusterSigner);
     let ask = || shown(&pod.exec(&["kubectl", "get", "namespace", "default", "-o", "name"]).unwrap());
     assert_eq!(ask().0, Some(0));
+    pod.shell("kubectl exec -n it-back caller -- sh -c 'echo begun; sleep 1000' >/dev/null 2>&1 &").unwrap();
+    let began = scene.event(
+        "a stream to have begun",
+        |event| matches!(&event.kind, Kind::Content(content) if content.channel == Channel::Stdout),
+    );
     let outage = scene.testbed.stop_api_server().unwrap();
+    let cut = scene.event("the end of the stream", |event| {
+        event.request == began.request && matches!(event.kind, Kind::RequestClosed(_))
+    });
+    let Kind::RequestClosed(cut) = cut.kind else { unreachable!() };
+    assert_eq!((cut.outcome, cut.exit_code), (Outcome::UpstreamFailed, None), "{:?}", cut.reason);
     let during = command::output(pod.runtime_command("during").args(["kubectl", "version"])).unwrap();
     assert!(!during.status.success(), "{:?}", shown(&during));
     outage.end().unwrap();

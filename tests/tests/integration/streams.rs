@@ -8,6 +8,8 @@ use weir_tests::{Pod, PodSpec, agent, agent::TrustSource, command};
 
 use super::{Scene, shown, verify};
 
+#[path = "streams/cut.rs"]
+mod cut;
 #[path = "streams/parallel.rs"]
 mod parallel;
 #[path = "streams/patterns.rs"]
@@ -193,6 +195,7 @@ fn what_is_said_in_streams_is_on_record_by_channel_whatever_kubectl_speaks() {
         let replay = replayed(&scene, &["--request", id("/portforward")]);
         assert!(replay.contains("tls to db.example"), "{replay}");
     }
+    cut::what_is_cut_behind_the_api_server_is_not_complete(&scene, &pod);
     parallel::many_at_once_are_on_record(&scene, &pod);
     patterns::what_a_pattern_finds_is_in_no_record(&scene, &agent, &pod);
     let verified = verify(&scene.journal());
