@@ -92,6 +92,12 @@ const MAPPED: u32 = 0xffff_u32.to_be();
 /// Protocol number that no packet can bear (reserved by IANA).
 const RESERVED: u8 = 255;
 
+/// The IPv4 option behind which there are none.
+const END_OF_OPTIONS: u8 = 0;
+
+/// IPv4 option that asks routers to look at a packet (RFC 2113).
+const ROUTER_ALERT: u8 = 148;
+
 /// UDP ports at which machines take packets out of a wrapping: VXLAN (4789; Linux' own 8472, of Flannel and Cilium; 4790 with
 /// other payloads), Geneve, GUE, MPLS in UDP, Weave. What is inside is not read, so it counts for every port.
 const TUNNELS: [u16; 7] = [4789, 8472, 4790, 6081, 6080, 6635, 6784];
@@ -112,16 +118,19 @@ pub fn destination(packet: &impl Packet) -> Destination {
     // As much as the shorter of the two has, at once: each read of a socket buffer costs a call.
     let Some(header) = packet.words::<5>(0) else { return Destination::None };
     match header[0].to_ne_bytes()[0] >> 4 {
-        4 => destination4(header),
+        4 => destination4(packet, header),
         6 => destination6(packet, header[1].to_ne_bytes()[2]),
         _ => Destination::None,
     }
 }
 
 #[inline(always)]
-fn destination4(header: [u32; 5]) -> Destination {
+fn destination4(packet: &impl Packet, header: [u32; 5]) -> Destination {
     // Version and length, service, total length; id, fragment; time to live, protocol, checksum; source; destination.
     let [first, _, _, _] = header[0].to_ne_bytes();
+    if first & 0xf > 5 && !is_harmless(packet.bytes::<1>(20), first & 0xf) {
+        return Destination::Hidden;
+    }
     let [_, _, high, low] = header[1].to_ne_bytes();
     let [_, protocol, _, _] = header[2].to_ne_bytes();
     let fragment_offset = u16::from_be_bytes([high, low]) & 0x1fff;
@@ -130,6 +139,17 @@ fn destination4(header: [u32; 5]) -> Destination {
         offset: u32::from(first & 0xf) * 4,
     };
     Destination::Address { address: [0, 0, MAPPED, header[4]], transport }
+}
+
+/// Whether options that begin so, in a header of so many words, name no other machine that the packet goes to, as a source route does (RFC
+/// 791 §3.1): there are none, or the one by which members of groups have routers look.
+#[inline(always)]
+fn is_harmless(first_option: Option<[u8; 1]>, words: u8) -> bool {
+    match first_option {
+        Some([END_OF_OPTIONS]) => true,
+        Some([ROUTER_ALERT]) => words == 6,
+        _ => false,
+    }
 }
 
 #[inline(always)]
@@ -272,6 +292,30 @@ mod tests {
 
     /// Source port 1, destination port 443.
     const PORTS: [u8; 4] = [0, 1, 1, 187];
+
+    #[test]
+    fn options_that_may_lead_elsewhere_hide_where_a_packet_goes() {
+        let with = |options: &[u8]| {
+            let mut packet = packet4(6, 0, options.len(), &PORTS);
+            packet[20..20 + options.len()].copy_from_slice(options);
+            destination(&&packet[..])
+        };
+        for hides in [
+            &[131, 7, 4, 10, 0, 0, 1, 0][..],
+            &[1, 137, 7, 4, 10, 0, 0, 1],
+            &[148, 4, 0, 0, 131, 7, 4, 10, 0, 0, 1, 0],
+            &[7, 4, 0, 0],
+        ] {
+            assert_eq!(with(hides), Destination::Hidden, "{hides:?}");
+        }
+        for plain in [&[148, 4, 0, 0][..], &[0, 0, 0, 0]] {
+            assert!(matches!(with(plain), Destination::Address { .. }), "{plain:?}");
+        }
+        // Cut short.
+        let mut packet = packet4(6, 0, 0, &[]);
+        packet[0] = 0x46;
+        assert_eq!(destination(&&packet[..]), Destination::Hidden);
+    }
 
     #[test]
     fn every_protocol_with_ports_is_read_behind_options_as_well() {

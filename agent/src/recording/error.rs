@@ -113,6 +113,11 @@ pub enum RecordingError {
     /// The disk hangs.
     #[error("the journal does not become durable in time; is its disk overloaded or gone?")]
     TooSlow,
+    /// A client's bytes on a stream into a pod are not in the form that was agreed on, and rules mask by expressions.
+    #[error(
+        "what the client says on this stream into a pod is not in the form that was agreed on, so recording.masks.patterns cannot be applied"
+    )]
+    Unreadable,
     /// The recorder has stopped.
     #[error("recording has stopped; the agent is shutting down")]
     Closed,
@@ -144,6 +149,9 @@ impl RecordingError {
                 "the journal is more than half full and the pod has used its part of it; the operator must make room"
             }
             Self::TooSlow => "the journal does not become durable in time",
+            Self::Unreadable => {
+                "what the client says on it is not in the form that was agreed on, and could not be masked"
+            }
             Self::Closed => "recording has stopped; the agent is shutting down",
         }
     }

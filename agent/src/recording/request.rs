@@ -293,12 +293,15 @@ impl RequestRecord {
     pub async fn client_stream_data(&self, data: Bytes) -> Result<(), RecordingError> {
         self.pace().await;
         self.client_bytes.fetch_add(data.len() as u64, Ordering::Relaxed);
-        let (kinds, _) = self.decoded(Direction::ClientToServer, &data);
+        let (Decoded { kinds, is_unreadable, .. }, _) = self.decoded(Direction::ClientToServer, &data);
         if self.context.emergency.is_on() {
             return self.append(self.context.entries(kinds), false).await;
         }
         let entries = self.context.whole_entries(kinds)?;
-        if entries.is_empty() { Ok(()) } else { self.append_first(entries).await }
+        if !entries.is_empty() {
+            self.append_first(entries).await?;
+        }
+        if is_unreadable { Err(RecordingError::Unreadable) } else { Ok(()) }
     }
 
     /// Bytes of an upgraded connection, server to client: queued (waits only while the queue is full, or much of this stream is ahead of
@@ -309,7 +312,7 @@ impl RequestRecord {
     pub async fn server_stream_data(&self, data: Bytes) -> Result<(), RecordingError> {
         self.pace().await;
         self.server_bytes.fetch_add(data.len() as u64, Ordering::Relaxed);
-        let (kinds, body) = self.decoded(Direction::ServerToClient, &data);
+        let (Decoded { kinds, .. }, body) = self.decoded(Direction::ServerToClient, &data);
         for committed in body {
             committed.await?;
         }
@@ -389,14 +392,15 @@ impl RequestRecord {
     }
 
     /// What a piece of an upgraded connection means; and what to wait for where it is a response body.
-    fn decoded(&self, direction: Direction, data: &Bytes) -> (Vec<Kind>, Vec<Committed>) {
-        let Decoded { kinds, body } = {
+    fn decoded(&self, direction: Direction, data: &Bytes) -> (Decoded, Vec<Committed>) {
+        let mut decoded = {
             let mut upgraded = self.upgraded.lock().unwrap_or_else(PoisonError::into_inner);
             let nothing_agreed = || self.reads(&HeaderMap::new());
             upgraded.get_or_insert_with(nothing_agreed).feed(direction, data)
         };
+        let body = std::mem::take(&mut decoded.body);
         let committed = body.iter().filter_map(|piece| self.streamed_data(piece)).collect();
-        (kinds, committed)
+        (decoded, committed)
     }
 
     fn push_small(&self, kind: Kind) {

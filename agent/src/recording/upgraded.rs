@@ -41,6 +41,8 @@ pub(super) struct Decoded {
     pub(super) kinds: Vec<Kind>,
     /// Pieces of a response body, which the masks must see.
     pub(super) body: Vec<Bytes>,
+    /// What the client says cannot be followed, and must be: the stream is to be cut.
+    pub(super) is_unreadable: bool,
 }
 
 /// A stream while it passes.
@@ -52,6 +54,8 @@ pub(super) struct Upgraded {
     request: Arc<str>,
     /// Raw bytes may hold objects of the API, which no mask can see in them.
     withholds: bool,
+    /// It leads into a pod: what its client says is what somebody does there.
+    leads_into_pod: bool,
     /// Finds what rules mask.
     sieves: Option<Sieves>,
     leaves_out: LeavesOut,
@@ -102,7 +106,18 @@ impl Upgraded {
         let sieves = Sieves::of(masker);
         // Masked frames and what is compressed hide from expressions, too.
         let withholds = asked.verb == "watch" || sensitivity != Sensitivity::None || sieves.is_some();
-        Self { decoder, masker: masker.clone(), request, withholds, sieves, leaves_out, left_out: 0 }
+        let leads_into_pod =
+            asked.api_group.is_empty() && matches!(&asked.subresource[..], "exec" | "attach" | "portforward");
+        Self {
+            decoder,
+            masker: masker.clone(),
+            request,
+            withholds,
+            leads_into_pod,
+            sieves,
+            leaves_out,
+            left_out: 0,
+        }
     }
 
     /// Takes the next bytes of one direction.
@@ -171,6 +186,8 @@ impl Upgraded {
                     };
                     if self.withholds && matches!(lane.channel, Channel::ClientRaw | Channel::ServerRaw) {
                         decoded.kinds.push(self.withheld(lane, offset, &bytes));
+                        // Else one odd frame would hide all that follows it: clients that people use send none.
+                        decoded.is_unreadable |= self.leads_into_pod && lane.channel == Channel::ClientRaw;
                         continue;
                     }
                     let Some(sieves) = &mut self.sieves else {

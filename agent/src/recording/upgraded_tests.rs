@@ -11,7 +11,7 @@ use tempfile::TempDir;
 use weir_common::event::{Channel, Event, Kind, Outcome};
 
 use super::{
-    CommitRule, CommitRules, MaskRules, Masks, Recorder, RecorderOptions, Streams,
+    CommitRule, CommitRules, MaskRules, Masks, Recorder, RecorderOptions, RecordingError, Streams,
     fixture::{CANARY, TestDisk, attributes, names, on, open, options, read},
     tests::{closed, content, no_canary},
 };
@@ -239,6 +239,40 @@ async fn what_cannot_be_masked_of_a_stream_goes_on_when_its_length_and_digest_ar
     assert_eq!(lengths, [of_client as u64, of_client as u64, of_server as u64]);
     assert!(withheld.iter().all(|(reason, _)| reason.contains("; hmac-sha256:")), "{withheld:?}");
     assert_ne!(withheld[0], withheld[1], "no piece is recognised by another of the same bytes");
+}
+
+#[tokio::test]
+async fn a_client_that_cannot_be_followed_into_a_pod_is_cut_where_expressions_are_masked() {
+    let masks = MaskRules { patterns: vec!["canary-[a-z0-9-]+".into()], ..MaskRules::default() };
+    for (masks, is_cut) in [(masks, true), (MaskRules::default(), false)] {
+        let directory = TempDir::new().unwrap();
+        let rules = CommitRules { masks: Arc::new(Masks::new(masks).unwrap()), ..CommitRules::default() };
+        let disk = Arc::new(TestDisk::default());
+        let recorder = on(&disk, RecorderOptions { rules, ..options(directory.path()) }).unwrap();
+        let headers = agreed("v4.channel.k8s.io");
+        let exec = attributes("create", "pods", "exec");
+        let record = open(&recorder, Method::GET, &exec, &headers, None).await.unwrap();
+        record.response_started(StatusCode::SWITCHING_PROTOCOLS, &headers, true);
+        record.client_stream_data(from_client(b"\0ls\n").into()).await.unwrap();
+        // A bit that nobody has agreed on: servers take the frame as it is.
+        let mut odd = from_client(b"\0id\n");
+        odd[0] |= 0x40;
+        let told = record.client_stream_data(odd.into()).await;
+        assert_eq!(matches!(told, Err(RecordingError::Unreadable)), is_cut, "{told:?}");
+        record.server_stream_data(from_server(b"\x01x")).await.unwrap();
+        record.close(Outcome::Refused, None);
+        recorder.stop("test").await.unwrap();
+        let events = read(recorder.folder());
+        assert_eq!(content(&events, Channel::Stdin), b"ls\n");
+        assert_eq!(content(&events, Channel::ClientRaw).is_empty(), is_cut);
+        let is_withheld =
+            |event: &Event| matches!(&event.kind, Kind::Gap { reason, .. } if reason.starts_with("withheld"));
+        assert_eq!(
+            events.iter().any(is_withheld),
+            is_cut,
+            "what it said last is on record by its length and digest"
+        );
+    }
 }
 
 #[tokio::test]
