@@ -350,8 +350,11 @@ fn run(path: &Path) -> anyhow::Result<()> {
     forbid_core_dumps()?;
     let configured = Source::load(path, &config::default_node())?;
     raise_open_files()?;
-    tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(app::run(configured))?;
-    Ok(())
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let ended = runtime.block_on(app::run(configured));
+    // Nobody waits for a thread that a pod's process holds up (`interception::reads`).
+    runtime.shutdown_background();
+    Ok(ended?)
 }
 
 #[expect(clippy::print_stdout, reason = "says what was done")]

@@ -138,12 +138,14 @@ pub enum Reason {
     #[error("not a valid SPDY/3.1 frame; this and what follows in this direction is recorded raw")]
     SpdyFrame,
     /// A control frame of another type, or longer than [`spdy::CONTROL_BYTES_MAX`].
-    #[error("a SPDY control frame of an unknown type or length; it is recorded raw")]
+    #[error(
+        "a SPDY control frame of an unknown type or length; this and what follows in this direction is recorded raw"
+    )]
     SpdyControl,
     /// Headers that do not decompress within their bound.
     #[error("SPDY headers that cannot be read; this and what follows in this direction is recorded raw")]
     SpdyHeaders,
-    /// A stream that was not opened, is the other side's to write or one of two for a channel, or which its side has ended.
+    /// A stream that was not opened, is the other side's to write or one of two for a channel.
     #[error("data of a SPDY stream whose meaning is not known; it is recorded raw")]
     SpdyStream,
     /// Sparse files, broken headers, long names without end.
@@ -151,6 +153,9 @@ pub enum Reason {
         "a tar archive that cannot be followed from here on; its bytes are recorded, its files are not listed"
     )]
     Archive,
+    /// Behind a WebSocket's close frame, SPDY's GOAWAY, or the end of a SPDY stream.
+    #[error("what a side says behind its own end, which nobody reads; it is recorded raw")]
+    Ended,
     /// The connection ended within a frame.
     #[error("the stream ended within a frame; its beginning is recorded raw")]
     Cut,
@@ -324,6 +329,7 @@ impl Decoder {
                     out.gap(Reason::Frame);
                     out.raw(bytes);
                 }
+                Part::Behind(bytes) => out.unheard(bytes),
                 Part::End { .. } => {}
             }),
         }
@@ -373,6 +379,11 @@ impl Decoder {
                 !any && self.meaning.has_open_connections()
             }
         })
+    }
+
+    /// Whether this side has said what could not be followed and the other may read.
+    pub fn is_lost(&self, direction: Direction) -> bool {
+        self.ledgers[direction.index()].is_lost()
     }
 
     /// Whether the client has said that it is about to go: by a close frame of WebSocket, or SPDY's GOAWAY.

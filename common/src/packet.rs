@@ -71,7 +71,7 @@ pub enum Destination {
         /// Where to read on.
         transport: Transport,
     },
-    /// The header names only the next station of its way (IPv6 routing header): it may go anywhere.
+    /// The header may name only the next station of its way (IPv6 routing header, IPv4 options): it may go anywhere.
     Hidden,
     /// No IP packet, or none that could open a conversation.
     None,
@@ -119,26 +119,31 @@ pub fn destination(packet: &impl Packet) -> Destination {
     let Some(header) = packet.words::<5>(0) else { return Destination::None };
     match header[0].to_ne_bytes()[0] >> 4 {
         4 => destination4(packet, header),
-        6 => destination6(packet, header[1].to_ne_bytes()[2]),
+        6 => destination6::<false>(packet, header[1].to_ne_bytes()[2]),
         _ => Destination::None,
     }
 }
 
 #[inline(always)]
 fn destination4(packet: &impl Packet, header: [u32; 5]) -> Destination {
-    // Version and length, service, total length; id, fragment; time to live, protocol, checksum; source; destination.
-    let [first, _, _, _] = header[0].to_ne_bytes();
-    if first & 0xf > 5 && !is_harmless(packet.bytes::<1>(20), first & 0xf) {
+    let words = header[0].to_ne_bytes()[0] & 0xf;
+    if words > 5 && !is_harmless(packet.bytes::<1>(20), words) {
         return Destination::Hidden;
     }
+    Destination::Address { address: [0, 0, MAPPED, header[4]], transport: transport4(header) }
+}
+
+#[inline(always)]
+fn transport4(header: [u32; 5]) -> Transport {
+    // Version and length, service, total length; id, fragment; time to live, protocol, checksum; source; destination.
+    let [first, _, _, _] = header[0].to_ne_bytes();
     let [_, _, high, low] = header[1].to_ne_bytes();
     let [_, protocol, _, _] = header[2].to_ne_bytes();
     let fragment_offset = u16::from_be_bytes([high, low]) & 0x1fff;
-    let transport = Transport {
+    Transport {
         protocol: if fragment_offset == 0 { protocol } else { RESERVED },
         offset: u32::from(first & 0xf) * 4,
-    };
-    Destination::Address { address: [0, 0, MAPPED, header[4]], transport }
+    }
 }
 
 /// Whether options that begin so, in a header of so many words, name no other machine that the packet goes to, as a source route does (RFC
@@ -152,14 +157,16 @@ fn is_harmless(first_option: Option<[u8; 1]>, words: u8) -> bool {
     }
 }
 
+/// `ARRIVES`: it is at its destination, whichever way that was.
 #[inline(always)]
-fn destination6(packet: &impl Packet, mut next: u8) -> Destination {
+fn destination6<const ARRIVES: bool>(packet: &impl Packet, mut next: u8) -> Destination {
     // Version, class and label, payload length, next header, hop limit, source, destination.
     let Some(address) = packet.words::<4>(24) else { return Destination::None };
     let mut offset = 40;
     for _ in 0..EXTENSIONS_MAX {
         let length = match next {
             HOP_BY_HOP | DESTINATION_OPTIONS | MOBILITY | HIP | SHIM6 | AUTHENTICATION | FRAGMENT => 4,
+            ROUTING if ARRIVES => 4,
             ROUTING => return Destination::Hidden,
             _ => 0,
         };
@@ -192,7 +199,15 @@ pub struct Payload {
 /// What a whole packet from this port of a UDP or TCP server carries; none of any other packet.
 #[inline(always)]
 pub fn payload_from(packet: &impl Packet, port: u16) -> Option<Payload> {
-    let Destination::Address { transport, .. } = destination(packet) else { return None };
+    let header = packet.words::<5>(0)?;
+    let transport = match header[0].to_ne_bytes()[0] >> 4 {
+        4 => transport4(header),
+        6 => match destination6::<true>(packet, header[1].to_ne_bytes()[2]) {
+            Destination::Address { transport, .. } => transport,
+            _ => return None,
+        },
+        _ => return None,
+    };
     let stream = transport.protocol == TCP;
     if !stream && transport.protocol != UDP {
         return None;
@@ -230,7 +245,7 @@ pub fn port(packet: &impl Packet, transport: Transport) -> Option<u32> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Destination, PORT_UNKNOWN, Packet as _, destination, port, source};
+    use super::{Destination, PORT_UNKNOWN, Packet as _, Payload, destination, payload_from, port, source};
 
     const MAPPED: [u8; 16] = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 192, 0, 2, 1];
     const ADDRESS6: [u8; 16] = [0x20, 1, 0xd, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1];
@@ -292,6 +307,21 @@ mod tests {
 
     /// Source port 1, destination port 443.
     const PORTS: [u8; 4] = [0, 1, 1, 187];
+
+    /// They have arrived, and are read by whoever they are for.
+    #[test]
+    fn answers_are_read_behind_whatever_options_and_ways_they_have() {
+        let answer = [&53_u16.to_be_bytes()[..], &[0x30, 0x39, 0, 9, 0, 0, 7]].concat();
+        let mut packet = packet4(17, 0, 4, &answer);
+        packet[20..24].copy_from_slice(&[1, 1, 1, 0]);
+        assert_eq!(destination(&&packet[..]), Destination::Hidden);
+        assert_eq!(payload_from(&&packet[..], 53), Some(Payload { offset: 32, stream: false }));
+        let routed = [&[17, 0, 9, 0, 0, 0, 0, 0][..], &answer].concat();
+        let packet = packet6(43, &routed);
+        assert_eq!(destination(&&packet[..]), Destination::Hidden);
+        assert_eq!(payload_from(&&packet[..], 53), Some(Payload { offset: 56, stream: false }));
+        assert_eq!(payload_from(&&packet[..], 54), None);
+    }
 
     #[test]
     fn options_that_may_lead_elsewhere_hide_where_a_packet_goes() {

@@ -60,17 +60,15 @@ impl Reads {
             permits.push(timeout_at(deadline, places.permit()).await.ok()??);
         }
         let late = Arc::new(Late { places, is: AtomicBool::new(false) });
-        let held = Arc::clone(&late);
+        let waited_for = WaitedFor(Some(Arc::clone(&late)));
         let read = tokio::task::spawn_blocking(move || {
-            // With the thread, whoever still waits for it.
-            let _held = (permits, held);
+            // With the thread, whoever still waits for it. No place is free as long as it counts as late.
+            let _held = (late, permits);
             read()
         });
-        let read = timeout_at(deadline, read).await;
-        if read.is_err() {
-            late.set();
-        }
-        read.ok()?.ok()
+        let read = timeout_at(deadline, read).await.ok()?;
+        waited_for.until_it_returned();
+        read.ok()
     }
 
     /// How many are under way.
@@ -118,6 +116,24 @@ impl Places {
 struct Late {
     places: [Arc<Places>; 2],
     is: AtomicBool,
+}
+
+/// Of a read under way; one that is dropped before it returned is late.
+#[derive(Debug)]
+struct WaitedFor(Option<Arc<Late>>);
+
+impl WaitedFor {
+    fn until_it_returned(mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for WaitedFor {
+    fn drop(&mut self) {
+        if let Some(late) = self.0.take() {
+            late.set();
+        }
+    }
 }
 
 impl Late {

@@ -338,7 +338,9 @@ impl Heartbeat {
         let between = self.said.is_between();
         self.said.pass(piece);
         let has_room = self.pings.len() + piece.len() <= PINGS_BYTES_MAX;
-        let waits = between && !is_silent && has_room && only_pings(self.framing, piece);
+        // Where no answer could fit in, none waits for one.
+        let waits =
+            between && !self.heard.is_lost() && !is_silent && has_room && only_pings(self.framing, piece);
         if waits {
             self.pings.extend_from_slice(piece);
             self.due.get_or_insert_with(|| Instant::now() + PING_WAIT_MAX);

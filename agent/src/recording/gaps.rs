@@ -92,6 +92,7 @@ mod tests {
             Reason::SpdyHeaders,
             Reason::SpdyStream,
             Reason::Archive,
+            Reason::Ended,
             Reason::Cut,
         ] {
             assert_eq!(name(&reason.to_string(), Some(0)), "not_decoded", "{reason}");

@@ -289,7 +289,7 @@ impl RequestRecord {
     /// act on before the rest has come, which waits in its turn.
     ///
     /// # Errors
-    /// The journal cannot accept: the stream must be cut.
+    /// The journal cannot accept, or what is said cannot be followed and masked: the stream must be cut.
     pub async fn client_stream_data(&self, data: Bytes) -> Result<(), RecordingError> {
         self.pace().await;
         self.client_bytes.fetch_add(data.len() as u64, Ordering::Relaxed);

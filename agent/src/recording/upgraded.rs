@@ -186,8 +186,10 @@ impl Upgraded {
                     };
                     if self.withholds && matches!(lane.channel, Channel::ClientRaw | Channel::ServerRaw) {
                         decoded.kinds.push(self.withheld(lane, offset, &bytes));
-                        // Else one odd frame would hide all that follows it: clients that people use send none.
-                        decoded.is_unreadable |= self.leads_into_pod && lane.channel == Channel::ClientRaw;
+                        // Else one odd frame would hide all that follows it: clients that people use send none. What they say behind
+                        // their own end nobody reads.
+                        decoded.is_unreadable |=
+                            self.leads_into_pod && self.decoder.is_lost(Direction::ClientToServer);
                         continue;
                     }
                     let Some(sieves) = &mut self.sieves else {
@@ -230,8 +232,8 @@ impl Upgraded {
         decoded
     }
 
-    /// Bytes of a stream that the masks cannot see into. They pass: who configures masks wants secrets kept out of the record, not
-    /// connections cut, and whoever holds the bytes can prove by their digest what they were. It is one of the request and the place,
+    /// Bytes of a stream that the masks cannot see into. They pass, but for what a client says into a pod: who configures masks wants secrets
+    /// kept out of the record, not connections cut, and whoever holds the bytes can prove by their digest what they were. It is one of the request and the place,
     /// too: a piece may be one byte, and whoever reads the record could look up by what a stream of theirs has.
     fn withheld(&self, lane: Lane, offset: u64, bytes: &[u8]) -> Kind {
         let place = format!("{}/{lane:?}/{offset}/", self.request);

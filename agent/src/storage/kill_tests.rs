@@ -430,7 +430,7 @@ fn kill(seed: u64) -> Account {
     let first = |life: u32| u64::from(life) * 1_000_000;
     let mut lives = 0;
     // Where a machine is slow more are killed early, by the clock: it goes on until enough were late.
-    while lives < KILLS || account.kills[2] <= KILLS / 4 && lives < 10 * KILLS {
+    while lives < KILLS || account.kills[2] <= KILLS / 4 && lives < 4 * KILLS {
         let life = lives;
         lives += 1;
         let mut victim = Victim::start(&journal, first(life));

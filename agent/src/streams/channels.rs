@@ -114,6 +114,7 @@ impl Messages {
                     out.gap(Reason::Fragment);
                 }
             }
+            Part::Behind(bytes) => out.unheard(bytes),
             Part::Invalid(bytes) => {
                 out.gap(Reason::Frame);
                 out.raw(bytes);

@@ -40,11 +40,6 @@ impl HeaderBlocks {
         *self = Self::Inflating(inflate);
         Some(out)
     }
-
-    /// A block was passed over: those that follow lean on it.
-    pub(super) fn lose(&mut self) {
-        *self = Self::Lost;
-    }
 }
 
 /// Reads the head of a zlib stream (RFC 1950 §2.2).

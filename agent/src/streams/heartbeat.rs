@@ -3,7 +3,7 @@
 
 /// Bytes in front of a SPDY/3.1 PING's payload: control bit and version, type 6, no flags, a length of four.
 const SPDY_PING: [u8; 8] = [0x80, 3, 0, 6, 0, 0, 0, 4];
-/// The kinds of control frames whose length all servers read alike, as far as it is theirs.
+/// The kinds of control frames whose length all servers read alike, as far as it is theirs. SETTINGS is none: how long it is stands in it.
 const SPDY_OPENING: u8 = 1;
 const SPDY_REPLY: u8 = 2;
 const SPDY_RESET: u8 = 3;
@@ -109,6 +109,11 @@ impl FrameEnds {
         self.head.is_empty() && self.payload == 0 && !self.lost
     }
 
+    /// Whether it will not be sure of that any more.
+    pub(crate) fn is_lost(&self) -> bool {
+        self.lost
+    }
+
     /// Passes over the next bytes, and tells behind how many of them the last frame ends that ends in them, if one does.
     pub(crate) fn pass(&mut self, bytes: &[u8]) -> Option<usize> {
         let (mut rest, mut end) = (bytes, None);
@@ -142,7 +147,8 @@ impl FrameEnds {
                 _ if first & 0x80 == 0 => true,
                 SPDY_PING_KIND => length == 4,
                 SPDY_RESET | SPDY_GOAWAY | SPDY_WINDOW => length == 8,
-                SPDY_OPENING..=SPDY_REPLY | SPDY_HEADERS => true,
+                SPDY_OPENING => length >= 10,
+                SPDY_REPLY | SPDY_HEADERS => length >= 4,
                 _ => false,
             };
             self.lost |= is_whole && !is_as_long;

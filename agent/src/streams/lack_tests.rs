@@ -95,5 +95,5 @@ fn messages_behind_a_close_frame_are_no_channels() {
     let decoded = decode(process("v4.channel.k8s.io"), &[(CLIENT, bytes.concat())]);
     assert_eq!(lane(&decoded, Channel::Stdin), b"ls");
     assert_eq!(lane(&decoded, Channel::ClientRaw), bytes[3..].concat());
-    assert_eq!(decoded.said[0], ["Frame"]);
+    assert_eq!(decoded.said[0], ["Ended"]);
 }

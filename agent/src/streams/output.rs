@@ -15,11 +15,18 @@ pub(super) struct Ledger {
     direction: Direction,
     raw_bytes: u64,
     gaps: u32,
+    /// Bytes were there that a server may read, and nobody knows as what.
+    is_lost: bool,
 }
 
 impl Ledger {
     pub(super) fn new(direction: Direction) -> Self {
-        Self { direction, raw_bytes: 0, gaps: 0 }
+        Self { direction, raw_bytes: 0, gaps: 0, is_lost: false }
+    }
+
+    /// Whether something could not be followed that the other side may read.
+    pub(super) fn is_lost(&self) -> bool {
+        self.is_lost
     }
 
     /// Whether something of it was not decoded.
@@ -75,6 +82,17 @@ impl<'a> Output<'a> {
 
     /// Bytes that are not decoded.
     pub(super) fn raw(&mut self, bytes: Bytes) {
+        self.ledger.is_lost |= !bytes.is_empty();
+        self.undecoded(bytes);
+    }
+
+    /// Bytes behind the end of their side or stream.
+    pub(super) fn unheard(&mut self, bytes: Bytes) {
+        self.gap(Reason::Ended);
+        self.undecoded(bytes);
+    }
+
+    fn undecoded(&mut self, bytes: Bytes) {
         let mut count = self.ledger.raw_bytes;
         self.data(Lane::of(self.ledger.direction.raw()), &mut count, bytes);
         self.ledger.raw_bytes = count;

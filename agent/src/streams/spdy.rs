@@ -3,9 +3,10 @@
 //! Data comes out as it comes in. Both directions share the table of streams: a server writes to streams that the
 //! client has opened. Stream ids go up by two at least, so one that does not opens nothing.
 //!
-//! What no well-behaved peer sends is read by servers (`github.com/moby/spdystream`) as nobody should rely on: some take a control frame for
-//! as long as its kind says, some as its length does. Where these differ all that follows is raw, so that nothing is taken for a frame
-//! that the server takes for something else.
+//! A control frame of another length than its kind has is read by servers (`github.com/moby/spdystream`) as nobody should rely on: they take
+//! some for as long as their kind says, some as their length does. All that follows it is raw, so that nothing is taken for a frame that the
+//! server takes for something else. What a side says of a stream that it has ended, as clients do whose one thread ends what another one still
+//! writes to, no server reads.
 
 use std::collections::BTreeMap;
 
@@ -26,6 +27,9 @@ const STREAMS_MAX: usize = 1024;
 
 /// Most bytes of a request id, which joins the two streams of a forwarded connection.
 const REQUEST_ID_BYTES_MAX: usize = 64;
+
+/// Largest id of a stream: servers take one with the bit above for another one, which they refuse.
+const STREAM_MAX: u32 = 0x7fff_ffff;
 
 const HEAD_BYTES: usize = 8;
 const VERSION: u16 = 3;
@@ -79,10 +83,6 @@ enum State {
         flags: u8,
         remaining: usize,
         payload: Vec<u8>,
-    },
-    /// A control frame that is not read.
-    Raw {
-        remaining: usize,
     },
     /// No frames any more.
     Invalid,
@@ -150,9 +150,13 @@ impl Session {
                 State::Data { stream, remaining, .. } => {
                     let bytes = take(&mut input, remaining);
                     let open = self.streams.get_mut(stream);
-                    let open = open.filter(|stream| !side.gone && !stream.closed[direction.index()]);
+                    let has_ended = open.as_ref().is_some_and(|stream| stream.closed[direction.index()]);
                     let lane = open.as_ref().and_then(|stream| stream.role?.lane(direction));
                     match (open, lane) {
+                        _ if side.gone || has_ended => {
+                            out.unheard(std::mem::take(&mut side.head).into());
+                            out.unheard(bytes);
+                        }
                         (Some(stream), Some(lane)) => {
                             side.head.clear();
                             let count = match lane.connection {
@@ -174,7 +178,6 @@ impl Session {
                         side.give_up(Reason::SpdyFrame, out);
                     }
                 }
-                State::Raw { remaining } => out.raw(take(&mut input, remaining)),
                 State::Invalid => {
                     out.raw(input);
                     return;
@@ -212,7 +215,6 @@ impl Session {
                 self.control(direction, kind, flags, payload, out);
                 self.sides[direction.index()].head.clear();
             }
-            State::Raw { remaining: 0 } => side.state = State::Head,
             _ => {}
         }
     }
@@ -227,7 +229,7 @@ impl Session {
     ) {
         let side = &mut self.sides[direction.index()];
         side.gone |= kind == GOAWAY;
-        let stream = payload.first_chunk::<4>().map(|id| u32::from_be_bytes(*id) & 0x7fff_ffff);
+        let stream = payload.first_chunk::<4>().map(|id| u32::from_be_bytes(*id));
         let (Some(id), true) = (stream, matches!(kind, SYN_STREAM | SYN_REPLY | RST_STREAM | HEADERS)) else {
             return;
         };
@@ -241,7 +243,7 @@ impl Session {
             return side.give_up(Reason::SpdyHeaders, out);
         };
         if kind == SYN_STREAM {
-            if id == 0 || id < side.next_stream || side.gone {
+            if id == 0 || id < side.next_stream || id > STREAM_MAX || side.gone {
                 return out.gap(Reason::SpdyStream);
             }
             side.next_stream = id + 2;
@@ -378,18 +380,14 @@ impl Side {
         if u16::from_be_bytes([a & 0x7f, b]) != VERSION || !may_be_as_long {
             return self.give_up(Reason::SpdyFrame, out);
         }
-        let has_headers = matches!(kind, SYN_STREAM | SYN_REPLY | HEADERS);
-        let known = has_headers || matches!(kind, RST_STREAM | SETTINGS | PING | GOAWAY | WINDOW_UPDATE);
-        if known && remaining <= CONTROL_BYTES_MAX {
-            self.state = State::Control { kind, flags, remaining, payload: Vec::new() };
-            return;
+        let known = matches!(
+            kind,
+            SYN_STREAM | SYN_REPLY | RST_STREAM | SETTINGS | PING | GOAWAY | HEADERS | WINDOW_UPDATE
+        );
+        if !known || remaining > CONTROL_BYTES_MAX {
+            return self.give_up(Reason::SpdyControl, out);
         }
-        if has_headers {
-            self.headers.lose();
-        }
-        out.gap(Reason::SpdyControl);
-        out.raw(std::mem::take(&mut self.head).into());
-        self.state = State::Raw { remaining };
+        self.state = State::Control { kind, flags, remaining, payload: Vec::new() };
     }
 
     /// Takes the frame that has begun, and all that follows, for bytes.

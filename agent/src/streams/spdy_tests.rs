@@ -7,6 +7,7 @@ use super::{
     Agreed, Decoder,
     header_block::{BLOCK_BYTES_MAX, HeaderBlocks},
     probe::decode,
+    spdy::CONTROL_BYTES_MAX,
     tests::{CLIENT, SERVER, check, lane, text},
 };
 
@@ -69,8 +70,10 @@ fn spdy_streams_are_what_their_headers_say() {
         expect![[r#"
             Stdin @0 ls\n
             Stdin Ended
+            gap Ended
+            ClientRaw @0 \x00\x00\x00\x01\x00\x00\x00\rafter its end
             gap SpdyStream
-            ClientRaw @0 \x00\x00\x00\x01\x00\x00\x00\rafter its end\x00\x00\x00\t\x00\x00\x00\x07of none\x00\x00\x00\x03\x00\x00\x00\x10not its to write
+            ClientRaw @21 \x00\x00\x00\t\x00\x00\x00\x07of none\x00\x00\x00\x03\x00\x00\x00\x10not its to write
             Stdout Reset
         "#]],
     );
@@ -93,9 +96,7 @@ fn spdy_that_cannot_be_read_is_raw() {
         &[control(77, 0, b"??"), data(1, false, b"x")].concat(),
         expect![[r#"
             gap SpdyControl
-            ClientRaw @0 \x80\x03\x00M\x00\x00\x00\x02??
-            gap SpdyStream
-            ClientRaw @10 \x00\x00\x00\x01\x00\x00\x00\x01x
+            ClientRaw @0 \x80\x03\x00M\x00\x00\x00\x02??\x00\x00\x00\x01\x00\x00\x00\x01x
         "#]],
     );
     let lost =
@@ -191,6 +192,9 @@ fn a_control_frame_that_servers_take_for_shorter_than_it_says_hides_nothing() {
     let hidden = data(1, false, b"touch /x\n");
     let longer = |kind, payload: &[u8]| control(kind, 0, &[payload, &hidden].concat());
     for frame in [
+        // Of more bytes than are kept, and of a kind that nobody knows.
+        longer(4, &vec![0; CONTROL_BYTES_MAX]),
+        longer(77, &[]),
         longer(6, &[0, 0, 0, 1]),
         longer(3, &[0, 0, 0, 9, 0, 0, 0, 5]),
         longer(4, &[0, 0, 0, 0]),
@@ -237,11 +241,24 @@ fn what_a_client_says_of_a_stream_that_it_has_ended_is_not_its_channels() {
             data(3, false, b"{}"),
         ],
         expect![[r#"
+            gap Ended
+            ClientRaw @0 \x00\x00\x00\x01\x00\x00\x00\x01x
             gap SpdyStream
-            ClientRaw @0 \x00\x00\x00\x01\x00\x00\x00\x01x\x00\x00\x00\x03\x00\x00\x00\x02{}
+            ClientRaw @9 \x00\x00\x00\x03\x00\x00\x00\x02{}
         "#]],
     );
-    // Servers want ids that go up by two.
+    // Servers take an id of 32 bits for another stream, and refuse it.
+    let mut other = syn_stream(1, 0, &block(true, &[("streamtype", "resize")]));
+    other[8] = 0x80;
+    let own = syn_stream(1, 0, &block(false, &[("streamtype", "stdin")]));
+    client(
+        &[other, own, data(1, false, b"id")],
+        expect![[r#"
+            gap SpdyStream
+            Stdin @0 id
+        "#]],
+    );
+    // And want those that go up by two.
     client(
         &[stdin(), syn_stream(2, 0, &block(false, &[("streamtype", "resize")])), data(2, false, b"{}")],
         expect![[r#"

@@ -25,6 +25,8 @@ pub(super) enum Part {
     Payload(Bytes),
     /// A frame of a message is over: the last one, or one of several.
     End { last: bool },
+    /// Messages behind a close frame and all that follows, as they came.
+    Behind(Bytes),
     /// Bytes that are no frames, as they came.
     Invalid(Bytes),
 }
@@ -38,6 +40,8 @@ pub(super) struct Frames {
     in_message: bool,
     /// A close frame was there: nobody reads messages that follow (RFC 6455 §5.5.1).
     closed: bool,
+    /// One of those was there.
+    behind: bool,
     invalid: bool,
 }
 
@@ -56,6 +60,9 @@ impl Frames {
         while !input.is_empty() {
             if self.invalid {
                 return take(Part::Invalid(input));
+            }
+            if self.behind {
+                return take(Part::Behind(input));
             }
             match &mut self.frame {
                 Some(frame) => {
@@ -107,14 +114,18 @@ impl Frames {
         let valid = first & 0x70 == 0
             && remaining <= u64::MAX >> 1
             && match opcode {
-                CONTINUATION => self.in_message && !self.closed,
-                TEXT | BINARY => !self.in_message && !self.closed,
+                CONTINUATION => self.in_message,
+                TEXT | BINARY => !self.in_message,
                 CLOSE..=PONG => last && remaining <= CONTROL_BYTES_MAX,
                 _ => false,
             };
         if !valid {
             self.invalid = true;
             return take(Part::Invalid(self.take_rest().into()));
+        }
+        if self.closed && opcode < CLOSE {
+            self.behind = true;
+            return take(Part::Behind(self.take_rest().into()));
         }
         self.frame = Some(Frame { opcode, last, remaining, mask: mask.try_into().ok() });
         self.head_bytes = 0;
