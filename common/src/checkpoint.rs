@@ -73,6 +73,14 @@ pub enum CheckpointError {
         /// The key's id.
         id: u32,
     },
+    /// The key is another node's.
+    #[error("key {name} vouches for the logs of its own node, not for {origin}")]
+    OtherNode {
+        /// The key's name.
+        name: String,
+        /// The log.
+        origin: String,
+    },
     /// The signature is wrong.
     #[error("signature by key {name}+{id:08x} does not match the checkpoint")]
     Signature {

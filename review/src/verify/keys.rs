@@ -13,6 +13,9 @@ const KEY_SUFFIX: &str = ".pub";
 /// How a public key begins that has no name of its own, and verifies for any node.
 const PEM: &str = "-----BEGIN PUBLIC KEY-----";
 
+/// How the name of a key begins that is a node's own: `weir/<node>`.
+const OF_NODE: &str = "weir/";
+
 /// Verifier keys.
 #[derive(Debug)]
 pub(crate) struct Keys {
@@ -85,16 +88,26 @@ impl Keys {
         self.source
     }
 
-    /// Verifies a note with any of the keys.
+    /// Verifies a note with any of the keys; one that is named after a node vouches for no other node's log.
     ///
     /// # Errors
-    /// No key has signed it, or its signature is wrong.
+    /// No key has signed it, its signature is wrong, or it is for another node's log.
     pub(crate) fn verify(&self, note: &str) -> Result<Checkpoint, CheckpointError> {
         let mut worst = None;
         let origin = Checkpoint::parse_unverified(note)?.origin;
         let of_pems = self.pems.iter().map(|pem| NoteVerifier::from_pem(pem, &origin));
         for key in self.list.iter().cloned().map(Ok).chain(of_pems) {
-            match key.and_then(|key| Checkpoint::verify(note, &key)) {
+            let verified = key.and_then(|key| {
+                let checkpoint = Checkpoint::verify(note, &key)?;
+                if key.name().starts_with(OF_NODE) && !is_of(key.name(), &origin) {
+                    return Err(CheckpointError::OtherNode {
+                        name: key.name().to_owned(),
+                        origin: origin.clone(),
+                    });
+                }
+                Ok(checkpoint)
+            });
+            match verified {
                 Ok(checkpoint) => return Ok(checkpoint),
                 // A wrong signature tells more than a missing one.
                 Err(CheckpointError::Unsigned { .. }) if worst.is_some() => {}
@@ -103,6 +116,11 @@ impl Keys {
         }
         Err(worst.unwrap_or(CheckpointError::Key { reason: "there is no key" }))
     }
+}
+
+/// Whether a log is of the node that a key is named after.
+fn is_of(name: &str, origin: &str) -> bool {
+    origin.rsplit_once('/').is_some_and(|(node, _)| node == name)
 }
 
 fn read_keys(path: &Path, text: &str) -> Result<Vec<NoteVerifier>, VerifyError> {

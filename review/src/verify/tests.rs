@@ -371,6 +371,34 @@ fn a_note_with_the_signatures_of_two_keys_verifies_with_either() {
 }
 
 #[test]
+fn the_key_of_one_node_vouches_for_no_other() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut writer = Writer::new(1, 7);
+    writer.started();
+    // The log is of node-1.
+    let other = weir_common::checkpoint::NoteSigner::from_seed("weir/node-2", &[9; 32]).unwrap();
+    let origin = format!("weir/node-1/{}", writer.epoch);
+    let checkpoint = weir_common::checkpoint::Checkpoint::of(&origin, &writer.tree, crate::fixture::START_US);
+    let (size, time) = (writer.sequence, crate::fixture::START_US);
+    let envelope =
+        weir_common::envelope::Envelope::of_checkpoint("node-1", &writer.epoch.to_string(), size, time);
+    let keys = [other.verifier().to_string(), signer(7).verifier().to_string()];
+    let note = checkpoint.sign(&[other, signer(7)]);
+    writer.frame(FrameType::Checkpoint, &envelope, note.as_bytes()).save(directory.path(), 0);
+    let with = |keys: &str| {
+        let key = directory.path().join("key");
+        fs::write(&key, keys).unwrap();
+        let journal = Journal::open(directory.path()).unwrap();
+        let options = Options { keys: std::slice::from_ref(&key), ..Options::default() };
+        verify(&journal, &options).unwrap()
+    };
+    let report = with(&keys[0]);
+    let named = format!("vouches for the logs of its own node, not for {origin}");
+    assert!(!report.is_sound() && damage(&report).contains(&named), "{report:#?}");
+    assert!(with(&keys[1]).is_sound() && with(&keys.join("\n")).is_sound());
+}
+
+#[test]
 fn silence_up_to_the_checkpoint_file_is_proven_and_a_time_without_any_word_is_named() {
     let directory = tempfile::tempdir().unwrap();
     let mut writer = Writer::new(1, 7);
