@@ -32,6 +32,8 @@ mod tests;
 #[cfg(test)]
 mod trace_tests;
 mod traced;
+#[cfg(test)]
+mod unread_tests;
 mod upgrade;
 mod upstream;
 

@@ -31,6 +31,8 @@ pub enum Verdict {
     BodyAborted,
     /// The journal does not accept.
     NotRecorded,
+    /// A body that cannot be read, so that it would not be on record.
+    Unreadable,
     /// The pod records more than it may.
     OverQuota,
     /// The journal does not accept the answer, which is kept back.
@@ -43,7 +45,7 @@ pub enum Verdict {
 
 impl Verdict {
     /// All of them.
-    pub const ALL: [Self; 17] = [
+    pub const ALL: [Self; 18] = [
         Self::Forwarded,
         Self::Unsupported,
         Self::MalformedHost,
@@ -57,6 +59,7 @@ impl Verdict {
         Self::BodyTimeout,
         Self::BodyAborted,
         Self::NotRecorded,
+        Self::Unreadable,
         Self::OverQuota,
         Self::AnswerNotRecorded,
         Self::Unreachable,
@@ -79,6 +82,7 @@ impl Verdict {
             Self::BodyTimeout => "body_timeout",
             Self::BodyAborted => "body_aborted",
             Self::NotRecorded => "not_recorded",
+            Self::Unreadable => "body_unreadable",
             Self::OverQuota => "over_quota",
             Self::AnswerNotRecorded => "answer_not_recorded",
             Self::Unreachable => "unreachable",

@@ -63,6 +63,10 @@ pub(super) async fn answer(
         }
     };
     traced::recorded(&mut trace, &record);
+    let outcome = outcome.and_then(|way| match record.unread() {
+        Some(cause) => Err(Refusal::Unreadable { cause }),
+        None => Ok(way),
+    });
     let mut guard = CutGuard { connection: &connection, record: &record, armed: true };
     let forwarded = match outcome {
         Ok(way) => {

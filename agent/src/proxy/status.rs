@@ -67,6 +67,15 @@ pub(super) enum Refusal {
         /// Why, in recording's words for clients.
         cause: &'static str,
     },
+    /// Nothing of the body would be on record.
+    #[error(
+        "the request's body cannot be read, so it would not be on record and is not forwarded: it {cause}; send one document in \
+         JSON, without a content encoding"
+    )]
+    Unreadable {
+        /// Why, in recording's words for clients.
+        cause: &'static str,
+    },
     /// The pod records more than it may.
     #[error("too much of this pod is being recorded, so the request is not forwarded: {cause}")]
     OverQuota {
@@ -122,9 +131,10 @@ impl Refusal {
     /// HTTP status.
     pub(super) fn status(&self) -> StatusCode {
         match self {
-            Self::Unsupported { .. } | Self::MalformedHost { .. } | Self::BodyAborted => {
-                StatusCode::BAD_REQUEST
-            }
+            Self::Unsupported { .. }
+            | Self::MalformedHost { .. }
+            | Self::BodyAborted
+            | Self::Unreadable { .. } => StatusCode::BAD_REQUEST,
             Self::Misdirected { .. } => StatusCode::MISDIRECTED_REQUEST,
             Self::Identity(refused) => match refused.kind() {
                 Kind::Malformed => StatusCode::BAD_REQUEST,
@@ -158,6 +168,7 @@ impl Refusal {
             Self::BodyTimeout { .. } => Verdict::BodyTimeout,
             Self::BodyAborted => Verdict::BodyAborted,
             Self::NotRecorded { .. } => Verdict::NotRecorded,
+            Self::Unreadable { .. } => Verdict::Unreadable,
             Self::OverQuota { .. } => Verdict::OverQuota,
             Self::AnswerNotRecorded { .. } => Verdict::AnswerNotRecorded,
             Self::Unreachable { .. } => Verdict::Unreachable,
@@ -168,7 +179,10 @@ impl Refusal {
     /// Kubernetes' machine-readable reason (apimachinery `StatusReason`, as far as it has one for the status).
     fn reason(&self) -> &'static str {
         match self {
-            Self::Unsupported { .. } | Self::MalformedHost { .. } | Self::BodyAborted => "BadRequest",
+            Self::Unsupported { .. }
+            | Self::MalformedHost { .. }
+            | Self::BodyAborted
+            | Self::Unreadable { .. } => "BadRequest",
             Self::Misdirected { .. } => "MisdirectedRequest",
             Self::Identity(refused) => match refused.kind() {
                 Kind::Malformed => "BadRequest",

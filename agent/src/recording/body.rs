@@ -73,7 +73,21 @@ pub(super) enum Recorded<'a> {
     Withheld {
         /// Why.
         reason: &'static str,
+        cause: Cause,
     },
+}
+
+/// Why nothing is recorded of a body.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Cause {
+    /// A rule masks what is in it, and cannot be followed in this encoding.
+    Rule,
+    /// It is broken, too much, or in a form that is not known here: who sends such a mutation chooses what is on record of it.
+    Unread,
+}
+
+const fn unread<'a>(reason: &'static str) -> Recorded<'a> {
+    Recorded::Withheld { reason, cause: Cause::Unread }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -154,7 +168,7 @@ fn record_as<'a>(
     let is_yaml = matches!(format, Format::Yaml | Format::Unknown);
     match format {
         Format::Binary if sensitive => {
-            return Recorded::Withheld { reason: "may hold secrets in a binary encoding that is not parsed" };
+            return unread("may hold secrets in a binary encoding that is not parsed");
         }
         Format::Binary => return unparsed(masker, body),
         Format::Text if !sensitive => return text(masker, body, whole),
@@ -162,7 +176,7 @@ fn record_as<'a>(
             return Recorded::Clear(body);
         }
         _ if !whole && mentioned => {
-            return Recorded::Withheld { reason: "may hold secrets and is cut, so it cannot be parsed" };
+            return unread("may hold secrets and is cut, so it cannot be parsed");
         }
         _ => {}
     }
@@ -182,8 +196,8 @@ fn record_as<'a>(
     }
     match format {
         Format::Unknown if !sensitive && masker.fields() == 0 => text(masker, body, whole),
-        _ if mentioned => Recorded::Withheld { reason: "may hold secrets and cannot be parsed" },
-        _ => Recorded::Withheld { reason: "may hold what a rule masks and cannot be parsed" },
+        _ if mentioned => unread("may hold secrets and cannot be parsed"),
+        _ => unread("may hold what a rule masks and cannot be parsed"),
     }
 }
 
@@ -200,9 +214,7 @@ fn json(masker: &Masker, text: &[u8]) -> Option<(Value, u64)> {
 fn text<'a>(masker: &Masker, body: &'a [u8], whole: bool) -> Recorded<'a> {
     let Some(patterns) = masker.masks().patterns() else { return Recorded::Clear(body) };
     match patterns.mask(masker, body) {
-        _ if !whole && patterns.may_be_in(body) => {
-            Recorded::Withheld { reason: "may hold what a rule masks and is cut" }
-        }
+        _ if !whole && patterns.may_be_in(body) => unread("may hold what a rule masks and is cut"),
         Some(masked) => Recorded::Masked { content: masked.content, masks: masked.masks },
         None => Recorded::Clear(body),
     }
@@ -212,7 +224,7 @@ fn text<'a>(masker: &Masker, body: &'a [u8], whole: bool) -> Recorded<'a> {
 fn unparsed<'a>(masker: &Masker, body: &'a [u8]) -> Recorded<'a> {
     // As in YAML: names stand in it as they are.
     if masker.masks().may_be_in(body, masker.fields(), true) {
-        return Recorded::Withheld { reason: "may hold what a rule masks in an encoding that is not parsed" };
+        return unread("may hold what a rule masks in an encoding that is not parsed");
     }
     Recorded::Clear(body)
 }
@@ -229,7 +241,7 @@ fn masked<'a>(
     walk.root(&mut value, Around { sensitivity, fields, own: fields });
     match serialise(&value) {
         Some(content) => Recorded::Masked { content, masks: walk.masks },
-        None => Recorded::Withheld { reason: "may hold secrets and cannot be serialised after masking" },
+        None => unread("may hold secrets and cannot be serialised after masking"),
     }
 }
 
@@ -239,6 +251,14 @@ pub(super) fn last_applied(masker: &Masker, sensitivity: Sensitivity, text: &str
     let around = Around { sensitivity, fields: 0, own: masker.fields() };
     let text = walk.copy(text, around).unwrap_or_else(|| text.to_owned());
     (text, walk.masks)
+}
+
+/// Whether anything may be masked in bytes that nothing reads.
+pub(super) fn may_hide(masker: &Masker, sensitivity: Sensitivity, content: &[u8]) -> bool {
+    sensitivity != Sensitivity::None
+        || masker.hides()
+        || masker.masks().has_environment()
+        || mentions_secret(content)
 }
 
 /// Whether a kind that holds secrets is named anywhere, in JSON, YAML, or JSON within a JSON string; or whether
@@ -303,7 +323,7 @@ mod tests {
             Recorded::Masked { content, masks } => {
                 format!("{masks} masked {}", String::from_utf8_lossy(&content))
             }
-            Recorded::Withheld { reason } => format!("withheld: {reason}"),
+            Recorded::Withheld { reason, .. } => format!("withheld: {reason}"),
         };
         assert!(!shown.contains(CANARY) && !shown.contains(&STANDARD.encode(CANARY)), "{shown}");
         expected.assert_eq(&shown);

@@ -10,7 +10,7 @@ use sha2::{Digest as _, Sha256};
 use weir_common::event::{BodySummary, Channel, Kind};
 
 use super::{
-    body::{self, Recorded, Sensitivity},
+    body::{self, Cause, Recorded, Sensitivity},
     cbor::{self, Sequence},
     encoding::{Decoded, Encoding, NOT_GZIP, is_readable},
     frames::{Frame, Frames, HEADER},
@@ -71,6 +71,8 @@ pub(super) struct Kept {
     pub(super) summary: BodySummary,
     /// Objects in it.
     pub(super) names: Names,
+    /// Why nothing of it is recorded, where it could not be read.
+    pub(super) unread: Option<&'static str>,
 }
 
 fn sha256(content: &[u8]) -> String {
@@ -97,14 +99,6 @@ fn as_json<'a>(
         None => "cbor".to_owned(),
     });
     (json.into(), Some("application/json"))
-}
-
-/// Whether anything may be masked in bytes that nothing reads.
-fn may_hide(masker: &Masker, sensitivity: Sensitivity, content: &[u8]) -> bool {
-    sensitivity != Sensitivity::None
-        || masker.hides()
-        || masker.masks().has_environment()
-        || body::mentions_secret(content)
 }
 
 /// What is recorded of an answer's body that was held.
@@ -144,8 +138,10 @@ fn reduced(masker: &Masker, sensitivity: Sensitivity, held: &Held, is_answer: bo
         (content, held.content_type.as_deref())
     };
     let mut names = Names::new(held.names_text);
-    let recorded = match unread.filter(|_| is_answer || !is_readable(&content)) {
-        Some(reason) if may_hide(masker, sensitivity, &content) => Recorded::Withheld { reason },
+    let recorded = match unread.take().filter(|_| is_answer || !is_readable(&content)) {
+        Some(reason) if body::may_hide(masker, sensitivity, &content) => {
+            Recorded::Withheld { reason, cause: Cause::Unread }
+        }
         Some(_) => Recorded::Clear(&content),
         None => body::record(masker, sensitivity, content_type, &content, whole, &mut names),
     };
@@ -155,8 +151,9 @@ fn reduced(masker: &Masker, sensitivity: Sensitivity, held: &Held, is_answer: bo
             summary.masked = masks;
             (content, masks == 0)
         }
-        Recorded::Withheld { reason } => {
+        Recorded::Withheld { reason, cause } => {
             summary.masked = 1;
+            unread = Some(reason).filter(|_| cause == Cause::Unread);
             truncated = Some(match truncated {
                 Some(cut) => format!("withheld: {reason} ({cut})"),
                 None => format!("withheld: {reason}"),
@@ -175,7 +172,7 @@ fn reduced(masker: &Masker, sensitivity: Sensitivity, held: &Held, is_answer: bo
     };
     summary.recorded_bytes = kept.len() as u64;
     summary.truncated = truncated;
-    Kept { content: kept, summary, names }
+    Kept { content: kept, summary, names, unread }
 }
 
 /// A response body that is recorded while it comes.
@@ -431,7 +428,7 @@ impl Streamed {
                 out.content.extend_from_slice(&content);
                 out.content.push(b'\n');
             }
-            Recorded::Withheld { reason } => self.withhold(masker, reason, line, out),
+            Recorded::Withheld { reason, .. } => self.withhold(masker, reason, line, out),
         }
     }
 
@@ -452,7 +449,7 @@ impl Streamed {
                 out.content.extend_from_slice(&length.to_be_bytes());
                 out.content.extend_from_slice(&content);
             }
-            Recorded::Withheld { reason } => self.withhold(masker, reason, whole, out),
+            Recorded::Withheld { reason, .. } => self.withhold(masker, reason, whole, out),
         }
     }
 

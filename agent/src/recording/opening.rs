@@ -108,7 +108,7 @@ impl Recorder {
             room.await.unwrap_or(Err(RecordingError::TooSlow))?;
         }
         let belonging = self.belonging(caller, cluster, &head, share)?;
-        let context = self.context(cluster, &belonging, &head, share);
+        let mut context = self.context(cluster, &belonging, &head, share);
         let without_key = matches!(reduced, Some(RecordingError::NoKey(_)));
         let behind = reduced.map(|why| format!("left out: {}", why.for_client()));
         let by_rule = |why: fn(Bodies) -> Option<&'static str>| plan.level.and_then(why).map(str::to_owned);
@@ -125,6 +125,7 @@ impl Recorder {
                 Some(mask_request(masking, &context, head.headers, body, left_out.as_deref()).await?)
             }
         };
+        context.unread = body.as_ref().and_then(|kept| kept.unread).filter(|_| self.must_be_read(&head));
         let opened = RequestOpened {
             method: head.method.as_str().to_owned(),
             uri: context.masker.request_uri(head.uri),
@@ -258,10 +259,20 @@ impl Recorder {
             session: Arc::clone(&belonging.session),
             invocation: belonging.invocation.clone(),
             request: session::new_id(),
+            unread: None,
             streamed: Mutex::new(None),
             waiting: Budget::default(),
             lost: AtomicU64::new(0),
         }
+    }
+
+    /// Whether the body of such a request must be on record: the API server reads it and acts on it. What it passes on to a workload
+    /// may be in any form.
+    fn must_be_read(&self, head: &RequestHead<'_>) -> bool {
+        let attributes = head.attributes;
+        attributes.is_mutating(head.method.as_str())
+            && !attributes.is_connect()
+            && !self.inner.emergency.is_on()
     }
 
     fn level(&self, head: &RequestHead<'_>, plan: Plan) -> Level {
@@ -275,6 +286,14 @@ impl Recorder {
             ("pods", "log") => Level::Streamed,
             _ => Level::Bounded(response_bytes_max),
         }
+    }
+}
+
+impl RequestRecord {
+    /// Why nothing of the request's body is on record, where that is since it could not be read: such a request, which would change
+    /// something, must not be forwarded.
+    pub fn unread(&self) -> Option<&'static str> {
+        self.context.unread
     }
 }
 

@@ -14,7 +14,7 @@ use std::borrow::Cow;
 use weir_common::event::NamedObject;
 
 use super::{
-    body::{self, Recorded, Sensitivity},
+    body::{self, Cause, Recorded, Sensitivity},
     mask::Masker,
     masks::FieldSet,
     names::{Names, word},
@@ -34,7 +34,7 @@ const DEPTH_MAX: u32 = 8;
 
 /// Why nothing of a body is recorded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Unsafe(&'static str);
+struct Unsafe(&'static str, Cause);
 
 impl From<Malformed> for Unsafe {
     fn from(_: Malformed) -> Self {
@@ -42,12 +42,13 @@ impl From<Malformed> for Unsafe {
     }
 }
 
-const MALFORMED: Unsafe = Unsafe("may hold secrets and is not the protobuf it claims to be");
-const UNKNOWN: Unsafe = Unsafe("may hold secrets in a type whose fields are not known");
-const FIELDS: Unsafe = Unsafe("a rule masks fields of this kind, which are not known in protobuf");
-const FOUND: Unsafe = Unsafe("a rule masks text in it, which cannot be replaced in protobuf");
-const WITHIN: Unsafe = Unsafe("may hold a secret in a field that is not known");
-const CUT: Unsafe = Unsafe("may hold secrets and is cut, so it cannot be parsed");
+const MALFORMED: Unsafe = Unsafe("may hold secrets and is not the protobuf it claims to be", Cause::Unread);
+const UNKNOWN: Unsafe = Unsafe("may hold secrets in a type whose fields are not known", Cause::Unread);
+const FIELDS: Unsafe =
+    Unsafe("a rule masks fields of this kind, which are not known in protobuf", Cause::Rule);
+const FOUND: Unsafe = Unsafe("a rule masks text in it, which cannot be replaced in protobuf", Cause::Rule);
+const WITHIN: Unsafe = Unsafe("may hold a secret in a field that is not known", Cause::Unread);
+const CUT: Unsafe = Unsafe("may hold secrets and is cut, so it cannot be parsed", Cause::Unread);
 
 /// Decides what is recorded of a body, and names its objects; of one that is cut (not `whole`) only what it is can be told.
 pub(super) fn record<'a>(
@@ -60,7 +61,7 @@ pub(super) fn record<'a>(
     if !whole {
         return match cut(masker, sensitivity, body) {
             Ok(()) => Recorded::Clear(body),
-            Err(Unsafe(reason)) => Recorded::Withheld { reason },
+            Err(Unsafe(reason, cause)) => Recorded::Withheld { reason, cause },
         };
     }
     let mut walk = Walk::new(masker, names);
@@ -128,6 +129,23 @@ fn looks_secret(bytes: &[u8]) -> bool {
     bytes.windows(MAGIC.len()).any(|window| window == MAGIC) || body::mentions_secret(bytes)
 }
 
+/// Whether no object that holds secrets is in these bytes of an unknown type. Text that only speaks of one is none, as it is none in
+/// JSON: that takes braces, or an envelope.
+fn is_harmless(bytes: &[u8], depth: u32) -> bool {
+    let is_plain = |c: char| c != '{' && (!c.is_control() || matches!(c, '\n' | '\r' | '\t'));
+    if !looks_secret(bytes) || std::str::from_utf8(bytes).is_ok_and(|text| text.chars().all(is_plain)) {
+        return true;
+    }
+    // What is no string may be a message that holds some.
+    let is_message = depth > 0 && !bytes.starts_with(MAGIC);
+    is_message
+        && fields(bytes).all(|field| {
+            field.is_ok_and(|field| {
+                !field.is_group() && field.bytes.is_none_or(|bytes| is_harmless(bytes, depth - 1))
+            })
+        })
+}
+
 /// Where a message stands.
 #[derive(Clone, Copy)]
 struct Place<'a> {
@@ -158,12 +176,12 @@ impl<'a> Walk<'a> {
         let patterns = self.masker.masks().patterns();
         match made {
             Ok(content) if patterns.is_some_and(|patterns| patterns.are_in(&content)) => {
-                let Unsafe(reason) = FOUND;
-                Recorded::Withheld { reason }
+                let Unsafe(reason, cause) = FOUND;
+                Recorded::Withheld { reason, cause }
             }
             Ok(content) if self.masks > 0 || self.changed => Recorded::Masked { content, masks: self.masks },
             Ok(_) => Recorded::Clear(body),
-            Err(Unsafe(reason)) => Recorded::Withheld { reason },
+            Err(Unsafe(reason, cause)) => Recorded::Withheld { reason, cause },
         }
     }
 
@@ -174,7 +192,12 @@ impl<'a> Walk<'a> {
         let mut parts: [Option<&[u8]>; 5] = [None; 5];
         for field in fields(message) {
             let Field { number, bytes, .. } = field?;
-            let part = parts.get_mut(number as usize).filter(|part| part.is_none()).ok_or(MALFORMED)?;
+            // Kubernetes skips what it does not know.
+            let Some(part) = parts.get_mut(number as usize) else {
+                self.masks += 1;
+                continue;
+            };
+            let part = Some(part).filter(|part| part.is_none()).ok_or(MALFORMED)?;
             *part = Some(bytes.ok_or(MALFORMED)?);
         }
         let [_, meta, raw, encoding, content_type] = parts.map(Option::unwrap_or_default);
@@ -271,7 +294,9 @@ impl<'a> Walk<'a> {
     fn other(&mut self, others: Others, field: Field<'_>, out: &mut Vec<u8>) -> Result<(), Unsafe> {
         match others {
             Others::Drop => self.masks += 1,
-            Others::Inspect if field.bytes.is_some_and(looks_secret) => return Err(WITHIN),
+            Others::Inspect if !is_harmless(field.bytes.unwrap_or(field.whole), DEPTH_MAX) => {
+                return Err(WITHIN);
+            }
             Others::Keep | Others::Inspect => out.extend_from_slice(field.whole),
         }
         Ok(())
@@ -409,7 +434,7 @@ impl<'a> Walk<'a> {
                             (self.masks, self.changed) = (self.masks + masks, true);
                             put(&mut out, 1, &content);
                         }
-                        Recorded::Withheld { reason } => return Err(Unsafe(reason)),
+                        Recorded::Withheld { reason, cause } => return Err(Unsafe(reason, cause)),
                     }
                 }
                 Field { number: 1, bytes: Some(raw), .. } => {

@@ -128,7 +128,7 @@ impl Written {
             kinds.append(&mut rest);
             (Vec::new(), kinds, summary)
         } else {
-            let Kept { content, summary, names } = held(sensitivity, bytes, true);
+            let Kept { content, summary, names, .. } = held(sensitivity, bytes, true);
             (content, names.kinds(Channel::ResponseBody), summary)
         };
         let mut words = String::new();
@@ -220,12 +220,19 @@ fn what_could_be_read_in_two_ways_or_is_not_known_is_withheld() {
     let thing = envelope("Thing", &secret);
     let within = Secret { later: String::from_utf8(body.clone()).unwrap(), ..Secret::default() };
     let json = Secret { later: r#"{"kind":"Secret"}"#.into(), ..Secret::default() };
-    let group = [&envelope("Thing", &Secret::default())[..], &[0x1b, 0x1c]].concat();
+    // With JSON in it.
+    let group = [&[0xa3, 0x06, 0x0a, 0x11][..], br#"{"kind":"Secret"}"#, &[0xa4, 0x06]].concat();
+    let in_object = |raw: &[u8]| {
+        let type_meta = Some(TypeMeta { api_version: "v1".into(), kind: "Thing".into() });
+        [super::protobuf::MAGIC, &Unknown { type_meta, raw: raw.to_vec() }.encode_to_vec()].concat()
+    };
     for (sensitivity, body) in [
-        // The kind is given twice; the object is; groups; an envelope that ends too early; none.
+        // The kind is given twice; the object is; a group that holds one, does not end, has not begun; an envelope that ends too early; none.
         (Sensitivity::None, [&thing[..], &body[4..]].concat()),
         (Sensitivity::None, [&thing[..], b"\x12\x00"].concat()),
-        (Sensitivity::None, group),
+        (Sensitivity::None, in_object(&group)),
+        (Sensitivity::None, in_object(b"\xa3\x06\xa3\x06\xa4\x06")),
+        (Sensitivity::None, in_object(b"\xa4\x06")),
         (Sensitivity::None, body[..body.len() - 1].to_vec()),
         (Sensitivity::None, secret.encode_to_vec()),
         (Sensitivity::None, envelope("Thing", &within)),
@@ -235,7 +242,25 @@ fn what_could_be_read_in_two_ways_or_is_not_known_is_withheld() {
     ] {
         let kept = held(sensitivity, &body, true);
         assert!(kept.content.is_empty() && kept.summary.truncated.is_some(), "{body:?}");
+        assert!(kept.unread.is_some());
     }
+}
+
+#[test]
+fn what_kubernetes_skips_and_text_that_only_speaks_of_a_secret_hide_nothing_of_an_object() {
+    // Words in a message of a message, as arguments of a container are.
+    let words = Status { message: "cat <<E\nkind: Secret\nE".into(), code: 1, ..Status::default() };
+    let thing = envelope("Thing", &Unknown { type_meta: None, raw: words.encode_to_vec() });
+    assert_eq!(held(Sensitivity::None, &thing, true).content, thing);
+    // In a Secret, and behind it in its envelope, what is skipped is left out.
+    let secret = Secret { type_of: "Opaque".into(), ..Secret::default() };
+    let group = [&[0xa3, 0x06, 0x0a, 0x0e][..], CANARY.as_bytes(), &[0xa4, 0x06]].concat();
+    let raw = [&secret.encode_to_vec()[..], &group].concat();
+    let type_meta = Some(TypeMeta { api_version: "v1".into(), kind: "Secret".into() });
+    let unknown = Unknown { type_meta, raw }.encode_to_vec();
+    let kept = held(Sensitivity::None, &[super::protobuf::MAGIC, &unknown, &group].concat(), true);
+    assert!(!has(&kept.content, CANARY));
+    assert_eq!((decoded::<Secret>(&kept.content), kept.summary.masked, kept.unread), (secret, 2, None));
 }
 
 #[test]

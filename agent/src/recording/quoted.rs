@@ -140,7 +140,7 @@ mod tests {
         {
             Recorded::Clear(clear) => serde_json::from_slice(clear).unwrap(),
             Recorded::Masked { content, .. } => serde_json::from_slice(&content).unwrap(),
-            Recorded::Withheld { reason } => panic!("{reason}"),
+            Recorded::Withheld { reason, .. } => panic!("{reason}"),
         }
     }
 

@@ -61,7 +61,7 @@ pub(super) enum Level {
 /// `ClientAborted`. Shared by both directions of an upgraded stream through an `Arc`.
 #[derive(Debug)]
 pub struct RequestRecord {
-    context: Arc<Context>,
+    pub(super) context: Arc<Context>,
     status: Arc<Status>,
     plan: Plan,
     opened: Instant,

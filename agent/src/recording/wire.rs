@@ -18,6 +18,11 @@ pub(super) struct Field<'a> {
 }
 
 impl<'a> Field<'a> {
+    /// Whether it is a group: no type of Kubernetes has any, and its decoders skip them.
+    pub(super) fn is_group(&self) -> bool {
+        self.whole.first().is_some_and(|tag| tag & 7 == 3)
+    }
+
     /// The first field, and what follows.
     pub(super) fn next(message: &'a [u8]) -> Result<(Self, &'a [u8]), Malformed> {
         let mut rest = message;
@@ -37,11 +42,34 @@ impl<'a> Field<'a> {
                 (bytes, rest) = (Some(content), after);
             }
             5 => rest = rest.get(4..).ok_or(Malformed)?,
-            // Groups: no type of Kubernetes has any.
+            3 => rest = after_group(rest)?,
             _ => return Err(Malformed),
         }
         Ok((Self { number, bytes, whole: &message[..message.len() - rest.len()] }, rest))
     }
+}
+
+/// What follows a group whose beginning was read. As Kubernetes skips them (`skipGenerated` beside its types): which groups begin and
+/// end is not compared.
+fn after_group(mut rest: &[u8]) -> Result<&[u8], Malformed> {
+    let mut depth = 1_usize;
+    while depth > 0 {
+        match varint(&mut rest)? & 7 {
+            0 => {
+                varint(&mut rest)?;
+            }
+            1 => rest = rest.get(8..).ok_or(Malformed)?,
+            2 => {
+                let length = usize::try_from(varint(&mut rest)?).map_err(|_| Malformed)?;
+                rest = rest.get(length..).ok_or(Malformed)?;
+            }
+            3 => depth += 1,
+            4 => depth -= 1,
+            5 => rest = rest.get(4..).ok_or(Malformed)?,
+            _ => return Err(Malformed),
+        }
+    }
+    Ok(rest)
 }
 
 /// The fields of a message.

@@ -64,6 +64,8 @@ pub(super) struct Context {
     pub(super) session: Arc<SessionKeys>,
     pub(super) invocation: Option<Arc<str>>,
     pub(super) request: Arc<str>,
+    /// See [`RequestRecord::unread`](super::RequestRecord::unread).
+    pub(super) unread: Option<&'static str>,
     /// Set when a streamed response begins; only its thread locks it then.
     pub(super) streamed: Mutex<Option<Streamed>>,
     /// Bytes of the streamed response that wait.
@@ -167,7 +169,7 @@ impl Closing {
     pub(super) fn reduce(mut self, context: &Context) -> Vec<Kind> {
         let mut kinds = self.rest;
         if let Some(held) = &self.body {
-            let Kept { content, summary, names } =
+            let Kept { content, summary, names, .. } =
                 content::reduce_answer(&context.masker, context.sensitivity, held);
             kinds.append(&mut split::split(Channel::ResponseBody, 0, &content));
             kinds.append(&mut names.kinds(Channel::ResponseBody));
