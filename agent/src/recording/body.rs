@@ -167,7 +167,7 @@ fn record_as<'a>(
         || masker.masks().has_environment() && quoted::has_status_on_variables(body);
     let is_yaml = matches!(format, Format::Yaml | Format::Unknown);
     match format {
-        Format::Binary if sensitive => {
+        Format::Binary if mentioned => {
             return unread("may hold secrets in a binary encoding that is not parsed");
         }
         Format::Binary => return unparsed(masker, body),
@@ -195,7 +195,7 @@ fn record_as<'a>(
         });
     }
     match format {
-        Format::Unknown if !sensitive && masker.fields() == 0 => text(masker, body, whole),
+        Format::Unknown if !mentioned && masker.fields() == 0 => text(masker, body, whole),
         _ if mentioned => unread("may hold secrets and cannot be parsed"),
         _ => unread("may hold what a rule masks and cannot be parsed"),
     }
@@ -290,8 +290,8 @@ mod tests {
     use proptest::prelude::*;
     use weir_common::attributes::Attributes;
 
-    use super::{Recorded, Sensitivity, mentions_secret};
-    use crate::recording::{mask::Masker, names::Names};
+    use super::{Cause, Recorded, Sensitivity, mentions_secret};
+    use crate::recording::{cbor::tests::encoded, mask::Masker, names::Names};
 
     const CANARY: &str = "canary-hunter2";
 
@@ -543,12 +543,50 @@ mod tests {
         for (content_type, body) in [
             (JSON, r#"{"kind":"ConfigMap", "data":{"a":"b"}}"#),
             (JSON, "not json"),
-            ("application/cbor", "kind Secret"),
+            ("application/cbor", "of a kind"),
             ("text/plain", "a log line: kind: Secret"),
             (JSON, r#"{"kind":"Pod","spec":{"imagePullSecrets":[{"name":"x"}],"volumes":[{"secret":{}}]}}"#),
         ] {
             let recorded = record(&masker(), Sensitivity::None, Some(content_type), body.as_bytes(), true);
             assert_eq!(recorded, Recorded::Clear(body.as_bytes()), "{body}");
+        }
+    }
+
+    #[test]
+    fn what_speaks_of_secrets_is_never_recorded_in_clear_whatever_its_type_says() {
+        let secret = r#"{"kind":"Secret","stringData":{"a":"CANARY"},"data":{"b":"BASE64"}}"#;
+        let cbor = encoded(&serde_json::from_str(&filled(secret)).unwrap());
+        let bodies = [
+            filled(&format!("{secret}\n{{\"kind\":\"ConfigMap\"}}\n")).into_bytes(),
+            filled("kind: ConfigMap\n---\nkind: Secret\nstringData:\n  a: CANARY\ndata:\n  b: BASE64\n")
+                .into_bytes(),
+            cbor[..cbor.len() - 1].to_vec(),
+        ];
+        let types = [
+            None,
+            Some("application/octet-stream"),
+            Some("application/x-ndjson"),
+            Some("application/x-protobuf"),
+            Some("application/cbor"),
+            Some("application/vnd.example+cbor"),
+            Some("application/yaml"),
+            Some(JSON),
+        ];
+        for (content_type, body) in types.into_iter().flat_map(|of| bodies.iter().map(move |body| (of, body)))
+        {
+            let shown = match record(&masker(), Sensitivity::None, content_type, body, true) {
+                Recorded::Clear(bytes) => bytes.to_vec(),
+                Recorded::Masked { content, .. } => content,
+                Recorded::Withheld { cause, .. } => {
+                    assert_eq!(cause, Cause::Unread);
+                    continue;
+                }
+            };
+            let shown = String::from_utf8_lossy(&shown).into_owned();
+            assert!(
+                !shown.contains(CANARY) && !shown.contains(&STANDARD.encode(CANARY)),
+                "{content_type:?}: {shown}"
+            );
         }
     }
 
