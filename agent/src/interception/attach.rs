@@ -123,8 +123,8 @@ pub(super) struct Attached {
     pub(super) filters: Vec<ManuallyDrop<SchedClassifierLink>>,
     /// The cgroups that this process has attached to, by id.
     cgroups: BTreeMap<u64, Target>,
-    /// Names of the guarded interfaces by index.
-    pub(super) interfaces: BTreeMap<u32, String>,
+    /// Names of the guarded interfaces, and the cgroups of the pods that they are guarded for, by index.
+    pub(super) interfaces: BTreeMap<u32, (String, u64)>,
 }
 
 /// A cgroup and what belongs there.
@@ -285,8 +285,8 @@ impl Attached {
                 self.inspect_program(program, id, (&folder, &target.folder), &mut found)?;
             }
         }
-        for (index, name) in self.interfaces.clone() {
-            self.inspect_interface(&HostEnd { index, name }, &mut found)?;
+        for (index, (name, cgroup)) in self.interfaces.clone() {
+            self.inspect_interface((&HostEnd { index, name }, cgroup), &mut found)?;
         }
         Ok(found)
     }

@@ -102,7 +102,8 @@ impl Step {
             && listening.namespace == namespace.1
         {
             listening.found = looked;
-            listening.links_changed |= listening.links.as_ref().is_some_and(LinkWatch::changed);
+            listening.links_changed |= listening.links.as_ref().is_some_and(LinkWatch::changed)
+                || !pod.interfaces.are_guarded(&sink.kernel, folder.cgroup);
             if listening.links_changed
                 && let Namespace::Of(file) = namespace.0
             {

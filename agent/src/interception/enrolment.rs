@@ -349,14 +349,14 @@ impl Enrolment {
     fn remove_gone(&mut self, tree: &Tree) -> Result<(), KernelError> {
         let there: HashSet<u64> = tree.pods.iter().map(|folder| folder.cgroup).collect();
         self.troubles.keep(&there);
-        for (_, ends) in self.strangers.extract_if(|cgroup, _| !there.contains(cgroup)) {
-            self.settings.sink.kernel.forget_interfaces(&ends)?;
+        for (cgroup, ends) in self.strangers.extract_if(|cgroup, _| !there.contains(cgroup)) {
+            self.settings.sink.kernel.forget_interfaces(&ends, cgroup)?;
         }
         let gone: Vec<u64> = self.pods.keys().copied().filter(|cgroup| !there.contains(cgroup)).collect();
         for cgroup in gone {
             self.settings.sink.kernel.forget_cgroup(cgroup)?;
             if let Some(pod) = self.pods.remove(&cgroup) {
-                self.settings.sink.kernel.forget_interfaces(&pod.interfaces.guarded)?;
+                self.settings.sink.kernel.forget_interfaces(&pod.interfaces.guarded, cgroup)?;
                 let tenant = pod.tenant.borrow().clone();
                 if let Some(found) = pod::parse(&tenant.folder) {
                     self.settled().set(&found.pod, None);

@@ -10,6 +10,7 @@ use std::{
     fs::{self, File},
     io,
     mem::ManuallyDrop,
+    os::fd::AsRawFd as _,
     path::Path,
 };
 
@@ -25,6 +26,7 @@ use aya::{
 use netlink_packet_route::{
     RouteNetlinkMessage,
     link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage},
+    nsid::{NsidAttribute, NsidMessage},
     tc::{TcAttribute, TcFilterBpfOption, TcHandle, TcMessage, TcOption},
 };
 use netlink_sys::protocols::NETLINK_ROUTE;
@@ -74,8 +76,9 @@ struct Link {
     loopback: bool,
     /// Index of the other end (veth) or of the device below (ipvlan, macvlan, vlan).
     other: Option<u32>,
-    /// Whether that, or what a tunnel sends through, is in another network namespace.
-    elsewhere: bool,
+    /// If that, or what a tunnel sends through, is in another network namespace: the number that the one this was asked
+    /// in has for it, negative where it has none.
+    elsewhere: Option<i32>,
 }
 
 /// The interfaces of the pod whose network namespace this is; call it in the host's.
@@ -83,7 +86,7 @@ struct Link {
 /// # Errors
 /// The namespace cannot be entered, or the kernel does not answer.
 pub(super) fn of_pod(pod: &File) -> io::Result<Interfaces> {
-    judge(namespace::within(pod, links)??)
+    judge(pod, namespace::within(pod, links)??)
 }
 
 /// The same, and from before it was read on whatever changes.
@@ -92,11 +95,11 @@ pub(super) fn of_pod(pod: &File) -> io::Result<Interfaces> {
 /// As of [`of_pod`].
 pub(super) fn watch_pod(pod: &File) -> io::Result<(LinkWatch, Interfaces)> {
     let (watch, links) = namespace::within(pod, || io::Result::Ok((LinkWatch::open()?, links()?)))??;
-    Ok((watch, judge(links)?))
+    Ok((watch, judge(pod, links)?))
 }
 
 /// Looks for the ends on the host of a pod's interfaces.
-fn judge(links: Vec<Link>) -> io::Result<Interfaces> {
+fn judge(pod: &File, links: Vec<Link>) -> io::Result<Interfaces> {
     let host = Netlink::open(NETLINK_ROUTE)?;
     let mut interfaces = Interfaces::default();
     for link in links {
@@ -105,8 +108,13 @@ fn judge(links: Vec<Link>) -> io::Result<Interfaces> {
             Role::Veth(other) => {
                 // Without one here its other end is in another namespace, and what it sends comes through that one's
                 // interfaces.
-                let end = link_at(&host, other)?.filter(|end| end.is_other_end_of(&link));
-                interfaces.guardable.extend(end.map(|end| HostEnd { index: end.index, name: end.name }));
+                let end = link_at(&host, other)?.filter(|end| end.is_paired_with(&link));
+                let Some(end) = end else { continue };
+                // Only then: with its answer above, the kernel has numbered the namespace that the other end is in. A pod
+                // gives the interfaces in its own what indices it likes, also those of another pod's pair.
+                if end.is_other_end_in(number(&host, pod)?)? {
+                    interfaces.guardable.push(HostEnd { index: end.index, name: end.name });
+                }
             }
             Role::Direct => interfaces.unguarded.push(link.name),
         }
@@ -135,13 +143,25 @@ impl Link {
             // A VLAN of a device outside is as direct as that device; tunnels, bridges, dummies and tun devices send
             // through one of the others, unless they were made in another namespace and moved here.
             (Some(InfoKind::Vlan), _) => Role::Direct,
-            (Some(kind), _) if self.elsewhere && *kind != InfoKind::Veth => Role::Direct,
+            (Some(kind), _) if self.elsewhere.is_some() && *kind != InfoKind::Veth => Role::Direct,
             _ => Role::Internal,
         }
     }
 
-    fn is_other_end_of(&self, link: &Self) -> bool {
-        self.kind == Some(InfoKind::Veth) && self.other == Some(link.index)
+    /// Whether kind and indices are those of the pair that an interface of another network namespace is of. Interfaces of a third
+    /// one may have the same.
+    fn is_paired_with(&self, link: &Self) -> bool {
+        let both = [self, link].iter().all(|end| end.kind == Some(InfoKind::Veth) && end.elsewhere.is_some());
+        both && self.other == Some(link.index) && link.other == Some(self.index)
+    }
+
+    /// Whether its other end is in the network namespace with this number, none if that has none.
+    fn is_other_end_in(&self, namespace: Option<i32>) -> io::Result<bool> {
+        match self.elsewhere {
+            // Not to be taken for another pod's, which would have no guard.
+            Some(..0) => Err(io::Error::other("the kernel has no number for a network namespace")),
+            other => Ok(other.is_some() && other == namespace),
+        }
     }
 }
 
@@ -166,6 +186,22 @@ fn link_at(netlink: &Netlink, index: u32) -> io::Result<Option<Link>> {
     }
 }
 
+/// The number that a network namespace has in the one that is asked in; none if it has none. It keeps it while it is there.
+fn number(netlink: &Netlink, namespace: &File) -> io::Result<Option<i32>> {
+    let mut question = NsidMessage::default();
+    let file = u32::try_from(namespace.as_raw_fd()).map_err(io::Error::other)?;
+    question.attributes.push(NsidAttribute::Fd(file));
+    let mut number = None;
+    netlink.request(RouteNetlinkMessage::GetNsId(question), None, |answer| {
+        let RouteNetlinkMessage::NewNsId(answer) = answer else { return };
+        number = answer.attributes.iter().find_map(|attribute| match attribute {
+            NsidAttribute::Id(number) => Some(*number),
+            _ => None,
+        });
+    })?;
+    Ok(number.filter(|number| *number >= 0))
+}
+
 fn link(message: RouteNetlinkMessage) -> Option<Link> {
     let RouteNetlinkMessage::NewLink(message) = message else { return None };
     let mut link = Link {
@@ -174,13 +210,13 @@ fn link(message: RouteNetlinkMessage) -> Option<Link> {
         kind: None,
         loopback: message.header.flags.contains(netlink_packet_route::link::LinkFlags::Loopback),
         other: None,
-        elsewhere: false,
+        elsewhere: None,
     };
     for attribute in message.attributes {
         match attribute {
             LinkAttribute::IfName(name) => link.name = name,
             LinkAttribute::Link(other) => link.other = Some(other),
-            LinkAttribute::LinkNetNsId(_) => link.elsewhere = true,
+            LinkAttribute::LinkNetNsId(number) => link.elsewhere = Some(number),
             LinkAttribute::LinkInfo(infos) => {
                 link.kind = infos.into_iter().find_map(|info| match info {
                     LinkInfo::Kind(kind) => Some(kind),
@@ -230,11 +266,16 @@ fn program(filter: &TcMessage) -> Option<u32> {
 
 impl Attached {
     /// Attaches the guard of an interface, before whatever else is there, or replaces the pinned one.
-    pub(super) fn guard_interface(&mut self, end: &HostEnd) -> Result<(), AttachError> {
+    pub(super) fn guard_interface(&mut self, end: &HostEnd, cgroup: u64) -> Result<(), AttachError> {
         self.attach_to_interface(end)?;
         // From here on a look at the kernel expects it there.
-        self.interfaces.insert(end.index, end.name.clone());
+        self.interfaces.insert(end.index, (end.name.clone(), cgroup));
         Ok(())
+    }
+
+    /// The cgroup of the pod that this process guards an interface for.
+    pub(super) fn owner(&self, index: u32) -> Option<u64> {
+        self.interfaces.get(&index).map(|(_, cgroup)| *cgroup)
     }
 
     fn attach_to_interface(&mut self, end: &HostEnd) -> Result<(), AttachError> {
@@ -289,7 +330,7 @@ impl Attached {
     /// Ours is to be the first that is asked: what stands before it may let everything pass without it.
     pub(super) fn inspect_interface(
         &mut self,
-        end: &HostEnd,
+        (end, cgroup): (&HostEnd, u64),
         found: &mut Inspection,
     ) -> Result<(), AttachError> {
         if !is_there(end) {
@@ -325,7 +366,7 @@ impl Attached {
             }
         }
         // Replaced in place if the link is still there. An interface that goes at this moment has lost its guard first, and needs none.
-        let guarded = self.guard_interface(end);
+        let guarded = self.guard_interface(end, cgroup);
         if guarded.is_err() && !is_there(end) {
             return Ok(());
         }
@@ -387,7 +428,7 @@ mod tests {
     use super::{Link, Role};
 
     fn link(kind: Option<InfoKind>, other: Option<u32>) -> Link {
-        Link { index: 2, name: "eth0".to_owned(), kind, loopback: false, other, elsewhere: false }
+        Link { index: 2, name: "eth0".to_owned(), kind, loopback: false, other, elsewhere: None }
     }
 
     #[test]
@@ -405,17 +446,30 @@ mod tests {
     fn a_tunnel_that_sends_through_another_namespace_is_as_direct_as_a_network_card() {
         let tunnel = link(Some(InfoKind::Vxlan), None);
         assert!(matches!(tunnel.role(), Role::Internal));
-        assert!(matches!(Link { elsewhere: true, ..tunnel }.role(), Role::Direct));
-        let pair = Link { elsewhere: true, ..link(Some(InfoKind::Veth), Some(7)) };
+        assert!(matches!(Link { elsewhere: Some(0), ..tunnel }.role(), Role::Direct));
+        let pair = Link { elsewhere: Some(0), ..link(Some(InfoKind::Veth), Some(7)) };
         assert!(matches!(pair.role(), Role::Veth(7)));
     }
 
     #[test]
-    fn a_pair_is_known_by_both_ends() {
-        let pod = link(Some(InfoKind::Veth), Some(7));
-        let host = Link { index: 7, other: Some(2), ..pod.clone() };
-        assert!(host.is_other_end_of(&pod));
-        assert!(!Link { other: Some(3), ..host.clone() }.is_other_end_of(&pod));
-        assert!(!Link { kind: None, ..host }.is_other_end_of(&pod));
+    fn a_pair_is_known_by_both_ends_and_the_pods_namespace() {
+        let pod = Link { elsewhere: Some(0), ..link(Some(InfoKind::Veth), Some(7)) };
+        let host = Link { index: 7, other: Some(2), elsewhere: Some(5), ..pod.clone() };
+        assert!(host.is_paired_with(&pod));
+        for other in [
+            Link { other: Some(3), ..host.clone() },
+            Link { index: 8, ..host.clone() },
+            Link { kind: None, ..host.clone() },
+            Link { elsewhere: None, ..host.clone() },
+        ] {
+            assert!(!other.is_paired_with(&pod), "{other:?}");
+        }
+        assert!(!host.is_paired_with(&Link { elsewhere: None, ..pod }), "both ends are in the pod");
+
+        assert!(host.is_other_end_in(Some(5)).unwrap());
+        assert!(!host.is_other_end_in(Some(0)).unwrap(), "another pod's");
+        assert!(!host.is_other_end_in(None).unwrap());
+        assert!(!Link { elsewhere: None, ..host.clone() }.is_other_end_in(None).unwrap());
+        Link { elsewhere: Some(-1), ..host }.is_other_end_in(None).unwrap_err();
     }
 }

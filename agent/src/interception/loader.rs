@@ -92,6 +92,16 @@ pub enum KernelError {
         #[source]
         source: MapError,
     },
+    /// Two pods have one interface.
+    #[error(
+        "the interface {name} is guarded as another pod's (cgroup {owner}); is one of the pods privileged, with a process in the other's network namespace?"
+    )]
+    InterfaceOfAnother {
+        /// Its name on the host.
+        name: String,
+        /// The other pod's cgroup.
+        owner: u64,
+    },
     /// A pinned map has another layout.
     #[error(
         "{name} is not what this agent expects ({problem}); pins of another version are removed by weir-agent uninstall"

@@ -270,15 +270,19 @@ impl Kernel {
     }
 
     /// Guards the host's end of a pod's interface. The pod may be known or not; what the map of cgroups says of it
-    /// counts.
+    /// counts. What a former process has noted gives way.
     ///
     /// # Errors
-    /// The map is full, or the kernel refuses.
+    /// It is guarded for another pod, which is still there; the map is full, or the kernel refuses.
     pub(super) fn guard_interface(&self, end: &HostEnd, cgroup: u64) -> Result<(), KernelError> {
+        let mut attached = attach::lock(&self.attached);
+        if let Some(owner) = attached.owner(end.index).filter(|owner| *owner != cgroup) {
+            return Err(KernelError::InterfaceOfAnother { name: end.name.clone(), owner });
+        }
         lock(&self.interfaces)
             .insert(end.index, cgroup, 0)
             .map_err(|source| KernelError::Map { map: maps::INTERFACES, source })?;
-        Ok(attach::lock(&self.attached).guard_interface(end)?)
+        Ok(attached.guard_interface(end, cgroup)?)
     }
 
     /// Whether an interface is guarded as this pod's.
@@ -305,14 +309,20 @@ impl Kernel {
         Ok(())
     }
 
-    /// Forgets the interfaces of a pod that is gone; the guards have gone with them.
+    /// Forgets the interfaces of a pod that is gone; the guards have gone with them. What is another pod's stays.
     ///
     /// # Errors
     /// The kernel refuses, or a pin cannot be removed.
-    pub(super) fn forget_interfaces(&self, ends: &[HostEnd]) -> Result<(), KernelError> {
+    pub(super) fn forget_interfaces(&self, ends: &[HostEnd], cgroup: u64) -> Result<(), KernelError> {
+        let mut attached = attach::lock(&self.attached);
+        let mut interfaces = lock(&self.interfaces);
         ends.iter().try_for_each(|end| {
-            absent_is_fine(lock(&self.interfaces).remove(&end.index), maps::INTERFACES)?;
-            Ok(attach::lock(&self.attached).unguard_interface(end.index)?)
+            let owner = attached.owner(end.index).or_else(|| interfaces.get(&end.index, 0).ok());
+            if owner.is_some_and(|owner| owner != cgroup) {
+                return Ok(());
+            }
+            absent_is_fine(interfaces.remove(&end.index), maps::INTERFACES)?;
+            Ok(attached.unguard_interface(end.index)?)
         })
     }
 
@@ -323,9 +333,10 @@ impl Kernel {
     pub(super) fn keep_interfaces(&self, cgroups: &HashSet<u64>) -> Result<(), KernelError> {
         let known = lock(&self.interfaces).iter().collect::<Result<Vec<_>, _>>();
         let known = known.map_err(|source| KernelError::Map { map: maps::INTERFACES, source })?;
-        let stale = known.into_iter().filter(|(_, cgroup)| !cgroups.contains(cgroup));
-        let stale: Vec<_> = stale.map(|(index, _)| HostEnd { index, name: String::new() }).collect();
-        self.forget_interfaces(&stale)
+        let mut stale = known.into_iter().filter(|(_, cgroup)| !cgroups.contains(cgroup));
+        stale.try_for_each(|(index, cgroup)| {
+            self.forget_interfaces(&[HostEnd { index, name: String::new() }], cgroup)
+        })
     }
 }
 

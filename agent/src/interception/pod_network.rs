@@ -40,11 +40,18 @@ impl PodInterfaces {
         tenant: &watch::Sender<Arc<Tenant>>,
         found: Interfaces,
     ) -> Result<(), EnrolError> {
+        // One that cannot be guarded leaves no other without.
+        let mut guarded = Ok(());
         for end in found.guardable {
             // Once is enough, and where the kernel has no links for interfaces twice would leave a gap.
-            if !self.guarded.contains(&end) {
-                sink.kernel.guard_interface(&end, cgroup)?;
-                self.guarded.push(end);
+            let is_known = self.guarded.contains(&end);
+            if is_known && sink.kernel.guards_interface(end.index, cgroup) {
+                continue;
+            }
+            match sink.kernel.guard_interface(&end, cgroup) {
+                Ok(()) if is_known => {}
+                Ok(()) => self.guarded.push(end),
+                Err(error) => guarded = guarded.and(Err(error)),
             }
         }
         let tenant = tenant.borrow().clone();
@@ -59,7 +66,12 @@ impl PodInterfaces {
             tracing::warn!(event = "interface-unguarded", pod = %name(&tenant), interface, "interface cannot be guarded");
             sink.recorder.finding(None, Some(&tenant.unproven(None)), "unguardedInterface", &message);
         }
-        Ok(())
+        Ok(guarded?)
+    }
+
+    /// Whether all that were guarded are still guarded as this pod's.
+    pub(super) fn are_guarded(&self, kernel: &Kernel, cgroup: u64) -> bool {
+        self.guarded.iter().all(|end| kernel.guards_interface(end.index, cgroup))
     }
 }
 
@@ -101,7 +113,8 @@ fn guard_unknown(
     let Some(namespace) = namespace::of_pod(&folder.path, host) else { return Ok(Vec::new()) };
     let mut ends = interface::of_pod(&namespace.file).map_err(EnrolError::Interfaces)?.guardable;
     ends.retain(is_wanted);
-    ends.iter().try_for_each(|end| kernel.guard_interface(end, folder.cgroup))?;
+    let guarded: Vec<_> = ends.iter().map(|end| kernel.guard_interface(end, folder.cgroup)).collect();
+    guarded.into_iter().collect::<Result<(), _>>()?;
     Ok(ends)
 }
 

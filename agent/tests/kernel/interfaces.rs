@@ -9,24 +9,28 @@ use std::{
         fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd},
         unix::ffi::OsStrExt as _,
     },
-    path::Path,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
 
-use aya::programs::{
-    LinkOrder, SchedClassifier, TcAttachType,
-    tc::{self, NlOptions, TcAttachOptions},
+use aya::{
+    maps::{HashMap, Map, MapData},
+    programs::{
+        LinkOrder, SchedClassifier, TcAttachType,
+        tc::{self, NlOptions, TcAttachOptions},
+    },
 };
 use weir_agent::{
     config::Mode,
     interception::{attach, loader::Pinning, pinned::pinned_state},
 };
-use weir_common::kernel::programs;
+use weir_common::kernel::{maps, programs};
 
 use crate::{
     enrolment::{Node, known},
     pins::{OwnBpffs, take_the_place},
-    world::{DEADLINE, Dial, OwnNetns, PACE, dial, eventually, load},
+    world::{DEADLINE, Dial, OwnCgroup, OwnNetns, PACE, dial, eventually, load},
 };
 
 /// How long somebody's interference with a guard may last, or an interface that a pod is given be without one: the agent looks at
@@ -257,4 +261,198 @@ fn lets_everything_pass(pin: &Path) {
         libc::syscall(libc::SYS_bpf, 6, &raw const pin, size_of::<Pin>())
     };
     nix::Error::result(pinned).unwrap();
+}
+
+/// A pod that is joined to this machine, which is an API server there.
+struct Joined {
+    /// Before the cgroup, which is removed only once its processes have ended.
+    sandbox: OwnNetns,
+    pod: OwnCgroup,
+    /// Indices of both ends.
+    here: u32,
+    there: u32,
+    api: UdpSocket,
+    other: UdpSocket,
+}
+
+impl Joined {
+    /// The indices in pods begin where they are told to.
+    fn new(node: &Node, uid: &str, name: &str, server: SocketAddr, there: u32) -> Self {
+        let pod = node.kubepods.below(&format!("pod{uid}"));
+        let sandbox = OwnNetns::new();
+        for pair in 1..there / 2 {
+            sandbox.run(&format!("ip link add spare{pair} type veth peer name spared{pair}"));
+        }
+        let IpAddr::V4(own) = server.ip() else { panic!("IPv4") };
+        sandbox.join(name, server.ip(), Ipv4Addr::from(u32::from(own) + 1).into());
+        pod.take(sandbox.pid());
+        let [api, other] =
+            [server, SocketAddr::new(server.ip(), 444)].map(|address| UdpSocket::bind(address).unwrap());
+        api.set_nonblocking(true).unwrap();
+        other.set_read_timeout(Some(DEADLINE)).unwrap();
+        let here = nix::net::if_::if_nametoindex(name).unwrap();
+        assert_eq!(sandbox.within(|| nix::net::if_::if_nametoindex("eth0").unwrap()), there);
+        Self { sandbox, pod, here, there, api, other }
+    }
+
+    /// Whether what it sends arrives at the API server. The sender is of no cgroup that has hooks: only the interface sees it.
+    fn reaches(&self) -> bool {
+        let [api, other] = [&self.api, &self.other].map(|socket| socket.local_addr().unwrap());
+        self.sandbox.within(|| {
+            let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+            socket.send_to(b"x", api).unwrap();
+            socket.send_to(b"x", other).unwrap();
+        });
+        self.other.recv(&mut [0]).expect("the other port is nobody's business");
+        self.api.recv(&mut [0]).is_ok()
+    }
+}
+
+/// Ends a process, and what it was in.
+struct InCgroup(Child, PathBuf);
+
+impl Drop for InCgroup {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+        let _ = fs::remove_dir(&self.1);
+    }
+}
+
+/// An enrolled pod and an unselected one, of which others want to have the interfaces.
+struct Neighbours {
+    node: Node,
+    pins: PathBuf,
+    enrolled: Joined,
+    unselected: Joined,
+}
+
+impl Neighbours {
+    async fn new(pins: PathBuf, [enrolled, unselected, others @ ..]: [&str; 4]) -> Self {
+        let node = Node::pinned("claims", Pinning::Pinned(pins.clone())).unwrap();
+        let enforce = |uid| known(uid, Some(Mode::Enforce), false);
+        let others = others.map(enforce);
+        node.know(&[&[enforce(enrolled), known(unselected, None, false)], &others[..]].concat());
+        // Of a network that nobody is in (RFC 2544).
+        let servers: [SocketAddr; 2] =
+            ["198.18.2.1:443", "198.18.3.1:443"].map(|server| server.parse().unwrap());
+        let of_enrolled = Joined::new(&node, enrolled, "weir-claim0", servers[0], 2);
+        let of_unselected = Joined::new(&node, unselected, "weir-claim1", servers[1], 4);
+        node.published.send_if_modified(|set| {
+            set.endpoints.extend(servers);
+            true
+        });
+        let neighbours = Self { node, pins, enrolled: of_enrolled, unselected: of_unselected };
+        let is_in_force = || {
+            let Ok(Some(state)) = pinned_state(&neighbours.pins) else { return false };
+            let knows = servers.iter().all(|server| state.api_endpoints.contains(server));
+            knows && neighbours.is_known(unselected) && neighbours.listens(enrolled)
+        };
+        until("the pods are seen to", is_in_force).await;
+        neighbours.stand("before");
+        neighbours
+    }
+
+    fn is_known(&self, uid: &str) -> bool {
+        pinned_state(&self.pins).unwrap().unwrap().pods.iter().any(|pod| pod.uid == uid)
+    }
+
+    fn listens(&self, uid: &str) -> bool {
+        let state = pinned_state(&self.pins).unwrap().unwrap();
+        state.pods.iter().any(|pod| pod.uid == uid && pod.listener_port != 0)
+    }
+
+    fn findings(&self, kind: &str) -> u64 {
+        self.node.recorder.measured().findings.get(kind).copied().unwrap_or(0)
+    }
+
+    /// The cgroup whose pod's an interface is taken for.
+    fn owner(&self, of: &Joined) -> Option<u64> {
+        owners(&self.pins).get(&of.here, 0).ok()
+    }
+
+    /// Checks that each is judged as itself.
+    #[track_caller]
+    fn stand(&self, when: &str) {
+        assert_eq!(self.owner(&self.enrolled), Some(self.enrolled.pod.id()), "{when}");
+        assert!(!self.enrolled.reaches(), "{when}: enrolled, dropped");
+        assert!(self.unselected.reaches(), "{when}: unselected, passes");
+    }
+
+    /// The indices in a pod's network namespace are its own affair: it makes pairs of interfaces that look like both pods' ends, one
+    /// with a network namespace that it has made, one within its own.
+    async fn pairs_with_their_indices(&self, uid: &str) {
+        let pod = self.node.kubepods.below(&format!("pod{uid}"));
+        let mut sandbox = OwnNetns::new();
+        let nested = OwnNetns::new();
+        pod.take(sandbox.pid());
+        until("the taker is enrolled", || self.listens(uid)).await;
+        let pair = |name: &str, of: &Joined, netns: &str| {
+            let (here, there) = (of.here, of.there);
+            sandbox.run(&format!(
+                "ip link add {name} index {there} type veth peer name {name}p index {here} {netns}"
+            ));
+        };
+        pair("nested", &self.enrolled, &format!("netns {}", nested.pid()));
+        pair("within", &self.unselected, "");
+        // One more, whose report says that all have been looked at.
+        sandbox.plug_direct("weir-claim0", "weir-direct");
+        until("the pairs are seen", || self.findings("unguardedInterface") >= 1).await;
+        self.stand("taken for another's");
+        assert_ne!(self.owner(&self.unselected), Some(pod.id()));
+        sandbox.end();
+        drop((nested, pod));
+        until("the taker is gone", || !self.is_known(uid)).await;
+        self.stand("the taker is gone");
+        assert_eq!(self.findings("unguardedInterface"), 1, "what looks like another's is not even tried");
+    }
+
+    /// A pod with a process in another one's network namespace has what that one has.
+    async fn a_process_in_the_same_namespace(&self, uid: &str) {
+        let refused = self.findings("cannotEnrol");
+        let pod = self.node.kubepods.below(&format!("pod{uid}"));
+        let mut enter = Command::new("nsenter");
+        let namespace = self.enrolled.sandbox.pid().to_string();
+        enter.args(["-t", &namespace, "-n", "cat"]).stdin(Stdio::piped());
+        let process = InCgroup(enter.spawn().unwrap(), pod.0.clone());
+        pod.take(process.0.id());
+        let is_refused = || self.findings("cannotEnrol") > refused || self.listens(uid);
+        until("it is looked at", is_refused).await;
+        self.stand("two pods in one network namespace");
+        drop(process);
+        until("the other is gone", || !self.is_known(uid)).await;
+        self.stand("the other is gone");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_pod_takes_anothers_interface() {
+    if load(Pinning::Unpinned).is_none() {
+        return;
+    }
+    let bpffs = OwnBpffs::mount().unwrap();
+    let uids = [1, 2, 3, 4].map(|number| format!("0b5e2f6a-3c1d-4e5f-8a9b-0c1d2e3f4a{number:02}"));
+    let uids = uids.each_ref().map(String::as_str);
+    let neighbours = Neighbours::new(bpffs.0.path().join("weir/v3"), uids).await;
+    neighbours.pairs_with_their_indices(uids[2]).await;
+    neighbours.a_process_in_the_same_namespace(uids[3]).await;
+
+    // Whoever writes into the kernel's maps: a pod is guarded as itself again.
+    let Neighbours { enrolled, unselected, .. } = &neighbours;
+    owners(&neighbours.pins).insert(enrolled.here, unselected.pod.id(), 0).unwrap();
+    let is_itself = || neighbours.owner(enrolled) == Some(enrolled.pod.id());
+    within_a_look(&[until("it is guarded as itself", is_itself).await]);
+    neighbours.stand("as itself again");
+    let Neighbours { node, enrolled, unselected, .. } = neighbours;
+    drop((enrolled, unselected));
+    let cgroups = node.stop().await;
+    let root = cgroups.1.0.clone();
+    drop(cgroups);
+    assert!(!root.exists(), "{} is left behind", root.display());
+}
+
+/// Which cgroup's pod each guarded interface is taken for.
+fn owners(pins: &Path) -> HashMap<MapData, u32, u64> {
+    let map = MapData::from_pin(pins.join("maps").join(maps::INTERFACES)).unwrap();
+    HashMap::try_from(Map::HashMap(map)).unwrap()
 }
