@@ -276,22 +276,31 @@ struct Joined {
 }
 
 impl Joined {
-    /// The indices in pods begin where they are told to.
-    fn new(node: &Node, uid: &str, name: &str, server: SocketAddr, there: u32) -> Self {
+    /// Before the pod's own end so many other pairs are there. The indices of both ends are not the same: in one network namespace nobody could
+    /// have both.
+    fn new(node: &Node, uid: &str, name: &str, server: SocketAddr, others: u32) -> Self {
         let pod = node.kubepods.below(&format!("pod{uid}"));
         let sandbox = OwnNetns::new();
-        for pair in 1..there / 2 {
-            sandbox.run(&format!("ip link add spare{pair} type veth peer name spared{pair}"));
+        for other in 0..others {
+            sandbox.run(&format!("ip link add other{other} type veth peer name others{other}"));
         }
         let IpAddr::V4(own) = server.ip() else { panic!("IPv4") };
-        sandbox.join(name, server.ip(), Ipv4Addr::from(u32::from(own) + 1).into());
+        let join = || {
+            sandbox.join(name, server.ip(), Ipv4Addr::from(u32::from(own) + 1).into());
+            let index = |name: &str| nix::net::if_::if_nametoindex(name).unwrap();
+            (index(name), sandbox.within(|| index("eth0")))
+        };
+        let (mut here, mut there) = join();
+        if here == there {
+            sandbox.run("ip link delete eth0 && ip link add one-more type veth peer name one-mored");
+            (here, there) = join();
+        }
+        assert_ne!(here, there);
         pod.take(sandbox.pid());
         let [api, other] =
             [server, SocketAddr::new(server.ip(), 444)].map(|address| UdpSocket::bind(address).unwrap());
         api.set_nonblocking(true).unwrap();
         other.set_read_timeout(Some(DEADLINE)).unwrap();
-        let here = nix::net::if_::if_nametoindex(name).unwrap();
-        assert_eq!(sandbox.within(|| nix::net::if_::if_nametoindex("eth0").unwrap()), there);
         Self { sandbox, pod, here, there, api, other }
     }
 
@@ -336,8 +345,8 @@ impl Neighbours {
         // Of a network that nobody is in (RFC 2544).
         let servers: [SocketAddr; 2] =
             ["198.18.2.1:443", "198.18.3.1:443"].map(|server| server.parse().unwrap());
-        let of_enrolled = Joined::new(&node, enrolled, "weir-claim0", servers[0], 2);
-        let of_unselected = Joined::new(&node, unselected, "weir-claim1", servers[1], 4);
+        let of_enrolled = Joined::new(&node, enrolled, "weir-claim0", servers[0], 0);
+        let of_unselected = Joined::new(&node, unselected, "weir-claim1", servers[1], 1);
         node.published.send_if_modified(|set| {
             set.endpoints.extend(servers);
             true
