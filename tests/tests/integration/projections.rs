@@ -76,7 +76,7 @@ fn audit(scene: &Scene, pod: &Pod<'_>) {
     let decoded = |path: &Path| shown(&command::output(Command::new(&decoder).arg(path)).unwrap());
     let (code, stages, err) = decoded(&golden);
     assert_eq!(code, Some(0), "{err}");
-    assert_eq!(stages, "RequestReceived 9\nResponseStarted 3\nResponseComplete 8\nPanic 0\n");
+    assert_eq!(stages, "RequestReceived 10\nResponseStarted 4\nResponseComplete 9\nPanic 0\n");
     let (code, stages, err) = decoded(&path);
     assert_eq!(code, Some(0), "{err}");
     assert!(!stages.contains(" 0\nResponseComplete") && !stages.contains("Complete 0"), "{stages}");
@@ -144,7 +144,7 @@ fn ocsf(scene: &Scene) {
         shown(&command::output(program.arg(path)).unwrap())
     };
     let golden = components::repository().join("review/golden/ocsf.jsonl");
-    assert_eq!(validate(&golden), (Some(0), "0 10\n1007 3\n6003 17\n".to_owned(), String::new()));
+    assert_eq!(validate(&golden), (Some(0), "0 10\n1007 4\n6003 19\n".to_owned(), String::new()));
     let (code, classes, err) = validate(&path);
     assert_eq!(code, Some(0), "{err}");
     assert!(classes.contains("1007 ") && classes.contains("6003 "), "{classes}");
