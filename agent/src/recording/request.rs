@@ -298,10 +298,8 @@ impl RequestRecord {
             return self.append(self.context.entries(kinds), false).await;
         }
         let entries = self.context.whole_entries(kinds)?;
-        if !entries.is_empty() {
-            self.append_first(entries).await?;
-        }
-        if is_unreadable { Err(RecordingError::Unreadable) } else { Ok(()) }
+        let recorded = if entries.is_empty() { Ok(()) } else { self.append_first(entries).await };
+        if is_unreadable { recorded.and(Err(RecordingError::Unreadable)) } else { recorded }
     }
 
     /// Bytes of an upgraded connection, server to client: queued (waits only while the queue is full, or much of this stream is ahead of
@@ -355,6 +353,9 @@ impl RequestRecord {
     /// # Errors
     /// The journal cannot accept.
     pub async fn server_stream_end(&self) -> Result<(), RecordingError> {
+        if let Some(upgraded) = self.upgraded.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
+            upgraded.server_ends();
+        }
         self.append(Vec::new(), self.plan.is_durable()).await
     }
 

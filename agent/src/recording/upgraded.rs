@@ -61,6 +61,8 @@ pub(super) struct Upgraded {
     leaves_out: LeavesOut,
     /// Bytes that were left out.
     left_out: u64,
+    /// The server has ended; whether the client had said before that it was about to go. What it says later is an answer to that end.
+    client_left_first: Option<bool>,
 }
 
 /// What the rules do not want of a stream.
@@ -117,6 +119,7 @@ impl Upgraded {
             sieves,
             leaves_out,
             left_out: 0,
+            client_left_first: None,
         }
     }
 
@@ -150,7 +153,7 @@ impl Upgraded {
     /// How it ended, both sides having closed in good order, and why so; `client_first`: the client did before the server. What it lacks
     /// says that it was cut all the same, be it behind the API server.
     pub(super) fn ended(&self, client_first: bool) -> (Outcome, Option<String>) {
-        let by_client = client_first || self.decoder.client_left();
+        let by_client = client_first || self.client_left_first.unwrap_or_else(|| self.decoder.client_left());
         match self.decoder.lacks() {
             // A client ends a port-forward whenever it wants to.
             Some(Lack::Connections) if by_client => (Outcome::Complete, None),
@@ -162,6 +165,11 @@ impl Upgraded {
             }
             None => (Outcome::Complete, None),
         }
+    }
+
+    /// The server's side is over.
+    pub(super) fn server_ends(&mut self) {
+        self.client_left_first.get_or_insert_with(|| self.decoder.client_left());
     }
 
     /// Exit code of the process, if the server has said how it ended.
