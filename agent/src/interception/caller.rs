@@ -164,6 +164,21 @@ mod tests {
         tokio::time::timeout(LONG, callers.join_all()).await.expect("no connection waits for ever")
     }
 
+    /// Of a process that can be read, as soon as there is a place for that: on a slow machine one attempt may be too late.
+    async fn arguments(hanging: &Hanging, reads: &Reads, flow: &Flow) -> Vec<String> {
+        let read = async {
+            loop {
+                let caller = Tenant::default().caller_by(reads, hanging.proc(), flow).await;
+                let arguments = caller.process.clone().expect("is known").argv;
+                if !arguments.is_empty() {
+                    return arguments;
+                }
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(LONG, read).await.expect("there is a place for it")
+    }
+
     async fn other_work_goes_on() {
         let other = tokio::task::spawn_blocking(|| "done");
         let other = tokio::time::timeout(LONG, other).await.expect("there are threads for it");
@@ -185,18 +200,7 @@ mod tests {
                 .collect();
             assert_eq!(processes, HashSet::from([(1, 7, Vec::new())]));
             other_work_goes_on().await;
-            let argv = async {
-                loop {
-                    let other = Tenant::default().caller_by(&reads, hanging.proc(), &flow(2, 2)).await;
-                    let argv = other.process.clone().expect("is known").argv;
-                    if !argv.is_empty() {
-                        return argv;
-                    }
-                    tokio::task::yield_now().await;
-                }
-            };
-            let argv = tokio::time::timeout(LONG, argv).await.expect("its own places are free");
-            assert_eq!(argv, ["kubectl", "get", "pods"]);
+            assert_eq!(arguments(&hanging, &reads, &flow(2, 2)).await, ["kubectl", "get", "pods"]);
             assert_eq!(reads.under_way(), OF_POD_MAX);
         });
     }
@@ -212,18 +216,7 @@ mod tests {
             assert_eq!(reads.under_way(), OF_ALL_MAX);
             other_work_goes_on().await;
             hanging.release();
-            let argv = async {
-                loop {
-                    let caller = Tenant::default().caller_by(&reads, hanging.proc(), &flow(1, 2)).await;
-                    let argv = caller.process.clone().expect("is known").argv;
-                    if !argv.is_empty() {
-                        return argv;
-                    }
-                    tokio::task::yield_now().await;
-                }
-            };
-            let argv = tokio::time::timeout(LONG, argv).await.expect("places come back");
-            assert_eq!(argv, ["kubectl"]);
+            assert_eq!(arguments(&hanging, &reads, &flow(1, 2)).await, ["kubectl"]);
         });
     }
 

@@ -283,6 +283,30 @@ async fn a_client_that_cannot_be_followed_into_a_pod_is_cut_where_expressions_ar
     }
 }
 
+/// A client that is told of the end says farewell; that it had meant to go is known only of what it said before.
+#[tokio::test]
+async fn who_ended_a_stream_early_is_who_said_so_before_the_other_did() {
+    for (client_first, outcome) in [(true, Outcome::ClientAborted), (false, Outcome::UpstreamFailed)] {
+        let directory = TempDir::new().unwrap();
+        let recorder = on(&Arc::new(TestDisk::default()), options(directory.path())).unwrap();
+        let (headers, exec) = (agreed("v4.channel.k8s.io"), attributes("create", "pods", "exec"));
+        let record = open(&recorder, Method::GET, &exec, &headers, None).await.unwrap();
+        record.response_started(StatusCode::SWITCHING_PROTOCOLS, &headers, true);
+        record.server_stream_data(from_server(b"\x01half")).await.unwrap();
+        let farewell = Bytes::from_static(b"\x88\x80mask");
+        if client_first {
+            record.client_stream_data(farewell).await.unwrap();
+            record.server_stream_end().await.unwrap();
+        } else {
+            record.server_stream_end().await.unwrap();
+            record.client_stream_data(farewell).await.unwrap();
+        }
+        record.close_stream(false);
+        recorder.stop("test").await.unwrap();
+        assert_eq!(closed(&read(recorder.folder())).outcome, outcome, "the client first: {client_first}");
+    }
+}
+
 #[tokio::test]
 async fn a_server_that_speaks_faster_than_the_disk_waits_before_much_of_it_is_in_memory() {
     let directory = TempDir::new().unwrap();
